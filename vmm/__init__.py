@@ -1,0 +1,1 @@
+"""pyvmm: a userspace virtual machine monitor for guest private memory."""

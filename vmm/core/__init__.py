@@ -1,0 +1,1 @@
+"""Ranges, events and errors: what every other room builds on."""

@@ -1,0 +1,40 @@
+"""Every error that a user may see: one sentence, and the exit status that goes with it."""
+
+from __future__ import annotations
+
+
+class PyvmmError(Exception):
+    """An error whose text is one complete line for the user.
+
+    `exit_status` is what the command ends with when nothing handles the error.
+    """
+
+    exit_status = 1
+
+
+class UsageError(PyvmmError):
+    """Bad usage or bad input: an option, a file, a kernel image (exit status 2)."""
+
+    exit_status = 2
+
+
+class HostError(PyvmmError):
+    """The host cannot do what was asked: no KVM, a capability missing (exit status 3)."""
+
+    exit_status = 3
+
+
+class GuestFailure(PyvmmError):
+    """The guest failed: panic, triple fault, internal error (exit status 1)."""
+
+
+class GuestMemoryError(PyvmmError):
+    """An access to guest memory by the host that was refused before a byte moved."""
+
+
+class UnmappedAccess(GuestMemoryError):
+    """The range is not (wholly) guest RAM."""
+
+
+class PrivateAccess(GuestMemoryError):
+    """The range holds private or converting pages, which the host does not touch."""

@@ -1,0 +1,29 @@
+"""What happens to a guest, as plain data: the requests and events that rooms hand each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Kind(Enum):
+    """Which way a conversion goes."""
+
+    SHARE = "share"
+    UNSHARE = "unshare"
+
+
+@dataclass(frozen=True, slots=True)
+class ConversionRequest:
+    """A guest's request to convert `pages` 4 KiB pages from `gpa`, exactly as the guest put it.
+
+    Nothing in it is validated: `gpa` and `pages` are whatever the guest wrote, `reserved` holds
+    the attribute bits that have no meaning. `doorbell` names how the guest asked.
+    """
+
+    kind: Kind
+    gpa: int
+    pages: int
+    vcpu: int
+    doorbell: str
+    reserved: int = 0
