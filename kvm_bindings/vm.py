@@ -161,11 +161,11 @@ class Vm:
         gpa: int,
         size: int,
         hva: int,
-        guest_memfd: GuestMemfd,
+        guest_memfd: int,
         guest_memfd_offset: int,
         flags: int = ioctls.KVM_MEM_GUEST_MEMFD,
     ) -> None:
-        """KVM_SET_USER_MEMORY_REGION2: a memslot with a guest_memfd behind it.
+        """KVM_SET_USER_MEMORY_REGION2: a memslot with a guest_memfd (its fd) behind it.
 
         Raises KvmError: EEXIST when the guest_memfd's range is bound to another slot already.
         """
@@ -178,7 +178,7 @@ class Vm:
                 "memory_size": size,
                 "userspace_addr": hva,
                 "guest_memfd_offset": guest_memfd_offset,
-                "guest_memfd": guest_memfd.fd,
+                "guest_memfd": guest_memfd,
             },
         )
         result = self._pointer(ioctls.KVM_SET_USER_MEMORY_REGION2, region)
@@ -186,7 +186,7 @@ class Vm:
             fail(
                 "KVM_SET_USER_MEMORY_REGION2",
                 result,
-                f"{slot=}, {gpa=:#x}, {size=:#x}, {hva=:#x}, guest_memfd={guest_memfd.fd}, "
+                f"{slot=}, {gpa=:#x}, {size=:#x}, {hva=:#x}, {guest_memfd=}, "
                 f"{guest_memfd_offset=:#x}, {flags=:#x}",
             )
 
