@@ -164,7 +164,7 @@ class GuestMemfdBacking(_FdBacking):
         if not self.init_shared:
             raise PrivateAccess(
                 f"access to {size} bytes at {offset:#x} of a guest_memfd that the host can't "
-                "reach; use --private-mem=guest_memfd-mmap or memfd where the host has to load the guest"
+                "reach; use --private-mem=guest_memfd-mmap or memfd where it must"
             )
         if offset < 0 or offset + size > self.size:
             raise OSError(errno.EINVAL, f"range {offset:#x}+{size:#x} is outside the guest_memfd")
