@@ -106,7 +106,7 @@ def _zstd() -> tuple[Decoder, type[Exception]]:
     else:
         from backports import zstd
 
-    options = {zstd.DecompressionParameter.window_log_max: MAX_WINDOW_LOG}
+    options: dict[int, int] = {zstd.DecompressionParameter.window_log_max: MAX_WINDOW_LOG}
     return zstd.ZstdDecompressor(options=options), zstd.ZstdError
 
 
@@ -167,8 +167,12 @@ def decompress_payload(
     """Decompress `length` bytes at `offset` of the file; returns (memfd, size), memfd the caller's.
 
     Raises ImageError where the payload is truncated, corrupt, of an unsupported compression, or
-    gives more than `limit` bytes.
+    gives (or is) more than `limit` bytes.
     """
+    if length > limit:
+        raise source.error(
+            f"its payload of {length} bytes is larger than the {limit} it may unpack to", CORRUPT
+        )
     payload = _Payload(source, offset, offset + length)
     magic = source.read(offset, min(16, length), "the payload's magic")
     codec = find_codec(magic)
@@ -240,19 +244,19 @@ def _stream(payload: _Payload, codec: Codec) -> Iterator[bytes]:
 
 
 def _lz4_blocks(payload: _Payload) -> Iterator[bytes]:
-    """The legacy LZ4 framing: a magic, then blocks of a u32 length and up to 8 MiB of output.
+    """The legacy LZ4 framing: a magic, then blocks of a u32 length and 8 MiB of output each.
 
-    It has no end mark: the payload's end is its end, or the last four bytes, which are the
-    uncompressed size that the kernel's build appends.
+    Only the last block gives less. There is no end mark: the payload's end is the end, or its last
+    four bytes, the uncompressed size that the kernel's build appends.
     """
     from lz4 import block
 
     payload.take(len(LZ4_MAGIC))
+    given = LZ4_BLOCK
     while payload.remaining > SIZE_BYTES:
-        head = payload.take(SIZE_BYTES)
-        if head == LZ4_MAGIC:  # concatenated streams are one stream
-            continue
-        size = int.from_bytes(head, "little")
+        if given != LZ4_BLOCK:
+            raise _corrupt(payload, LZ4, f"{payload.remaining} bytes follow its last block")
+        size = int.from_bytes(payload.take(SIZE_BYTES), "little")
         if size == 0 or size > LZ4_BOUND or size > payload.remaining:
             raise _corrupt(
                 payload, LZ4, f"a block of {size} bytes where {payload.remaining} are left"
@@ -261,6 +265,7 @@ def _lz4_blocks(payload: _Payload) -> Iterator[bytes]:
             piece = block.decompress(payload.take(size), uncompressed_size=LZ4_BLOCK)
         except (block.LZ4BlockError, ValueError, MemoryError) as exc:
             raise _corrupt(payload, LZ4, str(exc) or type(exc).__name__) from exc
+        given = len(piece)
         yield piece
 
 

@@ -160,7 +160,7 @@ def load_kernel_image(path_or_fd: PathOrFd, limit: int = DEFAULT_LIMIT) -> Kerne
         source.close()
         raise
     source.close()
-    inner = Source(fd, size, source.name)
+    inner = Source(fd, size, f"{source.name} (uncompressed)")
     try:
         return KernelImage(kind, inner, parse_elf(inner), header)
     except BaseException:
@@ -184,7 +184,7 @@ def load_initrd(
 
 def place_initrd(source: Source, ram: Range, limit: int, occupied: Sequence[Range] = ()) -> Range:
     """The highest page-aligned range that `load_initrd` may use; ImageError where none is left."""
-    top = min(ram.end, limit)
+    top = page_align_down(min(ram.end, limit))
     while True:
         start = page_align_down(top - source.size)
         if start < ram.start:
