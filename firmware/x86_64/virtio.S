@@ -23,7 +23,7 @@
 .equ FEATURES_HIGH,     3                   # VERSION_1 (bit 32) and ACCESS_PLATFORM (bit 33)
 
 .equ SEGMENT_BYTES,     49 * 512            # a longer request becomes several data segments
-.equ POLL_TICKS,        1 << 36             # about 20 s of a 3 GHz clock
+.equ POLL_TICKS,        1 << 34             # 6 s of a 3 GHz clock
 
     .text
 
