@@ -318,3 +318,11 @@ def test_uart_after_any_history_a_one_cause_handler_sees_every_byte(
 
     assert got == b"some input, more than a FIFO holds"
     assert uart.printed[start:] == bytes(range(5))
+
+
+def test_uart_acknowledging_the_transmitter_sends_an_edge_for_the_modem(uart: Uart) -> None:
+    uart.put(IER, IER_TRANSMIT | IER_MODEM)
+    uart.put(MCR, MCR_LOOP)
+
+    assert uart.edges_from(IIR_FCR) == 1
+    assert uart.cause() == IIR_MODEM
