@@ -15,8 +15,6 @@ import tempfile
 from pathlib import Path
 
 SOURCE_DIRECTORY = Path(__file__).resolve().parent / "x86_64"
-IMAGE = SOURCE_DIRECTORY / "payload.bin"
-LINKER_SCRIPT = SOURCE_DIRECTORY / "payload.ld"
 TOOLS = ("as", "ld", "objcopy")
 
 
@@ -46,20 +44,20 @@ def _run(command: list[str]) -> None:
         raise BuildError(f"{' '.join(command)} failed ({done.returncode}):\n{done.stderr.strip()}")
 
 
-def build() -> bytes:
+def build(source_directory: Path = SOURCE_DIRECTORY) -> bytes:
     """The flat image, linked at 0x100000; raises BuildError."""
     tools = find_binutils()
     with tempfile.TemporaryDirectory(prefix="pyvmm-firmware-") as scratch:
         objects = []
         # Sorted, so that the order of the directory listing is not part of the image.
-        for source in sorted(SOURCE_DIRECTORY.glob("*.S")):
+        for source in sorted(source_directory.glob("*.S")):
             target = str(Path(scratch) / f"{source.stem}.o")
-            include = ["-I", str(SOURCE_DIRECTORY)]
+            include = ["-I", str(source_directory)]
             _run([tools["as"], "--64", "--fatal-warnings", *include, "-o", target, str(source)])
             objects.append(target)
         linked = str(Path(scratch) / "payload.elf")
         flat = Path(scratch) / "payload.bin"
-        script = ["-T", str(LINKER_SCRIPT)]
+        script = ["-T", str(source_directory / "payload.ld")]
         flags = ["-m", "elf_x86_64", "-static", "-nostdlib", "--build-id=none", "-z", "noexecstack"]
         _run([tools["ld"], *flags, *script, "-o", linked, *objects])
         _run([tools["objcopy"], "-O", "binary", linked, str(flat)])
@@ -70,25 +68,29 @@ def main(arguments: list[str] | None = None) -> int:
     """The command; returns the exit status."""
     parser = argparse.ArgumentParser(description="Build the embedded payload.")
     parser.add_argument("--check", action="store_true", help="compare, write nothing")
+    parser.add_argument(
+        "--source", type=Path, default=SOURCE_DIRECTORY, help="directory of the sources and image"
+    )
     options = parser.parse_args(arguments)
+    target = options.source / "payload.bin"
     try:
-        image = build()
+        image = build(options.source)
     except BuildError as error:
         print(f"firmware: {error}", file=sys.stderr)
         return 2
     if not options.check:
-        IMAGE.write_bytes(image)
-        print(f"firmware: {IMAGE.name}, {len(image)} bytes")
+        target.write_bytes(image)
+        print(f"firmware: {target.name}, {len(image)} bytes")
         return 0
-    committed = IMAGE.read_bytes() if IMAGE.exists() else b""
+    committed = target.read_bytes() if target.exists() else b""
     if committed != image:
         print(
-            f"firmware: {IMAGE.name} ({len(committed)} bytes) is not what its sources build "
+            f"firmware: {target.name} ({len(committed)} bytes) is not what its sources build "
             f"({len(image)} bytes); run python firmware/build.py",
             file=sys.stderr,
         )
         return 1
-    print(f"firmware: {IMAGE.name} is what its sources build, {len(image)} bytes")
+    print(f"firmware: {target.name} is what its sources build, {len(image)} bytes")
     return 0
 
 

@@ -58,6 +58,20 @@ put_number:
     jnz     .Lnext_digit
     jmp     put_text
 
+# rax = number: an errno as the doorbell answers it (negative, 32 bits) in decimal, else hex.
+put_value:
+    mov     ecx, 0xfffff000
+    cmp     rax, rcx
+    jb      put_hex
+    mov     ecx, 0xffffffff
+    cmp     rax, rcx
+    ja      put_hex
+    neg     eax
+    push    rax
+    PRINT   "-"
+    pop     rax
+    jmp     put_decimal
+
 # Sends the line. A terminal in raw mode needs the carriage return.
     .globl end_line
 end_line:
@@ -118,10 +132,10 @@ fail_at:
     call    put_text
     PRINT   ": expected "
     mov     rax, r12
-    call    put_hex
+    call    put_value
     PRINT   ", saw "
     mov     rax, r13
-    call    put_hex
+    call    put_value
     cmp     r14, -1
     je      .Lno_place
     PRINT   " at GPA "

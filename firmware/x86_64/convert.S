@@ -128,7 +128,7 @@ check_host_refusals:
     RING    CMD_HOST_CHECK, (CHECKER_GPA>>12), 1, EACCES, "host-check of a private page"
     # The last shared page and the private one behind it: refused before a byte moves.
     FILL    plain, (ODD_GPA+(ODD_PAGES-1)*PAGE), 1, KEY_SHARED
-    RING    CMD_HOST_CHECK, (ODD_GPA>>12)+ODD_PAGES-1, 2, EACCES, "host-check of a half private range"
+    RING    CMD_HOST_CHECK, (ODD_GPA>>12)+ODD_PAGES-1, 2, EACCES, "host-check of both kinds"
     VERIFY  plain, (ODD_GPA+(ODD_PAGES-1)*PAGE), 1, KEY_SHARED, "shared half of a refused range"
     VERIFY  private, (ODD_GPA+ODD_PAGES*PAGE), 1, KEY_PRIVATE, "private half of a refused range"
     VERIFY  private, CHECKER_GPA, 1, KEY_PRIVATE, "private page after a refused host-check"
@@ -224,15 +224,17 @@ check_reshare:
 .equ HOLE_GPA, LARGE_GPA+0x65000
 .equ HOLE_PAGES, 3
 .equ BEHIND_GPA, HOLE_GPA+HOLE_PAGES*PAGE
+.equ BEFORE_PAGES, (HOLE_GPA-LARGE_GPA)/PAGE
+.equ BEHIND_PAGES, LARGE_PAGES-BEFORE_PAGES-HOLE_PAGES
 check_partial_unshare:
     STEP    "partial-unshare"
     UNSHARE_FRESH HOLE_GPA, HOLE_PAGES
-    VERIFY  plain, LARGE_GPA, ((HOLE_GPA-LARGE_GPA)/PAGE), KEY_SHARED, "shared before the hole"
-    VERIFY  plain, BEHIND_GPA, (LARGE_PAGES-(BEHIND_GPA-LARGE_GPA)/PAGE), KEY_SHARED, "shared behind the hole"
+    VERIFY  plain, LARGE_GPA, BEFORE_PAGES, KEY_SHARED, "shared before the hole"
+    VERIFY  plain, BEHIND_GPA, BEHIND_PAGES, KEY_SHARED, "shared behind the hole"
     RING    CMD_UNSHARE, (LARGE_GPA>>12), LARGE_PAGES, 0, "unshare of a mixed range"
     VERIFY  private, HOLE_GPA, HOLE_PAGES, KEY_PRIVATE, "private part of a mixed unshare"
-    VERIFY_ZERO private, LARGE_GPA, ((HOLE_GPA-LARGE_GPA)/PAGE), "freshly private memory"
-    VERIFY_ZERO private, BEHIND_GPA, (LARGE_PAGES-(BEHIND_GPA-LARGE_GPA)/PAGE), "freshly private memory"
+    VERIFY_ZERO private, LARGE_GPA, BEFORE_PAGES, "freshly private memory"
+    VERIFY_ZERO private, BEHIND_GPA, BEHIND_PAGES, "freshly private memory"
     FILL    private, LARGE_GPA, LARGE_PAGES, KEY_PRIVATE
     OK      "3 pages out of 512, then the rest"
     ret

@@ -1,4 +1,15 @@
 # Entry, order of the steps, and the two ways out. CPL 3, IOPL 3, IF = 0, 64-bit mode.
+#
+# What comes out of COM1, one line each:
+#   pyvmm payload: <what the info page says>
+#   ok <number> <tag>: <sentence>
+#   skip <steps>: <why>
+#   not ok <number> <tag>: <what>: expected <value>, saw <value>[ at GPA <address>]
+#   payload: all <number> checks passed
+# After "not ok" the step's number goes to the failure port and nothing more is tried.
+#
+# A page is touched only by the alias of the state that it is in, so every mechanism that tells
+# private from shared memory, also one that faults on the wrong side, can carry this guest.
 .include "defs.inc"
 
     .section .text.entry, "ax"
