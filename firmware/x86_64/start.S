@@ -1,5 +1,9 @@
 # Entry, order of the steps, and the two ways out. CPL 3, IOPL 3, IF = 0, 64-bit mode.
 #
+# Some hosts drop IOPL when they enter the guest and ask the TSS' I/O permission map instead (PVM,
+# Linux 6.18): there the VMM has to supply a map that allows the ports, or the first OUT is a #GP
+# and, without an IDT, a triple fault.
+#
 # What comes out of COM1, one line each:
 #   pyvmm payload: <what the info page says>
 #   ok <number> <tag>: <sentence>
