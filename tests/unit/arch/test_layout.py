@@ -19,7 +19,7 @@ PORTS = {
 
 LOW_MEMORY = {
     "gdt": Range(layout.GDT_GPA, 64),
-    "tss": Range(layout.TSS_GPA, 0x68),
+    "tss": Range(layout.TSS_GPA, 0x2069),
     "boot params": Range(layout.BOOT_PARAMS_GPA, PAGE_SIZE),
     "linux page tables": Range(layout.PAGE_TABLES_GPA, 6 * PAGE_SIZE),
     "command line": Range(layout.CMDLINE_GPA, layout.CMDLINE_MAX),

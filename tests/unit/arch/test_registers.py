@@ -81,7 +81,7 @@ def test_gdt_has_the_classic_descriptors() -> None:
 
 @pytest.mark.parametrize("state", STATES)
 def test_selectors_name_their_descriptors(state: InitialState) -> None:
-    [(gpa, table)] = state.writes
+    (gpa, table), *_ = state.writes
     assert (state.sregs["gdt"]["base"], state.sregs["gdt"]["limit"]) == (gpa, len(table) - 1)
     for name in ("cs", "ds", "es", "fs", "gs", "ss", "tr"):
         segment = state.sregs[name]

@@ -25,6 +25,9 @@ CODE_TYPE, DATA_TYPE, TSS_TYPE = 11, 3, 11  # execute/read, read/write (both acc
 # Selectors 0x10 and 0x18 are the boot protocol's __BOOT_CS and __BOOT_DS.
 BOOT_CS, BOOT_DS, USER_CS, USER_DS, TSS_SELECTOR = 0x10, 0x18, 0x23, 0x2B, 0x30
 TSS_LIMIT = 0x67
+# With the payload's I/O permission map behind it: one bit per port, and a last byte of ones.
+TSS_IO_MAP = TSS_LIMIT + 1
+PAYLOAD_TSS_LIMIT = TSS_IO_MAP + 65536 // 8
 
 # The members of struct kvm_regs.
 REGISTER_NAMES = (
@@ -119,14 +122,11 @@ def _descriptor(segment: Segment) -> int:
     )
 
 
-def _task_register() -> Segment:
-    """A busy 64-bit TSS: Intel's VM entry refuses a long-mode guest without one.
-
-    Its I/O permission map is never consulted: with IOPL 3 a CPL 3 port access needs none.
-    """
+def _task_register(limit: int) -> Segment:
+    """A busy 64-bit TSS: Intel's VM entry refuses a long-mode guest without one."""
     return Segment(
         base=layout.TSS_GPA,
-        limit=TSS_LIMIT,
+        limit=limit,
         selector=TSS_SELECTOR,
         type=TSS_TYPE,
         present=1,
@@ -157,7 +157,7 @@ def _no_ldt() -> Segment:
     )
 
 
-def gdt_bytes() -> bytes:
+def gdt_bytes(tss_limit: int = TSS_LIMIT) -> bytes:
     """The descriptor table both entries share: kernel and user code/data, and the TSS."""
     entries = [
         0,
@@ -166,13 +166,15 @@ def gdt_bytes() -> bytes:
         _descriptor(_segment(BOOT_DS, DATA_TYPE, 0, code=False)),
         _descriptor(_segment(USER_CS, CODE_TYPE, 3, code=True)),
         _descriptor(_segment(USER_DS, DATA_TYPE, 3, code=False)),
-        _descriptor(_task_register()),
+        _descriptor(_task_register(tss_limit)),
         0,  # bits 63:32 of the TSS base: a 64-bit TSS descriptor takes two entries
     ]
     return struct.pack(f"<{len(entries)}Q", *entries)
 
 
-def _special_registers(code: Segment, data: Segment, cr3: int) -> SpecialRegisters:
+def _special_registers(
+    code: Segment, data: Segment, cr3: int, tss_limit: int = TSS_LIMIT
+) -> SpecialRegisters:
     return SpecialRegisters(
         cs=code,
         ds=data,
@@ -180,9 +182,9 @@ def _special_registers(code: Segment, data: Segment, cr3: int) -> SpecialRegiste
         fs=data.copy(),
         gs=data.copy(),
         ss=data.copy(),
-        tr=_task_register(),
+        tr=_task_register(tss_limit),
         ldt=_no_ldt(),
-        gdt=Table(base=layout.GDT_GPA, limit=len(gdt_bytes()) - 1),
+        gdt=Table(base=layout.GDT_GPA, limit=len(gdt_bytes(tss_limit)) - 1),
         # An empty IDT: an exception before the guest sets its own is a triple fault, at once.
         idt=Table(base=0, limit=0),
         cr0=CR0_PE | CR0_MP | CR0_ET | CR0_NE | CR0_WP | CR0_AM | CR0_PG,
@@ -213,6 +215,14 @@ def linux64_entry(
     return InitialState(regs, _special_registers(code, data, cr3), [(layout.GDT_GPA, gdt_bytes())])
 
 
+def payload_tss() -> bytes:
+    """A 64-bit TSS whose I/O permission map allows every port (SDM vol. 1, 19.5.2)."""
+    tss = bytearray(PAYLOAD_TSS_LIMIT + 1)
+    struct.pack_into("<H", tss, 102, TSS_IO_MAP)
+    tss[-1] = 0xFF
+    return bytes(tss)
+
+
 def payload_entry(
     entry: int,
     cr3: int,
@@ -221,11 +231,14 @@ def payload_entry(
 ) -> InitialState:
     """64-bit mode at CPL 3 with IOPL 3, interrupts off, RDI = GPA of the payload info page.
 
-    CPL 3 because some hosts run it natively and interpret CPL 0 (field notes, section 1).
+    CPL 3 because some hosts run it natively and interpret CPL 0 (field notes, section 1). Those
+    hosts (PVM, 6.18) drop IOPL when the guest enters, and then ask the TSS' I/O permission map:
+    the payload gets one that allows every port.
     """
     code = _segment(USER_CS, CODE_TYPE, 3, code=True)
     data = _segment(USER_DS, DATA_TYPE, 3, code=False)
     regs = _general_registers(
         rip=entry, rdi=info_gpa, rsp=stack_top, rflags=RFLAGS_FIXED | RFLAGS_IOPL3
     )
-    return InitialState(regs, _special_registers(code, data, cr3), [(layout.GDT_GPA, gdt_bytes())])
+    writes = [(layout.GDT_GPA, gdt_bytes(PAYLOAD_TSS_LIMIT)), (layout.TSS_GPA, payload_tss())]
+    return InitialState(regs, _special_registers(code, data, cr3, PAYLOAD_TSS_LIMIT), writes)
