@@ -81,7 +81,7 @@ def guest_cpuid(
     Raises HostError when a C-bit is asked for and KVM offers no paravirtual leaves.
     """
     host = [CpuidEntry(*entry) for entry in supported]
-    topology = _Topology(vcpu_index, vcpu_count, _is_amd(host))
+    topology = _Topology(vcpu_index, vcpu_count, is_amd(host))
     entries = [
         topology.adapt(_strip(entry, c_bit is not None))
         for entry in host
@@ -100,7 +100,9 @@ def guest_cpuid(
     return entries
 
 
-def _is_amd(entries: list[CpuidEntry]) -> bool:
+def is_amd(supported: Iterable[tuple[int, ...]]) -> bool:
+    """Whether the processor is an AMD (or Hygon) one, which means vmmcall and not vmcall."""
+    entries = [CpuidEntry(*entry) for entry in supported]
     vendors = (b"AuthenticAMD", b"HygonGenuine")
     return any(_vendor(entry) in vendors for entry in entries if entry.function == 0)
 
