@@ -47,7 +47,7 @@ class Config:
         assert register % 4 + size <= 4
         return int.from_bytes(self.data[register : register + size], "little")
 
-    def write_config(  # noqa: PLR0917
+    def write_config(
         self, bus: int, device: int, function: int, register: int, size: int, value: int
     ) -> None:
         assert register % 4 + size <= 4
