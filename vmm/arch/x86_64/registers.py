@@ -24,10 +24,11 @@ CODE_TYPE, DATA_TYPE, TSS_TYPE = 11, 3, 11  # execute/read, read/write (both acc
 
 # Selectors 0x10 and 0x18 are the boot protocol's __BOOT_CS and __BOOT_DS.
 BOOT_CS, BOOT_DS, USER_CS, USER_DS, TSS_SELECTOR = 0x10, 0x18, 0x23, 0x2B, 0x30
-TSS_LIMIT = 0x67
-# With the payload's I/O permission map behind it: one bit per port, and a last byte of ones.
-TSS_IO_MAP = TSS_LIMIT + 1
-PAYLOAD_TSS_LIMIT = TSS_IO_MAP + 65536 // 8
+
+# SDM vol. 1, 19.5.2: the I/O permission map, a bit for each port, follows the 104 bytes of the
+# TSS and is closed by a byte of ones.
+TSS_IO_MAP_BASE, TSS_IO_MAP = 102, 104
+TSS_SIZE = TSS_IO_MAP + 65536 // 8 + 1
 
 # The members of struct kvm_regs.
 REGISTER_NAMES = (
@@ -82,7 +83,7 @@ class SpecialRegisters(TypedDict):
 
 
 class InitialState(NamedTuple):
-    """Register values for KVM_SET_REGS and KVM_SET_SREGS, and the GDT bytes they refer to."""
+    """Values for KVM_SET_REGS and KVM_SET_SREGS, and as (gpa, bytes) what they refer to."""
 
     regs: dict[str, int]
     sregs: SpecialRegisters
@@ -122,11 +123,11 @@ def _descriptor(segment: Segment) -> int:
     )
 
 
-def _task_register(limit: int) -> Segment:
+def _task_register() -> Segment:
     """A busy 64-bit TSS: Intel's VM entry refuses a long-mode guest without one."""
     return Segment(
         base=layout.TSS_GPA,
-        limit=limit,
+        limit=TSS_SIZE - 1,
         selector=TSS_SELECTOR,
         type=TSS_TYPE,
         present=1,
@@ -157,7 +158,7 @@ def _no_ldt() -> Segment:
     )
 
 
-def gdt_bytes(tss_limit: int = TSS_LIMIT) -> bytes:
+def gdt_bytes() -> bytes:
     """The descriptor table both entries share: kernel and user code/data, and the TSS."""
     entries = [
         0,
@@ -166,15 +167,29 @@ def gdt_bytes(tss_limit: int = TSS_LIMIT) -> bytes:
         _descriptor(_segment(BOOT_DS, DATA_TYPE, 0, code=False)),
         _descriptor(_segment(USER_CS, CODE_TYPE, 3, code=True)),
         _descriptor(_segment(USER_DS, DATA_TYPE, 3, code=False)),
-        _descriptor(_task_register(tss_limit)),
+        _descriptor(_task_register()),
         0,  # bits 63:32 of the TSS base: a 64-bit TSS descriptor takes two entries
     ]
     return struct.pack(f"<{len(entries)}Q", *entries)
 
 
-def _special_registers(
-    code: Segment, data: Segment, cr3: int, tss_limit: int = TSS_LIMIT
-) -> SpecialRegisters:
+def tss_bytes() -> bytes:
+    """A TSS whose I/O permission map allows every port.
+
+    With IOPL 3 no processor looks at it. Hosts that run CPL 3 natively without VT-x or SVM drop
+    the guest's IOPL, though, and then go by the map (6.18 PVM: `out` was a triple fault).
+    """
+    tss = bytearray(TSS_SIZE)
+    struct.pack_into("<H", tss, TSS_IO_MAP_BASE, TSS_IO_MAP)
+    tss[-1] = 0xFF
+    return bytes(tss)
+
+
+def _descriptor_writes() -> list[tuple[int, bytes]]:
+    return [(layout.GDT_GPA, gdt_bytes()), (layout.TSS_GPA, tss_bytes())]
+
+
+def _special_registers(code: Segment, data: Segment, cr3: int) -> SpecialRegisters:
     return SpecialRegisters(
         cs=code,
         ds=data,
@@ -182,9 +197,9 @@ def _special_registers(
         fs=data.copy(),
         gs=data.copy(),
         ss=data.copy(),
-        tr=_task_register(tss_limit),
+        tr=_task_register(),
         ldt=_no_ldt(),
-        gdt=Table(base=layout.GDT_GPA, limit=len(gdt_bytes(tss_limit)) - 1),
+        gdt=Table(base=layout.GDT_GPA, limit=len(gdt_bytes()) - 1),
         # An empty IDT: an exception before the guest sets its own is a triple fault, at once.
         idt=Table(base=0, limit=0),
         cr0=CR0_PE | CR0_MP | CR0_ET | CR0_NE | CR0_WP | CR0_AM | CR0_PG,
@@ -212,15 +227,7 @@ def linux64_entry(
     code = _segment(BOOT_CS, CODE_TYPE, 0, code=True)
     data = _segment(BOOT_DS, DATA_TYPE, 0, code=False)
     regs = _general_registers(rip=entry, rsi=boot_params_gpa, rsp=stack_top, rflags=RFLAGS_FIXED)
-    return InitialState(regs, _special_registers(code, data, cr3), [(layout.GDT_GPA, gdt_bytes())])
-
-
-def payload_tss() -> bytes:
-    """A 64-bit TSS whose I/O permission map allows every port (SDM vol. 1, 19.5.2)."""
-    tss = bytearray(PAYLOAD_TSS_LIMIT + 1)
-    struct.pack_into("<H", tss, 102, TSS_IO_MAP)
-    tss[-1] = 0xFF
-    return bytes(tss)
+    return InitialState(regs, _special_registers(code, data, cr3), _descriptor_writes())
 
 
 def payload_entry(
@@ -231,14 +238,11 @@ def payload_entry(
 ) -> InitialState:
     """64-bit mode at CPL 3 with IOPL 3, interrupts off, RDI = GPA of the payload info page.
 
-    CPL 3 because some hosts run it natively and interpret CPL 0 (field notes, section 1). Those
-    hosts (PVM, 6.18) drop IOPL when the guest enters, and then ask the TSS' I/O permission map:
-    the payload gets one that allows every port.
+    CPL 3 because some hosts run it natively and interpret CPL 0 (field notes, section 1).
     """
     code = _segment(USER_CS, CODE_TYPE, 3, code=True)
     data = _segment(USER_DS, DATA_TYPE, 3, code=False)
     regs = _general_registers(
         rip=entry, rdi=info_gpa, rsp=stack_top, rflags=RFLAGS_FIXED | RFLAGS_IOPL3
     )
-    writes = [(layout.GDT_GPA, gdt_bytes(PAYLOAD_TSS_LIMIT)), (layout.TSS_GPA, payload_tss())]
-    return InitialState(regs, _special_registers(code, data, cr3, PAYLOAD_TSS_LIMIT), writes)
+    return InitialState(regs, _special_registers(code, data, cr3), _descriptor_writes())
