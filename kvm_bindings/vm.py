@@ -201,7 +201,7 @@ class Vm:
             hint = ""
             if result in (-errno.ENOTTY, -errno.EINVAL):
                 supported = self.check_extension(ioctls.KVM_CAP_MEMORY_ATTRIBUTES)
-                if not supported & attributes or not supported:
+                if not supported or attributes & ~supported:
                     hint = (
                         "this VM type has no such memory attributes "
                         f"(KVM_CAP_MEMORY_ATTRIBUTES = {supported:#x}), use --scheme cbit"
