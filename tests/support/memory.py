@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from kvm_bindings import KvmError
@@ -16,8 +16,10 @@ from vmm.memory.guest_memory import GuestMemory
 HOLE_START, HOLE_END = 0xC000_0000, 0x1_0000_0000
 """RAM stops below the last GiB under 4 GiB and goes on above it, as in a PC."""
 
-SPLIT_RAM = (Range(0, HOLE_START), Range(HOLE_END, 16 * PAGE_SIZE))
+SPLIT_RAM = (Range(0, HOLE_START), Range(HOLE_END, 64 * PAGE_SIZE))
 SMALL_RAM = (Range(0, 64 * PAGE_SIZE),)
+
+_RAMP = bytes(range(1, 256))
 
 
 def page(number: int) -> int:
@@ -31,8 +33,9 @@ def pages(first: int, count: int) -> Range:
 
 
 def pattern(size: int, seed: int = 0) -> bytes:
-    """`size` bytes that are never zero and differ from page to page."""
-    return bytes(1 + (index // PAGE_SIZE * 31 + index + seed) % 255 for index in range(size))
+    """`size` bytes that are never zero; 255 is odd, so that each page starts with another one."""
+    start = seed % 255
+    return (_RAMP * (2 + size // 255))[start : start + size]
 
 
 @contextmanager
@@ -73,8 +76,8 @@ class GatedBacking(MemfdBacking):
 
     def __init__(self, size: int) -> None:
         super().__init__(size)
-        self.inside = threading.Event()
-        """Set once an access has come as far as the gate."""
+        self.arrivals = threading.Semaphore(0)
+        """Released by each access that has come as far as the gate."""
         self.gate = threading.Event()
 
     def pread(self, size: int, offset: int) -> bytes:
@@ -85,10 +88,38 @@ class GatedBacking(MemfdBacking):
         self._wait()
         return super().transfer_in(src_fd, src_offset, offset, size)
 
+    def await_arrivals(self, count: int = 1) -> None:
+        for _ in range(count):
+            assert self.arrivals.acquire(timeout=30), "no access came as far as the gate"
+
     def _wait(self) -> None:
-        self.inside.set()
+        self.arrivals.release()
         if not self.gate.wait(30):
             raise AssertionError("nobody opened the gate")
+
+
+class Background:
+    """Runs one call on a thread; `result` waits for it and raises what it raised."""
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        self._call = call
+        self._error: BaseException | None = None
+        self._value: object = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._value = self._call()
+        except BaseException as error:
+            self._error = error
+
+    def result(self) -> object:
+        self._thread.join(30)
+        assert not self._thread.is_alive(), "the call does not return"
+        if self._error is not None:
+            raise self._error
+        return self._value
 
 
 class BrokenPunch(MemfdBacking):
