@@ -55,8 +55,8 @@ def room_of(dotted: str) -> str | None:
 
 def objection(importer: str, name: str) -> str | None:
     """Why the module `importer` (dotted) may not import `name`, or None."""
-    top = importer.split(".")[0]
-    target = name.split(".")[0]
+    top = importer.partition(".")[0]
+    target = name.partition(".")[0]
     if target == "tests":
         return "the program does not know its tests"
     if top in ("kvm_bindings", "firmware"):

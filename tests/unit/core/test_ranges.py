@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -87,7 +89,7 @@ class RangeMapMachine(RuleBasedStateMachine):
         runs = list(self.map.runs())
         assert runs[0][0].start == SPAN.start
         assert runs[-1][0].end == SPAN.end
-        for (left, before), (right, after) in zip(runs, runs[1:], strict=False):
+        for (left, before), (right, after) in pairwise(runs):
             assert left.end == right.start
             assert before != after
 

@@ -18,7 +18,7 @@ from kvm_bindings import fdops
 from tests.support.memory import pattern
 from vmm.core.errors import PrivateAccess
 from vmm.core.ranges import PAGE_SIZE
-from vmm.memory.backing import Backing, GuestMemfdBacking, MemfdBacking
+from vmm.memory.backing import Backing, Buffer, GuestMemfdBacking, MemfdBacking
 
 SIZE = 64 * PAGE_SIZE
 
@@ -53,9 +53,13 @@ def test_pwrite_then_pread_moves_the_bytes_across_pages(backing: Backing) -> Non
 
 
 def test_vectors_move_buffer_after_buffer(backing: Backing) -> None:
-    pieces = [b"a" * 5000, b"", bytearray(b"b" * 7), memoryview(b"c" * 4096)]
+    pieces: list[Buffer] = [b"a" * 5000, b"", bytearray(b"b" * 7), memoryview(b"c" * 4096)]
     backing.pwritev(pieces, 100)
-    into = [bytearray(6000), bytearray(0), memoryview(bytearray(3103))]
+    into: list[bytearray | memoryview] = [
+        bytearray(6000),
+        bytearray(0),
+        memoryview(bytearray(3103)),
+    ]
 
     backing.preadv(into, 100)
 
@@ -134,7 +138,7 @@ def test_residency_agrees_with_the_kernels_other_count(backing: Backing) -> None
 
 
 def test_read_past_the_end_is_an_error_not_a_short_answer(backing: Backing) -> None:
-    with pytest.raises(OSError, match="ends before|outside"):
+    with pytest.raises(OSError, match=r"ends before|outside"):
         backing.pread(2 * PAGE_SIZE, SIZE - PAGE_SIZE)
 
 
@@ -152,7 +156,7 @@ def test_close_twice_unmaps_and_closes_once() -> None:
 def test_memfd_that_cannot_be_mapped_leaks_no_fd() -> None:
     before = set(os.listdir("/proc/self/fd"))
 
-    with pytest.raises(OSError, match="ENOMEM|EINVAL|EOVERFLOW"):
+    with pytest.raises(OSError, match=r"ENOMEM|EINVAL|EOVERFLOW"):
         MemfdBacking(1 << 62)
 
     assert set(os.listdir("/proc/self/fd")) == before
@@ -209,9 +213,9 @@ def test_mapped_backing_whose_pages_cannot_be_reached_is_an_error_not_a_signal()
     backing = mapped_memfd(SIZE)
     os.truncate(backing.fd, 0)
 
-    with pytest.raises(OSError, match="Input/output error|Bad address"):
+    with pytest.raises(OSError, match=r"Input/output error|Bad address"):
         backing.pread(16, 0)
-    with pytest.raises(OSError, match="Input/output error|Bad address"):
+    with pytest.raises(OSError, match=r"Input/output error|Bad address"):
         backing.pwrite(b"x", 0)
 
     backing.close()

@@ -1,4 +1,4 @@
-"""GuestMemory: who may touch what. An access is carried out whole or refused before a byte moves."""
+"""GuestMemory: an access is carried out whole, or refused before a byte moves."""
 
 from __future__ import annotations
 
@@ -85,9 +85,7 @@ def content(memory: GuestMemory, file: int) -> tuple[bytes, bytes, set[int], set
     [0, 5, PAGE_SIZE - 1, HOLE_START - 3 * PAGE_SIZE, HOLE_END, HOLE_END + 61 * PAGE_SIZE],
     ids=hex,
 )
-def test_verbs_reach_ram_on_both_sides_of_the_hole(
-    split: GuestMemory, file: int, gpa: int
-) -> None:
+def test_verbs_reach_ram_on_both_sides_of_the_hole(split: GuestMemory, file: int, gpa: int) -> None:
     data = pattern(3 * PAGE_SIZE, seed=gpa)
 
     split.pwrite(data, gpa)

@@ -38,6 +38,8 @@ def by_transfer(launch: LaunchMemory, data: bytes, gpa: int) -> int:
         os.close(fd)
 
 
+PRIVATE_PAGES = {*range(4, 8), *range(16, 32)}
+
 both_ways = pytest.mark.parametrize("fill", [by_pwrite, by_transfer])
 
 
@@ -62,7 +64,7 @@ def sides(memory: GuestMemory) -> tuple[MemfdBacking, MemfdBacking]:
         (4, 4, set(), {4, 5, 6, 7}),
         (2, 4, {2, 3}, {4, 5}),
         (6, 4, {8, 9}, {6, 7}),
-        (0, 64, set(range(64)) - set(range(4, 8)) - set(range(16, 32)), {*range(4, 8), *range(16, 32)}),
+        (0, 64, {*range(64)} - PRIVATE_PAGES, PRIVATE_PAGES),
     ],
 )  # fmt: skip
 def test_image_across_private_and_shared_runs_lands_on_the_side_that_the_guest_sees(

@@ -117,7 +117,9 @@ DESC, AVAIL, USED, HEADER, STATUS, DATA = 0, page(1), page(2), page(3), page(3) 
 _DESCRIPTOR = struct.Struct("<QIHH")
 
 
-def block_request(memory: GuestMemory, block: VirtioBlock, kind: int, sector: int, size: int) -> int:
+def block_request(
+    memory: GuestMemory, block: VirtioBlock, kind: int, sector: int, size: int
+) -> int:
     """One request by the ring, as a driver would put it; the status byte."""
     device_writes = DESC_WRITE if kind == T_IN else 0
     queue = SplitQueue(memory, 4, DESC, AVAIL, USED)

@@ -1,4 +1,4 @@
-"""fd-to-fd copies by each way: copy_file_range, splice, a buffer; short sources, errors, fallback."""
+"""fd-to-fd copies by copy_file_range, splice and buffer: short sources, errors, fallback."""
 
 from __future__ import annotations
 
@@ -78,9 +78,7 @@ def bytes_in_pipe() -> int:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("size", [0, 1, 4096, LARGE])
-def test_copy_moves_exactly_the_range(
-    way: Way, size: int, memfd: Callable[[bytes], int]
-) -> None:
+def test_copy_moves_exactly_the_range(way: Way, size: int, memfd: Callable[[bytes], int]) -> None:
     content = pattern(100 + size + 50)
     source, target = memfd(content), memfd(bytes(7 + size + 9))
 
