@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from vmm.core.errors import GuestMemoryError
 from vmm.devices.virtio.block_file import SECTOR, SERIAL_BYTES, DiskFile
@@ -48,7 +48,7 @@ class VirtioBlock:
 
     device_id = 2
     pci_class = 0x018000  # mass storage, other
-    queue_sizes = (QUEUE_SIZE,)
+    queue_sizes: Sequence[int] = (QUEUE_SIZE,)
 
     def __init__(
         self, disk: DiskFile, punch: Callable[[int, int, int], None] | None = None
