@@ -84,7 +84,7 @@ MakeMachine = Callable[..., DiskMachine]
 
 @pytest.fixture
 def make_machine(tmp_path: Path) -> Iterator[MakeMachine]:
-    """Build a machine: `sectors` of pattern on disk, options for the disk, and how to punch."""
+    """Build a machine: a disk with pattern in its first 2 MiB, its options, how to punch."""
     made: list[tuple[FakeMemory, int]] = []
 
     def make(
@@ -94,7 +94,8 @@ def make_machine(tmp_path: Path) -> Iterator[MakeMachine]:
         memory_size: int = 1 << 20,
     ) -> DiskMachine:
         path = tmp_path / f"disk{len(made)}.img"
-        path.write_bytes(pattern(512 * sectors))
+        path.write_bytes(pattern(512 * min(sectors, 4096)))
+        os.truncate(path, 512 * sectors)
         disk = open_disk(str(path) + options)
         memory = FakeMemory(memory_size)
         made.append((memory, disk.fd))

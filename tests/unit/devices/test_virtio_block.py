@@ -237,6 +237,7 @@ def test_block_read_only_disk_refuses_changes(make_machine: MakeMachine) -> None
     assert machine.do(queue, T_IN, 0, Piece(DATA, 512, True))[0] == S_OK
     assert machine.do(queue, T_FLUSH, 0)[0] == S_OK
     assert machine.disk_bytes() == before
+    assert machine.memory.calls["transfer_out"] == 0
 
 
 def test_block_read_past_a_file_that_shrank_is_ioerr(machine: DiskMachine) -> None:
@@ -318,6 +319,27 @@ def test_block_bad_range_is_refused_and_changes_nothing(
 
     assert status == expected
     assert machine.disk_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("kind", "most"), [(T_DISCARD, MAX_DISCARD_SECTORS), (T_WRITE_ZEROES, MAX_ZERO_SECTORS)]
+)
+def test_block_range_longer_than_the_limit_is_ioerr(
+    make_machine: MakeMachine, kind: int, most: int
+) -> None:
+    punched: list[int] = []
+    machine = make_machine(
+        sectors=2 * MAX_DISCARD_SECTORS, punch=lambda _fd, _offset, size: punched.append(size)
+    )
+    queue = machine.up()
+
+    answers = []
+    for count in (most, most + 1):
+        machine.memory.poke(blk_range(0, count, kind == T_WRITE_ZEROES), DATA)
+        answers.append(machine.do(queue, kind, 0, Piece(DATA, 16))[0])
+
+    assert answers == [S_OK, S_IOERR]
+    assert punched == [512 * most]
 
 
 def test_block_discard_with_one_bad_range_punches_none(make_machine: MakeMachine) -> None:
