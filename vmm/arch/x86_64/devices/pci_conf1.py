@@ -23,7 +23,7 @@ class ConfigSpace(Protocol):
         """The value of `size` bytes at `register`."""
         ...
 
-    def write_config(  # noqa: PLR0917 - one address in three parts
+    def write_config(
         self, bus: int, device: int, function: int, register: int, size: int, value: int
     ) -> None:
         """Write `size` bytes at `register`."""
