@@ -305,6 +305,7 @@ def test_block_discard_that_fails_is_ioerr(make_machine: MakeMachine) -> None:
         (blk_range(0, 1) * 17, 17 * 16, S_IOERR),
         (blk_range(0, 1, 2), 16, S_UNSUPP),
         (blk_range(0, 1, 0x8000_0001), 16, S_UNSUPP),
+        (blk_range(64, 1, 4), 16, S_UNSUPP),
     ],
 )
 def test_block_bad_range_is_refused_and_changes_nothing(
