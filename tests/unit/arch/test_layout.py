@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import combinations
 
 from vmm.arch.x86_64 import layout
+from vmm.arch.x86_64.registers import tss_bytes
 from vmm.core.ranges import PAGE_SIZE, Range
 
 PORTS = {
@@ -19,7 +20,7 @@ PORTS = {
 
 LOW_MEMORY = {
     "gdt": Range(layout.GDT_GPA, 64),
-    "tss": Range(layout.TSS_GPA, 0x68),
+    "tss": Range(layout.TSS_GPA, len(tss_bytes())),
     "boot params": Range(layout.BOOT_PARAMS_GPA, PAGE_SIZE),
     "linux page tables": Range(layout.PAGE_TABLES_GPA, 6 * PAGE_SIZE),
     "command line": Range(layout.CMDLINE_GPA, layout.CMDLINE_MAX),

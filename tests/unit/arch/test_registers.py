@@ -6,7 +6,12 @@ import struct
 
 import pytest
 
-from vmm.arch.x86_64.registers import InitialState, gdt_bytes, linux64_entry, payload_entry
+from vmm.arch.x86_64.registers import (
+    InitialState,
+    gdt_bytes,
+    linux64_entry,
+    payload_entry,
+)
 
 KVM_REGS = (
     *("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp", "r8", "r9", "r10", "r11"),
@@ -76,12 +81,12 @@ def test_gdt_has_the_classic_descriptors() -> None:
 
     assert entries[:4] == (0, 0, 0x00AF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF)
     assert entries[4:6] == (0x00AF_FB00_0000_FFFF, 0x00CF_F300_0000_FFFF)
-    assert entries[6:] == (0x0000_8B00_0600_0067, 0)
+    assert entries[6:] == (0x0000_8B00_0600_2068, 0)
 
 
 @pytest.mark.parametrize("state", STATES)
 def test_selectors_name_their_descriptors(state: InitialState) -> None:
-    [(gpa, table)] = state.writes
+    gpa, table = state.writes[0]
     assert (state.sregs["gdt"]["base"], state.sregs["gdt"]["limit"]) == (gpa, len(table) - 1)
     for name in ("cs", "ds", "es", "fs", "gs", "ss", "tr"):
         segment = state.sregs[name]
@@ -89,3 +94,17 @@ def test_selectors_name_their_descriptors(state: InitialState) -> None:
         assert entry >> 40 & 0xF == segment["type"]
         assert entry >> 45 & 3 == segment["dpl"]
         assert entry >> 53 & 1 == segment["l"]
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("port", [0, 0x3F8, 0x500, 0x604, 0xC0FF, 0xFFFF])
+def test_tss_allows_every_port_to_whoever_asks_it(state: InitialState, port: int) -> None:
+    # SDM vol. 1, 19.5.2: two bytes of the map are read, both within the limit.
+    task = state.sregs["tr"]
+    tss = dict(state.writes)[task["base"]]
+    (base,) = struct.unpack_from("<H", tss, 102)
+
+    assert base + port // 8 + 1 <= task["limit"] == len(tss) - 1
+    (bits,) = struct.unpack_from("<H", tss, base + port // 8)
+    assert bits >> port % 8 & 1 == 0
+    assert tss[-1] == 0xFF

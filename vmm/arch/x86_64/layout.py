@@ -14,7 +14,7 @@ FOUR_GIB = 4 * GIB
 # --- guest-physical memory, in address order -----------------------------------------------------
 
 GDT_GPA = 0x500  # first bytes past the real-mode interrupt table and BIOS data area
-TSS_GPA = 0x600  # zeros; only Intel's VM entry checks look at TR, nothing ever reads the TSS
+TSS_GPA = 0x600  # a TSS with an I/O permission map, 8.2 KiB: see registers.tss_bytes
 BOOT_PARAMS_GPA = 0x7000  # the zero page; the embedded payload finds its info page here instead
 PAGE_TABLES_GPA = 0x9000  # PML4, PDPT, then page directories, growing upward
 CMDLINE_GPA = 0x20000  # clear of the page tables of the largest guest that boots Linux

@@ -24,7 +24,11 @@ CODE_TYPE, DATA_TYPE, TSS_TYPE = 11, 3, 11  # execute/read, read/write (both acc
 
 # Selectors 0x10 and 0x18 are the boot protocol's __BOOT_CS and __BOOT_DS.
 BOOT_CS, BOOT_DS, USER_CS, USER_DS, TSS_SELECTOR = 0x10, 0x18, 0x23, 0x2B, 0x30
-TSS_LIMIT = 0x67
+
+# SDM vol. 1, 19.5.2: the I/O permission map, a bit for each port, follows the 104 bytes of the
+# TSS and is closed by a byte of ones.
+TSS_IO_MAP_BASE, TSS_IO_MAP = 102, 104
+TSS_SIZE = TSS_IO_MAP + 65536 // 8 + 1
 
 # The members of struct kvm_regs.
 REGISTER_NAMES = (
@@ -79,7 +83,7 @@ class SpecialRegisters(TypedDict):
 
 
 class InitialState(NamedTuple):
-    """Register values for KVM_SET_REGS and KVM_SET_SREGS, and the GDT bytes they refer to."""
+    """Values for KVM_SET_REGS and KVM_SET_SREGS, and as (gpa, bytes) what they refer to."""
 
     regs: dict[str, int]
     sregs: SpecialRegisters
@@ -120,13 +124,10 @@ def _descriptor(segment: Segment) -> int:
 
 
 def _task_register() -> Segment:
-    """A busy 64-bit TSS: Intel's VM entry refuses a long-mode guest without one.
-
-    Its I/O permission map is never consulted: with IOPL 3 a CPL 3 port access needs none.
-    """
+    """A busy 64-bit TSS: Intel's VM entry refuses a long-mode guest without one."""
     return Segment(
         base=layout.TSS_GPA,
-        limit=TSS_LIMIT,
+        limit=TSS_SIZE - 1,
         selector=TSS_SELECTOR,
         type=TSS_TYPE,
         present=1,
@@ -172,6 +173,22 @@ def gdt_bytes() -> bytes:
     return struct.pack(f"<{len(entries)}Q", *entries)
 
 
+def tss_bytes() -> bytes:
+    """A TSS whose I/O permission map allows every port.
+
+    With IOPL 3 no processor looks at it. Hosts that run CPL 3 natively without VT-x or SVM drop
+    the guest's IOPL, though, and then go by the map (6.18 PVM: `out` was a triple fault).
+    """
+    tss = bytearray(TSS_SIZE)
+    struct.pack_into("<H", tss, TSS_IO_MAP_BASE, TSS_IO_MAP)
+    tss[-1] = 0xFF
+    return bytes(tss)
+
+
+def _descriptor_writes() -> list[tuple[int, bytes]]:
+    return [(layout.GDT_GPA, gdt_bytes()), (layout.TSS_GPA, tss_bytes())]
+
+
 def _special_registers(code: Segment, data: Segment, cr3: int) -> SpecialRegisters:
     return SpecialRegisters(
         cs=code,
@@ -210,7 +227,7 @@ def linux64_entry(
     code = _segment(BOOT_CS, CODE_TYPE, 0, code=True)
     data = _segment(BOOT_DS, DATA_TYPE, 0, code=False)
     regs = _general_registers(rip=entry, rsi=boot_params_gpa, rsp=stack_top, rflags=RFLAGS_FIXED)
-    return InitialState(regs, _special_registers(code, data, cr3), [(layout.GDT_GPA, gdt_bytes())])
+    return InitialState(regs, _special_registers(code, data, cr3), _descriptor_writes())
 
 
 def payload_entry(
@@ -228,4 +245,4 @@ def payload_entry(
     regs = _general_registers(
         rip=entry, rdi=info_gpa, rsp=stack_top, rflags=RFLAGS_FIXED | RFLAGS_IOPL3
     )
-    return InitialState(regs, _special_registers(code, data, cr3), [(layout.GDT_GPA, gdt_bytes())])
+    return InitialState(regs, _special_registers(code, data, cr3), _descriptor_writes())

@@ -44,6 +44,7 @@ class Cmos(BytePorts):
         self._bytes = bytearray(SIZE)
         self._bytes[STATUS_A] = DIVIDER_32KHZ
         self._bytes[STATUS_B] = HOURS_24
+        self._bytes[STATUS_D] = VALID
 
     def read_byte(self, offset: int) -> int:
         if offset == INDEX:
