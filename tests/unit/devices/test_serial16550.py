@@ -282,7 +282,7 @@ ACTIONS = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(ACTIONS, max_size=40))
 def test_uart_after_any_history_a_one_cause_handler_sees_every_byte(
     actions: list[tuple[str, int, int]],

@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.support.disk_machine import DATA, DiskMachine, MakeMachine, pattern
 from tests.support.virtio_driver import NEEDS_RESET, Piece
-from tests.unit.devices.conftest import DATA, DiskMachine, MakeMachine, pattern
 from vmm.core.ranges import Range
 from vmm.devices.virtio.block import (
     F_DISCARD,

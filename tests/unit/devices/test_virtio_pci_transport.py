@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.disk_machine import BAR, DATA, MINIMUM, RINGS, DiskMachine
 from tests.support.fake_memory import FakeMemory
 from tests.support.virtio_driver import (
     ACCESS_PLATFORM,
@@ -22,7 +23,6 @@ from tests.support.virtio_driver import (
     Piece,
     VirtioPciDriver,
 )
-from tests.unit.devices.conftest import BAR, DATA, MINIMUM, RINGS, DiskMachine
 from vmm.core.ranges import Range
 from vmm.devices.bus import PortBus
 from vmm.devices.pci import PciBus
@@ -449,7 +449,7 @@ CONFIG_ACCESS = st.tuples(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     st.booleans(),
     st.lists(st.one_of(BAR_ACCESS, CONFIG_ACCESS), max_size=40),
@@ -494,7 +494,7 @@ def test_transport_any_accesses_on_any_memory_are_survived(
 KINDS = st.sampled_from([0, 1, 4, 8, 11, 13, 2])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.lists(
         st.tuples(

@@ -201,7 +201,7 @@ def test_queue_descriptors_are_copied_once_however_long_the_chain(memory: FakeMe
     assert memory.calls["pread"] == 3
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     st.lists(
         st.tuples(
