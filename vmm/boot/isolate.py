@@ -48,7 +48,7 @@ def run_isolated(work: Callable[[], int], name: str) -> int:
     finally:
         os.close(reader)
         _, status = os.waitpid(pid, 0)
-    kind, text = answer[:1], answer[1:].decode()
+    kind, text = answer[:1], answer[1:].decode(errors="replace")
     if kind == _RESULT:
         return int(text)
     if kind == _REFUSED:

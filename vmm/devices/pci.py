@@ -232,7 +232,7 @@ class PciBus:
         with self._lock:
             return target.read_config(register, size)
 
-    def write_config(  # noqa: PLR0917 - the address of a register is four numbers
+    def write_config(
         self, bus: int, device: int, function: int, register: int, size: int, value: int
     ) -> None:
         """Write `size` bytes of a function's configuration space; BARs move accordingly."""

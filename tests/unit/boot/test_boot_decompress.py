@@ -8,6 +8,7 @@ import random
 import struct
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -99,20 +100,24 @@ def lz4_blocks(*blocks: bytes) -> bytes:
     return bytes.fromhex("02214c18") + b"".join(struct.pack("<I", len(b)) + b for b in blocks)
 
 
+LZ4_MAGIC = bytes.fromhex("02214c18")
+
+
 @pytest.mark.parametrize(
-    "payload",
+    ("payload", "words"),
     [
-        bytes.fromhex("02214c18") + struct.pack("<I", 0) + b"12345678",
-        bytes.fromhex("02214c18") + struct.pack("<I", 0xFFFFFFFF) + b"12345678",
-        bytes.fromhex("02214c18") + struct.pack("<I", 100) + b"12345678",
-        bytes.fromhex("02214c18") * 100,
-        lz4_blocks(b"\xff" * 40),
-        lz4_blocks(b"\x10A", b"\x10B", b"\x10C"),
+        (LZ4_MAGIC + struct.pack("<I", 0) + b"12345678", "a block of 0 bytes"),
+        (LZ4_MAGIC + struct.pack("<I", 0xFFFFFFFF) + b"1234", "a block of 4294967295 bytes"),
+        (LZ4_MAGIC + struct.pack("<I", 100) + b"12345678", "a block of 100 bytes where 8"),
+        (LZ4_MAGIC + struct.pack("<I", 9 << 20) + bytes(9 << 20), "a block of 9437184 bytes"),
+        (LZ4_MAGIC * 100, "a block of"),
+        (lz4_blocks(b"\xff" * 40), "damaged"),
+        (lz4_blocks(b"\x10A", b"\x10B", b"\x10C"), "follow its last block"),
     ],
-    ids=["empty", "huge", "past-end", "magics", "no-lz4", "short-blocks"],
+    ids=["empty", "huge", "past-end", "over-bound", "magics", "no-lz4", "short-blocks"],
 )
-def test_payload_lz4_bad_framing_is_refused(payload: bytes) -> None:
-    with pytest.raises(ImageError, match="LZ4 legacy payload is damaged"):
+def test_payload_lz4_bad_framing_is_refused(payload: bytes, words: str) -> None:
+    with pytest.raises(ImageError, match=words):
         unpack(payload)
 
 
@@ -129,6 +134,17 @@ def test_payload_lzma_dictionary_of_gigabytes_is_refused() -> None:
     stream[1:5] = struct.pack("<I", 0x80000000)
 
     with pytest.raises(ImageError, match="lzma payload is damaged"):
+        unpack(bytes(stream))
+
+
+def test_payload_xz_dictionary_of_gigabytes_is_refused() -> None:
+    # The block header at 12: its size, flags, filter 0x21, 1 property, the dictionary (40 stands
+    # for 4 GiB), padding, CRC.
+    stream = bytearray(lzma.compress(PLAIN, lzma.FORMAT_XZ))
+    stream[16] = 40
+    stream[20:24] = struct.pack("<I", zlib.crc32(stream[12:20]))
+
+    with pytest.raises(ImageError, match="xz payload is damaged: Memory usage limit"):
         unpack(bytes(stream))
 
 

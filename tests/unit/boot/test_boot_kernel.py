@@ -286,6 +286,22 @@ def test_initrd_goes_below_what_is_occupied(image_path: Path) -> None:
     assert place == Range(3 * MIB - 0x4000, 5000)
 
 
+def test_initrd_last_page_is_shared_with_nobody(image_path: Path) -> None:
+    image_path.write_bytes(b"i" * 5000)
+    occupied = [Range(4 * MIB - 0x800, 0x800)]
+
+    place = load_initrd(image_path, FakeMemory(), Range(0, 4 * MIB), 1 << 31, occupied)
+
+    assert place == Range(4 * MIB - 0x3000, 5000)
+
+
+def test_initrd_that_would_start_below_ram_is_refused(image_path: Path) -> None:
+    image_path.write_bytes(b"i" * (2 * MIB))
+
+    with pytest.raises(ImageError, match="do not fit"):
+        load_initrd(image_path, FakeMemory(), Range(3 * MIB, MIB), 1 << 31)
+
+
 def test_initrd_that_does_not_fit_beside_the_kernel_names_the_memory_needed(
     image_path: Path,
 ) -> None:

@@ -1,0 +1,113 @@
+"""`pyvmm lab ...`: prepare, boot, run the command inside, and be it: console, files, status."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from vmm.core.errors import UsageError
+from vmm.lab import terminal
+from vmm.lab.machine import Lab, LabRun, ended_by
+from vmm.lab.options import HELP, LabCommand, parse
+from vmm.lab.progress import Progress, Reporter, Silent, finished
+
+
+class _Interrupted(BaseException):
+    """A signal asks the lab to end; raised wherever the main thread is."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def run(argv: list[str]) -> int:
+    """The whole command; returns its exit status, raises PyvmmError for the caller to print."""
+    command = parse(argv)
+    if command.help:
+        print(HELP, end="")
+        return 0
+    if not command.arguments and sys.stdin is None:
+        raise UsageError("nothing to run and no standard input")
+    progress: Progress = Silent() if command.options.quiet else Reporter()
+    try:
+        with _signals_raise(), finished(progress):
+            return _run(command, progress)
+    except _Interrupted as interrupted:
+        return ended_by(interrupted.number)
+    except BrokenPipeError:
+        return ended_by(signal.SIGPIPE)  # nobody reads the console any more
+
+
+def _run(command: LabCommand, progress: Progress) -> int:
+    lab = Lab(command.options, progress)
+    has_terminal = terminal.interactive()
+    lab.prepare()
+    started = lab.start(
+        command.arguments,
+        program=command.is_program,
+        terminal=terminal.size() if has_terminal else None,
+    )
+    with started as machine:
+        try:
+            status = _drive(machine, has_terminal, progress)
+        finally:
+            if command.options.log is not None:
+                command.options.log.write_bytes(bytes(machine.log))
+        return status
+
+
+def _drive(machine: LabRun, has_terminal: bool, progress: Progress) -> int:
+    machine.output.sink = _writer(1)
+    if not has_terminal:
+        machine.errors.sink = _writer(2)
+    if not has_terminal:
+        _feed_input(machine)
+    with terminal.RawTerminal(0) as raw:
+        while machine.pump():
+            if machine.running:
+                progress.done()
+                if has_terminal:
+                    raw.enter()
+                    machine.feed_input_from(0)
+                break
+        return machine.wait()
+
+
+def _feed_input(machine: LabRun) -> None:
+    """Standard input is passed on from the start; a closed one is an empty one."""
+    try:
+        os.fstat(0)
+    except OSError:
+        machine.close_input()
+        return
+    machine.feed_input_from(0)
+
+
+def _writer(fd: int) -> Callable[[bytes], None]:
+    def write(data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view) :]
+
+    return write
+
+
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGHUP unwind the stack, so that QEMU and the terminal are seen to."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        del frame
+        raise _Interrupted(number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    previous = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,118 @@
+"""The two initramfs archives: the lab machine's own, and one for guests that bring none.
+
+Both are busybox, a few modules and a script. The lab machine's script mounts the images that
+vmm.lab.image builds and hands over to the job's script; the guest's ends in a shell.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+
+from vmm.core.errors import HostError
+from vmm.lab.cpio import CpioWriter
+from vmm.lab.kmodules import ModuleTree, without_signature
+
+# Loaded before anything can be mounted, and while the mounts are being made.
+_STORAGE_MODULES = ("virtio_pci", "virtio_blk", "virtio_console", "ext4", "overlay")
+_KVM_MODULES = ("irqbypass", "kvm", "kvm-amd")
+_GUEST_MODULES = ("virtio_pci", "virtio_blk", "ext4")
+
+_HOST_INIT = """\
+#!/bin/sh
+fail() {{
+    echo "pyvmm-lab: failed: $*"
+    poweroff -f
+    sleep 60
+}}
+load() {{
+    for module in "$@"; do
+        insmod "/modules/$module.ko" || fail "loading module $module"
+    done
+}}
+mount -t devtmpfs none /dev
+mount -t proc none /proc
+mount -t sysfs none /sys
+load {storage}
+load {kvm} &
+mkdir -p /lower /writes /root
+mount -t ext4 -o ro,noatime /dev/vda /lower || fail "mounting the root image"
+mount -t tmpfs -o size=75% none /writes
+mkdir /writes/upper /writes/work
+mount -t overlay -o lowerdir=/lower,upperdir=/writes/upper,workdir=/writes/work none /root \\
+    || fail "mounting the writable layer"
+mount -t ext4 -o ro,noatime /dev/vdb /root/lab/project || fail "mounting the project image"
+mount -t ext4 -o ro,noatime /dev/vdc /root/lab/job || fail "mounting the job image"
+mount -o move /dev /root/dev
+mount -o move /proc /root/proc
+mount -o move /sys /root/sys
+wait
+exec chroot /root /bin/sh /lab/job/run
+"""
+
+_GUEST_INIT = """\
+#!/bin/sh
+mount -t devtmpfs none /dev
+mount -t proc none /proc
+mount -t sysfs none /sys
+for module in {modules}; do
+    insmod "/modules/$module.ko"
+done
+mkdir -p /dev/pts /mnt /tmp /root
+mount -t devpts none /dev/pts
+export HOME=/root PATH=/bin TERM=vt100
+# A session of its own on the serial line, so that Ctrl-C reaches the shell's children.
+tty=/dev/ttyS0
+[ -c "$tty" ] || tty=/dev/console
+echo "Linux $(uname -r), {count} module(s) loaded; \\`poweroff -f\\` ends the guest."
+setsid -c sh <"$tty" >"$tty" 2>&1
+poweroff -f
+"""
+# What a cached archive depends on besides its files.
+SCRIPTS = f"{_HOST_INIT}{_GUEST_INIT}{_STORAGE_MODULES}{_KVM_MODULES}{_GUEST_MODULES}"
+
+
+def host_initramfs(busybox: Path, modules: Path) -> bytes:
+    """The lab machine's: `modules` is lib/modules/RELEASE of its kernel."""
+    tree = ModuleTree(modules)
+    storage = tree.in_order(_STORAGE_MODULES)
+    loaded = {name for name, _ in storage}
+    kvm = [(name, data) for name, data in tree.in_order(_KVM_MODULES) if name not in loaded]
+    if not any(name == "kvm_amd" for name, _ in kvm):
+        raise HostError(f"no module kvm-amd below {modules}; the lab's kernel needs it")
+    script = _HOST_INIT.format(
+        storage=" ".join(name for name, _ in storage), kvm=" ".join(name for name, _ in kvm)
+    )
+    return _archive(busybox, script, [*storage, *kvm])
+
+
+def guest_initramfs(busybox: Path, modules: Path | None) -> bytes:
+    """A guest's: to a shell on ttyS0, with its kernel's own virtio modules when they are given."""
+    found = [] if modules is None else ModuleTree(modules).in_order(_GUEST_MODULES)
+    script = _GUEST_INIT.format(modules=" ".join(name for name, _ in found), count=len(found))
+    return _archive(busybox, script, found)
+
+
+def _archive(busybox: Path, script: str, modules: Iterable[tuple[str, bytes]]) -> bytes:
+    # Not compressed: the emulated CPU copies faster than it decompresses.
+    archive = CpioWriter()
+    for folder in ("dev", "proc", "sys", "bin"):
+        archive.directory(folder)
+    archive.character_device("dev/console", 5, 1)
+    archive.file("bin/busybox", busybox.read_bytes(), 0o755)
+    for name in applets(busybox):
+        archive.symlink(f"bin/{name}", "busybox")
+    for name, content in modules:
+        archive.file(f"modules/{name}.ko", without_signature(content))
+    archive.file("init", script.encode(), 0o755)
+    return archive.finish()
+
+
+def applets(busybox: Path) -> list[str]:
+    """The commands that this busybox knows, asked from itself."""
+    result = subprocess.run([str(busybox), "--list"], capture_output=True, text=True, check=False)
+    names = [n for n in result.stdout.split() if n != "busybox" and "/" not in n]
+    if result.returncode != 0 or "sh" not in names:
+        raise HostError(f"{busybox} --list failed; the lab needs a busybox with a shell")
+    return names

@@ -1,0 +1,296 @@
+"""What one run carries into the lab machine and brings back: files, disks, the command's words.
+
+Files keep their absolute paths inside (links to where the job image is mounted), so that the
+command and its messages read the same as outside. Disks become block devices; their paths are
+rewritten. Results come back as a tar archive on a raw drive.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import stat
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from vmm.core.errors import UsageError
+
+# Drives in front of the user's disks: root, project, job, results.
+FIXED_DRIVES = 4
+_MOUNT = "/lab/job"
+_STATUS = "lab/status"
+RESULTS_BYTES = 8 << 30  # sparse: costs what is written
+
+_INPUT_OPTIONS = ("--kernel", "--initrd")
+_OUTPUT_OPTIONS = ("--report", "--trace")
+# Directories that the kernel makes inside too: what lies there is not carried.
+_NOT_CARRIED = ("/dev", "/proc", "/sys")
+
+
+@dataclass(frozen=True, slots=True)
+class Drive:
+    """A user's disk: attached to the lab machine as it lies, so that writes reach it."""
+
+    path: Path
+    read_only: bool
+
+
+@dataclass(slots=True)
+class Job:
+    """One command with everything it needs, ready to be laid out as an image."""
+
+    words: list[str]
+    directory: Path
+    inputs: list[Path] = field(default_factory=list)
+    outputs: list[Path] = field(default_factory=list)
+    drives: list[Drive] = field(default_factory=list)
+    first_drive: int = FIXED_DRIVES
+
+
+def drive_name(index: int) -> str:
+    """virtio-blk's naming in Linux: vda ... vdz, vdaa ..."""
+    name = ""
+    index += 1
+    while index:
+        index, letter = divmod(index - 1, 26)
+        name = chr(ord("a") + letter) + name
+    return f"/dev/vd{name}"
+
+
+def job_from_arguments(
+    words: Sequence[str],
+    directory: Path,
+    *,
+    first_drive: int = FIXED_DRIVES,
+    is_program: bool = False,
+) -> Job:
+    """Finds the files that the words name: `--option VALUE` and `--option=VALUE` alike.
+
+    Of a program's words nothing is known, so there only existing files are taken along.
+    """
+    job = Job([], directory, first_drive=first_drive)
+    option = ""
+    for word in words:
+        name, equals, value = word.partition("=")
+        if is_program:
+            _carry_if_file(job, word)
+            _carry_if_file(job, value)
+            job.words.append(word)
+        elif equals and name.startswith("--"):
+            job.words.append(f"{name}={_take(job, name, value)}")
+        elif option:
+            job.words.append(_take(job, option, word))
+        else:
+            _carry_if_file(job, word)
+            job.words.append(word)
+        option = word if word.startswith("--") and not equals else ""
+    return job
+
+
+def _take(job: Job, option: str, value: str) -> str:
+    """Notes what the option's value names; returns the value as it is to be inside."""
+    if option == "--disk":
+        return _attach(job, value)
+    if option in _OUTPUT_OPTIONS:
+        job.outputs.append(_absolute(job, value))
+        return value
+    if option in _INPUT_OPTIONS:
+        path = _absolute(job, value)
+        if not path.exists():
+            raise UsageError(f"{option} {value}: no such file")
+        if not os.access(path, os.R_OK):
+            raise UsageError(f"{option} {value}: no permission to read it")
+    if not value.startswith("--"):
+        _carry_if_file(job, value)
+    return value
+
+
+def _attach(job: Job, value: str) -> str:
+    name, comma, settings = value.partition(",")
+    path = _absolute(job, name)
+    read_only = "ro" in settings.split(",")
+    wanted = os.R_OK if read_only else os.R_OK | os.W_OK
+    if not path.exists():
+        raise UsageError(f"--disk {name}: no such file; make one with truncate -s SIZE FILE")
+    if not (path.is_file() or path.is_block_device()):
+        raise UsageError(f"--disk {name}: neither a file nor a block device")
+    if not os.access(path, wanted):
+        rest = "" if read_only else "; add ,ro to attach it read-only"
+        raise UsageError(f"--disk {name}: no permission{rest}")
+    job.drives.append(Drive(path, read_only))
+    return drive_name(job.first_drive + len(job.drives) - 1) + comma + settings
+
+
+def _carry_if_file(job: Job, value: str) -> None:
+    """A value may be FILE or FILE:CLASS; anything that names no regular file is left alone."""
+    for name in dict.fromkeys((value, value.rpartition(":")[0])):
+        path = _absolute(job, name)
+        inside_kernel = str(path).startswith(tuple(f"{p}/" for p in _NOT_CARRIED))
+        if name and "\0" not in name and not inside_kernel and path.is_file():
+            if path not in job.inputs:
+                job.inputs.append(path)
+            return
+
+
+def _absolute(job: Job, value: str) -> Path:
+    """Without resolving links: the path inside must be the one that was written."""
+    return Path(os.path.normpath(job.directory / value))
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What the command finds around it inside: variables, and a terminal if there is one here."""
+
+    environment: dict[str, str]
+    path: str
+    token: str  # ends the output streams; must not occur in the output
+    terminal: tuple[int, int] | None = None  # rows, columns
+    qemu_drive: str | None = None
+
+
+def lay_out(job: Job, surroundings: Surroundings, folder: Path) -> None:
+    """Fills `folder`, which becomes the job image: the files and the script `run`."""
+    links = []
+    for number, source in enumerate(job.inputs):
+        inside = folder / "files" / str(number) / source.name
+        inside.parent.mkdir(parents=True)
+        if source.is_dir():
+            shutil.copytree(source, inside, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copyfile(source, inside)
+            inside.chmod(0o755 if source.stat().st_mode & stat.S_IXUSR else 0o644)
+        links.append((str(source), f"{_MOUNT}/files/{number}/{source.name}"))
+    (folder / "run").write_text(_script(job, surroundings, links))
+
+
+def _script(job: Job, surroundings: Surroundings, links: list[tuple[str, str]]) -> str:
+    quote = shlex.quote
+    lines = [f"export PATH={quote(surroundings.path)}"]
+    lines += [f"export {name}={quote(value)}" for name, value in surroundings.environment.items()]
+    lines.append(_SETUP)
+    if surroundings.qemu_drive is not None:
+        lines.append(f"mount -t ext4 -o ro,noatime {surroundings.qemu_drive} /lab/qemu")
+    for path, target in links:
+        lines.append(f"mkdir -p {quote(str(PurePosixPath(path).parent))}")
+        lines.append(f"[ -e {quote(path)} ] || ln -s {quote(target)} {quote(path)}")
+    for output in job.outputs:
+        lines.append(f"mkdir -p {quote(str(output.parent))}")
+    lines.append(f"mkdir -p {quote(str(job.directory))}; cd {quote(str(job.directory))}")
+    words = " ".join(quote(word) for word in job.words)
+    if surroundings.terminal is not None:
+        rows, columns = surroundings.terminal
+        lines.append(_ON_TERMINAL.format(words=words, rows=rows, columns=columns))
+    else:
+        lines.append(_ON_PORTS.format(words=words))
+    names = " ".join(quote(f"./{str(p).lstrip('/')}") for p in job.outputs)
+    lines.append(
+        _FINISH.format(
+            token=quote(surroundings.token),
+            names=names,
+            device=drive_name(FIXED_DRIVES - 1),
+            status=_STATUS,
+        )
+    )
+    return "\n".join(lines)
+
+
+_SETUP = """\
+mkdir -p /dev/pts /dev/shm
+mount -t devpts none /dev/pts
+mount -t tmpfs none /dev/shm
+ip link set lo up
+hostname lab
+"""
+_WAIT_FOR = "while [ ! -c {device} ]; do usleep 20000; done"
+_ON_PORTS = (
+    _WAIT_FOR.format(device="/dev/vport0p3")
+    + """
+exec 5</dev/vport0p1 6>/dev/vport0p2 7>/dev/vport0p3
+echo pyvmm-lab: running >/dev/console
+{words} <&5 >&6 2>&7 5<&- 6>&- 7>&-
+status=$?
+"""
+)
+_ON_TERMINAL = (
+    _WAIT_FOR.format(device="/dev/hvc0")
+    + """
+exec 6>/dev/hvc0 7>/dev/null
+stty -F /dev/hvc0 rows {rows} cols {columns}
+echo pyvmm-lab: running >/dev/console
+setsid -c {words} </dev/hvc0 >/dev/hvc0 2>&1 6>&- 7>&-
+status=$?
+stty -F /dev/hvc0 raw -echo
+"""
+)
+# The token tells the host that a stream is complete; the host's answer, that it has read it.
+_FINISH = """\
+printf %s {token} >&6
+printf %s {token} >&7
+cd /
+echo $status >/{status}
+set -- ./{status}
+for name in {names}; do
+    [ -e "$name" ] && set -- "$@" "$name"
+done
+tar -c -f {device} "$@" || echo "pyvmm-lab: failed: writing the results"
+sync
+echo pyvmm-lab: finished >/dev/console
+read -t 20 answer </dev/ttyS0
+poweroff -f
+sleep 60
+"""
+
+
+@dataclass(slots=True)
+class Results:
+    """What came back: the command's status, and the outputs written to their places here."""
+
+    status: int | None
+    written: list[Path]
+
+
+def unpack_results(drive: Path, outputs: Sequence[Path]) -> Results:
+    """Reads the results drive; files go to the paths of `outputs` and nowhere else.
+
+    What is on the drive was written by the machine inside, so its names are not trusted.
+    """
+    results = Results(None, [])
+    with open(drive, "rb") as file:
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as archive:
+                for member in archive:
+                    _take_member(archive, member, outputs, results)
+        except tarfile.TarError:
+            return results  # nothing, or not all, was written: the status tells
+    return results
+
+
+def _take_member(
+    archive: tarfile.TarFile, member: tarfile.TarInfo, outputs: Sequence[Path], results: Results
+) -> None:
+    path = Path(os.path.normpath("/" + member.name))
+    if path == Path("/" + _STATUS):
+        content = archive.extractfile(member)
+        text = content.read(16).strip() if content is not None else b""
+        results.status = int(text) if text.isdigit() else None
+        return
+    if not any(path == output or output in path.parents for output in outputs):
+        return
+    if member.isdir():
+        path.mkdir(parents=True, exist_ok=True)
+        return
+    source = archive.extractfile(member) if member.isfile() else None
+    if source is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as target:
+        _copy(source, target)
+    results.written.append(path)
+
+
+def _copy(source: IO[bytes], target: IO[bytes]) -> None:
+    shutil.copyfileobj(source, target, 1 << 20)

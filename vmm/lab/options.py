@@ -1,0 +1,169 @@
+"""`pyvmm lab`'s own options, told apart from those that the inner pyvmm gets.
+
+Everything that isn't the lab's passes through untouched and in order, so that the lab doesn't
+have to know what pyvmm can do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vmm.core.errors import UsageError
+
+HELP = """\
+usage: pyvmm lab [lab options] [pyvmm's own command and options]
+       pyvmm lab [lab options] --exec PROGRAM [ARGUMENTS...]
+
+Runs pyvmm (or PROGRAM) inside a machine under full emulation that has a hardware-like KVM.
+Console, files named by options, --disk, --report, --trace and the exit status pass through.
+A kernel may be named debian:6.12 (or another series): Debian's stock cloud kernel.
+Without --initrd a guest gets a busybox shell.
+
+  --exec PROGRAM ...       run this instead of pyvmm; takes the rest of the line
+  --lab-mem SIZE           the lab machine's memory (default 2048M)
+  --lab-cpus N             its processors (default 2)
+  --lab-time-limit SECONDS end it after that long (default: no limit)
+  --lab-file PATH          take this file or directory along, at its own path
+  --lab-out PATH           bring this file or directory back at the end
+  --lab-env NAME=VALUE     set a variable in the inner environment
+  --lab-with-qemu          put QEMU on the inner PATH, as a yardstick
+  --lab-cache DIR          downloads and images (default $PYVMM_LAB_CACHE, else the user's cache)
+  --lab-offline            download nothing
+  --lab-log FILE           write the lab machine's kernel messages there
+  --lab-quiet              no progress on stderr
+  --lab-qemu FILE          a qemu-system-x86_64
+  --lab-busybox FILE       a busybox, linked statically
+  --lab-host-kernel FILE   the lab machine's kernel (or debian:SERIES)
+  --lab-host-modules DIR   its modules, lib/modules/RELEASE
+  --lab-guest-modules DIR  the guest kernel's modules, for the initramfs made for it
+"""
+
+_FLAGS = ("--lab-with-qemu", "--lab-offline", "--lab-quiet")
+_VALUES = (
+    "--lab-mem",
+    "--lab-cpus",
+    "--lab-time-limit",
+    "--lab-file",
+    "--lab-out",
+    "--lab-env",
+    "--lab-cache",
+    "--lab-log",
+    "--lab-qemu",
+    "--lab-busybox",
+    "--lab-host-kernel",
+    "--lab-host-modules",
+    "--lab-guest-modules",
+)
+
+
+@dataclass(slots=True)
+class LabOptions:
+    """How the lab machine is made; sizes in MiB, times in seconds."""
+
+    memory_mib: int = 2048
+    cpus: int = 2
+    time_limit: float | None = None
+    files: list[Path] = field(default_factory=list)
+    outputs: list[Path] = field(default_factory=list)
+    environment: dict[str, str] = field(default_factory=dict)
+    with_qemu: bool = False
+    cache: Path | None = None
+    offline: bool = False
+    quiet: bool = False
+    log: Path | None = None
+    qemu: str | None = None
+    busybox: str | None = None
+    host_kernel: str | None = None
+    host_modules: str | None = None
+    guest_modules: str | None = None
+
+
+@dataclass(slots=True)
+class LabCommand:
+    """A parsed `pyvmm lab` line: what to run inside, and how."""
+
+    options: LabOptions
+    arguments: list[str]
+    is_program: bool = False  # `arguments` is a command line of its own, not pyvmm's
+    help: bool = False
+
+
+def parse(argv: Sequence[str]) -> LabCommand:
+    """Splits the line; raises UsageError naming the option at fault."""
+    command = LabCommand(LabOptions(), [])
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        if word == "--exec":
+            if not rest:
+                raise UsageError("--exec: the program to run is missing")
+            if command.arguments:
+                raise UsageError(f"--exec runs a program instead of pyvmm {command.arguments[0]}")
+            command.arguments, command.is_program = rest, True
+            break
+        if word == "--lab-help" or (word in ("--help", "-h") and not command.arguments):
+            command.help = True
+        elif word in _FLAGS:
+            setattr(command.options, _field(word), True)
+        elif word.startswith("--lab-"):
+            name, equals, value = word.partition("=")
+            if name not in _VALUES:
+                raise UsageError(f"{name}: no such option of the lab; see pyvmm lab --help")
+            if not equals:
+                if not rest:
+                    raise UsageError(f"{name}: its value is missing")
+                value = rest.pop(0)
+            _set(command.options, name, value)
+        else:
+            command.arguments.append(word)
+    return command
+
+
+def _field(name: str) -> str:
+    return name.removeprefix("--lab-").replace("-", "_")
+
+
+def _set(options: LabOptions, name: str, value: str) -> None:
+    match name:
+        case "--lab-mem":
+            options.memory_mib = _mebibytes(name, value)
+        case "--lab-cpus":
+            options.cpus = int(_number(name, value, least=1))
+        case "--lab-time-limit":
+            options.time_limit = _number(name, value, least=0.001)
+        case "--lab-file":
+            if not Path(value).exists():
+                raise UsageError(f"{name} {value}: no such file or directory")
+            options.files.append(Path(value))
+        case "--lab-out":
+            options.outputs.append(Path(value))
+        case "--lab-env":
+            variable, equals, content = value.partition("=")
+            if not equals or not variable.isidentifier():
+                raise UsageError(f"{name} {value}: the form is NAME=VALUE")
+            options.environment[variable] = content
+        case "--lab-cache" | "--lab-log":
+            setattr(options, _field(name), Path(value).absolute())
+        case _:
+            setattr(options, _field(name), value)
+
+
+def _number(name: str, value: str, least: float) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        number = float("nan")
+    if not number >= least:
+        raise UsageError(f"{name} {value}: a number of at least {least:g} is needed")
+    return number
+
+
+def _mebibytes(name: str, value: str) -> int:
+    units = {"": 1, "M": 1, "G": 1024}
+    digits = value.rstrip("MmGg")
+    unit = value[len(digits) :].upper()
+    if not digits.isdigit() or unit not in units or int(digits) * units[unit] < 256:
+        raise UsageError(f"{name} {value}: a size of at least 256M is needed, as in 2048M or 2G")
+    return int(digits) * units[unit]

@@ -1,0 +1,251 @@
+"""The programs and kernels that the lab is made of: given by option, found, or downloaded.
+
+Everything downloaded is unpacked into the cache once; afterwards no network is needed. Every
+file can be given by option instead, and the error for a machine without apt or network says so.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from vmm.core.errors import HostError, UsageError
+from vmm.lab.apt import QEMU_SUITE, Apt, PackagesUnavailable, newest
+from vmm.lab.cache import Cache
+from vmm.lab.progress import Progress
+
+QEMU_PROGRAM = "qemu-system-x86_64"
+# guest_memfd with host mappings on ordinary VMs, the newest KVM that Debian builds.
+HOST_SERIES = "7.3"
+_DEBIAN = "debian:"
+
+
+_T = TypeVar("_T")
+
+
+class MissingFiles(HostError):
+    """Files that the lab needs, is not given, and cannot download; several make one sentence."""
+
+    def __init__(self, wanted: Sequence[str], cache: Path, reason: str) -> None:
+        super().__init__(
+            f"the lab needs {'; '.join(wanted)}: not in the cache {cache} "
+            f"and not to be downloaded ({reason})"
+        )
+        self.wanted = tuple(wanted)
+        self.reason = reason
+
+
+@dataclass(slots=True)
+class Wants:
+    """Asks for several things, so that one error names all that are missing."""
+
+    _errors: list[MissingFiles] = field(default_factory=list)
+
+    def gather(self, get: Callable[[], _T]) -> _T | None:
+        """The thing, or None when it is missing: `settle` then raises."""
+        try:
+            return get()
+        except MissingFiles as error:
+            self._errors.append(error)
+            return None
+
+    def settle(self, cache: Path) -> None:
+        """Raises MissingFiles if anything was missing."""
+        if self._errors:
+            wanted = [w for error in self._errors for w in error.wanted]
+            raise MissingFiles(wanted, cache, self._errors[0].reason)
+
+
+@dataclass(frozen=True, slots=True)
+class Qemu:
+    """A QEMU: its program, and for an unpacked one where its libraries and firmware lie."""
+
+    program: Path
+    libraries: Path | None = None
+    data: tuple[Path, ...] = ()
+
+    @property
+    def loader(self) -> Path | None:
+        """The unpacked C library's own loader; None for a QEMU that the system runs."""
+        return None if self.libraries is None else self.libraries / "ld-linux-x86-64.so.2"
+
+    def command(self) -> list[str]:
+        """The words that start it; options follow."""
+        words = []
+        if self.loader is not None:
+            # The libraries come from another release than the system's perhaps: run the program
+            # with the loader that belongs to them, and let no other process see them.
+            words += [str(self.loader), "--library-path", str(self.libraries)]
+        words.append(str(self.program))
+        for folder in self.data:
+            words += ["-L", str(folder)]
+        return words
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """A bootable image and, where known, the modules that were built with it."""
+
+    image: Path
+    modules: Path | None
+
+
+@dataclass(slots=True)
+class Packages:
+    """Gives the lab's programs and kernels, downloading what isn't in the cache."""
+
+    cache: Cache
+    progress: Progress
+    apt: Apt
+    offline: bool = False
+
+    def qemu(self, given: str | None) -> Qemu:
+        """The one given, else the one on PATH, else Debian's, unpacked into the cache."""
+        if given is not None:
+            return Qemu(_existing(given, "--lab-qemu"))
+        on_path = shutil.which(QEMU_PROGRAM)
+        if on_path is not None:
+            return Qemu(Path(on_path))
+        return self.unpacked_qemu()
+
+    def unpacked_qemu(self) -> Qemu:
+        """Debian's QEMU with all of its libraries, from the cache."""
+        tree = self._tree(
+            "qemu",
+            f"downloading QEMU (Debian {QEMU_SUITE}) into the cache",
+            lambda path: self.apt.download_closure(
+                f"qemu-system-x86/{QEMU_SUITE}", QEMU_SUITE, path
+            ),
+            f"{QEMU_PROGRAM} (--lab-qemu FILE, or put it on PATH)",
+        )
+        share = tree / "usr" / "share"
+        return Qemu(
+            program=tree / "usr" / "bin" / QEMU_PROGRAM,
+            libraries=tree / "usr" / "lib" / "x86_64-linux-gnu",
+            data=(share / "qemu", share / "seabios"),
+        )
+
+    def busybox(self, given: str | None) -> Path:
+        """A statically linked busybox."""
+        if given is not None:
+            return _existing(given, "--lab-busybox")
+        tree = self._tree(
+            "busybox",
+            "downloading busybox-static into the cache",
+            lambda path: self.apt.download([f"busybox-static/{QEMU_SUITE}"], path),
+            "busybox, linked statically (--lab-busybox FILE)",
+        )
+        return _one_of(tree, ("usr/bin/busybox", "bin/busybox"))
+
+    def host_kernel(self, given: str | None, modules: str | None) -> Kernel:
+        """The kernel whose KVM the lab offers."""
+        if given is None:
+            given = _DEBIAN + HOST_SERIES
+        if given.startswith(_DEBIAN):
+            return self.debian_kernel(
+                given,
+                f"a Linux {HOST_SERIES} image with its modules "
+                "(--lab-host-kernel FILE --lab-host-modules DIR)",
+            )
+        if modules is None:
+            raise UsageError(
+                f"--lab-host-kernel {given}: its modules are needed too, irqbypass, kvm, kvm-amd, "
+                "virtio_blk and overlay; give --lab-host-modules DIR (lib/modules/RELEASE)"
+            )
+        return Kernel(
+            _existing(given, "--lab-host-kernel"), _existing(modules, "--lab-host-modules")
+        )
+
+    def debian_kernel(self, name: str, wanted: str | None = None) -> Kernel:
+        """Debian's newest cloud kernel of a series, named as `debian:6.12`."""
+        series = name.removeprefix(_DEBIAN)
+        if not re.fullmatch(r"\d+\.\d+", series):
+            raise UsageError(f"kernel {name!r}: the form is debian:SERIES, as in debian:6.12")
+        tree = self._tree(
+            f"linux-{series}",
+            f"downloading Debian's Linux {series} into the cache",
+            lambda path: self._download_kernel(series, path),
+            wanted or f"a Linux {series} image (--kernel FILE)",
+        )
+        image = next(iter(sorted(tree.rglob("vmlinuz*"))))
+        return Kernel(image, next(iter(sorted(tree.glob("**/lib/modules/*"))), None))
+
+    def _download_kernel(self, series: str, into: Path) -> None:
+        number = re.escape(series)
+        names = self.apt.package_names(
+            rf"^linux-(image|binary|modules)-{number}[.-].*cloud-amd64$",
+        )
+        images = [n for n in names if n.startswith("linux-image-") and "unsigned" not in n]
+        image = newest(images)
+        if image is None:
+            known = {".".join(re.findall(r"\d+", n)[:2]) for n in self._cloud_kernels()}
+            raise PackagesUnavailable(
+                f"no cloud kernel {series} in the archive, which has {', '.join(sorted(known))}"
+            )
+        release = image.removeprefix("linux-image-")
+        # From 7.1 on the image package is empty and depends on two that hold the files.
+        parts = [n for n in (f"linux-binary-{release}", f"linux-modules-{release}") if n in names]
+        self.apt.download(parts if len(parts) == 2 else [image], into)
+
+    def _cloud_kernels(self) -> list[str]:
+        return self.apt.package_names(r"^linux-image-[0-9].*cloud-amd64$")
+
+    def _tree(self, name: str, doing: str, build: Callable[[Path], None], wanted: str) -> Path:
+        def download(path: Path) -> None:
+            if self.offline:
+                raise PackagesUnavailable("--lab-offline")
+            self.progress.step(doing)
+            with self.cache.lock("apt"):
+                build(path)
+
+        try:
+            return self.cache.entry(f"packages/{name}", download)
+        except PackagesUnavailable as error:
+            raise MissingFiles([wanted], self.cache.root, str(error)) from error
+
+
+def modules_beside(image: Path) -> Path | None:
+    """The modules of a kernel image that lies where distributions put it, or None.
+
+    The release is read from the image itself (boot protocol, kernel_version at 0x20e).
+    """
+    release = kernel_release(image)
+    if release is None:
+        return None
+    roots = [image.resolve().parent, *image.resolve().parents]
+    places = [image.resolve().parent]
+    for root in roots[:4]:
+        places += [root / "lib" / "modules" / release, root / "usr" / "lib" / "modules" / release]
+    return next((p for p in places if (p / "kernel").is_dir()), None)
+
+
+def kernel_release(image: Path) -> str | None:
+    """The release in a bzImage's header, as `uname -r` would say; None when it isn't one."""
+    try:
+        with open(image, "rb") as file:
+            head = file.read(0x10000)
+    except OSError:
+        return None
+    if head[0x202:0x206] != b"HdrS":
+        return None
+    at = int.from_bytes(head[0x20E:0x210], "little") + 0x200
+    words = head[at : at + 256].split(b"\0", 1)[0].split()
+    return words[0].decode("ascii", "replace") if words else None
+
+
+def _existing(path: str, option: str) -> Path:
+    found = Path(path)
+    if not found.exists():
+        raise UsageError(f"{option} {path}: no such file")
+    return found.absolute()
+
+
+def _one_of(tree: Path, names: tuple[str, ...]) -> Path:
+    for name in names:
+        if (tree / name).is_file():
+            return tree / name
+    raise HostError(f"{tree} holds none of {', '.join(names)}; remove it to download it again")

@@ -1,0 +1,181 @@
+"""The byte streams between the lab machine and its host, and the machine's end.
+
+Each stream is a socket pair with QEMU at the other end. One thread, no callbacks: whoever waits
+for something calls `pump` until it is there; nobody waiting means that the guest waits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+_CHUNK = 1 << 16
+
+
+Sink = Callable[[bytes], None]  # takes what a stream delivers
+
+
+@dataclass(slots=True)
+class EndMark:
+    """Takes the mark that ends a stream out of it: the writer's last bytes."""
+
+    mark: bytes
+    complete: bool = False
+    _held: bytes = b""
+
+    def feed(self, data: bytes) -> bytes:
+        """What can be passed on: all but the mark, and bytes that may be its beginning."""
+        data = self._held + data
+        at = data.find(self.mark)
+        if at >= 0:
+            self.complete, self._held = True, b""
+            return data[:at]
+        keep = min(len(data), len(self.mark) - 1)
+        while keep and not self.mark.startswith(data[len(data) - keep :]):
+            keep -= 1
+        self._held = data[len(data) - keep :]
+        return data[: len(data) - keep]
+
+    def rest(self) -> bytes:
+        """What was held back, once it is known that nothing follows."""
+        held, self._held = self._held, b""
+        return held
+
+
+@dataclass(slots=True)
+class Stream:
+    """The host's end of one stream."""
+
+    name: str
+    socket: socket.socket
+    sink: Sink | None = None
+    mark: EndMark | None = None
+    outgoing: bytearray = field(default_factory=bytearray)
+    closing: bool = False  # the writing side is shut down once `outgoing` is sent
+    open: bool = True
+
+
+def stream_pair(name: str) -> tuple[Stream, socket.socket]:
+    """A stream, and the socket to be inherited by QEMU."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    ours.setblocking(False)
+    return Stream(name, ours), theirs
+
+
+class Pump:
+    """Moves bytes for a set of streams, and notices when a process ends."""
+
+    def __init__(self, streams: list[Stream], process_fd: int) -> None:
+        # poll(2), unlike epoll, also takes regular files, which standard input may be.
+        self._selector = selectors.PollSelector()
+        self._streams = streams
+        self._process_fd = process_fd
+        self._input: tuple[int, Stream] | None = None
+        self.process_ended = False
+        for stream in streams:
+            self._selector.register(stream.socket, selectors.EVENT_READ, stream)
+        self._selector.register(process_fd, selectors.EVENT_READ)
+
+    def feed_from(self, fd: int, stream: Stream) -> None:
+        """From now on, what can be read from `fd` goes into `stream`; its end ends the stream."""
+        self._input = (fd, stream)
+
+    def send(self, stream: Stream, data: bytes) -> None:
+        stream.outgoing += data
+        self._flush(stream)
+
+    def close_sending(self, stream: Stream) -> None:
+        stream.closing = True
+        self._flush(stream)
+
+    def pump(self, timeout: float) -> None:
+        """Waits up to `timeout` seconds for something to happen, and does all that did."""
+        self._watch_input()
+        for stream in self._streams:
+            if stream.open:
+                events = selectors.EVENT_READ
+                events |= selectors.EVENT_WRITE if stream.outgoing else 0
+                self._selector.modify(stream.socket, events, stream)
+        for key, events in self._selector.select(timeout):
+            if key.fd == self._process_fd:
+                self.process_ended = True
+            elif isinstance(key.data, Stream):
+                if events & selectors.EVENT_WRITE:
+                    self._flush(key.data)
+                if events & selectors.EVENT_READ:
+                    self._receive(key.data)
+            else:
+                self._read_input()
+
+    def drain(self) -> None:
+        """After the process's end: what it left in the sockets."""
+        for stream in self._streams:
+            while stream.open and self._receive(stream):
+                pass
+
+    def close(self) -> None:
+        self._selector.close()
+        for stream in self._streams:
+            stream.socket.close()
+
+    def _watch_input(self) -> None:
+        """The input is read no faster than the guest takes it."""
+        if self._input is None:
+            return
+        fd, stream = self._input
+        watched = fd in self._selector.get_map()
+        wanted = len(stream.outgoing) < _CHUNK and stream.open
+        if wanted and not watched:
+            self._selector.register(fd, selectors.EVENT_READ)
+        elif watched and not wanted:
+            self._selector.unregister(fd)
+
+    def _read_input(self) -> None:
+        if self._input is None:
+            return
+        fd, stream = self._input
+        try:
+            data = os.read(fd, _CHUNK)
+        except OSError:
+            data = b""  # a terminal that hung up, or a directory: there is no more input
+        if data:
+            self.send(stream, data)
+            return
+        self._selector.unregister(fd)
+        self._input = None
+        self.close_sending(stream)
+
+    def _flush(self, stream: Stream) -> None:
+        try:
+            while stream.outgoing and stream.open:
+                sent = stream.socket.send(stream.outgoing[:_CHUNK])
+                del stream.outgoing[:sent]
+        except BlockingIOError:
+            return
+        except OSError:
+            stream.outgoing.clear()  # QEMU is gone; its end is noticed elsewhere
+        if stream.closing and not stream.outgoing:
+            stream.closing = False
+            with contextlib.suppress(OSError):
+                stream.socket.shutdown(socket.SHUT_WR)
+
+    def _receive(self, stream: Stream) -> bool:
+        try:
+            data = stream.socket.recv(_CHUNK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            data = b""
+        if not data:
+            stream.open = False
+            self._selector.unregister(stream.socket)
+            data = stream.mark.rest() if stream.mark is not None else b""
+        elif stream.mark is not None:
+            data = stream.mark.feed(data)
+        if data and stream.sink is not None:
+            stream.sink(data)
+        return stream.open
