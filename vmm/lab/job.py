@@ -171,6 +171,7 @@ def _script(job: Job, surroundings: Surroundings, links: list[tuple[str, str]]) 
     quote = shlex.quote
     lines = [f"export PATH={quote(surroundings.path)}"]
     lines += [f"export {name}={quote(value)}" for name, value in surroundings.environment.items()]
+    lines.append(f"TOKEN={quote(surroundings.token)}")
     lines.append(_SETUP)
     if surroundings.qemu_drive is not None:
         lines.append(f"mount -t ext4 -o ro,noatime {surroundings.qemu_drive} /lab/qemu")
@@ -189,7 +190,6 @@ def _script(job: Job, surroundings: Surroundings, links: list[tuple[str, str]]) 
     names = " ".join(quote(f"./{str(p).lstrip('/')}") for p in job.outputs)
     lines.append(
         _FINISH.format(
-            token=quote(surroundings.token),
             names=names,
             device=drive_name(FIXED_DRIVES - 1),
             status=_STATUS,
@@ -212,26 +212,33 @@ _ON_PORTS = (
 exec 5</dev/vport0p1 6>/dev/vport0p2 7>/dev/vport0p3
 echo pyvmm-lab: running >/dev/console
 {words} <&5 >&6 2>&7 5<&- 6>&- 7>&-
-status=$?
+echo $? >/lab/status
+printf %s "$TOKEN" >&6
+printf %s "$TOKEN" >&7
 """
 )
+# The shell in between is the session's leader: when a leader ends, its terminal is hung up and
+# what wasn't sent yet is lost. stty waits until everything is (it sets with TCSADRAIN).
 _ON_TERMINAL = (
     _WAIT_FOR.format(device="/dev/hvc0")
     + """
-exec 6>/dev/hvc0 7>/dev/null
 stty -F /dev/hvc0 rows {rows} cols {columns}
 echo pyvmm-lab: running >/dev/console
-setsid -c {words} </dev/hvc0 >/dev/hvc0 2>&1 6>&- 7>&-
-status=$?
-stty -F /dev/hvc0 raw -echo
+setsid -c sh -c '
+    trap : INT QUIT HUP
+    token=$1
+    shift
+    "$@"
+    echo $? >/lab/status
+    stty raw -echo
+    printf %s "$token"
+    stty raw -echo
+' sh "$TOKEN" {words} </dev/hvc0 >/dev/hvc0 2>&1
 """
 )
 # The token tells the host that a stream is complete; the host's answer, that it has read it.
 _FINISH = """\
-printf %s {token} >&6
-printf %s {token} >&7
 cd /
-echo $status >/{status}
 set -- ./{status}
 for name in {names}; do
     [ -e "$name" ] && set -- "$@" "$name"
