@@ -1,0 +1,1 @@
+"""Conversion of guest pages between private and shared: the transaction and the schemes."""

@@ -1,0 +1,1 @@
+"""The run loop of a vCPU and one handler per exit class."""

@@ -1,0 +1,31 @@
+"""Guest payloads that ship with pyvmm: sources, and the images built from them.
+
+The embedded payload runs when no kernel is given: it tries private memory, sharing and block
+I/O from the guest's side, and says what it saw (see `x86_64/start.S` for the order of its steps).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+LOAD_ADDRESS = 0x100000
+"""GPA of the image's first byte, which is also where it is entered."""
+
+MEMORY_END = 0x200000
+"""The image, its stack and its variables stay below this GPA."""
+
+MIN_RAM_BYTES = 16 << 20
+"""The payload converts ranges at fixed addresses and needs RAM up to here."""
+
+
+def payload_path(architecture: str = "x86_64") -> Path:
+    """Where the flat image of the embedded payload lies; raises LookupError if there is none."""
+    path = Path(__file__).resolve().parent / architecture / "payload.bin"
+    if not path.is_file():
+        raise LookupError(f"no embedded payload for {architecture}: {path} does not exist")
+    return path
+
+
+def payload_bytes(architecture: str = "x86_64") -> bytes:
+    """The flat image of the embedded payload; raises LookupError if there is none."""
+    return payload_path(architecture).read_bytes()

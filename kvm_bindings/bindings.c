@@ -1,0 +1,87 @@
+/* Compiled into kvm_bindings._kvm after kvm_abi.h: what cffi can't check or Python's os module can't call. */
+
+#define ABI_SIZE(type, size) _Static_assert(sizeof(struct type) == (size), #type " has another size in the kernel's ABI")
+#define ABI_OFFSET(type, field, offset) \
+    _Static_assert(offsetof(struct type, field) == (offset), #type "." #field " lies elsewhere in the kernel's ABI")
+
+ABI_SIZE(kvm_userspace_memory_region, 32);
+ABI_SIZE(kvm_userspace_memory_region2, 160);
+ABI_SIZE(kvm_create_guest_memfd, 64);
+ABI_SIZE(kvm_memory_attributes, 32);
+ABI_SIZE(kvm_enable_cap, 104);
+ABI_SIZE(kvm_irq_level, 8);
+ABI_SIZE(kvm_irqfd, 32);
+ABI_SIZE(kvm_ioeventfd, 64);
+ABI_SIZE(kvm_pit_config, 64);
+ABI_SIZE(kvm_regs, 144);
+ABI_SIZE(kvm_segment, 24);
+ABI_SIZE(kvm_dtable, 16);
+ABI_SIZE(kvm_sregs, 312);
+ABI_SIZE(kvm_cpuid_entry2, 40);
+ABI_SIZE(kvm_cpuid2, 8);
+ABI_SIZE(kvm_run, 2352);
+ABI_OFFSET(kvm_run, exit_reason, 8);
+ABI_OFFSET(kvm_run, io, 32);
+ABI_OFFSET(kvm_run, kvm_valid_regs, 288);
+ABI_OFFSET(kvm_run_io, data_offset, 8);
+ABI_OFFSET(kvm_run_mmio, len, 16);
+ABI_OFFSET(kvm_run_hypercall, ret, 56);
+ABI_OFFSET(kvm_run_emulation_failure, insn_bytes, 17);
+ABI_OFFSET(kvm_run_msr, data, 16);
+
+/* ioctl(2) with the two kinds of argument KVM takes; 0 or more on success, -errno on failure, and never a retry. */
+static int pyvmm_ioctl_value(int fd, unsigned long request, unsigned long value)
+{
+    int result = ioctl(fd, request, value);
+    return result < 0 ? -errno : result;
+}
+
+static int pyvmm_ioctl_pointer(int fd, unsigned long request, void *argument)
+{
+    int result = ioctl(fd, request, argument);
+    return result < 0 ? -errno : result;
+}
+
+/* A mapping that exists because KVM wants an address for a memslot; it never becomes a Python buffer. */
+static int64_t pyvmm_map(int fd, uint64_t offset, uint64_t size, int protection)
+{
+    void *address = mmap(NULL, size, protection, MAP_SHARED | MAP_NORESERVE, fd, (off_t)offset);
+    return address == MAP_FAILED ? -errno : (int64_t)(uintptr_t)address;
+}
+
+static int pyvmm_unmap(uint64_t address, uint64_t size)
+{
+    return munmap((void *)(uintptr_t)address, size) < 0 ? -errno : 0;
+}
+
+static int pyvmm_protect(uint64_t address, uint64_t size, int protection)
+{
+    return mprotect((void *)(uintptr_t)address, size, protection) < 0 ? -errno : 0;
+}
+
+static int pyvmm_fallocate(int fd, int mode, uint64_t offset, uint64_t size)
+{
+    return fallocate(fd, mode, (off_t)offset, (off_t)size) < 0 ? -errno : 0;
+}
+
+/* The kernel copies between a file and memory named by address: a bad address is EFAULT here, not a signal. */
+static int64_t pyvmm_pread_to_address(int fd, uint64_t address, uint64_t size, uint64_t offset)
+{
+    ssize_t moved = pread(fd, (void *)(uintptr_t)address, size, (off_t)offset);
+    return moved < 0 ? -errno : moved;
+}
+
+static int64_t pyvmm_pwrite_from_address(int fd, uint64_t address, uint64_t size, uint64_t offset)
+{
+    ssize_t moved = pwrite(fd, (const void *)(uintptr_t)address, size, (off_t)offset);
+    return moved < 0 ? -errno : moved;
+}
+
+/* cachestat(2), Linux 6.5: the number has been 451 on every architecture since; C libraries don't wrap it yet. */
+static int64_t pyvmm_cached_pages(int fd)
+{
+    struct { uint64_t off, len; } range = {0, 0};
+    struct { uint64_t cache, dirty, writeback, evicted, recently_evicted; } result;
+    long status = syscall(451, fd, &range, &result, 0);
+    return status < 0 ? -errno : (int64_t)result.cache;
+}

@@ -1,0 +1,100 @@
+"""System calls on backing fds that Python's os module lacks; nothing in here is about KVM.
+
+A mapping made here is an integer, never a Python buffer: no Python code can read or write
+guest memory through it by accident.
+"""
+
+from __future__ import annotations
+
+from kvm_bindings._kvm import lib
+from kvm_bindings.errors import KvmError, fail
+
+PROT_NONE = 0
+PROT_READ = 1
+PROT_WRITE = 2
+
+FALLOC_FL_KEEP_SIZE = 1
+FALLOC_FL_PUNCH_HOLE = 2
+FALLOC_FL_ZERO_RANGE = 16
+
+
+def map_shared(fd: int, size: int, *, offset: int = 0, protection: int = 3) -> int:
+    """mmap(2) with MAP_SHARED: the address as an integer. Raises KvmError."""
+    address = int(lib.pyvmm_map(fd, offset, size, protection))
+    if address < 0:
+        fail("mmap", address, f"fd={fd}, offset={offset:#x}, size={size:#x}")
+    return address
+
+
+def unmap(address: int, size: int) -> None:
+    """munmap(2). Raises KvmError."""
+    result = lib.pyvmm_unmap(address, size)
+    if result < 0:
+        fail("munmap", result, f"address={address:#x}, size={size:#x}")
+
+
+def protect(address: int, size: int, protection: int) -> None:
+    """mprotect(2); PROT_NONE makes any dereference of a mapping fail. Raises KvmError."""
+    result = lib.pyvmm_protect(address, size, protection)
+    if result < 0:
+        fail("mprotect", result, f"address={address:#x}, size={size:#x}, {protection}")
+
+
+def punch_hole(fd: int, offset: int, size: int) -> None:
+    """fallocate(2) with PUNCH_HOLE: the pages are given back and read as zeros. Raises KvmError.
+
+    KEEP_SIZE belongs to it: guest_memfd refuses the call without.
+    """
+    result = lib.pyvmm_fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, size)
+    if result < 0:
+        fail("fallocate", result, f"fd={fd}, PUNCH_HOLE, offset={offset:#x}, size={size:#x}")
+
+
+def zero_range(fd: int, offset: int, size: int) -> None:
+    """fallocate(2) with ZERO_RANGE: the range reads as zeros and stays allocated. KvmError."""
+    result = lib.pyvmm_fallocate(fd, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, offset, size)
+    if result < 0:
+        fail("fallocate", result, f"fd={fd}, ZERO_RANGE, offset={offset:#x}, size={size:#x}")
+
+
+def pread_to_address(fd: int, address: int, size: int, offset: int) -> int:
+    """pread(2) of a file straight into a mapping; the kernel copies. Bytes moved, or KvmError."""
+    moved = int(lib.pyvmm_pread_to_address(fd, address, size, offset))
+    if moved < 0:
+        fail("pread", moved, f"fd={fd}, address={address:#x}, size={size:#x}, {offset=:#x}")
+    return moved
+
+
+def pwrite_from_address(fd: int, address: int, size: int, offset: int) -> int:
+    """pwrite(2) to a file straight from a mapping; the kernel copies. Bytes moved, or KvmError."""
+    moved = int(lib.pyvmm_pwrite_from_address(fd, address, size, offset))
+    if moved < 0:
+        fail("pwrite", moved, f"fd={fd}, address={address:#x}, size={size:#x}, {offset=:#x}")
+    return moved
+
+
+def cached_pages(fd: int) -> int:
+    """Pages the kernel holds for a file, by cachestat(2): the only way to ask a guest_memfd.
+
+    Raises KvmError: ENOSYS before Linux 6.5, EOPNOTSUPP for hugetlbfs.
+    """
+    pages = int(lib.pyvmm_cached_pages(fd))
+    if pages < 0:
+        fail("cachestat", pages, f"fd={fd}")
+    return pages
+
+
+__all__ = [
+    "PROT_NONE",
+    "PROT_READ",
+    "PROT_WRITE",
+    "KvmError",
+    "cached_pages",
+    "map_shared",
+    "pread_to_address",
+    "protect",
+    "punch_hole",
+    "pwrite_from_address",
+    "unmap",
+    "zero_range",
+]

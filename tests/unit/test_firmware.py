@@ -1,0 +1,86 @@
+"""The embedded payload: its committed image is what its sources build, and it fits its place."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+import firmware
+from firmware import build
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Path:
+    """A copy of the payload's directory, in a place of another name."""
+    try:
+        build.find_binutils()
+    except build.BuildError as error:
+        pytest.skip(str(error))
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(build.SOURCE_DIRECTORY, copy)
+    return copy
+
+
+def equ(source: Path, name: str) -> int:
+    """The value that a `.equ` line of an assembly file gives to a name."""
+    found = re.search(rf"^\.equ {name},\s+(\w+)", source.read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1], 0)
+
+
+def test_payload_rebuilt_from_a_copy_is_the_committed_image(sources: Path) -> None:
+    image = build.build(sources)
+
+    assert image == firmware.payload_bytes()
+
+
+def test_check_with_a_changed_source_fails_and_says_what_to_run(
+    sources: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    console = sources / "console.S"
+    console.write_text(console.read_text().replace('"not ok "', '"failed "'))
+
+    status = build.main(["--check", "--source", str(sources)])
+
+    assert status == 1
+    assert "run python firmware/build.py" in capsys.readouterr().err
+
+
+def test_check_with_unchanged_sources_succeeds(sources: Path) -> None:
+    assert build.main(["--check", "--source", str(sources)]) == 0
+
+
+def test_build_with_a_broken_source_names_the_tool_and_its_message(
+    sources: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (sources / "console.S").write_text("    no_such_instruction rax\n")
+
+    status = build.main(["--source", str(sources)])
+
+    assert status == 2
+    assert "no_such_instruction" in capsys.readouterr().err
+
+
+def test_payload_outgrowing_its_place_is_refused_by_the_linker(sources: Path) -> None:
+    console = sources / "console.S"
+    console.write_text(console.read_text() + "    .skip 0x100000\n")
+
+    with pytest.raises(build.BuildError, match="must stay below private memory"):
+        build.build(sources)
+
+
+def test_payload_for_an_unknown_architecture_is_refused_by_name() -> None:
+    with pytest.raises(LookupError, match="no embedded payload for vax"):
+        firmware.payload_bytes("vax")
+
+
+def test_addresses_the_loader_relies_on_are_those_of_the_sources() -> None:
+    definitions = build.SOURCE_DIRECTORY / "defs.inc"
+
+    assert equ(definitions, "MIN_RAM_BYTES") == firmware.MIN_RAM_BYTES
+    assert equ(definitions, "MIN_PRIVATE_START") == firmware.MEMORY_END
+    linker_script = (build.SOURCE_DIRECTORY / "payload.ld").read_text()
+    assert f". = {firmware.LOAD_ADDRESS:#x};" in linker_script

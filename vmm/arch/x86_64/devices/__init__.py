@@ -1,0 +1,1 @@
+"""Port devices that only a PC has: clock, keyboard controller stub, ACPI power, PCI access."""

@@ -1,0 +1,156 @@
+"""`pyvmm`: options in, exit status out. 0 guest powered off, 1 guest failed, 2 bad usage or
+input, 3 the host cannot do it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from vmm.core.errors import PyvmmError, UsageError
+
+_DESCRIPTION = """\
+Runs a virtual machine whose memory is private: the guest decides page by page what the host may
+see, by sharing and unsharing, and a policy decides whether it may. Without --kernel the embedded
+payload runs, which tries all of this out and says what it saw.
+"""
+
+_EPILOG = """\
+examples:
+  pyvmm --private-mem                         try private memory on this host
+  pyvmm --kernel bzImage --private-mem        boot a stock kernel with private memory
+  pyvmm lab --kernel bzImage --private-mem    the same under full emulation, where the host's
+                                              KVM can't do it or there is none
+  pyvmm lab --help                            the lab's own options
+
+While the guest runs on a terminal, Ctrl-A x quits.
+exit status: 0 guest powered off, 1 guest failed, 2 bad usage or input, 3 the host cannot do it
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with errors as one line and exit status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see pyvmm --help")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of `pyvmm [run]`."""
+    parser = _Parser(
+        prog="pyvmm",
+        usage="pyvmm [run] [options]    or    pyvmm lab [options]",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    guest = parser.add_argument_group("the guest")
+    guest.add_argument("--kernel", metavar="FILE", help="a Linux bzImage or vmlinux (x86-64)")
+    guest.add_argument("--initrd", metavar="FILE", help="its initial RAM disk")
+    guest.add_argument(
+        "--append",
+        metavar="TEXT",
+        default="",
+        help="more kernel command line, after 'console=ttyS0 panic=-1'",
+    )
+    guest.add_argument(
+        "--mem", metavar="SIZE", default="512M", help="guest RAM, as in 512M or 2G (default 512M)"
+    )
+    guest.add_argument("--cpus", metavar="N", default="1", help="number of vCPUs (default 1)")
+    guest.add_argument(
+        "--disk",
+        metavar="FILE[,ro][,serial=TEXT]",
+        action="append",
+        default=[],
+        help="a raw disk image or block device as virtio-blk; may be given several times",
+    )
+    private = parser.add_argument_group("private memory")
+    private.add_argument(
+        "--private-mem",
+        nargs="?",
+        const="auto",
+        metavar="auto|guest_memfd|guest_memfd-mmap|memfd",
+        help="give the guest private memory; the value picks what stands behind it "
+        "(default auto: the strongest that this host has and the guest can use)",
+    )
+    private.add_argument(
+        "--scheme",
+        metavar="auto|cbit",
+        default="auto",
+        help="how private and shared pages are told apart (default auto)",
+    )
+    private.add_argument(
+        "--policy",
+        metavar="MODULE:CLASS|FILE.py:CLASS",
+        help="a subclass of vmm.policy.Policy that decides about conversions "
+        "(default: all are allowed)",
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--report", metavar="FILE", help="write what happened to FILE as JSON when the run ends"
+    )
+    output.add_argument(
+        "--debug", action="store_true", help="show a traceback for errors, for bug reports"
+    )
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; the exit status. Errors are printed, not raised (but with --debug)."""
+    try:
+        if arguments and arguments[0] == "lab":
+            from vmm.lab.command import run as run_lab
+
+            return run_lab(list(arguments[1:]))
+        return _run(arguments[1:] if arguments and arguments[0] == "run" else arguments)
+    except PyvmmError as error:
+        if "--debug" in arguments:
+            raise
+        print(f"pyvmm: {error}", file=sys.stderr)
+        return error.exit_status
+
+
+def _run(arguments: Sequence[str]) -> int:
+    options = build_parser().parse_args(arguments)
+    from vmm.machine.config import MachineConfig, parse_size
+
+    try:
+        cpus = int(options.cpus)
+    except ValueError:
+        raise UsageError(f"--cpus {options.cpus} is not a number; use 1") from None
+    config = MachineConfig(
+        kernel=options.kernel,
+        initrd=options.initrd,
+        append=options.append,
+        memory=parse_size(options.mem),
+        cpus=cpus,
+        private_memory=options.private_mem,
+        scheme=options.scheme,
+        disks=tuple(options.disk),
+        policy=options.policy,
+        report=options.report,
+    )
+    config.validate()
+    from vmm.machine.machine import Machine
+
+    outcome = Machine(config).run()
+    if outcome.exit_status:
+        print(f"pyvmm: {_sentence(outcome.exit)}: {outcome.reason}", file=sys.stderr)
+    return outcome.exit_status
+
+
+def _sentence(exit: str) -> str:
+    return {
+        "stopped": "the run was stopped",
+        "panic": "the guest panicked",
+        "failed": "the guest failed",
+        "triple-fault": "the guest crashed",
+        "internal-error": "the guest cannot go on",
+    }[exit]
+
+
+def entry_point() -> NoReturn:
+    """The console script."""
+    sys.exit(main(sys.argv[1:]))

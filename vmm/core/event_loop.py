@@ -1,0 +1,59 @@
+"""The device loop: waits on file descriptors and calls what belongs to them. No polling."""
+
+from __future__ import annotations
+
+import os
+import select
+from collections.abc import Callable
+
+
+class EventLoop:
+    """One thread runs it; `wake` and `stop` may be called from any thread or signal handler."""
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._callbacks: dict[int, Callable[[], None]] = {}
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._epoll.register(self._wake, select.EPOLLIN)
+        self._stopping = False
+
+    def add(self, fd: int, callback: Callable[[], None]) -> None:
+        """Call `callback` on the loop's thread whenever `fd` is readable or hung up.
+
+        Raises PermissionError for a regular file, which epoll can't wait for.
+        """
+        self._epoll.register(fd, select.EPOLLIN)
+        self._callbacks[fd] = callback
+
+    def remove(self, fd: int) -> None:
+        """Stop watching `fd`; unknown fds are ignored."""
+        if self._callbacks.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
+
+    def stop(self) -> None:
+        """Make `run` return after the callback under way."""
+        self._stopping = True
+        os.eventfd_write(self._wake, 1)
+
+    def run(self) -> None:
+        """Serve events until `stop`."""
+        while not self._stopping:
+            for fd, _ in self._epoll.poll():
+                callback = self._callbacks.get(fd)
+                if callback is not None:
+                    callback()
+                if self._stopping:
+                    return
+
+    def close(self) -> None:
+        self._epoll.close()
+        os.close(self._wake)
+        self._callbacks.clear()
+
+
+def drain(eventfd: int) -> None:
+    """Take an eventfd's count, which makes it unreadable until the next signal."""
+    try:
+        os.eventfd_read(eventfd)
+    except BlockingIOError:
+        return

@@ -1,0 +1,93 @@
+"""The port bus: which device answers which I/O port, decided once when a device is put on it.
+
+Devices know offsets only. Overlap and the end of the 64 KiB port space are checked in `add`;
+after that a lookup is one dict access and cannot fail on anything the guest does.
+"""
+
+from __future__ import annotations
+
+from threading import Lock
+from typing import Protocol
+
+from vmm.core.errors import PyvmmError
+
+PORT_SPACE = 0x1_0000
+
+
+class PortDevice(Protocol):
+    """What sits on the bus. `offset` counts from the port where it was put, `size` is 1, 2 or 4.
+
+    Neither method ever raises for anything that a guest can write, and `value` fits `size`.
+    """
+
+    def read(self, offset: int, size: int) -> int: ...
+
+    def write(self, offset: int, size: int, value: int) -> None: ...
+
+
+class PortConflict(PyvmmError):
+    """The ports do not exist, or another device has some of them."""
+
+
+def all_ones(size: int) -> int:
+    """What a read of `size` bytes answers where nothing drives the bus."""
+    return (1 << (8 * size)) - 1
+
+
+class PortBus:
+    """64 KiB of I/O ports.
+
+    Any thread may look up while another one moves a device: a lookup sees a port either with
+    its old owner or with its new one.
+    """
+
+    __slots__ = ("_lengths", "_lock", "_ports")
+
+    def __init__(self) -> None:
+        self._ports: dict[int, tuple[PortDevice, int]] = {}
+        self._lengths: dict[int, int] = {}  # first port -> number of ports
+        self._lock = Lock()
+
+    def add(self, base: int, length: int, device: PortDevice) -> None:
+        """Put `device` on ports [base, base + length).
+
+        Raises PortConflict, with nothing changed, when they leave the port space or are taken.
+        """
+        if length <= 0 or base < 0 or base + length > PORT_SPACE:
+            raise PortConflict(
+                f"ports {base:#x} to {base + length - 1:#x} do not lie in the port space "
+                f"0x0 to {PORT_SPACE - 1:#x}"
+            )
+        with self._lock:
+            for port in range(base, base + length):
+                owner = self._ports.get(port)
+                if owner is not None:
+                    raise PortConflict(
+                        f"ports {base:#x} to {base + length - 1:#x} cannot go to "
+                        f"{type(device).__name__}: {type(owner[0]).__name__} has port {port:#x}"
+                    )
+            self._lengths[base] = length
+            self._ports.update((base + offset, (device, offset)) for offset in range(length))
+
+    def remove(self, base: int) -> None:
+        """Take away the device that was put at exactly `base`; KeyError when there is none."""
+        with self._lock:
+            for port in range(base, base + self._lengths.pop(base)):
+                del self._ports[port]
+
+    def find(self, port: int) -> tuple[PortDevice, int] | None:
+        """The device at `port` and the port's offset in it."""
+        return self._ports.get(port)
+
+    def read(self, port: int, size: int) -> int:
+        """What IN of `size` bytes at `port` gives; all ones where nobody answers."""
+        found = self._ports.get(port)
+        if found is None:
+            return all_ones(size)
+        return found[0].read(found[1], size)
+
+    def write(self, port: int, size: int, value: int) -> None:
+        """OUT of `size` bytes at `port`; dropped where nobody answers."""
+        found = self._ports.get(port)
+        if found is not None:
+            found[0].write(found[1], size, value)

@@ -1,0 +1,313 @@
+"""virtio-blk on a raw disk file (virtio 1.2, 5.2): data goes from fd to fd, never through here.
+
+struct virtio_blk_req: le32 type, reserved; le64 sector; u8 data[]; u8 status
+struct virtio_blk_discard_write_zeroes: le64 sector; le32 num_sectors; le32 flags (bit 0: unmap)
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from collections.abc import Callable, Mapping, Sequence
+
+from vmm.core.errors import GuestMemoryError
+from vmm.devices.virtio.block_file import SECTOR, SERIAL_BYTES, DiskFile
+from vmm.devices.virtio.device import GuestMemory, IoStatistics
+from vmm.devices.virtio.queue import Chain, QueueError, Segment, SplitQueue
+
+F_SEG_MAX, F_RO, F_BLK_SIZE, F_FLUSH = 1 << 2, 1 << 5, 1 << 6, 1 << 9
+F_DISCARD, F_WRITE_ZEROES = 1 << 13, 1 << 14
+
+T_IN, T_OUT, T_FLUSH, T_GET_ID, T_DISCARD, T_WRITE_ZEROES = 0, 1, 4, 8, 11, 13
+S_OK, S_IOERR, S_UNSUPP = 0, 1, 2
+FLAG_UNMAP = 1
+
+QUEUE_SIZE = 256
+MAX_DISCARD_SECTORS, MAX_DISCARD_RANGES = 1 << 22, 16
+# Small enough that writing the zeroes out takes no longer than other requests do.
+MAX_ZERO_SECTORS, MAX_ZERO_RANGES = 1 << 16, 1
+_ZEROES = bytes(1 << 18)
+
+_HEADER = struct.Struct("<IIQ")
+_RANGE = struct.Struct("<QII")
+# capacity, size_max, seg_max, geometry, blk_size, topology, writeback, num_queues, then the
+# limits of discard and write zeroes.
+_CONFIG = struct.Struct("<QII4xI8xBxHIIIIIB3x")
+_CANNOT_PUNCH = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV)
+
+# What a request method answers: its status, and how many bytes it wrote to the guest.
+_Answer = tuple[int, int]
+_Request = Callable[[int, list[Segment], list[Segment]], _Answer]
+
+
+class VirtioBlock:
+    """A disk. `punch(fd, offset, size)` deallocates a range of the file and keeps its size;
+    without it, or where it says EOPNOTSUPP, zeroes are written and discards are not carried out.
+    """
+
+    device_id = 2
+    pci_class = 0x018000  # mass storage, other
+    queue_sizes: Sequence[int] = (QUEUE_SIZE,)
+
+    def __init__(
+        self, disk: DiskFile, punch: Callable[[int, int, int], None] | None = None
+    ) -> None:
+        self.statistics = IoStatistics()
+        self._disk = disk
+        self._punch = punch
+        self.features = F_SEG_MAX | F_BLK_SIZE | F_FLUSH
+        if disk.read_only:
+            self.features |= F_RO
+        else:
+            self.features |= F_WRITE_ZEROES | (F_DISCARD if punch else 0)
+        self._memory: GuestMemory | None = None
+        self._queues: Mapping[int, SplitQueue] = {}
+        self._agreed = 0
+        self._requests: dict[int, _Request] = {
+            T_IN: self._read,
+            T_OUT: self._write,
+            T_FLUSH: self._flush,
+            T_GET_ID: self._get_id,
+            T_DISCARD: self._discard,
+            T_WRITE_ZEROES: self._write_zeroes,
+        }
+
+    # --- the transport's side ---
+
+    def config(self) -> bytes:
+        """struct virtio_blk_config up to write_zeroes_may_unmap (5.2.4)."""
+        return _CONFIG.pack(
+            self._disk.sectors,
+            0,
+            QUEUE_SIZE - 2,  # a request's header and status take a descriptor each
+            SECTOR,
+            1,  # writeback: what is written stays in the host's page cache until a flush
+            1,
+            MAX_DISCARD_SECTORS,
+            MAX_DISCARD_RANGES,
+            8,  # host blocks are 4 KiB
+            MAX_ZERO_SECTORS,
+            MAX_ZERO_RANGES,
+            1 if self._punch else 0,
+        )
+
+    def activate(
+        self, memory: GuestMemory, queues: Mapping[int, SplitQueue], features: int
+    ) -> None:
+        self._memory = memory
+        self._queues = queues
+        self._agreed = features
+
+    def reset(self) -> None:
+        self._memory = None
+        self._queues = {}
+        self._agreed = 0
+
+    def process(self, queue_index: int) -> bool:
+        """Serve everything available now, and return it all at once."""
+        queue, memory = self._queues[queue_index], self._memory
+        if memory is None:
+            return False
+        used: list[tuple[int, int]] = []
+        try:
+            for chain in queue.take():
+                used.append((chain.head, self._serve(memory, chain)))
+        except (QueueError, GuestMemoryError):
+            queue.publish(used)  # those were carried out; the bad one stops the device
+            raise
+        return queue.publish(used)
+
+    # --- one request ---
+
+    def _serve(self, memory: GuestMemory, chain: Chain) -> int:
+        """Carry out one request; returns the bytes written from the start of its buffers."""
+        header, readable = _take_front(chain.readable, _HEADER.size)
+        if not chain.writable:
+            raise QueueError(f"request {chain.head} has no room for its status byte")
+        kind, _, sector = _HEADER.unpack(_gather(memory, header))
+        writable = list(chain.writable)
+        gpa, size = writable.pop()
+        status_gpa = gpa + size - 1
+        if size > 1:
+            writable.append((gpa, size - 1))
+        self.statistics.requests += 1
+        request = self._requests.get(kind)
+        if request is None:
+            status, written = S_UNSUPP, 0
+        else:
+            try:
+                status, written = request(sector, readable, writable)
+            except OSError:  # the disk's; the memory's own refusals are no OSErrors
+                status, written = S_IOERR, 0
+        if status != S_OK:
+            self.statistics.errors += 1
+        memory.pwrite(bytes((status,)), status_gpa)
+        # The used length promises a prefix: the status counts if all before it was written.
+        return written + 1 if written == _total(writable) else written
+
+    def _read(self, sector: int, _: list[Segment], writable: list[Segment]) -> _Answer:
+        position = self._position(sector, _total(writable))
+        if position is None:
+            return S_IOERR, 0
+        return self._move(position, writable, self._transfer_in)
+
+    def _write(self, sector: int, readable: list[Segment], _: list[Segment]) -> _Answer:
+        position = self._position(sector, _total(readable))
+        if position is None or self._disk.read_only:
+            return S_IOERR, 0
+        status, _moved = self._move(position, readable, self._transfer_out)
+        if not self._agreed & F_FLUSH:
+            os.fdatasync(self._disk.fd)  # 5.2.6.2: a driver that can't flush gets write-through
+        return status, 0
+
+    def _flush(self, _sector: int, _r: list[Segment], _w: list[Segment]) -> _Answer:
+        os.fdatasync(self._disk.fd)
+        self.statistics.flushes += 1
+        return S_OK, 0
+
+    def _get_id(self, _sector: int, _: list[Segment], writable: list[Segment]) -> _Answer:
+        assert self._memory is not None
+        identity = self._disk.serial.ljust(SERIAL_BYTES, b"\0")
+        written = 0
+        for gpa, size in writable:
+            piece = identity[written : written + size]
+            if piece:
+                self._memory.pwrite(piece, gpa)
+            written += len(piece)
+        return S_OK, written
+
+    def _discard(self, _sector: int, readable: list[Segment], _: list[Segment]) -> _Answer:
+        if not self._agreed & F_DISCARD:
+            return S_UNSUPP, 0
+        ranges = self._ranges(readable, MAX_DISCARD_RANGES, MAX_DISCARD_SECTORS)
+        if ranges is None:
+            return S_IOERR, 0
+        if any(flags for _, _, flags in ranges):  # 5.2.6.2: also unmap has no meaning here
+            return S_UNSUPP, 0
+        for position, size, _flags in ranges:
+            self._punched(position, size)  # a hint: content is undefined from here on
+        return S_OK, 0
+
+    def _write_zeroes(self, _sector: int, readable: list[Segment], _: list[Segment]) -> _Answer:
+        if not self._agreed & F_WRITE_ZEROES:
+            return S_UNSUPP, 0
+        ranges = self._ranges(readable, MAX_ZERO_RANGES, MAX_ZERO_SECTORS)
+        if ranges is None:
+            return S_IOERR, 0
+        if any(flags & ~FLAG_UNMAP for _, _, flags in ranges):
+            return S_UNSUPP, 0
+        for position, size, flags in ranges:
+            if not (flags & FLAG_UNMAP and self._punched(position, size)):
+                self._write_out_zeroes(position, size)
+        if not self._agreed & F_FLUSH:
+            os.fdatasync(self._disk.fd)
+        return S_OK, 0
+
+    # --- shared by the requests ---
+
+    def _position(self, sector: int, size: int) -> int | None:
+        """The byte offset of a request, or None when it is not wholly on the disk."""
+        if size % SECTOR or sector + size // SECTOR > self._disk.sectors:
+            return None
+        return sector * SECTOR
+
+    def _move(
+        self, position: int, segments: list[Segment], transfer: Callable[[int, int, int], int]
+    ) -> _Answer:
+        done = 0
+        try:
+            for gpa, size in _merged(segments):
+                moved = transfer(position + done, gpa, size)
+                done += moved
+                if moved < size:  # the file is shorter than it was when it was opened
+                    return S_IOERR, done
+        except OSError:
+            return S_IOERR, done
+        return S_OK, done
+
+    def _transfer_in(self, position: int, gpa: int, size: int) -> int:
+        assert self._memory is not None
+        moved = self._memory.transfer_in(self._disk.fd, position, gpa, size)
+        self.statistics.bytes_read += moved
+        return moved
+
+    def _transfer_out(self, position: int, gpa: int, size: int) -> int:
+        assert self._memory is not None
+        moved = self._memory.transfer_out(gpa, size, self._disk.fd, position)
+        self.statistics.bytes_written += moved
+        return moved
+
+    def _ranges(
+        self, readable: list[Segment], most: int, largest: int
+    ) -> list[tuple[int, int, int]] | None:
+        """The request's ranges as (position, bytes, flags), or None when any is out of bounds."""
+        assert self._memory is not None
+        size = _total(readable)
+        if self._disk.read_only or not 0 < size <= most * _RANGE.size or size % _RANGE.size:
+            return None
+        ranges = []
+        for sector, count, flags in _RANGE.iter_unpack(_gather(self._memory, readable)):
+            if count > largest or sector + count > self._disk.sectors:
+                return None
+            ranges.append((sector * SECTOR, count * SECTOR, flags))
+        return ranges
+
+    def _punched(self, position: int, size: int) -> bool:
+        """Deallocate; False when the host can't do that."""
+        if self._punch is None or size == 0:
+            return False
+        try:
+            self._punch(self._disk.fd, position, size)
+        except OSError as error:
+            if error.errno in _CANNOT_PUNCH:
+                return False
+            raise
+        return True
+
+    def _write_out_zeroes(self, position: int, size: int) -> None:
+        end = position + size
+        with memoryview(_ZEROES) as zeroes:
+            while position < end:
+                position += os.pwrite(self._disk.fd, zeroes[: end - position], position)
+        self.statistics.bytes_written += size
+
+
+def _total(segments: list[Segment]) -> int:
+    return sum([size for _, size in segments])
+
+
+def _merged(segments: list[Segment]) -> list[Segment]:
+    """The same bytes in the same order, with neighbours in memory joined."""
+    if len(segments) < 2:
+        return segments
+    merged = []
+    start, end = segments[0][0], segments[0][0]
+    for gpa, size in segments:
+        if gpa != end:
+            merged.append((start, end - start))
+            start = gpa
+        end = gpa + size
+    merged.append((start, end - start))
+    return merged
+
+
+def _gather(memory: GuestMemory, segments: list[Segment]) -> bytes:
+    if len(segments) == 1:
+        return memory.pread(segments[0][1], segments[0][0])
+    return b"".join([memory.pread(size, gpa) for gpa, size in segments])
+
+
+def _take_front(segments: list[Segment], count: int) -> tuple[list[Segment], list[Segment]]:
+    """Split the first `count` bytes off: 2.7.4 lets the driver cut a request anywhere."""
+    if segments and segments[0][1] == count:
+        return segments[:1], segments[1:]
+    front: list[Segment] = []
+    for index, (gpa, size) in enumerate(segments):
+        piece = min(size, count)
+        front.append((gpa, piece))
+        count -= piece
+        if count == 0:
+            rest = segments[index + 1 :]
+            return front, [(gpa + piece, size - piece), *rest] if size > piece else rest
+    raise QueueError("a request is shorter than its header of 16 bytes")

@@ -1,0 +1,291 @@
+"""virtio-pci, modern, all registers in one I/O BAR (virtio 1.2, 4.1): every access is an IN or OUT.
+
+struct virtio_pci_common_cfg (4.1.4.3), at offset 0 of the BAR:
+    le32 device_feature_select, device_feature, driver_feature_select, driver_feature;
+    le16 config_msix_vector, num_queues; u8 device_status, config_generation;
+    le16 queue_select, queue_size, queue_msix_vector, queue_enable, queue_notify_off;
+    le64 queue_desc, queue_driver, queue_device;
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from threading import Lock, RLock
+
+from vmm.core.errors import GuestMemoryError, PyvmmError
+from vmm.devices.virtio.device import GuestMemory, VirtioDevice
+from vmm.devices.virtio.pci_function import (
+    COMMON_CFG_SIZE,
+    DEVICE_CFG,
+    ISR_STATUS,
+    NOTIFY,
+    VirtioPciFunction,
+)
+from vmm.devices.virtio.queue import QueueError, SplitQueue
+
+VIRTIO_F_VERSION_1 = 1 << 32
+VIRTIO_F_ACCESS_PLATFORM = 1 << 33
+REQUIRED_FEATURES = VIRTIO_F_VERSION_1 | VIRTIO_F_ACCESS_PLATFORM
+
+STATUS_ACKNOWLEDGE, STATUS_DRIVER, STATUS_DRIVER_OK, STATUS_FEATURES_OK = 1, 2, 4, 8
+STATUS_NEEDS_RESET, STATUS_FAILED = 0x40, 0x80
+_STATUS_OF_DRIVER = (
+    STATUS_ACKNOWLEDGE | STATUS_DRIVER | STATUS_DRIVER_OK | STATUS_FEATURES_OK | STATUS_FAILED
+)
+
+ISR_QUEUE, ISR_CONFIG = 1, 2
+NO_VECTOR = 0xFFFF
+
+_COMMON = struct.Struct("<IIIIHHBBHHHHHQQQ")
+_WORD = 0xFFFF_FFFF
+
+
+@dataclass(slots=True)
+class _QueueSettings:
+    """What the driver wrote for one queue."""
+
+    size: int
+    enabled: bool = False
+    desc: int = 0
+    driver: int = 0
+    device: int = 0
+
+
+# The driver may write a queue only while it negotiates: (offset, size) -> (field, shift).
+_QUEUE_ADDRESSES = {
+    (0x20, 4): ("desc", 0),
+    (0x24, 4): ("desc", 32),
+    (0x28, 4): ("driver", 0),
+    (0x2C, 4): ("driver", 32),
+    (0x30, 4): ("device", 0),
+    (0x34, 4): ("device", 32),
+}
+
+
+class VirtioPciTransport:
+    """Registers, status machine and interrupt of one device.
+
+    `interrupt()` raises the function's INTx line, which whoever owns the line lowers at the
+    guest's EOI and raises again while `interrupt_pending()`. `moved(port or None)` names the
+    port whose 16-bit writes are to be turned into `notify(value)`, whenever it changes.
+    One lock covers configuration and request processing, so that a device that reads as reset
+    touches guest memory no more; the ISR has its own, its reader must not wait for a batch.
+    """
+
+    def __init__(
+        self,
+        device: VirtioDevice,
+        memory: GuestMemory,
+        interrupt: Callable[[], None],
+        *,
+        bar_base: int,
+        interrupt_line: int,
+        moved: Callable[[int | None], None] | None = None,
+    ) -> None:
+        self._device = device
+        self._memory = memory
+        self._interrupt = interrupt
+        self._moved = moved
+        self._offered = device.features | REQUIRED_FEATURES
+        self._config = device.config()
+        self._lock = RLock()
+        self._isr_lock = Lock()
+        self._isr = 0
+        self.notify_port: int | None = None
+        self.failure: str | None = None
+        self._clear()
+        self.function = VirtioPciFunction(
+            self,
+            device_id=device.device_id,
+            pci_class=device.pci_class,
+            config_size=len(self._config),
+            bar_base=bar_base,
+            interrupt_line=interrupt_line,
+            moved=self._bar_moved,
+        )
+
+    def _clear(self) -> None:
+        self._status = 0
+        self._device_feature_select = 0
+        self._driver_feature_select = 0
+        self._driver_features = 0
+        self._queue_select = 0
+        self._queues = [_QueueSettings(size) for size in self._device.queue_sizes]
+        self._active: frozenset[int] = frozenset()
+
+    # --- the event loop's side ---
+
+    def notify(self, queue_index: int) -> None:
+        """The driver made buffers available: serve them, with at most one interrupt."""
+        with self._lock:
+            if queue_index not in self._active:
+                return
+            try:
+                wanted = self._device.process(queue_index)
+            except (QueueError, GuestMemoryError, OSError) as error:
+                self._fail(error)
+                return
+            if wanted:
+                self._raise(ISR_QUEUE)
+
+    def interrupt_pending(self) -> bool:
+        """After the guest's EOI: whether the line has to go up again."""
+        return self._isr != 0 and self.function.intx_enabled
+
+    # --- the BAR ---
+
+    def read(self, offset: int, size: int) -> int:
+        """IN from the BAR; what is no register reads as zero."""
+        if offset == ISR_STATUS:
+            with self._isr_lock:
+                value, self._isr = self._isr, 0
+            return value
+        if offset >= DEVICE_CFG:
+            start = offset - DEVICE_CFG
+            return int.from_bytes(self._config[start : start + size], "little")
+        if offset < COMMON_CFG_SIZE:
+            with self._lock:
+                return int.from_bytes(self._common()[offset : offset + size], "little")
+        return 0
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """OUT to the BAR; dropped unless it is a whole field that may be written now."""
+        if offset == NOTIFY and size in (2, 4):
+            self.notify(value & 0xFFFF)
+            return
+        with self._lock:
+            if (offset, size) == (0x14, 1):
+                self._write_status(value)
+            elif (offset, size) == (0x00, 4):
+                self._device_feature_select = value
+            elif (offset, size) == (0x08, 4):
+                self._driver_feature_select = value
+            elif (offset, size) == (0x16, 2):
+                self._queue_select = value
+            elif (offset, size) == (0x0C, 4):
+                self._write_features(value)
+            else:
+                self._write_queue(offset, size, value)
+
+    def has_cause(self) -> bool:
+        """Whether the ISR holds a cause, for the PCI status register."""
+        return self._isr != 0
+
+    def interrupts_enabled(self) -> None:
+        """The guest cleared the command register's INTx disable bit."""
+        if self._isr:
+            self._interrupt()
+
+    # --- what follows is called with the lock held ---
+
+    def _common(self) -> bytes:
+        queue = self._selected()
+        select = self._device_feature_select
+        offered = (self._offered >> (32 * select)) & _WORD if select < 2 else 0
+        select = self._driver_feature_select
+        accepted = (self._driver_features >> (32 * select)) & _WORD if select < 2 else 0
+        return _COMMON.pack(
+            self._device_feature_select,
+            offered,
+            self._driver_feature_select,
+            accepted,
+            NO_VECTOR,
+            len(self._queues),
+            self._status,
+            0,
+            self._queue_select,
+            queue.size if queue else 0,
+            NO_VECTOR,
+            queue.enabled if queue else 0,
+            0,
+            queue.desc if queue else 0,
+            queue.driver if queue else 0,
+            queue.device if queue else 0,
+        )
+
+    def _selected(self) -> _QueueSettings | None:
+        return self._queues[self._queue_select] if self._queue_select < len(self._queues) else None
+
+    def _write_features(self, value: int) -> None:
+        select = self._driver_feature_select
+        if select > 1 or self._status & STATUS_FEATURES_OK:
+            return
+        shift = 32 * select
+        self._driver_features = (self._driver_features & ~(_WORD << shift)) | value << shift
+
+    def _write_queue(self, offset: int, size: int, value: int) -> None:
+        queue = self._selected()
+        if queue is None or queue.enabled or self._status & STATUS_DRIVER_OK:
+            return
+        if (offset, size) == (0x18, 2):
+            # 4.1.5.1.3: the driver may make it smaller, to another power of two.
+            largest = self._device.queue_sizes[self._queue_select]
+            if 0 < value <= largest and not value & (value - 1):
+                queue.size = value
+        elif (offset, size) == (0x1C, 2):
+            queue.enabled = value == 1
+        elif (offset, size) in _QUEUE_ADDRESSES:
+            field, shift = _QUEUE_ADDRESSES[offset, size]
+            setattr(queue, field, (getattr(queue, field) & ~(_WORD << shift)) | value << shift)
+
+    def _write_status(self, value: int) -> None:
+        """3.1: bits are only ever added, each step needs the one before; zero resets."""
+        if value == 0:
+            self._reset()
+            return
+        added = value & _STATUS_OF_DRIVER & ~self._status
+        if added & STATUS_FEATURES_OK and not self._features_acceptable():
+            added &= ~STATUS_FEATURES_OK
+        if added & STATUS_DRIVER_OK and not (self._status | added) & STATUS_FEATURES_OK:
+            added &= ~STATUS_DRIVER_OK
+        self._status |= added
+        if added & STATUS_DRIVER_OK:
+            self._start()
+
+    def _features_acceptable(self) -> bool:
+        accepted = self._driver_features
+        return not accepted & ~self._offered and accepted & REQUIRED_FEATURES == REQUIRED_FEATURES
+
+    def _start(self) -> None:
+        try:
+            queues = {
+                index: SplitQueue(self._memory, q.size, q.desc, q.driver, q.device)
+                for index, q in enumerate(self._queues)
+                if q.enabled
+            }
+        except QueueError as error:
+            self._fail(error)
+            return
+        self._device.activate(self._memory, queues, self._driver_features)
+        self._active = frozenset(queues)
+
+    def _reset(self) -> None:
+        self._device.reset()
+        self._clear()
+        with self._isr_lock:
+            self._isr = 0
+
+    def _fail(self, error: PyvmmError | OSError) -> None:
+        """2.1.2: stop, set DEVICE_NEEDS_RESET and tell a driver that is up."""
+        if isinstance(error, GuestMemoryError):
+            self._device.statistics.refused += 1
+        else:
+            self._device.statistics.errors += 1
+        self.failure = str(error)
+        self._active = frozenset()
+        self._status |= STATUS_NEEDS_RESET
+        if self._status & STATUS_DRIVER_OK:
+            self._raise(ISR_CONFIG)
+
+    def _raise(self, cause: int) -> None:
+        with self._isr_lock:
+            self._isr |= cause
+        if self.function.intx_enabled:
+            self._interrupt()
+
+    def _bar_moved(self, base: int | None) -> None:
+        self.notify_port = None if base is None else base + NOTIFY
+        if self._moved is not None:
+            self._moved(self.notify_port)

@@ -1,0 +1,152 @@
+"""The split virtqueue from the device's side, by pread and pwrite only (virtio 1.2, 2.7).
+
+One batch costs a pread of the available index, one of the new entries, one of the descriptor
+table, one pwrite of used elements and one of the used index, however many chains it has. All
+that is in there was written by a hostile guest: what does not add up raises QueueError.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Protocol
+
+from vmm.core.errors import PyvmmError
+
+MAX_QUEUE_SIZE = 32768
+MAX_CHAIN_BYTES = 1 << 32  # 2.7.4.3: the whole chain is shorter than 4 GiB
+ADDRESS_SPACE = 1 << 64
+
+DESC_NEXT, DESC_WRITE, DESC_INDIRECT = 1, 2, 4
+AVAIL_NO_INTERRUPT = 1
+
+_INDEX = struct.Struct("<H")
+_RING_HEADER = struct.Struct("<HH")  # flags, index
+_DESCRIPTOR = struct.Struct("<QIHH")  # address, length, flags, next
+_USED_ELEMENT = struct.Struct("<II")  # head of the chain, bytes written
+
+# A piece of guest memory: (gpa, size). A tuple, because a busy queue makes thousands a second.
+Segment = tuple[int, int]
+
+
+class QueueError(PyvmmError):
+    """The driver broke a rule of the ring; the device needs a reset."""
+
+
+class RingMemory(Protocol):
+    """The two verbs that rings need; both raise GuestMemoryError before a byte moves."""
+
+    def pread(self, size: int, gpa: int) -> bytes: ...
+
+    def pwrite(self, data: bytes, gpa: int) -> None: ...
+
+
+@dataclass(slots=True)
+class Chain:
+    """One request: what the device may read, then what it may write. Empty pieces are left out."""
+
+    head: int
+    readable: list[Segment]
+    writable: list[Segment]
+
+
+class SplitQueue:
+    """One enabled queue. Not locked: the transport serialises its use.
+
+    Raises QueueError when a ring is misaligned or runs past the address space (2.7, table).
+    """
+
+    __slots__ = ("_avail", "_desc", "_memory", "_next_avail", "_next_used", "_used", "size")
+
+    def __init__(self, memory: RingMemory, size: int, desc: int, avail: int, used: int) -> None:
+        if size & (size - 1) or not 1 <= size <= MAX_QUEUE_SIZE:
+            raise QueueError(f"queue size {size} is not a power of two up to {MAX_QUEUE_SIZE}")
+        for name, gpa, alignment, length in (
+            ("descriptor table", desc, 16, 16 * size),
+            ("available ring", avail, 2, 6 + 2 * size),
+            ("used ring", used, 4, 6 + 8 * size),
+        ):
+            if gpa % alignment or gpa + length > ADDRESS_SPACE:
+                raise QueueError(f"{name} at {gpa:#x} is misaligned or leaves the address space")
+        self._memory = memory
+        self.size = size
+        self._desc = desc
+        self._avail = avail
+        self._used = used
+        self._next_avail = 0
+        self._next_used = 0
+
+    def take(self) -> list[Chain]:
+        """The chains that became available since the last call, in the driver's order.
+
+        The index is read before the entries, and these before the descriptors: the order in
+        which the driver's writes become visible.
+        """
+        _, index = _RING_HEADER.unpack(self._memory.pread(4, self._avail))
+        count = (index - self._next_avail) & 0xFFFF
+        if count == 0:
+            return []
+        if count > self.size:
+            raise QueueError(
+                f"available index went from {self._next_avail} to {index}, "
+                f"the queue has {self.size} entries"
+            )
+        heads = self._read_heads(count)
+        table = self._memory.pread(16 * self.size, self._desc)
+        chains = [self._chain(table, head) for head in heads]
+        self._next_avail = index
+        return chains
+
+    def publish(self, used: list[tuple[int, int]]) -> bool:
+        """Return chains as (head, bytes written); True when the driver wants an interrupt."""
+        if not used:
+            return False
+        elements = b"".join([_USED_ELEMENT.pack(*element) for element in used])
+        slot = self._next_used % self.size
+        ring = self._used + 4
+        until_wrap = 8 * (self.size - slot)
+        self._memory.pwrite(elements[:until_wrap], ring + 8 * slot)
+        if len(elements) > until_wrap:
+            self._memory.pwrite(elements[until_wrap:], ring)
+        self._next_used = (self._next_used + len(used)) & 0xFFFF
+        self._memory.pwrite(_INDEX.pack(self._next_used), self._used + 2)
+        # After the index: the driver sets the flag, then looks at the index once more.
+        (flags,) = _INDEX.unpack(self._memory.pread(2, self._avail))
+        return not flags & AVAIL_NO_INTERRUPT
+
+    def _read_heads(self, count: int) -> tuple[int, ...]:
+        slot = self._next_avail % self.size
+        ring = self._avail + 4
+        first = min(count, self.size - slot)
+        data = self._memory.pread(2 * first, ring + 2 * slot)
+        if count > first:
+            data += self._memory.pread(2 * (count - first), ring)
+        return struct.unpack(f"<{count}H", data)
+
+    def _chain(self, table: bytes, head: int) -> Chain:
+        """Follow one chain through the copied table, which the guest can't change under us."""
+        size = self.size
+        readable: list[Segment] = []
+        writable: list[Segment] = []
+        total = 0
+        index = head
+        for _ in range(size):
+            if index >= size:
+                raise QueueError(f"descriptor {index} of chain {head}: the table has {size}")
+            gpa, length, flags, following = _DESCRIPTOR.unpack_from(table, 16 * index)
+            if flags & DESC_INDIRECT:
+                raise QueueError(f"descriptor {index} is indirect, which was not offered")
+            total += length
+            if gpa + length > ADDRESS_SPACE or total >= MAX_CHAIN_BYTES:
+                raise QueueError(f"descriptor {index}: {length:#x} bytes at {gpa:#x} are too many")
+            if flags & DESC_WRITE:
+                if length:
+                    writable.append((gpa, length))
+            elif writable:
+                raise QueueError(f"descriptor {index} is readable and follows a writable one")
+            elif length:
+                readable.append((gpa, length))
+            if not flags & DESC_NEXT:
+                return Chain(head, readable, writable)
+            index = following
+        raise QueueError(f"chain {head} is a loop")

@@ -1,0 +1,29 @@
+"""How a run ended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+POWEROFF = "poweroff"
+RESET = "reset"
+PANIC = "panic"
+FAILED = "failed"
+TRIPLE_FAULT = "triple-fault"
+INTERNAL_ERROR = "internal-error"
+STOPPED = "stopped"
+QUIT = "quit"
+
+_GOOD = frozenset({POWEROFF, RESET, QUIT})
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """`exit` is one of this module's words, `reason` a sentence for people (may be empty)."""
+
+    exit: str
+    reason: str = ""
+
+    @property
+    def exit_status(self) -> int:
+        """0 when the guest ended as it wished (or the user quit), 1 when it failed."""
+        return 0 if self.exit in _GOOD else 1

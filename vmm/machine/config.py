@@ -1,0 +1,77 @@
+"""What the user asked for, validated before anything on the host is touched."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from vmm.core.errors import UsageError
+from vmm.core.ranges import PAGE_SIZE
+
+PRIVATE_BACKINGS = ("auto", "guest_memfd", "guest_memfd-mmap", "memfd")
+SCHEMES = ("auto", "cbit")
+SMALLEST_MEMORY = 4 << 20
+LARGEST_MEMORY = 1 << 38  # the C-bit is bit 38 where the processor has that many address bits
+MAX_CPUS = 1
+
+_UNITS = {"": 1 << 20, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def parse_size(text: str) -> int:
+    """A memory size in bytes: a number with K, M, G or T, without a unit in MiB.
+
+    Raises UsageError for anything else.
+    """
+    match = re.fullmatch(r"([0-9]{1,15})([KMGT]?)(i?B)?", text.strip(), re.IGNORECASE | re.ASCII)
+    if not match:
+        raise UsageError(f"'{text}' is not a memory size; write a number with a unit, as in 512M")
+    return int(match[1]) * _UNITS[match[2].upper()]
+
+
+@dataclass(frozen=True, slots=True)
+class MachineConfig:
+    """One run. Sizes are bytes; None is "not given"."""
+
+    kernel: str | None = None
+    initrd: str | None = None
+    append: str = ""
+    memory: int = 512 << 20
+    cpus: int = 1
+    private_memory: str | None = None
+    """None: an ordinary VM; else one of PRIVATE_BACKINGS."""
+    scheme: str = "auto"
+    disks: tuple[str, ...] = ()
+    policy: str | None = None
+    report: str | None = None
+
+    def validate(self) -> None:
+        """Raises UsageError with the value and the remedy."""
+        if self.memory % PAGE_SIZE:
+            raise UsageError(f"--mem {self.memory} bytes is not a multiple of {PAGE_SIZE}")
+        if not SMALLEST_MEMORY <= self.memory <= LARGEST_MEMORY:
+            raise UsageError(
+                f"--mem {self.memory >> 20}M is out of range; "
+                f"use {SMALLEST_MEMORY >> 20}M to {LARGEST_MEMORY >> 30}G"
+            )
+        if not 1 <= self.cpus <= MAX_CPUS:
+            raise UsageError(f"--cpus {self.cpus}: this version runs guests with one vCPU; use 1")
+        if self.private_memory not in (None, *PRIVATE_BACKINGS):
+            raise UsageError(
+                f"--private-mem={self.private_memory} is unknown; "
+                f"use one of {', '.join(PRIVATE_BACKINGS)}"
+            )
+        if self.scheme not in SCHEMES:
+            raise UsageError(f"--scheme {self.scheme} is unknown; use one of {', '.join(SCHEMES)}")
+        if self.scheme != "auto" and self.private_memory is None:
+            raise UsageError(f"--scheme {self.scheme} needs --private-mem")
+        if self.initrd is not None and self.kernel is None:
+            raise UsageError("--initrd needs --kernel: the embedded payload takes no initrd")
+        if self.append and self.kernel is None:
+            raise UsageError("--append needs --kernel: the embedded payload has no command line")
+        if self.policy is not None and self.private_memory is None:
+            raise UsageError("--policy needs --private-mem: an ordinary VM converts no pages")
+        if self.private_memory == "guest_memfd" and self.kernel is not None:
+            raise UsageError(
+                "--private-mem=guest_memfd: the host cannot load a kernel into memory that it "
+                "cannot reach; use --private-mem=guest_memfd-mmap, or memfd"
+            )

@@ -1,0 +1,179 @@
+"""The user's terminal as the guest's serial line: raw while the guest runs, restored always."""
+
+from __future__ import annotations
+
+import os
+import sys
+import termios
+import tty
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from vmm.core.event_loop import EventLoop, drain
+
+ESCAPE = 0x01  # Ctrl-A
+_HELP = b"\r\nCtrl-A x  quit    Ctrl-A Ctrl-A  send Ctrl-A    Ctrl-A h  this help\r\n"
+_CHUNK = 4096
+_TAIL = 8192
+
+
+class SerialInput(Protocol):
+    """The receiving side of a UART."""
+
+    def receive(self, data: bytes) -> int: ...
+    def can_receive(self) -> bool: ...
+
+
+class Console:
+    """Copies serial output to stdout and stdin to the serial line, with back-pressure.
+
+    On a terminal, Ctrl-A starts a command: x quits, h helps, Ctrl-A sends itself.
+    """
+
+    def __init__(self, on_quit: Callable[[], None], stdin: int = 0, stdout: int = 1) -> None:
+        self._on_quit = on_quit
+        self._stdin = stdin
+        self._stdout: int | None = stdout
+        self._saved: list[Any] | None = None
+        self._loop: EventLoop | None = None
+        self._serial: SerialInput | None = None
+        self._pending = b""
+        self._escaped = False
+        self._watching = False
+        self._ended = False
+        self._room = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._tail = bytearray()
+
+    # -- output (on vCPU threads) -------------------------------------------------------------
+
+    def output(self, data: bytes) -> None:
+        """Write guest output to stdout; if nobody reads it any more, the guest runs on."""
+        self._tail += data
+        if len(self._tail) > 2 * _TAIL:
+            del self._tail[:-_TAIL]
+        view = memoryview(data)
+        while view and self._stdout is not None:
+            try:
+                view = view[os.write(self._stdout, view) :]
+            except BlockingIOError:
+                _wait_writable(self._stdout)
+            except OSError:
+                self._stdout = None  # a closed pipe or terminal
+
+    def tail(self) -> bytes:
+        """The last few KiB of output."""
+        return bytes(self._tail[-_TAIL:])
+
+    # -- input (on the device loop's thread) --------------------------------------------------
+
+    def attach(self, loop: EventLoop, serial: SerialInput) -> None:
+        """Start forwarding input; a terminal becomes raw until `restore`."""
+        self._loop = loop
+        self._serial = serial
+        if os.isatty(self._stdin):
+            self._saved = termios.tcgetattr(self._stdin)
+            tty.setraw(self._stdin, termios.TCSANOW)
+        loop.add(self._room, self._on_room)
+        self._watch()
+
+    def room(self) -> None:
+        """The guest has read what it had: more input may go in (called on any thread)."""
+        os.eventfd_write(self._room, 1)
+
+    def restore(self) -> None:
+        """Give the terminal back as it was; any number of times."""
+        if self._saved is not None:
+            termios.tcsetattr(self._stdin, termios.TCSADRAIN, self._saved)
+            self._saved = None
+
+    def close(self) -> None:
+        self.restore()
+        os.close(self._room)
+
+    def _watch(self) -> None:
+        assert self._loop is not None
+        if self._watching or self._ended:
+            return
+        try:
+            self._loop.add(self._stdin, self._readable)
+            self._watching = True
+        except PermissionError:
+            self._readable()  # a regular file or /dev/null: always readable, epoll refuses it
+        except OSError:
+            self._ended = True  # stdin is closed
+
+    def _unwatch(self) -> None:
+        if self._watching and self._loop is not None:
+            self._loop.remove(self._stdin)
+            self._watching = False
+
+    def _on_room(self) -> None:
+        drain(self._room)
+        self._feed()
+
+    def _readable(self) -> None:
+        if self._pending:
+            self._feed()
+            return
+        try:
+            data = os.read(self._stdin, _CHUNK)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._ended = True
+            self._unwatch()
+            return
+        self._pending = self._commands(data) if self._saved is not None else data
+        self._feed()
+
+    def _feed(self) -> None:
+        """Hand pending input to the UART; while it is full, nothing more is read."""
+        assert self._serial is not None
+        while True:
+            if self._pending:
+                accepted = self._serial.receive(self._pending)
+                self._pending = self._pending[accepted:]
+            if self._pending or not self._serial.can_receive():
+                self._unwatch()  # `room` will be called
+                return
+            if self._ended or self._watching:
+                return
+            self._watch()
+            if self._watching or not self._pending:
+                return
+
+    def _commands(self, data: bytes) -> bytes:
+        """Take Ctrl-A commands out of what was typed."""
+        if not self._escaped and ESCAPE not in data:
+            return data
+        kept = bytearray()
+        for byte in data:
+            if not self._escaped:
+                if byte == ESCAPE:
+                    self._escaped = True
+                else:
+                    kept.append(byte)
+                continue
+            self._escaped = False
+            if byte in b"xX":
+                self._on_quit()
+            elif byte in b"hH?":
+                self.output(_HELP)
+            elif byte == ESCAPE:
+                kept.append(ESCAPE)
+            else:
+                kept += bytes((ESCAPE, byte))
+        return bytes(kept)
+
+
+def _wait_writable(fd: int) -> None:
+    import select
+
+    select.select([], [fd], [])
+
+
+def say(text: str) -> None:
+    """One line for the user on stderr."""
+    print(f"pyvmm: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,135 @@
+"""The devices of a machine, on their ports and interrupt lines."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+from kvm_bindings import Vm, fdops
+from vmm.arch.x86_64 import layout
+from vmm.arch.x86_64.devices.acpi_pm import AcpiPm
+from vmm.arch.x86_64.devices.cmos import Cmos
+from vmm.arch.x86_64.devices.i8042 import I8042
+from vmm.arch.x86_64.devices.pci_conf1 import PciConf1
+from vmm.core.event_loop import EventLoop, drain
+from vmm.devices.bus import PortBus
+from vmm.devices.pci import PciBus, host_bridge
+from vmm.devices.serial16550 import Serial16550
+from vmm.devices.virtio.block import VirtioBlock
+from vmm.devices.virtio.block_file import DiskFile
+from vmm.devices.virtio.pci_transport import VirtioPciTransport
+from vmm.machine.console import Console
+from vmm.machine.interrupts import EdgeLine, LevelLine
+from vmm.memory.guest_memory import GuestMemory
+
+
+class Doorbell:
+    """The eventfds behind one virtio function's notify port: KVM signals, the loop serves."""
+
+    def __init__(self, vm: Vm, loop: EventLoop, queues: int) -> None:
+        self._vm = vm
+        self._port: int | None = None
+        self._loop = loop
+        self._eventfds = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(queues)]
+
+    def serve(self, notify: Callable[[int], None]) -> None:
+        """Call `notify(queue index)` on the loop's thread whenever the guest notifies a queue."""
+        for index, eventfd in enumerate(self._eventfds):
+            self._loop.add(eventfd, self._callback(eventfd, index, notify))
+
+    def _callback(
+        self, eventfd: int, index: int, notify: Callable[[int], None]
+    ) -> Callable[[], None]:
+        def notified() -> None:
+            drain(eventfd)
+            notify(index)
+
+        return notified
+
+    def move(self, port: int | None) -> None:
+        """The notify register is at `port` now (None: nowhere)."""
+        if self._port is not None:
+            self._bind(self._port, deassign=True)
+        self._port = port
+        if port is not None:
+            self._bind(port, deassign=False)
+
+    def _bind(self, port: int, *, deassign: bool) -> None:
+        for index, eventfd in enumerate(self._eventfds):
+            self._vm.ioeventfd(eventfd, port, 2, index, deassign=deassign)
+
+    def close(self) -> None:
+        for eventfd in self._eventfds:
+            os.close(eventfd)
+
+
+class Devices:
+    """Everything on the port bus; `io_statistics` for the report."""
+
+    def __init__(
+        self,
+        vm: Vm,
+        memory: GuestMemory,
+        loop: EventLoop,
+        console: Console,
+        disks: list[DiskFile],
+        *,
+        power_off: Callable[[], None],
+        reset: Callable[[], None],
+    ) -> None:
+        self.ports = PortBus()
+        self._vm = vm
+        self._memory = memory
+        self._loop = loop
+        self._closers: list[Callable[[], None]] = []
+        self._lines: dict[int, LevelLine] = {}
+        self._blocks: dict[str, VirtioBlock] = {}
+        self._pci = PciBus(self.ports)
+        self._pci.add(0, host_bridge())
+
+        line = EdgeLine(vm, layout.COM1_IRQ)
+        self._closers.append(line.close)
+        self.serial = Serial16550(console.output, line, console.room)
+        self.ports.add(layout.COM1_PORT, layout.COM1_PORTS, self.serial)
+        self.ports.add(layout.I8042_PORT, layout.I8042_PORTS, I8042(reset))
+        self.ports.add(layout.CMOS_PORT, layout.CMOS_PORTS, Cmos(time.time_ns))
+        pm = AcpiPm(time.monotonic_ns, power_off, reset)
+        self.ports.add(layout.ACPI_PM_PORT, layout.ACPI_PM_PORTS, pm)
+        self.ports.add(layout.PCI_CONFIG_PORT, layout.PCI_CONFIG_PORTS, PciConf1(self._pci))
+        for number, disk in enumerate(disks):
+            self._add_disk(number, disk)
+
+    def _add_disk(self, number: int, disk: DiskFile) -> None:
+        slot = number + 1
+        gsi = layout.pci_intx_gsi(slot)
+        block = VirtioBlock(disk, fdops.punch_hole)
+        line = self._level_line(gsi)
+        doorbell = Doorbell(self._vm, self._loop, len(block.queue_sizes))
+        self._closers.append(doorbell.close)
+        transport = VirtioPciTransport(
+            block,
+            self._memory,
+            line,
+            bar_base=layout.virtio_bar_port(slot),
+            interrupt_line=gsi,
+            moved=doorbell.move,
+        )
+        line.add_source(transport.interrupt_pending)
+        doorbell.serve(transport.notify)
+        self._pci.add(slot, transport.function)
+        self._blocks[f"blk{number}"] = block
+
+    def _level_line(self, gsi: int) -> LevelLine:
+        if gsi not in self._lines:
+            self._lines[gsi] = LevelLine(self._vm, gsi, self._loop)
+            self._closers.append(self._lines[gsi].close)
+        return self._lines[gsi]
+
+    def io_statistics(self) -> dict[str, dict[str, int]]:
+        return {name: block.statistics.as_dict() for name, block in self._blocks.items()}
+
+    def close(self) -> None:
+        """Close the eventfds; disks and memory belong to the machine."""
+        while self._closers:
+            self._closers.pop()()

@@ -1,0 +1,176 @@
+"""The two kinds of guest: a Linux kernel, or the embedded payload. What to load, how to enter."""
+
+from __future__ import annotations
+
+import os
+from typing import Protocol
+
+from vmm.arch.x86_64 import layout
+from vmm.arch.x86_64.registers import InitialState, linux64_entry, payload_entry
+from vmm.core.errors import UsageError
+from vmm.core.ranges import Range
+from vmm.machine.config import MachineConfig
+from vmm.memory.guest_memory import LaunchMemory
+
+DEFAULT_COMMAND_LINE = "console=ttyS0 panic=-1"
+"""Before --append: console on the serial line; a panic ends the run at once."""
+
+
+class Guest(Protocol):
+    """What the machine needs to know of what it runs."""
+
+    host_loads_private: bool
+    """Whether its private memory is filled by the host before it runs."""
+    needs_hypercalls: bool
+    """Whether it asks for conversions by KVM_HC_MAP_GPA_RANGE."""
+
+    def private_ranges(self, ram: list[Range]) -> list[Range]:
+        """What starts as private memory when there is any."""
+        ...
+
+    def load(self, launch: LaunchMemory, ram: list[Range], c_mask: int) -> InitialState:
+        """Write the guest into its memory; the first vCPU's state."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class LinuxGuest:
+    """A bzImage or vmlinux, entered at the uncompressed kernel's 64-bit entry."""
+
+    host_loads_private = True
+    needs_hypercalls = True
+
+    def __init__(self, config: MachineConfig) -> None:
+        """Opens and checks the images. Raises ImageError, UsageError."""
+        from vmm.boot.kernel import load_kernel_image  # not on the payload's start-up path
+        from vmm.boot.source import open_source
+
+        assert config.kernel is not None
+        self._config = config
+        self._initrd = None if config.initrd is None else open_source(config.initrd, "initrd")
+        try:
+            self._image = load_kernel_image(config.kernel)
+        except BaseException:
+            self._close_initrd()
+            raise
+        try:
+            self._image.check_fits(layout.ram_ranges(config.memory), reserved=_BOOT_MEMORY)
+            self._command_line = self._build_command_line()
+        except BaseException:
+            self.close()
+            raise
+
+    def _build_command_line(self) -> bytes:
+        from vmm.arch.x86_64.boot_params import command_line
+
+        text = f"{DEFAULT_COMMAND_LINE} {self._config.append}".strip()
+        header = self._image.setup_header
+        return command_line(text) if header is None else command_line(text, header.cmdline_size)
+
+    def private_ranges(self, ram: list[Range]) -> list[Range]:
+        """All of RAM: Linux shares what it wants shared."""
+        return ram
+
+    def load(self, launch: LaunchMemory, ram: list[Range], c_mask: int) -> InitialState:
+        from vmm.arch.x86_64.acpi.tables import RSDP_GPA, acpi_tables
+        from vmm.arch.x86_64.boot_params import boot_params
+        from vmm.arch.x86_64.page_tables import identity_tables
+        from vmm.boot.kernel import place_initrd, transfer_exactly
+
+        image = self._image
+        initrd = None
+        if self._initrd is not None:
+            header = image.setup_header
+            limit = layout.FOUR_GIB if header is None else header.initrd_addr_max + 1
+            occupied = [Range(0, layout.HIGH_RAM_START), image.memory]
+            initrd = place_initrd(self._initrd, ram[0], limit, occupied)
+            transfer_exactly(self._initrd, launch, 0, initrd.start, initrd.size)
+        image.load(launch)
+        tables = acpi_tables(self._config.cpus, _pci_interrupts(len(self._config.disks)))
+        page_tables = identity_tables(c_mask)
+        state = linux64_entry(image.entry, page_tables.cr3)
+        params = boot_params(
+            ram,
+            setup_header=None if image.setup_header is None else image.setup_header.raw,
+            initrd=initrd,
+            rsdp_gpa=RSDP_GPA,
+        )
+        writes = [(layout.CMDLINE_GPA, self._command_line), (layout.BOOT_PARAMS_GPA, params)]
+        for gpa, data in [*writes, *tables, *page_tables.writes, *state.writes]:
+            launch.pwrite(data, gpa)
+        return state
+
+    def _close_initrd(self) -> None:
+        if self._initrd is not None:
+            self._initrd.close()
+
+    def close(self) -> None:
+        self._image.close()
+        self._close_initrd()
+
+
+class PayloadGuest:
+    """The embedded payload: shared code, private data from 2 MiB up."""
+
+    host_loads_private = False
+    needs_hypercalls = False
+
+    def __init__(self, config: MachineConfig) -> None:
+        """Raises UsageError when the payload would not fit."""
+        from firmware import MIN_RAM_BYTES
+
+        if config.memory < MIN_RAM_BYTES:
+            raise UsageError(
+                f"--mem {config.memory >> 20}M: the embedded payload needs "
+                f"{MIN_RAM_BYTES >> 20}M or more"
+            )
+        self._config = config
+
+    def private_ranges(self, ram: list[Range]) -> list[Range]:
+        start = layout.PAYLOAD_PRIVATE_START
+        return [Range(start, ram[0].end - start), *ram[1:]]
+
+    def load(self, launch: LaunchMemory, ram: list[Range], c_mask: int) -> InitialState:
+        from firmware import payload_path
+        from vmm.arch.x86_64.page_tables import payload_tables
+        from vmm.arch.x86_64.payload import PayloadInfo
+
+        path = payload_path()
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            launch.transfer_in(fd, 0, layout.PAYLOAD_GPA, path.stat().st_size)
+        finally:
+            os.close(fd)
+        info = PayloadInfo(
+            ram_bytes=ram[0].end,
+            c_bit_mask=c_mask,
+            doorbell_port=layout.DOORBELL_PORT if c_mask else 0,
+            has_disk=bool(self._config.disks),
+        )
+        page_tables = payload_tables(ram, c_mask)
+        state = payload_entry(layout.PAYLOAD_GPA, page_tables.cr3)
+        for gpa, data in [
+            (layout.BOOT_PARAMS_GPA, info.page()),
+            *page_tables.writes,
+            *state.writes,
+        ]:
+            launch.pwrite(data, gpa)
+        return state
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+_BOOT_MEMORY = (Range(0, layout.HIGH_RAM_START),)
+"""The low megabyte holds boot_params, command line, page tables and ACPI tables."""
+
+
+def _pci_interrupts(disks: int) -> dict[int, int]:
+    """PCI device number -> GSI of its INTA; disks are devices 1, 2, ... of bus 0."""
+    return {device: layout.pci_intx_gsi(device) for device in range(1, disks + 1)}
+
+
+def open_guest(config: MachineConfig) -> Guest:
+    """The guest that the configuration names. Raises UsageError for a bad image."""
+    return PayloadGuest(config) if config.kernel is None else LinuxGuest(config)

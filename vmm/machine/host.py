@@ -1,0 +1,100 @@
+"""What this host can do: found out by trying, and named when it is missing."""
+
+from __future__ import annotations
+
+import errno
+
+from kvm_bindings import KvmError, System, Vm, ioctls
+from vmm.core.errors import HostError
+from vmm.memory.backing import Backing, GuestMemfdBacking, MemfdBacking
+
+_LAB = "pyvmm lab runs the same command on an emulated machine whose KVM can do it"
+
+_NEEDED = (
+    ("KVM_CAP_USER_MEMORY", ioctls.KVM_CAP_USER_MEMORY),
+    ("KVM_CAP_IRQCHIP", ioctls.KVM_CAP_IRQCHIP),
+    ("KVM_CAP_PIT2", ioctls.KVM_CAP_PIT2),
+    ("KVM_CAP_IRQFD", ioctls.KVM_CAP_IRQFD),
+    ("KVM_CAP_IRQFD_RESAMPLE", ioctls.KVM_CAP_IRQFD_RESAMPLE),
+    ("KVM_CAP_IOEVENTFD", ioctls.KVM_CAP_IOEVENTFD),
+    ("KVM_CAP_EXT_CPUID", ioctls.KVM_CAP_EXT_CPUID),
+    ("KVM_CAP_IMMEDIATE_EXIT", ioctls.KVM_CAP_IMMEDIATE_EXIT),
+)
+
+
+def open_kvm(path: str = "/dev/kvm") -> System:
+    """Open KVM and check what every run needs. Raises HostError with the remedy."""
+    try:
+        system = System(path)
+    except FileNotFoundError:
+        raise HostError(
+            f"{path} does not exist: this machine has no KVM, or its module is not loaded "
+            f"(modprobe kvm-intel or kvm-amd); {_LAB}"
+        ) from None
+    except PermissionError:
+        raise HostError(
+            f"{path}: permission denied; join the group that owns it (often 'kvm'), or run as root"
+        ) from None
+    except OSError as error:
+        raise HostError(f"{path} cannot be opened: {error.strerror}; {_LAB}") from None
+    try:
+        version = system.api_version()
+        if version != ioctls.KVM_API_VERSION:
+            raise HostError(f"{path} speaks KVM API {version}, pyvmm {ioctls.KVM_API_VERSION}")
+        missing = [name for name, number in _NEEDED if not system.check_extension(number)]
+        if missing:
+            raise HostError(f"this host's KVM lacks {', '.join(missing)}; {_LAB}")
+    except KvmError as error:
+        system.close()
+        raise HostError(f"{path} is not a working KVM: {error}; {_LAB}") from None
+    except HostError:
+        system.close()
+        raise
+    return system
+
+
+def require_hypercall_exits(vm: Vm) -> None:
+    """Raises HostError unless KVM hands KVM_HC_MAP_GPA_RANGE to user space (says its word)."""
+    offered = vm.check_extension(ioctls.KVM_CAP_EXIT_HYPERCALL)
+    if not offered & 1 << ioctls.KVM_HC_MAP_GPA_RANGE:
+        raise HostError(
+            f"this host's KVM does not pass share requests on (KVM_CAP_EXIT_HYPERCALL = "
+            f"{offered:#x}, Linux 5.15 or later is needed); {_LAB}"
+        )
+    if not vm.check_extension(ioctls.KVM_CAP_X86_USER_SPACE_MSR):
+        raise HostError(
+            f"this host's KVM does not pass MSR accesses on (KVM_CAP_X86_USER_SPACE_MSR); {_LAB}"
+        )
+
+
+def create_private_backing(vm: Vm, wanted: str, size: int, *, host_loads: bool) -> Backing:
+    """The private side's backing: `wanted`, or for "auto" the strongest that serves.
+
+    `host_loads` says that the host fills private memory before the guest runs (a kernel), which
+    rules out a guest_memfd that the host can't reach. Raises HostError naming what would work.
+    """
+    if wanted == "memfd":
+        return MemfdBacking(size, "pyvmm-private")
+    reasons: list[str] = []
+    mmap = ioctls.GUEST_MEMFD_FLAG_MMAP
+    init_shared = ioctls.GUEST_MEMFD_FLAG_INIT_SHARED
+    candidates = [("guest_memfd-mmap", mmap | init_shared)]
+    if not host_loads:
+        candidates.insert(0, ("guest_memfd", mmap))
+    for name, flags in candidates:
+        if wanted not in ("auto", name):
+            continue
+        try:
+            guest_memfd = vm.create_guest_memfd(size, flags)
+        except KvmError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTTY, errno.EOPNOTSUPP):
+                raise HostError(str(error)) from None
+            reasons.append(str(error))
+            continue
+        return GuestMemfdBacking(guest_memfd.fd, size, init_shared=bool(flags & init_shared))
+    if wanted == "auto":
+        return MemfdBacking(size, "pyvmm-private")
+    raise HostError(
+        f"--private-mem={wanted}: this host's KVM has no such guest_memfd ({reasons[0]}; "
+        "Linux 6.18 or later has it); use --private-mem=memfd"
+    )

@@ -1,0 +1,287 @@
+"""A run, from a validated configuration to an outcome and a report. Wires; does not work."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from contextlib import ExitStack
+from typing import Any
+
+from kvm_bindings import KvmError, System, Vcpu, Vm, ioctls
+from vmm.arch.x86_64 import layout
+from vmm.arch.x86_64.cpuid import choose_c_bit, guest_cpuid, is_amd
+from vmm.arch.x86_64.doorbells import HYPERCALL_NAME, PORT_NAME, PortDoorbell
+from vmm.arch.x86_64.msrs import MsrTable
+from vmm.conversion.scheme import CbitScheme, PlainScheme, Scheme
+from vmm.conversion.transaction import Converter
+from vmm.core.errors import HostError
+from vmm.core.event_loop import EventLoop
+from vmm.core.ranges import Range
+from vmm.devices.virtio.block_file import DiskFile, open_disk
+from vmm.exits.handlers import ExitHandlers
+from vmm.exits.outcome import PANIC, POWEROFF, QUIT, RESET, STOPPED, Outcome
+from vmm.exits.run_loop import VcpuRunner, install_kick_handler
+from vmm.machine.config import MachineConfig
+from vmm.machine.console import Console
+from vmm.machine.devices import Devices
+from vmm.machine.guest import Guest, open_guest
+from vmm.machine.host import create_private_backing, open_kvm, require_hypercall_exits
+from vmm.machine.report import ReportFile, build_report
+from vmm.memory.backing import MemfdBacking
+from vmm.memory.guest_memory import GuestMemory, LaunchMemory
+from vmm.policy import Policy
+from vmm.policy.loader import load_policy
+
+_PANIC_TEXT = b"Kernel panic - not syncing"
+
+
+class Machine:
+    """One VM with its vCPUs and devices; `run` may be called once."""
+
+    def __init__(self, config: MachineConfig) -> None:
+        self._config = config
+        self._cleanup = ExitStack()
+        self._outcome: Outcome | None = None
+        self._stop_lock = threading.Lock()
+        self._runners: list[VcpuRunner] = []
+        self.report: dict[str, Any] | None = None
+        """The report, once the run is over."""
+
+    # -- the life of a run --------------------------------------------------------------------
+
+    def run(self) -> Outcome:
+        """Set the machine up, run the guest to its end, account for it, close everything.
+
+        Raises UsageError and HostError for what keeps the guest from starting.
+        """
+        with self._cleanup:
+            started = time.monotonic()
+            self._open_inputs()
+            self._create_vm()
+            self._lay_out_memory()
+            self._create_vcpu()
+            self._load_guest()
+            self._connect_devices()
+            outcome = self._run_guest()
+            self._write_report(outcome, time.monotonic() - started)
+        return outcome
+
+    def _open_inputs(self) -> None:
+        """Everything the user named, before the host is asked for anything."""
+        config = self._config
+        self._guest: Guest = open_guest(config)
+        self._cleanup.callback(self._guest.close)
+        self._policy = Policy() if config.policy is None else load_policy(config.policy)
+        self._disks: list[DiskFile] = []
+        for spec in config.disks:
+            disk = open_disk(spec)
+            self._cleanup.callback(disk.close)
+            self._disks.append(disk)
+        self._report_file = None if config.report is None else ReportFile(config.report)
+        if self._report_file is not None:
+            self._cleanup.callback(self._report_file.close)
+
+    def _create_vm(self) -> None:
+        system = self._cleanup.enter_context(open_kvm())
+        self._system: System = system
+        self._supported_cpuid = system.supported_cpuid()
+        if self._is_private and self._guest.needs_hypercalls:
+            self._require_working_hypercalls()
+        try:
+            self._vm: Vm = self._cleanup.enter_context(system.create_vm())
+            self._vm.set_identity_map_addr(layout.IDENTITY_MAP_GPA)
+            self._vm.set_tss_addr(layout.TSS_ADDRESS_GPA)
+            self._vm.create_irqchip()
+            self._vm.create_pit2()
+            if self._is_private and self._guest.needs_hypercalls:
+                require_hypercall_exits(self._vm)
+                self._vm.enable_cap(ioctls.KVM_CAP_EXIT_HYPERCALL, 1 << ioctls.KVM_HC_MAP_GPA_RANGE)
+                self._vm.enable_cap(
+                    ioctls.KVM_CAP_X86_USER_SPACE_MSR,
+                    ioctls.KVM_MSR_EXIT_REASON_INVAL
+                    | ioctls.KVM_MSR_EXIT_REASON_UNKNOWN
+                    | ioctls.KVM_MSR_EXIT_REASON_FILTER,
+                )
+        except KvmError as error:
+            raise HostError(str(error)) from None
+
+    @property
+    def _is_private(self) -> bool:
+        return self._config.private_memory is not None
+
+    def _require_working_hypercalls(self) -> None:
+        from vmm.machine.probe import hypercall_behaviour
+
+        behaviour = hypercall_behaviour(self._system, amd=is_amd(self._supported_cpuid))
+        if behaviour == "exits":
+            return
+        what = {
+            "hangs": "never returns from a guest's hypercall (it interprets kernel-mode code)",
+            "returns": "answers a guest's share request itself instead of passing it on",
+        }[behaviour]
+        raise HostError(
+            f"this host's KVM {what}, so that a kernel cannot ask for conversions; use "
+            "pyvmm lab with the same options, or run without --kernel (the embedded payload "
+            "asks through a port)"
+        )
+
+    def _lay_out_memory(self) -> None:
+        """Backings, GuestMemory and the scheme's memslots."""
+        config = self._config
+        self._ram: list[Range] = layout.ram_ranges(config.memory)
+        size = self._ram[-1].end
+        shared = MemfdBacking(size, "pyvmm-shared")
+        self._c_mask = 0
+        self._scheme: Scheme = PlainScheme()
+        private_backing = None
+        private: list[Range] = []
+        try:
+            if config.private_memory is not None:
+                c_bit = choose_c_bit(self._supported_cpuid, size)
+                self._c_mask = 1 << c_bit
+                self._scheme = CbitScheme(c_bit)
+                private_backing = create_private_backing(
+                    self._vm,
+                    config.private_memory,
+                    size,
+                    host_loads=self._guest.host_loads_private,
+                )
+                private = self._guest.private_ranges(self._ram)
+        except BaseException:
+            shared.close()
+            raise
+        self._memory = GuestMemory(self._ram, shared, private_backing, private)
+        self._cleanup.callback(self._memory.close)
+        try:
+            self._scheme.install(self._vm, self._memory)
+        except KvmError as error:
+            raise HostError(str(error)) from None
+
+    def _create_vcpu(self) -> None:
+        try:
+            self._vcpu: Vcpu = self._vm.create_vcpu(0)
+        except KvmError as error:
+            raise HostError(str(error)) from None
+        self._cleanup.callback(self._vcpu.close)
+
+    def _load_guest(self) -> None:
+        """Memory contents by pwrite and fd-to-fd transfer, then CPUID and registers."""
+        launch = LaunchMemory(self._memory)
+        state = self._guest.load(launch, self._ram, self._c_mask)
+        launch.seal()
+        self._guest.close()  # the kernel's bytes are in guest memory now
+        announced = self._c_mask.bit_length() - 1 if self._guest.needs_hypercalls else -1
+        cpuid = guest_cpuid(
+            self._supported_cpuid,
+            0,
+            self._config.cpus,
+            c_bit=announced if announced >= 0 else None,
+        )
+        try:
+            # CPUID first: KVM refuses EFER.LME to a vCPU that doesn't have long mode.
+            self._vcpu.set_cpuid2(cpuid)
+            self._vcpu.update_sregs(state.sregs)  # type: ignore[arg-type]  # a TypedDict
+            self._vcpu.set_regs(state.regs)
+        except KvmError as error:
+            raise HostError(str(error)) from None
+
+    def _connect_devices(self) -> None:
+        self._loop = EventLoop()
+        self._cleanup.callback(self._loop.close)
+        self._console = Console(on_quit=lambda: self.stop(Outcome(QUIT, "Ctrl-A x")))
+        self._cleanup.callback(self._console.close)
+        self._devices = Devices(
+            self._vm,
+            self._memory,
+            self._loop,
+            self._console,
+            self._disks,
+            power_off=lambda: self.stop(Outcome(POWEROFF)),
+            reset=self._guest_reset,
+        )
+        self._cleanup.callback(self._devices.close)
+        self._converter = Converter(self._memory, self._scheme, self._policy)
+        doorbell = PortDoorbell(self._config.cpus, conversions=self._is_private)
+        self._handlers = ExitHandlers(
+            self._devices.ports,
+            MsrTable(self._is_private),
+            self._memory,
+            self._converter,
+            doorbell,
+            self.stop,
+        )
+
+    def _run_guest(self) -> Outcome:
+        """vCPU threads run the guest, this thread runs the device loop, until `stop`."""
+        install_kick_handler()
+        runner = VcpuRunner(self._vcpu, self._handlers, self.stop)
+        self._runners.append(runner)
+        previous = {
+            number: signal.signal(number, self._signalled)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        }
+        try:
+            self._console.attach(self._loop, self._devices.serial)
+            runner.start()
+            self._loop.run()
+        finally:
+            self.stop(Outcome(STOPPED, "the device loop failed"))
+            for each in self._runners:
+                each.stop()
+                each.join()
+            self._console.restore()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        for each in self._runners:
+            if each.error is not None:
+                raise each.error
+        assert self._outcome is not None
+        return self._outcome
+
+    def _write_report(self, outcome: Outcome, wall_seconds: float) -> None:
+        counts: dict[str, int] = {}
+        for runner in self._runners:
+            for name, count in runner.exit_counts.items():
+                counts[name] = counts.get(name, 0) + count
+        doorbell = None
+        if self._is_private:
+            doorbell = HYPERCALL_NAME if self._guest.needs_hypercalls else PORT_NAME
+        self.report = build_report(
+            scheme=self._scheme.name,
+            doorbell=doorbell,
+            memory=self._memory,
+            outcome=outcome,
+            accounting=self._converter.accounting,
+            io=self._devices.io_statistics(),
+            exits=counts,
+            ports=self._handlers.port_counts,
+            wall_seconds=wall_seconds,
+        )
+        if self._report_file is not None:
+            self._report_file.write(self.report)
+
+    # -- ending -------------------------------------------------------------------------------
+
+    def stop(self, outcome: Outcome) -> None:
+        """End the run with `outcome`, from any thread; the first outcome counts."""
+        with self._stop_lock:
+            if self._outcome is not None:
+                return
+            self._outcome = outcome
+        for runner in self._runners:
+            runner.stop()
+        self._loop.stop()
+
+    def _guest_reset(self) -> None:
+        """A reset ends the run; after a kernel panic (panic=-1) it is a failure."""
+        tail = self._console.tail()
+        start = tail.rfind(_PANIC_TEXT)
+        if start < 0:
+            self.stop(Outcome(RESET, "the guest asked for a reset"))
+            return
+        line = tail[start : start + 200].splitlines()[0].decode("utf-8", "replace")
+        self.stop(Outcome(PANIC, line))
+
+    def _signalled(self, number: int, frame: object) -> None:
+        self.stop(Outcome(STOPPED, f"stopped by {signal.Signals(number).name}"))

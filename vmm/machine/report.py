@@ -1,0 +1,105 @@
+"""The report of a run: what happened, and how strong the isolation really was."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from typing import Any
+
+from vmm.conversion.accounting import Accounting
+from vmm.core.errors import UsageError
+from vmm.exits.outcome import Outcome
+from vmm.memory.backing import Backing
+from vmm.memory.guest_memory import GuestMemory, PageState
+
+KERNEL_ENFORCED = (
+    "kernel-enforced: the host's kernel refuses every host access to private pages (SIGBUS); "
+    "the host's kernel itself is trusted"
+)
+POLICY_ENFORCED = (
+    "policy-enforced rehearsal: the VMM refuses every access of its own to private pages, "
+    "but the host's kernel would allow it; no protection from a malicious host"
+)
+NO_ISOLATION = "none: an ordinary VM, all memory is shared with the host"
+
+
+def isolation_of(private: Backing | None) -> str:
+    """The sentence that says how strong the isolation of the private side is."""
+    if private is None:
+        return NO_ISOLATION
+    return KERNEL_ENFORCED if private.host_access == "kernel-refused" else POLICY_ENFORCED
+
+
+def build_report(
+    *,
+    scheme: str,
+    doorbell: str | None,
+    memory: GuestMemory,
+    outcome: Outcome,
+    accounting: Accounting,
+    io: dict[str, dict[str, int]],
+    exits: dict[str, int],
+    ports: dict[int, int],
+    wall_seconds: float,
+) -> dict[str, Any]:
+    """The report as JSON-ready data; keys as the README lists them."""
+    residency = memory.residency()
+    private = memory.private
+    return {
+        "scheme": scheme,
+        "doorbell": doorbell,
+        "backings": {
+            "private": None if private is None else private.name,
+            "shared": memory.shared.name,
+        },
+        "host_access": {
+            "private": None if private is None else private.host_access,
+            "launch": None if private is None else private.access,
+            "shared": memory.shared.access,
+        },
+        "isolation": isolation_of(private),
+        "guest": {"exit": outcome.exit, "reason": outcome.reason},
+        "conversions": asdict(accounting),
+        "pages": {
+            "ram_bytes": memory.ram_bytes,
+            "private_bytes": memory.bytes_in(PageState.PRIVATE),
+            "shared_bytes": memory.bytes_in(PageState.SHARED),
+        },
+        "residency": asdict(residency),
+        "io": io,
+        "exits": dict(sorted(exits.items(), key=lambda item: -item[1])),
+        "io_ports": {
+            f"{port:#x}": count for port, count in sorted(ports.items(), key=lambda i: -i[1])[:20]
+        },
+        "wall_s": round(wall_seconds, 3),
+    }
+
+
+class ReportFile:
+    """Where the report goes: opened before the run, so that a bad path costs no run."""
+
+    def __init__(self, path: str) -> None:
+        """Raises UsageError when `path` can't be written."""
+        self._path = path
+        try:
+            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise UsageError(
+                f"--report {path} cannot be written: {error.strerror}; give another path"
+            ) from None
+
+    def write(self, report: dict[str, Any]) -> None:
+        """Replace the file's content. Raises UsageError when the disk is full or the like."""
+        data = (json.dumps(report, indent=2) + "\n").encode()
+        try:
+            if os.path.isfile(self._path):
+                os.ftruncate(self._fd, 0)
+            view = memoryview(data)
+            while view:
+                view = view[os.write(self._fd, view) :]
+        except OSError as error:
+            raise UsageError(f"--report {self._path}: writing failed: {error.strerror}") from None
+
+    def close(self) -> None:
+        os.close(self._fd)

@@ -1,0 +1,268 @@
+"""GuestMemory, the "VM fd": guest RAM by guest-physical address, with who may touch which page.
+
+All guest bytes that the host moves go through here. An access names a GPA range; it is refused
+as a whole, before a byte moves, unless every page of it is shared RAM.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from vmm.core.errors import PrivateAccess, UnmappedAccess
+from vmm.core.ranges import Range, RangeMap
+from vmm.memory.backing import Backing, Buffer
+
+
+class PageState(Enum):
+    """Who may touch a page: guest and host, the guest alone, or (for a moment) nobody."""
+
+    SHARED = "shared"
+    PRIVATE = "private"
+    CONVERTING = "converting"
+
+
+@dataclass(frozen=True, slots=True)
+class Residency:
+    """Bytes of host memory behind each side, as the kernel counts them."""
+
+    private_bytes: int
+    shared_bytes: int
+
+
+class GuestMemory:
+    """Guest RAM over a shared backing and, for private memory, a private one.
+
+    `ram` are the RAM ranges (page-aligned, ascending, disjoint); `private` are those that start
+    as private pages, all other RAM starts shared. Safe to use from several threads.
+    """
+
+    def __init__(
+        self,
+        ram: Sequence[Range],
+        shared: Backing,
+        private_backing: Backing | None = None,
+        private: Sequence[Range] = (),
+    ) -> None:
+        if private and private_backing is None:
+            raise ValueError("private ranges need a private backing")
+        self.ram = tuple(ram)
+        self.shared = shared
+        self.private = private_backing
+        # None stands for "no RAM here", so that one lookup answers both questions.
+        self._states: RangeMap[PageState | None] = RangeMap(Range(0, self.ram[-1].end), None)
+        for area in self.ram:
+            self._states.set(area, PageState.SHARED)
+        for area in private:
+            self._states.set(area, PageState.PRIVATE)
+        self._lock = threading.Lock()
+        self._drained = threading.Condition(self._lock)
+        # Accesses under way, by thread: a conversion waits for those that overlap it.
+        self._in_flight: dict[int, tuple[int, int]] = {}
+        self._waiting = 0
+
+    @property
+    def ram_bytes(self) -> int:
+        return sum(area.size for area in self.ram)
+
+    # -- the host's accesses ------------------------------------------------------------------
+
+    def pread(self, size: int, gpa: int) -> bytes:
+        """`size` bytes of shared guest memory at `gpa`. Raises GuestMemoryError, OSError."""
+        self._enter(gpa, size)
+        try:
+            return self.shared.pread(size, gpa)
+        finally:
+            self._leave()
+
+    def pwrite(self, data: Buffer, gpa: int) -> None:
+        """Write `data` to shared guest memory at `gpa`. Raises GuestMemoryError, OSError."""
+        self._enter(gpa, len(data))
+        try:
+            self.shared.pwrite(data, gpa)
+        finally:
+            self._leave()
+
+    def preadv(self, buffers: Sequence[bytearray | memoryview], gpa: int) -> None:
+        """Fill `buffers` from consecutive shared guest memory at `gpa`, as preadv(2) does."""
+        self._enter(gpa, sum(map(len, buffers)))
+        try:
+            self.shared.preadv(buffers, gpa)
+        finally:
+            self._leave()
+
+    def pwritev(self, buffers: Sequence[Buffer], gpa: int) -> None:
+        """Write `buffers` to consecutive shared guest memory at `gpa`, as pwritev(2) does."""
+        self._enter(gpa, sum(map(len, buffers)))
+        try:
+            self.shared.pwritev(buffers, gpa)
+        finally:
+            self._leave()
+
+    def transfer_in(self, src_fd: int, src_offset: int, gpa: int, size: int) -> int:
+        """Move bytes of another fd into shared guest memory; short only at the file's end."""
+        self._enter(gpa, size)
+        try:
+            return self.shared.transfer_in(src_fd, src_offset, gpa, size)
+        finally:
+            self._leave()
+
+    def transfer_out(self, gpa: int, size: int, dst_fd: int, dst_offset: int) -> int:
+        """Move shared guest memory into another fd; the number of bytes moved."""
+        self._enter(gpa, size)
+        try:
+            return self.shared.transfer_out(gpa, size, dst_fd, dst_offset)
+        finally:
+            self._leave()
+
+    def _enter(self, gpa: int, size: int) -> None:
+        """Hold off conversions of the range until `_leave`, or refuse the access."""
+        with self._lock:
+            self._require_shared(gpa, size)
+            self._in_flight[threading.get_ident()] = (gpa, gpa + size)
+
+    def _leave(self) -> None:
+        with self._lock:
+            del self._in_flight[threading.get_ident()]
+            if self._waiting:
+                self._drained.notify_all()
+
+    def _require_shared(self, gpa: int, size: int) -> None:
+        if size < 0 or not self._in_span(gpa, size):
+            raise UnmappedAccess(f"host access to {size} bytes at {gpa:#x} is outside guest RAM")
+        if self._states.is_uniform(gpa, gpa + size, PageState.SHARED):
+            return
+        for area, state in self._states.runs(Range(gpa, max(size, 1))):
+            if state is None:
+                raise UnmappedAccess(
+                    f"host access to {size} bytes at {gpa:#x}: no guest RAM at {area}"
+                )
+            if state is not PageState.SHARED:
+                raise PrivateAccess(
+                    f"host access to {size} bytes at {gpa:#x}: {area} is {state.value}"
+                )
+
+    def _in_span(self, gpa: int, size: int) -> bool:
+        return gpa >= 0 and gpa + max(size, 1) <= self._states.span.end
+
+    # -- page states, for conversions ---------------------------------------------------------
+
+    def states(self, within: Range | None = None) -> list[tuple[Range, PageState]]:
+        """The runs of RAM pages in equal state, in address order; holes are left out."""
+        with self._lock:
+            return [(area, state) for area, state in self._states.runs(within) if state is not None]
+
+    def bytes_in(self, state: PageState) -> int:
+        """How many bytes of RAM are in `state`."""
+        with self._lock:
+            return self._states.total(state)
+
+    def is_ram(self, area: Range) -> bool:
+        """Whether every byte of `area` is guest RAM."""
+        return any(ram.contains(area) for ram in self.ram)
+
+    def begin_conversion(self, area: Range) -> list[tuple[Range, PageState]]:
+        """Take `area` (page-aligned RAM) away from the host; the states it had, for a rollback.
+
+        From here on host accesses raise; those under way are waited for by `quiesce`.
+        """
+        with self._lock:
+            before = [(run, state) for run, state in self._states.runs(area) if state is not None]
+            if sum(run.size for run, _ in before) != area.size:
+                raise UnmappedAccess(f"{area} is not wholly guest RAM")
+            if any(state is PageState.CONVERTING for _, state in before):
+                raise RuntimeError(f"{area} is being converted already; conversions must be serial")
+            self._states.set(area, PageState.CONVERTING)
+            return before
+
+    def quiesce(self, area: Range, timeout: float) -> bool:
+        """Wait (seconds) until no host access to `area` is under way; False if time ran out."""
+
+        def drained() -> bool:
+            flights = self._in_flight.values()
+            return not any(start < area.end and area.start < end for start, end in flights)
+
+        with self._lock:
+            self._waiting += 1
+            try:
+                return self._drained.wait_for(drained, timeout)
+            finally:
+                self._waiting -= 1
+
+    def finish_conversion(self, area: Range, state: PageState) -> None:
+        """The conversion of `area` succeeded: its pages are in `state` now."""
+        with self._lock:
+            self._states.set(area, state)
+
+    def restore(self, before: Sequence[tuple[Range, PageState]]) -> None:
+        """The conversion failed: put back the states that `begin_conversion` returned."""
+        with self._lock:
+            for area, state in before:
+                self._states.set(area, state)
+
+    def discard_private(self, area: Range) -> None:
+        """Give the private side's pages of `area` back to the host's kernel. Raises KvmError."""
+        if self.private is not None:
+            self.private.punch(area.start, area.size)
+
+    def discard_shared(self, area: Range) -> None:
+        """Give the shared side's pages of `area` back to the host's kernel. Raises KvmError."""
+        self.shared.punch(area.start, area.size)
+
+    def residency(self) -> Residency:
+        """What the kernel holds for either side right now."""
+        private = 0 if self.private is None else self.private.resident_bytes()
+        return Residency(private, self.shared.resident_bytes())
+
+    def close(self) -> None:
+        self.shared.close()
+        if self.private is not None:
+            self.private.close()
+
+
+class LaunchMemory:
+    """Guest memory as a loader sees it before the guest runs: private pages can be filled.
+
+    The counterpart of a launch update on confidential hardware. `seal` ends it for good.
+    """
+
+    def __init__(self, memory: GuestMemory) -> None:
+        self._memory = memory
+        self._sealed = False
+
+    def pwrite(self, data: Buffer, gpa: int) -> None:
+        """Write `data` at `gpa`, to the side that the guest will see there."""
+        view = memoryview(data).cast("B")
+        for area, backing in self._runs(gpa, len(view)):
+            backing.pwrite(view[area.start - gpa : area.end - gpa], area.start)
+
+    def transfer_in(self, src_fd: int, src_offset: int, gpa: int, size: int) -> int:
+        """Move bytes of a file to `gpa`, fd to fd; short only at the file's end."""
+        done = 0
+        for area, backing in self._runs(gpa, size):
+            moved = backing.transfer_in(src_fd, src_offset + done, area.start, area.size)
+            done += moved
+            if moved < area.size:
+                break
+        return done
+
+    def seal(self) -> None:
+        """The guest is about to run: private pages are its own from now on."""
+        self._sealed = True
+
+    def _runs(self, gpa: int, size: int) -> list[tuple[Range, Backing]]:
+        if self._sealed:
+            raise PrivateAccess(f"write of {size} bytes at {gpa:#x} after the guest's launch")
+        if size == 0:
+            return []
+        area = Range(gpa, size)
+        if gpa < 0 or not self._memory.is_ram(area):
+            raise UnmappedAccess(f"{area} does not fit into guest RAM; give the guest more --mem")
+        memory = self._memory
+        runs: list[tuple[Range, Backing]] = []
+        for run, state in memory.states(area):
+            private = state is PageState.PRIVATE and memory.private is not None
+            runs.append((run, memory.private if private and memory.private else memory.shared))
+        return runs

@@ -1,0 +1,131 @@
+"""Moves bytes from one fd to another at explicit offsets, without user space where possible.
+
+The kernel offers three ways, none of which works between every two files: copy_file_range(2)
+(same kind of file system only), splice(2) through a pipe, and read and write through a buffer.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import threading
+
+_CHUNK = 1 << 20
+# Below this size one pread and one pwrite are as quick as two splices and touch fewer pages.
+SPLICE_FROM = 64 << 10
+
+_NOT_THIS_WAY = frozenset({errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF, errno.ENOSYS})
+
+
+class _Scratch(threading.local):
+    """One pipe and one buffer per thread: a transfer never waits for another's."""
+
+    def __init__(self) -> None:
+        self.pipe: tuple[int, int] | None = None
+        self.buffer: memoryview | None = None
+
+    def pipe_ends(self) -> tuple[int, int]:
+        if self.pipe is None:
+            self.pipe = os.pipe2(os.O_CLOEXEC)
+            try:
+                fcntl.fcntl(self.pipe[1], fcntl.F_SETPIPE_SZ, _CHUNK)
+            except PermissionError:
+                self.buffer = None  # the user's pipe quota is used up: the default size serves
+        return self.pipe
+
+    def drop_pipe(self) -> None:
+        """Close a pipe that still holds bytes of a failed transfer."""
+        if self.pipe is not None:
+            os.close(self.pipe[0])
+            os.close(self.pipe[1])
+            self.pipe = None
+
+    def bounce(self) -> memoryview:
+        if self.buffer is None:
+            self.buffer = memoryview(bytearray(_CHUNK))
+        return self.buffer
+
+    def __del__(self) -> None:
+        self.drop_pipe()
+
+
+_scratch = _Scratch()
+
+
+def copy_through_buffer(src: int, src_offset: int, dst: int, dst_offset: int, size: int) -> int:
+    """preadv and pwrite through one reused buffer; bytes moved, short only at end of file."""
+    done = 0
+    buffer = _scratch.bounce()
+    while done < size:
+        want = min(size - done, _CHUNK)
+        got = os.preadv(src, [buffer[:want]], src_offset + done)
+        if got == 0:
+            break
+        written = 0
+        while written < got:
+            written += os.pwrite(dst, buffer[written:got], dst_offset + done + written)
+        done += got
+    return done
+
+
+def copy_by_splice(src: int, src_offset: int, dst: int, dst_offset: int, size: int) -> int:
+    """splice(2) through this thread's pipe; bytes moved, short only at end of file."""
+    read_end, write_end = _scratch.pipe_ends()
+    done = 0
+    held = 0
+    try:
+        while done < size:
+            held = os.splice(src, write_end, min(size - done, _CHUNK), offset_src=src_offset + done)
+            if held == 0:
+                break
+            while held:
+                moved = os.splice(read_end, dst, held, offset_dst=dst_offset + done)
+                held -= moved
+                done += moved
+    except OSError:
+        if held:
+            _scratch.drop_pipe()
+        raise
+    return done
+
+
+def copy_by_copy_file_range(src: int, src_offset: int, dst: int, dst_offset: int, size: int) -> int:
+    """copy_file_range(2); bytes moved, short only at end of file."""
+    done = 0
+    while done < size:
+        moved = os.copy_file_range(src, dst, size - done, src_offset + done, dst_offset + done)
+        if moved == 0:
+            break
+        done += moved
+    return done
+
+
+class FdCopier:
+    """Copies between fds, remembering which way works between which two file systems."""
+
+    def __init__(self) -> None:
+        self._no_copy_file_range: set[tuple[int, int]] = set()
+        self._no_splice: set[tuple[int, int]] = set()
+
+    def copy(self, src: int, src_offset: int, dst: int, dst_offset: int, size: int) -> int:
+        """Copy `size` bytes; the number moved, which is short only at the source's end.
+
+        Raises OSError as the system calls do (EIO, ENOSPC...).
+        """
+        if size < SPLICE_FROM:
+            return copy_through_buffer(src, src_offset, dst, dst_offset, size)
+        between = (os.fstat(src).st_dev, os.fstat(dst).st_dev)
+        for refused, way in (
+            (self._no_copy_file_range, copy_by_copy_file_range),
+            (self._no_splice, copy_by_splice),
+        ):
+            if between in refused:
+                continue
+            try:
+                return way(src, src_offset, dst, dst_offset, size)
+            except OSError as error:
+                if error.errno not in _NOT_THIS_WAY:
+                    raise
+                refused.add(between)
+        return copy_through_buffer(src, src_offset, dst, dst_offset, size)

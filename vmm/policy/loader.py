@@ -1,0 +1,45 @@
+"""Finds the policy class that `--policy MODULE:CLASS` or `--policy FILE.py:CLASS` names."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from types import ModuleType
+
+from vmm.core.errors import UsageError
+from vmm.policy.protocol import Policy
+
+
+def load_policy(spec: str) -> Policy:
+    """An instance of the class that `spec` names. Raises UsageError saying what is wrong."""
+    place, _, name = spec.rpartition(":")
+    if not place or not name:
+        raise UsageError(f"--policy {spec}: write MODULE:CLASS or FILE.py:CLASS")
+    module = _load_file(spec, place) if place.endswith(".py") else _load_module(spec, place)
+    found = getattr(module, name, None)
+    if found is None:
+        raise UsageError(f"--policy {spec}: {place} has no class {name}")
+    if not (isinstance(found, type) and issubclass(found, Policy)):
+        raise UsageError(f"--policy {spec}: {name} is not a subclass of vmm.policy.Policy")
+    try:
+        return found()
+    except Exception as error:
+        raise UsageError(f"--policy {spec}: {name}() failed: {error!r}") from error
+
+
+def _load_module(spec: str, name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except Exception as error:
+        raise UsageError(f"--policy {spec}: importing {name} failed: {error!r}") from error
+
+
+def _load_file(spec: str, path: str) -> ModuleType:
+    location = importlib.util.spec_from_file_location("pyvmm_user_policy", path)
+    assert location is not None and location.loader is not None  # a .py file always has one
+    module = importlib.util.module_from_spec(location)
+    try:
+        location.loader.exec_module(module)
+    except Exception as error:
+        raise UsageError(f"--policy {spec}: loading {path} failed: {error!r}") from error
+    return module
