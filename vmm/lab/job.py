@@ -50,6 +50,10 @@ class Job:
     drives: list[Drive] = field(default_factory=list)
     first_drive: int = FIXED_DRIVES
 
+    def devices(self) -> list[str]:
+        """The block devices that the disks are inside, in their order."""
+        return [drive_name(self.first_drive + i) for i in range(len(self.drives))]
+
 
 def drive_name(index: int) -> str:
     """virtio-blk's naming in Linux: vda ... vdz, vdaa ..."""
@@ -94,7 +98,7 @@ def job_from_arguments(
 def _take(job: Job, option: str, value: str) -> str:
     """Notes what the option's value names; returns the value as it is to be inside."""
     if option == "--disk":
-        return _attach(job, value)
+        return attach(job, value, option)
     if option in _OUTPUT_OPTIONS:
         job.outputs.append(_absolute(job, value))
         return value
@@ -109,20 +113,21 @@ def _take(job: Job, option: str, value: str) -> str:
     return value
 
 
-def _attach(job: Job, value: str) -> str:
+def attach(job: Job, value: str, option: str) -> str:
+    """Adds FILE[,ro][,...] as a drive; returns the value with the block device's name inside."""
     name, comma, settings = value.partition(",")
     path = _absolute(job, name)
     read_only = "ro" in settings.split(",")
     wanted = os.R_OK if read_only else os.R_OK | os.W_OK
     if not path.exists():
-        raise UsageError(f"--disk {name}: no such file; make one with truncate -s SIZE FILE")
+        raise UsageError(f"{option} {name}: no such file; make one with truncate -s SIZE FILE")
     if not (path.is_file() or path.is_block_device()):
-        raise UsageError(f"--disk {name}: neither a file nor a block device")
+        raise UsageError(f"{option} {name}: neither a file nor a block device")
     if not os.access(path, wanted):
         rest = "" if read_only else "; add ,ro to attach it read-only"
-        raise UsageError(f"--disk {name}: no permission{rest}")
+        raise UsageError(f"{option} {name}: no permission{rest}")
     job.drives.append(Drive(path, read_only))
-    return drive_name(job.first_drive + len(job.drives) - 1) + comma + settings
+    return job.devices()[-1] + comma + settings
 
 
 def _carry_if_file(job: Job, value: str) -> None:
