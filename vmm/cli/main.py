@@ -133,9 +133,13 @@ def _run(arguments: Sequence[str]) -> int:
         report=options.report,
     )
     config.validate()
+    from vmm.machine.guest import open_guest
+
+    # A kernel is uncompressed by a child process while this one imports the rest.
+    guest = open_guest(config)
     from vmm.machine.machine import Machine
 
-    outcome = Machine(config).run()
+    outcome = Machine(config, guest).run()
     if outcome.exit_status:
         print(f"pyvmm: {_sentence(outcome.exit)}: {outcome.reason}", file=sys.stderr)
     return outcome.exit_status

@@ -11,9 +11,10 @@ from types import FrameType
 
 from vmm.core.errors import UsageError
 from vmm.lab import terminal
-from vmm.lab.machine import Lab, LabRun, ended_by
+from vmm.lab.machine import Lab
 from vmm.lab.options import HELP, LabCommand, parse
 from vmm.lab.progress import Progress, Reporter, Silent, finished
+from vmm.lab.run import LabRun, ended_by
 
 
 class _Interrupted(BaseException):

@@ -84,7 +84,8 @@ def host_initramfs(busybox: Path, modules: Path) -> bytes:
     script = _HOST_INIT.format(
         storage=" ".join(name for name, _ in storage), kvm=" ".join(name for name, _ in kvm)
     )
-    return _archive(busybox, script, [*storage, *kvm])
+    loaded_bare = [(name, without_signature(data)) for name, data in [*storage, *kvm]]
+    return _archive(busybox, script, loaded_bare)
 
 
 def guest_initramfs(busybox: Path, modules: Path | None) -> bytes:
@@ -104,7 +105,7 @@ def _archive(busybox: Path, script: str, modules: Iterable[tuple[str, bytes]]) -
     for name in applets(busybox):
         archive.symlink(f"bin/{name}", "busybox")
     for name, content in modules:
-        archive.file(f"modules/{name}.ko", without_signature(content))
+        archive.file(f"modules/{name}.ko", content)
     archive.file("init", script.encode(), 0o755)
     return archive.finish()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from vmm.arch.x86_64 import layout
 from vmm.arch.x86_64.registers import InitialState, linux64_entry, payload_entry
@@ -11,6 +11,9 @@ from vmm.core.errors import UsageError
 from vmm.core.ranges import Range
 from vmm.machine.config import MachineConfig
 from vmm.memory.guest_memory import LaunchMemory
+
+if TYPE_CHECKING:
+    from vmm.boot.kernel import KernelImage
 
 DEFAULT_COMMAND_LINE = "console=ttyS0 panic=-1"
 """Before --append: console on the serial line; a panic ends the run at once."""
@@ -23,6 +26,10 @@ class Guest(Protocol):
     """Whether its private memory is filled by the host before it runs."""
     needs_hypercalls: bool
     """Whether it asks for conversions by KVM_HC_MAP_GPA_RANGE."""
+
+    def finish_opening(self) -> None:
+        """Wait for what the constructor started. Raises UsageError for a bad image."""
+        ...
 
     def private_ranges(self, ram: list[Range]) -> list[Range]:
         """What starts as private memory when there is any."""
@@ -42,31 +49,34 @@ class LinuxGuest:
     needs_hypercalls = True
 
     def __init__(self, config: MachineConfig) -> None:
-        """Opens and checks the images. Raises ImageError, UsageError."""
-        from vmm.boot.kernel import load_kernel_image  # not on the payload's start-up path
+        """Opens and checks the images; a compressed kernel is unpacked while we go on.
+
+        Raises ImageError (a UsageError).
+        """
+        from vmm.boot.kernel import OpenedKernel  # not on the payload's start-up path
         from vmm.boot.source import open_source
 
         assert config.kernel is not None
         self._config = config
         self._initrd = None if config.initrd is None else open_source(config.initrd, "initrd")
         try:
-            self._image = load_kernel_image(config.kernel)
+            self._opened = OpenedKernel(config.kernel)
         except BaseException:
             self._close_initrd()
             raise
-        try:
-            self._image.check_fits(layout.ram_ranges(config.memory), reserved=_BOOT_MEMORY)
-            self._command_line = self._build_command_line()
-        except BaseException:
-            self.close()
-            raise
+        self._image: KernelImage | None = None
+        self._command_line = b""
 
-    def _build_command_line(self) -> bytes:
+    def finish_opening(self) -> None:
         from vmm.arch.x86_64.boot_params import command_line
 
+        self._image = image = self._opened.finish()
+        image.check_fits(layout.ram_ranges(self._config.memory), reserved=_BOOT_MEMORY)
         text = f"{DEFAULT_COMMAND_LINE} {self._config.append}".strip()
-        header = self._image.setup_header
-        return command_line(text) if header is None else command_line(text, header.cmdline_size)
+        header = image.setup_header
+        self._command_line = (
+            command_line(text) if header is None else command_line(text, header.cmdline_size)
+        )
 
     def private_ranges(self, ram: list[Range]) -> list[Range]:
         """All of RAM: Linux shares what it wants shared."""
@@ -79,9 +89,10 @@ class LinuxGuest:
         from vmm.boot.kernel import place_initrd, transfer_exactly
 
         image = self._image
+        assert image is not None
+        header = image.setup_header
         initrd = None
         if self._initrd is not None:
-            header = image.setup_header
             limit = layout.FOUR_GIB if header is None else header.initrd_addr_max + 1
             occupied = [Range(0, layout.HIGH_RAM_START), image.memory]
             initrd = place_initrd(self._initrd, ram[0], limit, occupied)
@@ -92,7 +103,7 @@ class LinuxGuest:
         state = linux64_entry(image.entry, page_tables.cr3)
         params = boot_params(
             ram,
-            setup_header=None if image.setup_header is None else image.setup_header.raw,
+            setup_header=None if header is None else header.raw,
             initrd=initrd,
             rsdp_gpa=RSDP_GPA,
         )
@@ -106,7 +117,9 @@ class LinuxGuest:
             self._initrd.close()
 
     def close(self) -> None:
-        self._image.close()
+        self._opened.close()
+        if self._image is not None:
+            self._image.close()
         self._close_initrd()
 
 
@@ -126,6 +139,9 @@ class PayloadGuest:
                 f"{MIN_RAM_BYTES >> 20}M or more"
             )
         self._config = config
+
+    def finish_opening(self) -> None:
+        """Everything is there."""
 
     def private_ranges(self, ram: list[Range]) -> list[Range]:
         start = layout.PAYLOAD_PRIVATE_START

@@ -39,8 +39,10 @@ _PANIC_TEXT = b"Kernel panic - not syncing"
 class Machine:
     """One VM with its vCPUs and devices; `run` may be called once."""
 
-    def __init__(self, config: MachineConfig) -> None:
+    def __init__(self, config: MachineConfig, guest: Guest | None = None) -> None:
+        """`guest` is what `open_guest(config)` gave, where the caller has called it already."""
         self._config = config
+        self._given_guest = guest
         self._cleanup = ExitStack()
         self._outcome: Outcome | None = None
         self._stop_lock = threading.Lock()
@@ -70,7 +72,7 @@ class Machine:
     def _open_inputs(self) -> None:
         """Everything the user named, before the host is asked for anything."""
         config = self._config
-        self._guest: Guest = open_guest(config)
+        self._guest: Guest = self._given_guest or open_guest(config)
         self._cleanup.callback(self._guest.close)
         self._policy = Policy() if config.policy is None else load_policy(config.policy)
         self._disks: list[DiskFile] = []
@@ -81,6 +83,7 @@ class Machine:
         self._report_file = None if config.report is None else ReportFile(config.report)
         if self._report_file is not None:
             self._cleanup.callback(self._report_file.close)
+        self._guest.finish_opening()
 
     def _create_vm(self) -> None:
         system = self._cleanup.enter_context(open_kvm())
