@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,7 @@ def test_stop_from_another_thread_ends_an_idle_loop(loop: EventLoop, eventfd: in
         running.set()
 
     loop.add(eventfd, served)
-    thread = threading.Thread(target=loop.run)
+    thread = threading.Thread(target=loop.run, daemon=True)
     thread.start()
     os.eventfd_write(eventfd, 1)
     assert running.wait(30)
@@ -73,6 +74,24 @@ def test_stop_from_another_thread_ends_an_idle_loop(loop: EventLoop, eventfd: in
     thread.join(30)
 
     assert not thread.is_alive()
+
+
+def test_stop_leaves_the_rest_of_a_batch_unserved(loop: EventLoop) -> None:
+    fds = [os.eventfd(1, os.EFD_NONBLOCK) for _ in range(2)]
+    called: list[int] = []
+
+    def serve(fd: int) -> None:
+        called.append(fd)
+        loop.stop()
+
+    for fd in fds:
+        loop.add(fd, partial(serve, fd))
+
+    loop.run()
+
+    assert len(called) == 1
+    for fd in fds:
+        os.close(fd)
 
 
 def test_callback_removed_by_an_earlier_one_of_the_same_batch_is_not_called(
@@ -87,7 +106,7 @@ def test_callback_removed_by_an_earlier_one_of_the_same_batch_is_not_called(
         loop.stop()
 
     for index, fd in enumerate(fds):
-        loop.add(fd, lambda index=index: serve(index))  # type: ignore[misc]
+        loop.add(fd, partial(serve, index))
 
     loop.run()
 

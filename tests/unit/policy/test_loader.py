@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -113,9 +114,10 @@ def test_bad_spec_is_one_line_with_the_spec_and_the_reason(
     assert "\n" not in text
 
 
-def test_file_that_raises_leaves_no_half_made_module(tmp_path: Path) -> None:
-    import sys
-
+def test_file_that_raises_leaves_no_half_made_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "pyvmm_user_policy", raising=False)
     before = set(sys.modules)
     path = tmp_path / "raises.py"
     path.write_text("1 / 0\n")
