@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from types import ModuleType
 
 from vmm.core.errors import UsageError
 from vmm.policy.protocol import Policy
+
+_FILE_MODULE = "pyvmm_user_policy"
+"""What a policy file's module is called; a run has one policy."""
 
 
 def load_policy(spec: str) -> Policy:
@@ -35,11 +39,14 @@ def _load_module(spec: str, name: str) -> ModuleType:
 
 
 def _load_file(spec: str, path: str) -> ModuleType:
-    location = importlib.util.spec_from_file_location("pyvmm_user_policy", path)
+    location = importlib.util.spec_from_file_location(_FILE_MODULE, path)
     assert location is not None and location.loader is not None  # a .py file always has one
     module = importlib.util.module_from_spec(location)
+    # As import does it: dataclasses look their module up there to read annotations.
+    sys.modules[_FILE_MODULE] = module
     try:
         location.loader.exec_module(module)
     except Exception as error:
+        del sys.modules[_FILE_MODULE]
         raise UsageError(f"--policy {spec}: loading {path} failed: {error!r}") from error
     return module
