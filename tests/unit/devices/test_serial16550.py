@@ -282,7 +282,7 @@ ACTIONS = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(ACTIONS, max_size=40))
 def test_uart_after_any_history_a_one_cause_handler_sees_every_byte(
     actions: list[tuple[str, int, int]],
@@ -326,3 +326,21 @@ def test_uart_acknowledging_the_transmitter_sends_an_edge_for_the_modem(uart: Ua
 
     assert uart.edges_from(IIR_FCR) == 1
     assert uart.cause() == IIR_MODEM
+
+
+def test_uart_host_input_sends_an_edge_to_an_idle_guest(uart: Uart) -> None:
+    uart.put(IIR_FCR, FCR_ENABLE)
+    uart.put(IER, IER_RECEIVE)
+
+    for sent, data in enumerate((b"a", b"bc", b"d"), start=1):
+        uart.device.receive(data)
+        assert uart.edges == sent
+    uart.device.receive(b"")
+    assert uart.edges == 3
+
+
+def test_uart_host_input_is_silent_while_its_interrupt_is_off(uart: Uart) -> None:
+    uart.device.receive(b"a")
+
+    assert uart.edges == 0
+    assert uart.edges_from(IER, IER_RECEIVE) == 1

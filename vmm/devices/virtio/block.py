@@ -180,29 +180,22 @@ class VirtioBlock:
     def _discard(self, _sector: int, readable: list[Segment], _: list[Segment]) -> _Answer:
         if not self._agreed & F_DISCARD:
             return S_UNSUPP, 0
-        ranges = self._ranges(readable, MAX_DISCARD_RANGES, MAX_DISCARD_SECTORS)
-        if ranges is None:
-            return S_IOERR, 0
-        if any(flags for _, _, flags in ranges):  # 5.2.6.2: also unmap has no meaning here
-            return S_UNSUPP, 0
+        # 5.2.6.2: no flag means anything here, not even unmap.
+        status, ranges = self._ranges(readable, MAX_DISCARD_RANGES, MAX_DISCARD_SECTORS, 0)
         for position, size, _flags in ranges:
             self._punched(position, size)  # a hint: content is undefined from here on
-        return S_OK, 0
+        return status, 0
 
     def _write_zeroes(self, _sector: int, readable: list[Segment], _: list[Segment]) -> _Answer:
         if not self._agreed & F_WRITE_ZEROES:
             return S_UNSUPP, 0
-        ranges = self._ranges(readable, MAX_ZERO_RANGES, MAX_ZERO_SECTORS)
-        if ranges is None:
-            return S_IOERR, 0
-        if any(flags & ~FLAG_UNMAP for _, _, flags in ranges):
-            return S_UNSUPP, 0
+        status, ranges = self._ranges(readable, MAX_ZERO_RANGES, MAX_ZERO_SECTORS, FLAG_UNMAP)
         for position, size, flags in ranges:
             if not (flags & FLAG_UNMAP and self._punched(position, size)):
                 self._write_out_zeroes(position, size)
         if not self._agreed & F_FLUSH:
             os.fdatasync(self._disk.fd)
-        return S_OK, 0
+        return status, 0
 
     # --- shared by the requests ---
 
@@ -239,19 +232,22 @@ class VirtioBlock:
         return moved
 
     def _ranges(
-        self, readable: list[Segment], most: int, largest: int
-    ) -> list[tuple[int, int, int]] | None:
-        """The request's ranges as (position, bytes, flags), or None when any is out of bounds."""
+        self, readable: list[Segment], most: int, largest: int, known_flags: int
+    ) -> tuple[int, list[tuple[int, int, int]]]:
+        """The request's ranges as (position, bytes, flags); none unless the status is OK."""
         assert self._memory is not None
         size = _total(readable)
         if self._disk.read_only or not 0 < size <= most * _RANGE.size or size % _RANGE.size:
-            return None
+            return S_IOERR, []
         ranges = []
+        status = S_OK
         for sector, count, flags in _RANGE.iter_unpack(_gather(self._memory, readable)):
+            if flags & ~known_flags:
+                return S_UNSUPP, []
             if count > largest or sector + count > self._disk.sectors:
-                return None
+                status = S_IOERR
             ranges.append((sector * SECTOR, count * SECTOR, flags))
-        return ranges
+        return status, ranges if status == S_OK else []
 
     def _punched(self, position: int, size: int) -> bool:
         """Deallocate; False when the host can't do that."""

@@ -14,7 +14,7 @@ from typing import Protocol
 from vmm.core.errors import PyvmmError
 
 MAX_QUEUE_SIZE = 32768
-MAX_CHAIN_BYTES = 1 << 32  # 2.7.4.3: the whole chain is shorter than 4 GiB
+MAX_CHAIN_BYTES = 1 << 32  # 2.7.5; one byte less, so that the used length can say it
 ADDRESS_SPACE = 1 << 64
 
 DESC_NEXT, DESC_WRITE, DESC_INDIRECT = 1, 2, 4

@@ -74,16 +74,15 @@ class AcpiPm:
         if ENABLE in written or ENABLE + 1 in written:
             self._enable = _merge(self._enable, ENABLE, written) & ENABLE_MASK
         if CONTROL in written or CONTROL + 1 in written:
-            self._write_control(_merge(self._control, CONTROL, written), written)
+            self._write_control(_merge(self._control, CONTROL, written))
         if written.get(RESET) == layout.RESET_VALUE:
             self._reset()
 
-    def _write_control(self, value: int, written: dict[int, int]) -> None:
-        # SLP_EN is write-only: it reads 0, so it is set only if its own byte was written so.
+    def _write_control(self, value: int) -> None:
+        # SLP_EN is not kept (it reads 0): it is set here only if its own byte was written so.
         self._control = value & (BM_RLD | SLP_TYP_MASK) | SCI_EN
-        asleep = CONTROL + 1 in written and value & layout.SLEEP_ENABLE
         sleep_type = (value & SLP_TYP_MASK) >> SLP_TYP_SHIFT
-        if asleep and sleep_type == layout.S5_SLEEP_TYPE:
+        if value & layout.SLEEP_ENABLE and sleep_type == layout.S5_SLEEP_TYPE:
             self._power_off()
 
 

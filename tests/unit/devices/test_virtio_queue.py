@@ -1,0 +1,242 @@
+"""The split queue against drivers that keep the rules and drivers that don't."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.support.fake_memory import FakeMemory
+from tests.support.virtio_driver import (
+    DESC_INDIRECT,
+    DESC_NEXT,
+    DESC_WRITE,
+    Piece,
+    VirtioQueueDriver,
+)
+from vmm.core.errors import GuestMemoryError, PrivateAccess
+from vmm.core.ranges import Range
+from vmm.devices.virtio.queue import QueueError, SplitQueue
+
+BASE = 0x1000
+
+
+@pytest.fixture
+def memory() -> Iterator[FakeMemory]:
+    fake = FakeMemory()
+    yield fake
+    fake.close()
+
+
+def make(memory: FakeMemory, size: int = 8) -> tuple[VirtioQueueDriver, SplitQueue]:
+    driver = VirtioQueueDriver(memory, BASE, size)
+    return driver, SplitQueue(memory, size, driver.desc, driver.avail, driver.used)
+
+
+def test_queue_take_gives_chains_in_order_and_once(memory: FakeMemory) -> None:
+    driver, queue = make(memory)
+    first = driver.chain([Piece(0x100, 16), Piece(0x200, 5, True)])
+    second = driver.chain([Piece(0x300, 1, True)])
+    driver.offer(second, first)
+
+    chains = queue.take()
+
+    assert [chain.head for chain in chains] == [second, first]
+    assert chains[1].readable == [(0x100, 16)]
+    assert chains[1].writable == [(0x200, 5)]
+    assert queue.take() == []
+
+
+def test_queue_empty_poll_costs_one_read(memory: FakeMemory) -> None:
+    _, queue = make(memory)
+
+    queue.take()
+
+    assert memory.calls == {"pread": 1}
+
+
+def test_queue_wraps_its_rings_and_its_indexes(memory: FakeMemory) -> None:
+    """70,000 chains in batches of 3 in a ring of 8: ring and 16-bit index wrap everywhere."""
+    driver, queue = make(memory)
+    driver.descriptor(0, 0x100, 1, 0, 0)
+    driver.descriptor(1, 0x100, 2, 0, 0)
+    driver.descriptor(2, 0x100, 3, 0, 0)
+    for _ in range(70_000 // 3):
+        driver.offer(0, 1, 2)
+        chains = queue.take()
+        assert [chain.readable[0][1] for chain in chains] == [1, 2, 3]
+        queue.publish([(chain.head, 7) for chain in chains])
+        assert driver.collect() == [(0, 7), (1, 7), (2, 7)]
+
+
+def test_queue_publish_writes_the_index_last(memory: FakeMemory) -> None:
+    driver, queue = make(memory)
+    writes: list[int] = []
+    memory.before = lambda verb, gpa: writes.append(gpa) if verb == "pwrite" else None
+
+    queue.publish([(0, 1)] * 7)
+    queue.publish([(0, 1)] * 2)
+
+    assert writes == [
+        driver.used + 4,
+        driver.used + 2,
+        driver.used + 4 + 56,
+        driver.used + 4,
+        driver.used + 2,
+    ]
+
+
+def test_queue_publish_honours_no_interrupt(memory: FakeMemory) -> None:
+    driver, queue = make(memory)
+
+    assert queue.publish([(0, 1)])
+    driver.set_available_index(0, flags=1)
+    assert not queue.publish([(0, 1)])
+    assert not queue.publish([])
+
+
+def test_queue_empty_descriptors_are_left_out(memory: FakeMemory) -> None:
+    driver, queue = make(memory)
+    driver.offer(driver.chain([Piece(0x100, 0), Piece(1 << 50, 0), Piece(0x100, 1, True)]))
+
+    (chain,) = queue.take()
+
+    assert (chain.readable, chain.writable) == ([], [(0x100, 1)])
+
+
+def test_queue_chain_as_long_as_the_table_is_fine(memory: FakeMemory) -> None:
+    driver, queue = make(memory)
+    driver.offer(driver.chain([Piece(0x100 * i, 1) for i in range(8)]))
+
+    assert len(queue.take()[0].readable) == 8
+
+
+@pytest.mark.parametrize(
+    ("descriptors", "message"),
+    [
+        ([(0x100, 1, DESC_NEXT, 0)], "loop"),
+        ([(0x100, 1, DESC_NEXT, 1), (0x100, 1, DESC_NEXT, 0)], "loop"),
+        ([(0x100, 1, DESC_NEXT, 8)], "descriptor 8"),
+        ([(0x100, 1, DESC_NEXT, 0xFFFF)], "descriptor 65535"),
+        ([(0x100, 16, DESC_INDIRECT, 0)], "indirect"),
+        ([(0x100, 1, DESC_NEXT | DESC_WRITE, 1), (0x100, 1, 0, 0)], "follows a writable"),
+        ([(0x100, 0, DESC_NEXT | DESC_WRITE, 1), (0x100, 1, DESC_INDIRECT, 0)], "indirect"),
+        ([((1 << 64) - 1, 2, 0, 0)], "too many"),
+        ([(0x100, 0xFFFF_FFFF, DESC_NEXT, 1), (0x100, 1, 0, 0)], "too many"),
+    ],
+)
+def test_queue_bad_chain_is_a_queue_error(
+    memory: FakeMemory, descriptors: list[tuple[int, int, int, int]], message: str
+) -> None:
+    driver, queue = make(memory)
+    for index, descriptor in enumerate(descriptors):
+        driver.descriptor(index, *descriptor)
+    driver.offer(0)
+
+    with pytest.raises(QueueError, match=message):
+        queue.take()
+
+
+@pytest.mark.parametrize("head", [8, 0x7FFF, 0xFFFF])
+def test_queue_head_outside_the_table_is_a_queue_error(memory: FakeMemory, head: int) -> None:
+    driver, queue = make(memory)
+    driver.offer(head)
+
+    with pytest.raises(QueueError, match=f"descriptor {head}"):
+        queue.take()
+
+
+@pytest.mark.parametrize("index", [9, 0x8000, 0xFFFF])
+def test_queue_available_index_that_jumps_is_a_queue_error(memory: FakeMemory, index: int) -> None:
+    driver, queue = make(memory)
+    driver.set_available_index(index)
+
+    with pytest.raises(QueueError, match=f"to {index}"):
+        queue.take()
+
+
+@pytest.mark.parametrize(
+    ("size", "desc", "avail", "used"),
+    [
+        (0, 0, 0, 0),
+        (3, 0, 0, 0),
+        (65536, 0, 0, 0),
+        (8, 8, 0, 0),
+        (8, 0, 1, 0),
+        (8, 0, 0, 2),
+        (8, (1 << 64) - 16, 0, 0),
+        (8, 0, (1 << 64) - 2, 0),
+        (8, 0, 0, (1 << 64) - 4),
+    ],
+)
+def test_queue_rings_that_cannot_be_are_a_queue_error(
+    memory: FakeMemory, size: int, desc: int, avail: int, used: int
+) -> None:
+    with pytest.raises(QueueError):
+        SplitQueue(memory, size, desc, avail, used)
+
+
+@pytest.mark.parametrize("ring", ["desc", "avail"])
+def test_queue_private_ring_raises_the_memorys_error(memory: FakeMemory, ring: str) -> None:
+    driver, queue = make(memory)
+    driver.offer(driver.chain([Piece(0x100, 1)]))
+    memory.private.append(Range(getattr(driver, ring) + 4, 2))
+
+    with pytest.raises(PrivateAccess):
+        queue.take()
+
+
+def test_queue_descriptors_are_copied_once_however_long_the_chain(memory: FakeMemory) -> None:
+    """What is validated is what is used: a guest that rewrites the table changes nothing."""
+    driver, queue = make(memory)
+    driver.offer(driver.chain([Piece(0x100 * i, 1) for i in range(8)]))
+
+    (chain,) = queue.take()
+    memory.poke(b"\xff" * 128, driver.desc)
+
+    assert chain.readable == [(0x100 * i, 1) for i in range(8)]
+    assert memory.calls["pread"] == 3
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.one_of(st.integers(0, (1 << 64) - 1), st.sampled_from([0x100, (1 << 64) - 1])),
+            st.one_of(st.integers(0, 0xFFFF_FFFF), st.sampled_from([0, 1, 16])),
+            st.one_of(st.integers(0, 3), st.integers(0, 0xFFFF)),
+            st.one_of(st.integers(0, 8), st.integers(0, 0xFFFF)),
+        ),
+        min_size=8,
+        max_size=8,
+    ),
+    st.lists(st.one_of(st.integers(0, 8), st.integers(0, 0xFFFF)), min_size=8, max_size=8),
+    st.one_of(st.integers(0, 9), st.integers(0, 0xFFFF)),
+)
+def test_queue_any_rings_give_valid_chains_or_a_queue_error(
+    table: list[tuple[int, int, int, int]], ring: list[int], index: int
+) -> None:
+    memory = FakeMemory(0x4000)
+    driver, queue = make(memory)
+    for slot, descriptor in enumerate(table):
+        driver.descriptor(slot, *descriptor)
+    memory.poke(struct.pack("<8H", *ring), driver.avail + 4)
+    driver.set_available_index(index)
+
+    try:
+        chains = queue.take()
+    except (QueueError, GuestMemoryError):
+        chains = []
+    finally:
+        memory.close()
+
+    assert len(chains) <= 8
+    for chain in chains:
+        segments = chain.readable + chain.writable
+        assert chain.head < 8
+        assert len(segments) <= 8
+        assert all(size > 0 and gpa + size <= 1 << 64 for gpa, size in segments)
+        assert sum(size for _, size in segments) < 1 << 32
