@@ -297,7 +297,10 @@ class LabRun:
     def _qemu_words(self) -> str:
         lines = (self.folder / "qemu.log").read_text(errors="replace").splitlines()
         errors = [line for line in lines if "warning: TCG doesn't support" not in line]
-        return f"; QEMU said: {errors[-1]}" if errors else ""
+        if errors:
+            return f"; QEMU said: {errors[-1]}"
+        status = self._process.poll()
+        return f"; QEMU ended with status {status} and said nothing" if status else ""
 
 
 def _plain_environment() -> dict[str, str]:
