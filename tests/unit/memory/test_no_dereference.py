@@ -16,18 +16,32 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from kvm_bindings import fdops
+from tests.support.disk_machine import BAR, DATA, DiskMachine
+from tests.support.fake_memory import FakeMemory
 from tests.support.memory import guest_memory, page, pages, pattern
+from tests.support.virtio_driver import Piece, VirtioPciDriver
 from vmm.conversion.scheme import CbitScheme
 from vmm.conversion.transaction import Converter
 from vmm.core.events import ConversionRequest, Kind
 from vmm.core.ranges import PAGE_SIZE
-from vmm.devices.virtio.block import T_IN, T_OUT, VirtioBlock
+from vmm.devices.bus import PortBus
+from vmm.devices.pci import PciBus, host_bridge
+from vmm.devices.virtio.block import (
+    T_DISCARD,
+    T_FLUSH,
+    T_GET_ID,
+    T_IN,
+    T_OUT,
+    T_WRITE_ZEROES,
+    VirtioBlock,
+)
 from vmm.devices.virtio.block_file import open_disk
-from vmm.devices.virtio.queue import DESC_NEXT, DESC_WRITE, SplitQueue
+from vmm.devices.virtio.pci_transport import VirtioPciTransport
 from vmm.memory.guest_memory import GuestMemory, LaunchMemory, PageState
 from vmm.policy import Policy
 
@@ -113,47 +127,63 @@ def test_conversions_work_without_the_mapping(revoked: GuestMemory) -> None:
     assert revoked.residency().private_bytes == page(16)
 
 
-DESC, AVAIL, USED, HEADER, STATUS, DATA = 0, page(1), page(2), page(3), page(3) + 64, page(8)
-_DESCRIPTOR = struct.Struct("<QIHH")
+class GuestSide:
+    """Guest memory as the driver of tests/support writes and reads it, on the shared side."""
+
+    def __init__(self, memory: GuestMemory) -> None:
+        self._shared = memory.shared
+
+    def poke(self, data: bytes, gpa: int) -> None:
+        self._shared.pwrite(data, gpa)
+
+    def peek(self, size: int, gpa: int) -> bytes:
+        return self._shared.pread(size, gpa)
 
 
-def block_request(
-    memory: GuestMemory, block: VirtioBlock, kind: int, sector: int, size: int
-) -> int:
-    """One request by the ring, as a driver would put it; the status byte."""
-    device_writes = DESC_WRITE if kind == T_IN else 0
-    queue = SplitQueue(memory, 4, DESC, AVAIL, USED)
-    block.activate(memory, {0: queue}, block.features)
-    memory.pwrite(struct.pack("<IIQ", kind, 0, sector), HEADER)
-    memory.pwrite(
-        _DESCRIPTOR.pack(HEADER, 16, DESC_NEXT, 1)
-        + _DESCRIPTOR.pack(DATA, size, DESC_NEXT | device_writes, 2)
-        + _DESCRIPTOR.pack(STATUS, 1, DESC_WRITE, 0),
-        DESC,
-    )
-    memory.pwrite(b"\xff", STATUS)
-    memory.pwrite(struct.pack("<HHH", 0, 1, 0), AVAIL)
-    assert block.process(0) is True
-    return memory.pread(1, STATUS)[0]
-
-
-@pytest.mark.parametrize("size", [PAGE_SIZE, 24 * PAGE_SIZE], ids=["buffered", "spliced"])
-def test_disk_requests_work_without_the_mapping(
-    revoked: GuestMemory, tmp_path: Path, size: int
-) -> None:
-    image = tmp_path / "disk"
-    image.write_bytes(pattern(1 << 20))
-    disk = open_disk(str(image))
+@pytest.fixture
+def disk_machine(revoked: GuestMemory, tmp_path: Path) -> Iterator[DiskMachine]:
+    """A virtio-blk disk of 1 MiB whose guest memory nobody can touch."""
+    path = tmp_path / "disk"
+    path.write_bytes(pattern(1 << 20))
+    disk = open_disk(f"{path},serial=R1")
+    ports = PortBus()
+    pci = PciBus(ports)
     block = VirtioBlock(disk, fdops.punch_hole)
-
-    read = block_request(revoked, block, T_IN, 3, size)
-    content = revoked.pread(size, DATA)
-    written = block_request(revoked, block, T_OUT, 100, size)
-
+    transport = VirtioPciTransport(block, revoked, lambda: None, bar_base=BAR, interrupt_line=5)
+    pci.add(0, host_bridge())
+    pci.add(1, transport.function)
+    guest = cast(FakeMemory, GuestSide(revoked))
+    driver = VirtioPciDriver(pci, ports, guest, 1)
+    made = DiskMachine(guest, ports, pci, block, transport, driver, path)
+    yield made
     disk.close()
-    assert (read, written) == (0, 0)
-    assert content == pattern(1 << 20)[3 * 512 : 3 * 512 + size]
-    assert image.read_bytes()[100 * 512 : 100 * 512 + size] == content
+
+
+@pytest.mark.parametrize("size", [PAGE_SIZE, 16 * PAGE_SIZE], ids=["buffered", "spliced"])
+def test_disk_requests_of_every_kind_work_without_the_mapping(
+    disk_machine: DiskMachine, size: int
+) -> None:
+    queue = disk_machine.up()
+    before = disk_machine.disk_bytes()
+    two_sectors = struct.pack("<QII", 1000, 2, 0)
+
+    read = disk_machine.do(queue, T_IN, 3, Piece(DATA, size, True))
+    content = disk_machine.memory.peek(size, DATA)
+    written = disk_machine.do(queue, T_OUT, 100, Piece(DATA, size))
+    named = disk_machine.do(queue, T_GET_ID, 0, Piece(DATA, 20, True))
+    name = disk_machine.memory.peek(2, DATA)
+    flushed = disk_machine.do(queue, T_FLUSH, 0)
+    disk_machine.memory.poke(two_sectors, DATA)
+    zeroed = disk_machine.do(queue, T_WRITE_ZEROES, 0, Piece(DATA, 16))
+    discarded = disk_machine.do(queue, T_DISCARD, 0, Piece(DATA, 16))
+
+    statuses = [status for status, _ in (read, written, named, flushed, zeroed, discarded)]
+    assert statuses == [0] * 6
+    assert content == before[3 * 512 : 3 * 512 + size]
+    assert name == b"R1"
+    after = disk_machine.disk_bytes()
+    assert after[100 * 512 : 100 * 512 + size] == content
+    assert after[1000 * 512 : 1002 * 512] == bytes(1024)
 
 
 # The source holds no means to dereference an address either.
