@@ -227,10 +227,10 @@ printf %s "$TOKEN" >&7
 _ON_TERMINAL = (
     _WAIT_FOR.format(device="/dev/hvc0")
     + """
-stty -F /dev/hvc0 rows {rows} cols {columns}
 echo pyvmm-lab: running >/dev/console
 setsid -c sh -c '
     trap : INT QUIT HUP
+    stty rows {rows} cols {columns}
     token=$1
     shift
     "$@"

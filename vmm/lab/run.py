@@ -70,7 +70,7 @@ class LabRun:
         self.running = False  # the machine has booted and the command was started
         self.stdout, self.stderr = _Output(), _Output()
         self.log = bytearray()
-        self._folder = Path(tempfile.mkdtemp(prefix="pyvmm-lab-"))
+        self.folder = Path(tempfile.mkdtemp(prefix="pyvmm-lab-"))
         self._token = f"<end-of-output-{secrets.token_hex(16)}>"
         self._time_limit = options.time_limit
         self._acknowledged = False
@@ -78,7 +78,7 @@ class LabRun:
         try:
             self._process, self._pump = self._boot(assets, options, terminal)
         except BaseException:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            shutil.rmtree(self.folder, ignore_errors=True)
             raise
         self._began = time.monotonic()
 
@@ -98,7 +98,7 @@ class LabRun:
     def _boot(
         self, assets: Assets, options: LabOptions, terminal: tuple[int, int] | None
     ) -> tuple[subprocess.Popen[bytes], Pump]:
-        self._results = self._folder / "results"
+        self._results = self.folder / "results"
         with open(self._results, "wb") as file:
             file.truncate(RESULTS_BYTES)
         job_image = self._job_image(options, terminal, assets.inner_qemu)
@@ -117,7 +117,7 @@ class LabRun:
             fixed.append(Drive(assets.inner_qemu, True))
         command = qemu_command(assets, options, [*fixed, *self.job.drives], fds)
         wrapped = [sys.executable, "-I", "-S", "-c", _TIED_TO_US, *command]
-        with open(self._folder / "qemu.log", "wb") as log:
+        with open(self.folder / "qemu.log", "wb") as log:
             process = subprocess.Popen(
                 wrapped,
                 stdin=subprocess.DEVNULL,
@@ -146,11 +146,11 @@ class LabRun:
             "PYVMM_LAB_DISKS": " ".join(self.job.devices()),
             **options.environment,
         }
-        stage = self._folder / "job"
+        stage = self.folder / "job"
         stage.mkdir()
         mount = drive_name(FIXED_DRIVES) if inner_qemu is not None else None
         lay_out(self.job, Surroundings(environment, path, self._token, terminal, mount), stage)
-        job_image = self._folder / "job.ext4"
+        job_image = self.folder / "job.ext4"
         image.make_ext4(stage, job_image)
         return job_image
 
@@ -170,6 +170,11 @@ class LabRun:
             self._marked = [out, error]
         self.output = self._marked[0]
         self.errors = self._marked[-1]
+
+    @property
+    def process_id(self) -> int:
+        """QEMU's."""
+        return self._process.pid
 
     # -- driving
 
@@ -265,7 +270,7 @@ class LabRun:
         with contextlib.suppress(OSError):
             os.close(self._process_fd)
         self._process_fd = -1
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     # -- the machine's own words
 
@@ -290,9 +295,12 @@ class LabRun:
         return f"; its kernel's last messages: {text[-600:]}" if text else self._qemu_words()
 
     def _qemu_words(self) -> str:
-        lines = (self._folder / "qemu.log").read_text(errors="replace").splitlines()
+        lines = (self.folder / "qemu.log").read_text(errors="replace").splitlines()
         errors = [line for line in lines if "warning: TCG doesn't support" not in line]
-        return f"; QEMU said: {errors[-1]}" if errors else ""
+        if errors:
+            return f"; QEMU said: {errors[-1]}"
+        status = self._process.poll()
+        return f"; QEMU ended with status {status} and said nothing" if status else ""
 
 
 def _plain_environment() -> dict[str, str]:

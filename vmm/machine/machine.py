@@ -17,7 +17,7 @@ from vmm.conversion.scheme import CbitScheme, PlainScheme, Scheme
 from vmm.conversion.transaction import Converter
 from vmm.core.errors import HostError
 from vmm.core.event_loop import EventLoop
-from vmm.core.ranges import Range
+from vmm.core.ranges import Range, page_align_down, page_align_up
 from vmm.devices.virtio.block_file import DiskFile, open_disk
 from vmm.exits.handlers import ExitHandlers
 from vmm.exits.outcome import PANIC, POWEROFF, QUIT, RESET, STOPPED, Outcome
@@ -29,7 +29,7 @@ from vmm.machine.guest import Guest, open_guest
 from vmm.machine.host import create_private_backing, open_kvm, require_hypercall_exits
 from vmm.machine.report import ReportFile, build_report
 from vmm.memory.backing import MemfdBacking
-from vmm.memory.guest_memory import GuestMemory, LaunchMemory
+from vmm.memory.guest_memory import GuestMemory, LaunchMemory, PageState
 from vmm.policy import Policy
 from vmm.policy.loader import load_policy
 
@@ -188,6 +188,23 @@ class Machine:
             self._vcpu.set_regs(state.regs)
         except KvmError as error:
             raise HostError(str(error)) from None
+        self._map_ahead(launch.written)
+
+    def _map_ahead(self, written: list[Range]) -> None:
+        """Map what the loader filled in one go: each page would cost the guest a fault.
+
+        Only pages that exist already, so that residency stays what the guest really uses.
+        """
+        if not self._vm.check_extension(ioctls.KVM_CAP_PRE_FAULT_MEMORY):
+            return
+        for area in written:
+            for run, state in self._memory.states(area):
+                alias = self._c_mask if state is PageState.PRIVATE else 0
+                start, end = page_align_down(run.start), page_align_up(run.end)
+                try:
+                    self._vcpu.pre_fault_memory(start | alias, end - start)
+                except KvmError:
+                    return  # shadow paging can't; the guest's faults do it one by one
 
     def _connect_devices(self) -> None:
         self._loop = EventLoop()

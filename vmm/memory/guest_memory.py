@@ -231,6 +231,8 @@ class LaunchMemory:
     def __init__(self, memory: GuestMemory) -> None:
         self._memory = memory
         self._sealed = False
+        self.written: list[Range] = []
+        """What was filled, in the order of the calls: the only pages that exist at launch."""
 
     def pwrite(self, data: Buffer, gpa: int) -> None:
         """Write `data` at `gpa`, to the side that the guest will see there."""
@@ -265,4 +267,5 @@ class LaunchMemory:
         for run, state in memory.states(area):
             private = state is PageState.PRIVATE and memory.private is not None
             runs.append((run, memory.private if private and memory.private else memory.shared))
+        self.written.append(area)
         return runs
