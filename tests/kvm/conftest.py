@@ -24,7 +24,9 @@ def kvm() -> Iterator[System]:
         try:
             system.create_vm().close()
         except KvmError as error:
-            pytest.skip(f"/dev/kvm makes no VMs here: {error}")
+            pytest.skip(
+                f"/dev/kvm makes no VMs: {error}; run where KVM works (tests/lab needs none)"
+            )
         install_kick_handler()
         yield system
 

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from kvm_bindings import System
+from kvm_bindings import KvmError, System, fdops, ioctls
 from kvm_bindings.exits import HltExit, InterruptedExit, IoExit, MmioExit, ShutdownExit
 from tests.support.tiny_guest import CODE, TinyGuest
 from vmm.exits.run_loop import KICK_SIGNAL
@@ -180,3 +180,17 @@ def test_run_on_many_vcpus_made_at_once_on_many_threads(kvm: System) -> None:
         thread.join(60)
 
     assert exits.count(HltExit()) == exits.count(IoExit(0x3F8, 1, 1, True, b"\0")) == 8
+
+
+def test_pre_fault_brings_the_pages_into_being(kvm: System) -> None:
+    with TinyGuest(kvm, HLT) as guest:
+        if not guest.vm.check_extension(ioctls.KVM_CAP_PRE_FAULT_MEMORY):
+            pytest.skip("KVM_CAP_PRE_FAULT_MEMORY = 0; Linux 6.11 or later has it")
+        before = fdops.cached_pages(guest.memfd)
+        try:
+            guest.vcpu.pre_fault_memory(0x4000, 0x3000)
+        except KvmError as error:
+            pytest.skip(f"{error}; needs two-dimensional paging")
+
+        assert fdops.cached_pages(guest.memfd) == before + 3
+        assert guest.run() == HltExit()

@@ -11,6 +11,7 @@ import os
 import struct
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -275,6 +276,44 @@ def test_immediate_exit_is_the_byte_that_kvm_reads(page: Page) -> None:
 
     page.vcpu.immediate_exit = False
     assert page.read(2, 0) == b"\0\0"
+
+
+class PreFaulting:
+    """KVM_PRE_FAULT_MEMORY that gets a page further with each call, or fails."""
+
+    def __init__(self, results: list[int]) -> None:
+        self.results = results
+        self.seen: list[tuple[int, int]] = []
+
+    def pyvmm_ioctl_pointer(self, fd: int, request: int, argument: Any) -> int:
+        self.seen.append((argument.gpa, argument.size))
+        result = self.results[len(self.seen) - 1]
+        if result == 0:
+            argument.gpa += 0x1000
+            argument.size -= 0x1000
+        return result
+
+
+def test_pre_fault_goes_on_where_it_was_interrupted(
+    page: Page, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kvm = PreFaulting([0, -errno.EINTR, 0, -errno.EAGAIN, 0])
+    monkeypatch.setattr(vcpu_module, "lib", kvm)
+
+    page.vcpu.pre_fault_memory(0x4000, 0x3000)
+
+    sizes = [size for _, size in kvm.seen]
+    assert sizes == [0x3000, 0x2000, 0x2000, 0x1000, 0x1000]
+    assert kvm.seen[-1] == (0x6000, 0x1000)
+
+
+def test_pre_fault_that_fails_names_the_whole_range(
+    page: Page, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vcpu_module, "lib", PreFaulting([0, -errno.EOPNOTSUPP]))
+
+    with pytest.raises(KvmError, match=r"KVM_PRE_FAULT_MEMORY\(gpa=0x4000, size=0x3000\) failed"):
+        page.vcpu.pre_fault_memory(0x4000, 0x3000)
 
 
 def test_close_unmaps_and_closes_once(page: Page) -> None:

@@ -18,7 +18,7 @@ from tests.support.memory import (
     pattern,
 )
 from vmm.core.errors import PrivateAccess, UnmappedAccess
-from vmm.core.ranges import PAGE_SIZE
+from vmm.core.ranges import PAGE_SIZE, Range
 from vmm.memory.backing import MemfdBacking
 from vmm.memory.guest_memory import GuestMemory, LaunchMemory
 
@@ -157,6 +157,18 @@ def test_write_of_nothing_is_fine_anywhere_in_ram(memory: GuestMemory, fill: Fil
     fill(LaunchMemory(memory), b"", page(4))
 
     assert memory.residency().private_bytes == 0
+
+
+def test_written_ranges_are_what_was_filled_in_order(memory: GuestMemory) -> None:
+    launch = LaunchMemory(memory)
+
+    launch.pwrite(bytes(10), page(3) + 5)
+    by_transfer(launch, bytes(page(2)), page(1))
+    launch.pwrite(b"", page(9))
+    with pytest.raises(UnmappedAccess):
+        launch.pwrite(b"x", page(64))
+
+    assert launch.written == [Range(page(3) + 5, 10), pages(1, 2)]
 
 
 def test_ordinary_vm_has_everything_on_the_shared_side() -> None:
