@@ -104,7 +104,7 @@ def test_data_of_an_exit_is_a_copy(page: Page) -> None:
     os.pwrite(page.fd, b"first", DATA)
     exit = page.run(2, io_union(1, 1, 1, 5))
 
-    os.pwrite(page.fd, b"XXXXX", DATA)
+    os.pwrite(page.fd, b"later", DATA)
 
     assert isinstance(exit, IoExit)
     assert exit.data == b"first"
