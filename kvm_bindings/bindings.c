@@ -20,6 +20,8 @@ ABI_SIZE(kvm_dtable, 16);
 ABI_SIZE(kvm_sregs, 312);
 ABI_SIZE(kvm_cpuid_entry2, 40);
 ABI_SIZE(kvm_cpuid2, 8);
+ABI_SIZE(kvm_msr_entry, 16);
+ABI_SIZE(kvm_msrs, 8);
 ABI_SIZE(kvm_run, 2352);
 ABI_OFFSET(kvm_run, exit_reason, 8);
 ABI_OFFSET(kvm_run, io, 32);

@@ -66,6 +66,7 @@ KVM_GET_REGS = _read(0x81, "struct kvm_regs")  # basic
 KVM_SET_REGS = _write(0x82, "struct kvm_regs")  # basic
 KVM_GET_SREGS = _read(0x83, "struct kvm_sregs")  # basic
 KVM_SET_SREGS = _write(0x84, "struct kvm_sregs")  # basic
+KVM_SET_MSRS = _write(0x89, "struct kvm_msrs")  # basic
 KVM_SET_CPUID2 = _write(0x90, "struct kvm_cpuid2")  # KVM_CAP_EXT_CPUID
 KVM_PRE_FAULT_MEMORY = _both(0xD5, "struct kvm_pre_fault_memory")  # KVM_CAP_PRE_FAULT_MEMORY
 

@@ -130,6 +130,18 @@ struct kvm_cpuid2 {
     struct kvm_cpuid_entry2 entries[];
 };
 
+struct kvm_msr_entry {
+    uint32_t index;
+    uint32_t reserved;
+    uint64_t data;
+};
+
+struct kvm_msrs {
+    uint32_t nmsrs;
+    uint32_t pad;
+    struct kvm_msr_entry entries[];
+};
+
 struct kvm_run_io {
     uint8_t direction;
     uint8_t size;

@@ -226,6 +226,22 @@ class Vcpu:
         if result < 0:
             fail("KVM_SET_CPUID2", result, f"vcpu={self.index}, nent={len(leaves)}")
 
+    def set_msrs(self, values: Mapping[int, int]) -> None:
+        """KVM_SET_MSRS: MSR index -> value. Raises KvmError naming the first that KVM refuses."""
+        buffer = ffi.new("char[]", ffi.sizeof("struct kvm_msrs") + 16 * len(values))
+        msrs = ffi.cast("struct kvm_msrs *", buffer)
+        msrs.nmsrs = len(values)
+        for entry, (index, value) in zip(
+            msrs.entries[0 : len(values)], values.items(), strict=True
+        ):
+            entry.index, entry.data = index, value
+        done = lib.pyvmm_ioctl_pointer(self.fd, ioctls.KVM_SET_MSRS, msrs)
+        if 0 <= done < len(values):  # how many it set, in order
+            index, value = list(values.items())[done]
+            fail("KVM_SET_MSRS", -errno.EINVAL, f"vcpu={self.index}, {index:#x} = {value:#x}")
+        if done < 0:
+            fail("KVM_SET_MSRS", done, f"vcpu={self.index}")
+
     def pre_fault_memory(self, gpa: int, size: int) -> None:
         """KVM_PRE_FAULT_MEMORY: map a range for the guest now, all at once, without faults later.
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from vmm.arch.x86_64 import layout
+from vmm.arch.x86_64.msrs import LINUX_ENTRY_MSRS
 from vmm.arch.x86_64.registers import InitialState, linux64_entry, payload_entry
 from vmm.core.errors import UsageError
 from vmm.core.ranges import Range
@@ -26,6 +28,8 @@ class Guest(Protocol):
     """Whether its private memory is filled by the host before it runs."""
     needs_hypercalls: bool
     """Whether it asks for conversions by KVM_HC_MAP_GPA_RANGE."""
+    msrs: Mapping[int, int]
+    """Model-specific registers that it expects to find set."""
 
     def finish_opening(self) -> None:
         """Wait for what the constructor started. Raises UsageError for a bad image."""
@@ -47,6 +51,7 @@ class LinuxGuest:
 
     host_loads_private = True
     needs_hypercalls = True
+    msrs: Mapping[int, int] = LINUX_ENTRY_MSRS
 
     def __init__(self, config: MachineConfig) -> None:
         """Opens and checks the images; a compressed kernel is unpacked while we go on.
@@ -128,6 +133,7 @@ class PayloadGuest:
 
     host_loads_private = False
     needs_hypercalls = False
+    msrs: Mapping[int, int] = {}
 
     def __init__(self, config: MachineConfig) -> None:
         """Raises UsageError when the payload would not fit."""

@@ -186,6 +186,8 @@ class Machine:
             self._vcpu.set_cpuid2(cpuid)
             self._vcpu.update_sregs(state.sregs)  # type: ignore[arg-type]  # a TypedDict
             self._vcpu.set_regs(state.regs)
+            if self._guest.msrs:
+                self._vcpu.set_msrs(self._guest.msrs)
         except KvmError as error:
             raise HostError(str(error)) from None
         self._map_ahead(launch.written)

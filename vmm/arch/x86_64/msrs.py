@@ -9,6 +9,13 @@ SEV_ENABLED = 1 << 0
 MIGRATION_CONTROL = 0x4B56_4D08  # Documentation/virt/kvm/x86/msr.rst; bit 0: ready
 MIGRATION_READY = 1 << 0
 
+MTRR_DEF_TYPE = 0x2FF  # SDM vol. 3, 13.11.2.1; bit 11: MTRRs enabled, bits 7:0: default type
+MTRR_ENABLE, MTRR_WRITE_BACK = 1 << 11, 6
+
+LINUX_ENTRY_MSRS = {MTRR_DEF_TYPE: MTRR_ENABLE | MTRR_WRITE_BACK}
+"""What firmware leaves behind and Linux relies on: with MTRRs disabled, kernels before 6.2 turn
+off PAT too, and a SEV guest then dies for want of write-protected mappings."""
+
 
 class MsrTable:
     """What an exiting RDMSR reads and which exiting WRMSR succeeds; all else is #GP.

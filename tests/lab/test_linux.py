@@ -1,0 +1,219 @@
+"""Stock kernels in the lab, booted by pyvmm to a shell, with all of their RAM in private memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.lab.conftest import Starter
+from vmm.lab.run import LabRun
+
+PROMPT = b"/ # "
+BOOT_SECONDS = 240.0
+COMMAND_SECONDS = 120.0
+MIB = 1 << 20
+RAM_BYTES = 512 * MIB
+
+# Compression of the payload: zstd, LZ4 (legacy), zstd again with the newest boot code.
+KERNELS = ("debian:6.12", "debian:6.1", "debian:7.3")
+
+REPORT = ("--report", "report.json")
+
+
+def linux(kernel: str = KERNELS[0]) -> list[str]:
+    return ["--kernel", kernel, "--append", "quiet"]
+
+
+class Shell:
+    """The guest's shell: a command typed over the console, and what it printed."""
+
+    def __init__(self, run: LabRun) -> None:
+        self._run = run
+        self.boot_output = run.expect(PROMPT, BOOT_SECONDS).decode(errors="replace")
+
+    def type(self, command: str) -> str:
+        """Run a command; its output without the echo, the carriage returns and the prompt."""
+        self._run.send(command.encode() + b"\n")
+        text = self._run.expect(PROMPT, COMMAND_SECONDS).decode(errors="replace")
+        text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text).replace("\r", "")
+        return text.split("\n", 1)[1].removesuffix(PROMPT.decode()).strip()
+
+    def leave(self, command: str) -> int:
+        """Type a command that ends the guest; pyvmm's exit status."""
+        self._run.send(command.encode() + b"\n")
+        return self._run.wait(COMMAND_SECONDS)
+
+
+def report_of(tmp_path: Path) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((tmp_path / "report.json").read_text())
+    return report
+
+
+def ext4_image(path: Path, folder: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(32 * MIB)
+    subprocess.run(
+        ["mke2fs", "-q", "-t", "ext4", "-d", str(folder), str(path)], check=True, timeout=60
+    )
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_stock_kernel_boots_privately_and_its_disk_holds_what_it_wrote(
+    kernel: str, lab_start: Starter, tmp_path: Path
+) -> None:
+    content = os.urandom(3 * MIB + 4321)
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "from-host").write_bytes(content)
+    disk = tmp_path / "disk.ext4"
+    ext4_image(disk, tmp_path / "root")
+
+    run = lab_start(
+        [*linux(kernel), "--private-mem", "--disk", "disk.ext4", *REPORT],
+    )
+    shell = Shell(run)
+    assert kernel.removeprefix("debian:") in shell.type("uname -r")
+    assert "AMD SEV" in shell.type("dmesg | grep 'Memory Encryption'")
+    assert "virtio" in shell.type("cat /proc/interrupts")
+    shell.type("mount -t ext4 /dev/vda /mnt")
+    read = shell.type("sha256sum /mnt/from-host")
+    shell.type("dd if=/dev/urandom of=/mnt/from-guest bs=4096 count=700 2>/dev/null; sync")
+    shell.type("echo 3 >/proc/sys/vm/drop_caches")
+    written = shell.type("sha256sum /mnt/from-guest")
+    shell.type("umount /mnt")
+    status = shell.leave("poweroff -f")
+
+    assert status == 0, bytes(run.stderr.data)
+    assert read.split()[0] == hashlib.sha256(content).hexdigest()
+    subprocess.run(["e2fsck", "-fn", str(disk)], check=True, timeout=60, capture_output=True)
+    copy = tmp_path / "copy"
+    subprocess.run(
+        ["debugfs", "-R", f"dump from-guest {copy}", str(disk)],
+        check=True,
+        timeout=60,
+        capture_output=True,
+    )
+    assert copy.stat().st_size == 700 * 4096
+    assert written.split()[0] == hashlib.sha256(copy.read_bytes()).hexdigest()
+    check_report(report_of(tmp_path))
+
+
+def check_report(report: dict[str, Any]) -> None:
+    """What every private boot with a disk must show."""
+    assert report["scheme"] == "cbit"
+    assert report["doorbell"] == "hypercall"
+    assert report["backings"] == {"private": "guest_memfd-mmap", "shared": "memfd"}
+    assert report["isolation"].startswith("policy-enforced rehearsal")
+    assert report["guest"]["exit"] == "poweroff"
+    share, unshare = report["conversions"]["share"], report["conversions"]["unshare"]
+    assert share["calls"] > 100
+    assert share["failed"] == share["denied"] == unshare["failed"] == unshare["denied"] == 0
+    pages, residency = report["pages"], report["residency"]
+    # The 64 MiB bounce buffer (swiotlb) is shared, and nothing else of that size.
+    assert 64 * MIB < pages["shared_bytes"] < 80 * MIB
+    assert pages["private_bytes"] + pages["shared_bytes"] == pages["ram_bytes"] == RAM_BYTES
+    # All RAM starts private: what is shared at the end was converted and not converted back.
+    assert share["bytes"] - unshare["bytes"] == pages["shared_bytes"]
+    assert 0 < residency["private_bytes"] <= pages["private_bytes"]
+    assert 0 < residency["shared_bytes"] <= pages["shared_bytes"]
+    disk = report["io"]["blk0"]
+    assert disk["bytes_read"] > 3 * MIB and disk["bytes_written"] > 700 * 4096
+    assert disk["errors"] == disk["refused"] == 0
+
+
+def test_stock_kernel_boots_as_an_ordinary_vm(lab_start: Starter, tmp_path: Path) -> None:
+    run = lab_start([*linux(), *REPORT])
+    shell = Shell(run)
+
+    assert shell.type("dmesg | grep -c 'AMD SEV'") == "0"
+    assert shell.leave("reboot -f") == 0
+
+    report = report_of(tmp_path)
+    assert report["guest"]["exit"] == "reset"
+    assert report["scheme"] == "none" and report["backings"]["private"] is None
+    assert report["conversions"]["share"]["calls"] == 0
+
+
+def test_panic_ends_with_status_1_and_says_what_it_was(lab_start: Starter, tmp_path: Path) -> None:
+    run = lab_start(
+        [*linux(), "--private-mem=memfd", *REPORT],
+    )
+
+    status = Shell(run).leave("echo c >/proc/sysrq-trigger")
+
+    assert status == 1
+    assert b"Kernel panic - not syncing: sysrq triggered crash" in bytes(run.stderr.data)
+    report = report_of(tmp_path)
+    assert report["guest"]["exit"] == "panic"
+    assert report["backings"]["private"] == "memfd"
+
+
+def test_shell_on_a_terminal_takes_keys_and_ctrl_a_x_quits(
+    lab_start: Starter, tmp_path: Path
+) -> None:
+    run = lab_start(
+        [*linux(), "--private-mem", *REPORT],
+        terminal=(24, 80),
+    )
+    shell = Shell(run)
+
+    run.send(b"echo here; sleep 1000\n")
+    run.expect(b"\r\nhere\r\n", COMMAND_SECONDS)
+    run.send(b"\x03")  # Ctrl-C is the guest's: it ends the sleep, not pyvmm
+    run.expect(PROMPT, COMMAND_SECONDS)
+    assert shell.type("echo $((6 * 7))") == "42"
+    run.send(b"\x01x")
+
+    assert run.wait(COMMAND_SECONDS) == 0
+    assert report_of(tmp_path)["guest"]["exit"] == "quit"
+
+
+# Asks the lab machine's kernel what both backings weigh, at every 40th conversion: shmem pages
+# are memfd's, unevictable ones guest_memfd's (nothing else of that machine grows meanwhile).
+_WITNESS = """
+import json, os
+from vmm.policy import Allow, Policy
+
+class Witness(Policy):
+    def __init__(self):
+        self.seen, self.calls = [], 0
+    def on_share(self, event, view):
+        self.calls += 1
+        if self.calls % 40 == 0:
+            fields = dict(line.split(":") for line in open("/proc/meminfo"))
+            kib = {name: int(fields[name].split()[0]) for name in ("Shmem", "Unevictable")}
+            r = view.residency()
+            self.seen.append([kib["Shmem"], kib["Unevictable"], r.shared_bytes, r.private_bytes])
+            with open(os.environ["WITNESS"], "w") as file:
+                json.dump(self.seen, file)
+        return Allow()
+"""
+
+
+def test_residency_agrees_with_the_host_kernels_own_count(
+    lab_start: Starter, tmp_path: Path
+) -> None:
+    (tmp_path / "witness.py").write_text(_WITNESS)
+    seen = tmp_path / "seen.json"
+    run = lab_start(
+        [*linux(), "--private-mem", "--policy", "witness.py:Witness"],
+        outputs=[seen],
+        environment={"WITNESS": str(seen)},
+    )
+
+    assert Shell(run).leave("poweroff -f") == 0
+
+    samples = json.loads(seen.read_text())
+    assert len(samples) >= 3
+    first, last = samples[0], samples[-1]
+    shmem, unevictable = ((last[i] - first[i]) * 1024 for i in (0, 1))
+    shared, private = (last[i] - first[i] for i in (2, 3))
+    assert private > 4 * MIB  # the guest did use more private memory in between
+    assert abs(unevictable - private) < MIB
+    assert abs(shmem - shared) < MIB
