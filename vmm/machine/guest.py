@@ -43,7 +43,7 @@ class LinuxGuest:
 
     def __init__(self, config: MachineConfig) -> None:
         """Opens and checks the images. Raises ImageError, UsageError."""
-        from vmm.boot.kernel import load_kernel_image  # not on the payload's start-up path
+        from vmm.boot.kernel import load_kernel_image, place_initrd  # not for the payload
         from vmm.boot.source import open_source
 
         assert config.kernel is not None
@@ -55,7 +55,14 @@ class LinuxGuest:
             self._close_initrd()
             raise
         try:
-            self._image.check_fits(layout.ram_ranges(config.memory), reserved=_BOOT_MEMORY)
+            ram = layout.ram_ranges(config.memory)
+            self._image.check_fits(ram, reserved=_BOOT_MEMORY)
+            self._initrd_place = None
+            if self._initrd is not None:
+                header = self._image.setup_header
+                limit = layout.FOUR_GIB if header is None else header.initrd_addr_max + 1
+                occupied = [*_BOOT_MEMORY, self._image.memory]
+                self._initrd_place = place_initrd(self._initrd, ram[0], limit, occupied)
             self._command_line = self._build_command_line()
         except BaseException:
             self.close()
@@ -76,15 +83,10 @@ class LinuxGuest:
         from vmm.arch.x86_64.acpi.tables import RSDP_GPA, acpi_tables
         from vmm.arch.x86_64.boot_params import boot_params
         from vmm.arch.x86_64.page_tables import identity_tables
-        from vmm.boot.kernel import place_initrd, transfer_exactly
+        from vmm.boot.kernel import transfer_exactly
 
-        image = self._image
-        initrd = None
-        if self._initrd is not None:
-            header = image.setup_header
-            limit = layout.FOUR_GIB if header is None else header.initrd_addr_max + 1
-            occupied = [Range(0, layout.HIGH_RAM_START), image.memory]
-            initrd = place_initrd(self._initrd, ram[0], limit, occupied)
+        image, initrd = self._image, self._initrd_place
+        if self._initrd is not None and initrd is not None:
             transfer_exactly(self._initrd, launch, 0, initrd.start, initrd.size)
         image.load(launch)
         tables = acpi_tables(self._config.cpus, _pci_interrupts(len(self._config.disks)))
