@@ -8,6 +8,7 @@ ABI_SIZE(kvm_userspace_memory_region, 32);
 ABI_SIZE(kvm_userspace_memory_region2, 160);
 ABI_SIZE(kvm_create_guest_memfd, 64);
 ABI_SIZE(kvm_memory_attributes, 32);
+ABI_SIZE(kvm_pre_fault_memory, 64);
 ABI_SIZE(kvm_enable_cap, 104);
 ABI_SIZE(kvm_irq_level, 8);
 ABI_SIZE(kvm_irqfd, 32);

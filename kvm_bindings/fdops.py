@@ -6,6 +6,9 @@ guest memory through it by accident.
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Callable
+
 from kvm_bindings._kvm import lib
 from kvm_bindings.errors import KvmError, fail
 
@@ -16,6 +19,17 @@ PROT_WRITE = 2
 FALLOC_FL_KEEP_SIZE = 1
 FALLOC_FL_PUNCH_HOLE = 2
 FALLOC_FL_ZERO_RANGE = 16
+
+
+def _uninterrupted(call: Callable[..., int], *arguments: int) -> int:
+    """Repeat a call while signals interrupt it (their handlers run in between, as PEP 475 has it).
+
+    A file on FUSE or a network may interrupt what a local one doesn't.
+    """
+    while True:
+        result = int(call(*arguments))
+        if result != -errno.EINTR:
+            return result
 
 
 def map_shared(fd: int, size: int, *, offset: int = 0, protection: int = 3) -> int:
@@ -45,21 +59,23 @@ def punch_hole(fd: int, offset: int, size: int) -> None:
 
     KEEP_SIZE belongs to it: guest_memfd refuses the call without.
     """
-    result = lib.pyvmm_fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, size)
+    mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+    result = _uninterrupted(lib.pyvmm_fallocate, fd, mode, offset, size)
     if result < 0:
         fail("fallocate", result, f"fd={fd}, PUNCH_HOLE, offset={offset:#x}, size={size:#x}")
 
 
 def zero_range(fd: int, offset: int, size: int) -> None:
     """fallocate(2) with ZERO_RANGE: the range reads as zeros and stays allocated. KvmError."""
-    result = lib.pyvmm_fallocate(fd, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, offset, size)
+    mode = FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE
+    result = _uninterrupted(lib.pyvmm_fallocate, fd, mode, offset, size)
     if result < 0:
         fail("fallocate", result, f"fd={fd}, ZERO_RANGE, offset={offset:#x}, size={size:#x}")
 
 
 def pread_to_address(fd: int, address: int, size: int, offset: int) -> int:
     """pread(2) of a file straight into a mapping; the kernel copies. Bytes moved, or KvmError."""
-    moved = int(lib.pyvmm_pread_to_address(fd, address, size, offset))
+    moved = _uninterrupted(lib.pyvmm_pread_to_address, fd, address, size, offset)
     if moved < 0:
         fail("pread", moved, f"fd={fd}, address={address:#x}, size={size:#x}, {offset=:#x}")
     return moved
@@ -67,7 +83,7 @@ def pread_to_address(fd: int, address: int, size: int, offset: int) -> int:
 
 def pwrite_from_address(fd: int, address: int, size: int, offset: int) -> int:
     """pwrite(2) to a file straight from a mapping; the kernel copies. Bytes moved, or KvmError."""
-    moved = int(lib.pyvmm_pwrite_from_address(fd, address, size, offset))
+    moved = _uninterrupted(lib.pyvmm_pwrite_from_address, fd, address, size, offset)
     if moved < 0:
         fail("pwrite", moved, f"fd={fd}, address={address:#x}, size={size:#x}, {offset=:#x}")
     return moved

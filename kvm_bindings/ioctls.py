@@ -67,6 +67,7 @@ KVM_SET_REGS = _write(0x82, "struct kvm_regs")  # basic
 KVM_GET_SREGS = _read(0x83, "struct kvm_sregs")  # basic
 KVM_SET_SREGS = _write(0x84, "struct kvm_sregs")  # basic
 KVM_SET_CPUID2 = _write(0x90, "struct kvm_cpuid2")  # KVM_CAP_EXT_CPUID
+KVM_PRE_FAULT_MEMORY = _both(0xD5, "struct kvm_pre_fault_memory")  # KVM_CAP_PRE_FAULT_MEMORY
 
 # Capabilities (KVM_CHECK_EXTENSION, KVM_ENABLE_CAP).
 KVM_CAP_IRQCHIP = 0
@@ -87,6 +88,7 @@ KVM_CAP_MEMORY_FAULT_INFO = 232
 KVM_CAP_MEMORY_ATTRIBUTES = 233
 KVM_CAP_GUEST_MEMFD = 234
 KVM_CAP_VM_TYPES = 235
+KVM_CAP_PRE_FAULT_MEMORY = 236
 KVM_CAP_GUEST_MEMFD_FLAGS = 244
 
 # Flags and small numbers that go with them.

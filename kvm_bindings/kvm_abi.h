@@ -38,6 +38,13 @@ struct kvm_memory_attributes {
     uint64_t flags;
 };
 
+struct kvm_pre_fault_memory {
+    uint64_t gpa;
+    uint64_t size;
+    uint64_t flags;
+    uint64_t padding[5];
+};
+
 struct kvm_enable_cap {
     uint32_t cap;
     uint32_t flags;

@@ -167,7 +167,8 @@ class Vm:
     ) -> None:
         """KVM_SET_USER_MEMORY_REGION2: a memslot with a guest_memfd (its fd) behind it.
 
-        Raises KvmError: EEXIST when the guest_memfd's range is bound to another slot already.
+        Raises KvmError: EINVAL when the guest_memfd's range is bound to another slot already,
+        EEXIST when the slot overlaps another one in guest-physical memory.
         """
         region = ffi.new(
             "struct kvm_userspace_memory_region2 *",
@@ -201,7 +202,7 @@ class Vm:
             hint = ""
             if result in (-errno.ENOTTY, -errno.EINVAL):
                 supported = self.check_extension(ioctls.KVM_CAP_MEMORY_ATTRIBUTES)
-                if not supported & attributes or not supported:
+                if not supported or attributes & ~supported:
                     hint = (
                         "this VM type has no such memory attributes "
                         f"(KVM_CAP_MEMORY_ATTRIBUTES = {supported:#x}), use --scheme cbit"
@@ -219,6 +220,9 @@ class Vm:
         result = self._pointer(ioctls.KVM_CREATE_GUEST_MEMFD, argument)
         if result < 0:
             fail("KVM_CREATE_GUEST_MEMFD", result, f"{size=:#x}, {flags=:#x}")
+        # Unlike a VM's or vCPU's fd this one comes without close-on-exec (Linux 6.18): no
+        # program that pyvmm starts may inherit the guest's memory.
+        os.set_inheritable(result, False)
         return GuestMemfd(result, size, flags)
 
     def create_vcpu(self, vcpu_id: int) -> Vcpu:

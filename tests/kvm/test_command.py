@@ -18,7 +18,7 @@ import pytest
 from tests.support import command, guests
 from tests.support.command import Session
 
-pytestmark = pytest.mark.kvm
+pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("usable_kvm")]
 
 READY = b"ready\r\n"
 
@@ -121,8 +121,8 @@ def test_policy_that_raises_ends_the_run_in_one_line_and_restores_the_terminal(
     with Session(["--private-mem", "--policy", f"{tmp_path / 'p.py'}:Raising"]) as session:
         status, said = session.wait()
 
-        assert status == 1
-        assert re.fullmatch("pyvmm: .*a policy's own fault.*\n", said)
+        assert status == 2
+        assert re.fullmatch("pyvmm: .*Raising.*a policy's own fault.*\n", said)
         assert session.modes() == session.modes_before
 
 
@@ -132,7 +132,7 @@ def test_debug_shows_where_a_policy_raised(tmp_path: Path) -> None:
     done = command.run("--private-mem", "--policy", f"{tmp_path / 'p.py'}:Raising", "--debug")
 
     assert re.search(rb"Traceback.*in on_share.*a policy's own fault", done.stderr, re.DOTALL)
-    assert done.returncode == 1
+    assert done.returncode == 2
 
 
 # -- stdin and stdout that are no terminal --------------------------------------------------------

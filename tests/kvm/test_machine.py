@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.images import build_bzimage, build_elf
 from vmm.cli.main import main
 from vmm.core.errors import PyvmmError
 from vmm.exits.outcome import FAILED, POWEROFF, Outcome
 from vmm.machine.config import MachineConfig
 from vmm.machine.machine import Machine
 
-pytestmark = pytest.mark.kvm
+pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("usable_kvm")]
 
 WATCHDOG_SECONDS = 60.0
 
@@ -107,6 +108,18 @@ def test_report_of_a_stopped_machine_is_written(tmp_path: Path) -> None:
 
     assert machine.report is not None
     assert machine.report["guest"] == {"exit": FAILED, "reason": "first"}
+
+
+@pytest.mark.parametrize("image", [build_elf(), build_bzimage()], ids=["vmlinux", "bzImage"])
+def test_bad_disk_beside_a_good_kernel_leaves_no_fd(tmp_path: Path, image: bytes) -> None:
+    (tmp_path / "kernel").write_bytes(image)
+    config = MachineConfig(kernel=str(tmp_path / "kernel"), disks=("/nowhere",))
+    before = open_fds()
+
+    with pytest.raises(PyvmmError, match="/nowhere: no such file"):
+        Machine(config).run()
+
+    assert open_fds() == before
 
 
 def test_bad_input_raises_and_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from vmm.boot.isolate import run_isolated
+from vmm.boot.isolate import IsolatedWork
 from vmm.boot.source import Source
 
 CHUNK = 1 << 20
@@ -161,19 +161,62 @@ class _Payload:
         return data
 
 
+class Decompression:
+    """`length` bytes at `offset` of a file on their way, uncompressed, into a memfd.
+
+    A child does the work from the constructor on; `finish` waits for it.
+    """
+
+    def __init__(
+        self, source: Source, offset: int, length: int, limit: int = DEFAULT_LIMIT
+    ) -> None:
+        """Raises ImageError where the payload's size or compression rules it out at once."""
+        if length > limit:
+            raise source.error(
+                f"its payload of {length} bytes is larger than the {limit} it may unpack to",
+                CORRUPT,
+            )
+        payload = _Payload(source, offset, offset + length)
+        codec = _codec_of(source, offset, length)
+        self._fd = os.memfd_create("pyvmm-kernel", os.MFD_CLOEXEC)
+        try:
+            self._work = IsolatedWork(
+                lambda: _decompress_into(self._fd, payload, codec, limit), source.name
+            )
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def finish(self) -> tuple[int, int]:
+        """(memfd, size), the memfd the caller's.
+
+        Raises ImageError where the payload is truncated, corrupt, or gives too much.
+        """
+        try:
+            size = self._work.result()
+        except BaseException:
+            self.close()
+            raise
+        fd, self._fd = self._fd, -1
+        return fd, size
+
+    def close(self) -> None:
+        """Give up what isn't finished; any number of times."""
+        self._work.close()
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
 def decompress_payload(
     source: Source, offset: int, length: int, limit: int = DEFAULT_LIMIT
 ) -> tuple[int, int]:
-    """Decompress `length` bytes at `offset` of the file; returns (memfd, size), memfd the caller's.
+    """A whole `Decompression`: (memfd, size), the memfd the caller's. Raises ImageError."""
+    return Decompression(source, offset, length, limit).finish()
 
-    Raises ImageError where the payload is truncated, corrupt, of an unsupported compression, or
-    gives (or is) more than `limit` bytes.
-    """
-    if length > limit:
-        raise source.error(
-            f"its payload of {length} bytes is larger than the {limit} it may unpack to", CORRUPT
-        )
-    payload = _Payload(source, offset, offset + length)
+
+def _codec_of(source: Source, offset: int, length: int) -> Codec:
+    """The payload's compression, by its magic; ImageError for one that can't be unpacked."""
     magic = source.read(offset, min(16, length), "the payload's magic")
     codec = find_codec(magic)
     if codec is None:
@@ -187,13 +230,7 @@ def decompress_payload(
             "supported",
             f"use a kernel compressed with {SUPPORTED}",
         )
-    fd = os.memfd_create("pyvmm-kernel", os.MFD_CLOEXEC)
-    try:
-        size = run_isolated(lambda: _decompress_into(fd, payload, codec, limit), source.name)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd, size
+    return codec
 
 
 def _decompress_into(fd: int, payload: _Payload, codec: Codec, limit: int) -> int:

@@ -1,4 +1,4 @@
-"""Runs one piece of work in a forked child, whose memory is given back when it ends.
+"""Runs one piece of work in a forked child, beside us, whose memory is given back at its end.
 
 A zstd or xz kernel is decompressed through a window as large as the kernel itself: done here, the
 VMM's own resident set never sees it, and a decoder that a hostile image brings down takes only the
@@ -19,45 +19,69 @@ _REFUSED = b"!"
 _BROKEN = b"?"
 
 
-def run_isolated(work: Callable[[], int], name: str) -> int:
-    """`work()`'s result from a child that shares our file descriptors; its ImageError is ours.
+class IsolatedWork:
+    """`work()` in a child that shares our file descriptors, under way while we do other things.
 
     In a process that has threads already, fork is not safe (another thread's lock may be held for
-    ever in the child): the work is then done right here. `name` starts messages ("kernel X").
+    ever in the child): the work is then done right here, by `result`. `name` starts messages
+    ("kernel X"). Take the result or `close` it: the child must not outlive us.
     """
-    if len(os.listdir("/proc/self/task")) != 1:
-        return work()
-    reader, writer = os.pipe2(os.O_CLOEXEC)
-    try:
-        pid = os.fork()
-    except OSError as exc:
-        os.close(reader)
+
+    def __init__(self, work: Callable[[], int], name: str) -> None:
+        """Starts the child. Raises HostError where it can't."""
+        self._work = work
+        self._name = name
+        self._pid = 0
+        self._reader = -1
+        if len(os.listdir("/proc/self/task")) != 1:
+            return
+        self._reader, writer = os.pipe2(os.O_CLOEXEC)
+        try:
+            self._pid = os.fork()
+        except OSError as exc:
+            os.close(writer)
+            os.close(self._reader)
+            raise HostError(
+                f"{name}: starting the decompressor failed: {exc.strerror}; "
+                "free memory or processes"
+            ) from exc
+        if self._pid == 0:
+            _child(work, writer)
         os.close(writer)
-        raise HostError(
-            f"{name}: starting the decompressor failed: {exc.strerror}; free memory or processes"
-        ) from exc
-    if pid == 0:
-        _child(work, writer)
-    os.close(writer)
-    try:
-        answer = _read_all(reader)
-    except BaseException:
-        # Interrupted (Ctrl-C): the child must not go on writing behind our back.
-        os.kill(pid, signal.SIGKILL)
-        raise
-    finally:
-        os.close(reader)
-        _, status = os.waitpid(pid, 0)
-    kind, text = answer[:1], answer[1:].decode(errors="replace")
-    if kind == _RESULT:
-        return int(text)
-    if kind == _REFUSED:
-        raise ImageError(text)
-    code = os.waitstatus_to_exitcode(status)
-    reason = f"was killed by signal {-code}" if code < 0 else f"failed: {text}"
-    raise ImageError(
-        f"{name}: its decompressor {reason}; the image is corrupt or the host is out of memory"
-    )
+
+    def result(self) -> int:
+        """Wait for the work's result; its ImageError is ours."""
+        if self._pid == 0:
+            return self._work()
+        try:
+            answer = _read_all(self._reader)
+        except BaseException:
+            self.close()  # interrupted (Ctrl-C): it must not go on writing behind our back
+            raise
+        status = self._reap()
+        kind, text = answer[:1], answer[1:].decode()
+        if kind == _RESULT:
+            return int(text)
+        if kind == _REFUSED:
+            raise ImageError(text)
+        code = os.waitstatus_to_exitcode(status)
+        reason = f"was killed by signal {-code}" if code < 0 else f"failed: {text}"
+        raise ImageError(
+            f"{self._name}: its decompressor {reason}; "
+            "the image is corrupt or the host is out of memory"
+        )
+
+    def close(self) -> None:
+        """End the child if it still runs; any number of times."""
+        if self._pid:
+            os.kill(self._pid, signal.SIGKILL)
+            self._reap()
+
+    def _reap(self) -> int:
+        os.close(self._reader)
+        _, status = os.waitpid(self._pid, 0)
+        self._pid = 0
+        return status
 
 
 def _child(work: Callable[[], int], writer: int) -> None:

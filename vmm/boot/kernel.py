@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Protocol
 
 from vmm.boot.bzimage import SetupHeader, parse_setup_header
-from vmm.boot.decompress import DEFAULT_LIMIT, decompress_payload
+from vmm.boot.decompress import DEFAULT_LIMIT, Decompression
 from vmm.boot.elf import ElfImage, Segment, parse_elf
 from vmm.boot.errors import ImageError
 from vmm.boot.identify import Kind, identify
@@ -140,31 +140,66 @@ def transfer_exactly(source: Source, memory: Memory, offset: int, gpa: int, size
         done += moved
 
 
-def load_kernel_image(path_or_fd: PathOrFd, limit: int = DEFAULT_LIMIT) -> KernelImage:
-    """Open and check a kernel, uncompressing it where needed; the caller closes the result.
+class OpenedKernel:
+    """A kernel whose headers are checked, and whose payload is being decompressed beside us."""
 
-    `limit` bounds the uncompressed size in bytes. Raises ImageError for whatever is not a
-    bootable x86-64 kernel.
+    def __init__(self, path_or_fd: PathOrFd, limit: int = DEFAULT_LIMIT) -> None:
+        """Opens the file; `limit` bounds the uncompressed size in bytes.
+
+        Raises ImageError for what is recognisably not a bootable x86-64 kernel.
+        """
+        self._source = open_source(path_or_fd, "kernel")
+        self._header: SetupHeader | None = None
+        self._decompression: Decompression | None = None
+        self._handed_over = False
+        try:
+            self._kind = identify(self._source)
+            if self._kind is Kind.ELF:
+                return
+            self._header = parse_setup_header(self._source)
+            # The kernel unpacks itself inside init_size bytes, so its payload can't be larger.
+            self._decompression = Decompression(
+                self._source,
+                self._header.payload_start,
+                self._header.payload_length,
+                min(limit, self._header.init_size),
+            )
+        except BaseException:
+            self._source.close()
+            raise
+
+    def finish(self) -> KernelImage:
+        """The checked image, which the caller closes. Raises ImageError for a bad one."""
+        source = self._source
+        if self._decompression is not None:
+            fd, size = self._decompression.finish()
+            source = Source(fd, size, f"{source.name} (uncompressed)")
+            self._source.close()
+        self._handed_over = True
+        try:
+            return KernelImage(self._kind, source, parse_elf(source), self._header)
+        except BaseException:
+            source.close()
+            raise
+
+    def close(self) -> None:
+        """Give up what isn't finished; any number of times, and no harm after `finish`."""
+        if self._decompression is not None:
+            self._decompression.close()
+        if not self._handed_over:
+            self._source.close()
+
+
+def load_kernel_image(path_or_fd: PathOrFd, limit: int = DEFAULT_LIMIT) -> KernelImage:
+    """Open, check and uncompress a kernel in one go; the caller closes the result.
+
+    Raises ImageError for whatever is not a bootable x86-64 kernel.
     """
-    source = open_source(path_or_fd, "kernel")
+    opened = OpenedKernel(path_or_fd, limit)
     try:
-        kind = identify(source)
-        if kind is Kind.ELF:
-            return KernelImage(kind, source, parse_elf(source), None)
-        header = parse_setup_header(source)
-        # The kernel unpacks itself inside init_size bytes, so its payload can't be larger.
-        fd, size = decompress_payload(
-            source, header.payload_start, header.payload_length, min(limit, header.init_size)
-        )
+        return opened.finish()
     except BaseException:
-        source.close()
-        raise
-    source.close()
-    inner = Source(fd, size, f"{source.name} (uncompressed)")
-    try:
-        return KernelImage(kind, inner, parse_elf(inner), header)
-    except BaseException:
-        inner.close()
+        opened.close()
         raise
 
 

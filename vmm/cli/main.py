@@ -4,6 +4,7 @@ input, 3 the host cannot do it."""
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -144,9 +145,13 @@ def _run(arguments: Sequence[str]) -> int:
         report=options.report,
     )
     config.validate()
-    from vmm.machine.machine import Machine
+    from vmm.machine.guest import open_guest
 
-    outcome = Machine(config).run()
+    # A kernel is uncompressed by a child process while this one imports the rest.
+    with contextlib.closing(open_guest(config)) as guest:
+        from vmm.machine.machine import Machine
+
+        outcome = Machine(config, guest).run()
     if outcome.exit_status:
         tell(f"{_sentence(outcome.exit)}: {outcome.reason}")
     return outcome.exit_status

@@ -11,10 +11,11 @@ import threading
 
 from vmm.conversion.accounting import Accounting
 from vmm.conversion.scheme import Scheme
+from vmm.core.errors import HostError
 from vmm.core.events import ConversionRequest, Kind
 from vmm.core.ranges import PAGE_SIZE, Range
 from vmm.memory.guest_memory import GuestMemory, PageState
-from vmm.policy import Allow, Deny, Event, Policy
+from vmm.policy import Allow, Decision, Deny, Event, Policy, PolicyError
 
 QUIESCE_TIMEOUT = 5.0
 """Seconds that a conversion waits for host accesses under way before it fails with EBUSY."""
@@ -52,6 +53,9 @@ class Converter:
 
         A range that is (partly) in the wanted state already is no error: what is left to do is
         done, as KVM_SET_MEMORY_ATTRIBUTES does.
+
+        Raises what is not the guest's to handle: PolicyError when the policy breaks, HostError
+        when a failed conversion can't be taken back. States are as before then, too.
         """
         with self._lock:
             tally = self.accounting.of(request.kind)
@@ -69,6 +73,9 @@ class Converter:
             except OSError as error:
                 tally.failed += 1
                 return -(error.errno or errno.EIO)
+            except BaseException:
+                tally.failed += 1
+                raise
             return 0
 
     def _validate(self, request: ConversionRequest) -> Range:
@@ -86,19 +93,30 @@ class Converter:
             raise Refused(errno.EINVAL, f"{area} is not wholly guest RAM")
         return area
 
-    def _decide(self, request: ConversionRequest, area: Range) -> Allow | Deny:
+    def _decide(self, request: ConversionRequest, area: Range) -> Decision:
         event = Event(request.kind, area, request.vcpu, request.doorbell)
-        if request.kind is Kind.SHARE:
-            return self._policy.on_share(event, self._memory)
-        return self._policy.on_unshare(event, self._memory)
+        share = request.kind is Kind.SHARE
+        hook = self._policy.on_share if share else self._policy.on_unshare
+        try:
+            decision = hook(event, self._memory)
+        except Exception as error:
+            # An OSError of the policy's own must not reach the guest as if it were an answer.
+            raise self._blame(event, f"raised {error!r}; --debug shows where") from error
+        if not isinstance(decision, (Allow, Deny)):
+            raise self._blame(event, f"returned {decision!r}; return Allow() or Deny()")
+        return decision
+
+    def _blame(self, event: Event, what: str) -> PolicyError:
+        name = type(self._policy).__name__
+        return PolicyError(f"policy {name}: on_{event.kind.value} for {event.area} {what}")
 
     def _carry_out(self, area: Range, kind: Kind) -> int:
         """Convert `area`; the bytes whose state changed. Raises Refused or OSError, undone."""
         memory = self._memory
         target = PageState.SHARED if kind is Kind.SHARE else PageState.PRIVATE
         before = memory.begin_conversion(area)
-        changed = sum(run.size for run, state in before if state is not target)
-        if not changed:
+        changing = [run for run, state in before if state is not target]
+        if not changing:
             memory.restore(before)
             return 0
         applied = False
@@ -115,9 +133,25 @@ class Converter:
             else:
                 memory.discard_shared(area)
         except BaseException:
-            if applied:
-                self._scheme.revert(area, kind)
-            memory.restore(before)
+            try:
+                if applied:
+                    self._revert(changing, kind)
+            finally:
+                memory.restore(before)
             raise
         memory.finish_conversion(area, target)
-        return changed
+        return sum(run.size for run in changing)
+
+    def _revert(self, changed: list[Range], kind: Kind) -> None:
+        """Take `apply` back where it changed something; the rest was in the wanted state before.
+
+        Raises HostError when KVM refuses: it and the page states disagree from then on.
+        """
+        for run in changed:
+            try:
+                self._scheme.revert(run, kind)
+            except OSError as error:
+                raise HostError(
+                    f"a failed {kind.value} of {run} cannot be taken back: {error}; "
+                    "the guest cannot go on"
+                ) from error

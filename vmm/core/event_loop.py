@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 
 class EventLoop:
-    """One thread runs it; `wake` and `stop` may be called from any thread or signal handler."""
+    """One thread runs it; `stop` may be called from any thread or signal handler."""
 
     def __init__(self) -> None:
         self._epoll = select.epoll()

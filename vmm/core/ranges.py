@@ -38,7 +38,8 @@ class Range:
         return self.start <= other.start and other.end <= self.end
 
     def overlaps(self, other: Range) -> bool:
-        return self.start < other.end and other.start < self.end
+        """Whether they have an address in common; an empty range has none."""
+        return max(self.start, other.start) < min(self.end, other.end)
 
     def intersection(self, other: Range) -> Range | None:
         start = max(self.start, other.start)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vmm.core.errors import HostError
-from vmm.lab.sources import debian_archive, read_sources
+from vmm.lab.sources import Source, debian_archive, read_sources
 
 # Suites that hold what the lab runs; `QEMU_SUITE` also gives busybox.
 SUITES = ("bookworm", "trixie", "trixie-backports")
@@ -83,11 +83,34 @@ class Apt:
         archive = debian_archive(read_sources(self.etc))
         if archive is None:
             raise PackagesUnavailable(f"no Debian archive among the apt sources in {self.etc}")
-        self._configure(*archive)
-        self._run("apt-get", "--quiet", "update")
+        self._configure()
+        self._use(archive.uris[0], SUITES, archive.signed_by)
+        try:
+            self._run("apt-get", "--quiet", "update")
+        except PackagesUnavailable:
+            self._update_with_newer_keys(archive)
         self._updated = True
 
-    def _configure(self, uri: str, keyrings: tuple[str, ...]) -> None:
+    def _update_with_newer_keys(self, archive: Source) -> None:
+        """An older release's keyring may lack the keys of newer ones. The suites that this machine
+        uses can be verified; the keyring package found in them vouches for the others.
+        """
+        self._use(archive.uris[0], archive.suites, archive.signed_by)
+        self._run("apt-get", "--quiet", "update")
+        folder = self._empty_folder(self.root / "download")
+        self._run("apt-get", "--quiet", "download", "debian-archive-keyring", cwd=folder)
+        into = self._empty_folder(self.root / "keyring")
+        _unpack(folder, into)
+        keyring = into / "usr" / "share" / "keyrings" / "debian-archive-keyring.gpg"
+        self._use(archive.uris[0], SUITES, (*archive.signed_by, str(keyring)))
+        self._run("apt-get", "--quiet", "update")
+
+    def _use(self, uri: str, suites: Sequence[str], keyrings: Sequence[str]) -> None:
+        option = f"[arch=amd64 signed-by={','.join(keyrings)}]" if keyrings else "[arch=amd64]"
+        lines = [f"deb {option} {uri} {suite} main\n" for suite in suites]
+        (self.root / "etc" / "sources.list").write_text("".join(lines))
+
+    def _configure(self) -> None:
         etc = self.root / "etc"
         for folder in (
             etc / "apt.conf.d",
@@ -98,9 +121,6 @@ class Apt:
         ):
             folder.mkdir(parents=True, exist_ok=True)
         (self.root / "status").touch()
-        option = f"[arch=amd64 signed-by={','.join(keyrings)}]" if keyrings else "[arch=amd64]"
-        lines = [f"deb {option} {uri} {suite} main\n" for suite in SUITES]
-        (etc / "sources.list").write_text("".join(lines))
         config = self.root / "apt.conf"
         config.write_text("".join(f"{line}\n" for line in self._settings(etc)))
         self._environment = {**os.environ, "APT_CONFIG": str(config), "LC_ALL": "C"}
@@ -124,6 +144,8 @@ class Apt:
         yield setting("APT::Architecture", "amd64")
         yield 'APT::Architectures { "amd64"; };'
         yield setting("Acquire::Languages", "none")
+        # Unreachable archives are a failure here, not a warning with old lists kept.
+        yield setting("APT::Update::Error-Mode", "any")
         if os.geteuid() == 0:
             # The cache is usually below root's home, where the user _apt may not write.
             yield setting("APT::Sandbox::User", "root")

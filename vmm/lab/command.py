@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from vmm.core.errors import UsageError
 from vmm.lab import terminal
-from vmm.lab.machine import Lab, LabRun, ended_by
+from vmm.lab.machine import Lab
 from vmm.lab.options import HELP, LabCommand, parse
 from vmm.lab.progress import Progress, Reporter, Silent, finished
+from vmm.lab.run import LabRun, ended_by
 
 
 class _Interrupted(BaseException):
@@ -30,8 +29,6 @@ def run(argv: list[str]) -> int:
     if command.help:
         print(HELP, end="")
         return 0
-    if not command.arguments and sys.stdin is None:
-        raise UsageError("nothing to run and no standard input")
     progress: Progress = Silent() if command.options.quiet else Reporter()
     try:
         with _signals_raise(), finished(progress):

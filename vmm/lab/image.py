@@ -55,7 +55,7 @@ def root_image(cache: Cache, progress: Progress, busybox: Path) -> Path:
             elf_files += interpreter.copy_distributions(site, distributions)
             sites = {Path(str(d.locate_file(""))) for d in distributions.values()}
             interpreter.copy_libraries(stage, elf_files, within=sites)
-            _compile(stage)
+            compile_tree(stage)
             make_ext4(stage, path)
 
     image = cache.entry(f"images/root-{key}.ext4", build)
@@ -77,7 +77,7 @@ def project_image(cache: Cache, progress: Progress) -> Path:
                 else:
                     shutil.copy2(source, stage / source.name)
             (stage / "pyvmm").write_text(_LAUNCHER)
-            _compile(stage)
+            compile_tree(stage)
             make_ext4(stage, path)
 
     image = cache.entry(f"images/project-{key}.ext4", build)
@@ -209,7 +209,7 @@ def _lay_out_qemu(stage: Path, qemu: Qemu) -> None:
     script.chmod(0o755)
 
 
-def _compile(stage: Path) -> None:
+def compile_tree(stage: Path) -> None:
     """Compiled files for every module, which the interpreter takes without looking at sources:
     at some 50 times less than native speed, compiling would dominate every start.
     """

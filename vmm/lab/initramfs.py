@@ -36,13 +36,15 @@ mount -t proc none /proc
 mount -t sysfs none /sys
 load {storage}
 load {kvm} &
-mkdir -p /lower /writes /root
+mkdir -p /lower /project /writes /root
 mount -t ext4 -o ro,noatime /dev/vda /lower || fail "mounting the root image"
 mount -t tmpfs -o size=75% none /writes
-mkdir /writes/upper /writes/work
+mkdir /writes/upper /writes/work /writes/project-upper /writes/project-work
 mount -t overlay -o lowerdir=/lower,upperdir=/writes/upper,workdir=/writes/work none /root \\
     || fail "mounting the writable layer"
-mount -t ext4 -o ro,noatime /dev/vdb /root/lab/project || fail "mounting the project image"
+mount -t ext4 -o ro,noatime /dev/vdb /project || fail "mounting the project image"
+mount -t overlay -o lowerdir=/project,upperdir=/writes/project-upper,workdir=/writes/project-work \\
+    none /root/lab/project || fail "mounting the project's writable layer"
 mount -t ext4 -o ro,noatime /dev/vdc /root/lab/job || fail "mounting the job image"
 mount -o move /dev /root/dev
 mount -o move /proc /root/proc
@@ -84,7 +86,8 @@ def host_initramfs(busybox: Path, modules: Path) -> bytes:
     script = _HOST_INIT.format(
         storage=" ".join(name for name, _ in storage), kvm=" ".join(name for name, _ in kvm)
     )
-    return _archive(busybox, script, [*storage, *kvm])
+    loaded_bare = [(name, without_signature(data)) for name, data in [*storage, *kvm]]
+    return _archive(busybox, script, loaded_bare)
 
 
 def guest_initramfs(busybox: Path, modules: Path | None) -> bytes:
@@ -104,7 +107,7 @@ def _archive(busybox: Path, script: str, modules: Iterable[tuple[str, bytes]]) -
     for name in applets(busybox):
         archive.symlink(f"bin/{name}", "busybox")
     for name, content in modules:
-        archive.file(f"modules/{name}.ko", without_signature(content))
+        archive.file(f"modules/{name}.ko", content)
     archive.file("init", script.encode(), 0o755)
     return archive.finish()
 

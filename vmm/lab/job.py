@@ -50,6 +50,10 @@ class Job:
     drives: list[Drive] = field(default_factory=list)
     first_drive: int = FIXED_DRIVES
 
+    def devices(self) -> list[str]:
+        """The block devices that the disks are inside, in their order."""
+        return [drive_name(self.first_drive + i) for i in range(len(self.drives))]
+
 
 def drive_name(index: int) -> str:
     """virtio-blk's naming in Linux: vda ... vdz, vdaa ..."""
@@ -94,7 +98,7 @@ def job_from_arguments(
 def _take(job: Job, option: str, value: str) -> str:
     """Notes what the option's value names; returns the value as it is to be inside."""
     if option == "--disk":
-        return _attach(job, value)
+        return attach(job, value, option)
     if option in _OUTPUT_OPTIONS:
         job.outputs.append(_absolute(job, value))
         return value
@@ -109,20 +113,21 @@ def _take(job: Job, option: str, value: str) -> str:
     return value
 
 
-def _attach(job: Job, value: str) -> str:
+def attach(job: Job, value: str, option: str) -> str:
+    """Adds FILE[,ro][,...] as a drive; returns the value with the block device's name inside."""
     name, comma, settings = value.partition(",")
     path = _absolute(job, name)
     read_only = "ro" in settings.split(",")
     wanted = os.R_OK if read_only else os.R_OK | os.W_OK
     if not path.exists():
-        raise UsageError(f"--disk {name}: no such file; make one with truncate -s SIZE FILE")
+        raise UsageError(f"{option} {name}: no such file; make one with truncate -s SIZE FILE")
     if not (path.is_file() or path.is_block_device()):
-        raise UsageError(f"--disk {name}: neither a file nor a block device")
+        raise UsageError(f"{option} {name}: neither a file nor a block device")
     if not os.access(path, wanted):
         rest = "" if read_only else "; add ,ro to attach it read-only"
-        raise UsageError(f"--disk {name}: no permission{rest}")
+        raise UsageError(f"{option} {name}: no permission{rest}")
     job.drives.append(Drive(path, read_only))
-    return drive_name(job.first_drive + len(job.drives) - 1) + comma + settings
+    return job.devices()[-1] + comma + settings
 
 
 def _carry_if_file(job: Job, value: str) -> None:
@@ -171,6 +176,7 @@ def _script(job: Job, surroundings: Surroundings, links: list[tuple[str, str]]) 
     quote = shlex.quote
     lines = [f"export PATH={quote(surroundings.path)}"]
     lines += [f"export {name}={quote(value)}" for name, value in surroundings.environment.items()]
+    lines.append(f"TOKEN={quote(surroundings.token)}")
     lines.append(_SETUP)
     if surroundings.qemu_drive is not None:
         lines.append(f"mount -t ext4 -o ro,noatime {surroundings.qemu_drive} /lab/qemu")
@@ -189,7 +195,6 @@ def _script(job: Job, surroundings: Surroundings, links: list[tuple[str, str]]) 
     names = " ".join(quote(f"./{str(p).lstrip('/')}") for p in job.outputs)
     lines.append(
         _FINISH.format(
-            token=quote(surroundings.token),
             names=names,
             device=drive_name(FIXED_DRIVES - 1),
             status=_STATUS,
@@ -212,26 +217,33 @@ _ON_PORTS = (
 exec 5</dev/vport0p1 6>/dev/vport0p2 7>/dev/vport0p3
 echo pyvmm-lab: running >/dev/console
 {words} <&5 >&6 2>&7 5<&- 6>&- 7>&-
-status=$?
+echo $? >/lab/status
+printf %s "$TOKEN" >&6
+printf %s "$TOKEN" >&7
 """
 )
+# The shell in between is the session's leader: when a leader ends, its terminal is hung up and
+# what wasn't sent yet is lost. stty waits until everything is (it sets with TCSADRAIN).
 _ON_TERMINAL = (
     _WAIT_FOR.format(device="/dev/hvc0")
     + """
-exec 6>/dev/hvc0 7>/dev/null
-stty -F /dev/hvc0 rows {rows} cols {columns}
 echo pyvmm-lab: running >/dev/console
-setsid -c {words} </dev/hvc0 >/dev/hvc0 2>&1 6>&- 7>&-
-status=$?
-stty -F /dev/hvc0 raw -echo
+setsid -c sh -c '
+    trap : INT QUIT HUP
+    stty rows {rows} cols {columns}
+    token=$1
+    shift
+    "$@"
+    echo $? >/lab/status
+    stty raw -echo
+    printf %s "$token"
+    stty raw -echo
+' sh "$TOKEN" {words} </dev/hvc0 >/dev/hvc0 2>&1
 """
 )
 # The token tells the host that a stream is complete; the host's answer, that it has read it.
 _FINISH = """\
-printf %s {token} >&6
-printf %s {token} >&7
 cd /
-echo $status >/{status}
 set -- ./{status}
 for name in {names}; do
     [ -e "$name" ] && set -- "$@" "$name"

@@ -1,70 +1,24 @@
-"""The lab machine: what it is made of, how QEMU is started, and one run of a job in it.
-
-`Lab` prepares (downloads, images; cached) and starts runs; a `LabRun` is driven by its user:
-`expect`, `send`, `wait`, `collect`. No threads; see vmm.lab.streams.
-"""
+"""What a lab machine is made of: `Lab` prepares it (downloads, images; cached) and starts runs."""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import platform
-import secrets
-import shutil
-import signal
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
-from vmm.core.errors import GuestFailure, HostError, UsageError
+from vmm.core.errors import HostError, UsageError
 from vmm.lab import image
 from vmm.lab.apt import Apt
 from vmm.lab.cache import Cache, default_directory
 from vmm.lab.initramfs import guest_initramfs, host_initramfs
 from vmm.lab.interpreter import executable
-from vmm.lab.job import (
-    FIXED_DRIVES,
-    RESULTS_BYTES,
-    Drive,
-    Job,
-    Surroundings,
-    drive_name,
-    job_from_arguments,
-    lay_out,
-    unpack_results,
-)
+from vmm.lab.job import FIXED_DRIVES, attach, job_from_arguments
 from vmm.lab.options import LabOptions
 from vmm.lab.packages import Kernel, Packages, Qemu, Wants, modules_beside
 from vmm.lab.progress import Progress, Silent
-from vmm.lab.streams import EndMark, Pump, stream_pair
-
-_COMMAND_LINE = "console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable"
-# The lab machine must not outlive its owner, whichever way that ends (PR_SET_PDEATHSIG = 1).
-_TIED_TO_US = (
-    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execv(sys.argv[1], sys.argv[1:])"
-)
-_RUNNING = b"pyvmm-lab: running"
-_FINISHED = b"pyvmm-lab: finished"
-_FAILED = b"pyvmm-lab: failed: "
-
-
-@dataclass(frozen=True, slots=True)
-class Assets:
-    """Everything but the job, ready to boot."""
-
-    qemu: Qemu
-    kernel: Path
-    initramfs: Path
-    root: Path
-    project: Path
-    inner_qemu: Path | None
+from vmm.lab.qemu import Assets
+from vmm.lab.run import LabRun
 
 
 class Lab:
@@ -165,6 +119,8 @@ class Lab:
         job = job_from_arguments(
             words, (directory or Path.cwd()).absolute(), first_drive=first, is_program=program
         )
+        for disk in self.options.disks:
+            attach(job, disk, "--lab-disk")
         if not program:
             job.words = [str(executable()), "-sP", "/lab/project/pyvmm", *job.words]
         job.inputs += [p.absolute() for p in self.options.files]
@@ -182,294 +138,3 @@ def _value_of(words: list[str], option: str) -> tuple[int, str] | None:
         if word.startswith(f"{option}="):
             return index, word.partition("=")[2]
     return None
-
-
-@dataclass(slots=True)
-class _Output:
-    """What a stream has delivered, and how far `expect` has read it."""
-
-    data: bytearray = field(default_factory=bytearray)
-    read: int = 0
-
-    def __call__(self, data: bytes) -> None:
-        self.data += data
-
-
-class LabRun:
-    """One lab machine running one job. Close it, or use it as a context manager."""
-
-    def __init__(
-        self,
-        assets: Assets,
-        options: LabOptions,
-        job: Job,
-        terminal: tuple[int, int] | None = None,
-    ) -> None:
-        self.job = job
-        self.is_terminal = terminal is not None
-        self.running = False  # the machine has booted and the command was started
-        self.stdout, self.stderr = _Output(), _Output()
-        self.log = bytearray()
-        self._folder = Path(tempfile.mkdtemp(prefix="pyvmm-lab-"))
-        self._token = f"<end-of-output-{secrets.token_hex(16)}>"
-        self._time_limit = options.time_limit
-        self._acknowledged = False
-        self._status: int | None = None
-        try:
-            self._process, self._pump = self._boot(assets, options, terminal)
-        except BaseException:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            raise
-        self._began = time.monotonic()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    # -- starting
-
-    def _boot(
-        self, assets: Assets, options: LabOptions, terminal: tuple[int, int] | None
-    ) -> tuple[subprocess.Popen[bytes], Pump]:
-        self._results = self._folder / "results"
-        with open(self._results, "wb") as file:
-            file.truncate(RESULTS_BYTES)
-        job_image = self._job_image(options, terminal, assets.inner_qemu)
-        names = ["serial", "console"] if terminal is not None else ["serial", "in", "out", "error"]
-        pairs = {name: stream_pair(name) for name in names}
-        self._streams = {name: ours for name, (ours, _) in pairs.items()}
-        fds = {name: theirs.fileno() for name, (_, theirs) in pairs.items()}
-        self._connect()
-        fixed = [
-            Drive(assets.root, True),
-            Drive(assets.project, True),
-            Drive(job_image, True),
-            Drive(self._results, False),
-        ]
-        if assets.inner_qemu is not None:
-            fixed.append(Drive(assets.inner_qemu, True))
-        command = qemu_command(assets, options, [*fixed, *self.job.drives], fds)
-        wrapped = [sys.executable, "-I", "-S", "-c", _TIED_TO_US, *command]
-        with open(self._folder / "qemu.log", "wb") as log:
-            process = subprocess.Popen(
-                wrapped,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                pass_fds=list(fds.values()),
-                env=_plain_environment(),
-                start_new_session=True,  # the terminal's Ctrl-C is for the guest, or for us
-            )
-        for _, theirs in pairs.values():
-            theirs.close()
-        self._process_fd = os.pidfd_open(process.pid)
-        return process, Pump(list(self._streams.values()), self._process_fd)
-
-    def _job_image(
-        self, options: LabOptions, terminal: tuple[int, int] | None, inner_qemu: Path | None
-    ) -> Path:
-        path = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin:/lab/bin"
-        environment = {
-            "HOME": "/root",
-            "LANG": "C.UTF-8",
-            "PYTHONDONTWRITEBYTECODE": "1",
-            "PYTHONPATH": "/lab/project:/lab/site",
-            "TERM": os.environ.get("TERM", "vt100") if terminal is not None else "dumb",
-            "PYVMM_IN_LAB": "1",
-            **options.environment,
-        }
-        stage = self._folder / "job"
-        stage.mkdir()
-        mount = drive_name(FIXED_DRIVES) if inner_qemu is not None else None
-        lay_out(self.job, Surroundings(environment, path, self._token, terminal, mount), stage)
-        job_image = self._folder / "job.ext4"
-        image.make_ext4(stage, job_image)
-        return job_image
-
-    def _connect(self) -> None:
-        mark = self._token.encode()
-        self._streams["serial"].sink = self._on_serial
-        if self.is_terminal:
-            console = self._streams["console"]
-            console.sink, console.mark = self.stdout, EndMark(mark)
-            self.input = console
-            self._marked = [console]
-        else:
-            out, error = self._streams["out"], self._streams["error"]
-            out.sink, out.mark = self.stdout, EndMark(mark)
-            error.sink, error.mark = self.stderr, EndMark(mark)
-            self.input = self._streams["in"]
-            self._marked = [out, error]
-        self.output = self._marked[0]
-        self.errors = self._marked[-1]
-
-    # -- driving
-
-    def pump(self, timeout: float = 1.0) -> bool:
-        """Moves bytes for up to `timeout` seconds; False once the machine has ended.
-
-        Raises GuestFailure when the time limit is over, HostError when the machine failed.
-        """
-        if self._pump.process_ended:
-            return False
-        if self._time_limit is not None:
-            left = self._began + self._time_limit - time.monotonic()
-            if left <= 0:
-                raise GuestFailure(
-                    f"the lab machine was ended after its time limit of {self._time_limit:g} s"
-                    f"{'' if self.running else self._last_words()}"
-                )
-            timeout = min(timeout, left)
-        self._pump.pump(timeout)
-        self._acknowledge()
-        if self._pump.process_ended:
-            self._pump.drain()
-            self._process.wait()
-        return not self._pump.process_ended
-
-    def feed_input_from(self, fd: int) -> None:
-        """The command's standard input comes from this descriptor."""
-        self._pump.feed_from(fd, self.input)
-
-    def send(self, data: bytes) -> None:
-        """Types `data` on the console, or writes it to the command's standard input."""
-        self._pump.send(self.input, data)
-
-    def close_input(self) -> None:
-        """The command's standard input ends after what was sent."""
-        self._pump.close_sending(self.input)
-
-    def expect(self, wanted: bytes, timeout: float) -> bytes:
-        """Waits for `wanted` in the output; returns all up to and including it.
-
-        What was returned is not looked at again. Raises TimeoutError showing the output's end.
-        """
-        end = time.monotonic() + timeout
-        output = self.stdout
-        searched = output.read
-        while True:
-            at = output.data.find(wanted, max(output.read, searched - len(wanted)))
-            if at >= 0:
-                found = bytes(output.data[output.read : at + len(wanted)])
-                output.read = at + len(wanted)
-                return found
-            searched = len(output.data)
-            left = end - time.monotonic()
-            alive = left > 0 and self.pump(min(left, 1.0))
-            if not alive and len(output.data) == searched:
-                reason = "the machine ended" if left > 0 else f"{timeout:g} s have passed"
-                tail = bytes(output.data[max(output.read, searched - 2000) :])
-                raise TimeoutError(
-                    f"{wanted!r} was not seen, {reason}; the output ends with {tail!r}; "
-                    f"standard error with {bytes(self.stderr.data[-1000:])!r}{self._last_words()}"
-                )
-
-    def wait(self, timeout: float | None = None) -> int:
-        """Waits for the end; brings the outputs back; the command's exit status."""
-        end = None if timeout is None else time.monotonic() + timeout
-        while self.pump(1.0):
-            if end is not None and time.monotonic() > end:
-                raise TimeoutError(f"the lab machine still runs after {timeout:g} s")
-        if self._status is None:
-            results = unpack_results(self._results, self.job.outputs)
-            if results.status is None:
-                raise HostError(
-                    "the lab machine ended before the command did"
-                    f"{self._qemu_words() if self._process.returncode else self._last_words()}"
-                )
-            self._status = results.status
-        return self._status
-
-    def collect(self, name: str | Path) -> bytes:
-        """The content of a file that came back, as it lies here now."""
-        return Path(os.path.normpath(self.job.directory / name)).read_bytes()
-
-    def close(self) -> None:
-        """Ends QEMU if it still runs, by its process id, and removes what the run has left."""
-        if self._process.poll() is None:
-            self._process.terminate()
-            try:
-                self._process.wait(3)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
-        self._pump.close()
-        with contextlib.suppress(OSError):
-            os.close(self._process_fd)
-        self._process_fd = -1
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    # -- the machine's own words
-
-    def _on_serial(self, data: bytes) -> None:
-        self.log += data
-        self.running = self.running or _RUNNING in self.log
-        at = self.log.find(_FAILED)
-        if at >= 0 and b"\n" in self.log[at:]:
-            line = self.log[at + len(_FAILED) :].split(b"\n", 1)[0].strip()
-            raise HostError(f"the lab machine failed: {line.decode(errors='replace')}")
-
-    def _acknowledge(self) -> None:
-        """Tells the machine that its output was read; only then it powers off."""
-        complete = all(s.mark is not None and s.mark.complete for s in self._marked)
-        if complete and not self._acknowledged and _FINISHED in self.log:
-            self._acknowledged = True
-            self._pump.send(self._streams["serial"], b"read\n")
-
-    def _last_words(self) -> str:
-        lines = self.log.decode(errors="replace").split("\n")
-        text = " | ".join(line.strip() for line in lines if line.strip())
-        return f"; its kernel's last messages: {text[-600:]}" if text else self._qemu_words()
-
-    def _qemu_words(self) -> str:
-        lines = (self._folder / "qemu.log").read_text(errors="replace").splitlines()
-        errors = [line for line in lines if "warning: TCG doesn't support" not in line]
-        return f"; QEMU said: {errors[-1]}" if errors else ""
-
-
-def _plain_environment() -> dict[str, str]:
-    """Ours without what would change how QEMU or its loader work."""
-    return {k: v for k, v in os.environ.items() if not k.startswith(("LD_", "QEMU_"))}
-
-
-def qemu_command(
-    assets: Assets, options: LabOptions, drives: Sequence[Drive], fds: dict[str, int]
-) -> list[str]:
-    """QEMU's command line; `fds` are the sockets it inherits, by stream name."""
-    words = assets.qemu.command()
-    words += ["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]
-    words += ["-accel", "tcg,thread=multi", "-machine", "pc", "-cpu", "EPYC,+svm"]
-    words += ["-smp", str(options.cpus), "-m", str(options.memory_mib)]
-    words += ["-kernel", str(assets.kernel), "-initrd", str(assets.initramfs)]
-    words += ["-append", _COMMAND_LINE]
-    for name, fd in fds.items():
-        words += ["-chardev", f"socket,id={name},fd={fd}"]
-    words += ["-serial", "chardev:serial", "-device", "virtio-serial-pci"]
-    if "console" in fds:
-        words += ["-device", "virtconsole,chardev=console"]
-    else:
-        for number, name in enumerate(("in", "out", "error"), start=1):
-            words += ["-device", f"virtserialport,chardev={name},nr={number}"]
-    for number, drive in enumerate(drives):
-        words += ["-blockdev", json.dumps(_block_node(f"drive{number}", drive))]
-        words += ["-device", f"virtio-blk-pci,drive=drive{number}"]
-    return words
-
-
-def _block_node(name: str, drive: Drive) -> dict[str, object]:
-    # JSON, since file names may hold commas.
-    driver = "host_device" if drive.path.is_block_device() else "file"
-    file = {"driver": driver, "filename": str(drive.path), "read-only": drive.read_only}
-    return {"driver": "raw", "node-name": name, "read-only": drive.read_only, "file": file}
-
-
-def ended_by(signal_number: int) -> int:
-    """The exit status of a command that a signal ended, as shells have it."""
-    return 128 + signal.Signals(signal_number)

@@ -27,6 +27,7 @@ Without --initrd a guest gets a busybox shell.
   --lab-time-limit SECONDS end it after that long (default: no limit)
   --lab-file PATH          take this file or directory along, at its own path
   --lab-out PATH           bring this file or directory back at the end
+  --lab-disk FILE[,ro]     attach a disk for --exec; $PYVMM_LAB_DISKS lists the devices
   --lab-env NAME=VALUE     set a variable in the inner environment
   --lab-with-qemu          put QEMU on the inner PATH, as a yardstick
   --lab-cache DIR          downloads and images (default $PYVMM_LAB_CACHE, else the user's cache)
@@ -47,6 +48,7 @@ _VALUES = (
     "--lab-time-limit",
     "--lab-file",
     "--lab-out",
+    "--lab-disk",
     "--lab-env",
     "--lab-cache",
     "--lab-log",
@@ -67,6 +69,7 @@ class LabOptions:
     time_limit: float | None = None
     files: list[Path] = field(default_factory=list)
     outputs: list[Path] = field(default_factory=list)
+    disks: list[str] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
     with_qemu: bool = False
     cache: Path | None = None
@@ -139,6 +142,8 @@ def _set(options: LabOptions, name: str, value: str) -> None:
             options.files.append(Path(value))
         case "--lab-out":
             options.outputs.append(Path(value))
+        case "--lab-disk":
+            options.disks.append(value)
         case "--lab-env":
             variable, equals, content = value.partition("=")
             if not equals or not variable.isidentifier():

@@ -118,8 +118,8 @@ def _source_of_stanza(fields: dict[str, str]) -> Source | None:
     )
 
 
-def debian_archive(sources: Iterable[Source]) -> tuple[str, tuple[str, ...]] | None:
-    """The address of Debian's main archive and its keyrings, or None when no source is Debian's.
+def debian_archive(sources: Iterable[Source]) -> Source | None:
+    """Debian's main archive with its one address and the suites used here, or None.
 
     The security archive is passed over: it doesn't hold whole releases.
     """
@@ -130,5 +130,7 @@ def debian_archive(sources: Iterable[Source]) -> tuple[str, tuple[str, ...]] | N
             continue
         for uri in source.uris:
             if uri.startswith(_REMOTE) and "security" not in uri.rstrip("/").rsplit("/", 1)[-1]:
-                return uri, tuple(k for k in source.signed_by if k.startswith("/"))
+                suites = tuple(s for s in source.suites if s in DEBIAN_SUITES)
+                keyrings = tuple(k for k in source.signed_by if k.startswith("/"))
+                return Source((uri,), suites, ("main",), keyrings)
     return None

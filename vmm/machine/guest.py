@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from vmm.arch.x86_64 import layout
 from vmm.arch.x86_64.registers import InitialState, linux64_entry, payload_entry
@@ -11,6 +11,9 @@ from vmm.core.errors import UsageError
 from vmm.core.ranges import Range
 from vmm.machine.config import MachineConfig
 from vmm.memory.guest_memory import LaunchMemory
+
+if TYPE_CHECKING:
+    from vmm.boot.kernel import KernelImage
 
 DEFAULT_COMMAND_LINE = "console=ttyS0 panic=-1"
 """Before --append: console on the serial line; a panic ends the run at once."""
@@ -23,6 +26,10 @@ class Guest(Protocol):
     """Whether its private memory is filled by the host before it runs."""
     needs_hypercalls: bool
     """Whether it asks for conversions by KVM_HC_MAP_GPA_RANGE."""
+
+    def finish_opening(self) -> None:
+        """Wait for what the constructor started. Raises UsageError for a bad image."""
+        ...
 
     def private_ranges(self, ram: list[Range]) -> list[Range]:
         """What starts as private memory when there is any."""
@@ -42,38 +49,41 @@ class LinuxGuest:
     needs_hypercalls = True
 
     def __init__(self, config: MachineConfig) -> None:
-        """Opens and checks the images. Raises ImageError, UsageError."""
-        from vmm.boot.kernel import load_kernel_image, place_initrd  # not for the payload
+        """Opens and checks the images; a compressed kernel is unpacked while we go on.
+
+        Raises ImageError (a UsageError).
+        """
+        from vmm.boot.kernel import OpenedKernel  # not on the payload's start-up path
         from vmm.boot.source import open_source
 
         assert config.kernel is not None
         self._config = config
         self._initrd = None if config.initrd is None else open_source(config.initrd, "initrd")
         try:
-            self._image = load_kernel_image(config.kernel)
+            self._opened = OpenedKernel(config.kernel)
         except BaseException:
             self._close_initrd()
             raise
-        try:
-            ram = layout.ram_ranges(config.memory)
-            self._image.check_fits(ram, reserved=_BOOT_MEMORY)
-            self._initrd_place = None
-            if self._initrd is not None:
-                header = self._image.setup_header
-                limit = layout.FOUR_GIB if header is None else header.initrd_addr_max + 1
-                occupied = [*_BOOT_MEMORY, self._image.memory]
-                self._initrd_place = place_initrd(self._initrd, ram[0], limit, occupied)
-            self._command_line = self._build_command_line()
-        except BaseException:
-            self.close()
-            raise
+        self._image: KernelImage | None = None
+        self._command_line = b""
+        self._initrd_place: Range | None = None
 
-    def _build_command_line(self) -> bytes:
+    def finish_opening(self) -> None:
         from vmm.arch.x86_64.boot_params import command_line
+        from vmm.boot.kernel import place_initrd
 
+        self._image = image = self._opened.finish()
+        ram = layout.ram_ranges(self._config.memory)
+        image.check_fits(ram, reserved=_BOOT_MEMORY)
         text = f"{DEFAULT_COMMAND_LINE} {self._config.append}".strip()
-        header = self._image.setup_header
-        return command_line(text) if header is None else command_line(text, header.cmdline_size)
+        header = image.setup_header
+        if self._initrd is not None:
+            limit = layout.FOUR_GIB if header is None else header.initrd_addr_max + 1
+            occupied = [*_BOOT_MEMORY, image.memory]
+            self._initrd_place = place_initrd(self._initrd, ram[0], limit, occupied)
+        self._command_line = (
+            command_line(text) if header is None else command_line(text, header.cmdline_size)
+        )
 
     def private_ranges(self, ram: list[Range]) -> list[Range]:
         """All of RAM: Linux shares what it wants shared."""
@@ -86,6 +96,8 @@ class LinuxGuest:
         from vmm.boot.kernel import transfer_exactly
 
         image, initrd = self._image, self._initrd_place
+        assert image is not None
+        header = image.setup_header
         if self._initrd is not None and initrd is not None:
             transfer_exactly(self._initrd, launch, 0, initrd.start, initrd.size)
         image.load(launch)
@@ -94,7 +106,7 @@ class LinuxGuest:
         state = linux64_entry(image.entry, page_tables.cr3)
         params = boot_params(
             ram,
-            setup_header=None if image.setup_header is None else image.setup_header.raw,
+            setup_header=None if header is None else header.raw,
             initrd=initrd,
             rsdp_gpa=RSDP_GPA,
         )
@@ -108,7 +120,9 @@ class LinuxGuest:
             self._initrd.close()
 
     def close(self) -> None:
-        self._image.close()
+        self._opened.close()
+        if self._image is not None:
+            self._image.close()
         self._close_initrd()
 
 
@@ -128,6 +142,9 @@ class PayloadGuest:
                 f"{MIN_RAM_BYTES >> 20}M or more"
             )
         self._config = config
+
+    def finish_opening(self) -> None:
+        """Everything is there."""
 
     def private_ranges(self, ram: list[Range]) -> list[Range]:
         start = layout.PAYLOAD_PRIVATE_START

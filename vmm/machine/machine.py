@@ -7,7 +7,7 @@ import time
 from contextlib import ExitStack
 from typing import Any
 
-from kvm_bindings import System, Vcpu, Vm, ioctls
+from kvm_bindings import KvmError, System, Vcpu, Vm, ioctls
 from vmm.arch.x86_64 import layout
 from vmm.arch.x86_64.cpuid import choose_c_bit, guest_cpuid, is_amd
 from vmm.arch.x86_64.doorbells import HYPERCALL_NAME, PORT_NAME, PortDoorbell
@@ -16,7 +16,7 @@ from vmm.conversion.scheme import CbitScheme, PlainScheme, Scheme
 from vmm.conversion.transaction import Converter
 from vmm.core.errors import HostError
 from vmm.core.event_loop import EventLoop
-from vmm.core.ranges import Range
+from vmm.core.ranges import Range, page_align_down, page_align_up
 from vmm.devices.virtio.block_file import DiskFile, open_disk
 from vmm.exits.handlers import ExitHandlers
 from vmm.exits.outcome import PANIC, POWEROFF, QUIT, RESET, STOPPED, Outcome
@@ -28,7 +28,7 @@ from vmm.machine.guest import Guest, open_guest
 from vmm.machine.host import create_private_backing, open_kvm, require_hypercall_exits
 from vmm.machine.report import ReportFile, build_report
 from vmm.memory.backing import MemfdBacking
-from vmm.memory.guest_memory import GuestMemory, LaunchMemory
+from vmm.memory.guest_memory import GuestMemory, LaunchMemory, PageState
 from vmm.policy import Policy
 from vmm.policy.loader import load_policy
 
@@ -42,8 +42,10 @@ _LAST_OUTPUT_SECONDS = 1.0
 class Machine:
     """One VM with its vCPUs and devices; `run` may be called once."""
 
-    def __init__(self, config: MachineConfig) -> None:
+    def __init__(self, config: MachineConfig, guest: Guest | None = None) -> None:
+        """`guest` is what `open_guest(config)` gave, where the caller has called it already."""
         self._config = config
+        self._given_guest = guest
         self._cleanup = ExitStack()
         self._outcomes: list[Outcome] = []
         self._runners: list[VcpuRunner] = []
@@ -75,7 +77,7 @@ class Machine:
     def _open_inputs(self) -> None:
         """Everything the user named, before the host is asked for anything."""
         config = self._config
-        self._guest: Guest = open_guest(config)
+        self._guest: Guest = self._given_guest or open_guest(config)
         self._cleanup.callback(self._guest.close)
         self._policy = Policy() if config.policy is None else load_policy(config.policy)
         self._disks: list[DiskFile] = []
@@ -86,6 +88,7 @@ class Machine:
         self._report_file = None if config.report is None else ReportFile(config.report)
         if self._report_file is not None:
             self._cleanup.callback(self._report_file.close)
+        self._guest.finish_opening()
 
     def _create_vm(self) -> None:
         system = self._cleanup.enter_context(open_kvm())
@@ -178,6 +181,23 @@ class Machine:
         self._vcpu.set_cpuid2(cpuid)
         self._vcpu.update_sregs(state.sregs)  # type: ignore[arg-type]  # a TypedDict
         self._vcpu.set_regs(state.regs)
+        self._map_ahead(launch.written)
+
+    def _map_ahead(self, written: list[Range]) -> None:
+        """Map what the loader filled in one go: each page would cost the guest a fault.
+
+        Only pages that exist already, so that residency stays what the guest really uses.
+        """
+        if not self._vm.check_extension(ioctls.KVM_CAP_PRE_FAULT_MEMORY):
+            return
+        for area in written:
+            for run, state in self._memory.states(area):
+                alias = self._c_mask if state is PageState.PRIVATE else 0
+                start, end = page_align_down(run.start), page_align_up(run.end)
+                try:
+                    self._vcpu.pre_fault_memory(start | alias, end - start)
+                except KvmError:
+                    return  # shadow paging can't; the guest's faults do it one by one
 
     def _connect_devices(self) -> None:
         self._loop = EventLoop()

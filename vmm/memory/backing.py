@@ -18,6 +18,13 @@ from vmm.memory.transfer import FdCopier
 
 Buffer = bytes | bytearray | memoryview
 
+_IOV_MAX = 1024  # buffers that one preadv(2) or pwritev(2) takes
+
+
+def byte_count(buffer: Buffer) -> int:
+    """The buffer's size in bytes: len() counts a memoryview's items, which may be larger."""
+    return buffer.nbytes if isinstance(buffer, memoryview) else len(buffer)
+
 
 class Backing(Protocol):
     """What stands behind one side (private or shared) of guest memory.
@@ -68,9 +75,15 @@ class _FdBacking:
             self.fd = -1
 
 
+def _fill(buffer: bytearray | memoryview, data: bytes) -> int:
+    """Put `data` into a buffer of that size; the size."""
+    memoryview(buffer).cast("B")[:] = data
+    return len(data)
+
+
 def _write_all(fd: int, data: Buffer, offset: int) -> None:
     written = os.pwrite(fd, data, offset)
-    if written != len(data):
+    if written != byte_count(data):
         view = memoryview(data).cast("B")
         while written < len(view):
             written += os.pwrite(fd, view[written:], offset + written)
@@ -108,20 +121,21 @@ class MemfdBacking(_FdBacking):
         _write_all(self.fd, data, offset)
 
     def preadv(self, buffers: Sequence[bytearray | memoryview], offset: int) -> None:
-        expected = sum(map(len, buffers))
-        if os.preadv(self.fd, list(buffers), offset) == expected:
+        expected = sum(map(byte_count, buffers))
+        whole = len(buffers) <= _IOV_MAX
+        if whole and os.preadv(self.fd, list(buffers), offset) == expected:
             return
-        for buffer in buffers:  # a short read: finish piece by piece
-            buffer[:] = self.pread(len(buffer), offset)
-            offset += len(buffer)
+        for buffer in buffers:  # too many, or a short read: piece by piece
+            offset += _fill(buffer, self.pread(byte_count(buffer), offset))
 
     def pwritev(self, buffers: Sequence[Buffer], offset: int) -> None:
-        expected = sum(map(len, buffers))
-        if os.pwritev(self.fd, list(buffers), offset) == expected:
+        expected = sum(map(byte_count, buffers))
+        whole = len(buffers) <= _IOV_MAX
+        if whole and os.pwritev(self.fd, list(buffers), offset) == expected:
             return
         for buffer in buffers:
             _write_all(self.fd, buffer, offset)
-            offset += len(buffer)
+            offset += byte_count(buffer)
 
     def transfer_in(self, src_fd: int, src_offset: int, offset: int, size: int) -> int:
         return self._copier.copy(src_fd, src_offset, self.fd, offset, size)
@@ -177,17 +191,16 @@ class GuestMemfdBacking(_FdBacking):
         return data
 
     def pwrite(self, data: Buffer, offset: int) -> None:
-        _write_all(self._mem, data, self._address(offset, len(data)))
+        _write_all(self._mem, data, self._address(offset, byte_count(data)))
 
     def preadv(self, buffers: Sequence[bytearray | memoryview], offset: int) -> None:
         for buffer in buffers:
-            buffer[:] = self.pread(len(buffer), offset)
-            offset += len(buffer)
+            offset += _fill(buffer, self.pread(byte_count(buffer), offset))
 
     def pwritev(self, buffers: Sequence[Buffer], offset: int) -> None:
         for buffer in buffers:
             self.pwrite(buffer, offset)
-            offset += len(buffer)
+            offset += byte_count(buffer)
 
     def transfer_in(self, src_fd: int, src_offset: int, offset: int, size: int) -> int:
         address = self._address(offset, size)

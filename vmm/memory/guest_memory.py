@@ -13,7 +13,7 @@ from enum import Enum
 
 from vmm.core.errors import PrivateAccess, UnmappedAccess
 from vmm.core.ranges import Range, RangeMap
-from vmm.memory.backing import Backing, Buffer
+from vmm.memory.backing import Backing, Buffer, byte_count
 
 
 class PageState(Enum):
@@ -79,7 +79,7 @@ class GuestMemory:
 
     def pwrite(self, data: Buffer, gpa: int) -> None:
         """Write `data` to shared guest memory at `gpa`. Raises GuestMemoryError, OSError."""
-        self._enter(gpa, len(data))
+        self._enter(gpa, byte_count(data))
         try:
             self.shared.pwrite(data, gpa)
         finally:
@@ -87,7 +87,7 @@ class GuestMemory:
 
     def preadv(self, buffers: Sequence[bytearray | memoryview], gpa: int) -> None:
         """Fill `buffers` from consecutive shared guest memory at `gpa`, as preadv(2) does."""
-        self._enter(gpa, sum(map(len, buffers)))
+        self._enter(gpa, sum(map(byte_count, buffers)))
         try:
             self.shared.preadv(buffers, gpa)
         finally:
@@ -95,7 +95,7 @@ class GuestMemory:
 
     def pwritev(self, buffers: Sequence[Buffer], gpa: int) -> None:
         """Write `buffers` to consecutive shared guest memory at `gpa`, as pwritev(2) does."""
-        self._enter(gpa, sum(map(len, buffers)))
+        self._enter(gpa, sum(map(byte_count, buffers)))
         try:
             self.shared.pwritev(buffers, gpa)
         finally:
@@ -231,6 +231,8 @@ class LaunchMemory:
     def __init__(self, memory: GuestMemory) -> None:
         self._memory = memory
         self._sealed = False
+        self.written: list[Range] = []
+        """What was filled, in the order of the calls: the only pages that exist at launch."""
 
     def pwrite(self, data: Buffer, gpa: int) -> None:
         """Write `data` at `gpa`, to the side that the guest will see there."""
@@ -265,4 +267,5 @@ class LaunchMemory:
         for run, state in memory.states(area):
             private = state is PageState.PRIVATE and memory.private is not None
             runs.append((run, memory.private if private and memory.private else memory.shared))
+        self.written.append(area)
         return runs

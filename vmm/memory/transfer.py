@@ -31,7 +31,7 @@ class _Scratch(threading.local):
             try:
                 fcntl.fcntl(self.pipe[1], fcntl.F_SETPIPE_SZ, _CHUNK)
             except PermissionError:
-                self.buffer = None  # the user's pipe quota is used up: the default size serves
+                return self.pipe  # the user's pipe quota is used up: the default size serves
         return self.pipe
 
     def drop_pipe(self) -> None:
@@ -83,7 +83,7 @@ def copy_by_splice(src: int, src_offset: int, dst: int, dst_offset: int, size: i
                 moved = os.splice(read_end, dst, held, offset_dst=dst_offset + done)
                 held -= moved
                 done += moved
-    except OSError:
+    except BaseException:  # also an interrupt: the next transfer must not find these bytes
         if held:
             _scratch.drop_pipe()
         raise

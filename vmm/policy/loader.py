@@ -10,6 +10,9 @@ from types import ModuleType
 from vmm.core.errors import UsageError
 from vmm.policy.protocol import Policy
 
+_FILE_MODULE = "pyvmm_user_policy"
+"""What a policy file's module is called; a run has one policy."""
+
 
 def load_policy(spec: str) -> Policy:
     """An instance of the class that `spec` names. Raises UsageError saying what is wrong."""
@@ -42,13 +45,15 @@ def _load_module(spec: str, name: str) -> ModuleType:
 
 
 def _load_file(spec: str, path: str) -> ModuleType:
-    location = importlib.util.spec_from_file_location("pyvmm_user_policy", path)
+    location = importlib.util.spec_from_file_location(_FILE_MODULE, path)
     assert location is not None and location.loader is not None  # a .py file always has one
     module = importlib.util.module_from_spec(location)
-    sys.modules[location.name] = module  # where dataclasses and pickle look a class's module up
+    # As import does it: dataclasses look their module up there to read annotations.
+    sys.modules[_FILE_MODULE] = module
     try:
         location.loader.exec_module(module)
     except (Exception, SystemExit) as error:
+        del sys.modules[_FILE_MODULE]
         raise UsageError(f"--policy {spec}: loading {path} failed: {_reason(error)}") from error
     return module
 

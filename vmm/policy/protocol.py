@@ -6,9 +6,16 @@ import errno
 from dataclasses import dataclass
 from typing import Protocol
 
+from vmm.core.errors import UsageError
 from vmm.core.events import Kind
 from vmm.core.ranges import Range
 from vmm.memory.guest_memory import PageState, Residency
+
+_LARGEST_ERRNO = 4095  # MAX_ERRNO in Linux' include/linux/err.h
+
+
+class PolicyError(UsageError):
+    """A policy's hook raised an exception, or answered with something that is no decision."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +45,13 @@ class Allow:
 
 @dataclass(frozen=True, slots=True)
 class Deny:
-    """Refuse the request: the guest gets -errno, and nothing changes."""
+    """Refuse the request: the guest gets -errno (1 to 4095), and nothing changes."""
 
     errno: int = errno.EACCES
+
+    def __post_init__(self) -> None:
+        if not 0 < self.errno <= _LARGEST_ERRNO:
+            raise ValueError(f"Deny(errno={self.errno}): the guest would not take it for an error")
 
 
 Decision = Allow | Deny

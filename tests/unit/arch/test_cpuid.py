@@ -144,7 +144,7 @@ def test_real_sev_of_the_host_is_hidden_without_c_bit() -> None:
 def test_c_bit_announces_plain_sev_and_migration_control() -> None:
     entries = guest_cpuid(host(), 0, 2, c_bit=38)
 
-    assert leaf(entries, 0x8000_001F)[3:] == (2, 38, 0, 0)
+    assert leaf(entries, 0x8000_001F)[3:] == (1 << 10 | 1 << 1, 38, 0, 0)
     assert leaf(entries, 0x8000_0000).eax == 0x8000_001F
     assert leaf(entries, 0x4000_0001).eax == 0x0100_7EFB | 1 << 16 | 1 << 17
 

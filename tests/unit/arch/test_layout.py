@@ -63,7 +63,7 @@ def test_virtio_bars_of_all_slots_stay_in_the_pci_window() -> None:
 
 
 def test_pci_interrupts_stay_off_the_fixed_devices() -> None:
-    fixed = {layout.TIMER_IRQ, layout.TIMER_GSI, layout.COM1_IRQ, layout.RTC_IRQ, layout.SCI_IRQ}
+    fixed = {layout.TIMER_IRQ, layout.COM1_IRQ, layout.RTC_IRQ, layout.SCI_IRQ}
 
     assert {layout.pci_intx_gsi(slot) for slot in range(32)} == {5, 10, 11}
     assert not fixed & set(layout.PCI_INTX_GSIS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import lzma
 import os
 import random
+import signal
 import struct
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from tests.support.images import CODECS, LZ4_BLOCK, compress, memfd
 from vmm.boot import decompress
 from vmm.boot.decompress import decompress_payload
 from vmm.boot.errors import ImageError
-from vmm.boot.isolate import run_isolated
+from vmm.boot.isolate import IsolatedWork
 from vmm.boot.source import Source, open_source
 from vmm.core.errors import HostError
 
@@ -178,7 +179,7 @@ def test_payload_each_codec_imports_no_other_codec(codec: str, tmp_path: Path) -
     path.write_bytes(compress(PLAIN, codec))
     script = (
         "import sys; import vmm.boot.decompress as d; from vmm.boot.source import open_source\n"
-        "d.run_isolated = lambda work, name: work()\n"
+        "import vmm.boot.isolate as i; i.os.listdir = lambda _: ['1', '2']  # do it right here\n"
         "before = set(sys.modules)\n"
         f"s = open_source({str(path)!r}, 'kernel'); d.decompress_payload(s, 0, s.size)\n"
         "watched = {'bz2', 'lzma', 'lz4.block', 'backports.zstd', 'compression.zstd', 'zlib'}\n"
@@ -203,7 +204,7 @@ def test_isolated_work_leaves_parent_memory_alone() -> None:
         seen.append(os.getpid())
         return 12345678901
 
-    assert run_isolated(work, "kernel x") == 12345678901
+    assert IsolatedWork(work, "kernel x").result() == 12345678901
     assert seen == []
 
 
@@ -230,7 +231,7 @@ def divide() -> int:
 )
 def test_isolated_work_that_fails_is_an_image_error(work: Callable[[], int], words: str) -> None:
     with pytest.raises(ImageError, match=words):
-        run_isolated(work, "kernel x")
+        IsolatedWork(work, "kernel x").result()
 
 
 def test_isolated_work_fork_refused_is_a_host_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,7 +241,20 @@ def test_isolated_work_fork_refused_is_a_host_error(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(os, "fork", refuse)
 
     with pytest.raises(HostError, match="temporarily unavailable"):
-        run_isolated(lambda: 1, "kernel x")
+        IsolatedWork(lambda: 1, "kernel x")
+
+
+def test_isolated_work_closed_early_leaves_no_child() -> None:
+    def wait_for_ever() -> int:
+        signal.pause()
+        return 0
+
+    work = IsolatedWork(wait_for_ever, "kernel x")
+
+    work.close()
+
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, 0)
 
 
 def test_payload_write_failure_says_no_room(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,9 @@ KVM_FEATURE_HC_MAP_GPA_RANGE, KVM_FEATURE_MIGRATION_CONTROL = 1 << 16, 1 << 17
 ECX_SVM = 1 << 2
 # Leaf 0x8000001f EAX, AMD APM vol. 3, E.4.17
 EAX_SEV = 1 << 1
+# Both aliases are one cached memory here, so the guest need not flush caches when it converts.
+EAX_COHERENT_ACROSS_DOMAINS = 1 << 10
+ENCRYPTION_FEATURES = EAX_SEV | EAX_COHERENT_ACROSS_DOMAINS
 
 TOPOLOGY_LEAVES = (0xB, 0x1F)
 CACHE_LEAVES = (0x4, 0x8000_001D)
@@ -91,7 +94,7 @@ def guest_cpuid(
     entries += topology.leaves(_max_basic_leaf(host))
     if c_bit is not None:
         entries = [_announce_sev(entry) for entry in entries]
-        entries.append(CpuidEntry(ENCRYPTION_LEAF, 0, 0, EAX_SEV, c_bit, 0, 0))
+        entries.append(CpuidEntry(ENCRYPTION_LEAF, 0, 0, ENCRYPTION_FEATURES, c_bit, 0, 0))
         if not any(entry.function == 0x4000_0001 for entry in entries):
             raise HostError(
                 "KVM_GET_SUPPORTED_CPUID lists no leaf 0x40000001, which announces the "

@@ -62,7 +62,7 @@ PCI_BAR_SIZE = 0x100  # one BAR per virtio function holds all of its registers
 
 # --- interrupts (GSI numbers) --------------------------------------------------------------------
 
-TIMER_IRQ, TIMER_GSI = 0, 2  # the PIT's line sits on IOAPIC pin 2, as on every PC
+TIMER_IRQ = 0  # the PIT's line; on IOAPIC pin 0, where KVM's default routing puts it
 COM1_IRQ = 4
 RTC_IRQ = 8
 SCI_IRQ = 9  # ACPI's own interrupt

@@ -115,7 +115,10 @@ def fadt(facs_gpa: int, dsdt_gpa: int) -> bytes:
 
 
 def madt(cpus: int, pci_gsis: Iterable[int]) -> bytes:
-    """Multiple APIC Description Table (5.2.12): processors by APIC id, IOAPIC, ISA overrides."""
+    """Multiple APIC Description Table (5.2.12): processors by APIC id, IOAPIC, ISA overrides.
+
+    No override for the timer: PCs wire it to IOAPIC pin 2, KVM's default routing to pin 0.
+    """
     entries = [struct.pack("<II", layout.LAPIC_GPA, PCAT_COMPAT)]
     for cpu in range(cpus):
         if cpu <= MAX_XAPIC_ID:
@@ -123,7 +126,6 @@ def madt(cpus: int, pci_gsis: Iterable[int]) -> bytes:
         else:
             entries.append(struct.pack("<BBHIII", LOCAL_X2APIC, 16, 0, cpu, CPU_ENABLED, cpu))
     entries.append(struct.pack("<BBBBII", IO_APIC, 12, 0, 0, layout.IOAPIC_GPA, 0))
-    entries.append(_override(layout.TIMER_IRQ, layout.TIMER_GSI, CONFORMING))
     entries.append(_override(layout.SCI_IRQ, layout.SCI_IRQ, LEVEL_HIGH))
     # Below 16 an interrupt is ISA's, edge-triggered, unless said otherwise; PCI's are level, low.
     isa_gsis = sorted({gsi for gsi in pci_gsis if gsi < ISA_IRQS})

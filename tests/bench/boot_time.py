@@ -1,0 +1,150 @@
+"""How long a stock kernel takes to its shell: pyvmm and QEMU, interleaved, in one lab machine.
+
+    python tests/bench/boot_time.py [--kernel debian:6.12] [--rounds 3] [--json FILE]
+
+Each round boots the same kernel, initrd and command line four times, from exec to the shell's
+prompt: QEMU (-M pc, KVM, one vCPU, 512 MiB, serial, a modern virtio-blk disk), pyvmm with
+--private-mem, pyvmm as an ordinary VM, QEMU again. Prints medians with their spread and the
+ratios to QEMU's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import select
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+PROMPT = b"/ # "
+LIMIT = 120.0
+COMMAND_LINE = "console=ttyS0 panic=-1 quiet"
+
+
+def boot_seconds(words: list[str], memory_of: list[dict[str, int]] | None = None) -> float:
+    """Seconds from exec until the guest's prompt; the process is ended then."""
+    started = time.monotonic()
+    process = subprocess.Popen(
+        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert process.stdout is not None
+    seen = b""
+    try:
+        while PROMPT not in seen:
+            left = LIMIT - (time.monotonic() - started)
+            ready, _, _ = select.select([process.stdout], [], [], max(left, 0))
+            data = os.read(process.stdout.fileno(), 65536) if ready else b""
+            if not data:
+                raise SystemExit(f"{words[0]} did not boot to a prompt:\n{seen.decode()}")
+            seen = seen[-4096:] + data
+        elapsed = time.monotonic() - started
+        if memory_of is not None:
+            memory_of.append(resident(process.pid))
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
+    return elapsed
+
+
+def resident(pid: int) -> dict[str, int]:
+    """RssAnon, RssFile and RssShmem of a process in KiB."""
+    fields = {}
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name.startswith("Rss"):
+            fields[name] = int(value.split()[0])
+    return fields
+
+
+def inner(kernel: str, initrd: str, rounds: int) -> None:
+    """Runs inside the lab machine; a JSON line with all samples goes to stdout."""
+    disk = Path(tempfile.mkdtemp()) / "disk.img"  # the lab machine is thrown away
+    disk.touch()
+    os.truncate(disk, 16 << 20)
+    qemu = "qemu-system-x86_64 -M pc -accel kvm -cpu host -smp 1 -m 512 -nodefaults -no-user-config"
+    devices = "-display none -serial stdio -no-reboot"
+    drive = f"-drive file={disk},format=raw,if=none,id=d"
+    block = "-device virtio-blk-pci,drive=d,disable-legacy=on"
+    commands = {
+        "qemu": [
+            *f"{qemu} {devices} {drive} {block}".split(),
+            *("-kernel", kernel, "-initrd", initrd, "-append", COMMAND_LINE),
+        ],
+        "pyvmm --private-mem": [*_pyvmm(kernel, initrd, str(disk)), "--private-mem"],
+        "pyvmm": _pyvmm(kernel, initrd, str(disk)),
+    }
+    samples: dict[str, list[float]] = {name: [] for name in commands}
+    memory: list[dict[str, int]] = []
+    for number in range(rounds):
+        for name in ("qemu", "pyvmm --private-mem", "pyvmm", "qemu"):
+            collect = memory if name == "pyvmm --private-mem" else None
+            samples[name].append(boot_seconds(commands[name], collect))
+            print(f"round {number + 1}: {name} {samples[name][-1]:.1f} s", file=sys.stderr)
+    print(json.dumps({"samples": samples, "memory_kib": memory}))
+
+
+def _pyvmm(kernel: str, initrd: str, disk: str) -> list[str]:
+    words = [sys.executable, "-sP", "/lab/project/pyvmm"]
+    return [*words, "--kernel", kernel, "--initrd", initrd, "--append", "quiet", "--disk", disk]
+
+
+def outer(kernel_name: str, rounds: int, json_file: Path | None) -> None:
+    """Runs on the host: boots the lab machine, prints the table."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    from vmm.lab.interpreter import executable
+    from vmm.lab.machine import Lab
+    from vmm.lab.options import LabOptions
+    from vmm.lab.progress import Reporter
+
+    lab = Lab(LabOptions(with_qemu=True), Reporter())
+    kernel = lab.guest_kernel(kernel_name)
+    initrd = lab.guest_initramfs(kernel)
+    words = [str(executable()), str(Path(__file__).resolve()), "--inner", str(kernel.image)]
+    words += [str(initrd), str(rounds)]
+    with lab.start(words, program=True) as run:
+        run.errors.sink = lambda data: print(data.decode(), end="", file=sys.stderr, flush=True)
+        status = run.wait()
+        output = bytes(run.stdout.data).decode()
+    if status:
+        raise SystemExit(f"the lab's command ended with status {status}:\n{output}")
+    result = json.loads(output.splitlines()[-1])
+    report(kernel_name, result)
+    if json_file is not None:
+        json_file.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def report(kernel_name: str, result: dict[str, dict[str, list[float]]]) -> None:
+    """The table: median, smallest and largest sample, ratio of medians to QEMU's."""
+    samples = result["samples"]
+    yardstick = statistics.median(samples["qemu"])
+    print(f"{kernel_name}, exec to shell prompt inside the lab, seconds:")
+    for name, values in samples.items():
+        middle = statistics.median(values)
+        print(
+            f"  {name:22} median {middle:6.2f}  min {min(values):6.2f}  max {max(values):6.2f}"
+            f"  n={len(values)}  ratio to QEMU {middle / yardstick:.2f}"
+        )
+    for fields in result["memory_kib"]:
+        print(f"  pyvmm --private-mem at the prompt: {fields}")
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--inner"]:
+        inner(sys.argv[2], sys.argv[3], int(sys.argv[4]))
+        return
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kernel", default="debian:6.12")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    outer(options.kernel, options.rounds, options.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,350 @@
+"""Exits decoded from hand-made kvm_run pages: what no machine at hand produces on demand.
+
+The vCPU's fd is a memfd, so that the test writes the page that the vCPU has mapped, and
+KVM_RUN is a function of the test's.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from kvm_bindings import KvmError, Vcpu
+from kvm_bindings import vcpu as vcpu_module
+from kvm_bindings.exits import (
+    EXIT_NAMES,
+    Exit,
+    FailEntryExit,
+    HltExit,
+    HypercallExit,
+    InternalErrorExit,
+    InterruptedExit,
+    IoExit,
+    MemoryFaultExit,
+    MmioExit,
+    RdmsrExit,
+    ShutdownExit,
+    SystemEventExit,
+    UnknownExit,
+    WrmsrExit,
+)
+
+EXIT_REASON, UNION = 8, 32
+SIZE = 3 * 4096
+DECODED = {2, 3, 5, 6, 8, 9, 17, 24, 29, 30}  # reasons that have a class
+DATA = 4096  # where KVM puts the bytes of port I/O: behind the structure
+
+
+class Page:
+    """A kvm_run page to fill, and the vCPU that reads it. `result` is what KVM_RUN returns."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.fd = os.memfd_create("kvm_run")
+        os.truncate(self.fd, SIZE)
+        self.result = 0
+        self.vcpu = Vcpu(os.dup(self.fd), 3, SIZE)
+        monkeypatch.setattr(vcpu_module, "lib", self)
+
+    def pyvmm_ioctl_value(self, fd: int, request: int, value: int) -> int:
+        return self.result
+
+    def fill(self, reason: int, union: bytes, result: int = 0) -> None:
+        os.pwrite(self.fd, struct.pack("<I", reason), EXIT_REASON)
+        os.pwrite(self.fd, union, UNION)
+        self.result = result
+
+    def run(self, reason: int, union: bytes = b"", result: int = 0) -> Exit:
+        self.fill(reason, union, result)
+        return self.vcpu.run()
+
+    def read(self, size: int, offset: int) -> bytes:
+        return os.pread(self.fd, size, offset)
+
+
+@pytest.fixture
+def page(monkeypatch: pytest.MonkeyPatch) -> Iterator[Page]:
+    made = Page(monkeypatch)
+    yield made
+    made.vcpu.close()
+    os.close(made.fd)
+
+
+def io_union(direction: int, size: int, port: int, count: int, offset: int = DATA) -> bytes:
+    return struct.pack("<BBHIQ", direction, size, port, count, offset)
+
+
+@pytest.mark.parametrize(("size", "count"), [(1, 1), (2, 1), (4, 1), (1, 4096), (2, 5), (4, 1024)])
+def test_port_write_carries_all_its_data(page: Page, size: int, count: int) -> None:
+    data = os.urandom(size * count)
+    os.pwrite(page.fd, data, DATA)
+
+    exit = page.run(2, io_union(1, size, 0x3F8, count))
+
+    assert exit == IoExit(0x3F8, size, count, True, data)
+
+
+@pytest.mark.parametrize(("size", "count"), [(1, 1), (4, 1), (2, 300)])
+def test_answer_to_a_port_read_lands_where_kvm_looks(page: Page, size: int, count: int) -> None:
+    exit = page.run(2, io_union(0, size, 0xCFC, count, DATA + 64))
+    data = os.urandom(size * count)
+
+    page.vcpu.answer_io(data)
+
+    assert exit == IoExit(0xCFC, size, count, False, b"")
+    assert page.read(len(data) + 1, DATA + 64) == data + b"\0"
+
+
+def test_data_of_an_exit_is_a_copy(page: Page) -> None:
+    os.pwrite(page.fd, b"first", DATA)
+    exit = page.run(2, io_union(1, 1, 1, 5))
+
+    os.pwrite(page.fd, b"later", DATA)
+
+    assert isinstance(exit, IoExit)
+    assert exit.data == b"first"
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_mmio_write_has_the_bytes_written(page: Page, size: int) -> None:
+    data = bytes(range(1, 9))
+
+    exit = page.run(6, struct.pack("<Q8sIB", 0xFEE0_0000, data, size, 1))
+
+    assert exit == MmioExit(0xFEE0_0000, size, True, data[:size])
+
+
+def test_answer_to_an_mmio_read_lands_where_kvm_looks(page: Page) -> None:
+    exit = page.run(6, struct.pack("<Q8sIB", 0xD000_0000, bytes(8), 4, 0))
+
+    page.vcpu.answer_mmio(b"\xff\xee\xdd\xcc")
+
+    assert exit == MmioExit(0xD000_0000, 4, False, b"")
+    assert page.read(8, UNION + 8) == b"\xff\xee\xdd\xcc" + bytes(4)
+
+
+def test_hypercall_has_all_arguments_and_its_answer_is_a_signed_64_bit_value(page: Page) -> None:
+    args = (0x1000, (1 << 64) - 1, 0x10, 4, 5, 6)
+
+    exit = page.run(3, struct.pack("<Q6QQQ", 12, *args, 0, 1))
+    page.vcpu.answer_hypercall(-errno.EINVAL)
+
+    assert exit == HypercallExit(12, args, 1)
+    assert struct.unpack("<q", page.read(8, UNION + 56)) == (-errno.EINVAL,)
+
+
+@pytest.mark.parametrize("number", [errno.EFAULT, 133], ids=["EFAULT", "EHWPOISON"])
+@pytest.mark.parametrize(("flags", "private"), [(8, True), (0, False)])
+def test_memory_fault_comes_with_a_failed_run(
+    page: Page, number: int, flags: int, private: bool
+) -> None:
+    exit = page.run(39, struct.pack("<QQQ", flags, 0x4000, 0x1000), -number)
+
+    assert exit == MemoryFaultExit(flags, 0x4000, 0x1000, number)
+    assert isinstance(exit, MemoryFaultExit)
+    assert exit.private is private
+
+
+def test_fault_of_the_host_is_an_error_not_a_memory_fault(page: Page) -> None:
+    """A shared page whose HVA is unmapped: EFAULT with another reason (field notes, 3b)."""
+    with pytest.raises(KvmError, match=r"KVM_RUN\(vcpu=3, exit_reason=0\) failed: EFAULT"):
+        page.run(0, result=-errno.EFAULT)
+
+
+@pytest.mark.parametrize("number", [errno.EINTR, errno.EAGAIN])
+@pytest.mark.parametrize("stale", [0, 2, 10, 39])
+def test_interrupted_run_is_no_exit_whatever_the_page_says(
+    page: Page, number: int, stale: int
+) -> None:
+    assert page.run(stale, result=-number) == InterruptedExit(number)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EBADF, errno.ENOTTY, errno.EINVAL])
+def test_other_failure_of_the_run_is_an_error(page: Page, number: int) -> None:
+    with pytest.raises(KvmError) as raised:
+        page.run(2, result=-number)
+
+    assert raised.value.errno == number
+
+
+@pytest.mark.parametrize("reason", [1, 2, 8], ids=["INVAL", "UNKNOWN", "FILTER"])
+def test_msr_read_and_its_answer(page: Page, reason: int) -> None:
+    exit = page.run(29, struct.pack("<B7xIIQ", 1, reason, 0xC001_0131, 0))
+
+    page.vcpu.answer_msr(1 << 40 | 1, known=True)
+
+    assert exit == RdmsrExit(0xC001_0131, reason)
+    assert page.read(1, UNION) == b"\0"
+    assert struct.unpack("<Q", page.read(8, UNION + 16)) == (1 << 40 | 1,)
+
+
+def test_msr_write_and_its_refusal(page: Page) -> None:
+    exit = page.run(30, struct.pack("<B7xIIQ", 0, 2, 0x4B56_4D08, (1 << 64) - 1))
+
+    page.vcpu.answer_msr(None, known=False)
+
+    assert exit == WrmsrExit(0x4B56_4D08, (1 << 64) - 1, 2)
+    assert page.read(1, UNION) == b"\1"
+    assert struct.unpack("<Q", page.read(8, UNION + 16)) == ((1 << 64) - 1,)
+
+
+@pytest.mark.parametrize("count", [0, 1, 16])
+def test_system_event_has_its_data(page: Page, count: int) -> None:
+    words = tuple(range(100, 116))
+
+    exit = page.run(24, struct.pack("<II16Q", 2, count, *words))
+
+    assert exit == SystemEventExit(2, words[:count])
+
+
+def test_fail_entry_has_reason_and_cpu(page: Page) -> None:
+    assert page.run(9, struct.pack("<QI", 0x8000_0021, 5)) == FailEntryExit(0x8000_0021, 5)
+
+
+INSTRUCTION = bytes.fromhex("c4e26937c0")
+
+
+@pytest.mark.parametrize(
+    ("flags", "size", "expected"),
+    [
+        (1, 5, INSTRUCTION),
+        (1, 15, INSTRUCTION + bytes(10)),
+        (1, 200, INSTRUCTION + bytes(10)),
+        (1, 0, b""),
+        (0, 5, b""),
+        (2, 5, b""),
+    ],
+)
+def test_failed_emulation_has_the_instruction_where_kvm_gives_it(
+    page: Page, flags: int, size: int, expected: bytes
+) -> None:
+    union = struct.pack("<IIQB15s", 1, 4, flags, size, INSTRUCTION)
+
+    exit = page.run(17, union)
+
+    assert isinstance(exit, InternalErrorExit)
+    assert (exit.suberror, exit.instruction, len(exit.data)) == (1, expected, 4)
+    assert exit.data[0] == flags
+
+
+def test_failed_emulation_of_an_old_kernel_has_no_instruction(page: Page) -> None:
+    assert page.run(17, struct.pack("<II", 1, 0)) == InternalErrorExit(1, (), b"")
+
+
+def test_internal_error_of_another_kind_has_its_words_and_no_instruction(page: Page) -> None:
+    exit = page.run(17, struct.pack("<II3Q", 3, 3, 1, 0x8000_0000, 9))
+
+    assert exit == InternalErrorExit(3, (1, 0x8000_0000, 9), b"")
+
+
+@pytest.mark.parametrize("count", [17, 0xFFFF_FFFF])
+@pytest.mark.parametrize("reason", [17, 24])
+def test_more_words_than_the_structure_holds_are_cut_off(
+    page: Page, reason: int, count: int
+) -> None:
+    exit = page.run(reason, struct.pack("<II16Q", 3, count, *range(16)))
+
+    assert isinstance(exit, InternalErrorExit | SystemEventExit)
+    assert exit.data == tuple(range(16))
+
+
+@pytest.mark.parametrize(("reason", "expected"), [(5, HltExit()), (8, ShutdownExit())])
+def test_exit_without_fields(page: Page, reason: int, expected: Exit) -> None:
+    assert page.run(reason) == expected
+
+
+@pytest.mark.parametrize("reason", sorted({*EXIT_NAMES, 999} - DECODED))
+def test_exit_without_a_class_is_data(page: Page, reason: int) -> None:
+    raw = os.urandom(256)
+
+    exit = page.run(reason, raw)
+
+    assert exit == UnknownExit(reason, raw)
+    assert isinstance(exit, UnknownExit)
+    assert exit.name == EXIT_NAMES.get(reason, f"exit {reason}")
+
+
+def test_immediate_exit_is_the_byte_that_kvm_reads(page: Page) -> None:
+    page.vcpu.immediate_exit = True
+    assert page.read(2, 0) == b"\0\1"
+    assert page.vcpu.immediate_exit is True
+
+    page.vcpu.immediate_exit = False
+    assert page.read(2, 0) == b"\0\0"
+
+
+class PreFaulting:
+    """KVM_PRE_FAULT_MEMORY that gets a page further with each call, or fails."""
+
+    def __init__(self, results: list[int]) -> None:
+        self.results = results
+        self.seen: list[tuple[int, int]] = []
+
+    def pyvmm_ioctl_pointer(self, fd: int, request: int, argument: Any) -> int:
+        self.seen.append((argument.gpa, argument.size))
+        result = self.results[len(self.seen) - 1]
+        if result == 0:
+            argument.gpa += 0x1000
+            argument.size -= 0x1000
+        return result
+
+
+def test_pre_fault_goes_on_where_it_was_interrupted(
+    page: Page, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kvm = PreFaulting([0, -errno.EINTR, 0, -errno.EAGAIN, 0])
+    monkeypatch.setattr(vcpu_module, "lib", kvm)
+
+    page.vcpu.pre_fault_memory(0x4000, 0x3000)
+
+    sizes = [size for _, size in kvm.seen]
+    assert sizes == [0x3000, 0x2000, 0x2000, 0x1000, 0x1000]
+    assert kvm.seen[-1] == (0x6000, 0x1000)
+
+
+def test_pre_fault_that_fails_names_the_whole_range(
+    page: Page, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vcpu_module, "lib", PreFaulting([0, -errno.EOPNOTSUPP]))
+
+    with pytest.raises(KvmError, match=r"KVM_PRE_FAULT_MEMORY\(gpa=0x4000, size=0x3000\) failed"):
+        page.vcpu.pre_fault_memory(0x4000, 0x3000)
+
+
+def test_close_unmaps_and_closes_once(page: Page) -> None:
+    before = set(os.listdir("/proc/self/fd"))
+    made = Vcpu(os.dup(page.fd), 0, SIZE)
+    address = made._address
+
+    made.close()
+    made.close()
+
+    assert set(os.listdir("/proc/self/fd")) == before
+    with open("/proc/self/maps") as maps:
+        assert f"{address:x}-" not in maps.read()
+
+
+def test_many_threads_decoding_at_once_agree(page: Page) -> None:
+    """cffi makes its types at first use; vcpu.py makes them all at import instead."""
+    page.fill(3, struct.pack("<Q6QQQ", 12, 1, 2, 3, 4, 5, 6, 0, 0))
+    start = threading.Barrier(8)
+    seen: list[Exit] = []
+
+    def decode() -> None:
+        vcpu = Vcpu(os.dup(page.fd), 0, SIZE)
+        start.wait(30)
+        seen.append(vcpu.run())
+        vcpu.close()
+
+    threads = [threading.Thread(target=decode) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+
+    assert seen == [HypercallExit(12, (1, 2, 3, 4, 5, 6), 0)] * 8

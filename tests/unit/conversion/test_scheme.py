@@ -1,0 +1,90 @@
+"""Schemes over a VM that records its memslots."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+
+from kvm_bindings import Vm
+from tests.support.memory import SPLIT_RAM, guest_memory, pages
+from vmm.conversion.scheme import CbitScheme, PlainScheme
+from vmm.core.events import Kind
+from vmm.memory.backing import MemfdBacking
+from vmm.memory.guest_memory import GuestMemory
+
+C_BIT = 38
+
+
+class RecordingVm:
+    """Takes memslots as KVM does; slot numbers must not repeat."""
+
+    def __init__(self) -> None:
+        self.slots: dict[int, tuple[Any, ...]] = {}
+
+    def set_user_memory_region(self, slot: int, *rest: int) -> None:
+        assert slot not in self.slots
+        self.slots[slot] = rest
+
+    set_user_memory_region2 = set_user_memory_region
+
+
+def test_cbit_scheme_maps_every_ram_range_at_both_aliases() -> None:
+    vm = RecordingVm()
+    with guest_memory(ram=SPLIT_RAM) as memory:
+        CbitScheme(C_BIT).install(cast(Vm, vm), memory)
+
+        assert memory.private is not None
+        expected = []
+        for area in SPLIT_RAM:
+            expected.append((area.start, area.size, memory.shared.hva + area.start))
+            alias = area.start | 1 << C_BIT
+            expected.append((alias, area.size, memory.private.hva + area.start))
+        assert list(vm.slots.values()) == expected
+
+
+def test_guest_memfd_is_bound_at_the_offset_that_is_its_gpa() -> None:
+    vm = RecordingVm()
+    with guest_memory(ram=SPLIT_RAM) as memory:
+        private = memory.private
+        assert isinstance(private, MemfdBacking)
+        private.is_guest_memfd = True
+
+        CbitScheme(C_BIT).install(cast(Vm, vm), memory)
+
+        bound = [slot for slot in vm.slots.values() if len(slot) == 5]
+        assert bound == [
+            (
+                area.start | 1 << C_BIT,
+                area.size,
+                private.hva + area.start,
+                private.fd,
+                area.start,
+            )
+            for area in SPLIT_RAM
+        ]
+
+
+def test_cbit_scheme_needs_a_private_backing() -> None:
+    memory = GuestMemory([pages(0, 4)], MemfdBacking(4 * 4096))
+
+    with pytest.raises(ValueError, match="private backing"):
+        CbitScheme(C_BIT).install(cast(Vm, RecordingVm()), memory)
+
+    memory.close()
+
+
+def test_plain_scheme_maps_ram_once() -> None:
+    vm = RecordingVm()
+    with guest_memory(ram=SPLIT_RAM) as memory:
+        PlainScheme().install(cast(Vm, vm), memory)
+
+        assert list(vm.slots.values()) == [
+            (area.start, area.size, memory.shared.hva + area.start) for area in SPLIT_RAM
+        ]
+
+
+@pytest.mark.parametrize("scheme", [PlainScheme(), CbitScheme(C_BIT)])
+def test_apply_and_revert_need_no_kvm_where_the_guest_picks_the_side(scheme: Any) -> None:
+    scheme.apply(pages(0, 1), Kind.SHARE)
+    scheme.revert(pages(0, 1), Kind.SHARE)

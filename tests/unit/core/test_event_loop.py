@@ -1,0 +1,179 @@
+"""The device loop over pipes and eventfds; no test waits for time to pass."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from vmm.core.event_loop import EventLoop, drain
+
+
+@pytest.fixture
+def loop() -> Iterator[EventLoop]:
+    made = EventLoop()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def eventfd() -> Iterator[int]:
+    fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    yield fd
+    os.close(fd)
+
+
+def test_run_after_stop_returns_without_serving(loop: EventLoop, eventfd: int) -> None:
+    served: list[str] = []
+    loop.add(eventfd, lambda: served.append("served"))
+    os.eventfd_write(eventfd, 1)
+
+    loop.stop()
+    loop.run()
+
+    assert served == []
+
+
+def test_run_serves_what_is_readable_and_again_while_it_stays_readable(
+    loop: EventLoop, eventfd: int
+) -> None:
+    counts: list[int] = []
+
+    def served() -> None:
+        counts.append(len(counts))
+        if len(counts) == 3:
+            drain(eventfd)
+            loop.stop()
+
+    loop.add(eventfd, served)
+    os.eventfd_write(eventfd, 1)
+
+    loop.run()
+
+    assert counts == [0, 1, 2]
+
+
+def test_stop_from_another_thread_ends_an_idle_loop(loop: EventLoop, eventfd: int) -> None:
+    running = threading.Event()
+
+    def served() -> None:
+        drain(eventfd)
+        running.set()
+
+    loop.add(eventfd, served)
+    thread = threading.Thread(target=loop.run, daemon=True)
+    thread.start()
+    os.eventfd_write(eventfd, 1)
+    assert running.wait(30)
+
+    loop.stop()
+    thread.join(30)
+
+    assert not thread.is_alive()
+
+
+def test_stop_leaves_the_rest_of_a_batch_unserved(loop: EventLoop) -> None:
+    fds = [os.eventfd(1, os.EFD_NONBLOCK) for _ in range(2)]
+    called: list[int] = []
+
+    def serve(fd: int) -> None:
+        called.append(fd)
+        loop.stop()
+
+    for fd in fds:
+        loop.add(fd, partial(serve, fd))
+
+    loop.run()
+
+    assert len(called) == 1
+    for fd in fds:
+        os.close(fd)
+
+
+def test_callback_removed_by_an_earlier_one_of_the_same_batch_is_not_called(
+    loop: EventLoop,
+) -> None:
+    fds = [os.eventfd(1, os.EFD_NONBLOCK) for _ in range(2)]
+    called: list[int] = []
+
+    def serve(index: int) -> None:
+        called.append(index)
+        loop.remove(fds[1 - index])
+        loop.stop()
+
+    for index, fd in enumerate(fds):
+        loop.add(fd, partial(serve, index))
+
+    loop.run()
+
+    assert len(called) == 1
+    for fd in fds:
+        os.close(fd)
+
+
+def test_hang_up_of_the_other_end_is_served(loop: EventLoop) -> None:
+    read_end, write_end = os.pipe()
+    seen: list[bytes] = []
+
+    def hung_up() -> None:
+        seen.append(os.read(read_end, 1))
+        loop.stop()
+
+    loop.add(read_end, hung_up)
+    os.close(write_end)
+
+    loop.run()
+
+    assert seen == [b""]
+    os.close(read_end)
+
+
+def test_exception_in_a_callback_reaches_the_caller_and_the_loop_can_go_on(
+    loop: EventLoop, eventfd: int
+) -> None:
+    def fail_once() -> None:
+        drain(eventfd)
+        raise ZeroDivisionError
+
+    loop.add(eventfd, fail_once)
+    os.eventfd_write(eventfd, 1)
+
+    with pytest.raises(ZeroDivisionError):
+        loop.run()
+
+    loop.remove(eventfd)
+    loop.add(eventfd, loop.stop)
+    os.eventfd_write(eventfd, 1)
+    loop.run()
+
+
+def test_add_of_a_regular_file_is_refused(loop: EventLoop, tmp_path: Path) -> None:
+    with (tmp_path / "file").open("w") as file, pytest.raises(PermissionError):
+        loop.add(file.fileno(), lambda: None)
+
+
+def test_remove_of_an_unknown_fd_is_ignored(loop: EventLoop) -> None:
+    loop.remove(12345)
+
+
+def test_drain_takes_the_whole_count_and_does_not_wait(eventfd: int) -> None:
+    os.eventfd_write(eventfd, 7)
+
+    drain(eventfd)
+    drain(eventfd)
+
+    with pytest.raises(BlockingIOError):
+        os.eventfd_read(eventfd)
+
+
+def test_close_closes_the_loops_own_fds() -> None:
+    before = set(os.listdir("/proc/self/fd"))
+    made = EventLoop()
+
+    made.close()
+
+    assert set(os.listdir("/proc/self/fd")) == before

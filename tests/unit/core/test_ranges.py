@@ -1,0 +1,127 @@
+"""Range, and RangeMap against a plain dict with one entry per address."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from vmm.core.ranges import PAGE_SIZE, Range, RangeMap, page_align_down, page_align_up
+
+SPAN = Range(3, 40)
+VALUES = ("a", "b", "c")
+
+
+@st.composite
+def inside(draw: st.DrawFn) -> Range:
+    """A range of at least one address inside SPAN."""
+    start = draw(st.integers(SPAN.start, SPAN.end - 1))
+    return Range(start, draw(st.integers(1, SPAN.end - start)))
+
+
+small_ranges = st.builds(Range, st.integers(0, 20), st.integers(0, 20))
+
+
+@given(small_ranges, small_ranges)
+def test_range_relations_agree_with_sets_of_addresses(one: Range, other: Range) -> None:
+    mine, theirs = set(range(one.start, one.end)), set(range(other.start, other.end))
+
+    common = one.intersection(other)
+
+    assert one.overlaps(other) == bool(mine & theirs)
+    held = set() if common is None else set(range(common.start, common.end))
+    assert held == mine & theirs
+    assert (common is None) == (not mine & theirs)
+    if theirs:
+        assert one.contains(other) == (theirs <= mine)
+
+
+def test_range_as_text_is_half_open_and_hexadecimal() -> None:
+    assert str(Range(0x1000, 0x1000)) == "[0x1000, 0x2000)"
+
+
+@given(st.integers(0, 1 << 70))
+def test_page_align_rounds_to_the_neighbouring_boundaries(value: int) -> None:
+    down, up = page_align_down(value), page_align_up(value)
+
+    assert down % PAGE_SIZE == up % PAGE_SIZE == 0
+    assert down <= value <= up
+    assert up - down == (PAGE_SIZE if value % PAGE_SIZE else 0)
+
+
+class RangeMapMachine(RuleBasedStateMachine):
+    """Any sequence of changes leaves the map equal to the dict, and its runs maximal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = RangeMap(SPAN, "a")
+        self.model = dict.fromkeys(range(SPAN.start, SPAN.end), "a")
+
+    @rule(target_range=inside(), value=st.sampled_from(VALUES))
+    def set(self, target_range: Range, value: str) -> None:
+        self.map.set(target_range, value)
+        for address in range(target_range.start, target_range.end):
+            self.model[address] = value
+
+    @rule(within=inside())
+    def runs_within(self, within: Range) -> None:
+        seen = {
+            address: value
+            for run, value in self.map.runs(within)
+            for address in range(run.start, run.end)
+        }
+        assert seen == {a: v for a, v in self.model.items() if within.start <= a < within.end}
+
+    @rule(area=inside(), value=st.sampled_from(VALUES))
+    def uniform(self, area: Range, value: str) -> None:
+        expected = all(self.model[address] == value for address in range(area.start, area.end))
+        assert self.map.is_uniform(area.start, area.end, value) == expected
+
+    @invariant()
+    def every_address_agrees(self) -> None:
+        assert {address: self.map.get(address) for address in self.model} == self.model
+
+    @invariant()
+    def runs_are_maximal_and_cover_the_span(self) -> None:
+        runs = list(self.map.runs())
+        assert runs[0][0].start == SPAN.start
+        assert runs[-1][0].end == SPAN.end
+        for (left, before), (right, after) in pairwise(runs):
+            assert left.end == right.start
+            assert before != after
+
+    @invariant()
+    def totals_agree(self) -> None:
+        held = list(self.model.values())
+        assert {value: self.map.total(value) for value in VALUES} == {
+            value: held.count(value) for value in VALUES
+        }
+
+
+TestRangeMap = RangeMapMachine.TestCase
+TestRangeMap.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [Range(2, 2), Range(42, 2), Range(0, 100), Range(5, 0), Range(5, -1)],
+    ids=["before", "past", "around", "empty", "negative"],
+)
+def test_set_outside_the_span_or_empty_is_refused_and_changes_nothing(target: Range) -> None:
+    states = RangeMap(SPAN, "a")
+
+    with pytest.raises(ValueError, match="not inside the map's span"):
+        states.set(target, "b")
+
+    assert list(states.runs()) == [(SPAN, "a")]
+
+
+def test_runs_outside_the_span_are_none() -> None:
+    assert list(RangeMap(SPAN, "a").runs(Range(100, 5))) == []
+
+
+def test_runs_partly_outside_the_span_are_clipped() -> None:
+    assert list(RangeMap(SPAN, "a").runs(Range(0, 5))) == [(Range(3, 2), "a")]

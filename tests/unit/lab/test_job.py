@@ -1,0 +1,164 @@
+"""What a job takes along and brings back: argument rewriting, the script, the results."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from vmm.core.errors import UsageError
+from vmm.lab.job import (
+    Drive,
+    Surroundings,
+    drive_name,
+    job_from_arguments,
+    lay_out,
+    unpack_results,
+)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    for name in ("kernel", "initrd", "disk.img", "policy.py", "a,b"):
+        (tmp_path / name).write_bytes(b"x" * 512)
+    return tmp_path
+
+
+def test_files_keep_their_names_and_are_taken_along(files: Path) -> None:
+    words = ["--kernel", "kernel", f"--initrd={files}/initrd", "--policy", "policy.py:Mine"]
+
+    job = job_from_arguments(words, files)
+
+    assert job.words == words
+    assert job.inputs == [files / "kernel", files / "initrd", files / "policy.py"]
+
+
+def test_file_named_twice_is_taken_once(files: Path) -> None:
+    job = job_from_arguments(["--kernel", "kernel", "--kernel", "./kernel"], files)
+
+    assert job.inputs == [files / "kernel"]
+
+
+def test_disk_becomes_a_drive_and_its_path_a_device(files: Path) -> None:
+    words = ["--disk", "disk.img,ro,serial=a", f"--disk={files}/kernel"]
+
+    job = job_from_arguments(words, files)
+
+    assert job.words == ["--disk", "/dev/vde,ro,serial=a", "--disk=/dev/vdf"]
+    assert job.drives == [Drive(files / "disk.img", True), Drive(files / "kernel", False)]
+    assert job.inputs == []
+
+
+def test_drives_begin_where_the_fixed_ones_end(files: Path) -> None:
+    job = job_from_arguments(["--disk", "disk.img"], files, first_drive=5)
+
+    assert job.words == ["--disk", "/dev/vdf"] and job.devices() == ["/dev/vdf"]
+
+
+def test_report_and_trace_come_back_and_are_not_taken_along(files: Path) -> None:
+    (files / "r.json").write_text("old")
+
+    job = job_from_arguments(["--report", "r.json", "--trace=t"], files)
+
+    assert job.outputs == [files / "r.json", files / "t"]
+    assert job.inputs == []
+
+
+def test_programs_words_are_left_alone_but_for_their_files(files: Path) -> None:
+    words = ["cat", "kernel", "--disk", "disk.img", "--trace", "--x=initrd"]
+
+    job = job_from_arguments(words, files, is_program=True)
+
+    assert (job.words, job.drives, job.outputs) == (words, [], [])
+    assert job.inputs == [files / "kernel", files / "disk.img", files / "initrd"]
+
+
+def test_what_the_kernel_makes_inside_too_is_not_taken_along(files: Path) -> None:
+    job = job_from_arguments(["cat", "/proc/version", "/dev/null"], files, is_program=True)
+
+    assert job.inputs == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--kernel", "absent"], "--kernel absent: no such file"),
+        (["--initrd=absent"], "--initrd absent: no such file"),
+        (["--disk", "absent,ro"], "--disk absent: no such file"),
+        (["--disk", "."], "--disk .: neither a file nor a block device"),
+    ],
+)
+def test_missing_file_is_refused_before_anything_boots(
+    files: Path, words: list[str], message: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        job_from_arguments(words, files)
+
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("index", "name"), [(0, "/dev/vda"), (25, "/dev/vdz"), (26, "/dev/vdaa"), (701, "/dev/vdzz")]
+)
+def test_drive_names_follow_linux(index: int, name: str) -> None:
+    assert drive_name(index) == name
+
+
+def test_script_quotes_words_and_links_files(files: Path, tmp_path: Path) -> None:
+    job = job_from_arguments(["echo", "it's $HOME", "kernel"], files, is_program=True)
+    folder = tmp_path / "stage"
+    folder.mkdir()
+
+    lay_out(job, Surroundings({"A": "b c"}, "/bin", "<token>"), folder)
+
+    script = (folder / "run").read_text()
+    assert "echo 'it'\"'\"'s $HOME' kernel <&5" in script
+    assert "export A='b c'" in script
+    assert f"ln -s /lab/job/files/0/kernel {files}/kernel" in script
+    assert (folder / "files" / "0" / "kernel").read_bytes() == b"x" * 512
+
+
+def results(tmp_path: Path, members: dict[str, bytes]) -> Path:
+    drive = tmp_path / "results"
+    with tarfile.open(drive, "w") as archive:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    with open(drive, "ab") as file:
+        file.truncate(1 << 20)  # as on a drive: zeros follow
+    return drive
+
+
+def test_results_give_the_status_and_the_wanted_files(tmp_path: Path) -> None:
+    wanted = tmp_path / "out" / "trace"
+    name = f".{wanted}/events"
+    drive = results(tmp_path, {"./lab/status": b"3\n", name: b"data"})
+
+    found = unpack_results(drive, [wanted])
+
+    assert found.status == 3
+    assert found.written == [wanted / "events"]
+    assert (wanted / "events").read_bytes() == b"data"
+
+
+def test_results_elsewhere_than_wanted_are_not_written(tmp_path: Path) -> None:
+    wanted = tmp_path / "out"
+    stray = tmp_path / "stray"
+    drive = results(
+        tmp_path, {"./lab/status": b"0\n", f".{stray}": b"x", f".{wanted}/../stray": b"y"}
+    )
+
+    found = unpack_results(drive, [wanted])
+
+    assert found.written == [] and not stray.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 4096, b"nonsense" * 600])
+def test_results_drive_that_was_not_written_has_no_status(tmp_path: Path, content: bytes) -> None:
+    drive = tmp_path / "results"
+    drive.write_bytes(content)
+
+    assert unpack_results(drive, []).status is None

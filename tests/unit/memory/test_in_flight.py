@@ -1,0 +1,132 @@
+"""Host accesses and conversions of the same pages: whoever comes second waits or is refused.
+
+Rule 2 in time: a conversion never proceeds while a host access to its pages is under way.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.support.memory import Background, GatedBacking, guest_memory, page, pages
+from vmm.core.errors import PrivateAccess
+from vmm.core.ranges import PAGE_SIZE, Range
+from vmm.memory.guest_memory import GuestMemory, PageState
+
+FOREVER = threading.TIMEOUT_MAX
+
+
+def tell_when_waiting(memory: GuestMemory) -> threading.Event:
+    """An event set when `quiesce` is about to wait, while it holds the lock still."""
+    waiting = threading.Event()
+    condition = memory._drained
+    wait = condition.wait
+
+    def told(timeout: float | None = None) -> bool:
+        waiting.set()
+        return wait(timeout)
+
+    condition.wait = told  # type: ignore[method-assign]
+    return waiting
+
+
+@pytest.fixture
+def gated() -> Iterator[tuple[GuestMemory, GatedBacking]]:
+    """64 shared pages whose pread and transfer_in wait at a gate."""
+    backing = GatedBacking(page(64))
+    with guest_memory(shared=backing) as memory:
+        yield memory, backing
+        backing.gate.set()
+
+
+ACCESSES: dict[str, Callable[[GuestMemory, int], object]] = {
+    "pread": lambda memory, fd: memory.pread(2 * PAGE_SIZE, page(4)),
+    "transfer_in": lambda memory, fd: memory.transfer_in(fd, 0, page(4), 2 * PAGE_SIZE),
+}
+
+
+@pytest.fixture
+def file() -> Iterator[int]:
+    fd = os.memfd_create("file")
+    os.truncate(fd, page(4))
+    yield fd
+    os.close(fd)
+
+
+@pytest.mark.parametrize("name", ACCESSES)
+@pytest.mark.parametrize("area", [pages(0, 5), pages(5, 1), pages(4, 2), pages(0, 64)], ids=str)
+def test_quiesce_waits_for_an_access_that_came_first(
+    gated: tuple[GuestMemory, GatedBacking], file: int, name: str, area: Range
+) -> None:
+    memory, backing = gated
+    access = Background(lambda: ACCESSES[name](memory, file))
+    backing.await_arrivals()
+    before = memory.begin_conversion(area)
+
+    in_time = memory.quiesce(area, 0)
+    waits = tell_when_waiting(memory)
+    waiting = Background(lambda: memory.quiesce(area, FOREVER))
+    assert waits.wait(30)
+    backing.gate.set()
+
+    assert in_time is False
+    assert waiting.result() is True
+    assert access.result() in (bytes(2 * PAGE_SIZE), 2 * PAGE_SIZE)
+    memory.restore(before)
+
+
+@pytest.mark.parametrize("area", [pages(0, 4), pages(6, 10)], ids=str)
+def test_quiesce_does_not_wait_for_an_access_elsewhere(
+    gated: tuple[GuestMemory, GatedBacking], area: Range
+) -> None:
+    memory, backing = gated
+    access = Background(lambda: memory.pread(2 * PAGE_SIZE, page(4)))
+    backing.await_arrivals()
+    memory.begin_conversion(area)
+
+    assert memory.quiesce(area, 0) is True
+
+    backing.gate.set()
+    access.result()
+
+
+def test_quiesce_waits_for_every_thread(gated: tuple[GuestMemory, GatedBacking]) -> None:
+    memory, backing = gated
+    accesses = [
+        Background(lambda: memory.pread(1, page(0))),
+        Background(lambda: memory.pread(1, page(1))),
+        Background(lambda: memory.pread(1, page(2))),
+    ]
+    backing.await_arrivals(3)
+    waits = tell_when_waiting(memory)
+    waiting = Background(lambda: memory.quiesce(pages(0, 3), FOREVER))
+    assert waits.wait(30)
+    backing.gate.set()
+
+    assert waiting.result() is True
+    assert [each.result() for each in accesses] == [b"\0"] * 3
+    assert memory._in_flight == {}
+
+
+def test_access_that_comes_second_is_refused_until_the_conversion_is_over() -> None:
+    with guest_memory() as memory:
+        before = memory.begin_conversion(pages(4, 1))
+
+        with pytest.raises(PrivateAccess, match="converting"):
+            memory.pread(1, page(4))
+        assert memory.quiesce(pages(4, 1), 0) is True, "a refused access is not under way"
+        memory.restore(before)
+
+        assert memory.pread(1, page(4)) == b"\0"
+
+
+def test_access_that_comes_after_an_unshare_is_refused() -> None:
+    with guest_memory() as memory:
+        memory.begin_conversion(pages(4, 1))
+        memory.finish_conversion(pages(4, 1), PageState.PRIVATE)
+
+        with pytest.raises(PrivateAccess, match="private"):
+            memory.pread(1, page(4))

@@ -1,0 +1,269 @@
+"""Rule 1: nobody dereferences guest memory.
+
+KVM's mappings of both backings are made inaccessible; then every verb, loading, conversions and
+a disk are exercised in full. A dereference by any code would kill the test run, as a child
+process proves; source is checked for the means to do it.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import signal
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from kvm_bindings import fdops
+from tests.support.disk_machine import BAR, DATA, DiskMachine
+from tests.support.fake_memory import FakeMemory
+from tests.support.memory import guest_memory, page, pages, pattern
+from tests.support.virtio_driver import Piece, VirtioPciDriver
+from vmm.conversion.scheme import CbitScheme
+from vmm.conversion.transaction import Converter
+from vmm.core.events import ConversionRequest, Kind
+from vmm.core.ranges import PAGE_SIZE
+from vmm.devices.bus import PortBus
+from vmm.devices.pci import PciBus, host_bridge
+from vmm.devices.virtio.block import (
+    T_DISCARD,
+    T_FLUSH,
+    T_GET_ID,
+    T_IN,
+    T_OUT,
+    T_WRITE_ZEROES,
+    VirtioBlock,
+)
+from vmm.devices.virtio.block_file import open_disk
+from vmm.devices.virtio.pci_transport import VirtioPciTransport
+from vmm.memory.guest_memory import GuestMemory, LaunchMemory, PageState
+from vmm.policy import Policy
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture
+def revoked() -> Iterator[GuestMemory]:
+    """64 pages, the upper half private, whose mappings nobody can touch any more."""
+    with guest_memory(pages(32, 32)) as memory:
+        assert memory.private is not None
+        for backing in (memory.shared, memory.private):
+            fdops.protect(backing.hva, backing.size, fdops.PROT_NONE)
+        yield memory
+
+
+DEREFERENCE = """
+import ctypes, sys
+from kvm_bindings import fdops
+from vmm.memory.backing import MemfdBacking
+backing = MemfdBacking(4096)
+backing.pwrite(b"x", 0)
+assert ctypes.string_at(backing.hva, 1) == b"x"  # works while the mapping can be touched
+if sys.argv[1] == "revoke":
+    fdops.protect(backing.hva, 4096, fdops.PROT_NONE)
+assert backing.pread(1, 0) == b"x"               # goes on working: no dereference
+ctypes.string_at(backing.hva, 1)                 # what the rule forbids
+"""
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("keep", 0), ("revoke", -signal.SIGSEGV)])
+def test_dereference_of_a_revoked_mapping_kills_the_process(mode: str, expected: int) -> None:
+    child = subprocess.run(
+        [sys.executable, "-c", DEREFERENCE, mode], cwd=ROOT, timeout=60, check=False
+    )
+
+    assert child.returncode == expected
+
+
+def test_every_host_verb_works_without_the_mapping(revoked: GuestMemory) -> None:
+    data = pattern(page(20))
+    fd = os.memfd_create("file")
+    pieces = [bytearray(100), bytearray(page(20) - 100)]
+
+    revoked.pwrite(data, 5)
+    revoked.preadv(pieces, 5)
+    moved_out = revoked.transfer_out(5, len(data), fd, 0)
+    revoked.pwritev([bytes(50), bytes(page(20) - 50)], 5)
+    moved_in = revoked.transfer_in(fd, 0, 5, len(data))
+
+    assert (moved_out, moved_in) == (len(data), len(data))
+    assert revoked.pread(len(data), 5) == b"".join(pieces) == data
+    os.close(fd)
+
+
+def test_loading_works_without_the_mapping(revoked: GuestMemory) -> None:
+    launch = LaunchMemory(revoked)
+    data = pattern(page(40))
+    fd = os.memfd_create("image")
+    os.pwrite(fd, data, 0)
+
+    launch.pwrite(data, page(20))
+    moved = launch.transfer_in(fd, 0, page(20), len(data))
+
+    os.close(fd)
+    assert moved == len(data)
+    assert revoked.private is not None
+    assert revoked.private.pread(page(28), page(32)) == data[page(12) :]
+
+
+def test_conversions_work_without_the_mapping(revoked: GuestMemory) -> None:
+    LaunchMemory(revoked).pwrite(pattern(page(64)), 0)
+    converter = Converter(revoked, CbitScheme(38), Policy())
+
+    answers = [
+        converter.convert(ConversionRequest(kind, page(16), 32, 0, "test"))
+        for kind in (Kind.SHARE, Kind.UNSHARE, Kind.SHARE)
+    ]
+
+    assert answers == [0, 0, 0]
+    assert revoked.bytes_in(PageState.SHARED) == page(48)
+    assert revoked.residency().shared_bytes == page(16)
+    assert revoked.residency().private_bytes == page(16)
+
+
+class GuestSide:
+    """Guest memory as the driver of tests/support writes and reads it, on the shared side."""
+
+    def __init__(self, memory: GuestMemory) -> None:
+        self._shared = memory.shared
+
+    def poke(self, data: bytes, gpa: int) -> None:
+        self._shared.pwrite(data, gpa)
+
+    def peek(self, size: int, gpa: int) -> bytes:
+        return self._shared.pread(size, gpa)
+
+
+@pytest.fixture
+def disk_machine(revoked: GuestMemory, tmp_path: Path) -> Iterator[DiskMachine]:
+    """A virtio-blk disk of 1 MiB whose guest memory nobody can touch."""
+    path = tmp_path / "disk"
+    path.write_bytes(pattern(1 << 20))
+    disk = open_disk(f"{path},serial=R1")
+    ports = PortBus()
+    pci = PciBus(ports)
+    block = VirtioBlock(disk, fdops.punch_hole)
+    transport = VirtioPciTransport(block, revoked, lambda: None, bar_base=BAR, interrupt_line=5)
+    pci.add(0, host_bridge())
+    pci.add(1, transport.function)
+    guest = cast(FakeMemory, GuestSide(revoked))
+    driver = VirtioPciDriver(pci, ports, guest, 1)
+    made = DiskMachine(guest, ports, pci, block, transport, driver, path)
+    yield made
+    disk.close()
+
+
+@pytest.mark.parametrize("size", [PAGE_SIZE, 16 * PAGE_SIZE], ids=["buffered", "spliced"])
+def test_disk_requests_of_every_kind_work_without_the_mapping(
+    disk_machine: DiskMachine, size: int
+) -> None:
+    queue = disk_machine.up()
+    before = disk_machine.disk_bytes()
+    two_sectors = struct.pack("<QII", 1000, 2, 0)
+
+    read = disk_machine.do(queue, T_IN, 3, Piece(DATA, size, True))
+    content = disk_machine.memory.peek(size, DATA)
+    written = disk_machine.do(queue, T_OUT, 100, Piece(DATA, size))
+    named = disk_machine.do(queue, T_GET_ID, 0, Piece(DATA, 20, True))
+    name = disk_machine.memory.peek(2, DATA)
+    flushed = disk_machine.do(queue, T_FLUSH, 0)
+    disk_machine.memory.poke(two_sectors, DATA)
+    zeroed = disk_machine.do(queue, T_WRITE_ZEROES, 0, Piece(DATA, 16))
+    discarded = disk_machine.do(queue, T_DISCARD, 0, Piece(DATA, 16))
+
+    statuses = [status for status, _ in (read, written, named, flushed, zeroed, discarded)]
+    assert statuses == [0] * 6
+    assert content == before[3 * 512 : 3 * 512 + size]
+    assert name == b"R1"
+    after = disk_machine.disk_bytes()
+    assert after[100 * 512 : 100 * 512 + size] == content
+    assert after[1000 * 512 : 1002 * 512] == bytes(1024)
+
+
+# The source holds no means to dereference an address either.
+
+FORBIDDEN_MODULES = {"mmap", "ctypes", "cffi", "_cffi_backend", "kvm_bindings._kvm"}
+FORBIDDEN_NAMES = {
+    "from_buffer",
+    "from_buffer_copy",
+    "from_address",
+    "memmove",
+    "string_at",
+    "unpack_from_address",
+    "ffi",
+}
+# The vCPU's kvm_run page and the CPUID buffer are no guest memory.
+BINDINGS_WITH_POINTERS = {"system.py", "vcpu.py"}
+POINTER_CALLS = {"cast", "buffer", "from_buffer", "memmove", "string", "unpack"}
+
+
+def ways_to_dereference(source: str) -> list[str]:
+    """Names of modules and functions in `source` that can turn an address into bytes."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names if alias.name in FORBIDDEN_MODULES]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found += [name for name in (str(node.module), *names) if name in FORBIDDEN_MODULES]
+        elif isinstance(node, ast.Attribute) and node.attr in FORBIDDEN_NAMES:
+            found.append(node.attr)
+        elif isinstance(node, ast.Name) and node.id in FORBIDDEN_NAMES:
+            found.append(node.id)
+    return found
+
+
+def test_program_has_no_means_to_dereference_an_address() -> None:
+    found = {
+        str(path.relative_to(ROOT)): ways
+        for path in sorted((ROOT / "vmm").rglob("*.py"))
+        if (ways := ways_to_dereference(path.read_text()))
+    }
+
+    assert found == {}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import mmap",
+        "def late():\n    import ctypes",
+        "from mmap import mmap",
+        "from kvm_bindings import _kvm",
+        "from kvm_bindings._kvm import ffi",
+        "ffi.from_buffer(address)",
+        "x = something.memmove(a, b, 1)",
+    ],
+)
+def test_means_to_dereference_made_up_is_found(source: str) -> None:
+    assert ways_to_dereference(source)
+
+
+def test_bindings_point_at_nothing_but_kvms_own_structures() -> None:
+    users = set()
+    for path in sorted((ROOT / "kvm_bindings").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if (
+                isinstance(node, ast.Attribute)
+                and node.attr in POINTER_CALLS
+                and isinstance(node.value, ast.Name)
+                and node.value.id == "ffi"
+            ):
+                users.add(path.name)
+
+    assert users <= BINDINGS_WITH_POINTERS
+
+
+def test_c_code_hands_addresses_to_system_calls_only() -> None:
+    source = (ROOT / "kvm_bindings" / "bindings.c").read_text()
+    code = re.sub(r"/\*.*?\*/", "", source, flags=re.DOTALL)
+
+    assert not re.search(r"\bmem(cpy|move|set|cmp)\b|\bstr\w*\(", code)
+    assert not re.search(r"->|\[\s*\w+\s*\]", code)
+    assert not re.search(r"(?:=|return|\()\s*\*\s*\w", code), "a pointer is dereferenced"

@@ -1,0 +1,164 @@
+"""The import rule: a room imports rooms to its left only, siblings never each other.
+
+Imports inside functions count: a lazy import is still a dependency.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+LAYERS = (
+    {"core"},
+    {"memory"},
+    {"policy", "devices", "boot", "trace"},
+    {"conversion"},
+    {"exits"},
+    {"machine"},
+    {"cli"},
+)
+# What is x86 lives in vmm/arch, and counts as a part of boot; `python -m vmm` is the command.
+ALIASES = {"arch": "boot", "__main__": "cli"}
+BINDINGS_USERS = {"conversion", "exits", "machine", "cli"}
+FIRMWARE_USERS = {"machine", "cli"}
+
+
+def level(room: str) -> int:
+    return next(number for number, rooms in enumerate(LAYERS) if room in rooms)
+
+
+def imported(tree: ast.Module, package: str) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of everything a module imports; relative imports are resolved."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1]
+            base = ".".join([*parents, node.module or ""]).strip(".") if node.level else node.module
+            for alias in node.names:
+                yield node.lineno, f"{base}.{alias.name}"
+
+
+def room_of(dotted: str) -> str | None:
+    """The room of `vmm.<room>...`, aliases resolved; None outside vmm (or vmm itself)."""
+    parts = dotted.split(".")
+    if parts[0] != "vmm" or len(parts) < 2:
+        return None
+    return ALIASES.get(parts[1], parts[1])
+
+
+def objection(importer: str, name: str) -> str | None:
+    """Why the module `importer` (dotted) may not import `name`, or None."""
+    top = importer.partition(".")[0]
+    target = name.partition(".")[0]
+    if target == "tests":
+        return "the program does not know its tests"
+    if top in ("kvm_bindings", "firmware"):
+        return f"{top} imports nothing of ours" if target == "vmm" else None
+    room = room_of(importer)
+    if target == "kvm_bindings" and room not in BINDINGS_USERS:
+        if room == "memory" and name.startswith("kvm_bindings.fdops"):
+            return None
+        return f"vmm.{room} does not call KVM"
+    if target == "firmware" and room not in FIRMWARE_USERS:
+        return f"vmm.{room} does not know the payloads"
+    other = room_of(name)
+    if other is None or room is None or other == room:
+        return None
+    if room == "lab":
+        return None if other == "core" else "vmm.lab imports vmm.core only"
+    if other == "lab":
+        return None if room == "cli" else "only vmm.cli imports vmm.lab"
+    if level(other) < level(room):
+        return None
+    side = "is a sibling of" if level(other) == level(room) else "lies right of"
+    return f"vmm.{other} {side} vmm.{room}"
+
+
+def violations(source: str, importer: str, package: str) -> list[str]:
+    found = []
+    for line, name in imported(ast.parse(source), package):
+        # `from kvm_bindings import fdops` names the module as kvm_bindings.fdops here.
+        why = objection(importer, name)
+        if why is not None:
+            found.append(f"{importer}:{line} imports {name}: {why}")
+    return found
+
+
+def modules() -> list[tuple[Path, str, str]]:
+    """(file, dotted name, package that its relative imports start from) of the program."""
+    found = []
+    for top in ("vmm", "kvm_bindings", "firmware"):
+        for path in sorted((ROOT / top).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            dotted = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+            found.append((path, dotted, ".".join(parts[:-1])))
+    return found
+
+
+def test_imports_of_the_program_point_left() -> None:
+    found = [
+        violation
+        for path, dotted, package in modules()
+        for violation in violations(path.read_text(), dotted, package)
+    ]
+
+    assert found == []
+
+
+def test_rooms_on_disk_are_all_ranked() -> None:
+    rooms = {dotted.split(".")[1] for _, dotted, _ in modules() if dotted.startswith("vmm.")}
+
+    ranked = set().union(*LAYERS) | {"arch", "lab", "__main__"}
+    assert rooms <= ranked
+
+
+@pytest.mark.parametrize(
+    ("importer", "source"),
+    [
+        ("vmm.core.ranges", "from vmm.memory.backing import Backing"),
+        ("vmm.memory.backing", "import vmm.policy"),
+        ("vmm.devices.bus", "from vmm.arch.x86_64 import layout"),
+        ("vmm.arch.x86_64.cpuid", "from vmm.devices.bus import PortBus"),
+        ("vmm.policy.loader", "from vmm import devices"),
+        ("vmm.policy.loader", "def late():\n    from vmm.trace import store"),
+        ("vmm.conversion.scheme", "def late():\n    import vmm.machine.machine"),
+        ("vmm.exits.handlers", "if True:\n    from ..machine import host"),
+        ("vmm.memory.backing", "from kvm_bindings import System"),
+        ("vmm.memory.backing", "import kvm_bindings"),
+        ("vmm.devices.virtio.block", "from kvm_bindings import fdops"),
+        ("vmm.lab.machine", "from vmm.memory.backing import Backing"),
+        ("vmm.machine.machine", "from vmm.lab import machine"),
+        ("kvm_bindings.vm", "from vmm.core.errors import HostError"),
+        ("vmm.boot.kernel", "import firmware"),
+        ("vmm.core.ranges", "import tests.support"),
+    ],
+)
+def test_violation_made_up_is_found(importer: str, source: str) -> None:
+    package = importer.rpartition(".")[0]
+
+    assert len(violations(source, importer, package)) == 1
+
+
+@pytest.mark.parametrize(
+    ("importer", "source"),
+    [
+        ("vmm.memory.backing", "from kvm_bindings import fdops"),
+        ("vmm.memory.backing", "from kvm_bindings.fdops import punch_hole"),
+        ("vmm.conversion.scheme", "from kvm_bindings import Vm"),
+        ("vmm.arch.x86_64.payload", "from vmm.boot.errors import ImageError"),
+        ("vmm.cli.main", "def late():\n    from vmm.lab.command import run"),
+        ("vmm.devices.virtio.block", "from .queue import SplitQueue"),
+        ("vmm.policy.loader", "import os, typing"),
+    ],
+)
+def test_import_that_points_left_is_no_violation(importer: str, source: str) -> None:
+    package = importer.rpartition(".")[0]
+
+    assert violations(source, importer, package) == []
