@@ -1,5 +1,5 @@
-# The disk steps: reads, checksums, a write that is read back. The device itself is driven by
-# virtio.S, found by pci.S.
+# The disk steps: reads, checksums, a write that is read back and undone. The device itself is
+# driven by virtio.S, found by pci.S.
 .include "defs.inc"
 .include "disk.inc"
 
@@ -117,7 +117,8 @@ read_from_start:
     mov     r8d, STATUS_OK
     jmp     request
 
-# A writable disk takes a block, a read-only one refuses it; both are read back.
+# A writable disk takes a block and then its old bytes again, a read-only one refuses the block;
+# the disk is left as it was found.
 last_sector:
     push    rbx
     mov     rbx, [rip + capacity]
@@ -125,36 +126,31 @@ last_sector:
     test    dword ptr [rip + features_low], FEATURE_RO
     jnz     .Lread_only
     STEP    "disk-write"
-    call    make_block
-    mov     edi, REQUEST_OUT
-    mov     rsi, rbx
-    mov     edx, SECTOR_OUT
-    mov     ecx, 512
-    mov     r8d, STATUS_OK
-    call    request
-    test    dword ptr [rip + features_low], FEATURE_FLUSH
-    jz      .Lread_back
-    mov     edi, REQUEST_FLUSH
-    xor     esi, esi
-    xor     edx, edx
-    xor     ecx, ecx
-    mov     r8d, STATUS_OK
-    call    request
-.Lread_back:
-    mov     edi, SECTOR_IN
+    mov     edi, SECTOR_OLD
     call    read_sector
-    call    compare_sectors
+    call    make_block
+    mov     edi, SECTOR_OUT
+    call    write_sector
+    mov     edi, SECTOR_OUT
+    call    compare_sector
     call    step_ok
     PRINT   "sector "
     mov     rax, rbx
     call    put_decimal
     PRINT   " overwritten, flushed, read back"
+    call    end_line
+    STEP    "disk-restore"
+    mov     edi, SECTOR_OLD
+    call    write_sector
+    mov     edi, SECTOR_OLD
+    call    compare_sector
     pop     rbx
-    jmp     end_line
+    OK      "its old content written back, flushed, read back"
+    ret
 
 .Lread_only:
     STEP    "disk-read-only"
-    mov     edi, SECTOR_OUT
+    mov     edi, SECTOR_OLD
     call    read_sector
     mov     edi, REQUEST_OUT
     mov     rsi, rbx
@@ -162,9 +158,8 @@ last_sector:
     mov     ecx, 512
     mov     r8d, STATUS_IOERR
     call    request
-    mov     edi, SECTOR_IN
-    call    read_sector
-    call    compare_sectors
+    mov     edi, SECTOR_OLD
+    call    compare_sector
     pop     rbx
     OK      "a write is refused, the last sector is as it was"
     ret
@@ -177,6 +172,25 @@ read_sector:
     mov     ecx, 512
     mov     r8d, STATUS_OK
     jmp     request
+
+# edi = buffer, rbx = sector; flushed where the device has a cache to flush.
+write_sector:
+    mov     edx, edi
+    mov     edi, REQUEST_OUT
+    mov     rsi, rbx
+    mov     ecx, 512
+    mov     r8d, STATUS_OK
+    call    request
+    test    dword ptr [rip + features_low], FEATURE_FLUSH
+    jz      .Lwritten_through
+    mov     edi, REQUEST_FLUSH
+    xor     esi, esi
+    xor     edx, edx
+    xor     ecx, ecx
+    mov     r8d, STATUS_OK
+    jmp     request
+.Lwritten_through:
+    ret
 
 # rbx = sector: a text that a person finds in a dump, the sector's number, then a byte count up.
 make_block:
@@ -195,11 +209,16 @@ make_block:
     mov     [rdi], rbx
     ret
 
-compare_sectors:
+# edi = buffer, rbx = sector: the disk must hold what the buffer holds.
+compare_sector:
+    push    rdi
+    mov     edi, SECTOR_IN
+    call    read_sector
+    pop     rdx
     WHAT    "last sector read back"
     xor     ecx, ecx
 .Lcompare_next:
-    mov     rdi, [SECTOR_OUT + rcx]
+    mov     rdi, [rdx + rcx]
     mov     rsi, [SECTOR_IN + rcx]
     cmp     rdi, rsi
     jne     .Lcompare_mismatch

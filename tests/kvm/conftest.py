@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import pytest
 
 from kvm_bindings import KvmError, System, ioctls
+from vmm.core.errors import HostError
 from vmm.exits.run_loop import install_kick_handler
+from vmm.machine.host import open_kvm
 
 
 @pytest.fixture(scope="session")
@@ -42,3 +44,12 @@ def guest_memfd_flags(kvm: System) -> int:
             "Linux 6.18 or later has it"
         )
     return flags
+
+
+@pytest.fixture
+def usable_kvm(kvm: System) -> None:
+    """Skips a test when KVM lacks what a run of the command needs."""
+    try:
+        open_kvm().close()
+    except HostError as error:
+        pytest.skip(f"needs a usable /dev/kvm: {error}")

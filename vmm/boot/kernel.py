@@ -151,6 +151,7 @@ class OpenedKernel:
         self._source = open_source(path_or_fd, "kernel")
         self._header: SetupHeader | None = None
         self._decompression: Decompression | None = None
+        self._handed_over = False
         try:
             self._kind = identify(self._source)
             if self._kind is Kind.ELF:
@@ -174,6 +175,7 @@ class OpenedKernel:
             fd, size = self._decompression.finish()
             source = Source(fd, size, f"{source.name} (uncompressed)")
             self._source.close()
+        self._handed_over = True
         try:
             return KernelImage(self._kind, source, parse_elf(source), self._header)
         except BaseException:
@@ -184,6 +186,7 @@ class OpenedKernel:
         """Give up what isn't finished; any number of times, and no harm after `finish`."""
         if self._decompression is not None:
             self._decompression.close()
+        if not self._handed_over:
             self._source.close()
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from vmm.boot.errors import ImageError
+from vmm.core.errors import one_line
 
 # Nothing that a parser wants in one piece is larger (an LZ4 block is the largest, 8 MiB and a
 # bit); a larger request can only come from a number in the image that was not checked.
@@ -23,7 +24,7 @@ PathOrFd = str | os.PathLike[str] | int
 def printable(text: str, limit: int = 256) -> str:
     """`text` fit for one line on a terminal: a hostile image must not send escape sequences."""
     cut = text if len(text) <= limit else text[:limit] + "..."
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in cut)
+    return one_line(cut)
 
 
 @dataclass(slots=True)

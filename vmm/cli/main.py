@@ -4,11 +4,13 @@ input, 3 the host cannot do it."""
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from vmm.core.errors import PyvmmError, UsageError
+from vmm.core.errors import HostError, PyvmmError, UsageError, tell
 
 _DESCRIPTION = """\
 Runs a virtual machine whose memory is private: the guest decides page by page what the host may
@@ -98,34 +100,44 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; the exit status. Errors are printed, not raised (but with --debug)."""
+    """Run the command; the exit status. Errors become one line on stderr."""
     try:
         if arguments and arguments[0] == "lab":
             from vmm.lab.command import run as run_lab
 
             return run_lab(list(arguments[1:]))
         return _run(arguments[1:] if arguments and arguments[0] == "run" else arguments)
-    except PyvmmError as error:
+    except (Exception, KeyboardInterrupt) as error:
         if "--debug" in arguments:
-            raise
-        print(f"pyvmm: {error}", file=sys.stderr)
-        return error.exit_status
+            import traceback  # not on the start-up path
+
+            traceback.print_exc()
+        status, sentence = _explain(error)
+        tell(sentence)
+        return status
+
+
+def _explain(error: BaseException) -> tuple[int, str]:
+    """The exit status and the sentence for whatever ended the command."""
+    if isinstance(error, PyvmmError):
+        return error.exit_status, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 1, "interrupted before the guest ran"
+    if isinstance(error, OSError):
+        return HostError.exit_status, f"the host refused: {error}"
+    return 1, f"internal error: {error!r}; --debug shows where, for a bug report"
 
 
 def _run(arguments: Sequence[str]) -> int:
     options = build_parser().parse_args(arguments)
-    from vmm.machine.config import MachineConfig, parse_size
+    from vmm.machine.config import MachineConfig, parse_count, parse_size
 
-    try:
-        cpus = int(options.cpus)
-    except ValueError:
-        raise UsageError(f"--cpus {options.cpus} is not a number; use 1") from None
     config = MachineConfig(
         kernel=options.kernel,
         initrd=options.initrd,
         append=options.append,
         memory=parse_size(options.mem),
-        cpus=cpus,
+        cpus=parse_count(options.cpus),
         private_memory=options.private_mem,
         scheme=options.scheme,
         disks=tuple(options.disk),
@@ -136,12 +148,12 @@ def _run(arguments: Sequence[str]) -> int:
     from vmm.machine.guest import open_guest
 
     # A kernel is uncompressed by a child process while this one imports the rest.
-    guest = open_guest(config)
-    from vmm.machine.machine import Machine
+    with contextlib.closing(open_guest(config)) as guest:
+        from vmm.machine.machine import Machine
 
-    outcome = Machine(config, guest).run()
+        outcome = Machine(config, guest).run()
     if outcome.exit_status:
-        print(f"pyvmm: {_sentence(outcome.exit)}: {outcome.reason}", file=sys.stderr)
+        tell(f"{_sentence(outcome.exit)}: {outcome.reason}")
     return outcome.exit_status
 
 
@@ -155,6 +167,19 @@ def _sentence(exit: str) -> str:
     }[exit]
 
 
+def _open_standard_fds() -> None:
+    """Put /dev/null where stdin, stdout or stderr is closed.
+
+    Else the next file opened, a disk perhaps, would get the number and the console's bytes.
+    """
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number
+
+
 def entry_point() -> NoReturn:
     """The console script."""
+    _open_standard_fds()
     sys.exit(main(sys.argv[1:]))

@@ -2,6 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+
+
+def one_line(text: str) -> str:
+    """`text` fit for one line on a terminal, whatever a file name or a guest put into it."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def tell(sentence: str) -> None:
+    """One line for the user on stderr; without a working stderr there is nobody to tell."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print(f"pyvmm: {one_line(sentence)}", file=sys.stderr, flush=True)
+
 
 class PyvmmError(Exception):
     """An error whose text is one complete line for the user.

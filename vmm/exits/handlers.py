@@ -20,7 +20,15 @@ from vmm.arch.x86_64.doorbells import (
 )
 from vmm.conversion.transaction import Converter
 from vmm.exits.host_check import host_check
-from vmm.exits.outcome import FAILED, INTERNAL_ERROR, PANIC, RESET, TRIPLE_FAULT, Outcome
+from vmm.exits.outcome import (
+    FAILED,
+    INTERNAL_ERROR,
+    PANIC,
+    POWEROFF,
+    RESET,
+    TRIPLE_FAULT,
+    Outcome,
+)
 from vmm.memory.guest_memory import GuestMemory
 
 _SYSTEM_EVENTS = {1: "shutdown", 2: "reset", 3: "crash"}
@@ -174,7 +182,7 @@ class ExitHandlers:
 
     def system_event(self, vcpu: AnsweringVcpu, exit: exits.SystemEventExit) -> None:
         name = _SYSTEM_EVENTS.get(exit.type, f"event {exit.type}")
-        word = {2: RESET, 3: PANIC}.get(exit.type, FAILED)
+        word = {1: POWEROFF, 2: RESET, 3: PANIC}.get(exit.type, FAILED)
         self._stop(Outcome(word, f"KVM system event: {name}"))
 
     def shutdown(self, vcpu: AnsweringVcpu, exit: exits.ShutdownExit) -> None:

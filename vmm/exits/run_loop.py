@@ -28,12 +28,17 @@ class VcpuRunner:
         self._table = handlers.table
         self._stop = stop
         self._stopping = False
+        # A signal may only go to a thread that lives. Re-entrant, because a signal handler on
+        # the main thread may call `stop` while that is in `stop`.
+        self._alive = threading.RLock()
+        self._looping = False
         self._thread = threading.Thread(target=self._loop, name=f"vcpu{vcpu.index}")
         self.error: BaseException | None = None
         """What a handler raised, for the main thread to raise again."""
         self.exit_counts: dict[str, int] = {}
 
     def start(self) -> None:
+        self._looping = True
         self._thread.start()
 
     def stop(self) -> None:
@@ -42,16 +47,15 @@ class VcpuRunner:
         self._stopping = True
         # The flag catches a vCPU on its way into KVM_RUN, the signal one that is inside.
         self._vcpu.immediate_exit = True
-        identity = self._thread.ident
-        if identity is not None and self._thread.is_alive():
-            try:
-                signal.pthread_kill(identity, KICK_SIGNAL)
-            except ProcessLookupError:
-                return  # it ended in between
+        with self._alive:
+            if self._looping and self._thread.ident is not None:
+                signal.pthread_kill(self._thread.ident, KICK_SIGNAL)
 
-    def join(self) -> None:
+    def join(self, timeout: float | None = None) -> bool:
+        """Wait for the thread's end, `timeout` seconds at most; whether it has ended."""
         if self._thread.ident is not None:
-            self._thread.join()
+            self._thread.join(timeout)
+        return not self._thread.is_alive()
 
     def _loop(self) -> None:
         run, table, counts, vcpu = self._vcpu.run, self._table, self.exit_counts, self._vcpu
@@ -68,3 +72,6 @@ class VcpuRunner:
         except BaseException as error:
             self.error = error
             self._stop(Outcome(INTERNAL_ERROR, f"vCPU {vcpu.index}: {error!r}"))
+        finally:
+            with self._alive:
+                self._looping = False

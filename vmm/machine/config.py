@@ -24,8 +24,17 @@ def parse_size(text: str) -> int:
     """
     match = re.fullmatch(r"([0-9]{1,15})([KMGT]?)(i?B)?", text.strip(), re.IGNORECASE | re.ASCII)
     if not match:
-        raise UsageError(f"'{text}' is not a memory size; write a number with a unit, as in 512M")
+        raise UsageError(
+            f"--mem '{text}' is not a memory size; write a number with a unit, as in 512M"
+        )
     return int(match[1]) * _UNITS[match[2].upper()]
+
+
+def parse_count(text: str) -> int:
+    """A number of vCPUs. Raises UsageError for anything but a few decimal digits."""
+    if not re.fullmatch(r"[0-9]{1,6}", text.strip()):
+        raise UsageError(f"--cpus '{text}' is not a number of vCPUs; use 1")
+    return int(text)
 
 
 @dataclass(frozen=True, slots=True)

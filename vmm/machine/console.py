@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
-import sys
+import select
 import termios
 import tty
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from vmm.core.errors import tell
 from vmm.core.event_loop import EventLoop, drain
 
 ESCAPE = 0x01  # Ctrl-A
@@ -33,7 +36,6 @@ class Console:
     def __init__(self, on_quit: Callable[[], None], stdin: int = 0, stdout: int = 1) -> None:
         self._on_quit = on_quit
         self._stdin = stdin
-        self._stdout: int | None = stdout
         self._saved: list[Any] | None = None
         self._loop: EventLoop | None = None
         self._serial: SerialInput | None = None
@@ -43,11 +45,17 @@ class Console:
         self._ended = False
         self._room = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._tail = bytearray()
+        try:
+            # A number of its own: `abandon_output` puts something else behind it.
+            self._stdout: int | None = os.dup(stdout)
+        except OSError:
+            os.close(self._room)
+            raise
 
     # -- output (on vCPU threads) -------------------------------------------------------------
 
     def output(self, data: bytes) -> None:
-        """Write guest output to stdout; if nobody reads it any more, the guest runs on."""
+        """Write guest output to stdout; where that fails for good, the guest runs on without."""
         self._tail += data
         if len(self._tail) > 2 * _TAIL:
             del self._tail[:-_TAIL]
@@ -57,8 +65,25 @@ class Console:
                 view = view[os.write(self._stdout, view) :]
             except BlockingIOError:
                 _wait_writable(self._stdout)
-            except OSError:
-                self._stdout = None  # a closed pipe or terminal
+            except OSError as error:
+                self._drop_output()
+                if error.errno not in (errno.EPIPE, errno.EIO):  # a closed pipe or terminal
+                    tell(f"console output is lost from here on: {error.strerror}")
+
+    def abandon_output(self) -> None:
+        """Drop guest output from now on, also where an `output` hangs in its write.
+
+        Python retries a write that a signal interrupts, so it has to find another file there.
+        """
+        if self._stdout is not None:
+            null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+            os.dup2(null, self._stdout, inheritable=False)
+            os.close(null)
+
+    def _drop_output(self) -> None:
+        if self._stdout is not None:
+            os.close(self._stdout)
+            self._stdout = None
 
     def tail(self) -> bytes:
         """The last few KiB of output."""
@@ -83,11 +108,14 @@ class Console:
     def restore(self) -> None:
         """Give the terminal back as it was; any number of times."""
         if self._saved is not None:
-            termios.tcsetattr(self._stdin, termios.TCSADRAIN, self._saved)
+            # At once: waiting for output to drain may take for ever.
+            with contextlib.suppress(termios.error):  # the terminal is gone
+                termios.tcsetattr(self._stdin, termios.TCSANOW, self._saved)
             self._saved = None
 
     def close(self) -> None:
         self.restore()
+        self._drop_output()
         os.close(self._room)
 
     def _watch(self) -> None:
@@ -169,11 +197,6 @@ class Console:
 
 
 def _wait_writable(fd: int) -> None:
-    import select
-
-    select.select([], [fd], [])
-
-
-def say(text: str) -> None:
-    """One line for the user on stderr."""
-    print(f"pyvmm: {text}", file=sys.stderr, flush=True)
+    poll = select.poll()  # select() knows file descriptors below 1024 only
+    poll.register(fd, select.POLLOUT)
+    poll.poll()

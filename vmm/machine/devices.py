@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 
 from kvm_bindings import Vm, fdops
 from vmm.arch.x86_64 import layout
@@ -20,7 +20,7 @@ from vmm.devices.virtio.block import VirtioBlock
 from vmm.devices.virtio.block_file import DiskFile
 from vmm.devices.virtio.pci_transport import VirtioPciTransport
 from vmm.machine.console import Console
-from vmm.machine.interrupts import EdgeLine, LevelLine
+from vmm.machine.interrupts import EdgeLine, LevelLine, open_eventfd
 from vmm.memory.guest_memory import GuestMemory
 
 
@@ -31,7 +31,9 @@ class Doorbell:
         self._vm = vm
         self._port: int | None = None
         self._loop = loop
-        self._eventfds = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(queues)]
+        with ExitStack() as opened:
+            self._eventfds = [open_eventfd(opened) for _ in range(queues)]
+            self.close = opened.pop_all().close
 
     def serve(self, notify: Callable[[int], None]) -> None:
         """Call `notify(queue index)` on the loop's thread whenever the guest notifies a queue."""
@@ -59,13 +61,9 @@ class Doorbell:
         for index, eventfd in enumerate(self._eventfds):
             self._vm.ioeventfd(eventfd, port, 2, index, deassign=deassign)
 
-    def close(self) -> None:
-        for eventfd in self._eventfds:
-            os.close(eventfd)
-
 
 class Devices:
-    """Everything on the port bus; `io_statistics` for the report."""
+    """Everything on the port bus; `close` closes its eventfds, not the disks and the memory."""
 
     def __init__(
         self,
@@ -82,14 +80,23 @@ class Devices:
         self._vm = vm
         self._memory = memory
         self._loop = loop
-        self._closers: list[Callable[[], None]] = []
         self._lines: dict[int, LevelLine] = {}
         self._blocks: dict[str, VirtioBlock] = {}
         self._pci = PciBus(self.ports)
         self._pci.add(0, host_bridge())
+        with ExitStack() as self._opened:
+            self._connect(console, disks, power_off, reset)
+            self.close = self._opened.pop_all().close
 
-        line = EdgeLine(vm, layout.COM1_IRQ)
-        self._closers.append(line.close)
+    def _connect(
+        self,
+        console: Console,
+        disks: list[DiskFile],
+        power_off: Callable[[], None],
+        reset: Callable[[], None],
+    ) -> None:
+        line = EdgeLine(self._vm, layout.COM1_IRQ)
+        self._opened.callback(line.close)
         self.serial = Serial16550(console.output, line, console.room)
         self.ports.add(layout.COM1_PORT, layout.COM1_PORTS, self.serial)
         self.ports.add(layout.I8042_PORT, layout.I8042_PORTS, I8042(reset))
@@ -106,7 +113,7 @@ class Devices:
         block = VirtioBlock(disk, fdops.punch_hole)
         line = self._level_line(gsi)
         doorbell = Doorbell(self._vm, self._loop, len(block.queue_sizes))
-        self._closers.append(doorbell.close)
+        self._opened.callback(doorbell.close)
         transport = VirtioPciTransport(
             block,
             self._memory,
@@ -123,13 +130,8 @@ class Devices:
     def _level_line(self, gsi: int) -> LevelLine:
         if gsi not in self._lines:
             self._lines[gsi] = LevelLine(self._vm, gsi, self._loop)
-            self._closers.append(self._lines[gsi].close)
+            self._opened.callback(self._lines[gsi].close)
         return self._lines[gsi]
 
     def io_statistics(self) -> dict[str, dict[str, int]]:
         return {name: block.statistics.as_dict() for name, block in self._blocks.items()}
-
-    def close(self) -> None:
-        """Close the eventfds; disks and memory belong to the machine."""
-        while self._closers:
-            self._closers.pop()()

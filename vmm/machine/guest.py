@@ -71,14 +71,21 @@ class LinuxGuest:
             raise
         self._image: KernelImage | None = None
         self._command_line = b""
+        self._initrd_place: Range | None = None
 
     def finish_opening(self) -> None:
         from vmm.arch.x86_64.boot_params import command_line
+        from vmm.boot.kernel import place_initrd
 
         self._image = image = self._opened.finish()
-        image.check_fits(layout.ram_ranges(self._config.memory), reserved=_BOOT_MEMORY)
+        ram = layout.ram_ranges(self._config.memory)
+        image.check_fits(ram, reserved=_BOOT_MEMORY)
         text = f"{DEFAULT_COMMAND_LINE} {self._config.append}".strip()
         header = image.setup_header
+        if self._initrd is not None:
+            limit = layout.FOUR_GIB if header is None else header.initrd_addr_max + 1
+            occupied = [*_BOOT_MEMORY, image.memory]
+            self._initrd_place = place_initrd(self._initrd, ram[0], limit, occupied)
         self._command_line = (
             command_line(text) if header is None else command_line(text, header.cmdline_size)
         )
@@ -91,16 +98,12 @@ class LinuxGuest:
         from vmm.arch.x86_64.acpi.tables import RSDP_GPA, acpi_tables
         from vmm.arch.x86_64.boot_params import boot_params
         from vmm.arch.x86_64.page_tables import identity_tables
-        from vmm.boot.kernel import place_initrd, transfer_exactly
+        from vmm.boot.kernel import transfer_exactly
 
-        image = self._image
+        image, initrd = self._image, self._initrd_place
         assert image is not None
         header = image.setup_header
-        initrd = None
-        if self._initrd is not None:
-            limit = layout.FOUR_GIB if header is None else header.initrd_addr_max + 1
-            occupied = [Range(0, layout.HIGH_RAM_START), image.memory]
-            initrd = place_initrd(self._initrd, ram[0], limit, occupied)
+        if self._initrd is not None and initrd is not None:
             transfer_exactly(self._initrd, launch, 0, initrd.start, initrd.size)
         image.load(launch)
         tables = acpi_tables(self._config.cpus, _pci_interrupts(len(self._config.disks)))

@@ -33,7 +33,8 @@ def open_kvm(path: str = "/dev/kvm") -> System:
         ) from None
     except PermissionError:
         raise HostError(
-            f"{path}: permission denied; join the group that owns it (often 'kvm'), or run as root"
+            f"{path}: permission denied; run as root, or as a member of the group that owns it "
+            "(often 'kvm'); pyvmm lab needs neither"
         ) from None
     except OSError as error:
         raise HostError(f"{path} cannot be opened: {error.strerror}; {_LAB}") from None

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 
 from kvm_bindings import Vm
 from vmm.core.event_loop import EventLoop, drain
+
+
+def open_eventfd(owner: ExitStack) -> int:
+    """A new non-blocking eventfd, closed by its owner."""
+    fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    owner.callback(os.close, fd)
+    return fd
 
 
 class EdgeLine:
     """An edge-triggered line (ISA): every call is one pulse."""
 
     def __init__(self, vm: Vm, gsi: int) -> None:
-        self._eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        vm.irqfd(self._eventfd, gsi)
+        with ExitStack() as opened:
+            self._eventfd = open_eventfd(opened)
+            vm.irqfd(self._eventfd, gsi)
+            self.close = opened.pop_all().close
 
     def __call__(self) -> None:
         os.eventfd_write(self._eventfd, 1)
-
-    def close(self) -> None:
-        os.close(self._eventfd)
 
 
 class LevelLine:
@@ -31,11 +38,13 @@ class LevelLine:
     """
 
     def __init__(self, vm: Vm, gsi: int, loop: EventLoop) -> None:
-        self._eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._resamplefd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._pending: list[Callable[[], bool]] = []
-        vm.irqfd(self._eventfd, gsi, self._resamplefd)
-        loop.add(self._resamplefd, self._resample)
+        with ExitStack() as opened:
+            self._eventfd = open_eventfd(opened)
+            self._resamplefd = open_eventfd(opened)
+            vm.irqfd(self._eventfd, gsi, self._resamplefd)
+            loop.add(self._resamplefd, self._resample)
+            self.close = opened.pop_all().close
 
     def add_source(self, pending: Callable[[], bool]) -> None:
         """`pending` says whether its device wants the line up."""
@@ -48,7 +57,3 @@ class LevelLine:
         drain(self._resamplefd)
         if any(pending() for pending in self._pending):
             os.eventfd_write(self._eventfd, 1)
-
-    def close(self) -> None:
-        os.close(self._eventfd)
-        os.close(self._resamplefd)

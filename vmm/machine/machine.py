@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import threading
 import time
 from contextlib import ExitStack
 from typing import Any
@@ -34,6 +33,10 @@ from vmm.policy import Policy
 from vmm.policy.loader import load_policy
 
 _PANIC_TEXT = b"Kernel panic - not syncing"
+_REBOOT_TEXT = b"reboot: Restarting system"
+
+_LAST_OUTPUT_SECONDS = 1.0
+"""How long a stopped vCPU may take to get its last output out."""
 
 
 class Machine:
@@ -44,8 +47,7 @@ class Machine:
         self._config = config
         self._given_guest = guest
         self._cleanup = ExitStack()
-        self._outcome: Outcome | None = None
-        self._stop_lock = threading.Lock()
+        self._outcomes: list[Outcome] = []
         self._runners: list[VcpuRunner] = []
         self.report: dict[str, Any] | None = None
         """The report, once the run is over."""
@@ -60,11 +62,14 @@ class Machine:
         with self._cleanup:
             started = time.monotonic()
             self._open_inputs()
-            self._create_vm()
-            self._lay_out_memory()
-            self._create_vcpu()
-            self._load_guest()
-            self._connect_devices()
+            try:
+                self._create_vm()
+                self._lay_out_memory()
+                self._create_vcpu()
+                self._load_guest()
+                self._connect_devices()
+            except OSError as error:  # KvmError is one
+                raise HostError(str(error)) from error
             outcome = self._run_guest()
             self._write_report(outcome, time.monotonic() - started)
         return outcome
@@ -91,23 +96,20 @@ class Machine:
         self._supported_cpuid = system.supported_cpuid()
         if self._is_private and self._guest.needs_hypercalls:
             self._require_working_hypercalls()
-        try:
-            self._vm: Vm = self._cleanup.enter_context(system.create_vm())
-            self._vm.set_identity_map_addr(layout.IDENTITY_MAP_GPA)
-            self._vm.set_tss_addr(layout.TSS_ADDRESS_GPA)
-            self._vm.create_irqchip()
-            self._vm.create_pit2()
-            if self._is_private and self._guest.needs_hypercalls:
-                require_hypercall_exits(self._vm)
-                self._vm.enable_cap(ioctls.KVM_CAP_EXIT_HYPERCALL, 1 << ioctls.KVM_HC_MAP_GPA_RANGE)
-                self._vm.enable_cap(
-                    ioctls.KVM_CAP_X86_USER_SPACE_MSR,
-                    ioctls.KVM_MSR_EXIT_REASON_INVAL
-                    | ioctls.KVM_MSR_EXIT_REASON_UNKNOWN
-                    | ioctls.KVM_MSR_EXIT_REASON_FILTER,
-                )
-        except KvmError as error:
-            raise HostError(str(error)) from None
+        self._vm: Vm = self._cleanup.enter_context(system.create_vm())
+        self._vm.set_identity_map_addr(layout.IDENTITY_MAP_GPA)
+        self._vm.set_tss_addr(layout.TSS_ADDRESS_GPA)
+        self._vm.create_irqchip()
+        self._vm.create_pit2()
+        if self._is_private and self._guest.needs_hypercalls:
+            require_hypercall_exits(self._vm)
+            self._vm.enable_cap(ioctls.KVM_CAP_EXIT_HYPERCALL, 1 << ioctls.KVM_HC_MAP_GPA_RANGE)
+            self._vm.enable_cap(
+                ioctls.KVM_CAP_X86_USER_SPACE_MSR,
+                ioctls.KVM_MSR_EXIT_REASON_INVAL
+                | ioctls.KVM_MSR_EXIT_REASON_UNKNOWN
+                | ioctls.KVM_MSR_EXIT_REASON_FILTER,
+            )
 
     @property
     def _is_private(self) -> bool:
@@ -156,16 +158,10 @@ class Machine:
             raise
         self._memory = GuestMemory(self._ram, shared, private_backing, private)
         self._cleanup.callback(self._memory.close)
-        try:
-            self._scheme.install(self._vm, self._memory)
-        except KvmError as error:
-            raise HostError(str(error)) from None
+        self._scheme.install(self._vm, self._memory)
 
     def _create_vcpu(self) -> None:
-        try:
-            self._vcpu: Vcpu = self._vm.create_vcpu(0)
-        except KvmError as error:
-            raise HostError(str(error)) from None
+        self._vcpu: Vcpu = self._vm.create_vcpu(0)
         self._cleanup.callback(self._vcpu.close)
 
     def _load_guest(self) -> None:
@@ -181,15 +177,12 @@ class Machine:
             self._config.cpus,
             c_bit=announced if announced >= 0 else None,
         )
-        try:
-            # CPUID first: KVM refuses EFER.LME to a vCPU that doesn't have long mode.
-            self._vcpu.set_cpuid2(cpuid)
-            self._vcpu.update_sregs(state.sregs)  # type: ignore[arg-type]  # a TypedDict
-            self._vcpu.set_regs(state.regs)
-            if self._guest.msrs:
-                self._vcpu.set_msrs(self._guest.msrs)
-        except KvmError as error:
-            raise HostError(str(error)) from None
+        # CPUID first: KVM refuses EFER.LME to a vCPU that doesn't have long mode.
+        self._vcpu.set_cpuid2(cpuid)
+        self._vcpu.update_sregs(state.sregs)  # type: ignore[arg-type]  # a TypedDict
+        self._vcpu.set_regs(state.regs)
+        if self._guest.msrs:
+            self._vcpu.set_msrs(self._guest.msrs)
         self._map_ahead(launch.written)
 
     def _map_ahead(self, written: list[Range]) -> None:
@@ -242,6 +235,7 @@ class Machine:
         previous = {
             number: signal.signal(number, self._signalled)
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+            if signal.getsignal(number) is not signal.SIG_IGN  # nohup
         }
         try:
             self._console.attach(self._loop, self._devices.serial)
@@ -250,16 +244,22 @@ class Machine:
         finally:
             self.stop(Outcome(STOPPED, "the device loop failed"))
             for each in self._runners:
-                each.stop()
-                each.join()
+                self._end(each)
             self._console.restore()
             for number, handler in previous.items():
                 signal.signal(number, handler)
         for each in self._runners:
             if each.error is not None:
                 raise each.error
-        assert self._outcome is not None
-        return self._outcome
+        return self._outcomes[0]
+
+    def _end(self, runner: VcpuRunner) -> None:
+        runner.stop()
+        if not runner.join(_LAST_OUTPUT_SECONDS):
+            # It hangs in a write to a stdout that nobody reads, which Python never interrupts.
+            self._console.abandon_output()
+            runner.stop()
+            runner.join()
 
     def _write_report(self, outcome: Outcome, wall_seconds: float) -> None:
         counts: dict[str, int] = {}
@@ -286,24 +286,27 @@ class Machine:
     # -- ending -------------------------------------------------------------------------------
 
     def stop(self, outcome: Outcome) -> None:
-        """End the run with `outcome`, from any thread; the first outcome counts."""
-        with self._stop_lock:
-            if self._outcome is not None:
-                return
-            self._outcome = outcome
+        """End the run with `outcome`, from any thread; the first outcome counts.
+
+        Takes no lock: a signal handler may call it in the middle of another call.
+        """
+        self._outcomes.append(outcome)
         for runner in self._runners:
             runner.stop()
         self._loop.stop()
 
     def _guest_reset(self) -> None:
         """A reset ends the run; after a kernel panic (panic=-1) it is a failure."""
-        tail = self._console.tail()
-        start = tail.rfind(_PANIC_TEXT)
-        if start < 0:
-            self.stop(Outcome(RESET, "the guest asked for a reset"))
-            return
-        line = tail[start : start + 200].splitlines()[0].decode("utf-8", "replace")
-        self.stop(Outcome(PANIC, line))
+        self.stop(reset_outcome(self._console.tail()))
 
     def _signalled(self, number: int, frame: object) -> None:
-        self.stop(Outcome(STOPPED, f"stopped by {signal.Signals(number).name}"))
+        self.stop(Outcome(STOPPED, f"received {signal.Signals(number).name}"))
+
+
+def reset_outcome(tail: bytes) -> Outcome:
+    """What a reset means after the console output `tail`: a panic, or the guest's wish."""
+    start = tail.rfind(_PANIC_TEXT)
+    # An orderly reboot says so, however a panic got on the screen before.
+    if start < 0 or _REBOOT_TEXT in tail[start:]:
+        return Outcome(RESET, "the guest asked for a reset")
+    return Outcome(PANIC, tail[start : start + 200].splitlines()[0].decode("utf-8", "replace"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from dataclasses import asdict
 from typing import Any
 
@@ -93,7 +94,7 @@ class ReportFile:
         """Replace the file's content. Raises UsageError when the disk is full or the like."""
         data = (json.dumps(report, indent=2) + "\n").encode()
         try:
-            if os.path.isfile(self._path):
+            if stat.S_ISREG(os.fstat(self._fd).st_mode):
                 os.ftruncate(self._fd, 0)
             view = memoryview(data)
             while view:

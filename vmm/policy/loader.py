@@ -17,9 +17,10 @@ _FILE_MODULE = "pyvmm_user_policy"
 def load_policy(spec: str) -> Policy:
     """An instance of the class that `spec` names. Raises UsageError saying what is wrong."""
     place, _, name = spec.rpartition(":")
-    if not place or not name:
+    is_file = place.endswith(".py")
+    if not name or not (is_file or all(part.isidentifier() for part in place.split("."))):
         raise UsageError(f"--policy {spec}: write MODULE:CLASS or FILE.py:CLASS")
-    module = _load_file(spec, place) if place.endswith(".py") else _load_module(spec, place)
+    module = _load_file(spec, place) if is_file else _load_module(spec, place)
     found = getattr(module, name, None)
     if found is None:
         raise UsageError(f"--policy {spec}: {place} has no class {name}")
@@ -27,15 +28,20 @@ def load_policy(spec: str) -> Policy:
         raise UsageError(f"--policy {spec}: {name} is not a subclass of vmm.policy.Policy")
     try:
         return found()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(f"--policy {spec}: {name}() failed: {error!r}") from error
 
 
 def _load_module(spec: str, name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
-    except Exception as error:
-        raise UsageError(f"--policy {spec}: importing {name} failed: {error!r}") from error
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"--policy {spec}: no module {error.name} on Python's path; "
+            "to load a file, write FILE.py:CLASS"
+        ) from error
+    except (Exception, SystemExit) as error:
+        raise UsageError(f"--policy {spec}: importing {name} failed: {_reason(error)}") from error
 
 
 def _load_file(spec: str, path: str) -> ModuleType:
@@ -46,7 +52,14 @@ def _load_file(spec: str, path: str) -> ModuleType:
     sys.modules[_FILE_MODULE] = module
     try:
         location.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[_FILE_MODULE]
-        raise UsageError(f"--policy {spec}: loading {path} failed: {error!r}") from error
+        raise UsageError(f"--policy {spec}: loading {path} failed: {_reason(error)}") from error
     return module
+
+
+def _reason(error: BaseException) -> str:
+    """A sentence about an error; a file's or a syntax error's own is better than its repr."""
+    if isinstance(error, OSError | SyntaxError):
+        return str(error)
+    return repr(error)

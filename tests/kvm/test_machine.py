@@ -1,0 +1,129 @@
+"""Machines in this process: nothing is left behind, whether a run succeeds or cannot start."""
+
+from __future__ import annotations
+
+import os
+import resource
+import threading
+from pathlib import Path
+
+import pytest
+
+from tests.support.images import build_bzimage, build_elf
+from vmm.cli.main import main
+from vmm.core.errors import PyvmmError
+from vmm.exits.outcome import FAILED, POWEROFF, Outcome
+from vmm.machine.config import MachineConfig
+from vmm.machine.machine import Machine
+
+pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("usable_kvm")]
+
+WATCHDOG_SECONDS = 60.0
+
+
+def run_payload(**options: object) -> Outcome:
+    """The embedded payload in 16 MiB under a watchdog."""
+    machine = Machine(MachineConfig(memory=16 << 20, **options))  # type: ignore[arg-type]
+    watchdog = threading.Timer(WATCHDOG_SECONDS, machine.stop, [Outcome(FAILED, "watchdog")])
+    watchdog.start()
+    try:
+        return machine.run()
+    finally:
+        watchdog.cancel()
+        watchdog.join()
+
+
+def open_fds() -> dict[str, str]:
+    found = {}
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            found[fd] = os.readlink(f"/proc/self/fd/{fd}")
+        except FileNotFoundError:
+            continue  # the listing's own
+    return found
+
+
+def mappings() -> int:
+    """Mappings of guest memory and of vCPUs."""
+    with open("/proc/self/maps") as maps:
+        return sum("memfd:pyvmm" in line or "kvm" in line for line in maps if ".so" not in line)
+
+
+def test_fifty_runs_leave_no_fd_no_thread_and_no_mapping(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(1 << 16))
+    options = {
+        "private_memory": "auto",
+        "disks": (str(disk),),
+        "report": str(tmp_path / "r.json"),
+    }
+    run_payload(**options)
+    before = open_fds(), threading.active_count(), mappings()
+
+    for _ in range(50):
+        assert run_payload(**options).exit == POWEROFF
+
+    assert (open_fds(), threading.active_count(), mappings()) == before
+
+
+def test_run_that_fails_at_any_open_leaves_no_fd_and_says_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "disk").write_bytes(bytes(4096))
+    arguments = ["--private-mem", "--mem", "16M", "--disk", str(tmp_path / "disk")]
+    arguments += ["--report", str(tmp_path / "r.json")]
+    assert main(arguments) == 0  # everything is imported now
+    capfd.readouterr()
+    before = open_fds()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)
+    os.close(free)
+    statuses = []
+
+    for extra in range(32):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free + extra, limits[1]))
+        try:
+            statuses.append(main(arguments))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        said = capfd.readouterr().err
+        assert open_fds() == before
+        if statuses[-1] == 0:
+            break
+        assert said.startswith("pyvmm: ")
+        assert said.count("\n") == 1
+        assert "Too many open files" in said
+
+    assert statuses[-1] == 0
+    assert set(statuses[:-1]) <= {2, 3}
+
+
+def test_report_of_a_stopped_machine_is_written(tmp_path: Path) -> None:
+    machine = Machine(MachineConfig(memory=16 << 20))
+    machine.stop = lambda outcome: Machine.stop(machine, Outcome(FAILED, "first"))  # type: ignore[method-assign]
+
+    assert machine.run().reason == "first"
+
+    assert machine.report is not None
+    assert machine.report["guest"] == {"exit": FAILED, "reason": "first"}
+
+
+@pytest.mark.parametrize("image", [build_elf(), build_bzimage()], ids=["vmlinux", "bzImage"])
+def test_bad_disk_beside_a_good_kernel_leaves_no_fd(tmp_path: Path, image: bytes) -> None:
+    (tmp_path / "kernel").write_bytes(image)
+    config = MachineConfig(kernel=str(tmp_path / "kernel"), disks=("/nowhere",))
+    before = open_fds()
+
+    with pytest.raises(PyvmmError, match="/nowhere: no such file"):
+        Machine(config).run()
+
+    assert open_fds() == before
+
+
+def test_bad_input_raises_and_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(PyvmmError, match="no such file"):
+        Machine(MachineConfig(disks=("/nowhere",))).run()
+
+    assert capfd.readouterr() == ("", "")

@@ -1,0 +1,250 @@
+"""Every kind of bad input: exit status 2 and one line that says what, and what to do."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.support.images import build_bzimage, build_elf, patch
+from tests.unit.cli.conftest import Command
+
+HIGHEST_STATUS = 3
+
+
+def refused(command: Command, arguments: str | list[str], message: str) -> None:
+    """The command ends with status 2 and a line that matches `message`."""
+    result = command(*(arguments.split() if isinstance(arguments, str) else arguments))
+
+    assert re.search(message, result.complaint), result.complaint
+    assert result.status == 2
+
+
+# -- options --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--frobnicate", "unrecognized arguments: --frobnicate; see pyvmm --help"),
+        ("vmlinuz", "unrecognized arguments: vmlinuz"),
+        ("--kern x", "unrecognized arguments: --kern x"),
+        ("run run", "unrecognized arguments: run"),
+        ("--mem", "argument --mem: expected one argument"),
+        ("--mem nonsense", "--mem 'nonsense' is not a memory size.*512M"),
+        ("--mem -1", "--mem"),
+        ("--mem 1", "--mem 1M is out of range; use 4M to 256G"),
+        ("--mem 1T", "--mem 1048576M is out of range"),
+        ("--mem 4097K", "not a multiple of 4096"),
+        ("--mem 12M", "--mem 12M: the embedded payload needs 16M or more"),
+        ("--cpus 0", "--cpus 0.*use 1"),
+        ("--cpus 2", "--cpus 2.*use 1"),
+        ("--cpus x", "--cpus 'x' is not a number of vCPUs; use 1"),
+        ("--private-mem=tmpfs", "--private-mem=tmpfs is unknown; use one of auto, guest_memfd"),
+        ("--private-mem tmpfs", "--private-mem=tmpfs is unknown"),
+        ("--private-mem --scheme remap", "--scheme remap is unknown; use one of auto, cbit"),
+        ("--scheme cbit", "--scheme cbit needs --private-mem"),
+        ("--initrd x", "--initrd needs --kernel"),
+        ("--append quiet", "--append needs --kernel"),
+        ("--policy p.py:P", "--policy needs --private-mem"),
+        ("run --mem x", "--mem 'x'"),
+    ],
+)
+def test_bad_option_is_refused(command: Command, arguments: str, message: str) -> None:
+    refused(command, arguments, message)
+
+
+@pytest.mark.parametrize("text", ["1\n2", "\x1b[2J", "\u202e", "\udcff"])
+def test_hostile_text_in_an_option_stays_on_one_line(command: Command, text: str) -> None:
+    result = command("--mem", text)
+
+    assert text not in result.complaint
+    assert result.status == 2
+
+
+# -- kernel and initrd ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"kernel vmlinuz: is empty \(0 bytes\); get a fresh copy"),
+        (b"\x7fELF", "kernel vmlinuz: .*truncated"),
+        (os.urandom(4096), "kernel vmlinuz: is no known kernel image"),
+        (patch(build_elf(), e_machine=183), "for arm64.*give an x86-64 vmlinux or bzImage"),
+        (patch(build_elf(), e_machine=243), "not for x86-64"),
+        (b"#!/bin/sh\n" + bytes(2000), "is a script, not a kernel"),
+        (build_bzimage()[:-64], "kernel vmlinuz: "),
+        (build_bzimage(payload=b"\xff" * 100), "kernel vmlinuz: "),
+    ],
+    ids=["empty", "stub", "noise", "arm64", "riscv", "script", "cut", "bad payload"],
+)
+def test_file_that_is_no_kernel_is_refused(
+    command: Command, tmp_path: Path, content: bytes, message: str
+) -> None:
+    (tmp_path / "vmlinuz").write_bytes(content)
+
+    refused(command, "--kernel vmlinuz", message)
+
+
+def test_missing_kernel_is_refused(command: Command) -> None:
+    refused(command, "--kernel nowhere", "kernel nowhere: no such file; check the path")
+
+
+@pytest.mark.parametrize("option", ["--kernel", "--initrd"])
+def test_directory_in_place_of_an_image_is_refused(
+    command: Command, tmp_path: Path, option: str
+) -> None:
+    (tmp_path / "vmlinuz").write_bytes(build_bzimage())
+    (tmp_path / "directory").mkdir()
+
+    refused(command, f"--kernel vmlinuz {option} directory", "directory: is a directory; name the")
+
+
+def test_fifo_in_place_of_a_kernel_is_refused_without_waiting(
+    command: Command, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "fifo")
+
+    refused(command, "--kernel fifo", "is not a regular file; copy it")
+
+
+def test_memory_below_the_kernels_need_names_what_is_enough(
+    command: Command, tmp_path: Path
+) -> None:
+    (tmp_path / "vmlinuz").write_bytes(build_bzimage())
+
+    refused(command, "--kernel vmlinuz --mem 16M", "RAM ends at 0x1000000; use --mem 17M or more")
+
+    assert command(*["--kernel", "vmlinuz", "--mem", "17M"]).status == HIGHEST_STATUS
+
+
+@pytest.mark.parametrize("kernel", [build_bzimage(), build_elf()], ids=["bzImage", "vmlinux"])
+def test_initrd_larger_than_ram_names_what_is_enough(
+    command: Command, tmp_path: Path, kernel: bytes
+) -> None:
+    (tmp_path / "vmlinuz").write_bytes(kernel)
+    (tmp_path / "initrd").touch()
+    os.truncate(tmp_path / "initrd", 1 << 30)
+    start = ["--kernel", "vmlinuz", "--initrd", "initrd", "--mem"]
+
+    result = command(*start, "64M")
+
+    assert "its 1073741824 bytes do not fit in guest RAM" in result.complaint
+    assert result.status == 2
+    enough = re.search(r"use --mem (\d+M) or more", result.complaint)
+    assert enough is not None
+    assert command(*start, enough[1]).status == HIGHEST_STATUS
+
+
+@pytest.mark.parametrize("name", ["nowhere", "empty"])
+def test_initrd_that_cannot_be_used_is_refused(command: Command, tmp_path: Path, name: str) -> None:
+    (tmp_path / "vmlinuz").write_bytes(build_bzimage())
+    (tmp_path / "empty").touch()
+
+    refused(command, f"--kernel vmlinuz --initrd {name}", f"initrd {name}: ")
+
+
+def test_command_line_that_is_too_long_is_refused(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "vmlinuz").write_bytes(build_bzimage())
+
+    refused(command, ["--kernel", "vmlinuz", "--append", "x" * 3000], "command line")
+
+
+def test_host_side_load_into_unreachable_memory_is_refused(command: Command) -> None:
+    refused(command, "--kernel x --private-mem=guest_memfd", "use --private-mem=guest_memfd-mmap")
+
+
+# -- disks ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("nowhere", "--disk nowhere: no such file; make one, for example"),
+        ("directory", "--disk directory is a directory; name a file or block device"),
+        ("empty", "0 bytes are less than one sector of 512; make it larger"),
+        ("/dev/null", "is neither a file nor a block device"),
+        ("disk,rw", "unknown option 'rw'; write FILE"),
+        (",ro", "names no file"),
+    ],
+)
+def test_bad_disk_is_refused(command: Command, tmp_path: Path, spec: str, message: str) -> None:
+    (tmp_path / "directory").mkdir()
+    (tmp_path / "empty").touch()
+    (tmp_path / "disk").write_bytes(bytes(512))
+
+    refused(command, f"--disk {spec}", message)
+
+
+# -- policies -------------------------------------------------------------------------------------
+
+POLICIES = """
+from __future__ import annotations
+from dataclasses import dataclass
+from vmm.policy import Policy
+class Good(Policy): pass
+@dataclass
+class Counting(Policy):
+    shares: int = 0
+class Other: pass
+class Picky(Policy):
+    def __init__(self, number): pass
+class Broken(Policy):
+    def __init__(self): raise ValueError("no luck")
+class Leaving(Policy):
+    def __init__(self): raise SystemExit(0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("p", "--policy p: write MODULE:CLASS or FILE.py:CLASS"),
+        ("p:", "write MODULE:CLASS"),
+        (":P", "write MODULE:CLASS"),
+        ("../p:P", "write MODULE:CLASS"),
+        ("..p:P", "write MODULE:CLASS"),
+        ("no_such_module:P", "no module no_such_module on Python's path; to load a file, write F"),
+        ("nowhere.py:P", "loading nowhere.py failed: .*No such file"),
+        ("p.py:Nobody", "p.py has no class Nobody"),
+        ("p.py:Other", "Other is not a subclass of vmm.policy.Policy"),
+        ("p.py:dataclass", "dataclass is not a subclass"),
+        ("p.py:Picky", r"Picky\(\) failed: TypeError.*number"),
+        ("p.py:Broken", r"Broken\(\) failed: ValueError\('no luck'\)"),
+        ("p.py:Leaving", r"Leaving\(\) failed: SystemExit"),
+        ("syntax.py:P", r"loading syntax.py failed: .*syntax.*line 2"),
+        ("leaving.py:P", "loading leaving.py failed: SystemExit"),
+    ],
+)
+def test_bad_policy_is_refused(command: Command, tmp_path: Path, spec: str, message: str) -> None:
+    (tmp_path / "p.py").write_text(POLICIES)
+    (tmp_path / "syntax.py").write_text("x = 1\nthis is no python\n")
+    (tmp_path / "leaving.py").write_text("raise SystemExit(5)\n")
+
+    refused(command, f"--private-mem --policy {spec}", message)
+
+
+@pytest.mark.parametrize("name", ["Good", "Counting"])
+def test_good_policy_gets_as_far_as_the_host(command: Command, tmp_path: Path, name: str) -> None:
+    (tmp_path / "p.py").write_text(POLICIES)
+
+    assert command("--private-mem", "--policy", f"p.py:{name}").status == HIGHEST_STATUS
+
+
+# -- report ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("nowhere/r.json", "--report nowhere/r.json cannot be written: No such file.*another path"),
+        (".", "--report . cannot be written: Is a directory"),
+    ],
+)
+def test_report_that_cannot_be_written_is_refused(
+    command: Command, path: str, message: str
+) -> None:
+    refused(command, ["--report", path], message)

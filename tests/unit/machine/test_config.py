@@ -1,0 +1,115 @@
+"""What the user may ask for: sizes, counts, and combinations that make no sense."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vmm.core.errors import UsageError
+from vmm.machine.config import MachineConfig, parse_count, parse_size
+
+MIB, GIB = 1 << 20, 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("512M", 512 * MIB),
+        ("512m", 512 * MIB),
+        ("512", 512 * MIB),
+        ("2G", 2 * GIB),
+        ("2GiB", 2 * GIB),
+        ("2GB", 2 * GIB),
+        ("4096K", 4 * MIB),
+        ("1T", 1024 * GIB),
+        (" 64M ", 64 * MIB),
+        ("0", 0),
+    ],
+)
+def test_size_with_a_unit_is_bytes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", " ", "M", "-1", "+1", "1.5G", "1e3", "0x10", "1_000", "512 M", "512P", "5l2M", "٣M",
+     "512\u212a", "1M\0", "9" * 16, "9" * 5000, "\x1b[31m", "nan"],
+)  # fmt: skip
+def test_size_of_hostile_text_is_refused_with_the_text_and_an_example(text: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_size(text)
+
+    assert f"--mem '{text}'" in str(caught.value)
+    assert "512M" in str(caught.value)
+
+
+@given(st.text())
+def test_size_of_any_text_is_a_number_or_a_usage_error(text: str) -> None:
+    try:
+        assert parse_size(text) >= 0
+    except UsageError:
+        return
+
+
+@pytest.mark.parametrize(("text", "count"), [("1", 1), ("16", 16), ("0", 0), (" 2", 2)])
+def test_count_of_digits_is_a_number(text: str, count: int) -> None:
+    assert parse_count(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "x", "-1", "1_0", "٣", "1.0", "9" * 7, "9" * 5000])
+def test_count_of_hostile_text_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="--cpus"):
+        parse_count(text)
+
+
+PRIVATE = MachineConfig(private_memory="auto")
+KERNEL = MachineConfig(kernel="vmlinuz")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MachineConfig(),
+        PRIVATE,
+        KERNEL,
+        replace(KERNEL, initrd="initrd", append="quiet", private_memory="guest_memfd-mmap"),
+        replace(PRIVATE, private_memory="guest_memfd"),
+        replace(PRIVATE, private_memory="memfd", scheme="cbit", policy="m:C"),
+        MachineConfig(memory=4 * MIB),
+        MachineConfig(memory=256 * GIB),
+    ],
+)
+def test_sensible_configuration_is_accepted(config: MachineConfig) -> None:
+    config.validate()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (MachineConfig(memory=4 * MIB + 1), "--mem 4194305 bytes is not a multiple of 4096"),
+        (MachineConfig(memory=3 * MIB), "--mem 3M is out of range; use 4M to 256G"),
+        (MachineConfig(memory=256 * GIB + 4096), "out of range"),
+        (MachineConfig(memory=0), "--mem 0M is out of range"),
+        (MachineConfig(cpus=0), "--cpus 0.*use 1"),
+        (MachineConfig(cpus=2), "--cpus 2.*use 1"),
+        (MachineConfig(private_memory="tmpfs"), "--private-mem=tmpfs is unknown; use one of auto"),
+        (MachineConfig(private_memory=""), "is unknown"),
+        (replace(PRIVATE, scheme="remap"), "--scheme remap is unknown; use one of auto, cbit"),
+        (MachineConfig(scheme="cbit"), "--scheme cbit needs --private-mem"),
+        (MachineConfig(initrd="i"), "--initrd needs --kernel"),
+        (MachineConfig(append="quiet"), "--append needs --kernel"),
+        (MachineConfig(policy="m:C"), "--policy needs --private-mem"),
+        (
+            replace(KERNEL, private_memory="guest_memfd"),
+            "--private-mem=guest_memfd.*use --private-mem=guest_memfd-mmap, or memfd",
+        ),
+    ],
+)
+def test_senseless_configuration_is_refused_with_the_remedy(
+    config: MachineConfig, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        config.validate()

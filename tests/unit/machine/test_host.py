@@ -1,0 +1,221 @@
+"""What the host has to offer, against a KVM that lacks things."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from kvm_bindings import KvmError, Vm, ioctls
+from kvm_bindings.guest_memfd import GuestMemfd
+from vmm.core.errors import HostError
+from vmm.machine import host
+from vmm.machine.host import create_private_backing, open_kvm, require_hypercall_exits
+
+NEEDED = ["USER_MEMORY", "IRQCHIP", "PIT2", "IRQFD", "IRQFD_RESAMPLE", "IOEVENTFD", "EXT_CPUID",
+          "IMMEDIATE_EXIT"]  # fmt: skip
+
+
+class FakeSystem:
+    """/dev/kvm with every capability but `missing`."""
+
+    missing: set[int] = set()
+    version = 12
+    open_error: OSError | None = None
+    closed = 0
+
+    def __init__(self, path: str) -> None:
+        if self.open_error is not None:
+            raise self.open_error
+
+    def api_version(self) -> int:
+        return self.version
+
+    def check_extension(self, capability: int) -> int:
+        return 0 if capability in self.missing else 1
+
+    def close(self) -> None:
+        type(self).closed += 1
+
+
+@pytest.fixture
+def system(monkeypatch: pytest.MonkeyPatch) -> type[FakeSystem]:
+    """The class that stands in for System; set its attributes to take things away."""
+
+    class Fake(FakeSystem):
+        pass
+
+    monkeypatch.setattr(host, "System", Fake)
+    return Fake
+
+
+def refusal(path: str = "/dev/kvm") -> str:
+    with pytest.raises(HostError) as caught:
+        open_kvm(path)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert caught.value.exit_status == 3
+    return text
+
+
+def test_kvm_with_everything_is_opened(system: type[FakeSystem]) -> None:
+    open_kvm()
+
+    assert system.closed == 0
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_each_missing_capability_is_named(system: type[FakeSystem], name: str) -> None:
+    system.missing = {getattr(ioctls, f"KVM_CAP_{name}")}
+
+    text = refusal()
+
+    assert text.startswith(f"this host's KVM lacks KVM_CAP_{name};")
+    assert "pyvmm lab" in text
+    assert system.closed == 1
+
+
+def test_all_missing_capabilities_are_named_at_once(system: type[FakeSystem]) -> None:
+    system.missing = {ioctls.KVM_CAP_PIT2, ioctls.KVM_CAP_IRQFD}
+
+    assert "KVM_CAP_PIT2, KVM_CAP_IRQFD" in refusal()
+
+
+def test_another_api_version_is_refused(system: type[FakeSystem]) -> None:
+    system.version = 11
+
+    assert "speaks KVM API 11, pyvmm 12" in refusal()
+    assert system.closed == 1
+
+
+def test_failing_ioctl_says_which(
+    system: type[FakeSystem], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: object) -> int:
+        raise KvmError("KVM_GET_API_VERSION", errno.EIO)
+
+    monkeypatch.setattr(system, "api_version", fail)
+
+    assert "KVM_GET_API_VERSION() failed: EIO" in refusal()
+    assert system.closed == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (FileNotFoundError(errno.ENOENT, "gone"), "does not exist.*modprobe.*pyvmm lab"),
+        (PermissionError(errno.EACCES, "no"), "permission denied; run as root, or as a member"),
+        (OSError(errno.ENODEV, "No such device"), "cannot be opened: No such device; pyvmm lab"),
+    ],
+)
+def test_device_that_cannot_be_opened_says_what_to_do(
+    system: type[FakeSystem], error: OSError, message: str
+) -> None:
+    system.open_error = error
+
+    with pytest.raises(HostError, match=message):
+        open_kvm()
+
+
+def test_missing_device_is_a_host_error(tmp_path: Path) -> None:
+    assert "does not exist" in refusal(str(tmp_path / "kvm"))
+
+
+def test_device_that_is_no_kvm_is_a_host_error() -> None:
+    assert "is not a working KVM: KVM_GET_API_VERSION() failed: ENOTTY" in refusal("/dev/null")
+
+
+def test_directory_in_the_devices_place_is_a_host_error(tmp_path: Path) -> None:
+    assert "cannot be opened: Is a directory" in refusal(str(tmp_path))
+
+
+# -- what a kernel with private memory needs ------------------------------------------------------
+
+
+class FakeVm:
+    """A VM with capabilities by number; create_guest_memfd refuses `refused_flags`."""
+
+    def __init__(
+        self, capabilities: dict[int, int] | None = None, refused: dict[int, int] | None = None
+    ) -> None:
+        self.capabilities = capabilities or {}
+        self.refused = refused or {}
+        self.asked: list[int] = []
+
+    def check_extension(self, capability: int) -> int:
+        return self.capabilities.get(capability, 0)
+
+    def create_guest_memfd(self, size: int, flags: int) -> GuestMemfd:
+        self.asked.append(flags)
+        raise KvmError("KVM_CREATE_GUEST_MEMFD", self.refused[flags], f"{flags=:#x}")
+
+
+def vm(fake: FakeVm) -> Vm:
+    return cast(Vm, fake)
+
+
+HYPERCALL_EXITS = {ioctls.KVM_CAP_EXIT_HYPERCALL: 1 << 12, ioctls.KVM_CAP_X86_USER_SPACE_MSR: 7}
+
+
+def test_vm_that_passes_hypercalls_and_msrs_on_will_do() -> None:
+    require_hypercall_exits(vm(FakeVm(HYPERCALL_EXITS)))
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "message"),
+    [
+        ({}, r"KVM_CAP_EXIT_HYPERCALL = 0x0, Linux 5.15.*pyvmm lab"),
+        ({ioctls.KVM_CAP_EXIT_HYPERCALL: 1 << 11}, r"KVM_CAP_EXIT_HYPERCALL = 0x800"),
+        ({ioctls.KVM_CAP_EXIT_HYPERCALL: 1 << 12}, r"KVM_CAP_X86_USER_SPACE_MSR.*pyvmm lab"),
+    ],
+)
+def test_vm_that_does_not_is_refused_by_name(capabilities: dict[int, int], message: str) -> None:
+    with pytest.raises(HostError, match=message):
+        require_hypercall_exits(vm(FakeVm(capabilities)))
+
+
+MMAP, MMAP_INIT_SHARED = 1, 3
+
+
+@pytest.mark.parametrize(
+    ("host_loads", "asked"), [(False, [MMAP, MMAP_INIT_SHARED]), (True, [MMAP_INIT_SHARED])]
+)
+def test_auto_tries_the_strongest_first_and_ends_with_a_memfd(
+    host_loads: bool, asked: list[int]
+) -> None:
+    fake = FakeVm(refused={MMAP: errno.EINVAL, MMAP_INIT_SHARED: errno.ENOTTY})
+
+    backing = create_private_backing(vm(fake), "auto", 1 << 20, host_loads=host_loads)
+
+    backing.close()
+    assert fake.asked == asked
+    assert backing.name == "memfd"
+
+
+def test_memfd_asks_kvm_for_nothing() -> None:
+    fake = FakeVm()
+
+    create_private_backing(vm(fake), "memfd", 1 << 20, host_loads=True).close()
+
+    assert fake.asked == []
+
+
+@pytest.mark.parametrize(
+    ("wanted", "flags"), [("guest_memfd", MMAP), ("guest_memfd-mmap", MMAP_INIT_SHARED)]
+)
+def test_guest_memfd_that_the_host_lacks_is_an_error_with_an_alternative(
+    wanted: str, flags: int
+) -> None:
+    fake = FakeVm(refused={flags: errno.EINVAL})
+
+    with pytest.raises(HostError, match=f"--private-mem={wanted}.*use --private-mem=memfd"):
+        create_private_backing(vm(fake), wanted, 1 << 20, host_loads=False)
+
+
+def test_guest_memfd_without_memory_left_is_an_error_and_no_reason_for_a_memfd() -> None:
+    fake = FakeVm(refused={MMAP: errno.ENOMEM})
+
+    with pytest.raises(HostError, match="ENOMEM"):
+        create_private_backing(vm(fake), "auto", 1 << 20, host_loads=False)

@@ -1,0 +1,186 @@
+"""The report: honest words, the promised keys, and the file it is written to."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from vmm.conversion.accounting import Accounting
+from vmm.core.errors import UsageError
+from vmm.core.ranges import Range
+from vmm.exits.outcome import PANIC, RESET, Outcome
+from vmm.machine.machine import reset_outcome
+from vmm.machine.report import (
+    KERNEL_ENFORCED,
+    NO_ISOLATION,
+    POLICY_ENFORCED,
+    ReportFile,
+    build_report,
+    isolation_of,
+)
+from vmm.memory.backing import Backing, MemfdBacking
+from vmm.memory.guest_memory import GuestMemory
+
+RAM = 1 << 20
+
+
+def some_report() -> dict[str, Any]:
+    memory = GuestMemory(
+        [Range(0, RAM)], MemfdBacking(RAM), MemfdBacking(RAM), [Range(0x80000, 0x80000)]
+    )
+    memory.pwrite(b"x", 0)
+    report = build_report(
+        scheme="cbit",
+        doorbell="port",
+        memory=memory,
+        outcome=Outcome("poweroff"),
+        accounting=Accounting(),
+        io={"blk0": {"requests": 3}},
+        exits={"io": 1, "mmio": 5},
+        ports={port: port for port in range(1, 31)},
+        wall_seconds=1.23456,
+    )
+    memory.close()
+    return report
+
+
+# -- words ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("host_access", "sentence", "claims", "admits"),
+    [
+        ("kernel-refused", KERNEL_ENFORCED, "kernel-enforced", "the host's kernel itself"),
+        ("policy-refused", POLICY_ENFORCED, "rehearsal", "no protection from a malicious host"),
+        (None, NO_ISOLATION, "none", "all memory is shared"),
+    ],
+)
+def test_isolation_says_how_strong_it_is_and_what_it_is_not(
+    host_access: str | None, sentence: str, claims: str, admits: str
+) -> None:
+    backing = None if host_access is None else SimpleNamespace(host_access=host_access)
+
+    said = isolation_of(cast(Backing | None, backing))
+
+    assert said == sentence
+    assert said.startswith((claims, "policy-enforced " + claims))
+    assert admits in said
+
+
+def test_isolation_of_a_memfd_is_only_a_rehearsal() -> None:
+    backing = MemfdBacking(4096)
+
+    assert isolation_of(backing) == POLICY_ENFORCED
+    backing.close()
+
+
+# -- content --------------------------------------------------------------------------------------
+
+
+def test_report_has_the_promised_keys() -> None:
+    report = some_report()
+
+    assert {"scheme", "doorbell", "backings", "isolation", "guest", "conversions", "residency",
+            "io", "exits", "wall_s"} <= set(report)  # fmt: skip
+    assert set(report["backings"]) == {"private", "shared"}
+    assert set(report["guest"]) == {"exit", "reason"}
+    for direction in ("share", "unshare"):
+        assert set(report["conversions"][direction]) == {"calls", "bytes", "denied", "failed"}
+    assert set(report["residency"]) == {"private_bytes", "shared_bytes"}
+
+
+def test_report_counts_pages_and_residency_of_both_sides() -> None:
+    report = some_report()
+
+    assert report["pages"] == {"ram_bytes": RAM, "private_bytes": 0x80000, "shared_bytes": 0x80000}
+    assert report["residency"] == {"private_bytes": 0, "shared_bytes": 4096}
+
+
+def test_report_puts_the_busiest_exits_and_ports_first() -> None:
+    report = some_report()
+
+    assert list(report["exits"]) == ["mmio", "io"]
+    assert list(report["io_ports"].items())[:2] == [("0x1e", 30), ("0x1d", 29)]
+    assert len(report["io_ports"]) == 20
+
+
+# -- the file -------------------------------------------------------------------------------------
+
+
+def test_report_file_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    path.write_text("x" * 100_000)
+    file = ReportFile(str(path))
+
+    file.write({"a": 1})
+    file.close()
+
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_report_file_may_be_a_pipe() -> None:
+    read_end, write_end = os.pipe()
+    file = ReportFile(f"/proc/self/fd/{write_end}")
+
+    file.write({"a": 1})
+
+    file.close()
+    os.close(write_end)
+    with os.fdopen(read_end) as stream:
+        assert json.load(stream) == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("missing/r.json", "No such file"), (".", "Is a directory")]
+)
+def test_report_path_that_cannot_be_written_is_a_usage_error(
+    tmp_path: Path, name: str, reason: str
+) -> None:
+    with pytest.raises(UsageError, match=f"cannot be written: {reason}.*another path") as caught:
+        ReportFile(str(tmp_path / name))
+
+    assert caught.value.exit_status == 2
+
+
+def test_report_on_a_full_disk_is_a_usage_error() -> None:
+    file = ReportFile("/dev/full")
+
+    with pytest.raises(UsageError, match="writing failed: No space left"):
+        file.write({"a": 1})
+
+    file.close()
+
+
+# -- how a reset is to be read --------------------------------------------------------------------
+
+PANIC_LINE = b"[    1.2] Kernel panic - not syncing: VFS: Unable to mount root fs"
+
+
+def test_reset_is_the_guests_wish() -> None:
+    assert reset_outcome(b"Welcome!\r\n/ # reboot -f\r\n").exit == RESET
+
+
+def test_reset_after_a_panic_is_a_panic_with_its_first_line() -> None:
+    outcome = reset_outcome(b"...\r\n" + PANIC_LINE + b"\r\nCPU: 0\r\nRebooting in 1 s..\r\n")
+
+    assert outcome.exit == PANIC
+    assert outcome.reason == "Kernel panic - not syncing: VFS: Unable to mount root fs"
+    assert outcome.exit_status == 1
+
+
+def test_orderly_reboot_after_a_panic_on_the_screen_is_the_guests_wish() -> None:
+    tail = PANIC_LINE + b"\r\n/ # reboot -f\r\n[ 9.1] reboot: Restarting system\r\n"
+
+    assert reset_outcome(tail).exit == RESET
+
+
+def test_panic_of_binary_garbage_is_cut_and_readable() -> None:
+    outcome = reset_outcome(b"Kernel panic - not syncing: \xff\xfe" + b"x" * 5000)
+
+    assert outcome.exit == PANIC
+    assert len(outcome.reason) <= 200
