@@ -74,6 +74,24 @@ struct kvm_ioeventfd {
     uint8_t pad[36];
 };
 
+struct kvm_coalesced_mmio_zone {
+    uint64_t addr;
+    uint32_t size;
+    uint32_t pio;
+};
+
+struct kvm_coalesced_mmio {
+    uint64_t phys_addr;
+    uint32_t len;
+    uint32_t pio;
+    uint8_t data[8];
+};
+
+struct kvm_coalesced_mmio_ring {
+    uint32_t first, last;
+    struct kvm_coalesced_mmio coalesced_mmio[];
+};
+
 struct kvm_pit_config {
     uint32_t flags;
     uint32_t pad[15];

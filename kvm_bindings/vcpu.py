@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from kvm_bindings import fdops, ioctls
@@ -32,6 +32,8 @@ RegisterValue = int | Mapping[str, int]
 _INTERNAL_ERROR_EMULATION = 1
 _EMULATION_FLAG_INSTRUCTION_BYTES = 1
 _EXIT_REASON_MEMORY_FAULT = 39
+_PAGE_SIZE = 4096
+_RING_ENTRIES = (_PAGE_SIZE - 8) // 24  # KVM_COALESCED_MMIO_MAX
 _EHWPOISON = 133  # Python's errno module names it since 3.14 only
 
 # cffi realises a type at its first use, which has crashed when several threads did it at once.
@@ -42,7 +44,8 @@ for _name in ffi.list_types()[1]:
 class Vcpu:
     """One vCPU with its mapped kvm_run page. Only one thread may be inside `run`."""
 
-    def __init__(self, fd: int, index: int, mmap_size: int) -> None:
+    def __init__(self, fd: int, index: int, mmap_size: int, ring_page: int = 0) -> None:
+        """`ring_page` is the page of the mapping that holds the VM's coalesced writes, if any."""
         self.fd = fd
         self.index = index
         self._mmap_size = mmap_size
@@ -51,6 +54,10 @@ class Vcpu:
         self._page = ffi.buffer(self._run, mmap_size)
         self._io = ffi.addressof(self._run, "io")
         self._io_offset = 0
+        self._ring = None
+        if ring_page:
+            at = self._address + ring_page * _PAGE_SIZE
+            self._ring = ffi.cast("struct kvm_coalesced_mmio_ring *", at)
         self._decode: dict[int, Callable[[], Exit]] = {
             2: self._decode_io,
             3: self._decode_hypercall,
@@ -67,7 +74,7 @@ class Vcpu:
     def close(self) -> None:
         """Unmap kvm_run and close the fd; no thread may be in `run`, and none may enter it."""
         if self.fd >= 0:
-            del self._decode, self._page, self._io, self._run
+            del self._decode, self._page, self._io, self._ring, self._run
             fdops.unmap(self._address, self._mmap_size)
             os.close(self.fd)
             self.fd = -1
@@ -95,6 +102,24 @@ class Vcpu:
     @immediate_exit.setter
     def immediate_exit(self, value: bool) -> None:
         self._run.immediate_exit = value
+
+    @property
+    def has_coalesced_writes(self) -> bool:
+        """Whether port writes wait in the VM's ring; they came before the last exit."""
+        ring = self._ring
+        return ring is not None and ring.first != ring.last
+
+    def coalesced_writes(self) -> Iterator[IoExit]:
+        """The port writes in the ring, oldest first; each is taken out when the next is asked for.
+
+        The ring belongs to the VM: one thread at a time may iterate.
+        """
+        ring = self._ring
+        while ring is not None and ring.first != ring.last:
+            write = ring.coalesced_mmio[ring.first % _RING_ENTRIES]
+            size = min(write.len, 8)
+            yield IoExit(write.phys_addr, size, 1, True, bytes(write.data[0:size]))
+            ring.first = (ring.first + 1) % _RING_ENTRIES
 
     def answer_io(self, data: bytes) -> None:
         """Give the guest the bytes that its port read asked for (the last exit's count * size)."""

@@ -133,6 +133,17 @@ class Vm:
         if result < 0:
             fail("KVM_IOEVENTFD", result, f"{eventfd=}, {port=:#x}, {size=}, {datamatch=}")
 
+    def coalesce_port_writes(self, port: int, size: int) -> bool:
+        """KVM_REGISTER_COALESCED_MMIO for ports: writes to them wait in a ring instead of exiting,
+        and are found there (Vcpu.coalesced_writes) at the next exit. False where KVM can't."""
+        if not self.check_extension(ioctls.KVM_CAP_COALESCED_PIO):
+            return False
+        zone = ffi.new("struct kvm_coalesced_mmio_zone *", {"addr": port, "size": size, "pio": 1})
+        result = self._pointer(ioctls.KVM_REGISTER_COALESCED_MMIO, zone)
+        if result < 0:
+            fail("KVM_REGISTER_COALESCED_MMIO", result, f"{port=:#x}, {size=}")
+        return True
+
     def set_user_memory_region(
         self, slot: int, gpa: int, size: int, hva: int, flags: int = 0
     ) -> None:
@@ -230,4 +241,5 @@ class Vm:
         result = self._value(ioctls.KVM_CREATE_VCPU, vcpu_id)
         if result < 0:
             fail("KVM_CREATE_VCPU", result, f"{vcpu_id}")
-        return Vcpu(result, vcpu_id, self._vcpu_mmap_size)
+        ring_page = self.check_extension(ioctls.KVM_CAP_COALESCED_MMIO)
+        return Vcpu(result, vcpu_id, self._vcpu_mmap_size, ring_page)

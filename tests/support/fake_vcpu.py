@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import errno
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvm_bindings.exits import Exit, InterruptedExit
+from kvm_bindings.exits import Exit, InterruptedExit, IoExit
 from vmm.arch.x86_64.doorbells import PortDoorbell
 from vmm.arch.x86_64.msrs import MsrTable
 from vmm.conversion.scheme import CbitScheme
@@ -59,6 +59,11 @@ class FakeVcpu:
         if isinstance(step, BaseException):
             raise step
         return step() if callable(step) else step
+
+    has_coalesced_writes = False
+
+    def coalesced_writes(self) -> Iterator[IoExit]:
+        return iter(())
 
     @property
     def immediate_exit(self) -> bool:

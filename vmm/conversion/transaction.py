@@ -117,7 +117,7 @@ class Converter:
         before = memory.begin_conversion(area)
         changing = [run for run, state in before if state is not target]
         if not changing:
-            memory.restore(before)
+            memory.abandon_conversion()
             return 0
         applied = False
         try:
@@ -137,9 +137,9 @@ class Converter:
                 if applied:
                     self._revert(changing, kind)
             finally:
-                memory.restore(before)
+                memory.abandon_conversion()
             raise
-        memory.finish_conversion(area, target)
+        memory.finish_conversion(target)
         return sum(run.size for run in changing)
 
     def _revert(self, changed: list[Range], kind: Kind) -> None:

@@ -6,7 +6,8 @@ Handlers can be called with hand-made exits and anything that answers like a vCP
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from kvm_bindings import exits
@@ -39,6 +40,7 @@ class AnsweringVcpu(Protocol):
 
     index: int
 
+    def coalesced_writes(self) -> Iterator[exits.IoExit]: ...
     def answer_io(self, data: bytes) -> None: ...
     def answer_mmio(self, data: bytes) -> None: ...
     def answer_hypercall(self, result: int) -> None: ...
@@ -77,6 +79,7 @@ class ExitHandlers:
         self._converter = converter
         self._doorbell = doorbell
         self._stop = stop
+        self._ring_lock = threading.Lock()
         self.port_counts: dict[int, int] = {}
         """Exits per I/O port, for the report: where a slow boot spends its time."""
         self.table: dict[type[Any], tuple[str, Callable[[Any, Any], None]]] = {
@@ -97,9 +100,22 @@ class ExitHandlers:
     # -- port I/O -----------------------------------------------------------------------------
 
     def io(self, vcpu: AnsweringVcpu, exit: exits.IoExit) -> None:
-        port, size = exit.port, exit.size
-        counts = self.port_counts
+        port, counts = exit.port, self.port_counts
         counts[port] = counts.get(port, 0) + 1
+        self._port_io(vcpu, exit)
+
+    def coalesced(self, vcpu: AnsweringVcpu) -> None:
+        """Carry out the port writes that KVM kept back, before the exit that came after them.
+
+        Under a lock from taking to carrying out: the ring is the VM's, and another vCPU's exit
+        must not overtake the writes that it relies on.
+        """
+        with self._ring_lock:
+            for write in vcpu.coalesced_writes():
+                self._port_io(vcpu, write)
+
+    def _port_io(self, vcpu: AnsweringVcpu, exit: exits.IoExit) -> None:
+        port, size = exit.port, exit.size
         found = self._ports.find(port)
         if found is None:
             self._io_elsewhere(vcpu, exit)

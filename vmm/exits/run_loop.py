@@ -25,7 +25,7 @@ class VcpuRunner:
 
     def __init__(self, vcpu: Vcpu, handlers: ExitHandlers, stop: Callable[[Outcome], None]) -> None:
         self._vcpu = vcpu
-        self._table = handlers.table
+        self._handlers = handlers
         self._stop = stop
         self._stopping = False
         # A signal may only go to a thread that lives. Re-entrant, because a signal handler on
@@ -58,12 +58,15 @@ class VcpuRunner:
         return not self._thread.is_alive()
 
     def _loop(self) -> None:
-        run, table, counts, vcpu = self._vcpu.run, self._table, self.exit_counts, self._vcpu
+        vcpu, table, counts = self._vcpu, self._handlers.table, self.exit_counts
+        run, coalesced = vcpu.run, self._handlers.coalesced
         try:
             while not self._stopping:
                 exit = run()
                 if exit.__class__ is InterruptedExit:
                     continue
+                if vcpu.has_coalesced_writes:
+                    coalesced(vcpu)
                 name, handle = table[exit.__class__]
                 counts[name] = counts.get(name, 0) + 1
                 handle(vcpu, exit)

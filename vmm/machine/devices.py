@@ -104,6 +104,9 @@ class Devices:
         pm = AcpiPm(time.monotonic_ns, power_off, reset)
         self.ports.add(layout.ACPI_PM_PORT, layout.ACPI_PM_PORTS, pm)
         self.ports.add(layout.PCI_CONFIG_PORT, layout.PCI_CONFIG_PORTS, PciConf1(self._pci))
+        # Index registers: a write means nothing before the data register is accessed.
+        for port, size in ((layout.PCI_CONFIG_PORT, 4), (layout.CMOS_PORT, 1)):
+            self._vm.coalesce_port_writes(port, size)
         for number, disk in enumerate(disks):
             self._add_disk(number, disk)
 

@@ -7,7 +7,7 @@ as a whole, before a byte moves, unless every page of it is shared RAM.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -57,6 +57,8 @@ class GuestMemory:
             self._states.set(area, PageState.SHARED)
         for area in private:
             self._states.set(area, PageState.PRIVATE)
+        # The pages of a conversion under way; their states change only when it has succeeded.
+        self._converting: Range | None = None
         self._lock = threading.Lock()
         self._drained = threading.Condition(self._lock)
         # Accesses under way, by thread: a conversion waits for those that overlap it.
@@ -132,9 +134,12 @@ class GuestMemory:
     def _require_shared(self, gpa: int, size: int) -> None:
         if size < 0 or not self._in_span(gpa, size):
             raise UnmappedAccess(f"host access to {size} bytes at {gpa:#x} is outside guest RAM")
-        if self._states.is_uniform(gpa, gpa + size, PageState.SHARED):
+        converting = self._converting
+        if self._states.is_uniform(gpa, gpa + size, PageState.SHARED) and (
+            converting is None or converting.end <= gpa or gpa + size <= converting.start
+        ):
             return
-        for area, state in self._states.runs(Range(gpa, max(size, 1))):
+        for area, state in self._runs(Range(gpa, max(size, 1))):
             if state is None:
                 raise UnmappedAccess(
                     f"host access to {size} bytes at {gpa:#x}: no guest RAM at {area}"
@@ -147,34 +152,47 @@ class GuestMemory:
     def _in_span(self, gpa: int, size: int) -> bool:
         return gpa >= 0 and gpa + max(size, 1) <= self._states.span.end
 
+    def _runs(self, within: Range | None) -> Iterator[tuple[Range, PageState | None]]:
+        """The runs of pages in equal state, those under conversion set apart; lock held."""
+        middle = self._converting
+        if middle is not None:
+            middle = middle if within is None else middle.intersection(within)
+        if middle is None:
+            yield from self._states.runs(within)
+            return
+        span = self._states.span if within is None else within
+        yield from self._states.runs(Range(span.start, middle.start - span.start))
+        yield middle, PageState.CONVERTING
+        yield from self._states.runs(Range(middle.end, span.end - middle.end))
+
     # -- page states, for conversions ---------------------------------------------------------
 
     def states(self, within: Range | None = None) -> list[tuple[Range, PageState]]:
         """The runs of RAM pages in equal state, in address order; holes are left out."""
         with self._lock:
-            return [(area, state) for area, state in self._states.runs(within) if state is not None]
+            return [(area, state) for area, state in self._runs(within) if state is not None]
 
     def bytes_in(self, state: PageState) -> int:
         """How many bytes of RAM are in `state`."""
-        with self._lock:
-            return self._states.total(state)
+        return sum(area.size for area, held in self.states() if held is state)
 
     def is_ram(self, area: Range) -> bool:
         """Whether every byte of `area` is guest RAM."""
         return any(ram.contains(area) for ram in self.ram)
 
     def begin_conversion(self, area: Range) -> list[tuple[Range, PageState]]:
-        """Take `area` (page-aligned RAM) away from the host; the states it had, for a rollback.
+        """Take `area` (page-aligned RAM) away from the host; the states that its pages are in.
 
-        From here on host accesses raise; those under way are waited for by `quiesce`.
+        From here on host accesses raise; those under way are waited for by `quiesce`. One
+        conversion at a time, ended by `finish_conversion` or `abandon_conversion`.
         """
         with self._lock:
+            if self._converting is not None:
+                raise RuntimeError(f"{area}: {self._converting} is being converted already")
             before = [(run, state) for run, state in self._states.runs(area) if state is not None]
             if sum(run.size for run, _ in before) != area.size:
                 raise UnmappedAccess(f"{area} is not wholly guest RAM")
-            if any(state is PageState.CONVERTING for _, state in before):
-                raise RuntimeError(f"{area} is being converted already; conversions must be serial")
-            self._states.set(area, PageState.CONVERTING)
+            self._converting = area
             return before
 
     def quiesce(self, area: Range, timeout: float) -> bool:
@@ -185,22 +203,25 @@ class GuestMemory:
             return not any(start < area.end and area.start < end for start, end in flights)
 
         with self._lock:
+            if not self._in_flight:
+                return True
             self._waiting += 1
             try:
                 return self._drained.wait_for(drained, timeout)
             finally:
                 self._waiting -= 1
 
-    def finish_conversion(self, area: Range, state: PageState) -> None:
-        """The conversion of `area` succeeded: its pages are in `state` now."""
+    def finish_conversion(self, state: PageState) -> None:
+        """The conversion succeeded: its pages are in `state` now."""
         with self._lock:
-            self._states.set(area, state)
+            if self._converting is not None:
+                self._states.set(self._converting, state)
+            self._converting = None
 
-    def restore(self, before: Sequence[tuple[Range, PageState]]) -> None:
-        """The conversion failed: put back the states that `begin_conversion` returned."""
+    def abandon_conversion(self) -> None:
+        """The conversion failed, or there was nothing to do: its pages are what they were."""
         with self._lock:
-            for area, state in before:
-                self._states.set(area, state)
+            self._converting = None
 
     def discard_private(self, area: Range) -> None:
         """Give the private side's pages of `area` back to the host's kernel. Raises KvmError."""

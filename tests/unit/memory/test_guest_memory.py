@@ -332,13 +332,14 @@ def test_begin_conversion_over_a_hole_changes_nothing(split: GuestMemory) -> Non
 def test_begin_conversion_of_converting_pages_is_a_programming_error(mixed: GuestMemory) -> None:
     mixed.begin_conversion(pages(0, 2))
 
-    with pytest.raises(RuntimeError, match="serial"):
+    with pytest.raises(RuntimeError, match="being converted already"):
         mixed.begin_conversion(pages(1, 2))
 
 
-def test_restore_puts_back_exactly_what_was_there(mixed: GuestMemory) -> None:
+def test_abandon_puts_back_exactly_what_was_there(mixed: GuestMemory) -> None:
     before = mixed.states()
 
-    mixed.restore(mixed.begin_conversion(pages(4, 40)))
+    mixed.begin_conversion(pages(4, 40))
+    mixed.abandon_conversion()
 
     assert mixed.states() == before

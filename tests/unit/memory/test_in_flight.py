@@ -64,7 +64,7 @@ def test_quiesce_waits_for_an_access_that_came_first(
     memory, backing = gated
     access = Background(lambda: ACCESSES[name](memory, file))
     backing.await_arrivals()
-    before = memory.begin_conversion(area)
+    memory.begin_conversion(area)
 
     in_time = memory.quiesce(area, 0)
     waits = tell_when_waiting(memory)
@@ -75,7 +75,7 @@ def test_quiesce_waits_for_an_access_that_came_first(
     assert in_time is False
     assert waiting.result() is True
     assert access.result() in (bytes(2 * PAGE_SIZE), 2 * PAGE_SIZE)
-    memory.restore(before)
+    memory.abandon_conversion()
 
 
 @pytest.mark.parametrize("area", [pages(0, 4), pages(6, 10)], ids=str)
@@ -113,12 +113,12 @@ def test_quiesce_waits_for_every_thread(gated: tuple[GuestMemory, GatedBacking])
 
 def test_access_that_comes_second_is_refused_until_the_conversion_is_over() -> None:
     with guest_memory() as memory:
-        before = memory.begin_conversion(pages(4, 1))
+        memory.begin_conversion(pages(4, 1))
 
         with pytest.raises(PrivateAccess, match="converting"):
             memory.pread(1, page(4))
         assert memory.quiesce(pages(4, 1), 0) is True, "a refused access is not under way"
-        memory.restore(before)
+        memory.abandon_conversion()
 
         assert memory.pread(1, page(4)) == b"\0"
 
@@ -126,7 +126,7 @@ def test_access_that_comes_second_is_refused_until_the_conversion_is_over() -> N
 def test_access_that_comes_after_an_unshare_is_refused() -> None:
     with guest_memory() as memory:
         memory.begin_conversion(pages(4, 1))
-        memory.finish_conversion(pages(4, 1), PageState.PRIVATE)
+        memory.finish_conversion(PageState.PRIVATE)
 
         with pytest.raises(PrivateAccess, match="private"):
             memory.pread(1, page(4))
