@@ -252,7 +252,7 @@ class Prober(Policy):
 
     def on_share(self, event, view):
         if not hasattr(self, "results"):
-            fd = view.private.fd
+            fd = view.memory.private.fd
             self.results = [self.read(fd, page) for page in (0x200000, 0x234000, 0xABC000)]
             with open(os.environ["PROBE_RESULTS"], "w") as file:
                 json.dump(self.results, file)

@@ -38,6 +38,21 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see pyvmm --help")
 
 
+class _PolicyArgument(argparse.Action):
+    """Hands NAME=VALUE to the --policy that came before it."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        if not namespace.policy:
+            raise UsageError(f"--policy-arg {values} has no --policy before it; put it after one")
+        namespace.policy[-1][1].append(values)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The options of `pyvmm [run]`."""
     parser = _Parser(
@@ -86,8 +101,18 @@ def build_parser() -> argparse.ArgumentParser:
     private.add_argument(
         "--policy",
         metavar="MODULE:CLASS|FILE.py:CLASS",
-        help="a subclass of vmm.policy.Policy that decides about conversions "
-        "(default: all are allowed)",
+        action="append",
+        default=[],
+        type=lambda spec: (spec, []),
+        help="a subclass of vmm.policy.Policy that decides about conversions; given several "
+        "times, all must allow (default: all conversions are allowed)",
+    )
+    private.add_argument(
+        "--policy-arg",
+        metavar="NAME=VALUE",
+        action=_PolicyArgument,
+        help="an argument for the constructor of the --policy before it; checked against the "
+        "type that the constructor declares; may be given several times",
     )
     output = parser.add_argument_group("output")
     output.add_argument(
@@ -141,7 +166,7 @@ def _run(arguments: Sequence[str]) -> int:
         private_memory=options.private_mem,
         scheme=options.scheme,
         disks=tuple(options.disk),
-        policy=options.policy,
+        policies=tuple((spec, tuple(words)) for spec, words in options.policy),
         report=options.report,
     )
     config.validate()
@@ -160,6 +185,7 @@ def _run(arguments: Sequence[str]) -> int:
 def _sentence(exit: str) -> str:
     return {
         "stopped": "the run was stopped",
+        "killed": "the run was ended",
         "panic": "the guest panicked",
         "failed": "the guest failed",
         "triple-fault": "the guest crashed",

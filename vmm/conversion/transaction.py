@@ -1,21 +1,48 @@
-"""The conversion transaction: validate, ask the policy, quiesce, apply, discard, account, answer.
+"""The conversion transaction: validate, ask the policies, quiesce, apply, discard, account, answer.
 
 Every number in a request comes from the guest. A failure at any step puts states, scheme and
-accounting back as they were, and the guest gets the errno.
+accounting back as they were, and the guest gets the errno. A policy may put the discard of an
+unshare off (Defer); `settle` makes up for it.
 """
 
 from __future__ import annotations
 
 import errno
+import math
 import threading
+import time
+from collections.abc import Callable
 
-from vmm.conversion.accounting import Accounting
+from vmm.conversion.accounting import Accounting, Refinements
+from vmm.conversion.deferral import DueTimes
 from vmm.conversion.scheme import Scheme
+from vmm.conversion.view import GuestView
 from vmm.core.errors import HostError
 from vmm.core.events import ConversionRequest, Kind
 from vmm.core.ranges import PAGE_SIZE, Range
 from vmm.memory.guest_memory import GuestMemory, PageState
-from vmm.policy import Allow, Decision, Deny, Event, Policy, PolicyError
+from vmm.policy import (
+    Allow,
+    Convert,
+    Decision,
+    Defer,
+    Deny,
+    Kill,
+    Partial,
+    Policy,
+    PolicyError,
+    PolicyKill,
+)
+from vmm.policy.hooks import Hooks
+
+_SETTLED = {
+    Kind.SHARE: frozenset({PageState.SHARED}),
+    Kind.UNSHARE: frozenset({PageState.PRIVATE, PageState.DEFERRED}),
+}
+"""The states in which a page already is to the guest what the request wants it to be."""
+
+RETRY_SECONDS = 1.0
+"""When a late discard that failed is tried again."""
 
 QUIESCE_TIMEOUT = 5.0
 """Seconds that a conversion waits for host accesses under way before it fails with EBUSY."""
@@ -36,17 +63,26 @@ class Converter:
         self,
         memory: GuestMemory,
         scheme: Scheme,
-        policy: Policy,
+        *policies: Policy,
         quiesce_timeout: float = QUIESCE_TIMEOUT,
+        clock: Callable[[], float] = time.monotonic,
+        wake_at: Callable[[float], None] = lambda due: None,
     ) -> None:
+        """`wake_at(due)` is called when `settle` has work at a time earlier than before."""
         self._memory = memory
         self._scheme = scheme
-        self._policy = policy
         self._quiesce_timeout = quiesce_timeout
+        self._clock = clock
+        self._wake_at = wake_at
         # Conversions are serial, which keeps overlapping requests from several vCPUs simple;
         # device I/O goes on beside them.
         self._lock = threading.Lock()
         self.accounting = Accounting()
+        self.refinements = Refinements()
+        self.hooks = Hooks(policies)
+        self.view = GuestView(memory, self.accounting, clock)
+        self._due: DueTimes | None = None  # made by the first Defer
+        self._wake = math.inf
 
     def convert(self, request: ConversionRequest) -> int:
         """Carry out a request; the guest's answer: 0, or a negative errno.
@@ -55,28 +91,33 @@ class Converter:
         done, as KVM_SET_MEMORY_ATTRIBUTES does.
 
         Raises what is not the guest's to handle: PolicyError when the policy breaks, HostError
-        when a failed conversion can't be taken back. States are as before then, too.
+        when a failed conversion can't be taken back. States are as before then, too. PolicyKill
+        when a policy ends the run: the guest gets no answer.
         """
         with self._lock:
             tally = self.accounting.of(request.kind)
             tally.calls += 1
             try:
                 area = self._validate(request)
-                decision = self._decide(request, area)
-                if isinstance(decision, Deny):
-                    tally.denied += 1
-                    return -decision.errno
-                tally.bytes += self._carry_out(area, request.kind)
+                decision = self.hooks.decide(
+                    request.kind, area, request.vcpu, request.doorbell, self.view
+                )
+                if decision.__class__ is Allow:
+                    tally.bytes += self._carry_out(area, request.kind)
+                    return 0
+                return self._refine(area, request.kind, decision)
             except Refused as refusal:
                 tally.failed += 1
                 return -refusal.errno
             except OSError as error:
                 tally.failed += 1
                 return -(error.errno or errno.EIO)
+            except PolicyKill:
+                tally.denied += 1
+                raise
             except BaseException:
                 tally.failed += 1
                 raise
-            return 0
 
     def _validate(self, request: ConversionRequest) -> Range:
         if request.reserved:
@@ -93,44 +134,70 @@ class Converter:
             raise Refused(errno.EINVAL, f"{area} is not wholly guest RAM")
         return area
 
-    def _decide(self, request: ConversionRequest, area: Range) -> Decision:
-        event = Event(request.kind, area, request.vcpu, request.doorbell)
-        share = request.kind is Kind.SHARE
-        hook = self._policy.on_share if share else self._policy.on_unshare
-        try:
-            decision = hook(event, self._memory)
-        except Exception as error:
-            # An OSError of the policy's own must not reach the guest as if it were an answer.
-            raise self._blame(event, f"raised {error!r}; --debug shows where") from error
-        if not isinstance(decision, (Allow, Deny)):
-            raise self._blame(event, f"returned {decision!r}; return Allow() or Deny()")
-        return decision
+    def _refine(self, area: Range, kind: Kind, decision: Decision) -> int:
+        """Carry out a decision that is no plain Allow; the guest's answer."""
+        tally, refinements = self.accounting.of(kind), self.refinements
+        if isinstance(decision, Kill):
+            raise PolicyKill(decision.reason)
+        if isinstance(decision, Deny):
+            tally.denied += 1
+            return -decision.errno
+        if isinstance(decision, Partial):
+            tally.bytes += self._carry_out(decision.area, kind)
+            # 0 says that all of the range is converted; the guest would act on that.
+            if all(state in _SETTLED[kind] for _, state in self._memory.states(area)):
+                return 0
+            refinements.partial += 1
+            return -decision.errno
+        if isinstance(decision, Convert):
+            self._require_wanted(decision.area, area, kind)
+            tally.bytes += self._carry_out(decision.area, kind)
+            refinements.widened += decision.area != area
+        elif isinstance(decision, Defer):
+            tally.bytes += self._carry_out(area, kind, decision)
+        return 0
 
-    def _blame(self, event: Event, what: str) -> PolicyError:
-        name = type(self._policy).__name__
-        return PolicyError(f"policy {name}: on_{event.kind.value} for {event.area} {what}")
+    def _require_wanted(self, wide: Range, area: Range, kind: Kind) -> None:
+        """Beyond the request there may only be pages that the guest wants in that state."""
+        if not self._memory.is_ram(wide):
+            raise PolicyError(f"a policy answered Convert({wide}), which is not wholly guest RAM")
+        around = (Range(wide.start, area.start - wide.start), Range(area.end, wide.end - area.end))
+        for side in around:
+            for run, state in self._memory.states(side):
+                if state not in _SETTLED[kind]:
+                    raise PolicyError(
+                        f"a policy answered Convert({wide}) to {kind.value} {area}, but the guest "
+                        f"has not asked to {kind.value} {run}, which is {state.value}"
+                    )
 
-    def _carry_out(self, area: Range, kind: Kind) -> int:
-        """Convert `area`; the bytes whose state changed. Raises Refused or OSError, undone."""
+    def _carry_out(self, area: Range, kind: Kind, later: Defer | None = None) -> int:
+        """Convert `area`; the bytes whose state changed. Raises Refused or OSError, undone.
+
+        With `later` the discard waits, and what changes is deferred.
+        """
         memory = self._memory
-        target = PageState.SHARED if kind is Kind.SHARE else PageState.PRIVATE
+        settled = _SETTLED[kind]
         before = memory.begin_conversion(area)
-        changing = [run for run, state in before if state is not target]
-        if not changing:
+        changing = [run for run, state in before if state not in settled]
+        deferred = self._deferred_runs(before)
+        if not changing and (not deferred or later is not None):
             memory.abandon_conversion()
             return 0
         applied = False
         try:
             if not memory.quiesce(area, self._quiesce_timeout):
                 raise Refused(errno.EBUSY, f"host accesses to {area} did not finish")
-            self._scheme.apply(area, kind)
-            applied = True
+            if deferred and kind is Kind.SHARE:
+                self._discard_owed(area)
+            if changing:
+                self._scheme.apply(area, kind)
+                applied = True
             # One call for the whole range, also over parts that are there already: their other
             # side is empty, and a single call can't stop half way through the runs. Discarding
             # is the one step that can't be undone, so it comes last.
             if kind is Kind.SHARE:
                 memory.discard_private(area)
-            else:
+            elif later is None:
                 memory.discard_shared(area)
         except BaseException:
             try:
@@ -139,8 +206,69 @@ class Converter:
             finally:
                 memory.abandon_conversion()
             raise
-        memory.finish_conversion(target)
+        if later is None:
+            memory.finish_conversion(PageState.SHARED if kind is Kind.SHARE else PageState.PRIVATE)
+        else:
+            memory.finish_conversion(PageState.DEFERRED, changing)
+            self._put_off(changing, later)
+        if deferred and later is None:
+            self._no_longer_due(area, deferred, kind)
         return sum(run.size for run in changing)
+
+    # -- discards that were put off -----------------------------------------------------------
+
+    def settle(self) -> None:
+        """Discard the shared sides that are due, and ask to be woken for the next ones.
+
+        The guest has had its answer: a discard that fails leaves the pages deferred, which is
+        what they are, and is tried again.
+        """
+        with self._lock:
+            due, now = self._due, self._clock()
+            if due is None:
+                return
+            for area in due.expired(now):
+                self._memory.begin_conversion(area)  # no host access can be under way: refused
+                try:
+                    self._memory.discard_shared(area)
+                except OSError:
+                    self._memory.abandon_conversion()
+                    self.refinements.discards_failed += 1
+                    due.retry(area, now + RETRY_SECONDS)
+                else:
+                    self._memory.finish_conversion(PageState.PRIVATE)
+                    due.clear(area)
+            self._wake = due.next()
+            if self._wake < math.inf:
+                self._wake_at(self._wake)
+
+    def _discard_owed(self, area: Range) -> None:
+        """Before a share: what the guest may not find again. The guest gave it up long ago, so
+        that nothing has to be taken back when a later step fails."""
+        if self._due is not None:
+            for run in self._due.not_kept(area):
+                self._memory.discard_shared(run)
+
+    def _deferred_runs(self, runs: list[tuple[Range, PageState]]) -> list[Range]:
+        if self._due is None:
+            return []
+        return [run for run, state in runs if state is PageState.DEFERRED]
+
+    def _put_off(self, runs: list[Range], later: Defer) -> None:
+        if self._due is None:
+            self._due = DueTimes(Range(0, self._memory.ram[-1].end))
+        for run in runs:
+            self._due.put(run, later.until, later.keep)
+            self.refinements.deferred_bytes += run.size
+        if later.until < self._wake:
+            self._wake = later.until
+            self._wake_at(later.until)
+
+    def _no_longer_due(self, area: Range, deferred: list[Range], kind: Kind) -> None:
+        assert self._due is not None
+        self._due.clear(area)
+        if kind is Kind.SHARE:
+            self.refinements.reclaimed_bytes += sum(run.size for run in deferred)
 
     def _revert(self, changed: list[Range], kind: Kind) -> None:
         """Take `apply` back where it changed something; the rest was in the wanted state before.

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import select
+import threading
+import time
 from collections.abc import Callable
+
+_LONGEST_WAIT = 3600.0  # epoll's timeout is a C int of milliseconds
 
 
 class EventLoop:
@@ -15,7 +19,10 @@ class EventLoop:
         self._callbacks: dict[int, Callable[[], None]] = {}
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll.register(self._wake, select.EPOLLIN)
+        self._callbacks[self._wake] = lambda: drain(self._wake)
         self._stopping = False
+        self._timer: tuple[float, Callable[[], None]] | None = None
+        self._timer_lock = threading.Lock()
 
     def add(self, fd: int, callback: Callable[[], None]) -> None:
         """Call `callback` on the loop's thread whenever `fd` is readable or hung up.
@@ -30,6 +37,15 @@ class EventLoop:
         if self._callbacks.pop(fd, None) is not None:
             self._epoll.unregister(fd)
 
+    def set_timer(self, when: float, callback: Callable[[], None]) -> None:
+        """Call `callback` once on the loop's thread at time.monotonic() == `when`, or soon after.
+
+        There is one timer: a later call replaces an earlier one. From any thread.
+        """
+        with self._timer_lock:
+            self._timer = (when, callback)
+        os.eventfd_write(self._wake, 1)
+
     def stop(self) -> None:
         """Make `run` return after the callback under way."""
         self._stopping = True
@@ -38,12 +54,29 @@ class EventLoop:
     def run(self) -> None:
         """Serve events until `stop`."""
         while not self._stopping:
-            for fd, _ in self._epoll.poll():
+            for fd, _ in self._epoll.poll(self._patience()):
                 callback = self._callbacks.get(fd)
                 if callback is not None:
                     callback()
                 if self._stopping:
                     return
+            if self._timer is not None:
+                self._fire()
+
+    def _patience(self) -> float | None:
+        """Seconds until the timer, None without one."""
+        timer = self._timer
+        if timer is None:
+            return None
+        return min(max(timer[0] - time.monotonic(), 0.0), _LONGEST_WAIT)
+
+    def _fire(self) -> None:
+        with self._timer_lock:
+            timer = self._timer
+            if timer is None or timer[0] > time.monotonic():
+                return
+            self._timer = None
+        timer[1]()
 
     def close(self) -> None:
         self._epoll.close()

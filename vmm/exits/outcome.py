@@ -12,6 +12,7 @@ TRIPLE_FAULT = "triple-fault"
 INTERNAL_ERROR = "internal-error"
 STOPPED = "stopped"
 QUIT = "quit"
+KILLED = "killed"
 
 _GOOD = frozenset({POWEROFF, RESET, QUIT})
 

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from kvm_bindings import KvmError, Vcpu
 from kvm_bindings.exits import InterruptedExit
 from vmm.exits.handlers import ExitHandlers
-from vmm.exits.outcome import INTERNAL_ERROR, Outcome
+from vmm.exits.outcome import INTERNAL_ERROR, KILLED, Outcome
+from vmm.policy import PolicyKill
 
 KICK_SIGNAL = signal.SIGRTMIN
 """Interrupts KVM_RUN; its handler does nothing."""
@@ -70,6 +71,9 @@ class VcpuRunner:
                 name, handle = table[exit.__class__]
                 counts[name] = counts.get(name, 0) + 1
                 handle(vcpu, exit)
+        except PolicyKill as kill:
+            # Before the exit completes: the guest gets no answer and runs no further.
+            self._stop(Outcome(KILLED, str(kill)))
         except KvmError as error:
             self._stop(Outcome(INTERNAL_ERROR, f"vCPU {vcpu.index}: {error}"))
         except BaseException as error:

@@ -50,7 +50,8 @@ class MachineConfig:
     """None: an ordinary VM; else one of PRIVATE_BACKINGS."""
     scheme: str = "auto"
     disks: tuple[str, ...] = ()
-    policy: str | None = None
+    policies: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """What --policy names, in order, each with its --policy-arg NAME=VALUE words."""
     report: str | None = None
 
     def validate(self) -> None:
@@ -77,7 +78,7 @@ class MachineConfig:
             raise UsageError("--initrd needs --kernel: the embedded payload takes no initrd")
         if self.append and self.kernel is None:
             raise UsageError("--append needs --kernel: the embedded payload has no command line")
-        if self.policy is not None and self.private_memory is None:
+        if self.policies and self.private_memory is None:
             raise UsageError("--policy needs --private-mem: an ordinary VM converts no pages")
         if self.private_memory == "guest_memfd" and self.kernel is not None:
             raise UsageError(

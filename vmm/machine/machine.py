@@ -19,7 +19,7 @@ from vmm.core.event_loop import EventLoop
 from vmm.core.ranges import Range, page_align_down, page_align_up
 from vmm.devices.virtio.block_file import DiskFile, open_disk
 from vmm.exits.handlers import ExitHandlers
-from vmm.exits.outcome import PANIC, POWEROFF, QUIT, RESET, STOPPED, Outcome
+from vmm.exits.outcome import KILLED, PANIC, POWEROFF, QUIT, RESET, STOPPED, Outcome
 from vmm.exits.run_loop import VcpuRunner, install_kick_handler
 from vmm.machine.config import MachineConfig
 from vmm.machine.console import Console
@@ -29,7 +29,7 @@ from vmm.machine.host import create_private_backing, open_kvm, require_hypercall
 from vmm.machine.report import ReportFile, build_report
 from vmm.memory.backing import MemfdBacking
 from vmm.memory.guest_memory import GuestMemory, LaunchMemory, PageState
-from vmm.policy import Policy
+from vmm.policy import End, PolicyKill
 from vmm.policy.loader import load_policy
 
 _PANIC_TEXT = b"Kernel panic - not syncing"
@@ -70,8 +70,11 @@ class Machine:
                 self._connect_devices()
             except OSError as error:  # KvmError is one
                 raise HostError(str(error)) from error
-            outcome = self._run_guest()
-            self._write_report(outcome, time.monotonic() - started)
+            outcome = self._refusal_to_boot() or self._run_guest()
+            try:
+                self._converter.hooks.exit(End(outcome.exit, outcome.reason), self._converter.view)
+            finally:
+                self._write_report(outcome, time.monotonic() - started)
         return outcome
 
     def _open_inputs(self) -> None:
@@ -79,7 +82,7 @@ class Machine:
         config = self._config
         self._guest: Guest = self._given_guest or open_guest(config)
         self._cleanup.callback(self._guest.close)
-        self._policy = Policy() if config.policy is None else load_policy(config.policy)
+        self._policies = [load_policy(spec, words) for spec, words in config.policies]
         self._disks: list[DiskFile] = []
         for spec in config.disks:
             disk = open_disk(spec)
@@ -216,7 +219,12 @@ class Machine:
             reset=self._guest_reset,
         )
         self._cleanup.callback(self._devices.close)
-        self._converter = Converter(self._memory, self._scheme, self._policy)
+        self._converter = Converter(
+            self._memory,
+            self._scheme,
+            *self._policies,
+            wake_at=lambda due: self._loop.set_timer(due, self._converter.settle),
+        )
         doorbell = PortDoorbell(self._config.cpus, conversions=self._is_private)
         self._handlers = ExitHandlers(
             self._devices.ports,
@@ -226,6 +234,14 @@ class Machine:
             doorbell,
             self.stop,
         )
+
+    def _refusal_to_boot(self) -> Outcome | None:
+        """The policies' last word before the guest's first instruction."""
+        try:
+            self._converter.hooks.boot(self._converter.view)
+        except PolicyKill as kill:
+            return Outcome(KILLED, str(kill))
+        return None
 
     def _run_guest(self) -> Outcome:
         """vCPU threads run the guest, this thread runs the device loop, until `stop`."""
@@ -275,6 +291,7 @@ class Machine:
             memory=self._memory,
             outcome=outcome,
             accounting=self._converter.accounting,
+            refinements=self._converter.refinements,
             io=self._devices.io_statistics(),
             exits=counts,
             ports=self._handlers.port_counts,

@@ -8,7 +8,7 @@ import stat
 from dataclasses import asdict
 from typing import Any
 
-from vmm.conversion.accounting import Accounting
+from vmm.conversion.accounting import Accounting, Refinements
 from vmm.core.errors import UsageError
 from vmm.exits.outcome import Outcome
 from vmm.memory.backing import Backing
@@ -39,6 +39,7 @@ def build_report(
     memory: GuestMemory,
     outcome: Outcome,
     accounting: Accounting,
+    refinements: Refinements,
     io: dict[str, dict[str, int]],
     exits: dict[str, int],
     ports: dict[int, int],
@@ -66,7 +67,9 @@ def build_report(
             "ram_bytes": memory.ram_bytes,
             "private_bytes": memory.bytes_in(PageState.PRIVATE),
             "shared_bytes": memory.bytes_in(PageState.SHARED),
+            "deferred_bytes": memory.bytes_in(PageState.DEFERRED),
         },
+        "refinements": refinements.as_dict(),
         "residency": asdict(residency),
         "io": io,
         "exits": dict(sorted(exits.items(), key=lambda item: -item[1])),

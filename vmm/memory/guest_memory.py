@@ -17,10 +17,15 @@ from vmm.memory.backing import Backing, Buffer, byte_count
 
 
 class PageState(Enum):
-    """Who may touch a page: guest and host, the guest alone, or (for a moment) nobody."""
+    """Who may touch a page: guest and host, the guest alone, or (for a moment) nobody.
+
+    A deferred page is private to the guest, and the host does not touch it, but the shared side
+    that the guest gave up is still there: its discard has been put off.
+    """
 
     SHARED = "shared"
     PRIVATE = "private"
+    DEFERRED = "deferred"
     CONVERTING = "converting"
 
 
@@ -211,11 +216,12 @@ class GuestMemory:
             finally:
                 self._waiting -= 1
 
-    def finish_conversion(self, state: PageState) -> None:
-        """The conversion succeeded: its pages are in `state` now."""
+    def finish_conversion(self, state: PageState, runs: Sequence[Range] | None = None) -> None:
+        """The conversion succeeded: its pages (or `runs` of them) are in `state` now."""
         with self._lock:
             if self._converting is not None:
-                self._states.set(self._converting, state)
+                for area in (self._converting,) if runs is None else runs:
+                    self._states.set(area, state)
             self._converting = None
 
     def abandon_conversion(self) -> None:

@@ -3,7 +3,28 @@
 Everything that a policy needs is imported from here: `from vmm.policy import Policy, Allow, Deny`.
 """
 
+from vmm.core.events import Kind
+from vmm.core.ranges import Range
 from vmm.memory.guest_memory import PageState
-from vmm.policy.protocol import Allow, Decision, Deny, Event, Policy, PolicyError, View
+from vmm.policy.decisions import Allow, Convert, Decision, Defer, Deny, Kill, Partial
+from vmm.policy.protocol import Counts, End, Event, Policy, PolicyError, PolicyKill, View
 
-__all__ = ["Allow", "Decision", "Deny", "Event", "PageState", "Policy", "PolicyError", "View"]
+__all__ = [
+    "Allow",
+    "Convert",
+    "Counts",
+    "Decision",
+    "Defer",
+    "Deny",
+    "End",
+    "Event",
+    "Kill",
+    "Kind",
+    "PageState",
+    "Partial",
+    "Policy",
+    "PolicyError",
+    "PolicyKill",
+    "Range",
+    "View",
+]

@@ -5,17 +5,21 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from collections.abc import Sequence
 from types import ModuleType
 
 from vmm.core.errors import UsageError
 from vmm.policy.protocol import Policy
 
 _FILE_MODULE = "pyvmm_user_policy"
-"""What a policy file's module is called; a run has one policy."""
+"""What a policy file's module is called. The name stands for the file loaded last."""
 
 
-def load_policy(spec: str) -> Policy:
-    """An instance of the class that `spec` names. Raises UsageError saying what is wrong."""
+def load_policy(spec: str, words: Sequence[str] = ()) -> Policy:
+    """An instance of the class that `spec` names, made with the NAME=VALUE `words`.
+
+    Raises UsageError saying what is wrong.
+    """
     place, _, name = spec.rpartition(":")
     is_file = place.endswith(".py")
     if not name or not (is_file or all(part.isidentifier() for part in place.split("."))):
@@ -26,8 +30,12 @@ def load_policy(spec: str) -> Policy:
         raise UsageError(f"--policy {spec}: {place} has no class {name}")
     if not (isinstance(found, type) and issubclass(found, Policy)):
         raise UsageError(f"--policy {spec}: {name} is not a subclass of vmm.policy.Policy")
+    from vmm.policy.arguments import bind  # a run without policies does without
+
     try:
-        return found()
+        return found(**bind(found, words, load_policy))
+    except UsageError as error:
+        raise UsageError(f"--policy {spec}: {error}") from error
     except (Exception, SystemExit) as error:
         raise UsageError(f"--policy {spec}: {name}() failed: {error!r}") from error
 

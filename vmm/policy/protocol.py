@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import errno
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from vmm.core.errors import UsageError
+from vmm.core.errors import PyvmmError, UsageError
 from vmm.core.events import Kind
 from vmm.core.ranges import Range
 from vmm.memory.guest_memory import PageState, Residency
-
-_LARGEST_ERRNO = 4095  # MAX_ERRNO in Linux' include/linux/err.h
+from vmm.policy.decisions import Allow, Decision
 
 
 class PolicyError(UsageError):
     """A policy's hook raised an exception, or answered with something that is no decision."""
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class PolicyKill(PyvmmError):
+    """A policy ended the run; the text is its reason."""
+
+
+class Event(NamedTuple):
     """A validated request: `area` is page-aligned guest RAM, GPAs without the C-bit."""
 
     kind: Kind
@@ -28,39 +28,44 @@ class Event:
     doorbell: str
 
 
+class End(NamedTuple):
+    """How a run ended: `exit` and `reason` as the report's `guest` has them."""
+
+    exit: str
+    reason: str
+
+
+class Counts(NamedTuple):
+    """Requests of one kind so far, the one being decided included; the report's numbers."""
+
+    calls: int
+    bytes: int
+    denied: int
+    failed: int
+
+
 class View(Protocol):
     """What a policy may see of the guest's state; reading it changes nothing."""
+
+    @property
+    def now(self) -> float:
+        """Seconds on a clock that never goes back; only differences mean something."""
+        ...
 
     @property
     def ram_bytes(self) -> int: ...
     def states(self, within: Range | None = None) -> list[tuple[Range, PageState]]: ...
     def bytes_in(self, state: PageState) -> int: ...
     def residency(self) -> Residency: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Allow:
-    """Carry the request out."""
-
-
-@dataclass(frozen=True, slots=True)
-class Deny:
-    """Refuse the request: the guest gets -errno (1 to 4095), and nothing changes."""
-
-    errno: int = errno.EACCES
-
-    def __post_init__(self) -> None:
-        if not 0 < self.errno <= _LARGEST_ERRNO:
-            raise ValueError(f"Deny(errno={self.errno}): the guest would not take it for an error")
-
-
-Decision = Allow | Deny
+    def counts(self, kind: Kind) -> Counts: ...
 
 
 class Policy:
     """Allows everything; a policy is a subclass that overrides the hooks it wants.
 
-    Hooks run on the vCPU's thread while the guest waits, one at a time.
+    on_share and on_unshare run on the vCPU's thread while the guest waits, one at a time; on_boot
+    and on_exit on the main thread, when no vCPU runs. Hooks are looked up once, before on_boot;
+    one that is not overridden costs nothing.
     """
 
     def on_share(self, event: Event, view: View) -> Decision:
@@ -70,3 +75,10 @@ class Policy:
     def on_unshare(self, event: Event, view: View) -> Decision:
         """The guest asks to make `event.area` private."""
         return Allow()
+
+    def on_boot(self, view: View) -> Decision:
+        """The guest is loaded and about to run its first instruction: Allow or Kill."""
+        return Allow()
+
+    def on_exit(self, end: End, view: View) -> None:
+        """The run is over, memory is still there; not called where an error broke the run off."""

@@ -212,7 +212,7 @@ class Leaving(Policy):
         ("p.py:Nobody", "p.py has no class Nobody"),
         ("p.py:Other", "Other is not a subclass of vmm.policy.Policy"),
         ("p.py:dataclass", "dataclass is not a subclass"),
-        ("p.py:Picky", r"Picky\(\) failed: TypeError.*number"),
+        ("p.py:Picky", "p.py:Picky: Picky needs number; give it with --policy-arg number=VALUE"),
         ("p.py:Broken", r"Broken\(\) failed: ValueError\('no luck'\)"),
         ("p.py:Leaving", r"Leaving\(\) failed: SystemExit"),
         ("syntax.py:P", r"loading syntax.py failed: .*syntax.*line 2"),

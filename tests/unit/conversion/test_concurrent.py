@@ -26,7 +26,7 @@ TOTAL = 96
 VCPUS, ROUNDS = 4, 300
 
 
-def page_numbers(view: View, state: PageState) -> set[int]:
+def page_numbers(view: View | GuestMemory, state: PageState) -> set[int]:
     areas = [area for area, held in view.states() if held is state]
     return {number for area in areas for number in range(area.start >> 12, area.end >> 12)}
 

@@ -77,7 +77,7 @@ KERNEL = MachineConfig(kernel="vmlinuz")
         KERNEL,
         replace(KERNEL, initrd="initrd", append="quiet", private_memory="guest_memfd-mmap"),
         replace(PRIVATE, private_memory="guest_memfd"),
-        replace(PRIVATE, private_memory="memfd", scheme="cbit", policy="m:C"),
+        replace(PRIVATE, private_memory="memfd", scheme="cbit", policies=(("m:C", ()),)),
         MachineConfig(memory=4 * MIB),
         MachineConfig(memory=256 * GIB),
     ],
@@ -101,7 +101,7 @@ def test_sensible_configuration_is_accepted(config: MachineConfig) -> None:
         (MachineConfig(scheme="cbit"), "--scheme cbit needs --private-mem"),
         (MachineConfig(initrd="i"), "--initrd needs --kernel"),
         (MachineConfig(append="quiet"), "--append needs --kernel"),
-        (MachineConfig(policy="m:C"), "--policy needs --private-mem"),
+        (MachineConfig(policies=(("m:C", ()),)), "--policy needs --private-mem"),
         (
             replace(KERNEL, private_memory="guest_memfd"),
             "--private-mem=guest_memfd.*use --private-mem=guest_memfd-mmap, or memfd",

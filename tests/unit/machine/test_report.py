@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 
-from vmm.conversion.accounting import Accounting
+from vmm.conversion.accounting import Accounting, Refinements
 from vmm.core.errors import UsageError
 from vmm.core.ranges import Range
 from vmm.exits.outcome import PANIC, RESET, Outcome
@@ -40,6 +40,7 @@ def some_report() -> dict[str, Any]:
         memory=memory,
         outcome=Outcome("poweroff"),
         accounting=Accounting(),
+        refinements=Refinements(),
         io={"blk0": {"requests": 3}},
         exits={"io": 1, "mmio": 5},
         ports={port: port for port in range(1, 31)},
@@ -97,7 +98,9 @@ def test_report_has_the_promised_keys() -> None:
 def test_report_counts_pages_and_residency_of_both_sides() -> None:
     report = some_report()
 
-    assert report["pages"] == {"ram_bytes": RAM, "private_bytes": 0x80000, "shared_bytes": 0x80000}
+    assert report["pages"] == {
+        "ram_bytes": RAM, "private_bytes": 0x80000, "shared_bytes": 0x80000, "deferred_bytes": 0,
+    }  # fmt: skip
     assert report["residency"] == {"private_bytes": 0, "shared_bytes": 4096}
 
 

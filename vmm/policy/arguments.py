@@ -1,0 +1,150 @@
+"""`--policy-arg NAME=VALUE`: words turned into what a policy's constructor declares."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, Union
+
+from vmm.core.errors import UsageError
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_FLAGS = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
+
+
+def bind(
+    make: type[Any], words: Sequence[str], load: Callable[[str, Sequence[str]], object]
+) -> dict[str, Any]:
+    """The keyword arguments for `make`. Raises UsageError that names the word and the remedy.
+
+    A parameter declared as a policy takes MODULE:CLASS and is given to `load`, together with the
+    words for that policy's own arguments: `of=m:C of.limit=3`.
+    """
+    parameters = _parameters(make)
+    given: dict[str, str] = {}
+    inner: dict[str, list[str]] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        outer, dot, rest = name.partition(".")
+        if not equals or not outer:
+            raise UsageError(f"--policy-arg {word}: write NAME=VALUE")
+        if outer not in parameters:
+            known = ", ".join(parameters) or "none at all"
+            raise UsageError(f"--policy-arg {word}: {make.__name__} takes {known}")
+        if dot:
+            inner.setdefault(outer, []).append(f"{rest}={value}")
+        elif name in given:
+            raise UsageError(f"--policy-arg {word}: {name} is given twice")
+        else:
+            given[name] = value
+    missing = [n for n, p in parameters.items() if p.default is p.empty and n not in given]
+    if missing:
+        raise UsageError(
+            f"{make.__name__} needs {', '.join(missing)}; "
+            f"give it with --policy-arg {missing[0]}=VALUE"
+        )
+    for name in inner.keys() - given.keys():
+        raise UsageError(f"--policy-arg {name}.{inner[name][0]}: {name}=MODULE:CLASS is missing")
+    hints = _hints(make) if given else {}
+    result: dict[str, Any] = {}
+    for name, text in given.items():
+        if name not in hints:
+            raise UsageError(
+                f"--policy-arg {name}={text}: {make.__name__} declares no type for {name}; "
+                f"write {name}: int, float, bool, str or Path there"
+            )
+        wanted = hints[name]
+        if _is_policy(wanted):
+            result[name] = load(text, inner.get(name, []))
+            continue
+        if name in inner:
+            raise UsageError(f"--policy-arg {name}.{inner[name][0]}: {name} is not a policy")
+        try:
+            result[name] = _converted(text, wanted)
+        except (ValueError, OverflowError):
+            raise UsageError(
+                f"--policy-arg {name}={text}: {make.__name__} wants {_described(wanted)}"
+            ) from None
+    return result
+
+
+def _parameters(make: type[Any]) -> dict[str, inspect.Parameter]:
+    """What can be given by name; a class without a constructor of its own takes nothing."""
+    if make.__init__ is object.__init__:
+        return {}
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    found = inspect.signature(make).parameters
+    return {name: parameter for name, parameter in found.items() if parameter.kind in named}
+
+
+def _hints(make: type[Any]) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(make.__init__)
+    except Exception as error:
+        raise UsageError(f"{make.__name__}: its constructor's types: {error!r}") from error
+
+
+def _is_policy(wanted: Any) -> bool:
+    from vmm.policy.protocol import Policy
+
+    kinds = typing.get_args(wanted) or (wanted,)
+    return any(isinstance(kind, type) and issubclass(kind, Policy) for kind in kinds)
+
+
+def _converted(text: str, wanted: Any) -> Any:
+    """`text` as a value of type `wanted`. Raises ValueError."""
+    origin = typing.get_origin(wanted)
+    if origin in (Union, types.UnionType):
+        return _first_that_fits(text, typing.get_args(wanted))
+    if origin is Literal:
+        return next(value for value in _choices(wanted, text))
+    if wanted is bool:
+        if text.lower() not in _FLAGS:
+            raise ValueError(text)
+        return _FLAGS[text.lower()]
+    if wanted is int:
+        return _integer(text)
+    if wanted is type(None):
+        if text != "none":
+            raise ValueError(text)
+        return None
+    if wanted in (float, str, Path):
+        return wanted(text)
+    raise ValueError(text)
+
+
+def _first_that_fits(text: str, wanted: Sequence[Any]) -> Any:
+    # Text and paths take everything: they come last.
+    for each in sorted(wanted, key=lambda kind: kind in (str, Path)):
+        try:
+            return _converted(text, each)
+        except ValueError:
+            continue
+    raise ValueError(text)
+
+
+def _choices(wanted: Any, text: str) -> list[Any]:
+    found = [value for value in typing.get_args(wanted) if str(value) == text]
+    if not found:
+        raise ValueError(text)
+    return found
+
+
+def _integer(text: str) -> int:
+    """A number, or a size as in 80M."""
+    match = re.fullmatch(r"(-?[0-9][0-9_]*)([KMGT]?)", text, re.ASCII | re.IGNORECASE)
+    if match:
+        return int(match[1]) * _UNITS[match[2].upper()]
+    return int(text, 0)
+
+
+def _described(wanted: Any) -> str:
+    if wanted is int:
+        return "int: a number, or a size as in 80M"
+    if wanted is bool:
+        return "bool: yes or no"
+    return getattr(wanted, "__name__", str(wanted)) if isinstance(wanted, type) else str(wanted)

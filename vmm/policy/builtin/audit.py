@@ -1,0 +1,52 @@
+"""Audit: writes down what another policy decides."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from vmm.policy import Decision, End, Event, Policy, View
+
+
+class Audit(Policy):
+    """Asks `of` (default: allow all) and writes a line of JSON for each decision to `file`.
+
+    --policy vmm.policy.builtin:Audit --policy-arg file=audit.jsonl
+        --policy-arg of=vmm.policy.builtin:Quota --policy-arg of.limit=80M
+    """
+
+    def __init__(self, file: Path, of: Policy | None = None) -> None:
+        self._of = Policy() if of is None else of
+        # Line by line: what is decided is on record before it is done.
+        self._file = file.open("w", buffering=1, encoding="utf-8")
+        self._started = 0.0
+
+    def on_boot(self, view: View) -> Decision:
+        self._started = view.now
+        return self._of.on_boot(view)
+
+    def on_share(self, event: Event, view: View) -> Decision:
+        return self._noted(event, view, self._of.on_share(event, view))
+
+    def on_unshare(self, event: Event, view: View) -> Decision:
+        return self._noted(event, view, self._of.on_unshare(event, view))
+
+    def on_exit(self, end: End, view: View) -> None:
+        with self._file:
+            self._write(view, exit=end.exit, reason=end.reason)
+            self._of.on_exit(end, view)
+
+    def _noted(self, event: Event, view: View, decision: Decision) -> Decision:
+        self._write(
+            view,
+            kind=event.kind.value,
+            gpa=f"{event.area.start:#x}",
+            bytes=event.area.size,
+            vcpu=event.vcpu,
+            decision=repr(decision),
+        )
+        return decision
+
+    def _write(self, view: View, **what: object) -> None:
+        line = {"s": round(view.now - self._started, 6)} | what
+        self._file.write(json.dumps(line) + "\n")

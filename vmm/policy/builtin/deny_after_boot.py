@@ -1,0 +1,34 @@
+"""DenyAfterBoot: what a guest shares while it boots is all that it will ever share."""
+
+from __future__ import annotations
+
+from vmm.policy import Allow, Decision, Deny, Event, Policy, View
+
+
+class DenyAfterBoot(Policy):
+    """Refuses every share once the guest has booted; pages may become private at any time.
+
+    Without `seconds` the boot ends with the first unshare: Linux gives its unused decrypted
+    memory back right before it starts init. Else it ends that long after the first instruction.
+    """
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        if not seconds >= 0:
+            raise ValueError(f"seconds={seconds}: a boot takes 0 (up to the first unshare) or more")
+        self._seconds = seconds
+        self._started = 0.0
+        self._unshared = False
+
+    def on_boot(self, view: View) -> Decision:
+        self._started = view.now
+        return Allow()
+
+    def on_share(self, event: Event, view: View) -> Decision:
+        return Deny() if self._booted(view.now) else Allow()
+
+    def on_unshare(self, event: Event, view: View) -> Decision:
+        self._unshared = True
+        return Allow()
+
+    def _booted(self, now: float) -> bool:
+        return now - self._started >= self._seconds if self._seconds else self._unshared
