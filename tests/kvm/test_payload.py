@@ -232,6 +232,98 @@ def test_policy_that_breaks_ends_the_run_with_one_line(report: Path, tmp_path: P
     )
 
 
+BUILTIN = "vmm.policy.builtin"
+
+
+def test_quota_refuses_what_exceeds_it_in_a_real_run(report: Path) -> None:
+    policy = ("--policy", f"{BUILTIN}:Quota", "--policy-arg", "limit=4M")
+
+    run = pyvmm(report, "--private-mem", "--mem", "64M", *policy)
+
+    # 2 MiB start shared, 4 KiB more are fine, 2 MiB more are not.
+    assert run.status == 1
+    assert "ok 5 share-4KiB" in run.output
+    assert re.search(r"^not ok 6 share-2MiB: .* saw -13", run.output, re.MULTILINE)
+    share = run.report["conversions"]["share"]
+    assert (share["calls"], share["bytes"], share["denied"]) == (2, 4096, 1)
+
+
+def test_coalescing_is_not_noticed_by_the_payload(report: Path) -> None:
+    """Pages whose discard is put off still come back as zeros, and are accounted for."""
+    policy = ("--policy", f"{BUILTIN}:Coalesce", "--policy-arg", "seconds=1000")
+
+    run = pyvmm(report, "--private-mem", "--mem", "64M", *policy)
+
+    assert (run.status, run.errors) == (0, "")
+    assert "ok 14 reshare: nothing old came back" in run.output
+    content = run.report
+    assert content["refinements"]["reclaimed_bytes"] > 0
+    pages, conversions = content["pages"], content["conversions"]
+    assert pages["deferred_bytes"] > 0
+    assert (
+        pages["private_bytes"] + pages["deferred_bytes"]
+        == 62 * MIB - conversions["share"]["bytes"] + conversions["unshare"]["bytes"]
+    )
+
+
+def test_kept_pages_come_back_with_their_content_which_the_payload_notices(report: Path) -> None:
+    """What README warns of: the guest has to initialise what it shares."""
+    policy = ("--policy", f"{BUILTIN}:KeepShared")
+
+    run = pyvmm(report, "--private-mem", "--mem", "64M", *policy)
+
+    assert run.status == 1
+    assert re.search(r"^not ok 14 reshare: freshly shared memory: ", run.output, re.MULTILINE)
+
+
+def test_several_policies_must_all_allow_and_audit_writes_it_down(
+    report: Path, tmp_path: Path
+) -> None:
+    log = tmp_path / "audit.jsonl"
+    options = (
+        "--policy", f"{BUILTIN}:AllowAll",
+        "--policy", f"{BUILTIN}:Audit", "--policy-arg", f"file={log}",
+        "--policy-arg", f"of={BUILTIN}:RateLimit", "--policy-arg", "of.per_second=0.001",
+    )  # fmt: skip
+
+    run = pyvmm(report, "--private-mem", "--mem", "64M", *options)
+
+    assert run.status == 1
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line.get("decision") for line in lines] == ["Allow()", "Deny(errno=16)", None]
+    assert lines[-1]["exit"] == run.report["guest"]["exit"] == "failed"
+
+
+@pytest.mark.parametrize("hook", ["on_share(self, event, view)", "on_boot(self, view)"])
+def test_kill_ends_the_run_with_status_1_and_the_reason(
+    report: Path, tmp_path: Path, hook: str
+) -> None:
+    policy = policy_file(tmp_path, f"    def {hook}:\n        return Kill('seen enough')")
+
+    run = pyvmm(report, "--private-mem", "--mem", "64M", "--policy", policy)
+
+    assert run.status == 1
+    assert run.errors == "pyvmm: the run was ended: policy Mine: seen enough\n"
+    assert run.report["guest"] == {"exit": "killed", "reason": "policy Mine: seen enough"}
+    assert run.report["conversions"]["share"]["bytes"] == 0
+    assert "ok 5" not in run.output, "the guest ran no further"
+
+
+def test_due_discards_are_made_while_the_guest_runs(report: Path, tmp_path: Path) -> None:
+    """By the device loop, without another request of the guest's."""
+    policy = policy_file(
+        tmp_path,
+        "    def on_unshare(self, event, view):\n        return Defer(view.now)",
+    )
+
+    run = pyvmm(report, "--private-mem", "--mem", "64M", "--policy", policy)
+
+    assert run.status == 0
+    refinements = run.report["refinements"]
+    assert refinements["reclaimed_bytes"] < refinements["deferred_bytes"]
+    assert run.report["pages"]["deferred_bytes"] < refinements["deferred_bytes"]
+
+
 # How strong the isolation is: another process maps the guest's private memory.
 
 PROBE_POLICY = '''

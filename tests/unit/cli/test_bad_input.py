@@ -49,6 +49,15 @@ def refused(command: Command, arguments: str | list[str], message: str) -> None:
         ("--initrd x", "--initrd needs --kernel"),
         ("--append quiet", "--append needs --kernel"),
         ("--policy p.py:P", "--policy needs --private-mem"),
+        ("--policy-arg x=1", "--policy-arg x=1 has no --policy before it"),
+        ("--policy-arg x=1 --policy p.py:P", "--policy-arg x=1 has no --policy before it"),
+        ("--private-mem --policy vmm.policy.builtin:Quota", "Quota needs limit"),
+        ("--private-mem --policy vmm.policy.builtin:Quota --policy-arg limit=x", "wants int"),
+        (
+            "--private-mem --policy vmm.policy.builtin:Quota --policy-arg limit=1"
+            " --policy vmm.policy:Policy --policy-arg limit=1",
+            "--policy vmm.policy:Policy: --policy-arg limit=1: Policy takes none at all",
+        ),
         ("run --mem x", "--mem 'x'"),
     ],
 )

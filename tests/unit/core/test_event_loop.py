@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -177,3 +178,38 @@ def test_close_closes_the_loops_own_fds() -> None:
     made.close()
 
     assert set(os.listdir("/proc/self/fd")) == before
+
+
+# -- the timer ------------------------------------------------------------------------------------
+
+
+def test_timer_fires_once_on_the_loops_thread(loop: EventLoop) -> None:
+    fired: list[int] = []
+
+    def fire() -> None:
+        fired.append(threading.get_ident())
+        loop.set_timer(time.monotonic() + 0.001, loop.stop)
+
+    loop.set_timer(0.0, fire)
+    loop.run()
+
+    assert fired == [threading.get_ident()]
+
+
+def test_timer_set_from_another_thread_wakes_an_idle_loop(loop: EventLoop) -> None:
+    thread = threading.Thread(target=loop.set_timer, args=(0.0, loop.stop))
+    thread.start()
+
+    loop.run()
+
+    thread.join()
+
+
+def test_timer_far_away_does_not_fire_and_a_later_one_replaces_it(loop: EventLoop) -> None:
+    fired: list[str] = []
+
+    loop.set_timer(1e12, lambda: fired.append("far"))
+    loop.set_timer(0.0, loop.stop)
+    loop.run()
+
+    assert fired == []

@@ -12,8 +12,9 @@ import pytest
 from kvm_bindings import KvmError, Vcpu
 from kvm_bindings.exits import Exit, InterruptedExit, IoExit, ShutdownExit
 from tests.support.fake_vcpu import FakeVcpu, RecordingDevice, Rig
-from vmm.exits.outcome import INTERNAL_ERROR, TRIPLE_FAULT, Outcome
+from vmm.exits.outcome import INTERNAL_ERROR, KILLED, TRIPLE_FAULT, Outcome
 from vmm.exits.run_loop import KICK_SIGNAL, VcpuRunner, install_kick_handler
+from vmm.policy import PolicyKill
 
 OUT = IoExit(0x80, 1, 1, True, b"x")
 
@@ -148,3 +149,18 @@ def test_failing_kvm_run_becomes_an_outcome_and_no_exception(rig: Rig) -> None:
     assert run.runner.error is None
     assert run.outcomes[0].exit == INTERNAL_ERROR
     assert "vCPU 0: KVM_RUN(vcpu=0, exit_reason=0) failed: EFAULT" in run.outcomes[0].reason
+
+
+def test_policy_that_ends_the_run_becomes_an_outcome_and_the_guest_runs_no_further(
+    rig: Rig,
+) -> None:
+    vcpu = FakeVcpu([PolicyKill("policy Mine: enough"), OUT])
+    run = Run(rig, vcpu)
+
+    run.runner.start()
+
+    assert run.runner.join(10)
+    assert run.outcomes == [Outcome(KILLED, "policy Mine: enough")]
+    assert run.outcomes[0].exit_status == 1
+    assert run.runner.error is None
+    assert run.runner.exit_counts == {}

@@ -1,0 +1,136 @@
+"""Several policies in a row, boot and exit, and answers that are none."""
+
+from __future__ import annotations
+
+import errno
+from typing import Any, cast
+
+import pytest
+
+from tests.support.conversion import Answering
+from tests.support.memory import pages
+from vmm.core.events import Kind
+from vmm.core.ranges import Range
+from vmm.policy import (
+    Allow,
+    Convert,
+    Decision,
+    Defer,
+    Deny,
+    End,
+    Kill,
+    Partial,
+    Policy,
+    PolicyError,
+    PolicyKill,
+    View,
+)
+from vmm.policy.hooks import Hooks
+
+VIEW = cast(View, None)
+AREA = pages(0, 8)
+LATER = Defer(5.0)
+MORE = Convert(pages(0, 9))
+
+
+def decide(*answers: object) -> Decision:
+    policies = [Answering(answer) for answer in answers]
+    return Hooks(policies).decide(Kind.UNSHARE, AREA, 0, "test", VIEW)
+
+
+@pytest.mark.parametrize(
+    ("answers", "result"),
+    [
+        ((), Allow()),
+        ((Allow(), Allow()), Allow()),
+        ((Allow(), Deny(errno.EBUSY), Deny()), Deny(errno.EBUSY)),
+        ((LATER, Deny()), Deny()),
+        ((Partial(pages(0, 4)), Kill("x")), Kill("policy Answering: x")),
+        ((LATER, MORE), LATER),
+        ((MORE, LATER), MORE),
+        ((LATER, Partial(pages(0, 4))), Partial(pages(0, 4))),
+        ((Partial(pages(0, 4)), LATER), Partial(pages(0, 4))),
+        ((Partial(pages(0, 4)), Partial(pages(1, 2))), Partial(pages(1, 2))),
+    ],
+    ids=repr,
+)
+def test_decisions_in_a_row_become_one(answers: tuple[Decision, ...], result: Decision) -> None:
+    assert decide(*answers) == result
+
+
+def test_refusal_ends_the_round() -> None:
+    after = Answering(Allow())
+
+    Hooks([Answering(Deny()), after]).decide(Kind.SHARE, AREA, 0, "test", VIEW)
+
+    assert after.asked == []
+
+
+def test_policy_after_a_partial_is_asked_about_the_part() -> None:
+    after = Answering(Allow())
+
+    Hooks([Answering(Partial(pages(2, 3))), after]).decide(Kind.SHARE, AREA, 0, "test", VIEW)
+
+    assert [event.area for event in after.asked] == [pages(2, 3)]
+
+
+def test_part_of_a_later_policy_must_lie_in_the_part_of_an_earlier() -> None:
+    with pytest.raises(PolicyError, match="part of the request"):
+        decide(Partial(pages(0, 2)), Partial(pages(1, 2)))
+
+
+class Watching(Policy):
+    def __init__(self, answer: object = None) -> None:
+        self.answer = answer or Allow()
+        self.ends: list[End] = []
+
+    def on_boot(self, view: View) -> Decision:
+        return cast(Decision, self.answer)
+
+    def on_exit(self, end: End, view: View) -> None:
+        self.ends.append(end)
+        if isinstance(self.answer, Exception):
+            raise self.answer
+
+
+def test_boot_may_be_refused_with_kill_and_its_reason() -> None:
+    with pytest.raises(PolicyKill, match="policy Watching: not this one"):
+        Hooks([Watching(), Watching(Kill("not this one"))]).boot(VIEW)
+
+
+@pytest.mark.parametrize("answer", [Deny(), True, LATER])
+def test_other_answer_to_boot_is_the_policys_fault(answer: object) -> None:
+    with pytest.raises(PolicyError, match=r"Watching: on_boot returned .*Kill\(reason\)"):
+        Hooks([Watching(answer)]).boot(VIEW)
+
+
+def test_every_policy_hears_of_the_exit_also_after_one_that_raises() -> None:
+    policies = [Watching(ValueError("first")), Watching()]
+
+    with pytest.raises(PolicyError, match="Watching: on_exit raised ValueError"):
+        Hooks(policies).exit(End("poweroff", ""), VIEW)
+
+    assert policies[1].ends == [("poweroff", "")]
+
+
+@pytest.mark.parametrize(
+    ("make", "word"),
+    [
+        (lambda: Partial(Range(1, 4096)), "whole 4 KiB pages"),
+        (lambda: Partial(pages(0, 1), 0), "errno"),
+        (lambda: Convert(Range(0, 0)), "whole 4 KiB pages"),
+        (lambda: Defer(float("nan")), "time in seconds"),
+        (lambda: Defer(cast(Any, "soon")), "time in seconds"),
+    ],
+)
+def test_senseless_decision_cannot_be_made(make: Any, word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        make()
+
+
+def test_decisions_are_equal_when_they_say_the_same() -> None:
+    assert Deny() == Deny(errno.EACCES)
+    assert Deny() != Deny(errno.EPERM)
+    assert Allow() != Deny()
+    assert len({Allow(), Allow(), LATER, Defer(5.0), Defer(5.0, keep=True)}) == 3
+    assert repr(Deny(13)) == "Deny(errno=13)"
