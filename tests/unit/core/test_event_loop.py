@@ -213,3 +213,25 @@ def test_timer_far_away_does_not_fire_and_a_later_one_replaces_it(loop: EventLoo
     loop.run()
 
     assert fired == []
+
+
+def test_timer_that_has_fired_does_not_fire_with_the_next_event(
+    loop: EventLoop, eventfd: int
+) -> None:
+    fired: list[str] = []
+    events: list[int] = []
+
+    def fire() -> None:
+        fired.append("fired")
+        os.eventfd_write(eventfd, 1)
+
+    def served() -> None:
+        events.append(len(events))
+        if len(events) == 3:
+            loop.stop()
+
+    loop.add(eventfd, served)
+    loop.set_timer(0.0, fire)
+    loop.run()
+
+    assert fired == ["fired"]

@@ -141,6 +141,15 @@ def test_coalesce_turns_neighbours_into_one_conversion_in_any_order(memory: Gues
     assert tally(run.converter, Kind.UNSHARE)["bytes"] == page(5)
 
 
+def test_coalesce_joins_pages_at_the_start_of_ram(memory: GuestMemory) -> None:
+    run = Run(memory, Coalesce(size=page(4), seconds=1))
+
+    for first in range(4):
+        run.unshare(first)
+
+    assert run.pages_in(PageState.DEFERRED) == 0
+
+
 def test_coalesce_discards_what_stays_small_in_one_go_at_the_periods_end(
     memory: GuestMemory,
 ) -> None:

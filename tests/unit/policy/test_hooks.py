@@ -134,3 +134,11 @@ def test_decisions_are_equal_when_they_say_the_same() -> None:
     assert Allow() != Deny()
     assert len({Allow(), Allow(), LATER, Defer(5.0), Defer(5.0, keep=True)}) == 3
     assert repr(Deny(13)) == "Deny(errno=13)"
+
+
+def test_hook_that_is_not_overridden_is_not_called() -> None:
+    """It would cost every conversion of every run without a policy."""
+    hooks = Hooks([Policy(), Watching()])
+
+    assert (hooks._share, hooks._unshare) == ((), ())
+    assert len(hooks._boot) == len(hooks._exit) == 1
