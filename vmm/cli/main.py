@@ -145,13 +145,13 @@ def _run(arguments: Sequence[str]) -> int:
         report=options.report,
     )
     config.validate()
-    from vmm.machine.guest import open_guest
+    from vmm.machine.images import OpenedImages
 
     # A kernel is uncompressed by a child process while this one imports the rest.
-    with contextlib.closing(open_guest(config)) as guest:
+    with contextlib.closing(OpenedImages(config)) as images:
         from vmm.machine.machine import Machine
 
-        outcome = Machine(config, guest).run()
+        outcome = Machine(config, images).run()
     if outcome.exit_status:
         tell(f"{_sentence(outcome.exit)}: {outcome.reason}")
     return outcome.exit_status

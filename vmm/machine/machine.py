@@ -24,8 +24,9 @@ from vmm.exits.run_loop import VcpuRunner, install_kick_handler
 from vmm.machine.config import MachineConfig
 from vmm.machine.console import Console
 from vmm.machine.devices import Devices
-from vmm.machine.guest import Guest, open_guest
+from vmm.machine.guest import Guest, make_guest
 from vmm.machine.host import create_private_backing, open_kvm, require_hypercall_exits
+from vmm.machine.images import OpenedImages
 from vmm.machine.report import ReportFile, build_report
 from vmm.memory.backing import MemfdBacking
 from vmm.memory.guest_memory import GuestMemory, LaunchMemory, PageState
@@ -42,10 +43,10 @@ _LAST_OUTPUT_SECONDS = 1.0
 class Machine:
     """One VM with its vCPUs and devices; `run` may be called once."""
 
-    def __init__(self, config: MachineConfig, guest: Guest | None = None) -> None:
-        """`guest` is what `open_guest(config)` gave, where the caller has called it already."""
+    def __init__(self, config: MachineConfig, images: OpenedImages | None = None) -> None:
+        """`images` are the configuration's, where the caller has opened them already."""
         self._config = config
-        self._given_guest = guest
+        self._images = images
         self._cleanup = ExitStack()
         self._outcomes: list[Outcome] = []
         self._runners: list[VcpuRunner] = []
@@ -63,9 +64,7 @@ class Machine:
             started = time.monotonic()
             self._open_inputs()
             try:
-                self._create_vm()
-                self._lay_out_memory()
-                self._create_vcpu()
+                self._set_up_vm()
                 self._load_guest()
                 self._connect_devices()
             except OSError as error:  # KvmError is one
@@ -77,7 +76,9 @@ class Machine:
     def _open_inputs(self) -> None:
         """Everything the user named, before the host is asked for anything."""
         config = self._config
-        self._guest: Guest = self._given_guest or open_guest(config)
+        images = self._images or OpenedImages(config)
+        self._cleanup.callback(images.close)
+        self._guest: Guest = make_guest(config, images)
         self._cleanup.callback(self._guest.close)
         self._policy = Policy() if config.policy is None else load_policy(config.policy)
         self._disks: list[DiskFile] = []
@@ -88,6 +89,16 @@ class Machine:
         self._report_file = None if config.report is None else ReportFile(config.report)
         if self._report_file is not None:
             self._cleanup.callback(self._report_file.close)
+
+    def _set_up_vm(self) -> None:
+        """All that needs no bytes of the guest yet, while its kernel is being uncompressed."""
+        try:
+            self._create_vm()
+            self._lay_out_memory()
+            self._create_vcpu()
+        except (HostError, OSError):
+            self._guest.finish_opening()  # where both are wrong, what the user gave comes first
+            raise
         self._guest.finish_opening()
 
     def _create_vm(self) -> None:

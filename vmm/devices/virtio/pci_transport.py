@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 from threading import Lock, RLock
 
 from vmm.core.errors import GuestMemoryError, PyvmmError
@@ -42,15 +41,17 @@ _COMMON = struct.Struct("<IIIIHHBBHHHHHQQQ")
 _WORD = 0xFFFF_FFFF
 
 
-@dataclass(slots=True)
 class _QueueSettings:
     """What the driver wrote for one queue."""
 
-    size: int
-    enabled: bool = False
-    desc: int = 0
-    driver: int = 0
-    device: int = 0
+    __slots__ = ("desc", "device", "driver", "enabled", "size")
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.enabled = False
+        self.desc = 0
+        self.driver = 0
+        self.device = 0
 
 
 # The driver may write a queue only while it negotiates: (offset, size) -> (field, shift).

@@ -8,8 +8,7 @@ that is in there was written by a hostile guest: what does not add up raises Que
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from vmm.core.errors import PyvmmError
 
@@ -41,8 +40,7 @@ class RingMemory(Protocol):
     def pwrite(self, data: bytes, gpa: int) -> None: ...
 
 
-@dataclass(slots=True)
-class Chain:
+class Chain(NamedTuple):
     """One request: what the device may read, then what it may write. Empty pieces are left out."""
 
     head: int
