@@ -95,13 +95,13 @@ def _writer(fd: int) -> Callable[[bytes], None]:
 
 @contextmanager
 def _signals_raise() -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP unwind the stack, so that QEMU and the terminal are seen to."""
+    """These signals unwind the stack, so that QEMU and the terminal are seen to."""
 
     def handle(number: int, frame: FrameType | None) -> None:
         del frame
         raise _Interrupted(number)
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
     previous = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield

@@ -14,7 +14,7 @@ from vmm.arch.x86_64.doorbells import HYPERCALL_NAME, PORT_NAME, PortDoorbell
 from vmm.arch.x86_64.msrs import MsrTable
 from vmm.conversion.scheme import CbitScheme, PlainScheme, Scheme
 from vmm.conversion.transaction import Converter
-from vmm.core.errors import HostError
+from vmm.core.errors import HostError, tell
 from vmm.core.event_loop import EventLoop
 from vmm.core.ranges import Range, page_align_down, page_align_up
 from vmm.devices.virtio.block_file import DiskFile, open_disk
@@ -37,6 +37,8 @@ _REBOOT_TEXT = b"reboot: Restarting system"
 
 _LAST_OUTPUT_SECONDS = 1.0
 """How long a stopped vCPU may take to get its last output out."""
+_LAST_WORK_SECONDS = 2.0
+"""How long it may then take to finish what it is doing."""
 
 
 class Machine:
@@ -234,7 +236,7 @@ class Machine:
         self._runners.append(runner)
         previous = {
             number: signal.signal(number, self._signalled)
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
             if signal.getsignal(number) is not signal.SIG_IGN  # nohup
         }
         try:
@@ -259,7 +261,21 @@ class Machine:
             # It hangs in a write to a stdout that nobody reads, which Python never interrupts.
             self._console.abandon_output()
             runner.stop()
-            runner.join()
+            if not runner.join(_LAST_WORK_SECONDS):
+                self._abandon_vcpu()
+
+    def _abandon_vcpu(self) -> None:
+        """Go on without a vCPU's thread that doesn't end, for example because of its policy.
+
+        It may wake up and use what the machine has opened, so that all of it stays open until
+        the process ends.
+        """
+        self._cleanup.pop_all()
+        waiting_for = self._converter.undecided
+        what = "the vCPU's thread has not ended"
+        if waiting_for is not None:
+            what = f"{waiting_for} has not returned"
+        tell(f"{what}; pyvmm ends without it")
 
     def _write_report(self, outcome: Outcome, wall_seconds: float) -> None:
         counts: dict[str, int] = {}

@@ -50,7 +50,7 @@ class Deny:
     errno: int = errno.EACCES
 
     def __post_init__(self) -> None:
-        if not 0 < self.errno <= _LARGEST_ERRNO:
+        if not isinstance(self.errno, int) or not 0 < self.errno <= _LARGEST_ERRNO:
             raise ValueError(f"Deny(errno={self.errno}): the guest would not take it for an error")
 
 
