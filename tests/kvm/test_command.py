@@ -75,9 +75,7 @@ def test_ctrl_a_twice_sends_it_and_ctrl_a_h_helps(echoing: list[str]) -> None:
         assert session.wait() == (0, "")
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT]
-)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
 def test_signal_stops_the_run_and_restores_the_terminal(
     echoing: list[str], number: signal.Signals, tmp_path: Path
 ) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import FrameType
 
+from vmm.core.ending_signals import on_ending_signal
 from vmm.lab import terminal
 from vmm.lab.machine import Lab
 from vmm.lab.options import HELP, LabCommand, parse
@@ -23,6 +23,11 @@ class _Interrupted(BaseException):
         self.number = number
 
 
+def _unwind(number: int, frame: FrameType | None) -> None:
+    """Unwinds the stack, so that QEMU and the terminal are seen to."""
+    raise _Interrupted(number)
+
+
 def run(argv: list[str]) -> int:
     """The whole command; returns its exit status, raises PyvmmError for the caller to print."""
     command = parse(argv)
@@ -31,7 +36,7 @@ def run(argv: list[str]) -> int:
         return 0
     progress: Progress = Silent() if command.options.quiet else Reporter()
     try:
-        with _signals_raise(), finished(progress):
+        with on_ending_signal(_unwind), finished(progress):
             return _run(command, progress)
     except _Interrupted as interrupted:
         return ended_by(interrupted.number)
@@ -91,20 +96,3 @@ def _writer(fd: int) -> Callable[[bytes], None]:
             view = view[os.write(fd, view) :]
 
     return write
-
-
-@contextmanager
-def _signals_raise() -> Iterator[None]:
-    """These signals unwind the stack, so that QEMU and the terminal are seen to."""
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        del frame
-        raise _Interrupted(number)
-
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-    previous = {number: signal.signal(number, handle) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -14,6 +14,7 @@ from vmm.arch.x86_64.doorbells import HYPERCALL_NAME, PORT_NAME, PortDoorbell
 from vmm.arch.x86_64.msrs import MsrTable
 from vmm.conversion.scheme import CbitScheme, PlainScheme, Scheme
 from vmm.conversion.transaction import Converter
+from vmm.core.ending_signals import on_ending_signal
 from vmm.core.errors import HostError, tell
 from vmm.core.event_loop import EventLoop
 from vmm.core.ranges import Range, page_align_down, page_align_up
@@ -234,22 +235,16 @@ class Machine:
         install_kick_handler()
         runner = VcpuRunner(self._vcpu, self._handlers, self.stop)
         self._runners.append(runner)
-        previous = {
-            number: signal.signal(number, self._signalled)
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-            if signal.getsignal(number) is not signal.SIG_IGN  # nohup
-        }
-        try:
-            self._console.attach(self._loop, self._devices.serial)
-            runner.start()
-            self._loop.run()
-        finally:
-            self.stop(Outcome(STOPPED, "the device loop failed"))
-            for each in self._runners:
-                self._end(each)
-            self._console.restore()
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+        with on_ending_signal(self._signalled):
+            try:
+                self._console.attach(self._loop, self._devices.serial)
+                runner.start()
+                self._loop.run()
+            finally:
+                self.stop(Outcome(STOPPED, "the device loop failed"))
+                for each in self._runners:
+                    self._end(each)
+                self._console.restore()
         for each in self._runners:
             if each.error is not None:
                 raise each.error
