@@ -28,12 +28,18 @@ def _unwind(number: int, frame: FrameType | None) -> None:
     raise _Interrupted(number)
 
 
-def run(argv: list[str]) -> int:
-    """The whole command; returns its exit status, raises PyvmmError for the caller to print."""
+def run(argv: list[str], check: Callable[[list[str]], object] | None = None) -> int:
+    """The whole command; returns its exit status, raises PyvmmError for the caller to print.
+
+    `check` raises for arguments that the pyvmm inside would refuse, before minutes are spent on a
+    machine for it.
+    """
     command = parse(argv)
     if command.help:
         print(HELP, end="")
         return 0
+    if check is not None and not command.is_program:
+        check(command.arguments)
     progress: Progress = Silent() if command.options.quiet else Reporter()
     try:
         with on_ending_signal(_unwind), finished(progress):
