@@ -28,6 +28,9 @@ MAX_DISCARD_SECTORS, MAX_DISCARD_RANGES = 1 << 22, 16
 # Small enough that writing the zeroes out takes no longer than other requests do.
 MAX_ZERO_SECTORS, MAX_ZERO_RANGES = 1 << 16, 1
 _ZEROES = bytes(1 << 18)
+# The event loop has other things to do, an end of the run among them; a batch may be 256 requests
+# of 4 GiB each.
+TURN_BYTES = 64 << 20
 
 _HEADER = struct.Struct("<IIQ")
 _RANGE = struct.Struct("<QII")
@@ -105,18 +108,26 @@ class VirtioBlock:
         self._agreed = 0
 
     def process(self, queue_index: int) -> bool:
-        """Serve everything available now, and return it all at once."""
+        """Serve what is available now, or a turn's worth of it, and return it all at once."""
         queue, memory = self._queues[queue_index], self._memory
         if memory is None:
             return False
         used: list[tuple[int, int]] = []
         try:
-            for chain in queue.take():
+            chains = queue.take()
+            turn_ends = self._bytes_moved() + TURN_BYTES
+            for chain in chains:
                 used.append((chain.head, self._serve(memory, chain)))
+                if self._bytes_moved() >= turn_ends:
+                    queue.put_back(len(chains) - len(used))
+                    break
         except (QueueError, GuestMemoryError):
             queue.publish(used)  # those were carried out; the bad one stops the device
             raise
         return queue.publish(used)
+
+    def _bytes_moved(self) -> int:
+        return self.statistics.bytes_read + self.statistics.bytes_written
 
     # --- one request ---
 
