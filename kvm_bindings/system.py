@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from types import TracebackType
 
@@ -61,13 +62,14 @@ class System:
 
     def create_vm(self, vm_type: int = 0) -> Vm:
         """KVM_CREATE_VM. Raises KvmError (EINVAL: no such VM type here)."""
+        vcpu_mmap_size = self.vcpu_mmap_size()
         while True:
             result = int(lib.pyvmm_ioctl_value(self.fd, ioctls.KVM_CREATE_VM, vm_type))
-            if result != -4:  # EINTR
+            if result != -errno.EINTR:
                 break
         if result < 0:
             fail("KVM_CREATE_VM", result, f"type={vm_type}")
-        return Vm(result, self.vcpu_mmap_size())
+        return Vm(result, vcpu_mmap_size)
 
     def supported_cpuid(self) -> list[CpuidTuple]:
         """KVM_GET_SUPPORTED_CPUID: (function, index, flags, eax, ebx, ecx, edx) of each leaf."""

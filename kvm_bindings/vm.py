@@ -238,8 +238,8 @@ class Vm:
 
     def create_vcpu(self, vcpu_id: int) -> Vcpu:
         """KVM_CREATE_VCPU: the id is the local APIC's on x86."""
+        ring_page = self.check_extension(ioctls.KVM_CAP_COALESCED_MMIO)
         result = self._value(ioctls.KVM_CREATE_VCPU, vcpu_id)
         if result < 0:
             fail("KVM_CREATE_VCPU", result, f"{vcpu_id}")
-        ring_page = self.check_extension(ioctls.KVM_CAP_COALESCED_MMIO)
         return Vcpu(result, vcpu_id, self._vcpu_mmap_size, ring_page)

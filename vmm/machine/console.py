@@ -75,9 +75,10 @@ class Console:
 
         Python retries a write that a signal interrupts, so it has to find another file there.
         """
-        if self._stdout is not None:
+        stdout = self._stdout  # `output` may drop it meanwhile
+        if stdout is not None:
             null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
-            os.dup2(null, self._stdout, inheritable=False)
+            os.dup2(null, stdout, inheritable=False)
             os.close(null)
 
     def _drop_output(self) -> None:
@@ -188,15 +189,21 @@ class Console:
             if byte in b"xX":
                 self._on_quit()
             elif byte in b"hH?":
-                self.output(_HELP)
+                self._help()
             elif byte == ESCAPE:
                 kept.append(ESCAPE)
             else:
                 kept += bytes((ESCAPE, byte))
         return bytes(kept)
 
+    def _help(self) -> None:
+        """Help, unless nobody reads our output: this thread must stay free to end the run."""
+        if self._stdout is not None and _wait_writable(self._stdout, 0):
+            self.output(_HELP)
 
-def _wait_writable(fd: int) -> None:
+
+def _wait_writable(fd: int, milliseconds: int | None = None) -> bool:
+    """Whether `fd` takes output, after that long at most (None: however long that takes)."""
     poll = select.poll()  # select() knows file descriptors below 1024 only
     poll.register(fd, select.POLLOUT)
-    poll.poll()
+    return bool(poll.poll(milliseconds))

@@ -149,13 +149,13 @@ class Machine:
                 c_bit = choose_c_bit(self._supported_cpuid, size)
                 self._c_mask = 1 << c_bit
                 self._scheme = CbitScheme(c_bit)
+                private = self._guest.private_ranges(self._ram)
                 private_backing = create_private_backing(
                     self._vm,
                     config.private_memory,
                     size,
                     host_loads=self._guest.host_loads_private,
                 )
-                private = self._guest.private_ranges(self._ram)
         except BaseException:
             shared.close()
             raise

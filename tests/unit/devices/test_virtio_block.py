@@ -45,6 +45,10 @@ def punch_not_supported(_fd: int, _offset: int, _size: int) -> None:
     refuse(errno.EOPNOTSUPP)
 
 
+def punch_not_aligned(_fd: int, _offset: int, _size: int) -> None:
+    refuse(errno.EINVAL)  # a block device with sectors of 4 KiB
+
+
 def punch_by_zeroes(fd: int, offset: int, size: int) -> None:
     os.pwrite(fd, bytes(size), offset)
 
@@ -366,7 +370,7 @@ def test_block_range_request_that_was_not_negotiated_is_unsupported(
 
 
 @pytest.mark.parametrize("flags", [0, 1])
-@pytest.mark.parametrize("punch", [None, punch_not_supported, punch_by_zeroes])
+@pytest.mark.parametrize("punch", [None, punch_not_supported, punch_not_aligned, punch_by_zeroes])
 def test_block_write_zeroes_leaves_zeroes_whatever_the_host_can(
     make_machine: MakeMachine, flags: int, punch: Callable[[int, int, int], None] | None
 ) -> None:

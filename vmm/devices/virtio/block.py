@@ -37,7 +37,8 @@ _RANGE = struct.Struct("<QII")
 # capacity, size_max, seg_max, geometry, blk_size, topology, writeback, num_queues, then the
 # limits of discard and write zeroes.
 _CONFIG = struct.Struct("<QII4xI8xBxHIIIIIB3x")
-_CANNOT_PUNCH = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV)
+# EINVAL: a block device that wants other alignment than our sectors of 512 bytes.
+_CANNOT_PUNCH = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL)
 
 # What a request method answers: its status, and how many bytes it wrote to the guest.
 _Answer = tuple[int, int]
@@ -46,7 +47,7 @@ _Request = Callable[[int, list[Segment], list[Segment]], _Answer]
 
 class VirtioBlock:
     """A disk. `punch(fd, offset, size)` deallocates a range of the file and keeps its size;
-    without it, or where it says EOPNOTSUPP, zeroes are written and discards are not carried out.
+    without it, or where the host can't, zeroes are written and discards are not carried out.
     """
 
     device_id = 2
