@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import select
-import termios
-import tty
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 from vmm.core.errors import tell
 from vmm.core.event_loop import EventLoop, drain
+from vmm.core.raw_terminal import RawTerminal
 
 ESCAPE = 0x01  # Ctrl-A
 _HELP = b"\r\nCtrl-A x  quit    Ctrl-A Ctrl-A  send Ctrl-A    Ctrl-A h  this help\r\n"
@@ -36,7 +34,7 @@ class Console:
     def __init__(self, on_quit: Callable[[], None], stdin: int = 0, stdout: int = 1) -> None:
         self._on_quit = on_quit
         self._stdin = stdin
-        self._saved: list[Any] | None = None
+        self._terminal = RawTerminal(stdin)
         self._loop: EventLoop | None = None
         self._serial: SerialInput | None = None
         self._pending = b""
@@ -96,9 +94,7 @@ class Console:
         """Start forwarding input; a terminal becomes raw until `restore`."""
         self._loop = loop
         self._serial = serial
-        if os.isatty(self._stdin):
-            self._saved = termios.tcgetattr(self._stdin)
-            tty.setraw(self._stdin, termios.TCSANOW)
+        self._terminal.enter()
         loop.add(self._room, self._on_room)
         self._watch()
 
@@ -108,11 +104,7 @@ class Console:
 
     def restore(self) -> None:
         """Give the terminal back as it was; any number of times."""
-        if self._saved is not None:
-            # At once: waiting for output to drain may take for ever.
-            with contextlib.suppress(termios.error):  # the terminal is gone
-                termios.tcsetattr(self._stdin, termios.TCSANOW, self._saved)
-            self._saved = None
+        self._terminal.restore()
 
     def close(self) -> None:
         self.restore()
@@ -154,7 +146,7 @@ class Console:
             self._ended = True
             self._unwatch()
             return
-        self._pending = self._commands(data) if self._saved is not None else data
+        self._pending = self._commands(data) if self._terminal.is_raw else data
         self._feed()
 
     def _feed(self) -> None:
