@@ -125,7 +125,7 @@ def _explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, PyvmmError):
         return error.exit_status, str(error)
     if isinstance(error, KeyboardInterrupt):
-        return 1, "interrupted before the guest ran"
+        return 1, "interrupted while no guest was running"
     if isinstance(error, OSError):
         return HostError.exit_status, f"the host refused: {error}"
     return 1, f"internal error: {error!r}; --debug shows where, for a bug report"

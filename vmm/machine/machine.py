@@ -10,7 +10,12 @@ from typing import Any
 from kvm_bindings import KvmError, System, Vcpu, Vm, ioctls
 from vmm.arch.x86_64 import layout
 from vmm.arch.x86_64.cpuid import choose_c_bit, guest_cpuid, is_amd
-from vmm.arch.x86_64.doorbells import HYPERCALL_NAME, PORT_NAME, PortDoorbell
+from vmm.arch.x86_64.doorbells import (
+    HYPERCALL_NAME,
+    KVM_HC_MAP_GPA_RANGE,
+    PORT_NAME,
+    PortDoorbell,
+)
 from vmm.arch.x86_64.msrs import MsrTable
 from vmm.conversion.scheme import CbitScheme, PlainScheme, Scheme
 from vmm.conversion.transaction import Converter
@@ -106,7 +111,7 @@ class Machine:
         self._vm.create_pit2()
         if self._is_private and self._guest.needs_hypercalls:
             require_hypercall_exits(self._vm)
-            self._vm.enable_cap(ioctls.KVM_CAP_EXIT_HYPERCALL, 1 << ioctls.KVM_HC_MAP_GPA_RANGE)
+            self._vm.enable_cap(ioctls.KVM_CAP_EXIT_HYPERCALL, 1 << KVM_HC_MAP_GPA_RANGE)
             self._vm.enable_cap(
                 ioctls.KVM_CAP_X86_USER_SPACE_MSR,
                 ioctls.KVM_MSR_EXIT_REASON_INVAL

@@ -129,7 +129,7 @@ def test_user_without_permission_is_told_so(
     [
         (ValueError("odd\nthing"), 1, r"internal error: ValueError\('odd.*--debug shows where"),
         (OSError(12, "Cannot allocate memory"), 3, "the host refused: .*Cannot allocate memory"),
-        (KeyboardInterrupt(), 1, "interrupted before the guest ran"),
+        (KeyboardInterrupt(), 1, "interrupted while no guest was running"),
     ],
 )
 def test_unexpected_error_is_one_line(
