@@ -141,8 +141,7 @@ class Spinning(Policy):
 """
 
 
-@pytest.mark.parametrize("name", ["Sleeping", "Spinning"])
-@pytest.mark.parametrize("end", ["SIGTERM", "Ctrl-A x"])
+@pytest.mark.parametrize(("name", "end"), [("Sleeping", "SIGTERM"), ("Spinning", "Ctrl-A x")])
 def test_policy_that_never_decides_does_not_keep_the_run_from_ending(
     tmp_path: Path, name: str, end: str
 ) -> None:
