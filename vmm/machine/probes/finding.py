@@ -1,0 +1,35 @@
+"""What one probe found out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Status = Literal["yes", "no", "broken", "unknown"]
+"""yes: seen working; no: not offered; broken: offered, but behaves otherwise; unknown: not tried."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """`result` in a few words, `evidence` what was done and seen, `data` the same for programs."""
+
+    status: Status
+    result: str
+    evidence: str
+    data: dict[str, object] = field(default_factory=dict)
+
+
+def yes(result: str, evidence: str, **data: object) -> Finding:
+    return Finding("yes", result, evidence, data)
+
+
+def no(result: str, evidence: str, **data: object) -> Finding:
+    return Finding("no", result, evidence, data)
+
+
+def broken(result: str, evidence: str, **data: object) -> Finding:
+    return Finding("broken", result, evidence, data)
+
+
+def unknown(evidence: str) -> Finding:
+    return Finding("unknown", "not probed", evidence)
