@@ -20,9 +20,9 @@ LAB = "use pyvmm lab, which emulates a machine that has it"
 
 KERNEL_PRIVATE, PAYLOAD_PRIVATE, KERNEL = "kernel_private", "payload_private", "kernel"
 JOBS = {
-    KERNEL_PRIVATE: "a kernel with --private-mem",
+    KERNEL_PRIVATE: "a stock kernel with --private-mem",
     PAYLOAD_PRIVATE: "the embedded payload with --private-mem",
-    KERNEL: "a kernel without --private-mem",
+    KERNEL: "a stock kernel without --private-mem",
 }
 MAIN_JOB = KERNEL_PRIVATE
 _ALL = tuple(JOBS)
@@ -61,6 +61,7 @@ def _guest_memfd(flags: int, key: str, enables: str, if_missing: str) -> Capabil
 
 
 _MEMFD_SERVES = "Linux 6.18 or later has it; --private-mem=memfd serves everywhere"
+_INERT = "needs a VM type with memory attributes; --scheme cbit needs none"
 _ATTRIBUTES = "private memory by attributes, in one address space"
 
 CAPABILITIES = (
@@ -92,11 +93,11 @@ CAPABILITIES = (
         "c_bit", "C-bit", cpu.c_bit, "--scheme cbit: the guest picks private or shared", LAB,
         _PRIVATE,
     ),
-    _guest_memfd(0, "", _ATTRIBUTES, "Linux 6.8 or later has it; --private-mem=memfd"),
+    _guest_memfd(0, "", _ATTRIBUTES, _INERT),
     _guest_memfd(
         1, "_mmap", "--private-mem=guest_memfd: the kernel keeps the host out", _MEMFD_SERVES
     ),
-    _guest_memfd(2, "_init_shared", _ATTRIBUTES, "nothing needs it"),
+    _guest_memfd(2, "_init_shared", _ATTRIBUTES, _INERT),
     _guest_memfd(
         3, "_mmap_init_shared", "--private-mem=guest_memfd-mmap: the host can load a kernel",
         _MEMFD_SERVES,
@@ -127,7 +128,7 @@ CAPABILITIES = (
     ),
     Capability(
         "coalesced_ports", "coalesced port writes", events.coalesced_ports,
-        "fewer exits for index registers", "Linux 5.0 or later has it; each write exits",
+        "fewer exits for index registers", "nothing: each write exits",
     ),
     Capability(
         "exit_latency", "exit to user space", cpu.exit_latency, "every device access costs it",
@@ -150,7 +151,7 @@ class Row:
     @property
     def advice(self) -> str:
         """What to do, where there is something to do."""
-        return "" if self.works else self.capability.if_missing
+        return self.capability.if_missing if self.finding.status in ("no", "broken") else ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import statistics
 import time
@@ -197,7 +198,7 @@ def exit_latency(system: System) -> Finding:
             times.append(time.perf_counter())
     if len(times) <= _LATENCY_EXITS:
         return broken("guest stops", f"a guest made {len(times) - 1} of {_LATENCY_EXITS} exits")
-    each = [(after - before) * 1e6 for before, after in zip(times, times[1:], strict=False)]
+    each = [(after - before) * 1e6 for before, after in itertools.pairwise(times)]
     median = statistics.median(each)
     return yes(
         f"{median:.0f} us an exit",

@@ -81,6 +81,4 @@ def irqfd_resample(system: System) -> Finding:
         told = _signalled(resample)
     if handled and told:
         return yes("works", f"a guest took GSI {_GSI} from an irqfd; its EOI was told")
-    return broken(
-        "doesn't work", f"GSI {_GSI} from an irqfd: {seen(exit)}, {handled=}, EOI {told=}"
-    )
+    return broken("doesn't work", f"GSI {_GSI} by irqfd: {seen(exit)}, {handled=}, EOI {told=}")

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Status = Literal["yes", "no", "broken", "unknown"]
-"""yes: seen working; no: not offered; broken: offered, but behaves otherwise; unknown: not tried."""
+"""yes: seen working; no: not there, or no use here; broken: offered, but behaves otherwise;
+unknown: not tried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,5 +32,5 @@ def broken(result: str, evidence: str, **data: object) -> Finding:
     return Finding("broken", result, evidence, data)
 
 
-def unknown(evidence: str) -> Finding:
-    return Finding("unknown", "not probed", evidence)
+def unknown(evidence: str, result: str = "not probed", **data: object) -> Finding:
+    return Finding("unknown", result, evidence, data)

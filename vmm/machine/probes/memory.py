@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from kvm_bindings import KvmError, System, fdops, ioctls
 from kvm_bindings.exits import Exit, IoExit
 from vmm.machine.probes.cpu import is_done, seen
-from vmm.machine.probes.finding import Finding, broken, no, yes
+from vmm.machine.probes.finding import Finding, broken, no, unknown, yes
 from vmm.machine.probes.micro_guest import (
     AREA_GPA,
     AREA_SIZE,
@@ -19,7 +19,7 @@ from vmm.machine.probes.micro_guest import (
     memory_file,
 )
 
-# include/uapi/asm/kvm.h and, for pKVM's, arm64's bit 31, which is no x86 type.
+# KVM_X86_..._VM in arch/x86/include/uapi/asm/kvm.h.
 VM_TYPES = {0: "default", 1: "sw-protected", 2: "sev", 3: "sev-es", 4: "snp", 5: "tdx"}
 
 _MMAP = ioctls.GUEST_MEMFD_FLAG_MMAP
@@ -82,8 +82,10 @@ def memory_faults(system: System) -> Finding:
     """KVM_EXIT_MEMORY_FAULT: KVM's word only, as nothing but attributes can provoke it."""
     with system.create_vm() as vm:
         offered = vm.check_extension(ioctls.KVM_CAP_MEMORY_FAULT_INFO)
-    evidence = f"KVM_CAP_MEMORY_FAULT_INFO = {offered} (KVM's word; not provoked)"
-    return yes("offered", evidence) if offered else no("not offered", evidence)
+    evidence = f"KVM_CAP_MEMORY_FAULT_INFO = {offered}"
+    if not offered:
+        return no("not offered", evidence)
+    return unknown(f"{evidence}: KVM's word alone", "offered, not tried", capability=offered)
 
 
 def memslots(system: System) -> Finding:
@@ -164,7 +166,7 @@ class _Examination:
             "guest_reads_zeros_after_punch": emptied,
         }
         if served == "userspace_addr":
-            return yes("only with attributes", f"{word}; {', '.join(parts)}", **data)
+            return no("only with attributes", f"{word}; {', '.join(parts)}", **data)
         if punched != "works" or not emptied:
             return broken("can't be punched", f"{word}; {', '.join(parts)}", **data)
         kept_out = read == write == "EFAULT"
