@@ -53,7 +53,7 @@ def vm_types(system: System) -> Finding:
     mask = system.check_extension(ioctls.KVM_CAP_VM_TYPES)
     evidence = f"KVM_CAP_VM_TYPES = {mask:#x}; KVM_CREATE_VM refused {', '.join(refused) or 'none'}"
     if set(made) <= {"default"}:
-        return no("default only", evidence, types=made)
+        return no("default only" if made else "none", evidence, types=made)
     return yes(", ".join(made), evidence, types=made)
 
 
@@ -75,7 +75,7 @@ def memory_attributes(system: System) -> Finding:
                     vm.set_memory_attributes(0, AREA_SIZE, attributes)
                 words[-1] += ", set and cleared"
                 return yes(f"on {name} VMs", "; ".join(words), vm_type=number)
-    return no("none", "; ".join(words))
+    return no("none", "; ".join(words) or "no VM can be created")
 
 
 def memory_faults(system: System) -> Finding:
