@@ -28,6 +28,7 @@ examples:
   pyvmm lab --kernel bzImage --private-mem    the same under full emulation, where the host's
                                               KVM can't do it or there is none
   pyvmm lab --help                            the lab's own options
+  pyvmm check                                 what this host can do, and what is missing
 
 While the guest runs on a terminal, Ctrl-A x quits.
 exit status: 0 guest powered off, 1 guest failed, 2 bad usage or input, 3 the host cannot do it
@@ -45,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The options of `pyvmm [run]`."""
     parser = _Parser(
         prog="pyvmm",
-        usage="pyvmm [run] [options]    or    pyvmm lab [options]",
+        usage="pyvmm [run] [options]    or    pyvmm check [--json]    or    pyvmm lab [options]",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -108,7 +109,9 @@ def main(arguments: Sequence[str]) -> int:
         if arguments and arguments[0] == "lab":
             from vmm.lab.command import run as run_lab
 
-            return run_lab(list(arguments[1:]), check=_configuration)
+            return run_lab(list(arguments[1:]), check=_refuse_early)
+        if arguments and arguments[0] == "check":
+            return _check(arguments[1:])
         return _run(arguments)
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in arguments:
@@ -118,6 +121,34 @@ def main(arguments: Sequence[str]) -> int:
         status, sentence = _explain(error)
         tell(sentence)
         return status
+
+
+def _refuse_early(arguments: Sequence[str]) -> None:
+    """Raise UsageError for words that pyvmm would refuse, without doing what they say."""
+    if arguments and arguments[0] == "check":
+        _check_parser().parse_args(arguments[1:])
+    else:
+        _configuration(arguments)
+
+
+def _check_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="pyvmm check",
+        description="Probes what this host can do: one line for each capability, with evidence, "
+        "what it enables and what to do without it, then which jobs can run.",
+        epilog="exit status: 0 a kernel with --private-mem can run here, 2 bad usage, 3 it cannot",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, whose keys are stable")
+    parser.add_argument("--debug", action="store_true", help="show a traceback for errors")
+    return parser
+
+
+def _check(arguments: Sequence[str]) -> int:
+    options = _check_parser().parse_args(arguments)
+    from vmm.cli.check import run
+
+    return run(as_json=options.json)
 
 
 def _explain(error: BaseException) -> tuple[int, str]:

@@ -31,7 +31,12 @@ from vmm.machine.config import MachineConfig
 from vmm.machine.console import Console
 from vmm.machine.devices import Devices
 from vmm.machine.guest import Guest, make_guest
-from vmm.machine.host import create_private_backing, open_kvm, require_hypercall_exits
+from vmm.machine.host import (
+    SEE_CHECK,
+    create_private_backing,
+    open_kvm,
+    require_hypercall_exits,
+)
 from vmm.machine.images import OpenedImages
 from vmm.machine.report import ReportFile, build_report
 from vmm.memory.backing import MemfdBacking
@@ -135,7 +140,7 @@ class Machine:
         return self._config.private_memory is not None
 
     def _require_working_hypercalls(self) -> None:
-        from vmm.machine.probe import hypercall_behaviour
+        from vmm.machine.probes.hypercall import hypercall_behaviour
 
         behaviour = hypercall_behaviour(self._system, amd=is_amd(self._supported_cpuid))
         if behaviour == "exits":
@@ -147,7 +152,7 @@ class Machine:
         raise HostError(
             f"this host's KVM {what}, so that a kernel cannot ask for conversions; use "
             "pyvmm lab with the same options, or run without --kernel (the embedded payload "
-            "asks through a port)"
+            f"asks through a port); {SEE_CHECK}"
         )
 
     def _lay_out_memory(self) -> None:
