@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from tests.lab.conftest import Starter
+from vmm.boot.kernel import load_kernel_image
+from vmm.lab.machine import Lab
 from vmm.lab.run import LabRun
 
 PROMPT = b"/ # "
@@ -125,6 +127,25 @@ def check_report(report: dict[str, Any]) -> None:
     disk = report["io"]["blk0"]
     assert disk["bytes_read"] > 3 * MIB and disk["bytes_written"] > 700 * 4096
     assert disk["errors"] == disk["refused"] == 0
+
+
+def test_bare_vmlinux_boots_with_memory_above_4_gib(
+    lab: Lab, lab_start: Starter, tmp_path: Path
+) -> None:
+    with load_kernel_image(lab.guest_kernel("debian:6.1").image) as image:
+        size = os.fstat(image.source_fd).st_size
+        (tmp_path / "vmlinux").write_bytes(os.pread(image.source_fd, size, 0))
+
+    run = lab_start([*linux(str(tmp_path / "vmlinux")), "--private-mem", "--mem", "3200M", *REPORT])
+    shell = Shell(run)
+    assert shell.type("uname -r").startswith("6.1")
+    kib = int(shell.type("head -1 /proc/meminfo").split()[1])
+    status = shell.leave("poweroff -f")
+
+    assert status == 0
+    assert kib > 2700 << 10
+    pages = report_of(tmp_path)["pages"]
+    assert pages["private_bytes"] + pages["shared_bytes"] == 3200 * MIB
 
 
 def test_stock_kernel_boots_as_an_ordinary_vm(lab_start: Starter, tmp_path: Path) -> None:

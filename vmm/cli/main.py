@@ -8,9 +8,12 @@ import contextlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from vmm.core.errors import HostError, PyvmmError, UsageError, tell
+
+if TYPE_CHECKING:
+    from vmm.machine.config import MachineConfig
 
 _DESCRIPTION = """\
 Runs a virtual machine whose memory is private: the guest decides page by page what the host may
@@ -105,8 +108,8 @@ def main(arguments: Sequence[str]) -> int:
         if arguments and arguments[0] == "lab":
             from vmm.lab.command import run as run_lab
 
-            return run_lab(list(arguments[1:]))
-        return _run(arguments[1:] if arguments and arguments[0] == "run" else arguments)
+            return run_lab(list(arguments[1:]), check=_configuration)
+        return _run(arguments)
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in arguments:
             import traceback  # not on the start-up path
@@ -122,14 +125,16 @@ def _explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, PyvmmError):
         return error.exit_status, str(error)
     if isinstance(error, KeyboardInterrupt):
-        return 1, "interrupted before the guest ran"
+        return 1, "interrupted while no guest was running"
     if isinstance(error, OSError):
         return HostError.exit_status, f"the host refused: {error}"
     return 1, f"internal error: {error!r}; --debug shows where, for a bug report"
 
 
-def _run(arguments: Sequence[str]) -> int:
-    options = build_parser().parse_args(arguments)
+def _configuration(arguments: Sequence[str]) -> MachineConfig:
+    """What `pyvmm [run] OPTIONS` asks for. Raises UsageError; looks at no file, nor at the host."""
+    words = arguments[1:] if arguments and arguments[0] == "run" else arguments
+    options = build_parser().parse_args(words)
     from vmm.machine.config import MachineConfig, parse_count, parse_size
 
     config = MachineConfig(
@@ -145,6 +150,11 @@ def _run(arguments: Sequence[str]) -> int:
         report=options.report,
     )
     config.validate()
+    return config
+
+
+def _run(arguments: Sequence[str]) -> int:
+    config = _configuration(arguments)
     from vmm.machine.images import OpenedImages
 
     # A kernel is uncompressed by a child process while this one imports the rest.

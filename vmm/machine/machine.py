@@ -10,11 +10,17 @@ from typing import Any
 from kvm_bindings import KvmError, System, Vcpu, Vm, ioctls
 from vmm.arch.x86_64 import layout
 from vmm.arch.x86_64.cpuid import choose_c_bit, guest_cpuid, is_amd
-from vmm.arch.x86_64.doorbells import HYPERCALL_NAME, PORT_NAME, PortDoorbell
+from vmm.arch.x86_64.doorbells import (
+    HYPERCALL_NAME,
+    KVM_HC_MAP_GPA_RANGE,
+    PORT_NAME,
+    PortDoorbell,
+)
 from vmm.arch.x86_64.msrs import MsrTable
 from vmm.conversion.scheme import CbitScheme, PlainScheme, Scheme
 from vmm.conversion.transaction import Converter
-from vmm.core.errors import HostError
+from vmm.core.ending_signals import on_ending_signal
+from vmm.core.errors import HostError, tell
 from vmm.core.event_loop import EventLoop
 from vmm.core.ranges import Range, page_align_down, page_align_up
 from vmm.devices.virtio.block_file import DiskFile, open_disk
@@ -38,6 +44,8 @@ _REBOOT_TEXT = b"reboot: Restarting system"
 
 _LAST_OUTPUT_SECONDS = 1.0
 """How long a stopped vCPU may take to get its last output out."""
+_LAST_WORK_SECONDS = 2.0
+"""How long it may then take to finish what it is doing."""
 
 
 class Machine:
@@ -114,7 +122,7 @@ class Machine:
         self._vm.create_pit2()
         if self._is_private and self._guest.needs_hypercalls:
             require_hypercall_exits(self._vm)
-            self._vm.enable_cap(ioctls.KVM_CAP_EXIT_HYPERCALL, 1 << ioctls.KVM_HC_MAP_GPA_RANGE)
+            self._vm.enable_cap(ioctls.KVM_CAP_EXIT_HYPERCALL, 1 << KVM_HC_MAP_GPA_RANGE)
             self._vm.enable_cap(
                 ioctls.KVM_CAP_X86_USER_SPACE_MSR,
                 ioctls.KVM_MSR_EXIT_REASON_INVAL
@@ -157,13 +165,13 @@ class Machine:
                 c_bit = choose_c_bit(self._supported_cpuid, size)
                 self._c_mask = 1 << c_bit
                 self._scheme = CbitScheme(c_bit)
+                private = self._guest.private_ranges(self._ram)
                 private_backing = create_private_backing(
                     self._vm,
                     config.private_memory,
                     size,
                     host_loads=self._guest.host_loads_private,
                 )
-                private = self._guest.private_ranges(self._ram)
         except BaseException:
             shared.close()
             raise
@@ -243,22 +251,16 @@ class Machine:
         install_kick_handler()
         runner = VcpuRunner(self._vcpu, self._handlers, self.stop)
         self._runners.append(runner)
-        previous = {
-            number: signal.signal(number, self._signalled)
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-            if signal.getsignal(number) is not signal.SIG_IGN  # nohup
-        }
-        try:
-            self._console.attach(self._loop, self._devices.serial)
-            runner.start()
-            self._loop.run()
-        finally:
-            self.stop(Outcome(STOPPED, "the device loop failed"))
-            for each in self._runners:
-                self._end(each)
-            self._console.restore()
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+        with on_ending_signal(self._signalled):
+            try:
+                self._console.attach(self._loop, self._devices.serial)
+                runner.start()
+                self._loop.run()
+            finally:
+                self.stop(Outcome(STOPPED, "the device loop failed"))
+                for each in self._runners:
+                    self._end(each)
+                self._console.restore()
         for each in self._runners:
             if each.error is not None:
                 raise each.error
@@ -270,7 +272,21 @@ class Machine:
             # It hangs in a write to a stdout that nobody reads, which Python never interrupts.
             self._console.abandon_output()
             runner.stop()
-            runner.join()
+            if not runner.join(_LAST_WORK_SECONDS):
+                self._abandon_vcpu()
+
+    def _abandon_vcpu(self) -> None:
+        """Go on without a vCPU's thread that doesn't end, for example because of its policy.
+
+        It may wake up and use what the machine has opened, so that all of it stays open until
+        the process ends.
+        """
+        self._cleanup.pop_all()
+        waiting_for = self._converter.undecided
+        what = "the vCPU's thread has not ended"
+        if waiting_for is not None:
+            what = f"{waiting_for} has not returned"
+        tell(f"{what}; pyvmm ends without it")
 
     def _write_report(self, outcome: Outcome, wall_seconds: float) -> None:
         counts: dict[str, int] = {}

@@ -12,6 +12,7 @@ import threading
 
 from kvm_bindings import System, fdops, ioctls
 from kvm_bindings.exits import HypercallExit, InterruptedExit
+from vmm.arch.x86_64.doorbells import KVM_HC_MAP_GPA_RANGE
 from vmm.exits.run_loop import KICK_SIGNAL, install_kick_handler
 
 PROBE_SECONDS = 1.0
@@ -46,7 +47,7 @@ def _run(system: System, hva: int, seconds: float) -> str:
     install_kick_handler()
     runner = threading.get_ident()
     with system.create_vm() as vm:
-        vm.enable_cap(ioctls.KVM_CAP_EXIT_HYPERCALL, 1 << ioctls.KVM_HC_MAP_GPA_RANGE)
+        vm.enable_cap(ioctls.KVM_CAP_EXIT_HYPERCALL, 1 << KVM_HC_MAP_GPA_RANGE)
         vm.set_user_memory_region(0, 0, _SIZE, hva)
         vcpu = vm.create_vcpu(0)
 

@@ -57,7 +57,7 @@ class Deny:
     __slots__ = ("errno",)
 
     def __init__(self, errno: int = EACCES) -> None:
-        if not 0 < errno <= _LARGEST_ERRNO:
+        if not isinstance(errno, int) or not 0 < errno <= _LARGEST_ERRNO:
             raise ValueError(f"Deny(errno={errno}): the guest would not take it for an error")
         self.errno = errno
 

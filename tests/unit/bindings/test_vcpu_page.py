@@ -354,3 +354,13 @@ def test_many_threads_decoding_at_once_agree(page: Page) -> None:
         thread.join(30)
 
     assert seen == [HypercallExit(12, (1, 2, 3, 4, 5, 6), 0)] * 8
+
+
+def test_vcpu_whose_page_cannot_be_mapped_closes_its_fd() -> None:
+    fd = os.memfd_create("kvm_run")
+
+    with pytest.raises(KvmError, match="mmap"):
+        Vcpu(fd, 0, 0)
+
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
