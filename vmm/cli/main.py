@@ -8,9 +8,12 @@ import contextlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from vmm.core.errors import HostError, PyvmmError, UsageError, tell
+
+if TYPE_CHECKING:
+    from vmm.machine.config import MachineConfig
 
 _DESCRIPTION = """\
 Runs a virtual machine whose memory is private: the guest decides page by page what the host may
@@ -25,6 +28,7 @@ examples:
   pyvmm lab --kernel bzImage --private-mem    the same under full emulation, where the host's
                                               KVM can't do it or there is none
   pyvmm lab --help                            the lab's own options
+  pyvmm check                                 what this host can do, and what is missing
 
 While the guest runs on a terminal, Ctrl-A x quits.
 exit status: 0 guest powered off, 1 guest failed, 2 bad usage or input, 3 the host cannot do it
@@ -57,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The options of `pyvmm [run]`."""
     parser = _Parser(
         prog="pyvmm",
-        usage="pyvmm [run] [options]    or    pyvmm lab [options]",
+        usage="pyvmm [run] [options]    or    pyvmm check [--json]    or    pyvmm lab [options]",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -130,8 +134,10 @@ def main(arguments: Sequence[str]) -> int:
         if arguments and arguments[0] == "lab":
             from vmm.lab.command import run as run_lab
 
-            return run_lab(list(arguments[1:]))
-        return _run(arguments[1:] if arguments and arguments[0] == "run" else arguments)
+            return run_lab(list(arguments[1:]), check=_refuse_early)
+        if arguments and arguments[0] == "check":
+            return _check(arguments[1:])
+        return _run(arguments)
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in arguments:
             import traceback  # not on the start-up path
@@ -142,19 +148,49 @@ def main(arguments: Sequence[str]) -> int:
         return status
 
 
+def _refuse_early(arguments: Sequence[str]) -> None:
+    """Raise UsageError for words that pyvmm would refuse, without doing what they say."""
+    if arguments and arguments[0] == "check":
+        _check_parser().parse_args(arguments[1:])
+    else:
+        _configuration(arguments)
+
+
+def _check_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="pyvmm check",
+        description="Probes what this host can do: one line for each capability, with evidence, "
+        "what it enables and what to do without it, then which jobs can run.",
+        epilog="exit status: 0 a kernel with --private-mem can run here, 2 bad usage, 3 it cannot",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, whose keys are stable")
+    parser.add_argument("--debug", action="store_true", help="show a traceback for errors")
+    return parser
+
+
+def _check(arguments: Sequence[str]) -> int:
+    options = _check_parser().parse_args(arguments)
+    from vmm.cli.check import run
+
+    return run(as_json=options.json)
+
+
 def _explain(error: BaseException) -> tuple[int, str]:
     """The exit status and the sentence for whatever ended the command."""
     if isinstance(error, PyvmmError):
         return error.exit_status, str(error)
     if isinstance(error, KeyboardInterrupt):
-        return 1, "interrupted before the guest ran"
+        return 1, "interrupted while no guest was running"
     if isinstance(error, OSError):
         return HostError.exit_status, f"the host refused: {error}"
     return 1, f"internal error: {error!r}; --debug shows where, for a bug report"
 
 
-def _run(arguments: Sequence[str]) -> int:
-    options = build_parser().parse_args(arguments)
+def _configuration(arguments: Sequence[str]) -> MachineConfig:
+    """What `pyvmm [run] OPTIONS` asks for. Raises UsageError; looks at no file, nor at the host."""
+    words = arguments[1:] if arguments and arguments[0] == "run" else arguments
+    options = build_parser().parse_args(words)
     from vmm.machine.config import MachineConfig, parse_count, parse_size
 
     config = MachineConfig(
@@ -170,13 +206,18 @@ def _run(arguments: Sequence[str]) -> int:
         report=options.report,
     )
     config.validate()
-    from vmm.machine.guest import open_guest
+    return config
+
+
+def _run(arguments: Sequence[str]) -> int:
+    config = _configuration(arguments)
+    from vmm.machine.images import OpenedImages
 
     # A kernel is uncompressed by a child process while this one imports the rest.
-    with contextlib.closing(open_guest(config)) as guest:
+    with contextlib.closing(OpenedImages(config)) as images:
         from vmm.machine.machine import Machine
 
-        outcome = Machine(config, guest).run()
+        outcome = Machine(config, images).run()
     if outcome.exit_status:
         tell(f"{_sentence(outcome.exit)}: {outcome.reason}")
     return outcome.exit_status

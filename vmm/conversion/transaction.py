@@ -44,6 +44,9 @@ _SETTLED = {
 RETRY_SECONDS = 1.0
 """When a late discard that failed is tried again."""
 
+BUSY_SECONDS = 0.1
+"""How long late discards wait for a conversion under way, and after how long they try again."""
+
 QUIESCE_TIMEOUT = 5.0
 """Seconds that a conversion waits for host accesses under way before it fails with EBUSY."""
 
@@ -83,6 +86,11 @@ class Converter:
         self.view = GuestView(memory, self.accounting, clock)
         self._due: DueTimes | None = None  # made by the first Defer
         self._wake = math.inf
+
+    @property
+    def undecided(self) -> str | None:
+        """The policy's hook that is being waited for, for a message; None where none is."""
+        return self.hooks.waiting_for
 
     def convert(self, request: ConversionRequest) -> int:
         """Carry out a request; the guest's answer: 0, or a negative errno.
@@ -221,9 +229,13 @@ class Converter:
         """Discard the shared sides that are due, and ask to be woken for the next ones.
 
         The guest has had its answer: a discard that fails leaves the pages deferred, which is
-        what they are, and is tried again.
+        what they are, and is tried again. Waits only shortly for a conversion under way: its
+        policy may never return, and the device loop has to go on.
         """
-        with self._lock:
+        if not self._lock.acquire(timeout=BUSY_SECONDS):
+            self._wake_at(self._clock() + BUSY_SECONDS)
+            return
+        try:
             due, now = self._due, self._clock()
             if due is None:
                 return
@@ -241,6 +253,8 @@ class Converter:
             self._wake = due.next()
             if self._wake < math.inf:
                 self._wake_at(self._wake)
+        finally:
+            self._lock.release()
 
     def _discard_owed(self, area: Range) -> None:
         """Before a share: what the guest may not find again. The guest gave it up long ago, so

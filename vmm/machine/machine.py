@@ -10,11 +10,17 @@ from typing import Any
 from kvm_bindings import KvmError, System, Vcpu, Vm, ioctls
 from vmm.arch.x86_64 import layout
 from vmm.arch.x86_64.cpuid import choose_c_bit, guest_cpuid, is_amd
-from vmm.arch.x86_64.doorbells import HYPERCALL_NAME, PORT_NAME, PortDoorbell
+from vmm.arch.x86_64.doorbells import (
+    HYPERCALL_NAME,
+    KVM_HC_MAP_GPA_RANGE,
+    PORT_NAME,
+    PortDoorbell,
+)
 from vmm.arch.x86_64.msrs import MsrTable
 from vmm.conversion.scheme import CbitScheme, PlainScheme, Scheme
 from vmm.conversion.transaction import Converter
-from vmm.core.errors import HostError
+from vmm.core.ending_signals import on_ending_signal
+from vmm.core.errors import HostError, tell
 from vmm.core.event_loop import EventLoop
 from vmm.core.ranges import Range, page_align_down, page_align_up
 from vmm.devices.virtio.block_file import DiskFile, open_disk
@@ -24,31 +30,39 @@ from vmm.exits.run_loop import VcpuRunner, install_kick_handler
 from vmm.machine.config import MachineConfig
 from vmm.machine.console import Console
 from vmm.machine.devices import Devices
-from vmm.machine.guest import Guest, open_guest
-from vmm.machine.host import create_private_backing, open_kvm, require_hypercall_exits
+from vmm.machine.guest import Guest, make_guest
+from vmm.machine.host import (
+    SEE_CHECK,
+    create_private_backing,
+    open_kvm,
+    require_hypercall_exits,
+)
+from vmm.machine.images import OpenedImages
 from vmm.machine.report import ReportFile, build_report
 from vmm.memory.backing import MemfdBacking
 from vmm.memory.guest_memory import GuestMemory, LaunchMemory, PageState
-from vmm.policy import End, PolicyKill
-from vmm.policy.loader import load_policy
+from vmm.policy import End, Policy, PolicyKill
 
 _PANIC_TEXT = b"Kernel panic - not syncing"
 _REBOOT_TEXT = b"reboot: Restarting system"
 
 _LAST_OUTPUT_SECONDS = 1.0
 """How long a stopped vCPU may take to get its last output out."""
+_LAST_WORK_SECONDS = 2.0
+"""How long it may then take to finish what it is doing."""
 
 
 class Machine:
     """One VM with its vCPUs and devices; `run` may be called once."""
 
-    def __init__(self, config: MachineConfig, guest: Guest | None = None) -> None:
-        """`guest` is what `open_guest(config)` gave, where the caller has called it already."""
+    def __init__(self, config: MachineConfig, images: OpenedImages | None = None) -> None:
+        """`images` are the configuration's, where the caller has opened them already."""
         self._config = config
-        self._given_guest = guest
+        self._images = images
         self._cleanup = ExitStack()
         self._outcomes: list[Outcome] = []
         self._runners: list[VcpuRunner] = []
+        self._abandoned = False
         self.report: dict[str, Any] | None = None
         """The report, once the run is over."""
 
@@ -63,16 +77,16 @@ class Machine:
             started = time.monotonic()
             self._open_inputs()
             try:
-                self._create_vm()
-                self._lay_out_memory()
-                self._create_vcpu()
+                self._set_up_vm()
                 self._load_guest()
                 self._connect_devices()
             except OSError as error:  # KvmError is one
                 raise HostError(str(error)) from error
             outcome = self._refusal_to_boot() or self._run_guest()
             try:
-                self._converter.hooks.exit(End(outcome.exit, outcome.reason), self._converter.view)
+                if not self._abandoned:  # else a policy may be at work still
+                    end = End(outcome.exit, outcome.reason)
+                    self._converter.hooks.exit(end, self._converter.view)
             finally:
                 self._write_report(outcome, time.monotonic() - started)
         return outcome
@@ -80,9 +94,11 @@ class Machine:
     def _open_inputs(self) -> None:
         """Everything the user named, before the host is asked for anything."""
         config = self._config
-        self._guest: Guest = self._given_guest or open_guest(config)
+        images = self._images or OpenedImages(config)
+        self._cleanup.callback(images.close)
+        self._guest: Guest = make_guest(config, images)
         self._cleanup.callback(self._guest.close)
-        self._policies = [load_policy(spec, words) for spec, words in config.policies]
+        self._policies = _load_policies(config)
         self._disks: list[DiskFile] = []
         for spec in config.disks:
             disk = open_disk(spec)
@@ -91,6 +107,16 @@ class Machine:
         self._report_file = None if config.report is None else ReportFile(config.report)
         if self._report_file is not None:
             self._cleanup.callback(self._report_file.close)
+
+    def _set_up_vm(self) -> None:
+        """All that needs no bytes of the guest yet, while its kernel is being uncompressed."""
+        try:
+            self._create_vm()
+            self._lay_out_memory()
+            self._create_vcpu()
+        except (HostError, OSError):
+            self._guest.finish_opening()  # where both are wrong, what the user gave comes first
+            raise
         self._guest.finish_opening()
 
     def _create_vm(self) -> None:
@@ -106,7 +132,7 @@ class Machine:
         self._vm.create_pit2()
         if self._is_private and self._guest.needs_hypercalls:
             require_hypercall_exits(self._vm)
-            self._vm.enable_cap(ioctls.KVM_CAP_EXIT_HYPERCALL, 1 << ioctls.KVM_HC_MAP_GPA_RANGE)
+            self._vm.enable_cap(ioctls.KVM_CAP_EXIT_HYPERCALL, 1 << KVM_HC_MAP_GPA_RANGE)
             self._vm.enable_cap(
                 ioctls.KVM_CAP_X86_USER_SPACE_MSR,
                 ioctls.KVM_MSR_EXIT_REASON_INVAL
@@ -119,7 +145,7 @@ class Machine:
         return self._config.private_memory is not None
 
     def _require_working_hypercalls(self) -> None:
-        from vmm.machine.probe import hypercall_behaviour
+        from vmm.machine.probes.hypercall import hypercall_behaviour
 
         behaviour = hypercall_behaviour(self._system, amd=is_amd(self._supported_cpuid))
         if behaviour == "exits":
@@ -131,7 +157,7 @@ class Machine:
         raise HostError(
             f"this host's KVM {what}, so that a kernel cannot ask for conversions; use "
             "pyvmm lab with the same options, or run without --kernel (the embedded payload "
-            "asks through a port)"
+            f"asks through a port); {SEE_CHECK}"
         )
 
     def _lay_out_memory(self) -> None:
@@ -149,13 +175,13 @@ class Machine:
                 c_bit = choose_c_bit(self._supported_cpuid, size)
                 self._c_mask = 1 << c_bit
                 self._scheme = CbitScheme(c_bit)
+                private = self._guest.private_ranges(self._ram)
                 private_backing = create_private_backing(
                     self._vm,
                     config.private_memory,
                     size,
                     host_loads=self._guest.host_loads_private,
                 )
-                private = self._guest.private_ranges(self._ram)
         except BaseException:
             shared.close()
             raise
@@ -248,22 +274,16 @@ class Machine:
         install_kick_handler()
         runner = VcpuRunner(self._vcpu, self._handlers, self.stop)
         self._runners.append(runner)
-        previous = {
-            number: signal.signal(number, self._signalled)
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-            if signal.getsignal(number) is not signal.SIG_IGN  # nohup
-        }
-        try:
-            self._console.attach(self._loop, self._devices.serial)
-            runner.start()
-            self._loop.run()
-        finally:
-            self.stop(Outcome(STOPPED, "the device loop failed"))
-            for each in self._runners:
-                self._end(each)
-            self._console.restore()
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+        with on_ending_signal(self._signalled):
+            try:
+                self._console.attach(self._loop, self._devices.serial)
+                runner.start()
+                self._loop.run()
+            finally:
+                self.stop(Outcome(STOPPED, "the device loop failed"))
+                for each in self._runners:
+                    self._end(each)
+                self._console.restore()
         for each in self._runners:
             if each.error is not None:
                 raise each.error
@@ -275,7 +295,22 @@ class Machine:
             # It hangs in a write to a stdout that nobody reads, which Python never interrupts.
             self._console.abandon_output()
             runner.stop()
-            runner.join()
+            if not runner.join(_LAST_WORK_SECONDS):
+                self._abandon_vcpu()
+
+    def _abandon_vcpu(self) -> None:
+        """Go on without a vCPU's thread that doesn't end, for example because of its policy.
+
+        It may wake up and use what the machine has opened, so that all of it stays open until
+        the process ends.
+        """
+        self._abandoned = True
+        self._cleanup.pop_all()
+        waiting_for = self._converter.undecided
+        what = "the vCPU's thread has not ended"
+        if waiting_for is not None:
+            what = f"{waiting_for} has not returned"
+        tell(f"{what}; pyvmm ends without it")
 
     def _write_report(self, outcome: Outcome, wall_seconds: float) -> None:
         counts: dict[str, int] = {}
@@ -318,6 +353,14 @@ class Machine:
 
     def _signalled(self, number: int, frame: object) -> None:
         self.stop(Outcome(STOPPED, f"received {signal.Signals(number).name}"))
+
+
+def _load_policies(config: MachineConfig) -> list[Policy]:
+    if not config.policies:
+        return []
+    from vmm.policy.loader import load_policy  # a run without policies does without
+
+    return [load_policy(spec, words) for spec, words in config.policies]
 
 
 def reset_outcome(tail: bytes) -> Outcome:

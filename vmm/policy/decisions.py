@@ -100,7 +100,7 @@ class Kill(Decision):
 
 
 def _checked_errno(what: str, errno: int) -> int:
-    if not 0 < errno <= _LARGEST_ERRNO:
+    if not isinstance(errno, int) or not 0 < errno <= _LARGEST_ERRNO:
         raise ValueError(f"{what}(errno={errno}): the guest would not take it for an error")
     return errno
 

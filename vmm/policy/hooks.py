@@ -29,6 +29,13 @@ class Hooks:
         self._unshare = _overridden(policies, "on_unshare")
         self._boot = _overridden(policies, "on_boot")
         self._exit = _overridden(policies, "on_exit")
+        self._called: tuple[Hook, str] | None = None
+
+    @property
+    def waiting_for(self) -> str | None:
+        """The name of the hook that has not returned yet; None where none is being called."""
+        called = self._called
+        return None if called is None else _named(*called)
 
     def decide(self, kind: Kind, area: Range, vcpu: int, doorbell: str, view: View) -> Decision:
         """What the policies say to a request. Raises PolicyError when one of them breaks."""
@@ -54,7 +61,7 @@ class Hooks:
     def boot(self, view: View) -> None:
         """The guest is about to run. Raises PolicyKill when a policy won't have it."""
         for hook in self._boot:
-            decision = _call(hook, "", view)
+            decision = self._call(hook, "", view)
             if isinstance(decision, Kill):
                 raise PolicyKill(_killed(decision, hook))
             if not isinstance(decision, Allow):
@@ -65,20 +72,31 @@ class Hooks:
         broken: list[PolicyError] = []
         for hook in self._exit:
             try:
-                _call(hook, "", end, view)
+                self._call(hook, "", end, view)
             except PolicyError as error:
                 broken.append(error)
         if broken:
             raise broken[0]
 
     def _ask(self, hook: Hook, event: Event, view: View) -> Decision:
-        decision = _call(hook, f" for {event.area}", event, view)
+        decision = self._call(hook, f" for {event.area}", event, view)
         if not isinstance(decision, (Allow, Deny, Partial, Defer, Convert, Kill)):
             say = "return Allow() or Deny() or another decision of vmm.policy"
             raise blame(hook, f" for {event.area}", f"returned {decision!r}; {say}")
         if isinstance(decision, Kill):
             return Kill(_killed(decision, hook))
         return decision
+
+    def _call(self, hook: Hook, where: str, *arguments: object) -> object:
+        self._called = (hook, where)
+        try:
+            return hook(*arguments)
+        except (Exception, SystemExit) as error:
+            # An OSError of the policy's own must not reach the guest as if it were an answer, nor
+            # a SystemExit the shell as if it were pyvmm's status.
+            raise blame(hook, where, f"raised {error!r}; --debug shows where") from error
+        finally:
+            self._called = None
 
     def _require_fitting(self, hook: Hook, event: Event, decision: Decision) -> None:
         """A decision that does not fit its event is the policy's fault, never the guest's."""
@@ -95,8 +113,12 @@ class Hooks:
 
 def blame(hook: Hook, where: str, what: str) -> PolicyError:
     """The error that names the policy and the hook at fault."""
+    return PolicyError(f"{_named(hook, where)} {what}")
+
+
+def _named(hook: Hook, where: str) -> str:
     name = type(getattr(hook, "__self__", hook)).__name__
-    return PolicyError(f"policy {name}: {getattr(hook, '__name__', 'hook')}{where} {what}")
+    return f"policy {name}: {getattr(hook, '__name__', 'hook')}{where}"
 
 
 def _overridden(policies: Sequence[Policy], name: str) -> tuple[Hook, ...]:
@@ -104,14 +126,6 @@ def _overridden(policies: Sequence[Policy], name: str) -> tuple[Hook, ...]:
     hooks = [getattr(policy, name) for policy in policies]
     own = getattr(Policy, name)
     return tuple(hook for hook in hooks if getattr(hook, "__func__", None) is not own)
-
-
-def _call(hook: Hook, where: str, *arguments: object) -> object:
-    try:
-        return hook(*arguments)
-    except Exception as error:
-        # An OSError of the policy's own must not reach the guest as if it were an answer.
-        raise blame(hook, where, f"raised {error!r}; --debug shows where") from error
 
 
 def _killed(decision: Kill, hook: Hook) -> str:

@@ -81,4 +81,5 @@ class Policy:
         return Allow()
 
     def on_exit(self, end: End, view: View) -> None:
-        """The run is over, memory is still there; not called where an error broke the run off."""
+        """The run is over, memory is still there; not called where an error broke the run off
+        or a vCPU's thread did not end."""

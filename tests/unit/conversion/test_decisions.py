@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import math
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -13,7 +14,7 @@ import pytest
 from kvm_bindings import KvmError
 from tests.support.conversion import Answering, RecordingScheme, share, snapshot, tally, unshare
 from tests.support.memory import data_pages, guest_memory, page, pages, pattern
-from vmm.conversion.transaction import RETRY_SECONDS, Converter
+from vmm.conversion.transaction import BUSY_SECONDS, RETRY_SECONDS, Converter
 from vmm.core.errors import PrivateAccess
 from vmm.core.events import Kind
 from vmm.memory.backing import MemfdBacking
@@ -23,11 +24,13 @@ from vmm.policy import (
     Convert,
     Decision,
     Defer,
+    Event,
     Kill,
     Partial,
     Policy,
     PolicyError,
     PolicyKill,
+    View,
 )
 
 SIZE = page(64)
@@ -275,6 +278,42 @@ def test_wake_is_asked_for_only_when_it_gets_earlier(bench: Bench) -> None:
     bench.now = 103.0
     bench.converter.settle()
     assert bench.wakes == [105.0, 103.0, 105.0]
+
+
+def test_late_discard_is_put_off_while_a_policy_does_not_answer(bench: Bench) -> None:
+    """The device loop settles: were it to wait, nothing could end the run."""
+    asked, over = threading.Event(), threading.Event()
+
+    class Undecided(Policy):
+        def on_unshare(self, event: Event, view: View) -> Decision:
+            return Defer(105.0)
+
+        def on_share(self, event: Event, view: View) -> Decision:
+            asked.set()
+            over.wait()
+            return Allow()
+
+    converter = Converter(
+        bench.memory, bench.scheme, Undecided(), clock=lambda: bench.now, wake_at=bench.wakes.append
+    )
+    converter.convert(unshare(4, 1))
+    bench.now = 106.0
+    thread = threading.Thread(target=converter.convert, args=(share(40, 1),), daemon=True)
+    thread.start()
+    try:
+        assert asked.wait(10)
+
+        converter.settle()
+
+        assert converter.undecided == f"policy Undecided: on_share for {pages(40, 1)}"
+        assert bench.states(4, 1) == [PageState.DEFERRED]
+        assert bench.wakes == [105.0, 106.0 + BUSY_SECONDS]
+    finally:
+        over.set()
+        thread.join()
+    converter.settle()
+    assert converter.undecided is None
+    assert bench.states(4, 1) == [PageState.PRIVATE]
 
 
 # -- Convert --------------------------------------------------------------------------------------

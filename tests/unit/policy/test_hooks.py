@@ -18,6 +18,7 @@ from vmm.policy import (
     Defer,
     Deny,
     End,
+    Event,
     Kill,
     Partial,
     Policy,
@@ -89,7 +90,7 @@ class Watching(Policy):
 
     def on_exit(self, end: End, view: View) -> None:
         self.ends.append(end)
-        if isinstance(self.answer, Exception):
+        if isinstance(self.answer, BaseException):
             raise self.answer
 
 
@@ -113,11 +114,46 @@ def test_every_policy_hears_of_the_exit_also_after_one_that_raises() -> None:
     assert policies[1].ends == [("poweroff", "")]
 
 
+class Exiting(Policy):
+    def on_boot(self, view: View) -> Decision:
+        raise SystemExit(0)
+
+
+def test_policy_that_exits_at_boot_or_exit_is_blamed() -> None:
+    with pytest.raises(PolicyError, match="Exiting: on_boot raised SystemExit"):
+        Hooks([Exiting()]).boot(VIEW)
+    with pytest.raises(PolicyError, match="Watching: on_exit raised SystemExit"):
+        Hooks([Watching(SystemExit(0))]).exit(End("poweroff", ""), VIEW)
+
+
+def test_hook_is_named_while_it_is_being_waited_for_and_no_longer() -> None:
+    names: list[str | None] = []
+
+    class Looking(Policy):
+        def on_boot(self, view: View) -> Decision:
+            names.append(hooks.waiting_for)
+            return Allow()
+
+        def on_share(self, event: Event, view: View) -> Decision:
+            names.append(hooks.waiting_for)
+            raise ValueError
+
+    hooks = Hooks([Looking()])
+
+    hooks.boot(VIEW)
+    with pytest.raises(PolicyError):
+        hooks.decide(Kind.SHARE, AREA, 0, "test", VIEW)
+
+    assert names == ["policy Looking: on_boot", f"policy Looking: on_share for {AREA}"]
+    assert hooks.waiting_for is None
+
+
 @pytest.mark.parametrize(
     ("make", "word"),
     [
         (lambda: Partial(Range(1, 4096)), "whole 4 KiB pages"),
         (lambda: Partial(pages(0, 1), 0), "errno"),
+        (lambda: Partial(pages(0, 1), cast(Any, 1.5)), "errno"),
         (lambda: Convert(Range(0, 0)), "whole 4 KiB pages"),
         (lambda: Defer(float("nan")), "time in seconds"),
         (lambda: Defer(cast(Any, "soon")), "time in seconds"),

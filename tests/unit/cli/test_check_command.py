@@ -1,0 +1,166 @@
+"""`pyvmm check` as the user sees it, on hosts made up here."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.unit.cli.conftest import Command
+from vmm.cli import check as shown
+from vmm.cli.main import main
+from vmm.machine.check import CAPABILITIES, MAIN_JOB, HostCheck, Row, judge
+from vmm.machine.probes.finding import broken, yes
+
+ROOT = Path(__file__).resolve().parents[3]
+FINE = yes("works", "seen it")
+KEPT_OUT = {MAIN_JOB: ("memfd", "policy-refused"), "payload_private": ("x", "kernel-refused")}
+
+
+@pytest.fixture
+def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the host one where everything works but hypercalls, which never return."""
+    hang = broken("never return", "tried [red]it[/red]\x1b[2J")
+    rows = tuple(Row(e, hang if e.key == "hypercall_exits" else FINE) for e in CAPABILITIES)
+    monkeypatch.setattr(shown, "check_host", lambda: HostCheck(rows, judge(rows, KEPT_OUT), None))
+
+
+def test_host_without_kvm_gets_the_whole_table_and_status_3(command: Command) -> None:
+    result = command("check")
+
+    lines = result.out.splitlines()
+    assert result.status == 3
+    assert result.err == ""
+    assert len(lines) == 1 + len(CAPABILITIES) + 1 + 3
+    assert re.search("^no +KVM .*no-kvm does not exist: this machine has no KVM", lines[1])
+    assert all(line.startswith("unknown ") for line in lines[2 : len(CAPABILITIES) + 1])
+    assert all("cannot run here (KVM: cannot be used); pyvmm lab" in line for line in lines[-3:])
+
+
+def test_host_without_kvm_gets_complete_json(command: Command) -> None:
+    result = command("check", "--json")
+
+    data = json.loads(result.out)
+    assert result.status == data["exit_status"] == 3
+    assert "does not exist" in data["error"]
+    assert len(data["capabilities"]) == len(CAPABILITIES)
+
+
+@pytest.mark.usefixtures("pretend")
+def test_plain_table_is_aligned_with_one_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    status = main(["check"])
+
+    lines = capsys.readouterr().out.splitlines()
+    table = lines[: len(CAPABILITIES) + 1]
+    assert status == 3
+    for heading in ("capability", "result", "evidence", "enables"):
+        column = table[0].index(heading)
+        assert all(line[column - 2 : column] == "  " for line in table)
+        assert all(line[column] != " " for line in table)
+    hang = next(line for line in table if "never return" in line)
+    assert hang.startswith("broken ")
+    assert "tried [red]it[/red]\\x1b[2J" in hang
+    assert "pyvmm lab" in hang
+    assert lines[-3].startswith("a stock kernel with --private-mem: cannot run here (hypercalls: ")
+    assert lines[-2].endswith("can run, private pages in x (the kernel keeps the host out)")
+    assert lines[-1] == "a stock kernel without --private-mem: can run"
+
+
+@pytest.mark.usefixtures("pretend")
+def test_terminal_gets_a_table_that_says_the_same(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("NO_COLOR", "1")
+
+    assert main(["check"]) == 3
+
+    out = capsys.readouterr().out
+    assert "\x1b[2J" not in out
+    assert "tried [red]it[/red]" in out
+    assert all(each.title in out for each in CAPABILITIES)
+    assert "a stock kernel without --private-mem: can run" in out
+
+
+def test_unknown_option_ends_with_status_2(command: Command) -> None:
+    result = command("check", "--jsn")
+
+    assert result.status == 2
+    assert "--jsn" in result.complaint
+
+
+def test_help_names_the_exit_status(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["check", "--help"])
+
+    assert ended.value.code == 0
+    assert "exit status: 0 a" in capsys.readouterr().out
+
+
+def test_reader_that_goes_away_is_no_error() -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+
+    done = subprocess.run(
+        [sys.executable, "-m", "vmm", "check"],
+        cwd=ROOT, stdout=write_end, stderr=subprocess.PIPE, timeout=60, check=False,
+    )  # fmt: skip
+
+    os.close(write_end)
+    assert done.stderr == b""
+    assert done.returncode in (0, 3)
+
+
+def test_way_to_a_guest_imports_nothing_of_it() -> None:
+    script = (
+        "import sys, vmm.cli.main, vmm.machine.machine, vmm.machine.probes.hypercall\n"
+        "print([n for n in sys.modules if n in ('rich', 'statistics')"
+        " or n.startswith(('vmm.machine.check', 'vmm.cli.check', 'vmm.machine.probes'))])"
+    )
+
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+
+    allowed = {"vmm.machine.probes", "vmm.machine.probes.hypercall",
+               "vmm.machine.probes.micro_guest"}  # fmt: skip
+    assert set(ast.literal_eval(done.stdout)) <= allowed
+
+
+NOBODY = """
+import contextlib, io, os, sys
+from vmm.cli import main
+from vmm.machine import host
+host.open_kvm.__defaults__ = (sys.argv[1],)
+with contextlib.redirect_stdout(io.StringIO()):
+    main.main(["check", "--json"])  # imports everything, which a user without rights may not read
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)
+sys.exit(main.main(["check", "--json"]))
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to drop its privileges")
+def test_user_without_permission_gets_the_whole_answer(tmp_path: Path) -> None:
+    device = tmp_path / "device"
+    device.touch(0o600)
+    for parent in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
+        parent.chmod(0o755)
+
+    done = subprocess.run(
+        [sys.executable, "-c", NOBODY, str(device)],
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+
+    assert (done.returncode, done.stderr) == (3, "")
+    data = json.loads(done.stdout)
+    assert "permission denied; run as root, or as a member of the group" in data["error"]
+    assert len(data["capabilities"]) == len(CAPABILITIES)

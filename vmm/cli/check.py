@@ -1,0 +1,98 @@
+"""How `pyvmm check` shows what it found: a table on a terminal, aligned lines elsewhere, JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+from vmm.core.errors import one_line
+from vmm.machine.check import HostCheck, Job, check_host
+
+_COLOURS = {"yes": "green", "no": "yellow", "broken": "red", "unknown": "dim"}
+_HEADINGS = ("status", "capability", "result", "evidence", "enables", "what to do")
+_HOST_ACCESS = {
+    "kernel-refused": "the kernel keeps the host out",
+    "policy-refused": "a rehearsal: pyvmm keeps out, the kernel would not",
+}
+
+
+def run(*, as_json: bool) -> int:
+    """Probe, print, and answer with the exit status."""
+    found = check_host()
+    try:
+        if as_json:
+            print(json.dumps(found.as_json(), indent=2))
+        elif sys.stdout.isatty():
+            _print_table(found)
+        else:
+            print("\n".join(plain_lines(found)))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Nobody reads the rest; the interpreter's own flush at exit must not stumble over it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return found.exit_status
+
+
+def _cells(found: HostCheck) -> list[tuple[str, ...]]:
+    return [
+        tuple(
+            map(
+                one_line,
+                (
+                    row.finding.status,
+                    row.capability.title,
+                    row.finding.result,
+                    row.finding.evidence,
+                    row.capability.enables,
+                    row.advice,
+                ),
+            )
+        )
+        for row in found.rows
+    ]
+
+
+def plain_lines(found: HostCheck) -> list[str]:
+    """One aligned line for each capability, then one for each job."""
+    cells = [_HEADINGS, *_cells(found)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+        for row in cells
+    ]
+    return [*lines, "", *(job_line(found, job) for job in found.jobs.values())]
+
+
+def job_line(found: HostCheck, job: Job) -> str:
+    """Whether a job can run here, and why not or how."""
+    if job.can_run:
+        if job.backing is None or job.host_access is None:
+            return f"{job.title}: can run"
+        strength = _HOST_ACCESS[job.host_access]
+        return f"{job.title}: can run, private pages in {job.backing} ({strength})"
+    reasons = [
+        f"{row.capability.title}: {row.finding.result}"
+        for row in found.rows
+        if row.capability.key in job.missing and row.finding.status != "unknown"
+    ]
+    return f"{job.title}: cannot run here ({'; '.join(reasons)}); pyvmm lab can run it"
+
+
+def _print_table(found: HostCheck) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 1, 0), pad_edge=False)
+    for heading in _HEADINGS:
+        table.add_column(heading, overflow="fold", no_wrap=heading == "status")
+    for row in _cells(found):
+        status, *rest = row
+        table.add_row(Text(status, style=_COLOURS[status]), *map(Text, rest))
+    console = Console(highlight=False)
+    console.print(table)
+    for job in found.jobs.values():
+        style = "green" if job.can_run else "red"
+        console.print(Text(job_line(found, job), style=style), soft_wrap=True)
