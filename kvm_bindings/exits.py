@@ -6,7 +6,7 @@ table doesn't know is `UnknownExit`, not an error.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 EXIT_NAMES = {
     0: "unknown", 1: "exception", 2: "io", 3: "hypercall", 4: "debug", 5: "hlt", 6: "mmio",
@@ -18,23 +18,36 @@ EXIT_NAMES = {
 }  # fmt: skip
 
 
-@dataclass(slots=True)
-class IoExit:
-    """KVM_EXIT_IO: `count` port accesses of `size` bytes, all to the same `port`.
+class _Bare:
+    """An exit without fields: equal to every other of its class."""
 
-    With count > 1 (string I/O) the data advances, the port does not. For a write `data` holds
-    count * size bytes; for a read it is empty and Vcpu.answer_io gives the guest its bytes.
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return other.__class__ is self.__class__
+
+    def __hash__(self) -> int:
+        return hash(self.__class__)
+
+    def __repr__(self) -> str:
+        return f"{self.__class__.__name__}()"
+
+
+class IoExit(NamedTuple):
+    """KVM_EXIT_IO: `times` port accesses of `size` bytes, all to the same `port`.
+
+    With times > 1 (string I/O) the data advances, the port does not. For a write `data` holds
+    times * size bytes; for a read it is empty and Vcpu.answer_io gives the guest its bytes.
     """
 
     port: int
     size: int
-    count: int
+    times: int
     is_write: bool
     data: bytes
 
 
-@dataclass(slots=True)
-class MmioExit:
+class MmioExit(NamedTuple):
     """KVM_EXIT_MMIO: an access to a GPA without a memslot; reads: Vcpu.answer_mmio."""
 
     gpa: int
@@ -43,8 +56,7 @@ class MmioExit:
     data: bytes
 
 
-@dataclass(slots=True)
-class HypercallExit:
+class HypercallExit(NamedTuple):
     """KVM_EXIT_HYPERCALL. KVM presets the result to 0: always call Vcpu.answer_hypercall."""
 
     number: int
@@ -52,8 +64,7 @@ class HypercallExit:
     flags: int
 
 
-@dataclass(slots=True)
-class MemoryFaultExit:
+class MemoryFaultExit(NamedTuple):
     """KVM_EXIT_MEMORY_FAULT: KVM_RUN failed with `errno` (EFAULT or EHWPOISON) on this range."""
 
     flags: int
@@ -67,51 +78,44 @@ class MemoryFaultExit:
         return bool(self.flags & (1 << 3))
 
 
-@dataclass(slots=True)
-class RdmsrExit:
+class RdmsrExit(NamedTuple):
     """KVM_EXIT_X86_RDMSR: answer with Vcpu.answer_msr."""
 
-    index: int
+    msr: int
     reason: int
 
 
-@dataclass(slots=True)
-class WrmsrExit:
+class WrmsrExit(NamedTuple):
     """KVM_EXIT_X86_WRMSR: answer with Vcpu.answer_msr."""
 
-    index: int
+    msr: int
     value: int
     reason: int
 
 
-@dataclass(slots=True)
-class SystemEventExit:
+class SystemEventExit(NamedTuple):
     """KVM_EXIT_SYSTEM_EVENT: 1 shutdown, 2 reset, 3 crash, 4 wakeup, 5 suspend, 6 SEV."""
 
     type: int
     data: tuple[int, ...]
 
 
-@dataclass(slots=True)
-class ShutdownExit:
+class ShutdownExit(_Bare):
     """KVM_EXIT_SHUTDOWN: a triple fault."""
 
 
-@dataclass(slots=True)
-class HltExit:
+class HltExit(_Bare):
     """KVM_EXIT_HLT: only without an in-kernel interrupt controller."""
 
 
-@dataclass(slots=True)
-class FailEntryExit:
+class FailEntryExit(NamedTuple):
     """KVM_EXIT_FAIL_ENTRY: the hardware refused the vCPU's state."""
 
     hardware_reason: int
     cpu: int
 
 
-@dataclass(slots=True)
-class InternalErrorExit:
+class InternalErrorExit(NamedTuple):
     """KVM_EXIT_INTERNAL_ERROR; suberror 1 is a failed emulation, with the instruction's bytes
     where KVM gives them (empty otherwise)."""
 
@@ -120,16 +124,14 @@ class InternalErrorExit:
     instruction: bytes
 
 
-@dataclass(slots=True)
-class InterruptedExit:
+class InterruptedExit(NamedTuple):
     """KVM_RUN returned without an exit: a signal or immediate_exit (EINTR), or an application
     processor was taken out of "uninitialised" (EAGAIN). Run again, unless asked to stop."""
 
     errno: int
 
 
-@dataclass(slots=True)
-class UnknownExit:
+class UnknownExit(NamedTuple):
     """An exit reason that has no class here; `raw` is the exit union (256 bytes)."""
 
     reason: int

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import os
+from kvm_bindings.owned_fd import OwnedFd
 
 
-class GuestMemfd:
-    """A guest_memfd's fd, with the flags it was created with. Owned: close it."""
+class GuestMemfd(OwnedFd):
+    """A guest_memfd's fd, with the flags it was created with."""
 
     def __init__(self, fd: int, size: int, flags: int) -> None:
-        self.fd = fd
+        super().__init__(fd)
         self.size = size
         self.flags = flags
-
-    def close(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1

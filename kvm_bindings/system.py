@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
-from types import TracebackType
 
 from kvm_bindings import ioctls
 from kvm_bindings._kvm import ffi, lib
 from kvm_bindings.errors import fail
+from kvm_bindings.owned_fd import OwnedFd
 from kvm_bindings.vm import Vm
 
 CpuidTuple = tuple[int, int, int, int, int, int, int]
@@ -15,28 +16,12 @@ CpuidTuple = tuple[int, int, int, int, int, int, int]
 _CPUID_ENTRIES = 256  # KVM_MAX_CPUID_ENTRIES
 
 
-class System:
-    """The KVM subsystem: an open /dev/kvm. Close it, or use it as a context manager."""
+class System(OwnedFd):
+    """The KVM subsystem: an open /dev/kvm."""
 
     def __init__(self, path: str = "/dev/kvm") -> None:
         """Opens the device. Raises OSError as open(2) does (ENOENT, EACCES...)."""
-        self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-
-    def close(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-
-    def __enter__(self) -> System:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
+        super().__init__(os.open(path, os.O_RDWR | os.O_CLOEXEC))
 
     def api_version(self) -> int:
         """KVM_GET_API_VERSION: 12 on every kernel since 2.6.22."""
@@ -61,13 +46,14 @@ class System:
 
     def create_vm(self, vm_type: int = 0) -> Vm:
         """KVM_CREATE_VM. Raises KvmError (EINVAL: no such VM type here)."""
+        vcpu_mmap_size = self.vcpu_mmap_size()
         while True:
             result = int(lib.pyvmm_ioctl_value(self.fd, ioctls.KVM_CREATE_VM, vm_type))
-            if result != -4:  # EINTR
+            if result != -errno.EINTR:
                 break
         if result < 0:
             fail("KVM_CREATE_VM", result, f"type={vm_type}")
-        return Vm(result, self.vcpu_mmap_size())
+        return Vm(result, vcpu_mmap_size)
 
     def supported_cpuid(self) -> list[CpuidTuple]:
         """KVM_GET_SUPPORTED_CPUID: (function, index, flags, eax, ebx, ecx, edx) of each leaf."""

@@ -45,11 +45,18 @@ class Vcpu:
     """One vCPU with its mapped kvm_run page. Only one thread may be inside `run`."""
 
     def __init__(self, fd: int, index: int, mmap_size: int, ring_page: int = 0) -> None:
-        """`ring_page` is the page of the mapping that holds the VM's coalesced writes, if any."""
+        """Takes over `fd`, also when mapping it raises KvmError.
+
+        `ring_page` is the page of the mapping that holds the VM's coalesced writes, if any.
+        """
         self.fd = fd
         self.index = index
         self._mmap_size = mmap_size
-        self._address = fdops.map_shared(fd, mmap_size)
+        try:
+            self._address = fdops.map_shared(fd, mmap_size)
+        except OSError:
+            os.close(fd)
+            raise
         self._run = ffi.cast("struct kvm_run *", self._address)
         self._page = ffi.buffer(self._run, mmap_size)
         self._io = ffi.addressof(self._run, "io")

@@ -4,38 +4,22 @@ from __future__ import annotations
 
 import errno
 import os
-from types import TracebackType
 from typing import Any
 
 from kvm_bindings import ioctls
 from kvm_bindings._kvm import ffi, lib
 from kvm_bindings.errors import fail
 from kvm_bindings.guest_memfd import GuestMemfd
+from kvm_bindings.owned_fd import OwnedFd
 from kvm_bindings.vcpu import Vcpu
 
 
-class Vm:
-    """One VM. Close it after its vCPUs, or use it as a context manager."""
+class Vm(OwnedFd):
+    """One VM. Close it after its vCPUs."""
 
     def __init__(self, fd: int, vcpu_mmap_size: int) -> None:
-        self.fd = fd
+        super().__init__(fd)
         self._vcpu_mmap_size = vcpu_mmap_size
-
-    def close(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-
-    def __enter__(self) -> Vm:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _value(self, request: int, value: int) -> int:
         """An ioctl whose argument is a number; EINTR is retried, as everywhere but KVM_RUN."""
@@ -238,8 +222,8 @@ class Vm:
 
     def create_vcpu(self, vcpu_id: int) -> Vcpu:
         """KVM_CREATE_VCPU: the id is the local APIC's on x86."""
+        ring_page = self.check_extension(ioctls.KVM_CAP_COALESCED_MMIO)
         result = self._value(ioctls.KVM_CREATE_VCPU, vcpu_id)
         if result < 0:
             fail("KVM_CREATE_VCPU", result, f"{vcpu_id}")
-        ring_page = self.check_extension(ioctls.KVM_CAP_COALESCED_MMIO)
         return Vcpu(result, vcpu_id, self._vcpu_mmap_size, ring_page)

@@ -1,0 +1,1 @@
+"""Measurements; run by hand, as they depend on the machine."""

@@ -21,13 +21,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 PROMPT = b"/ # "
 LIMIT = 120.0
 COMMAND_LINE = "console=ttyS0 panic=-1 quiet"
 
 
-def boot_seconds(words: list[str], memory_of: list[dict[str, int]] | None = None) -> float:
+def boot_seconds(words: list[str], memory_of: list[float] | None = None) -> float:
     """Seconds from exec until the guest's prompt; the process is ended then."""
     started = time.monotonic()
     process = subprocess.Popen(
@@ -45,21 +46,23 @@ def boot_seconds(words: list[str], memory_of: list[dict[str, int]] | None = None
             seen = seen[-4096:] + data
         elapsed = time.monotonic() - started
         if memory_of is not None:
-            memory_of.append(resident(process.pid))
+            memory_of.append(own_memory_mib(process.pid))
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(30)
     return elapsed
 
 
-def resident(pid: int) -> dict[str, int]:
-    """RssAnon, RssFile and RssShmem of a process in KiB."""
-    fields = {}
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name.startswith("Rss"):
-            fields[name] = int(value.split()[0])
-    return fields
+def own_memory_mib(pid: int) -> float:
+    """Resident memory of a process in MiB, without its mappings of guest memory."""
+    kib, counts = 0, True
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        first, _, rest = line.partition(" ")
+        if not first.endswith(":"):  # a mapping's own line: addresses, ..., name
+            counts = not any(name in rest for name in ("gmem", "guest_memfd", "memfd:"))
+        elif first == "Rss:" and counts:
+            kib += int(rest.split()[0])
+    return kib / 1024
 
 
 def inner(kernel: str, initrd: str, rounds: int) -> None:
@@ -80,13 +83,13 @@ def inner(kernel: str, initrd: str, rounds: int) -> None:
         "pyvmm": _pyvmm(kernel, initrd, str(disk)),
     }
     samples: dict[str, list[float]] = {name: [] for name in commands}
-    memory: list[dict[str, int]] = []
+    memory: list[float] = []
     for number in range(rounds):
         for name in ("qemu", "pyvmm --private-mem", "pyvmm", "qemu"):
             collect = memory if name == "pyvmm --private-mem" else None
             samples[name].append(boot_seconds(commands[name], collect))
             print(f"round {number + 1}: {name} {samples[name][-1]:.1f} s", file=sys.stderr)
-    print(json.dumps({"samples": samples, "memory_kib": memory}))
+    print(json.dumps({"samples": samples, "memory_mib": memory}))
 
 
 def _pyvmm(kernel: str, initrd: str, disk: str) -> list[str]:
@@ -119,7 +122,7 @@ def outer(kernel_name: str, rounds: int, json_file: Path | None) -> None:
         json_file.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def report(kernel_name: str, result: dict[str, dict[str, list[float]]]) -> None:
+def report(kernel_name: str, result: dict[str, Any]) -> None:
     """The table: median, smallest and largest sample, ratio of medians to QEMU's."""
     samples = result["samples"]
     yardstick = statistics.median(samples["qemu"])
@@ -130,8 +133,8 @@ def report(kernel_name: str, result: dict[str, dict[str, list[float]]]) -> None:
             f"  {name:22} median {middle:6.2f}  min {min(values):6.2f}  max {max(values):6.2f}"
             f"  n={len(values)}  ratio to QEMU {middle / yardstick:.2f}"
         )
-    for fields in result["memory_kib"]:
-        print(f"  pyvmm --private-mem at the prompt: {fields}")
+    own = max(result["memory_mib"])
+    print(f"  pyvmm --private-mem at the prompt: {own:.1f} MiB resident without guest memory")
 
 
 def main() -> None:

@@ -1,0 +1,1 @@
+"""Tests on this machine's /dev/kvm; skipped, with the reason, where there is none."""

@@ -75,7 +75,7 @@ def test_ctrl_a_twice_sends_it_and_ctrl_a_h_helps(echoing: list[str]) -> None:
         assert session.wait() == (0, "")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
 def test_signal_stops_the_run_and_restores_the_terminal(
     echoing: list[str], number: signal.Signals, tmp_path: Path
 ) -> None:
@@ -124,6 +124,53 @@ def test_policy_that_raises_ends_the_run_in_one_line_and_restores_the_terminal(
         assert status == 2
         assert re.fullmatch("pyvmm: .*Raising.*a policy's own fault.*\n", said)
         assert session.modes() == session.modes_before
+
+
+UNDECIDED = """
+import os, threading
+from vmm.policy import Policy
+class Sleeping(Policy):
+    def on_share(self, event, view):
+        os.write(1, b"asked")
+        threading.Event().wait()
+class Spinning(Policy):
+    def on_share(self, event, view):
+        os.write(1, b"asked")
+        while True:
+            pass
+"""
+
+
+@pytest.mark.parametrize(("name", "end"), [("Sleeping", "SIGTERM"), ("Spinning", "Ctrl-A x")])
+def test_policy_that_never_decides_does_not_keep_the_run_from_ending(
+    tmp_path: Path, name: str, end: str
+) -> None:
+    (tmp_path / "p.py").write_text(UNDECIDED)
+    report = tmp_path / "r.json"
+    arguments = ["--private-mem", "--policy", f"{tmp_path / 'p.py'}:{name}"]
+    with Session([*arguments, "--report", str(report)]) as session:
+        session.expect(b"asked")
+
+        if end == "SIGTERM":
+            session.process.terminate()
+        else:
+            session.type(b"\x01x")
+
+        status, said = session.wait()
+        assert status == (1 if end == "SIGTERM" else 0)
+        assert said.startswith(f"pyvmm: policy {name}: on_share for [")
+        assert " has not returned" in said
+        assert session.modes() == session.modes_before
+    assert json.loads(report.read_text())["conversions"]["share"]["calls"] >= 1
+
+
+def test_policy_that_exits_is_blamed_like_one_that_raises(tmp_path: Path) -> None:
+    (tmp_path / "p.py").write_text(RAISING.replace("raise RuntimeError", "raise SystemExit"))
+
+    done = command.run("--private-mem", "--policy", f"{tmp_path / 'p.py'}:Raising")
+
+    assert re.fullmatch(rb"pyvmm: .*Raising.*SystemExit.*\n", done.stderr)
+    assert done.returncode == 2
 
 
 def test_debug_shows_where_a_policy_raised(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_string_output_arrives_whole_and_in_order(
         guest.pwrite(text, 0x2000)
         while isinstance(exit := guest.run(), IoExit):
             assert (exit.port, exit.size, exit.is_write) == (0x3F8, size, True)
-            assert len(exit.data) == exit.size * exit.count
+            assert len(exit.data) == exit.size * exit.times
             arrived += exit.data
 
     assert exit == HltExit()
@@ -68,9 +68,9 @@ def test_string_input_takes_answers_of_many_at_once(kvm: System) -> None:
     with TinyGuest(kvm, REP_INSB + HLT, rdx=0x3F8, rdi=0x2000, rcx=200) as guest:
         while isinstance(exit := guest.run(), IoExit):
             assert (exit.port, exit.size, exit.is_write) == (0x3F8, 1, False)
-            guest.vcpu.answer_io(text[given : given + exit.count])
-            given += exit.count
-            counts.append(exit.count)
+            guest.vcpu.answer_io(text[given : given + exit.times])
+            given += exit.times
+            counts.append(exit.times)
         seen = guest.pread(201, 0x2000)
 
     assert exit == HltExit()

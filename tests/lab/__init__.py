@@ -1,0 +1,1 @@
+"""Tests in a machine under full emulation: stock kernels, the command as a whole."""

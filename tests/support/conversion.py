@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 from kvm_bindings import KvmError, Vm
@@ -94,4 +93,4 @@ def snapshot(memory: GuestMemory, scheme: RecordingScheme) -> dict[str, Any]:
 
 
 def tally(converter: Converter, kind: Kind) -> dict[str, int]:
-    return asdict(converter.accounting.of(kind))
+    return converter.accounting.of(kind).as_dict()

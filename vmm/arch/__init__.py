@@ -1,0 +1,1 @@
+"""What differs between processor architectures: one package for each."""

@@ -1,0 +1,1 @@
+"""Kernel and initrd images: identified, checked, uncompressed, moved into guest memory."""

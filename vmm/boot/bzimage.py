@@ -7,7 +7,7 @@ Kernel Header". Nothing in the header is trusted: each field is checked before i
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vmm.boot.source import Source, printable
 from vmm.core.ranges import PAGE_SIZE
@@ -40,8 +40,7 @@ assert HEADER_START + _FIELDS.size == 0x264
 CORRUPT = "the file is corrupt or hostile, get a fresh copy"
 
 
-@dataclass(frozen=True, slots=True)
-class SetupHeader:
+class SetupHeader(NamedTuple):
     """What a loader needs of a bzImage's setup header, checked.
 
     `raw` is the header as the file has it, from offset 0x1f1 to its own end (0x202 plus the jump

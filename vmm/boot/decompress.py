@@ -10,8 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from vmm.boot.isolate import IsolatedWork
 from vmm.boot.source import Source
@@ -110,8 +109,7 @@ def _zstd() -> tuple[Decoder, type[Exception]]:
     return zstd.ZstdDecompressor(options=options), zstd.ZstdError
 
 
-@dataclass(frozen=True, slots=True)
-class Codec:
+class Codec(NamedTuple):
     """A compression known by its magic; `open` is None where it is framed here or unsupported."""
 
     name: str
@@ -141,13 +139,15 @@ def find_codec(prefix: bytes) -> Codec | None:
     return next((codec for codec in CODECS if prefix.startswith(codec.magic)), None)
 
 
-@dataclass(slots=True)
 class _Payload:
     """A cursor over the payload's bytes in the file."""
 
-    source: Source
-    position: int
-    end: int
+    __slots__ = ("end", "position", "source")
+
+    def __init__(self, source: Source, position: int, end: int) -> None:
+        self.source = source
+        self.position = position
+        self.end = end
 
     @property
     def remaining(self) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vmm.boot.source import Source
 from vmm.core.ranges import Range
@@ -49,8 +49,7 @@ CORRUPT = "the file is truncated or corrupt, get a fresh copy"
 WANTED = "give an x86-64 vmlinux or bzImage"
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """`filesz` bytes at `offset` of the file belong at guest-physical `paddr`.
 
     The segment takes `memsz` bytes there; those past `filesz` (bss) are zero.
@@ -66,8 +65,7 @@ class Segment:
         return Range(self.paddr, self.memsz)
 
 
-@dataclass(frozen=True, slots=True)
-class ElfImage:
+class ElfImage(NamedTuple):
     """A checked ELF: `entry` is guest-physical, inside the file-backed part of a segment.
 
     `segments` are in address order, don't overlap, and none is empty.

@@ -7,9 +7,8 @@ rest of a boot goes (boot_params, page tables, command line) is the architecture
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from vmm.boot.bzimage import SetupHeader, parse_setup_header
 from vmm.boot.decompress import DEFAULT_LIMIT, Decompression
@@ -30,8 +29,7 @@ class Memory(Protocol):
         ...
 
 
-@dataclass(slots=True)
-class KernelImage:
+class KernelImage(NamedTuple):
     """A kernel ready to be loaded; close it (it is a context manager) once it is in memory.
 
     `source` is the uncompressed ELF: the file itself, or a memfd that a bzImage's payload was

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import stat
-from dataclasses import dataclass
 from types import TracebackType
 
 from vmm.boot.errors import ImageError
@@ -27,16 +26,18 @@ def printable(text: str, limit: int = 256) -> str:
     return one_line(cut)
 
 
-@dataclass(slots=True)
 class Source:
     """A regular file (or memfd) of `size` bytes behind `fd`, owned and closed by this object.
 
     `name` says in messages what it is: "kernel vmlinuz", "initrd /boot/initrd.img".
     """
 
-    fd: int
-    size: int
-    name: str
+    __slots__ = ("fd", "name", "size")
+
+    def __init__(self, fd: int, size: int, name: str) -> None:
+        self.fd = fd
+        self.size = size
+        self.name = name
 
     def read(self, offset: int, size: int, what: str) -> bytes:
         """Exactly `size` bytes at `offset`; ImageError where the file doesn't have them."""

@@ -8,9 +8,12 @@ import contextlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from vmm.core.errors import HostError, PyvmmError, UsageError, tell
+
+if TYPE_CHECKING:
+    from vmm.machine.config import MachineConfig
 
 _DESCRIPTION = """\
 Runs a virtual machine whose memory is private: the guest decides page by page what the host may
@@ -106,10 +109,10 @@ def main(arguments: Sequence[str]) -> int:
         if arguments and arguments[0] == "lab":
             from vmm.lab.command import run as run_lab
 
-            return run_lab(list(arguments[1:]))
+            return run_lab(list(arguments[1:]), check=_check_words)
         if arguments and arguments[0] == "check":
-            return _check(arguments[1:])
-        return _run(arguments[1:] if arguments and arguments[0] == "run" else arguments)
+            return _check(arguments)
+        return _run(arguments)
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in arguments:
             import traceback  # not on the start-up path
@@ -120,17 +123,31 @@ def main(arguments: Sequence[str]) -> int:
         return status
 
 
-def _check(arguments: Sequence[str]) -> int:
+def _check_words(arguments: Sequence[str]) -> None:
+    """Raises UsageError for a command line, without the `lab`, that would end with one."""
+    if arguments and arguments[0] == "check":
+        _check_options(arguments)
+    else:
+        _configuration(arguments)
+
+
+def _check_options(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of `pyvmm check`, whose word comes first."""
     parser = _Parser(
         prog="pyvmm check",
         description="Probes what this host can do: one line for each capability, with evidence, "
         "what it enables and what to do without it, then which jobs can run.",
-        epilog="exit status: 0 a kernel with --private-mem can run here, 2 bad usage, 3 it cannot",
+        epilog="exit status: 0 a stock kernel with --private-mem can run here, 2 bad usage, "
+        "3 it cannot",
         allow_abbrev=False,
     )
     parser.add_argument("--json", action="store_true", help="print JSON, whose keys are stable")
     parser.add_argument("--debug", action="store_true", help="show a traceback for errors")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments[1:])
+
+
+def _check(arguments: Sequence[str]) -> int:
+    options = _check_options(arguments)
     from vmm.cli.check import run
 
     return run(as_json=options.json)
@@ -141,14 +158,16 @@ def _explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, PyvmmError):
         return error.exit_status, str(error)
     if isinstance(error, KeyboardInterrupt):
-        return 1, "interrupted before the guest ran"
+        return 1, "interrupted while no guest was running"
     if isinstance(error, OSError):
         return HostError.exit_status, f"the host refused: {error}"
     return 1, f"internal error: {error!r}; --debug shows where, for a bug report"
 
 
-def _run(arguments: Sequence[str]) -> int:
-    options = build_parser().parse_args(arguments)
+def _configuration(arguments: Sequence[str]) -> MachineConfig:
+    """What `pyvmm [run] OPTIONS` asks for. Raises UsageError; looks at no file, nor at the host."""
+    words = arguments[1:] if arguments and arguments[0] == "run" else arguments
+    options = build_parser().parse_args(words)
     from vmm.machine.config import MachineConfig, parse_count, parse_size
 
     config = MachineConfig(
@@ -164,13 +183,18 @@ def _run(arguments: Sequence[str]) -> int:
         report=options.report,
     )
     config.validate()
-    from vmm.machine.guest import open_guest
+    return config
+
+
+def _run(arguments: Sequence[str]) -> int:
+    config = _configuration(arguments)
+    from vmm.machine.images import OpenedImages
 
     # A kernel is uncompressed by a child process while this one imports the rest.
-    with contextlib.closing(open_guest(config)) as guest:
+    with contextlib.closing(OpenedImages(config)) as images:
         from vmm.machine.machine import Machine
 
-        outcome = Machine(config, guest).run()
+        outcome = Machine(config, images).run()
     if outcome.exit_status:
         tell(f"{_sentence(outcome.exit)}: {outcome.reason}")
     return outcome.exit_status

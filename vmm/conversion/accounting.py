@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 from vmm.core.events import Kind
 
 
-@dataclass(slots=True)
 class Tally:
-    """One direction: requests made, bytes whose state changed, requests refused or failed."""
+    """One direction: requests made, and bytes whose state changed.
 
-    calls: int = 0
-    bytes: int = 0
-    denied: int = 0
-    """Refused by the policy."""
-    failed: int = 0
-    """Invalid, or a step failed and was rolled back."""
+    `denied` requests were refused by the policy; `failed` ones were invalid, or a step failed
+    and was rolled back.
+    """
+
+    __slots__ = ("bytes", "calls", "denied", "failed")
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.bytes = 0
+        self.denied = 0
+        self.failed = 0
+
+    def as_dict(self) -> dict[str, int]:
+        return {
+            "calls": self.calls,
+            "bytes": self.bytes,
+            "denied": self.denied,
+            "failed": self.failed,
+        }
 
 
-@dataclass(slots=True)
 class Accounting:
     """Both directions."""
 
-    share: Tally = field(default_factory=Tally)
-    unshare: Tally = field(default_factory=Tally)
+    def __init__(self) -> None:
+        self.share = Tally()
+        self.unshare = Tally()
+
+    def as_dict(self) -> dict[str, dict[str, int]]:
+        return {"share": self.share.as_dict(), "unshare": self.unshare.as_dict()}
 
     def of(self, kind: Kind) -> Tally:
         return self.share if kind is Kind.SHARE else self.unshare

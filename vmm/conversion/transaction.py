@@ -46,7 +46,14 @@ class Converter:
         # Conversions are serial, which keeps overlapping requests from several vCPUs simple;
         # device I/O goes on beside them.
         self._lock = threading.Lock()
+        self._asked: Event | None = None
         self.accounting = Accounting()
+
+    @property
+    def undecided(self) -> str | None:
+        """The policy's hook that is being waited for, for a message; None where none is."""
+        event = self._asked
+        return None if event is None else self._hook_name(event)
 
     def convert(self, request: ConversionRequest) -> int:
         """Carry out a request; the guest's answer: 0, or a negative errno.
@@ -97,18 +104,24 @@ class Converter:
         event = Event(request.kind, area, request.vcpu, request.doorbell)
         share = request.kind is Kind.SHARE
         hook = self._policy.on_share if share else self._policy.on_unshare
+        self._asked = event
         try:
             decision = hook(event, self._memory)
-        except Exception as error:
-            # An OSError of the policy's own must not reach the guest as if it were an answer.
+        except (Exception, SystemExit) as error:
+            # An OSError of the policy's own must not reach the guest as if it were an answer, nor
+            # a SystemExit the shell as if it were pyvmm's status.
             raise self._blame(event, f"raised {error!r}; --debug shows where") from error
+        finally:
+            self._asked = None
         if not isinstance(decision, (Allow, Deny)):
             raise self._blame(event, f"returned {decision!r}; return Allow() or Deny()")
         return decision
 
     def _blame(self, event: Event, what: str) -> PolicyError:
-        name = type(self._policy).__name__
-        return PolicyError(f"policy {name}: on_{event.kind.value} for {event.area} {what}")
+        return PolicyError(f"{self._hook_name(event)} {what}")
+
+    def _hook_name(self, event: Event) -> str:
+        return f"policy {type(self._policy).__name__}: on_{event.kind.value} for {event.area}"
 
     def _carry_out(self, area: Range, kind: Kind) -> int:
         """Convert `area`; the bytes whose state changed. Raises Refused or OSError, undone."""

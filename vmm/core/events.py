@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 
 class Kind(Enum):
@@ -13,8 +13,7 @@ class Kind(Enum):
     UNSHARE = "unshare"
 
 
-@dataclass(frozen=True, slots=True)
-class ConversionRequest:
+class ConversionRequest(NamedTuple):
     """A guest's request to convert `pages` 4 KiB pages from `gpa`, exactly as the guest put it.
 
     Nothing in it is validated: `gpa` and `pages` are whatever the guest wrote, `reserved` holds

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 from threading import RLock
 
 from vmm.devices.bus import PORT_SPACE, PortBus, PortConflict, PortDevice, all_ones
@@ -32,15 +31,23 @@ _FIRST_CAPABILITY = 0x40
 _HEADER = struct.Struct("<HHHHBBBB")
 
 
-@dataclass(slots=True)
 class _IoBar:
     """One I/O BAR: what the guest sizes, and where it is on the bus now (None: nowhere)."""
 
-    register: int
-    size: int
-    device: PortDevice
-    moved: Callable[[int | None], None] | None
-    mapped: int | None = None
+    __slots__ = ("device", "mapped", "moved", "register", "size")
+
+    def __init__(
+        self,
+        register: int,
+        size: int,
+        device: PortDevice,
+        moved: Callable[[int | None], None] | None,
+    ) -> None:
+        self.register = register
+        self.size = size
+        self.device = device
+        self.moved = moved
+        self.mapped: int | None = None
 
 
 class PciFunction:

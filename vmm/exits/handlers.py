@@ -121,7 +121,7 @@ class ExitHandlers:
             self._io_elsewhere(vcpu, exit)
             return
         device, offset = found
-        if exit.count == 1:
+        if exit.times == 1:
             if exit.is_write:
                 device.write(offset, size, int.from_bytes(exit.data, "little"))
             else:
@@ -130,7 +130,7 @@ class ExitHandlers:
             self._string_write(device, offset, exit)
         else:
             # String I/O advances the data, never the port.
-            words = (device.read(offset, size) for _ in range(exit.count))
+            words = (device.read(offset, size) for _ in range(exit.times))
             vcpu.answer_io(b"".join(word.to_bytes(size, "little") for word in words))
 
     def _string_write(self, device: Any, offset: int, exit: exits.IoExit) -> None:
@@ -148,10 +148,10 @@ class ExitHandlers:
         inside = 0 <= offset < layout.DOORBELL_PORTS
         if not exit.is_write:
             if not inside:
-                vcpu.answer_io(b"\xff" * (exit.size * exit.count))
+                vcpu.answer_io(b"\xff" * (exit.size * exit.times))
                 return
             value = self._doorbell.read(vcpu.index, offset, exit.size)
-            vcpu.answer_io(value.to_bytes(exit.size, "little") * exit.count)
+            vcpu.answer_io(value.to_bytes(exit.size, "little") * exit.times)
         elif inside:
             for start in range(0, len(exit.data), exit.size):
                 value = int.from_bytes(exit.data[start : start + exit.size], "little")
@@ -183,11 +183,11 @@ class ExitHandlers:
         vcpu.answer_hypercall(self._converter.convert(request))
 
     def rdmsr(self, vcpu: AnsweringVcpu, exit: exits.RdmsrExit) -> None:
-        value = self._msrs.read(exit.index)
+        value = self._msrs.read(exit.msr)
         vcpu.answer_msr(value, known=value is not None)
 
     def wrmsr(self, vcpu: AnsweringVcpu, exit: exits.WrmsrExit) -> None:
-        vcpu.answer_msr(None, known=self._msrs.write(exit.index, exit.value))
+        vcpu.answer_msr(None, known=self._msrs.write(exit.msr, exit.value))
 
     # -- exits that end the run ---------------------------------------------------------------
 

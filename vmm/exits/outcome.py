@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 POWEROFF = "poweroff"
 RESET = "reset"
@@ -16,8 +16,7 @@ QUIT = "quit"
 _GOOD = frozenset({POWEROFF, RESET, QUIT})
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """`exit` is one of this module's words, `reason` a sentence for people (may be empty)."""
 
     exit: str

@@ -32,7 +32,8 @@ class VcpuRunner:
         # the main thread may call `stop` while that is in `stop`.
         self._alive = threading.RLock()
         self._looping = False
-        self._thread = threading.Thread(target=self._loop, name=f"vcpu{vcpu.index}")
+        # A daemon: a policy's hook that never returns must not keep the process from ending.
+        self._thread = threading.Thread(target=self._loop, name=f"vcpu{vcpu.index}", daemon=True)
         self.error: BaseException | None = None
         """What a handler raised, for the main thread to raise again."""
         self.exit_counts: dict[str, int] = {}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import FrameType
 
+from vmm.core.ending_signals import on_ending_signal
+from vmm.core.raw_terminal import RawTerminal
 from vmm.lab import terminal
 from vmm.lab.machine import Lab
 from vmm.lab.options import HELP, LabCommand, parse
@@ -23,15 +24,26 @@ class _Interrupted(BaseException):
         self.number = number
 
 
-def run(argv: list[str]) -> int:
-    """The whole command; returns its exit status, raises PyvmmError for the caller to print."""
+def _unwind(number: int, frame: FrameType | None) -> None:
+    """Unwinds the stack, so that QEMU and the terminal are seen to."""
+    raise _Interrupted(number)
+
+
+def run(argv: list[str], check: Callable[[list[str]], object] | None = None) -> int:
+    """The whole command; returns its exit status, raises PyvmmError for the caller to print.
+
+    `check` raises for arguments that the pyvmm inside would refuse, before minutes are spent on a
+    machine for it.
+    """
     command = parse(argv)
     if command.help:
         print(HELP, end="")
         return 0
+    if check is not None and not command.is_program:
+        check(command.arguments)
     progress: Progress = Silent() if command.options.quiet else Reporter()
     try:
-        with _signals_raise(), finished(progress):
+        with on_ending_signal(_unwind), finished(progress):
             return _run(command, progress)
     except _Interrupted as interrupted:
         return ended_by(interrupted.number)
@@ -63,7 +75,7 @@ def _drive(machine: LabRun, has_terminal: bool, progress: Progress) -> int:
         machine.errors.sink = _writer(2)
     if not has_terminal:
         _feed_input(machine)
-    with terminal.RawTerminal(0) as raw:
+    with RawTerminal(0) as raw:
         while machine.pump():
             if machine.running:
                 progress.done()
@@ -91,20 +103,3 @@ def _writer(fd: int) -> Callable[[bytes], None]:
             view = view[os.write(fd, view) :]
 
     return write
-
-
-@contextmanager
-def _signals_raise() -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP unwind the stack, so that QEMU and the terminal are seen to."""
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        del frame
-        raise _Interrupted(number)
-
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    previous = {number: signal.signal(number, handle) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vmm.core.errors import UsageError
 from vmm.core.ranges import PAGE_SIZE
@@ -37,8 +37,7 @@ def parse_count(text: str) -> int:
     return int(text)
 
 
-@dataclass(frozen=True, slots=True)
-class MachineConfig:
+class MachineConfig(NamedTuple):
     """One run. Sizes are bytes; None is "not given"."""
 
     kernel: str | None = None

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import select
-import termios
-import tty
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 from vmm.core.errors import tell
 from vmm.core.event_loop import EventLoop, drain
+from vmm.core.raw_terminal import RawTerminal
 
 ESCAPE = 0x01  # Ctrl-A
 _HELP = b"\r\nCtrl-A x  quit    Ctrl-A Ctrl-A  send Ctrl-A    Ctrl-A h  this help\r\n"
@@ -36,7 +34,7 @@ class Console:
     def __init__(self, on_quit: Callable[[], None], stdin: int = 0, stdout: int = 1) -> None:
         self._on_quit = on_quit
         self._stdin = stdin
-        self._saved: list[Any] | None = None
+        self._terminal = RawTerminal(stdin)
         self._loop: EventLoop | None = None
         self._serial: SerialInput | None = None
         self._pending = b""
@@ -75,9 +73,10 @@ class Console:
 
         Python retries a write that a signal interrupts, so it has to find another file there.
         """
-        if self._stdout is not None:
+        stdout = self._stdout  # `output` may drop it meanwhile
+        if stdout is not None:
             null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
-            os.dup2(null, self._stdout, inheritable=False)
+            os.dup2(null, stdout, inheritable=False)
             os.close(null)
 
     def _drop_output(self) -> None:
@@ -95,9 +94,7 @@ class Console:
         """Start forwarding input; a terminal becomes raw until `restore`."""
         self._loop = loop
         self._serial = serial
-        if os.isatty(self._stdin):
-            self._saved = termios.tcgetattr(self._stdin)
-            tty.setraw(self._stdin, termios.TCSANOW)
+        self._terminal.enter()
         loop.add(self._room, self._on_room)
         self._watch()
 
@@ -107,11 +104,7 @@ class Console:
 
     def restore(self) -> None:
         """Give the terminal back as it was; any number of times."""
-        if self._saved is not None:
-            # At once: waiting for output to drain may take for ever.
-            with contextlib.suppress(termios.error):  # the terminal is gone
-                termios.tcsetattr(self._stdin, termios.TCSANOW, self._saved)
-            self._saved = None
+        self._terminal.restore()
 
     def close(self) -> None:
         self.restore()
@@ -153,7 +146,7 @@ class Console:
             self._ended = True
             self._unwatch()
             return
-        self._pending = self._commands(data) if self._saved is not None else data
+        self._pending = self._commands(data) if self._terminal.is_raw else data
         self._feed()
 
     def _feed(self) -> None:
@@ -188,15 +181,21 @@ class Console:
             if byte in b"xX":
                 self._on_quit()
             elif byte in b"hH?":
-                self.output(_HELP)
+                self._help()
             elif byte == ESCAPE:
                 kept.append(ESCAPE)
             else:
                 kept += bytes((ESCAPE, byte))
         return bytes(kept)
 
+    def _help(self) -> None:
+        """Help, unless nobody reads our output: this thread must stay free to end the run."""
+        if self._stdout is not None and _wait_writable(self._stdout, 0):
+            self.output(_HELP)
 
-def _wait_writable(fd: int) -> None:
+
+def _wait_writable(fd: int, milliseconds: int | None = None) -> bool:
+    """Whether `fd` takes output, after that long at most (None: however long that takes)."""
     poll = select.poll()  # select() knows file descriptors below 1024 only
     poll.register(fd, select.POLLOUT)
-    poll.poll()
+    return bool(poll.poll(milliseconds))

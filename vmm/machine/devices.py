@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 
-from kvm_bindings import Vm, fdops
+from kvm_bindings import KvmError, Vm, fdops
 from vmm.arch.x86_64 import layout
 from vmm.arch.x86_64.devices.acpi_pm import AcpiPm
 from vmm.arch.x86_64.devices.cmos import Cmos
@@ -49,17 +50,33 @@ class Doorbell:
 
         return notified
 
-    def move(self, port: int | None) -> None:
-        """The notify register is at `port` now (None: nowhere)."""
-        if self._port is not None:
-            self._bind(self._port, deassign=True)
-        self._port = port
-        if port is not None:
-            self._bind(port, deassign=False)
+    def ring(self, queue: int) -> None:
+        """What KVM does for a notify that doesn't exit, for one that did."""
+        os.eventfd_write(self._eventfds[queue], 1)
 
-    def _bind(self, port: int, *, deassign: bool) -> None:
+    def move(self, port: int | None) -> None:
+        """The notify register is at `port` now (None: nowhere).
+
+        Where KVM has no room for an ioeventfd, notifies exit and reach the register itself.
+        """
+        if self._port is not None:
+            self._unbind(self._port, len(self._eventfds))
+        self._port = None
+        if port is not None and self._bind(port):
+            self._port = port
+
+    def _bind(self, port: int) -> bool:
         for index, eventfd in enumerate(self._eventfds):
-            self._vm.ioeventfd(eventfd, port, 2, index, deassign=deassign)
+            try:
+                self._vm.ioeventfd(eventfd, port, 2, index, deassign=False)
+            except KvmError:
+                self._unbind(port, index)
+                return False
+        return True
+
+    def _unbind(self, port: int, bound: int) -> None:
+        for index, eventfd in enumerate(self._eventfds[:bound]):
+            self._vm.ioeventfd(eventfd, port, 2, index, deassign=True)
 
 
 class Devices:
@@ -124,6 +141,7 @@ class Devices:
             bar_base=layout.virtio_bar_port(slot),
             interrupt_line=gsi,
             moved=doorbell.move,
+            ring=doorbell.ring,
         )
         line.add_source(transport.interrupt_pending)
         doorbell.serve(transport.notify)
@@ -137,4 +155,5 @@ class Devices:
         return self._lines[gsi]
 
     def io_statistics(self) -> dict[str, dict[str, int]]:
+        """Each device's counts by its name, for the report."""
         return {name: block.statistics.as_dict() for name, block in self._blocks.items()}

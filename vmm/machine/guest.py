@@ -12,10 +12,12 @@ from vmm.arch.x86_64.registers import InitialState, linux64_entry, payload_entry
 from vmm.core.errors import UsageError
 from vmm.core.ranges import Range
 from vmm.machine.config import MachineConfig
+from vmm.machine.images import OpenedImages
 from vmm.memory.guest_memory import LaunchMemory
 
 if TYPE_CHECKING:
-    from vmm.boot.kernel import KernelImage
+    from vmm.boot.kernel import KernelImage, OpenedKernel
+    from vmm.boot.source import Source
 
 DEFAULT_COMMAND_LINE = "console=ttyS0 panic=-1"
 """Before --append: console on the serial line; a panic ends the run at once."""
@@ -32,7 +34,7 @@ class Guest(Protocol):
     """Model-specific registers that it expects to find set."""
 
     def finish_opening(self) -> None:
-        """Wait for what the constructor started. Raises UsageError for a bad image."""
+        """Wait for images that are on their way. Raises UsageError for a bad one."""
         ...
 
     def private_ranges(self, ram: list[Range]) -> list[Range]:
@@ -53,22 +55,11 @@ class LinuxGuest:
     needs_hypercalls = True
     msrs: Mapping[int, int] = LINUX_ENTRY_MSRS
 
-    def __init__(self, config: MachineConfig) -> None:
-        """Opens and checks the images; a compressed kernel is unpacked while we go on.
-
-        Raises ImageError (a UsageError).
-        """
-        from vmm.boot.kernel import OpenedKernel  # not on the payload's start-up path
-        from vmm.boot.source import open_source
-
-        assert config.kernel is not None
+    def __init__(self, config: MachineConfig, kernel: OpenedKernel, initrd: Source | None) -> None:
+        """Takes over the images, of which the kernel may still be on its way."""
         self._config = config
-        self._initrd = None if config.initrd is None else open_source(config.initrd, "initrd")
-        try:
-            self._opened = OpenedKernel(config.kernel)
-        except BaseException:
-            self._close_initrd()
-            raise
+        self._opened = kernel
+        self._initrd = initrd
         self._image: KernelImage | None = None
         self._command_line = b""
         self._initrd_place: Range | None = None
@@ -120,15 +111,12 @@ class LinuxGuest:
             launch.pwrite(data, gpa)
         return state
 
-    def _close_initrd(self) -> None:
-        if self._initrd is not None:
-            self._initrd.close()
-
     def close(self) -> None:
         self._opened.close()
         if self._image is not None:
             self._image.close()
-        self._close_initrd()
+        if self._initrd is not None:
+            self._initrd.close()
 
 
 class PayloadGuest:
@@ -196,6 +184,8 @@ def _pci_interrupts(disks: int) -> dict[int, int]:
     return {device: layout.pci_intx_gsi(device) for device in range(1, disks + 1)}
 
 
-def open_guest(config: MachineConfig) -> Guest:
-    """The guest that the configuration names. Raises UsageError for a bad image."""
-    return PayloadGuest(config) if config.kernel is None else LinuxGuest(config)
+def make_guest(config: MachineConfig, images: OpenedImages) -> Guest:
+    """The guest that the configuration names. Raises UsageError for one that can't be."""
+    if images.kernel is None:
+        return PayloadGuest(config)
+    return LinuxGuest(config, images.kernel, images.initrd)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 
 from kvm_bindings import KvmError, System, Vm, ioctls
+from vmm.arch.x86_64.doorbells import KVM_HC_MAP_GPA_RANGE
 from vmm.core.errors import HostError
 from vmm.memory.backing import Backing, GuestMemfdBacking, MemfdBacking
 
@@ -64,7 +65,7 @@ def missing_basics(system: System) -> list[str]:
 def require_hypercall_exits(vm: Vm) -> None:
     """Raises HostError unless KVM hands KVM_HC_MAP_GPA_RANGE to user space (says its word)."""
     offered = vm.check_extension(ioctls.KVM_CAP_EXIT_HYPERCALL)
-    if not offered & 1 << ioctls.KVM_HC_MAP_GPA_RANGE:
+    if not offered & 1 << KVM_HC_MAP_GPA_RANGE:
         raise HostError(
             f"this host's KVM does not pass share requests on (KVM_CAP_EXIT_HYPERCALL = "
             f"{offered:#x}, Linux 5.15 or later is needed); {_LAB}; {SEE_CHECK}"

@@ -10,11 +10,17 @@ from typing import Any
 from kvm_bindings import KvmError, System, Vcpu, Vm, ioctls
 from vmm.arch.x86_64 import layout
 from vmm.arch.x86_64.cpuid import choose_c_bit, guest_cpuid, is_amd
-from vmm.arch.x86_64.doorbells import HYPERCALL_NAME, PORT_NAME, PortDoorbell
+from vmm.arch.x86_64.doorbells import (
+    HYPERCALL_NAME,
+    KVM_HC_MAP_GPA_RANGE,
+    PORT_NAME,
+    PortDoorbell,
+)
 from vmm.arch.x86_64.msrs import MsrTable
 from vmm.conversion.scheme import CbitScheme, PlainScheme, Scheme
 from vmm.conversion.transaction import Converter
-from vmm.core.errors import HostError
+from vmm.core.ending_signals import on_ending_signal
+from vmm.core.errors import HostError, tell
 from vmm.core.event_loop import EventLoop
 from vmm.core.ranges import Range, page_align_down, page_align_up
 from vmm.devices.virtio.block_file import DiskFile, open_disk
@@ -24,13 +30,14 @@ from vmm.exits.run_loop import VcpuRunner, install_kick_handler
 from vmm.machine.config import MachineConfig
 from vmm.machine.console import Console
 from vmm.machine.devices import Devices
-from vmm.machine.guest import Guest, open_guest
+from vmm.machine.guest import Guest, make_guest
 from vmm.machine.host import (
     SEE_CHECK,
     create_private_backing,
     open_kvm,
     require_hypercall_exits,
 )
+from vmm.machine.images import OpenedImages
 from vmm.machine.report import ReportFile, build_report
 from vmm.memory.backing import MemfdBacking
 from vmm.memory.guest_memory import GuestMemory, LaunchMemory, PageState
@@ -42,15 +49,17 @@ _REBOOT_TEXT = b"reboot: Restarting system"
 
 _LAST_OUTPUT_SECONDS = 1.0
 """How long a stopped vCPU may take to get its last output out."""
+_LAST_WORK_SECONDS = 2.0
+"""How long it may then take to finish what it is doing."""
 
 
 class Machine:
     """One VM with its vCPUs and devices; `run` may be called once."""
 
-    def __init__(self, config: MachineConfig, guest: Guest | None = None) -> None:
-        """`guest` is what `open_guest(config)` gave, where the caller has called it already."""
+    def __init__(self, config: MachineConfig, images: OpenedImages | None = None) -> None:
+        """`images` are the configuration's, where the caller has opened them already."""
         self._config = config
-        self._given_guest = guest
+        self._images = images
         self._cleanup = ExitStack()
         self._outcomes: list[Outcome] = []
         self._runners: list[VcpuRunner] = []
@@ -68,9 +77,7 @@ class Machine:
             started = time.monotonic()
             self._open_inputs()
             try:
-                self._create_vm()
-                self._lay_out_memory()
-                self._create_vcpu()
+                self._set_up_vm()
                 self._load_guest()
                 self._connect_devices()
             except OSError as error:  # KvmError is one
@@ -82,7 +89,9 @@ class Machine:
     def _open_inputs(self) -> None:
         """Everything the user named, before the host is asked for anything."""
         config = self._config
-        self._guest: Guest = self._given_guest or open_guest(config)
+        images = self._images or OpenedImages(config)
+        self._cleanup.callback(images.close)
+        self._guest: Guest = make_guest(config, images)
         self._cleanup.callback(self._guest.close)
         self._policy = Policy() if config.policy is None else load_policy(config.policy)
         self._disks: list[DiskFile] = []
@@ -93,6 +102,16 @@ class Machine:
         self._report_file = None if config.report is None else ReportFile(config.report)
         if self._report_file is not None:
             self._cleanup.callback(self._report_file.close)
+
+    def _set_up_vm(self) -> None:
+        """All that needs no bytes of the guest yet, while its kernel is being uncompressed."""
+        try:
+            self._create_vm()
+            self._lay_out_memory()
+            self._create_vcpu()
+        except (HostError, OSError):
+            self._guest.finish_opening()  # where both are wrong, what the user gave comes first
+            raise
         self._guest.finish_opening()
 
     def _create_vm(self) -> None:
@@ -108,7 +127,7 @@ class Machine:
         self._vm.create_pit2()
         if self._is_private and self._guest.needs_hypercalls:
             require_hypercall_exits(self._vm)
-            self._vm.enable_cap(ioctls.KVM_CAP_EXIT_HYPERCALL, 1 << ioctls.KVM_HC_MAP_GPA_RANGE)
+            self._vm.enable_cap(ioctls.KVM_CAP_EXIT_HYPERCALL, 1 << KVM_HC_MAP_GPA_RANGE)
             self._vm.enable_cap(
                 ioctls.KVM_CAP_X86_USER_SPACE_MSR,
                 ioctls.KVM_MSR_EXIT_REASON_INVAL
@@ -151,13 +170,13 @@ class Machine:
                 c_bit = choose_c_bit(self._supported_cpuid, size)
                 self._c_mask = 1 << c_bit
                 self._scheme = CbitScheme(c_bit)
+                private = self._guest.private_ranges(self._ram)
                 private_backing = create_private_backing(
                     self._vm,
                     config.private_memory,
                     size,
                     host_loads=self._guest.host_loads_private,
                 )
-                private = self._guest.private_ranges(self._ram)
         except BaseException:
             shared.close()
             raise
@@ -237,22 +256,16 @@ class Machine:
         install_kick_handler()
         runner = VcpuRunner(self._vcpu, self._handlers, self.stop)
         self._runners.append(runner)
-        previous = {
-            number: signal.signal(number, self._signalled)
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-            if signal.getsignal(number) is not signal.SIG_IGN  # nohup
-        }
-        try:
-            self._console.attach(self._loop, self._devices.serial)
-            runner.start()
-            self._loop.run()
-        finally:
-            self.stop(Outcome(STOPPED, "the device loop failed"))
-            for each in self._runners:
-                self._end(each)
-            self._console.restore()
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+        with on_ending_signal(self._signalled):
+            try:
+                self._console.attach(self._loop, self._devices.serial)
+                runner.start()
+                self._loop.run()
+            finally:
+                self.stop(Outcome(STOPPED, "the device loop failed"))
+                for each in self._runners:
+                    self._end(each)
+                self._console.restore()
         for each in self._runners:
             if each.error is not None:
                 raise each.error
@@ -264,7 +277,21 @@ class Machine:
             # It hangs in a write to a stdout that nobody reads, which Python never interrupts.
             self._console.abandon_output()
             runner.stop()
-            runner.join()
+            if not runner.join(_LAST_WORK_SECONDS):
+                self._abandon_vcpu()
+
+    def _abandon_vcpu(self) -> None:
+        """Go on without a vCPU's thread that doesn't end, for example because of its policy.
+
+        It may wake up and use what the machine has opened, so that all of it stays open until
+        the process ends.
+        """
+        self._cleanup.pop_all()
+        waiting_for = self._converter.undecided
+        what = "the vCPU's thread has not ended"
+        if waiting_for is not None:
+            what = f"{waiting_for} has not returned"
+        tell(f"{what}; pyvmm ends without it")
 
     def _write_report(self, outcome: Outcome, wall_seconds: float) -> None:
         counts: dict[str, int] = {}

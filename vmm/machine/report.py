@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import stat
-from dataclasses import asdict
 from typing import Any
 
 from vmm.conversion.accounting import Accounting
@@ -61,13 +59,13 @@ def build_report(
         },
         "isolation": isolation_of(private),
         "guest": {"exit": outcome.exit, "reason": outcome.reason},
-        "conversions": asdict(accounting),
+        "conversions": accounting.as_dict(),
         "pages": {
             "ram_bytes": memory.ram_bytes,
             "private_bytes": memory.bytes_in(PageState.PRIVATE),
             "shared_bytes": memory.bytes_in(PageState.SHARED),
         },
-        "residency": asdict(residency),
+        "residency": residency._asdict(),
         "io": io,
         "exits": dict(sorted(exits.items(), key=lambda item: -item[1])),
         "io_ports": {
@@ -92,6 +90,8 @@ class ReportFile:
 
     def write(self, report: dict[str, Any]) -> None:
         """Replace the file's content. Raises UsageError when the disk is full or the like."""
+        import json  # a run ends with it; its start does not wait for it
+
         data = (json.dumps(report, indent=2) + "\n").encode()
         try:
             if stat.S_ISREG(os.fstat(self._fd).st_mode):

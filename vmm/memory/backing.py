@@ -59,9 +59,14 @@ class _FdBacking:
     """What all backings share: an fd, KVM's mapping of it, holes, and closing."""
 
     def __init__(self, fd: int, size: int) -> None:
+        """Takes over `fd`, also when it raises KvmError."""
         self.fd = fd
         self.size = size
-        self.hva = fdops.map_shared(fd, size)
+        try:
+            self.hva = fdops.map_shared(fd, size)
+        except OSError:
+            os.close(fd)
+            raise
 
     def punch(self, offset: int, size: int) -> None:
         """Give the pages back; they read as zeros afterwards. Raises KvmError."""
@@ -102,10 +107,10 @@ class MemfdBacking(_FdBacking):
         fd = os.memfd_create(label, os.MFD_CLOEXEC)
         try:
             os.ftruncate(fd, size)
-            super().__init__(fd, size)
         except OSError:
             os.close(fd)
             raise
+        super().__init__(fd, size)
         self._copier = FdCopier()
 
     def pread(self, size: int, offset: int) -> bytes:
@@ -160,13 +165,22 @@ class GuestMemfdBacking(_FdBacking):
     is_guest_memfd = True
 
     def __init__(self, fd: int, size: int, *, init_shared: bool) -> None:
-        """Takes over `fd` (from KVM_CREATE_GUEST_MEMFD with MMAP, and INIT_SHARED if said)."""
+        """Takes over `fd` (from KVM_CREATE_GUEST_MEMFD with MMAP, and INIT_SHARED if said).
+
+        Raises OSError, the fd closed.
+        """
         super().__init__(fd, size)
         self.init_shared = init_shared
         self.name = "guest_memfd-mmap" if init_shared else "guest_memfd"
         self.access = "/proc/self/mem" if init_shared else "none"
         self.host_access = "policy-refused" if init_shared else "kernel-refused"
-        self._mem = os.open("/proc/self/mem", os.O_RDWR | os.O_CLOEXEC) if init_shared else -1
+        self._mem = -1
+        if init_shared:
+            try:
+                self._mem = os.open("/proc/self/mem", os.O_RDWR | os.O_CLOEXEC)
+            except OSError:
+                self.close()
+                raise
 
     def close(self) -> None:
         super().close()

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from vmm.core.errors import PrivateAccess, UnmappedAccess
 from vmm.core.ranges import Range, RangeMap
@@ -24,8 +24,7 @@ class PageState(Enum):
     CONVERTING = "converting"
 
 
-@dataclass(frozen=True, slots=True)
-class Residency:
+class Residency(NamedTuple):
     """Bytes of host memory behind each side, as the kernel counts them."""
 
     private_bytes: int

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import errno
-from dataclasses import dataclass
-from typing import Protocol
+from errno import EACCES
+from typing import NamedTuple, Protocol
 
 from vmm.core.errors import UsageError
 from vmm.core.events import Kind
@@ -18,8 +17,7 @@ class PolicyError(UsageError):
     """A policy's hook raised an exception, or answered with something that is no decision."""
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(NamedTuple):
     """A validated request: `area` is page-aligned guest RAM, GPAs without the C-bit."""
 
     kind: Kind
@@ -38,20 +36,39 @@ class View(Protocol):
     def residency(self) -> Residency: ...
 
 
-@dataclass(frozen=True, slots=True)
 class Allow:
     """Carry the request out."""
 
+    __slots__ = ()
 
-@dataclass(frozen=True, slots=True)
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Allow)
+
+    def __hash__(self) -> int:
+        return hash(Allow)
+
+    def __repr__(self) -> str:
+        return "Allow()"
+
+
 class Deny:
     """Refuse the request: the guest gets -errno (1 to 4095), and nothing changes."""
 
-    errno: int = errno.EACCES
+    __slots__ = ("errno",)
 
-    def __post_init__(self) -> None:
-        if not 0 < self.errno <= _LARGEST_ERRNO:
-            raise ValueError(f"Deny(errno={self.errno}): the guest would not take it for an error")
+    def __init__(self, errno: int = EACCES) -> None:
+        if not isinstance(errno, int) or not 0 < errno <= _LARGEST_ERRNO:
+            raise ValueError(f"Deny(errno={errno}): the guest would not take it for an error")
+        self.errno = errno
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Deny) and other.errno == self.errno
+
+    def __hash__(self) -> int:
+        return hash((Deny, self.errno))
+
+    def __repr__(self) -> str:
+        return f"Deny(errno={self.errno})"
 
 
 Decision = Allow | Deny

@@ -178,6 +178,7 @@ def test_msr_read_and_its_answer(page: Page, reason: int) -> None:
 
     page.vcpu.answer_msr(1 << 40 | 1, known=True)
 
+    assert isinstance(exit, RdmsrExit)
     assert exit == RdmsrExit(0xC001_0131, reason)
     assert page.read(1, UNION) == b"\0"
     assert struct.unpack("<Q", page.read(8, UNION + 16)) == (1 << 40 | 1,)
@@ -188,6 +189,7 @@ def test_msr_write_and_its_refusal(page: Page) -> None:
 
     page.vcpu.answer_msr(None, known=False)
 
+    assert isinstance(exit, WrmsrExit)
     assert exit == WrmsrExit(0x4B56_4D08, (1 << 64) - 1, 2)
     assert page.read(1, UNION) == b"\1"
     assert struct.unpack("<Q", page.read(8, UNION + 16)) == ((1 << 64) - 1,)
@@ -199,11 +201,15 @@ def test_system_event_has_its_data(page: Page, count: int) -> None:
 
     exit = page.run(24, struct.pack("<II16Q", 2, count, *words))
 
+    assert isinstance(exit, SystemEventExit)
     assert exit == SystemEventExit(2, words[:count])
 
 
 def test_fail_entry_has_reason_and_cpu(page: Page) -> None:
-    assert page.run(9, struct.pack("<QI", 0x8000_0021, 5)) == FailEntryExit(0x8000_0021, 5)
+    exit = page.run(9, struct.pack("<QI", 0x8000_0021, 5))
+
+    assert isinstance(exit, FailEntryExit)
+    assert exit == FailEntryExit(0x8000_0021, 5)
 
 
 INSTRUCTION = bytes.fromhex("c4e26937c0")
@@ -348,3 +354,13 @@ def test_many_threads_decoding_at_once_agree(page: Page) -> None:
         thread.join(30)
 
     assert seen == [HypercallExit(12, (1, 2, 3, 4, 5, 6), 0)] * 8
+
+
+def test_vcpu_whose_page_cannot_be_mapped_closes_its_fd() -> None:
+    fd = os.memfd_create("kvm_run")
+
+    with pytest.raises(KvmError, match="mmap"):
+        Vcpu(fd, 0, 0)
+
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)

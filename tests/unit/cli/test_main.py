@@ -129,7 +129,7 @@ def test_user_without_permission_is_told_so(
     [
         (ValueError("odd\nthing"), 1, r"internal error: ValueError\('odd.*--debug shows where"),
         (OSError(12, "Cannot allocate memory"), 3, "the host refused: .*Cannot allocate memory"),
-        (KeyboardInterrupt(), 1, "interrupted before the guest ran"),
+        (KeyboardInterrupt(), 1, "interrupted while no guest was running"),
     ],
 )
 def test_unexpected_error_is_one_line(
@@ -239,3 +239,44 @@ def test_missing_stderr_keeps_the_status(command: Command, monkeypatch: pytest.M
     result = command("--mem", "x")
 
     assert (result.status, result.out, result.err) == (2, "", "")
+
+
+# -- the lab --------------------------------------------------------------------------------------
+
+
+class NoLab:
+    """Stands for the lab where none may be made."""
+
+    def __init__(self, *_: object) -> None:
+        raise AssertionError("a lab machine was about to be made")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--bad-option"], "unrecognized arguments: --bad-option; see pyvmm --help"),
+        (["run", "--kernel"], "argument --kernel: expected one argument"),
+        (["--lab-quiet", "--mem", "lots"], "--mem 'lots' is not a memory size"),
+        (["--kernel", "debian:6.12", "--scheme", "cbit"], "--scheme cbit needs --private-mem"),
+        (["lab"], "unrecognized arguments: lab"),
+    ],
+)
+def test_lab_refuses_bad_usage_before_a_machine_is_made(
+    command: Command, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.setattr("vmm.lab.command.Lab", NoLab)
+
+    result = command("lab", *arguments)
+
+    assert message in result.complaint
+    assert result.status == 2
+
+
+def test_lab_asks_nothing_about_the_words_of_a_program(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vmm.lab.command.Lab", NoLab)
+
+    result = command("lab", "--exec", "ls", "--bad-option")
+
+    assert "a lab machine was about to be made" in result.complaint

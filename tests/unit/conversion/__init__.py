@@ -1,0 +1,1 @@
+"""Tests of vmm.conversion: the transaction, bad requests, rollback, races."""

@@ -84,11 +84,11 @@ def test_denial_reaches_the_guest_and_changes_nothing(
     assert tally(converter, request_.kind) == expected
 
 
-@pytest.mark.parametrize("number", [0, -13, 4096])
-def test_denial_without_a_proper_errno_cannot_be_made(number: int) -> None:
+@pytest.mark.parametrize("number", [0, -13, 4096, 1.5])
+def test_denial_without_a_proper_errno_cannot_be_made(number: float) -> None:
     """-0 would tell the guest that its page is converted."""
     with pytest.raises(ValueError, match="errno"):
-        Deny(number)
+        Deny(number)  # type: ignore[arg-type]
 
 
 @each_request

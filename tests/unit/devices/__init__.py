@@ -1,0 +1,1 @@
+"""Tests of vmm.devices from the outside, as a guest drives them."""

@@ -28,6 +28,7 @@ def make_machine(tmp_path: Path) -> Iterator[MakeMachine]:
         options: str = "",
         punch: Callable[[int, int, int], None] | None = None,
         memory_size: int = 1 << 20,
+        ring: Callable[[int], None] | None = None,
     ) -> DiskMachine:
         path = tmp_path / f"disk{len(made)}.img"
         path.write_bytes(pattern(512 * min(sectors, 4096)))
@@ -47,6 +48,7 @@ def make_machine(tmp_path: Path) -> Iterator[MakeMachine]:
             bar_base=BAR,
             interrupt_line=5,
             moved=notify_ports.append,
+            ring=ring,
         )
         pci.add(0, host_bridge())
         pci.add(1, transport.function)

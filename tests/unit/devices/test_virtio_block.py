@@ -10,8 +10,9 @@ from collections.abc import Callable
 import pytest
 
 from tests.support.disk_machine import DATA, DiskMachine, MakeMachine, pattern
-from tests.support.virtio_driver import NEEDS_RESET, Piece
+from tests.support.virtio_driver import NEEDS_RESET, Piece, VirtioQueueDriver
 from vmm.core.ranges import Range
+from vmm.devices.virtio import block
 from vmm.devices.virtio.block import (
     F_DISCARD,
     F_FLUSH,
@@ -42,6 +43,10 @@ def refuse(error: int) -> None:
 
 def punch_not_supported(_fd: int, _offset: int, _size: int) -> None:
     refuse(errno.EOPNOTSUPP)
+
+
+def punch_not_aligned(_fd: int, _offset: int, _size: int) -> None:
+    refuse(errno.EINVAL)  # a block device with sectors of 4 KiB
 
 
 def punch_by_zeroes(fd: int, offset: int, size: int) -> None:
@@ -365,7 +370,7 @@ def test_block_range_request_that_was_not_negotiated_is_unsupported(
 
 
 @pytest.mark.parametrize("flags", [0, 1])
-@pytest.mark.parametrize("punch", [None, punch_not_supported, punch_by_zeroes])
+@pytest.mark.parametrize("punch", [None, punch_not_supported, punch_not_aligned, punch_by_zeroes])
 def test_block_write_zeroes_leaves_zeroes_whatever_the_host_can(
     make_machine: MakeMachine, flags: int, punch: Callable[[int, int, int], None] | None
 ) -> None:
@@ -441,3 +446,65 @@ def test_block_request_without_header_or_status_stops_the_device(
     assert machine.driver.status & NEEDS_RESET
     assert queue.collect() == []
     assert machine.block.statistics.errors == 1
+
+
+# -- turns: a batch as large as a guest likes must not keep the event loop from other work --------
+
+
+def offer_reads(machine: DiskMachine, queue: VirtioQueueDriver, count: int) -> list[int]:
+    """`count` reads of a sector each, all offered at once; their heads."""
+    heads = [
+        queue.chain(machine.request(T_IN, number, Piece(DATA + 512 * number, 512, True))[0])
+        for number in range(count)
+    ]
+    queue.offer(*heads)
+    return heads
+
+
+def test_block_batch_beyond_a_turn_is_served_in_several(
+    make_machine: MakeMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block, "TURN_BYTES", 1024)
+    rung: list[int] = []
+    machine = make_machine(ring=rung.append)
+    queue = machine.up()
+    heads = offer_reads(machine, queue, 5)
+    turns = []
+
+    machine.driver.notify()
+    while rung:
+        machine.transport.notify(rung.pop())
+        turns.append([head for head, _ in queue.collect()])
+
+    assert turns == [heads[0:2], heads[2:4], heads[4:5]]
+    assert machine.memory.peek(5 * 512, DATA) == pattern(5 * 512)
+
+
+def test_block_turn_that_ends_with_the_batch_asks_for_no_other(
+    make_machine: MakeMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block, "TURN_BYTES", 1024)
+    rung: list[int] = []
+    machine = make_machine(ring=rung.append)
+    queue = machine.up()
+    offer_reads(machine, queue, 2)
+
+    machine.transport.notify(0)
+
+    assert len(queue.collect()) == 2
+    assert rung == []
+
+
+def test_block_notify_by_port_write_rings_and_moves_nothing_itself(
+    make_machine: MakeMachine,
+) -> None:
+    rung: list[int] = []
+    machine = make_machine(ring=rung.append)
+    queue = machine.up()
+    offer_reads(machine, queue, 1)
+
+    machine.driver.notify(0)
+    machine.driver.notify(1)  # there is no such queue
+
+    assert rung == [0]
+    assert queue.collect() == []

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -75,9 +73,9 @@ KERNEL = MachineConfig(kernel="vmlinuz")
         MachineConfig(),
         PRIVATE,
         KERNEL,
-        replace(KERNEL, initrd="initrd", append="quiet", private_memory="guest_memfd-mmap"),
-        replace(PRIVATE, private_memory="guest_memfd"),
-        replace(PRIVATE, private_memory="memfd", scheme="cbit", policy="m:C"),
+        KERNEL._replace(initrd="initrd", append="quiet", private_memory="guest_memfd-mmap"),
+        PRIVATE._replace(private_memory="guest_memfd"),
+        PRIVATE._replace(private_memory="memfd", scheme="cbit", policy="m:C"),
         MachineConfig(memory=4 * MIB),
         MachineConfig(memory=256 * GIB),
     ],
@@ -97,13 +95,13 @@ def test_sensible_configuration_is_accepted(config: MachineConfig) -> None:
         (MachineConfig(cpus=2), "--cpus 2.*use 1"),
         (MachineConfig(private_memory="tmpfs"), "--private-mem=tmpfs is unknown; use one of auto"),
         (MachineConfig(private_memory=""), "is unknown"),
-        (replace(PRIVATE, scheme="remap"), "--scheme remap is unknown; use one of auto, cbit"),
+        (PRIVATE._replace(scheme="remap"), "--scheme remap is unknown; use one of auto, cbit"),
         (MachineConfig(scheme="cbit"), "--scheme cbit needs --private-mem"),
         (MachineConfig(initrd="i"), "--initrd needs --kernel"),
         (MachineConfig(append="quiet"), "--append needs --kernel"),
         (MachineConfig(policy="m:C"), "--policy needs --private-mem"),
         (
-            replace(KERNEL, private_memory="guest_memfd"),
+            KERNEL._replace(private_memory="guest_memfd"),
             "--private-mem=guest_memfd.*use --private-mem=guest_memfd-mmap, or memfd",
         ),
     ],

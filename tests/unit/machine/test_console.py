@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import select
@@ -253,6 +254,24 @@ def test_help_is_shown_to_the_user_and_not_to_the_guest(fds: Fds, bench_on: Make
 
     assert b"Ctrl-A x  quit" in os.read(master, 4096)
     assert bench.uart.fifo == b""
+
+
+def test_help_does_not_wait_for_a_stdout_that_nobody_reads(fds: Fds, bench_on: MakeBench) -> None:
+    # The loop's thread would wait for ever, and Ctrl-A x or a signal would end nothing.
+    master, slave = fds.pty()
+    _, write_end = fds.pipe()
+    os.set_blocking(write_end, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(write_end, bytes(4096))
+    os.set_blocking(write_end, True)
+    bench = bench_on(slave, write_end)
+    bench.attach()
+    fds.type(master, slave, b"\x01h\x01x")
+
+    bench.settle()
+
+    assert bench.quits == 1
 
 
 def test_ctrl_a_on_a_pipe_is_data(fds: Fds, bench_on: MakeBench) -> None:

@@ -1,0 +1,1 @@
+"""Tests of vmm.memory: backings, GuestMemory, transfers; and that nothing is dereferenced."""

@@ -162,6 +162,28 @@ def test_memfd_that_cannot_be_mapped_leaks_no_fd() -> None:
     assert set(os.listdir("/proc/self/fd")) == before
 
 
+@pytest.mark.parametrize("fault", ["mapping", "/proc/self/mem"])
+def test_guest_memfd_that_cannot_be_taken_over_leaks_no_fd(
+    fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fd = os.memfd_create("stands in for a guest_memfd")
+    os.truncate(fd, SIZE)
+
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patched:
+        if fault == "mapping":
+            patched.setattr(fdops, "map_shared", refuse)
+        else:
+            patched.setattr(os, "open", refuse)
+        with pytest.raises(OSError, match="Too many open files"):
+            GuestMemfdBacking(fd, SIZE, init_shared=True)
+
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
+
+
 # What a mapped guest_memfd does differently.
 
 

@@ -11,6 +11,7 @@ from enum import IntEnum
 from typing import NamedTuple
 
 from vmm.arch.x86_64 import layout
+from vmm.boot.bzimage import HEADER_LIMIT, HEADER_START, LOADED_HIGH, XLF_KERNEL_64
 from vmm.core.errors import UsageError
 from vmm.core.ranges import PAGE_SIZE, Range
 
@@ -18,7 +19,6 @@ from vmm.core.ranges import PAGE_SIZE, Range
 ACPI_RSDP_ADDR = 0x070  # u64
 EXT_RAMDISK_IMAGE, EXT_RAMDISK_SIZE, EXT_CMD_LINE_PTR = 0x0C0, 0x0C4, 0x0C8  # u32, bits 63:32
 E820_ENTRIES, E820_TABLE, E820_MAX = 0x1E8, 0x2D0, 128
-HEADER_START, HEADER_LIMIT = 0x1F1, 0x290
 
 # struct setup_header, as offsets in boot_params
 BOOT_FLAG, JUMP, MAGIC, VERSION = 0x1FE, 0x200, 0x202, 0x206
@@ -29,8 +29,8 @@ XLOADFLAGS, CMDLINE_SIZE, HARDWARE_SUBARCH, SETUP_DATA = 0x236, 0x238, 0x23C, 0x
 HEADER_END_2_15 = 0x26C
 
 LOADER_UNDEFINED = 0xFF
-LOADED_HIGH, KASLR_FLAG = 1 << 0, 1 << 1
-XLF_KERNEL_64, XLF_CAN_BE_LOADED_ABOVE_4G = 1 << 0, 1 << 1
+KASLR_FLAG = 1 << 1  # loadflags
+XLF_CAN_BE_LOADED_ABOVE_4G = 1 << 1  # xloadflags
 
 _U32 = 0xFFFF_FFFF
 

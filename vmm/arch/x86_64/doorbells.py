@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vmm.core.events import ConversionRequest, Kind
 from vmm.core.ranges import PAGE_SHIFT
@@ -47,8 +47,7 @@ def decode_map_gpa_range(args: Sequence[int], vcpu: int) -> ConversionRequest:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class HostCheck:
+class HostCheck(NamedTuple):
     """The payload asks the VMM to verify and replace a pattern in `size` bytes from `gpa`."""
 
     gpa: int
@@ -56,8 +55,7 @@ class HostCheck:
     vcpu: int
 
 
-@dataclass(frozen=True, slots=True)
-class Failure:
+class Failure(NamedTuple):
     """The payload reports that it failed, with a code of its own."""
 
     code: int
@@ -69,17 +67,18 @@ Command = ConversionRequest | HostCheck | Failure
 REG_FRAME, REG_PAGES, REG_COMMAND, REG_RESULT, REG_FAILURE = 0x00, 0x04, 0x08, 0x0C, 0x10
 COMMAND_SHARE, COMMAND_UNSHARE, COMMAND_HOST_CHECK = 1, 2, 3
 DOORBELL_ID = int.from_bytes(b"VMMB", "little")
-DOORBELL_SIZE = 0x20
 REGISTER_SIZE = 4
 
 
-@dataclass(slots=True)
 class _Latches:
     """One vCPU's registers, so that two vCPUs can ring at the same time."""
 
-    frame: int = 0
-    pages: int = 0
-    result: int = 0
+    __slots__ = ("frame", "pages", "result")
+
+    def __init__(self) -> None:
+        self.frame = 0
+        self.pages = 0
+        self.result = 0
 
 
 def _as_u32(result: int) -> int:

@@ -46,7 +46,6 @@ COM1_PORT = 0x3F8  # what console=ttyS0 means
 COM1_PORTS = 8
 DOORBELL_PORT = 0x500  # share/unshare by port write, for hosts whose hypercalls don't work
 DOORBELL_PORTS = 0x20
-FAILURE_PORT = DOORBELL_PORT + 0x10  # the payload reports that it failed
 ACPI_PM_PORT = 0x600  # event block, control, timer and reset register: one device
 ACPI_PM_PORTS = 0x10
 PM1A_EVT_PORT = 0x600  # 4 bytes: status, enable

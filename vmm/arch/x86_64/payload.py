@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vmm.arch.x86_64 import layout
 from vmm.core.ranges import PAGE_SIZE
@@ -14,8 +14,7 @@ FLAG_DISK = 1 << 0  # a virtio-blk disk is at PCI 0:1.0
 _LAYOUT = struct.Struct("<8Q2I")
 
 
-@dataclass(frozen=True, slots=True)
-class PayloadInfo:
+class PayloadInfo(NamedTuple):
     """The page RDI points to when the payload starts, all fields little endian.
 
     struct payload_info {

@@ -28,13 +28,17 @@ MAX_DISCARD_SECTORS, MAX_DISCARD_RANGES = 1 << 22, 16
 # Small enough that writing the zeroes out takes no longer than other requests do.
 MAX_ZERO_SECTORS, MAX_ZERO_RANGES = 1 << 16, 1
 _ZEROES = bytes(1 << 18)
+# The event loop has other things to do, an end of the run among them; a batch may be 256 requests
+# of 4 GiB each.
+TURN_BYTES = 64 << 20
 
 _HEADER = struct.Struct("<IIQ")
 _RANGE = struct.Struct("<QII")
 # capacity, size_max, seg_max, geometry, blk_size, topology, writeback, num_queues, then the
 # limits of discard and write zeroes.
 _CONFIG = struct.Struct("<QII4xI8xBxHIIIIIB3x")
-_CANNOT_PUNCH = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV)
+# EINVAL: a block device that wants other alignment than our sectors of 512 bytes.
+_CANNOT_PUNCH = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL)
 
 # What a request method answers: its status, and how many bytes it wrote to the guest.
 _Answer = tuple[int, int]
@@ -43,7 +47,7 @@ _Request = Callable[[int, list[Segment], list[Segment]], _Answer]
 
 class VirtioBlock:
     """A disk. `punch(fd, offset, size)` deallocates a range of the file and keeps its size;
-    without it, or where it says EOPNOTSUPP, zeroes are written and discards are not carried out.
+    without it, or where the host can't, zeroes are written and discards are not carried out.
     """
 
     device_id = 2
@@ -105,18 +109,26 @@ class VirtioBlock:
         self._agreed = 0
 
     def process(self, queue_index: int) -> bool:
-        """Serve everything available now, and return it all at once."""
+        """Serve what is available now, or a turn's worth of it, and return it all at once."""
         queue, memory = self._queues[queue_index], self._memory
         if memory is None:
             return False
         used: list[tuple[int, int]] = []
         try:
-            for chain in queue.take():
+            chains = queue.take()
+            turn_ends = self._bytes_moved() + TURN_BYTES
+            for chain in chains:
                 used.append((chain.head, self._serve(memory, chain)))
+                if self._bytes_moved() >= turn_ends:
+                    queue.put_back(len(chains) - len(used))
+                    break
         except (QueueError, GuestMemoryError):
             queue.publish(used)  # those were carried out; the bad one stops the device
             raise
         return queue.publish(used)
+
+    def _bytes_moved(self) -> int:
+        return self.statistics.bytes_read + self.statistics.bytes_written
 
     # --- one request ---
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-from dataclasses import dataclass
 
 from vmm.core.errors import UsageError
 
@@ -14,15 +13,17 @@ SERIAL_BYTES = 20
 _SYNTAX = "FILE[,ro][,serial=TEXT]"
 
 
-@dataclass(slots=True)
 class DiskFile:
     """An open disk: `sectors` of 512 bytes on `fd`, which this object owns."""
 
-    fd: int
-    path: str
-    sectors: int
-    read_only: bool
-    serial: bytes
+    __slots__ = ("fd", "path", "read_only", "sectors", "serial")
+
+    def __init__(self, fd: int, path: str, sectors: int, read_only: bool, serial: bytes) -> None:
+        self.fd = fd
+        self.path = path
+        self.sectors = sectors
+        self.read_only = read_only
+        self.serial = serial
 
     def close(self) -> None:
         if self.fd >= 0:

@@ -7,7 +7,6 @@ with these members, one method per kind of request.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Protocol
 
 from vmm.devices.virtio.queue import SplitQueue
@@ -29,20 +28,20 @@ class GuestMemory(Protocol):
     def transfer_out(self, gpa: int, size: int, dst_fd: int, dst_offset: int) -> int: ...
 
 
-@dataclass(slots=True)
 class IoStatistics:
     """What the report says of a device. `errors`: requests answered with an error, and broken
     rings; `refused`: accesses to memory that is private or not there."""
 
-    requests: int = 0
-    bytes_read: int = 0
-    bytes_written: int = 0
-    flushes: int = 0
-    errors: int = 0
-    refused: int = 0
+    def __init__(self) -> None:
+        self.requests = 0
+        self.bytes_read = 0
+        self.bytes_written = 0
+        self.flushes = 0
+        self.errors = 0
+        self.refused = 0
 
     def as_dict(self) -> dict[str, int]:
-        return asdict(self)
+        return dict(vars(self))
 
 
 class VirtioDevice(Protocol):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 from threading import Lock, RLock
 
 from vmm.core.errors import GuestMemoryError, PyvmmError
@@ -42,15 +41,17 @@ _COMMON = struct.Struct("<IIIIHHBBHHHHHQQQ")
 _WORD = 0xFFFF_FFFF
 
 
-@dataclass(slots=True)
 class _QueueSettings:
     """What the driver wrote for one queue."""
 
-    size: int
-    enabled: bool = False
-    desc: int = 0
-    driver: int = 0
-    device: int = 0
+    __slots__ = ("desc", "device", "driver", "enabled", "size")
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.enabled = False
+        self.desc = 0
+        self.driver = 0
+        self.device = 0
 
 
 # The driver may write a queue only while it negotiates: (offset, size) -> (field, shift).
@@ -70,6 +71,8 @@ class VirtioPciTransport:
     `interrupt()` raises the function's INTx line, which whoever owns the line lowers at the
     guest's EOI and raises again while `interrupt_pending()`. `moved(port or None)` names the
     port whose 16-bit writes are to be turned into `notify(value)`, whenever it changes.
+    `ring(queue index)` has `notify` called soon, on the thread that serves requests (default: at
+    once): for notifies that come as port accesses, and when a device has more to do.
     One lock covers configuration and request processing, so that a device that reads as reset
     touches guest memory no more; the ISR has its own, its reader must not wait for a batch.
     """
@@ -83,11 +86,13 @@ class VirtioPciTransport:
         bar_base: int,
         interrupt_line: int,
         moved: Callable[[int | None], None] | None = None,
+        ring: Callable[[int], None] | None = None,
     ) -> None:
         self._device = device
         self._memory = memory
         self._interrupt = interrupt
         self._moved = moved
+        self._ring = self.notify if ring is None else ring
         self._offered = device.features | REQUIRED_FEATURES
         self._config = device.config()
         self._lock = RLock()
@@ -113,14 +118,15 @@ class VirtioPciTransport:
         self._driver_features = 0
         self._queue_select = 0
         self._queues = [_QueueSettings(size) for size in self._device.queue_sizes]
-        self._active: frozenset[int] = frozenset()
+        self._active: dict[int, SplitQueue] = {}
 
     # --- the event loop's side ---
 
     def notify(self, queue_index: int) -> None:
         """The driver made buffers available: serve them, with at most one interrupt."""
         with self._lock:
-            if queue_index not in self._active:
+            queue = self._active.get(queue_index)
+            if queue is None:
                 return
             try:
                 wanted = self._device.process(queue_index)
@@ -129,6 +135,8 @@ class VirtioPciTransport:
                 return
             if wanted:
                 self._raise(ISR_QUEUE)
+            if queue.more:
+                self._ring(queue_index)
 
     def interrupt_pending(self) -> bool:
         """After the guest's EOI: whether the line has to go up again."""
@@ -153,7 +161,8 @@ class VirtioPciTransport:
     def write(self, offset: int, size: int, value: int) -> None:
         """OUT to the BAR; dropped unless it is a whole field that may be written now."""
         if offset == NOTIFY and size in (2, 4):
-            self.notify(value & 0xFFFF)
+            if value & 0xFFFF < len(self._queues):
+                self._ring(value & 0xFFFF)
             return
         with self._lock:
             if (offset, size) == (0x14, 1):
@@ -259,7 +268,7 @@ class VirtioPciTransport:
             self._fail(error)
             return
         self._device.activate(self._memory, queues, self._driver_features)
-        self._active = frozenset(queues)
+        self._active = queues
 
     def _reset(self) -> None:
         self._device.reset()
@@ -274,7 +283,7 @@ class VirtioPciTransport:
         else:
             self._device.statistics.errors += 1
         self.failure = str(error)
-        self._active = frozenset()
+        self._active = {}
         self._status |= STATUS_NEEDS_RESET
         if self._status & STATUS_DRIVER_OK:
             self._raise(ISR_CONFIG)

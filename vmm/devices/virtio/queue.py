@@ -8,8 +8,7 @@ that is in there was written by a hostile guest: what does not add up raises Que
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from vmm.core.errors import PyvmmError
 
@@ -41,8 +40,7 @@ class RingMemory(Protocol):
     def pwrite(self, data: bytes, gpa: int) -> None: ...
 
 
-@dataclass(slots=True)
-class Chain:
+class Chain(NamedTuple):
     """One request: what the device may read, then what it may write. Empty pieces are left out."""
 
     head: int
@@ -56,7 +54,7 @@ class SplitQueue:
     Raises QueueError when a ring is misaligned or runs past the address space (2.7, table).
     """
 
-    __slots__ = ("_avail", "_desc", "_memory", "_next_avail", "_next_used", "_used", "size")
+    __slots__ = ("_avail", "_desc", "_memory", "_next_avail", "_next_used", "_used", "more", "size")
 
     def __init__(self, memory: RingMemory, size: int, desc: int, avail: int, used: int) -> None:
         if size & (size - 1) or not 1 <= size <= MAX_QUEUE_SIZE:
@@ -75,6 +73,8 @@ class SplitQueue:
         self._used = used
         self._next_avail = 0
         self._next_used = 0
+        self.more = False
+        """Whether chains were put back: they are there to be taken, without another notify."""
 
     def take(self) -> list[Chain]:
         """The chains that became available since the last call, in the driver's order.
@@ -82,6 +82,7 @@ class SplitQueue:
         The index is read before the entries, and these before the descriptors: the order in
         which the driver's writes become visible.
         """
+        self.more = False
         _, index = _RING_HEADER.unpack(self._memory.pread(4, self._avail))
         count = (index - self._next_avail) & 0xFFFF
         if count == 0:
@@ -96,6 +97,11 @@ class SplitQueue:
         chains = [self._chain(table, head) for head in heads]
         self._next_avail = index
         return chains
+
+    def put_back(self, count: int) -> None:
+        """Leave the last `count` chains of a `take` for the next one."""
+        self._next_avail = (self._next_avail - count) & 0xFFFF
+        self.more = count > 0
 
     def publish(self, used: list[tuple[int, int]]) -> bool:
         """Return chains as (head, bytes written); True when the driver wants an interrupt."""

@@ -17,6 +17,7 @@ from kvm_bindings.exits import (
     RdmsrExit,
 )
 from vmm.arch.x86_64.cpuid import choose_c_bit, guest_cpuid, is_amd
+from vmm.arch.x86_64.doorbells import KVM_HC_MAP_GPA_RANGE
 from vmm.core.errors import HostError
 from vmm.machine.probes.finding import Finding, broken, no, yes
 from vmm.machine.probes.hypercall import hypercall_behaviour
@@ -92,7 +93,7 @@ def hypercall_exits(system: System) -> Finding:
     with system.create_vm() as vm:
         offered = vm.check_extension(ioctls.KVM_CAP_EXIT_HYPERCALL)
     word = f"KVM_CAP_EXIT_HYPERCALL = {offered:#x}"
-    if not offered & 1 << ioctls.KVM_HC_MAP_GPA_RANGE:
+    if not offered & 1 << KVM_HC_MAP_GPA_RANGE:
         return no("not offered", word, capability=offered, behaviour="absent")
     amd = is_amd(system.supported_cpuid())
     started = time.monotonic()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kvm_bindings import System, ioctls
 from kvm_bindings.exits import HypercallExit, InterruptedExit
+from vmm.arch.x86_64.doorbells import KVM_HC_MAP_GPA_RANGE
 from vmm.machine.probes.micro_guest import OUT_DONE, WATCHDOG_SECONDS, MicroGuest
 
 _VMCALL, _VMMCALL = b"\x0f\x01\xc1", b"\x0f\x01\xd9"
@@ -20,7 +21,7 @@ def hypercall_behaviour(system: System, *, amd: bool, seconds: float = WATCHDOG_
     """
     code = _ARGUMENTS + (_VMMCALL if amd else _VMCALL) + OUT_DONE
     with MicroGuest(system, code, seconds=seconds) as guest:
-        guest.vm.enable_cap(ioctls.KVM_CAP_EXIT_HYPERCALL, 1 << ioctls.KVM_HC_MAP_GPA_RANGE)
+        guest.vm.enable_cap(ioctls.KVM_CAP_EXIT_HYPERCALL, 1 << KVM_HC_MAP_GPA_RANGE)
         exit = guest.run()
     if isinstance(exit, HypercallExit):
         return "exits"

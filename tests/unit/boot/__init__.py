@@ -1,0 +1,1 @@
+"""Tests of vmm.boot: formats, hostile images, decompression, loading."""

@@ -1,0 +1,96 @@
+"""The eventfds behind a notify port: what KVM is told when a BAR moves, and when it refuses."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from typing import cast
+
+import pytest
+
+from kvm_bindings import KvmError, Vm
+from vmm.core.event_loop import EventLoop
+from vmm.machine.devices import Doorbell
+
+
+class FakeVm:
+    """KVM's table of ioeventfds, which can be full: (port, queue) of each."""
+
+    def __init__(self) -> None:
+        self.bound: set[tuple[int, int]] = set()
+        self.room = 2
+
+    def ioeventfd(
+        self, eventfd: int, port: int, size: int, datamatch: int, *, deassign: bool
+    ) -> None:
+        if deassign:
+            if (port, datamatch) not in self.bound:
+                raise KvmError("KVM_IOEVENTFD", errno.ENOENT)
+            self.bound.remove((port, datamatch))
+            return
+        if len(self.bound) == self.room:
+            raise KvmError("KVM_IOEVENTFD", errno.ENOSPC)
+        self.bound.add((port, datamatch))
+
+
+@pytest.fixture
+def vm() -> FakeVm:
+    return FakeVm()
+
+
+@pytest.fixture
+def loop() -> Iterator[EventLoop]:
+    made = EventLoop()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def doorbell(vm: FakeVm, loop: EventLoop) -> Iterator[Doorbell]:
+    made = Doorbell(cast(Vm, vm), loop, 2)
+    yield made
+    made.close()
+
+
+def test_doorbell_follows_its_port(vm: FakeVm, doorbell: Doorbell) -> None:
+    doorbell.move(0xC080)
+    assert vm.bound == {(0xC080, 0), (0xC080, 1)}
+
+    doorbell.move(0xD080)
+    assert vm.bound == {(0xD080, 0), (0xD080, 1)}
+
+    doorbell.move(None)
+    assert vm.bound == set()
+
+
+@pytest.mark.parametrize("room", [0, 1])
+def test_doorbell_that_kvm_has_no_room_for_leaves_nothing_behind(
+    vm: FakeVm, doorbell: Doorbell, room: int
+) -> None:
+    # The guest moves BARs: it must not be able to end the run with it.
+    vm.room = room
+
+    doorbell.move(0xC080)
+    assert vm.bound == set()
+
+    vm.room = 2
+    doorbell.move(0xD080)
+    assert vm.bound == {(0xD080, 0), (0xD080, 1)}
+
+
+def test_doorbell_rung_by_hand_notifies_its_queue_on_the_loop(
+    doorbell: Doorbell, loop: EventLoop
+) -> None:
+    notified: list[int] = []
+
+    def notify(queue: int) -> None:
+        notified.append(queue)
+        loop.stop()
+
+    doorbell.serve(notify)
+    doorbell.ring(1)
+    assert notified == []
+
+    loop.run()
+
+    assert notified == [1]

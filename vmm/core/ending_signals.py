@@ -1,0 +1,28 @@
+"""The signals by which a user or a system asks a program to end, and who answers them."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+
+
+@contextmanager
+def on_ending_signal(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Within the block, `handler` gets what asks us to end; main thread only.
+
+    What the caller's caller had ignored stays ignored: nohup does that.
+    """
+    previous = {
+        number: signal.signal(number, handler)
+        for number in ENDING_SIGNALS
+        if signal.getsignal(number) is not signal.SIG_IGN
+    }
+    try:
+        yield
+    finally:
+        for number, former in previous.items():
+            signal.signal(number, former)

@@ -1,0 +1,42 @@
+"""The files that the guest is made of, opened before the rest of the VMM is even imported.
+
+A compressed kernel takes longer to unpack than everything else takes to get ready: its child
+process starts here, first of all, so that as much as possible happens beside it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vmm.boot.kernel import OpenedKernel
+    from vmm.boot.source import Source
+    from vmm.machine.config import MachineConfig
+
+
+class OpenedImages:
+    """A kernel on its way to be uncompressed, and its initrd; both None for the payload."""
+
+    def __init__(self, config: MachineConfig) -> None:
+        """Raises ImageError (a UsageError) for what can be told from the files' headers."""
+        self.kernel: OpenedKernel | None = None
+        self.initrd: Source | None = None
+        if config.kernel is None:
+            return
+        from vmm.boot.kernel import OpenedKernel  # not on the payload's start-up path
+        from vmm.boot.source import open_source
+
+        try:
+            if config.initrd is not None:
+                self.initrd = open_source(config.initrd, "initrd")
+            self.kernel = OpenedKernel(config.kernel)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close what is open, end what runs; any number of times."""
+        if self.kernel is not None:
+            self.kernel.close()
+        if self.initrd is not None:
+            self.initrd.close()
