@@ -109,9 +109,9 @@ def main(arguments: Sequence[str]) -> int:
         if arguments and arguments[0] == "lab":
             from vmm.lab.command import run as run_lab
 
-            return run_lab(list(arguments[1:]), check=_check_words)
+            return run_lab(list(arguments[1:]), check=_refuse_early)
         if arguments and arguments[0] == "check":
-            return _check(arguments)
+            return _check(arguments[1:])
         return _run(arguments)
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in arguments:
@@ -123,16 +123,15 @@ def main(arguments: Sequence[str]) -> int:
         return status
 
 
-def _check_words(arguments: Sequence[str]) -> None:
-    """Raises UsageError for a command line, without the `lab`, that would end with one."""
+def _refuse_early(arguments: Sequence[str]) -> None:
+    """Raise UsageError for words that pyvmm would refuse, without doing what they say."""
     if arguments and arguments[0] == "check":
-        _check_options(arguments)
+        _check_parser().parse_args(arguments[1:])
     else:
         _configuration(arguments)
 
 
-def _check_options(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options of `pyvmm check`, whose word comes first."""
+def _check_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="pyvmm check",
         description="Probes what this host can do: one line for each capability, with evidence, "
@@ -143,11 +142,11 @@ def _check_options(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--json", action="store_true", help="print JSON, whose keys are stable")
     parser.add_argument("--debug", action="store_true", help="show a traceback for errors")
-    return parser.parse_args(arguments[1:])
+    return parser
 
 
 def _check(arguments: Sequence[str]) -> int:
-    options = _check_options(arguments)
+    options = _check_parser().parse_args(arguments)
     from vmm.cli.check import run
 
     return run(as_json=options.json)

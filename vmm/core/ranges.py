@@ -33,7 +33,8 @@ class Range(NamedTuple):
         return self.start + self.size
 
     def contains(self, other: Range) -> bool:
-        return self.start <= other.start and other.end <= self.end
+        start, size = other
+        return self.start <= start and start + size <= self.start + self.size
 
     def overlaps(self, other: Range) -> bool:
         """Whether they have an address in common; an empty range has none."""
@@ -92,6 +93,8 @@ class RangeMap(Generic[T]):
         if target.size <= 0 or not self.span.contains(target):
             raise ValueError(f"range {target} is not inside the map's span {self.span}")
         first = bisect_right(self._starts, target.start) - 1
+        if self._grow(first, target, value):
+            return
         last = bisect_right(self._starts, target.end - 1) - 1
         starts: list[int] = []
         values: list[T] = []
@@ -111,6 +114,21 @@ class RangeMap(Generic[T]):
         keep = [i for i in range(len(starts)) if i == 0 or values[i] != values[i - 1]]
         self._starts[low:high] = [starts[i] for i in keep]
         self._values[low:high] = [values[i] for i in keep]
+
+    def _grow(self, index: int, target: Range, value: T) -> bool:
+        """Move the boundary between run `index` and the one before it to the end of `target`.
+
+        True when that is all there is to do: `target` starts `index`, leaves something of it, and
+        the run before has the value. It is what a guest does that converts page after page.
+        """
+        starts = self._starts
+        if index == 0 or starts[index] != target.start or self._values[index - 1] != value:
+            return False
+        end = starts[index + 1] if index + 1 < len(starts) else self.span.end
+        if target.end >= end:
+            return False
+        starts[index] = target.end
+        return True
 
     def total(self, value: T) -> int:
         """How many addresses (bytes) have `value`."""

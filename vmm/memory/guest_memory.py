@@ -188,11 +188,18 @@ class GuestMemory:
         with self._lock:
             if self._converting is not None:
                 raise RuntimeError(f"{area}: {self._converting} is being converted already")
-            before = [(run, state) for run, state in self._states.runs(area) if state is not None]
+            before = self._states_in(area)
             if sum(run.size for run, _ in before) != area.size:
                 raise UnmappedAccess(f"{area} is not wholly guest RAM")
             self._converting = area
             return before
+
+    def _states_in(self, area: Range) -> list[tuple[Range, PageState]]:
+        """The runs of RAM pages in equal state, none of them under conversion; lock held."""
+        state = self._states.get(area.start)
+        if state is not None and self._states.is_uniform(area.start, area.end, state):
+            return [(area, state)]
+        return [(run, held) for run, held in self._states.runs(area) if held is not None]
 
     def quiesce(self, area: Range, timeout: float) -> bool:
         """Wait (seconds) until no host access to `area` is under way; False if time ran out."""

@@ -33,18 +33,12 @@ def decode_map_gpa_range(args: Sequence[int], vcpu: int) -> ConversionRequest:
     says: a defined code changes nothing, an undefined one is handed on in `reserved` together
     with bits 63:5, which must be zero.
     """
-    gpa, pages, attributes = (value & _U64 for value in args[:3])
+    gpa, pages, attributes = args[0] & _U64, args[1] & _U64, args[2] & _U64
     reserved = attributes & ~(_PAGE_SIZE_CODES | _ENCRYPTED)
     if attributes & _PAGE_SIZE_CODES > _LARGEST_PAGE_SIZE_CODE:
         reserved |= attributes & _PAGE_SIZE_CODES
-    return ConversionRequest(
-        kind=Kind.UNSHARE if attributes & _ENCRYPTED else Kind.SHARE,
-        gpa=gpa,
-        pages=pages,
-        vcpu=vcpu,
-        doorbell=HYPERCALL_NAME,
-        reserved=reserved,
-    )
+    kind = Kind.UNSHARE if attributes & _ENCRYPTED else Kind.SHARE
+    return ConversionRequest(kind, gpa, pages, vcpu, HYPERCALL_NAME, reserved)
 
 
 class HostCheck(NamedTuple):
