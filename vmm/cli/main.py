@@ -161,7 +161,8 @@ def _check_parser() -> argparse.ArgumentParser:
         prog="pyvmm check",
         description="Probes what this host can do: one line for each capability, with evidence, "
         "what it enables and what to do without it, then which jobs can run.",
-        epilog="exit status: 0 a kernel with --private-mem can run here, 2 bad usage, 3 it cannot",
+        epilog="exit status: 0 a stock kernel with --private-mem can run here, 2 bad usage, "
+        "3 it cannot",
         allow_abbrev=False,
     )
     parser.add_argument("--json", action="store_true", help="print JSON, whose keys are stable")

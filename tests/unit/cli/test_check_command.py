@@ -15,6 +15,7 @@ import pytest
 from tests.unit.cli.conftest import Command
 from vmm.cli import check as shown
 from vmm.cli.main import main
+from vmm.lab import command as lab_command
 from vmm.machine.check import CAPABILITIES, MAIN_JOB, HostCheck, Row, judge
 from vmm.machine.probes.finding import broken, yes
 
@@ -96,12 +97,23 @@ def test_unknown_option_ends_with_status_2(command: Command) -> None:
     assert "--jsn" in result.complaint
 
 
+def test_lab_takes_check_and_refuses_its_bad_options_before_it_boots(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lab_command, "_run", lambda wanted, progress: 42)
+
+    assert command("lab", "check", "--json").status == 42
+    refused = command("lab", "check", "--jsn")
+    assert refused.status == 2
+    assert "--jsn" in refused.complaint
+
+
 def test_help_names_the_exit_status(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["check", "--help"])
 
     assert ended.value.code == 0
-    assert "exit status: 0 a" in capsys.readouterr().out
+    assert "exit status: 0 a stock" in capsys.readouterr().out
 
 
 def test_reader_that_goes_away_is_no_error() -> None:
