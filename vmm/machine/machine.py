@@ -39,7 +39,7 @@ from vmm.machine.host import (
 )
 from vmm.machine.images import OpenedImages
 from vmm.machine.report import ReportFile, build_report
-from vmm.memory.backing import MemfdBacking
+from vmm.memory.backings.memfd import MemfdBacking
 from vmm.memory.guest_memory import GuestMemory, LaunchMemory, PageState
 from vmm.policy import End, Policy, PolicyKill
 

@@ -23,7 +23,8 @@ from vmm.machine.report import (
     build_report,
     isolation_of,
 )
-from vmm.memory.backing import Backing, MemfdBacking
+from vmm.memory.backing import Backing
+from vmm.memory.backings.memfd import MemfdBacking
 from vmm.memory.guest_memory import GuestMemory
 
 RAM = 1 << 20
