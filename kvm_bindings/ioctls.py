@@ -64,8 +64,8 @@ KVM_SET_MEMORY_ATTRIBUTES = _write(
 KVM_CREATE_GUEST_MEMFD = _both(0xD4, "struct kvm_create_guest_memfd")  # KVM_CAP_GUEST_MEMFD
 
 # On a guest_memfd (GuestMemfd).
-# The number is that of KVM_SET_MEMORY_ATTRIBUTES, the structure's size tells them apart. Posted, not
-# merged (in-place conversion, v8 of June 2026); the capability has no settled number: try it.
+# The number is that of KVM_SET_MEMORY_ATTRIBUTES, the structure's size tells them apart. Posted,
+# not merged (in-place conversion, v8, June 2026); its capability has no settled number: try it.
 KVM_SET_MEMORY_ATTRIBUTES2 = _both(0xD2, "struct kvm_memory_attributes2")
 
 # On a vCPU (Vcpu).

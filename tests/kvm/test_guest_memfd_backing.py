@@ -30,9 +30,7 @@ def vm(kvm: System) -> Iterator[Vm]:
 def backing(vm: Vm, guest_memfd_flags: int) -> Iterator[MappedGuestMemfdBacking]:
     if not guest_memfd_flags & INIT_SHARED:
         pytest.skip("KVM_CAP_GUEST_MEMFD_FLAGS has no INIT_SHARED; Linux 6.18 or later has it")
-    made = MappedGuestMemfdBacking(
-        vm.create_guest_memfd(SIZE, MMAP | INIT_SHARED).fd, SIZE, init_shared=True
-    )
+    made = MappedGuestMemfdBacking(vm.create_guest_memfd(SIZE, MMAP | INIT_SHARED).fd, SIZE)
     yield made
     made.close()
 

@@ -90,6 +90,11 @@ class Converter:
         self._wake = math.inf
 
     @property
+    def converts_on_fault(self) -> bool:
+        """Whether a memory fault is a request: it comes with FAULT_NAME for a doorbell."""
+        return self._scheme.converts_on_fault
+
+    @property
     def undecided(self) -> str | None:
         """The policy's hook that is being waited for, for a message; None where none is."""
         return self.hooks.waiting_for

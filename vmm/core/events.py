@@ -5,6 +5,9 @@ from __future__ import annotations
 from enum import Enum
 from typing import NamedTuple
 
+FAULT_NAME = "fault"
+"""The doorbell of a request that the guest makes by touching a page (implicit conversion)."""
+
 
 class Kind(Enum):
     """Which way a conversion goes."""

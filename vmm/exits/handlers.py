@@ -21,6 +21,7 @@ from vmm.arch.x86_64.doorbells import (
 )
 from vmm.conversion.transaction import Converter
 from vmm.exits.host_check import host_check
+from vmm.exits.memory_fault import MemoryFaults
 from vmm.exits.outcome import (
     FAILED,
     INTERNAL_ERROR,
@@ -79,6 +80,7 @@ class ExitHandlers:
         self._converter = converter
         self._doorbell = doorbell
         self._stop = stop
+        self._faults = MemoryFaults(converter)
         self._ring_lock = threading.Lock()
         self.port_counts: dict[int, int] = {}
         """Exits per I/O port, for the report: where a slow boot spends its time."""
@@ -192,9 +194,10 @@ class ExitHandlers:
     # -- exits that end the run ---------------------------------------------------------------
 
     def memory_fault(self, vcpu: AnsweringVcpu, exit: exits.MemoryFaultExit) -> None:
-        side = "private" if exit.private else "shared"
-        where = f"{side} memory at GPA {exit.gpa:#x}, {exit.size} bytes"
-        self._stop(Outcome(INTERNAL_ERROR, f"KVM cannot serve the guest's access to {where}"))
+        """An implicit conversion where the scheme has them; else the end."""
+        outcome = self._faults.handle(vcpu.index, exit)
+        if outcome is not None:
+            self._stop(outcome)
 
     def system_event(self, vcpu: AnsweringVcpu, exit: exits.SystemEventExit) -> None:
         name = _SYSTEM_EVENTS.get(exit.type, f"event {exit.type}")

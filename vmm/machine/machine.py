@@ -17,7 +17,8 @@ from vmm.arch.x86_64.doorbells import (
     PortDoorbell,
 )
 from vmm.arch.x86_64.msrs import MsrTable
-from vmm.conversion.scheme import CbitScheme, PlainScheme, Scheme
+from vmm.conversion.scheme import Scheme
+from vmm.conversion.schemes.plain import PlainScheme
 from vmm.conversion.transaction import Converter
 from vmm.core.ending_signals import on_ending_signal
 from vmm.core.errors import HostError, tell
@@ -32,14 +33,10 @@ from vmm.machine.config import MachineConfig
 from vmm.machine.console import Console
 from vmm.machine.devices import Devices
 from vmm.machine.guest import Guest, make_guest
-from vmm.machine.host import (
-    SEE_CHECK,
-    create_private_backing,
-    open_kvm,
-    require_hypercall_exits,
-)
+from vmm.machine.host import SEE_CHECK, open_kvm, require_hypercall_exits
 from vmm.machine.images import OpenedImages
 from vmm.machine.report import ReportFile, build_report
+from vmm.machine.schemes import Chosen, Wanted, choose, make_scheme
 from vmm.memory.backings.memfd import MemfdBacking
 from vmm.memory.guest_memory import GuestMemory, LaunchMemory, PageState
 from vmm.policy import End, Policy, PolicyKill
@@ -126,20 +123,48 @@ class Machine:
         self._supported_cpuid = system.supported_cpuid()
         if self._is_private and self._guest.needs_hypercalls:
             self._require_working_hypercalls()
-        self._vm: Vm = self._cleanup.enter_context(system.create_vm())
+        self._ram: list[Range] = layout.ram_ranges(self._config.memory)
+        self._chosen = self._choose_scheme()
+        vm = system.create_vm() if self._chosen is None else self._chosen.vm
+        self._vm: Vm = self._cleanup.enter_context(vm)
+        if self._chosen is not None:
+            self._cleanup.callback(self._chosen.backing.close)
         self._vm.set_identity_map_addr(layout.IDENTITY_MAP_GPA)
         self._vm.set_tss_addr(layout.TSS_ADDRESS_GPA)
         self._vm.create_irqchip()
         self._vm.create_pit2()
-        if self._is_private and self._guest.needs_hypercalls:
+        if self._is_private:
+            self._pass_requests_on()
+
+    def _choose_scheme(self) -> Chosen | None:
+        """Scheme and private backing, in a VM of the kind that they need; None: nothing private."""
+        config, guest = self._config, self._guest
+        if config.private_memory is None:
+            return None
+        return choose(
+            self._system,
+            Wanted(
+                config.scheme,
+                config.private_memory,
+                self._ram[-1].end,
+                two_addresses=guest.two_addresses,
+                host_loads=guest.host_loads_private,
+            ),
+        )
+
+    def _pass_requests_on(self) -> None:
+        """Have KVM hand the guest's hypercalls and, for Linux, unknown MSRs to us."""
+        if self._guest.needs_hypercalls:
             require_hypercall_exits(self._vm)
-            self._vm.enable_cap(ioctls.KVM_CAP_EXIT_HYPERCALL, 1 << KVM_HC_MAP_GPA_RANGE)
             self._vm.enable_cap(
                 ioctls.KVM_CAP_X86_USER_SPACE_MSR,
                 ioctls.KVM_MSR_EXIT_REASON_INVAL
                 | ioctls.KVM_MSR_EXIT_REASON_UNKNOWN
                 | ioctls.KVM_MSR_EXIT_REASON_FILTER,
             )
+        wanted = 1 << KVM_HC_MAP_GPA_RANGE
+        if self._vm.check_extension(ioctls.KVM_CAP_EXIT_HYPERCALL) & wanted:
+            self._vm.enable_cap(ioctls.KVM_CAP_EXIT_HYPERCALL, wanted)
 
     @property
     def _is_private(self) -> bool:
@@ -163,30 +188,19 @@ class Machine:
 
     def _lay_out_memory(self) -> None:
         """Backings, GuestMemory and the scheme's memslots."""
-        config = self._config
-        self._ram: list[Range] = layout.ram_ranges(config.memory)
-        size = self._ram[-1].end
-        shared = MemfdBacking(size, "pyvmm-shared")
-        self._c_mask = 0
+        chosen, size = self._chosen, self._ram[-1].end
         self._scheme: Scheme = PlainScheme()
-        private_backing = None
+        backing = None
         private: list[Range] = []
-        try:
-            if config.private_memory is not None:
-                c_bit = choose_c_bit(self._supported_cpuid, size)
-                self._c_mask = 1 << c_bit
-                self._scheme = CbitScheme(c_bit)
-                private = self._guest.private_ranges(self._ram)
-                private_backing = create_private_backing(
-                    self._vm,
-                    config.private_memory,
-                    size,
-                    host_loads=self._guest.host_loads_private,
-                )
-        except BaseException:
-            shared.close()
-            raise
-        self._memory = GuestMemory(self._ram, shared, private_backing, private)
+        if chosen is not None:
+            self._scheme = make_scheme(
+                chosen.scheme, lambda: choose_c_bit(self._supported_cpuid, size), self._vcpus.parked
+            )
+            backing = chosen.backing
+            private = self._guest.private_ranges(self._ram)
+        in_place = backing is not None and backing.traits.in_place
+        shared = backing if in_place and backing else MemfdBacking(size, "pyvmm-shared")
+        self._memory = GuestMemory(self._ram, shared, backing, private)
         self._cleanup.callback(self._memory.close)
         self._scheme.install(self._vm, self._memory)
 
@@ -197,10 +211,10 @@ class Machine:
     def _load_guest(self) -> None:
         """Memory contents by pwrite and fd-to-fd transfer, then CPUID and registers."""
         launch = LaunchMemory(self._memory)
-        state = self._guest.load(launch, self._ram, self._c_mask)
+        state = self._guest.load(launch, self._ram, self._scheme.alias)
         launch.seal()
         self._guest.close()  # the kernel's bytes are in guest memory now
-        announced = self._c_mask.bit_length() - 1 if self._guest.needs_hypercalls else -1
+        announced = self._scheme.alias.bit_length() - 1 if self._guest.needs_hypercalls else -1
         cpuid = guest_cpuid(
             self._supported_cpuid,
             0,
@@ -224,7 +238,7 @@ class Machine:
             return
         for area in written:
             for run, state in self._memory.states(area):
-                alias = self._c_mask if state is PageState.PRIVATE else 0
+                alias = self._scheme.alias if state is PageState.PRIVATE else 0
                 start, end = page_align_down(run.start), page_align_up(run.end)
                 try:
                     self._vcpu.pre_fault_memory(start | alias, end - start)
@@ -321,6 +335,7 @@ class Machine:
             doorbell = HYPERCALL_NAME if self._guest.needs_hypercalls else PORT_NAME
         self.report = build_report(
             scheme=self._scheme.name,
+            not_taken={} if self._chosen is None else self._chosen.not_taken,
             doorbell=doorbell,
             memory=self._memory,
             outcome=outcome,

@@ -37,6 +37,7 @@ def some_report() -> dict[str, Any]:
     memory.pwrite(b"x", 0)
     report = build_report(
         scheme="cbit",
+        not_taken={"attributes": "not here"},
         doorbell="port",
         memory=memory,
         outcome=Outcome("poweroff"),

@@ -1,7 +1,7 @@
 """Backings over memfds: every verb moves everything, holes read as zeros, residency is true.
 
-MappedGuestMemfdBacking is tried over a memfd too: its way through /proc/self/mem is the same for any
-mapping, and tests/kvm has the real thing.
+MappedGuestMemfdBacking is tried over a memfd too: its way through /proc/self/mem is the same for
+any mapping, and tests/kvm has the real thing.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def test_guest_memfd_that_cannot_be_taken_over_leaks_no_fd(
     fd = os.memfd_create("stands in for a guest_memfd")
     os.truncate(fd, SIZE)
 
-    def refuse(*_: object) -> int:
+    def refuse(*_: object, **__: object) -> int:
         raise OSError(errno.EMFILE, "Too many open files")
 
     with monkeypatch.context() as patched:

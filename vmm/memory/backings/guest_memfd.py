@@ -11,10 +11,12 @@ from typing import NoReturn
 from kvm_bindings import fdops
 from vmm.core.errors import PrivateAccess
 from vmm.core.ranges import PAGE_SIZE
-from vmm.memory.backing import Buffer, FdBacking, Traits
+from vmm.memory.backing import Buffer, FdBacking, Traits, byte_count
 from vmm.memory.backings.mapped import MappedBacking
 
-_NO_FILE_ACCESS = {"pread": False, "pwrite": False, "splice": False}
+
+def _traits(private_access: str, *, mmap: bool = True, in_place: bool = False) -> Traits:
+    return Traits(False, False, False, mmap, private_access, in_place=in_place)
 
 
 class _GuestMemfd(FdBacking):
@@ -33,7 +35,7 @@ class GuestMemfdBacking(_GuestMemfd):
 
     name = "guest_memfd"
     access = "none"
-    traits = Traits(**_NO_FILE_ACCESS, mmap=True, private_access="SIGBUS")
+    traits = _traits("SIGBUS")
 
     def _refuse(self, size: int, offset: int) -> NoReturn:
         raise PrivateAccess(
@@ -45,13 +47,13 @@ class GuestMemfdBacking(_GuestMemfd):
         self._refuse(size, offset)
 
     def pwrite(self, data: Buffer, offset: int) -> None:
-        self._refuse(len(data), offset)
+        self._refuse(byte_count(data), offset)
 
     def preadv(self, buffers: Sequence[bytearray | memoryview], offset: int) -> None:
-        self._refuse(sum(map(len, buffers)), offset)
+        self._refuse(sum(map(byte_count, buffers)), offset)
 
     def pwritev(self, buffers: Sequence[Buffer], offset: int) -> None:
-        self._refuse(sum(map(len, buffers)), offset)
+        self._refuse(sum(map(byte_count, buffers)), offset)
 
     def transfer_in(self, src_fd: int, src_offset: int, offset: int, size: int) -> int:
         self._refuse(size, offset)
@@ -65,14 +67,14 @@ class PlainGuestMemfdBacking(GuestMemfdBacking):
     that a page is private; what else the guest sees lies behind the memslot's address."""
 
     name = "guest_memfd-plain"
-    traits = Traits(**_NO_FILE_ACCESS, mmap=False, private_access="no mapping")
+    traits = _traits("no mapping", mmap=False)
 
 
 class MappedGuestMemfdBacking(_GuestMemfd, MappedBacking):
     """Flags MMAP and INIT_SHARED: served from on any VM, filled and read by the host."""
 
     name = "guest_memfd-mmap"
-    traits = Traits(**_NO_FILE_ACCESS, mmap=True, private_access="allowed")
+    traits = _traits("allowed")
 
 
 class InPlaceGuestMemfdBacking(_GuestMemfd, MappedBacking):
@@ -83,10 +85,6 @@ class InPlaceGuestMemfdBacking(_GuestMemfd, MappedBacking):
     """
 
     name = "guest_memfd-in-place"
-    traits = Traits(
-        **_NO_FILE_ACCESS,
-        mmap=True,
-        private_access="SIGBUS",
-        in_place=True,
-        conversion="a hole for each run of pages that changes",
+    traits = _traits("SIGBUS", in_place=True)._replace(
+        conversion="a hole for each run of pages that changes"
     )
