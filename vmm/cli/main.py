@@ -123,6 +123,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--report", metavar="FILE", help="write what happened to FILE as JSON when the run ends"
     )
     output.add_argument(
+        "--trace",
+        metavar="DIR",
+        help="record conversions, faults, I/O and exits in a folder, for pyvmm report and replay",
+    )
+    output.add_argument(
         "--debug", action="store_true", help="show a traceback for errors, for bug reports"
     )
     return parser
@@ -205,6 +210,7 @@ def _configuration(arguments: Sequence[str]) -> MachineConfig:
         disks=tuple(options.disk),
         policies=tuple((spec, tuple(words)) for spec, words in options.policy),
         report=options.report,
+        trace=options.trace,
     )
     config.validate()
     return config

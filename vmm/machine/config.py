@@ -52,6 +52,7 @@ class MachineConfig(NamedTuple):
     policies: tuple[tuple[str, tuple[str, ...]], ...] = ()
     """What --policy names, in order, each with its --policy-arg NAME=VALUE words."""
     report: str | None = None
+    trace: str | None = None
 
     def validate(self) -> None:
         """Raises UsageError with the value and the remedy."""

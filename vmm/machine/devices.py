@@ -19,6 +19,7 @@ from vmm.devices.pci import PciBus, host_bridge
 from vmm.devices.serial16550 import Serial16550
 from vmm.devices.virtio.block import VirtioBlock
 from vmm.devices.virtio.block_file import DiskFile
+from vmm.devices.virtio.device import DeviceObserver
 from vmm.devices.virtio.pci_transport import VirtioPciTransport
 from vmm.machine.console import Console
 from vmm.machine.interrupts import EdgeLine, LevelLine, open_eventfd
@@ -92,8 +93,11 @@ class Devices:
         *,
         power_off: Callable[[], None],
         reset: Callable[[], None],
+        observer_of: Callable[[str], DeviceObserver | None] = lambda name: None,
     ) -> None:
+        """`observer_of(name)` watches the requests of the virtio device that has that name."""
         self.ports = PortBus()
+        self._observer_of = observer_of
         self._vm = vm
         self._memory = memory
         self._loop = loop
@@ -142,6 +146,7 @@ class Devices:
             interrupt_line=gsi,
             moved=doorbell.move,
             ring=doorbell.ring,
+            observer=self._observer_of(f"blk{number}"),
         )
         line.add_source(transport.interrupt_pending)
         doorbell.serve(transport.notify)

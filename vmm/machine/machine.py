@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvm_bindings import KvmError, System, Vcpu, Vm, ioctls
 from vmm.arch.x86_64 import layout
@@ -42,6 +42,9 @@ from vmm.machine.report import ReportFile, build_report
 from vmm.memory.backing import MemfdBacking
 from vmm.memory.guest_memory import GuestMemory, LaunchMemory, PageState
 from vmm.policy import End, Policy, PolicyKill
+
+if TYPE_CHECKING:
+    from vmm.machine.tracing import RunTrace
 
 _PANIC_TEXT = b"Kernel panic - not syncing"
 _REBOOT_TEXT = b"reboot: Restarting system"
@@ -104,6 +107,9 @@ class Machine:
             disk = open_disk(spec)
             self._cleanup.callback(disk.close)
             self._disks.append(disk)
+        self._trace = None if config.trace is None else _open_trace(config.trace, config)
+        if self._trace is not None:
+            self._cleanup.callback(self._trace.close)
         self._report_file = None if config.report is None else ReportFile(config.report)
         if self._report_file is not None:
             self._cleanup.callback(self._report_file.close)
@@ -143,6 +149,12 @@ class Machine:
     @property
     def _is_private(self) -> bool:
         return self._config.private_memory is not None
+
+    @property
+    def _doorbell(self) -> str | None:
+        if not self._is_private:
+            return None
+        return HYPERCALL_NAME if self._guest.needs_hypercalls else PORT_NAME
 
     def _require_working_hypercalls(self) -> None:
         from vmm.machine.probes.hypercall import hypercall_behaviour
@@ -231,6 +243,7 @@ class Machine:
                     return  # shadow paging can't; the guest's faults do it one by one
 
     def _connect_devices(self) -> None:
+        trace = self._trace
         self._loop = EventLoop()
         self._cleanup.callback(self._loop.close)
         self._console = Console(on_quit=lambda: self.stop(Outcome(QUIT, "Ctrl-A x")))
@@ -243,6 +256,7 @@ class Machine:
             self._disks,
             power_off=lambda: self.stop(Outcome(POWEROFF)),
             reset=self._guest_reset,
+            observer_of=(lambda name: None) if trace is None else trace.device,
         )
         self._cleanup.callback(self._devices.close)
         self._converter = Converter(
@@ -250,6 +264,7 @@ class Machine:
             self._scheme,
             *self._policies,
             wake_at=lambda due: self._loop.set_timer(due, self._converter.settle),
+            observer=None if trace is None else trace.conversions,
         )
         doorbell = PortDoorbell(self._config.cpus, conversions=self._is_private)
         self._handlers = ExitHandlers(
@@ -260,6 +275,8 @@ class Machine:
             doorbell,
             self.stop,
         )
+        if trace is not None:
+            self._handlers.table = trace.exits(self._handlers.table)
 
     def _refusal_to_boot(self) -> Outcome | None:
         """The policies' last word before the guest's first instruction."""
@@ -271,6 +288,8 @@ class Machine:
 
     def _run_guest(self) -> Outcome:
         """vCPU threads run the guest, this thread runs the device loop, until `stop`."""
+        if self._trace is not None:
+            self._trace.start(self._memory, self._scheme.name, self._doorbell)
         install_kick_handler()
         runner = VcpuRunner(self._vcpu, self._handlers, self.stop)
         self._runners.append(runner)
@@ -317,12 +336,11 @@ class Machine:
         for runner in self._runners:
             for name, count in runner.exit_counts.items():
                 counts[name] = counts.get(name, 0) + count
-        doorbell = None
-        if self._is_private:
-            doorbell = HYPERCALL_NAME if self._guest.needs_hypercalls else PORT_NAME
+        if self._trace is not None:
+            self._trace.end(outcome)
         self.report = build_report(
             scheme=self._scheme.name,
-            doorbell=doorbell,
+            doorbell=self._doorbell,
             memory=self._memory,
             outcome=outcome,
             accounting=self._converter.accounting,
@@ -361,6 +379,12 @@ def _load_policies(config: MachineConfig) -> list[Policy]:
     from vmm.policy.loader import load_policy  # a run without policies does without
 
     return [load_policy(spec, words) for spec, words in config.policies]
+
+
+def _open_trace(path: str, config: MachineConfig) -> RunTrace:
+    from vmm.machine.tracing import RunTrace  # an untraced run does without
+
+    return RunTrace(path, config)
 
 
 def reset_outcome(tail: bytes) -> Outcome:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 FORMAT = "pyvmm-trace"
 VERSION = 1
@@ -21,7 +21,7 @@ class Column(NamedTuple):
     """`offset` in a row, `code` of struct and memoryview, `dtype` as numpy names it."""
 
     name: str
-    code: str
+    code: Literal["Q", "I", "H", "B"]
     size: int
     offset: int
     dtype: str

@@ -24,6 +24,22 @@ class Request(Protocol):
     def writable(self) -> list[tuple[int, int]]: ...
 
 
+class DeviceTrace:
+    """The requests on a device's queues, and the ends it comes to."""
+
+    def __init__(self, recorder: Recorder, name: str) -> None:
+        self._recorder = recorder
+        self._number = recorder.name(name)
+
+    def queue(self, index: int) -> QueueTrace:
+        return QueueTrace(self._recorder, self._number | index << 16)
+
+    def stopped(self) -> None:
+        self._recorder.record(
+            Kind.IO_REFUSED, HOST, _now(), detail=self._number, errno=errno.EACCES
+        )
+
+
 class QueueTrace:
     """One row for each request, when its buffers go back to the guest.
 
@@ -31,9 +47,9 @@ class QueueTrace:
     latency is the time that the device held it, which for a receive queue is mostly waiting.
     """
 
-    def __init__(self, recorder: Recorder, device: str, queue: int) -> None:
+    def __init__(self, recorder: Recorder, detail: int) -> None:
         self._recorder = recorder
-        self._detail = recorder.name(device) | queue << 16
+        self._detail = detail
         self._held: dict[int, tuple[int, int, int, int]] = {}
 
     def taken(self, requests: Sequence[Request]) -> None:
@@ -55,13 +71,6 @@ class QueueTrace:
             held = self._held.pop(head, None)
             if held is not None:
                 self._recorder.record(held[0], HOST, *held[1:], self._detail)
-
-    def refused(self) -> None:
-        """The device stopped: the guest has to reset it."""
-        self._held.clear()
-        self._recorder.record(
-            Kind.IO_REFUSED, HOST, _now(), detail=self._detail, errno=errno.EACCES
-        )
 
 
 def _data_gpa(segments: list[tuple[int, int]]) -> int:

@@ -6,7 +6,7 @@ import threading
 import time
 from typing import Any
 
-from vmm.core.errors import tell
+from vmm.core.errors import UsageError, tell
 from vmm.trace.layout import LARGEST, MOST_NAMES, ROW
 from vmm.trace.store import TraceStore
 
@@ -27,9 +27,9 @@ class Recorder:
     def __init__(
         self, store: TraceStore, facts: dict[str, Any], *, capacity: int = CAPACITY
     ) -> None:
-        """`facts` go into the sidecar; time starts now. Raises OSError."""
+        """`facts` go into the sidecar. Raises UsageError when the disk is full or the like."""
         self._store = store
-        self.facts = facts
+        self._facts = facts
         self._origin = _now()
         self._buffer = bytearray(capacity * ROW.size)
         self._spare = bytearray(capacity * ROW.size)
@@ -42,11 +42,18 @@ class Recorder:
         self._failed = False
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._flush_now_and_then, name="trace", daemon=True)
-        facts["started"] = time.time()
         facts["complete"] = False
-        self._write_sidecar()
+        try:
+            self._write_sidecar()
+        except OSError as error:
+            store.close()
+            raise UsageError(f"--trace: writing failed: {error.strerror}") from None
 
-    def start(self) -> None:
+    def start(self, **facts: Any) -> None:
+        """Time starts now; `facts` join the sidecar's."""
+        self._facts |= {"started": time.time(), **facts}
+        self._names_known = 0  # has the sidecar written
+        self._origin = _now()
         self._thread.start()
 
     def name(self, text: str) -> int:
@@ -108,7 +115,7 @@ class Recorder:
     def _write_sidecar(self) -> None:
         with self._lock:
             names = list(self._names)
-        self._store.write_sidecar({**self.facts, "names": names})
+        self._store.write_sidecar({**self._facts, "names": names})
         self._names_known = len(names)
 
     def _flush_now_and_then(self) -> None:
@@ -127,7 +134,7 @@ class Recorder:
             self._thread.join()
         self.flush()
         if not self._failed:
-            self.facts |= {"complete": True, "rows": self._store.rows, **ending}
+            self._facts |= {"rows": self._store.rows, **ending}
             try:
                 self._write_sidecar()
             except OSError as error:

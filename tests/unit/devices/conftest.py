@@ -15,6 +15,7 @@ from vmm.devices.bus import PortBus
 from vmm.devices.pci import PciBus, host_bridge
 from vmm.devices.virtio.block import VirtioBlock
 from vmm.devices.virtio.block_file import open_disk
+from vmm.devices.virtio.device import DeviceObserver
 from vmm.devices.virtio.pci_transport import VirtioPciTransport
 
 
@@ -29,6 +30,7 @@ def make_machine(tmp_path: Path) -> Iterator[MakeMachine]:
         punch: Callable[[int, int, int], None] | None = None,
         memory_size: int = 1 << 20,
         ring: Callable[[int], None] | None = None,
+        observer: DeviceObserver | None = None,
     ) -> DiskMachine:
         path = tmp_path / f"disk{len(made)}.img"
         path.write_bytes(pattern(512 * min(sectors, 4096)))
@@ -49,6 +51,7 @@ def make_machine(tmp_path: Path) -> Iterator[MakeMachine]:
             interrupt_line=5,
             moved=notify_ports.append,
             ring=ring,
+            observer=observer,
         )
         pci.add(0, host_bridge())
         pci.add(1, transport.function)
