@@ -25,7 +25,16 @@ from vmm.core.event_loop import EventLoop
 from vmm.core.ranges import Range, page_align_down, page_align_up
 from vmm.devices.virtio.block_file import DiskFile, open_disk
 from vmm.exits.handlers import ExitHandlers
-from vmm.exits.outcome import KILLED, PANIC, POWEROFF, QUIT, RESET, STOPPED, Outcome
+from vmm.exits.outcome import (
+    KILLED,
+    PANIC,
+    POLICY_ERROR,
+    POWEROFF,
+    QUIT,
+    RESET,
+    STOPPED,
+    Outcome,
+)
 from vmm.exits.run_loop import VcpuRunner, install_kick_handler
 from vmm.machine.config import MachineConfig
 from vmm.machine.console import Console
@@ -41,7 +50,7 @@ from vmm.machine.images import OpenedImages
 from vmm.machine.report import ReportFile, build_report
 from vmm.memory.backing import MemfdBacking
 from vmm.memory.guest_memory import GuestMemory, LaunchMemory, PageState
-from vmm.policy import End, Policy, PolicyKill
+from vmm.policy import End, Policy, PolicyError, PolicyKill
 
 _PANIC_TEXT = b"Kernel panic - not syncing"
 _REBOOT_TEXT = b"reboot: Restarting system"
@@ -82,13 +91,19 @@ class Machine:
                 self._connect_devices()
             except OSError as error:  # KvmError is one
                 raise HostError(str(error)) from error
-            outcome = self._refusal_to_boot() or self._run_guest()
+            outcome = None
             try:
+                outcome = self._refusal_to_boot() or self._run_guest()
                 if not self._abandoned:  # else a policy may be at work still
                     end = End(outcome.exit, outcome.reason)
                     self._converter.hooks.exit(end, self._converter.view)
+            except PolicyError as error:
+                outcome = outcome or Outcome(POLICY_ERROR, str(error))
+                self._policy_failed(error)
+                raise
             finally:
-                self._write_report(outcome, time.monotonic() - started)
+                if outcome is not None:
+                    self._write_report(outcome, time.monotonic() - started)
         return outcome
 
     def _open_inputs(self) -> None:
@@ -311,6 +326,12 @@ class Machine:
         if waiting_for is not None:
             what = f"{waiting_for} has not returned"
         tell(f"{what}; pyvmm ends without it")
+
+    def _policy_failed(self, error: PolicyError) -> None:
+        """No vCPU runs and the terminal is the user's again; memory is still there to look at."""
+        from vmm.policy.failure import show
+
+        show(error, prompt=self._config.debug_shell)
 
     def _write_report(self, outcome: Outcome, wall_seconds: float) -> None:
         counts: dict[str, int] = {}

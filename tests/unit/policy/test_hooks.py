@@ -176,5 +176,6 @@ def test_hook_that_is_not_overridden_is_not_called() -> None:
     """It would cost every conversion of every run without a policy."""
     hooks = Hooks([Policy(), Watching()])
 
-    assert (hooks._share, hooks._unshare) == ((), ())
+    assert set(hooks._asked.values()) == set(hooks._faults.values()) == {()}
+    assert not hooks.watch_io
     assert len(hooks._boot) == len(hooks._exit) == 1
