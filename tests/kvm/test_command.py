@@ -164,6 +164,73 @@ def test_debug_shell_that_is_left_with_exit_does_not_change_the_status(tmp_path:
         assert session.wait()[0] == 1
 
 
+IO = """
+import os
+from vmm.policy import Deny, Kill, Policy
+class Raising(Policy):
+    def on_io(self, event, view):
+        raise OSError(5, "mine")
+class Killing(Policy):
+    def on_io(self, event, view):
+        return Kill("hands off")
+class Spinning(Policy):
+    def on_io(self, event, view):
+        os.write(1, b"asked")
+        while True:
+            pass
+"""
+
+
+@pytest.fixture
+def io_policies(tmp_path: Path) -> list[str]:
+    """Options for a payload with a disk, up to the file of the policy."""
+    (tmp_path / "p.py").write_text(IO)
+    (tmp_path / "disk").write_bytes(bytes(1 << 20))
+    disk = ["--disk", str(tmp_path / "disk")]
+    return ["--private-mem", "--mem", "64M", *disk, "--policy", str(tmp_path / "p.py")]
+
+
+def test_policy_that_raises_when_a_device_asks_ends_the_run(io_policies: list[str]) -> None:
+    *options, policy = io_policies
+
+    done = command.run(*options, f"{policy}:Raising")
+
+    assert done.returncode == 1
+    assert re.search(
+        rb"  event: blk0 reads \[0x\w+, 0x\w+\), 4 bytes, named by a ring", done.stderr
+    )
+    assert re.search(rb"pyvmm: policy Raising: on_io for .* raised OSError.*\n\Z", done.stderr)
+
+
+def test_policy_may_end_the_run_when_a_device_asks(io_policies: list[str]) -> None:
+    *options, policy = io_policies
+
+    done = command.run(*options, f"{policy}:Killing")
+
+    line = b"pyvmm: the run was ended: policy Killing: hands off\n"
+    assert (done.returncode, done.stderr) == (1, line)
+
+
+def test_on_io_that_never_returns_does_not_keep_a_signal_from_ending_the_run(
+    io_policies: list[str],
+) -> None:
+    *options, policy = io_policies
+    with Session([*options, f"{policy}:Spinning"]) as session:
+        session.expect(b"asked")
+
+        session.process.terminate()
+
+        assert session.wait() == (1, "pyvmm: the run was stopped: received SIGTERM\n")
+        assert session.modes() == session.modes_before
+
+
+def test_least_privilege_lets_the_payloads_disk_work(io_policies: list[str]) -> None:
+    done = command.run(*io_policies[:-1], "vmm.policy.builtin:LeastPrivilege")
+
+    assert re.search(rb"ok \d+ disk", done.stdout)
+    assert done.returncode == 0
+
+
 def test_policy_that_exits_is_blamed_like_one_that_raises(tmp_path: Path) -> None:
     (tmp_path / "p.py").write_text(RAISING.replace("raise RuntimeError", "raise SystemExit"))
 

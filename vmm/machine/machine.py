@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from kvm_bindings import KvmError, System, Vcpu, Vm, ioctls
@@ -250,6 +251,12 @@ class Machine:
         self._cleanup.callback(self._loop.close)
         self._console = Console(on_quit=lambda: self.stop(Outcome(QUIT, "Ctrl-A x")))
         self._cleanup.callback(self._console.close)
+        self._converter = Converter(
+            self._memory,
+            self._scheme,
+            *self._policies,
+            wake_at=lambda due: self._loop.set_timer(due, self._converter.settle),
+        )
         self._devices = Devices(
             self._vm,
             self._memory,
@@ -258,14 +265,9 @@ class Machine:
             self._disks,
             power_off=lambda: self.stop(Outcome(POWEROFF)),
             reset=self._guest_reset,
+            watch=partial(self._converter.hooks.watcher, self._converter.view),
         )
         self._cleanup.callback(self._devices.close)
-        self._converter = Converter(
-            self._memory,
-            self._scheme,
-            *self._policies,
-            wake_at=lambda due: self._loop.set_timer(due, self._converter.settle),
-        )
         doorbell = PortDoorbell(self._config.cpus, conversions=self._is_private)
         self._handlers = ExitHandlers(
             self._devices.ports,
@@ -294,6 +296,10 @@ class Machine:
                 self._console.attach(self._loop, self._devices.serial)
                 runner.start()
                 self._loop.run()
+            except PolicyKill as kill:
+                self.stop(Outcome(KILLED, str(kill)))
+            except KeyboardInterrupt:
+                pass  # `_signalled` raised it
             finally:
                 self.stop(Outcome(STOPPED, "the device loop failed"))
                 for each in self._runners:
@@ -374,6 +380,8 @@ class Machine:
 
     def _signalled(self, number: int, frame: object) -> None:
         self.stop(Outcome(STOPPED, f"received {signal.Signals(number).name}"))
+        if self._converter.hooks.is_this_thread_in_one:
+            raise KeyboardInterrupt  # else a hook that never returns would keep the run going
 
 
 def _load_policies(config: MachineConfig) -> list[Policy]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from vmm.core.errors import AccessDenied
 from vmm.core.events import FAULT, Kind
@@ -50,11 +50,6 @@ class Hooks:
         """Whether the calling thread is inside a hook (asked by a signal handler)."""
         return threading.get_ident() in self._called
 
-    @property
-    def watch_io(self) -> bool:
-        """Whether some policy wants to hear of devices' accesses."""
-        return bool(self._io)
-
     def decide(self, kind: Kind, area: Range, vcpu: int, doorbell: str, view: View) -> Decision:
         """What the policies say to a request. Raises PolicyError when one of them breaks."""
         hooks = (self._faults if doorbell == FAULT else self._asked)[kind]
@@ -76,19 +71,33 @@ class Hooks:
                 result = decision
         return result
 
-    def io(self, event: IoEvent, view: View) -> None:
-        """A device is about to touch memory. Raises AccessDenied, PolicyKill or PolicyError."""
-        for hook in self._io:
-            decision = self._ask(hook, event, view)
-            if decision.__class__ is Allow:
-                continue
-            if isinstance(decision, Kill):
-                raise PolicyKill(decision.reason)
-            if not isinstance(decision, Deny):
-                say = "an access is answered with Allow(), Deny() or Kill(reason)"
-                raise blame(hook, (event, view), f"returned {decision!r}; {say}")
+    def watcher(self, view: View, device: str) -> Callable[[Range, bool, str | None], None] | None:
+        """What asks about an access of `device` before it happens; None where no policy wants
+        to know.
+
+        It takes the range, whether the device writes there, and what names the range. It raises
+        AccessDenied, PolicyKill or PolicyError.
+        """
+        if not self._io:
+            return None
+
+        def ask(area: Range, is_write: bool, named: str | None) -> None:
+            event = IoEvent(device, area, is_write, named)
+            for hook in self._io:
+                decision = self._ask(hook, event, view)
+                if decision.__class__ is not Allow:
+                    self._hold_back(hook, event, view, decision)
+
+        return ask
+
+    def _hold_back(self, hook: Hook, event: IoEvent, view: View, decision: Decision) -> NoReturn:
+        if isinstance(decision, Kill):
+            raise PolicyKill(decision.reason)
+        if isinstance(decision, Deny):
             name = type(_policy_of(hook)).__name__
             raise AccessDenied(f"policy {name} keeps {event.device} off {event.area}")
+        say = "an access is answered with Allow(), Deny() or Kill(reason)"
+        raise blame(hook, (event, view), f"returned {decision!r}; {say}")
 
     def boot(self, view: View) -> None:
         """The guest is about to run. Raises PolicyKill when a policy won't have it."""
