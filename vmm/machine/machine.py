@@ -114,6 +114,8 @@ class Machine:
             self._create_vm()
             self._lay_out_memory()
             self._create_vcpu()
+            if self._is_private:
+                self._map_ahead(self._guest.early_private_writes(self._ram))
         except (HostError, OSError):
             self._guest.finish_opening()  # where both are wrong, what the user gave comes first
             raise
@@ -192,13 +194,6 @@ class Machine:
     def _create_vcpu(self) -> None:
         self._vcpu: Vcpu = self._vm.create_vcpu(0)
         self._cleanup.callback(self._vcpu.close)
-
-    def _load_guest(self) -> None:
-        """Memory contents by pwrite and fd-to-fd transfer, then CPUID and registers."""
-        launch = LaunchMemory(self._memory)
-        state = self._guest.load(launch, self._ram, self._c_mask)
-        launch.seal()
-        self._guest.close()  # the kernel's bytes are in guest memory now
         announced = self._c_mask.bit_length() - 1 if self._guest.needs_hypercalls else -1
         cpuid = guest_cpuid(
             self._supported_cpuid,
@@ -206,22 +201,28 @@ class Machine:
             self._config.cpus,
             c_bit=announced if announced >= 0 else None,
         )
-        # CPUID first: KVM refuses EFER.LME to a vCPU that doesn't have long mode.
+        # Before registers: KVM refuses EFER.LME to a vCPU whose CPUID doesn't have long mode.
         self._vcpu.set_cpuid2(cpuid)
+
+    def _load_guest(self) -> None:
+        """Memory contents by pwrite and fd-to-fd transfer, then registers."""
+        launch = LaunchMemory(self._memory)
+        state = self._guest.load(launch, self._ram, self._c_mask)
+        launch.seal()
+        self._guest.close()  # the kernel's bytes are in guest memory now
         self._vcpu.update_sregs(state.sregs)  # type: ignore[arg-type]  # a TypedDict
         self._vcpu.set_regs(state.regs)
         if self._guest.msrs:
             self._vcpu.set_msrs(self._guest.msrs)
         self._map_ahead(launch.written)
 
-    def _map_ahead(self, written: list[Range]) -> None:
-        """Map what the loader filled in one go: each page would cost the guest a fault.
-
-        Only pages that exist already, so that residency stays what the guest really uses.
+    def _map_ahead(self, areas: list[Range]) -> None:
+        """Map what the loader filled, or the guest is sure to write, in one go: each page would
+        cost the guest a fault. Nothing else, so that residency stays what the guest uses.
         """
         if not self._vm.check_extension(ioctls.KVM_CAP_PRE_FAULT_MEMORY):
             return
-        for area in written:
+        for area in areas:
             for run, state in self._memory.states(area):
                 alias = self._c_mask if state is PageState.PRIVATE else 0
                 start, end = page_align_down(run.start), page_align_up(run.end)
