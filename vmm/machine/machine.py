@@ -26,7 +26,8 @@ from vmm.core.ranges import Range, page_align_down, page_align_up
 from vmm.devices.virtio.block_file import DiskFile, open_disk
 from vmm.exits.handlers import ExitHandlers
 from vmm.exits.outcome import KILLED, PANIC, POWEROFF, QUIT, RESET, STOPPED, Outcome
-from vmm.exits.run_loop import VcpuRunner, install_kick_handler
+from vmm.exits.run_loop import install_kick_handler
+from vmm.exits.vcpu_group import VcpuGroup
 from vmm.machine.config import MachineConfig
 from vmm.machine.console import Console
 from vmm.machine.devices import Devices
@@ -61,7 +62,7 @@ class Machine:
         self._images = images
         self._cleanup = ExitStack()
         self._outcomes: list[Outcome] = []
-        self._runners: list[VcpuRunner] = []
+        self._vcpus = VcpuGroup()
         self._abandoned = False
         self.report: dict[str, Any] | None = None
         """The report, once the run is over."""
@@ -273,33 +274,31 @@ class Machine:
     def _run_guest(self) -> Outcome:
         """vCPU threads run the guest, this thread runs the device loop, until `stop`."""
         install_kick_handler()
-        runner = VcpuRunner(self._vcpu, self._handlers, self.stop)
-        self._runners.append(runner)
+        self._vcpus.add(self._vcpu, self._handlers, self.stop)
         with on_ending_signal(self._signalled):
             try:
                 self._console.attach(self._loop, self._devices.serial)
-                runner.start()
+                self._vcpus.start()
                 self._loop.run()
             finally:
                 self.stop(Outcome(STOPPED, "the device loop failed"))
-                for each in self._runners:
-                    self._end(each)
+                self._end_vcpus()
                 self._console.restore()
-        for each in self._runners:
-            if each.error is not None:
-                raise each.error
+        for runner in self._vcpus.runners:
+            if runner.error is not None:
+                raise runner.error
         return self._outcomes[0]
 
-    def _end(self, runner: VcpuRunner) -> None:
-        runner.stop()
-        if not runner.join(_LAST_OUTPUT_SECONDS):
-            # It hangs in a write to a stdout that nobody reads, which Python never interrupts.
+    def _end_vcpus(self) -> None:
+        self._vcpus.stop()
+        if not self._vcpus.join(_LAST_OUTPUT_SECONDS):
+            # One hangs in a write to a stdout that nobody reads, which Python never interrupts.
             self._console.abandon_output()
-            runner.stop()
-            if not runner.join(_LAST_WORK_SECONDS):
-                self._abandon_vcpu()
+            self._vcpus.stop()
+            if not self._vcpus.join(_LAST_WORK_SECONDS):
+                self._abandon_vcpus()
 
-    def _abandon_vcpu(self) -> None:
+    def _abandon_vcpus(self) -> None:
         """Go on without a vCPU's thread that doesn't end, for example because of its policy.
 
         It may wake up and use what the machine has opened, so that all of it stays open until
@@ -315,7 +314,7 @@ class Machine:
 
     def _write_report(self, outcome: Outcome, wall_seconds: float) -> None:
         counts: dict[str, int] = {}
-        for runner in self._runners:
+        for runner in self._vcpus.runners:
             for name, count in runner.exit_counts.items():
                 counts[name] = counts.get(name, 0) + count
         doorbell = None
@@ -341,11 +340,10 @@ class Machine:
     def stop(self, outcome: Outcome) -> None:
         """End the run with `outcome`, from any thread; the first outcome counts.
 
-        Takes no lock: a signal handler may call it in the middle of another call.
+        A signal handler may call it in the middle of another call.
         """
         self._outcomes.append(outcome)
-        for runner in self._runners:
-            runner.stop()
+        self._vcpus.stop()
         self._loop.stop()
 
     def _guest_reset(self) -> None:
