@@ -19,7 +19,7 @@ from vmm.conversion.observer import ConversionObserver
 from vmm.conversion.scheme import Scheme
 from vmm.conversion.view import GuestView
 from vmm.core.errors import HostError
-from vmm.core.events import ConversionRequest, Kind
+from vmm.core.events import FAULT, ConversionRequest, Kind
 from vmm.core.ranges import PAGE_SIZE, Range
 from vmm.memory.guest_memory import GuestMemory, PageState
 from vmm.policy import (
@@ -47,6 +47,10 @@ RETRY_SECONDS = 1.0
 
 BUSY_SECONDS = 0.1
 """How long late discards wait for a conversion under way, and after how long they try again."""
+
+FRUITLESS_FAULTS = 1000
+"""How often in a row a vCPU may fault on a page that is in the state it wants already: another
+vCPU's conversion explains a few, a page that KVM cannot serve goes on for ever."""
 
 QUIESCE_TIMEOUT = 5.0
 """Seconds that a conversion waits for host accesses under way before it fails with EBUSY."""
@@ -90,6 +94,7 @@ class Converter:
         self._decision: Decision | None = None  # on the request under way, once there is one
         self._due: DueTimes | None = None  # made by the first Defer
         self._wake = math.inf
+        self._fruitless: dict[int, tuple[ConversionRequest, int]] = {}
 
     @property
     def undecided(self) -> str | None:
@@ -143,6 +148,24 @@ class Converter:
         except BaseException:
             tally.failed += 1
             raise
+
+    def fault(self, kind: Kind, gpa: int, size: int, vcpu: int) -> int:
+        """An access that wants its pages in another state (implicit conversion): `convert` them.
+
+        0: the vCPU may try again. -EOPNOTSUPP where faults ask for nothing, -EFAULT where trying
+        again has not helped, else as `convert`.
+        """
+        if not self._scheme.converts_on_fault:
+            return -errno.EOPNOTSUPP
+        request = ConversionRequest(kind, gpa, -(-size // PAGE_SIZE), vcpu, FAULT)
+        states = self._memory.states(Range(gpa, size))
+        if states and all(state in _SETTLED[kind] for _, state in states):
+            last, count = self._fruitless.get(vcpu, (request, 0))
+            count = count + 1 if last == request else 1
+            self._fruitless[vcpu] = (request, count)
+            return 0 if count <= FRUITLESS_FAULTS else -errno.EFAULT
+        self._fruitless.pop(vcpu, None)
+        return self.convert(request)
 
     def _validate(self, request: ConversionRequest) -> Range:
         if request.reserved:

@@ -102,8 +102,10 @@ class VirtioPciTransport:
         moved: Callable[[int | None], None] | None = None,
         ring: Callable[[int], None] | None = None,
         observer: DeviceObserver | None = None,
+        make_queue: Callable[..., SplitQueue] = SplitQueue,
     ) -> None:
         self._device = device
+        self._make_queue = make_queue
         self._memory = memory
         self._interrupt = interrupt
         self._moved = moved
@@ -296,7 +298,7 @@ class VirtioPciTransport:
     def _start(self) -> None:
         try:
             queues = {
-                index: SplitQueue(
+                index: self._make_queue(
                     self._memory, q.size, q.desc, q.driver, q.device, self._driver_features
                 )
                 for index, q in enumerate(self._queues)
