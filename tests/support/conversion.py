@@ -30,7 +30,7 @@ class RecordingScheme:
     name = "recording"
     vm_type = 0
     alias = 0
-    converts_on_fault = False
+    converts_on_fault = True
 
     def __init__(self, memory: GuestMemory) -> None:
         self.memory = memory

@@ -39,11 +39,6 @@ class Accounting:
     def as_dict(self) -> dict[str, dict[str, int]]:
         return {"share": self.share.as_dict(), "unshare": self.unshare.as_dict()}
 
-    @property
-    def converted_bytes(self) -> int:
-        """Bytes converted so far, either way: the same number twice means nothing changed."""
-        return self.share.bytes + self.unshare.bytes
-
     def of(self, kind: Kind) -> Tally:
         return self.share if kind is Kind.SHARE else self.unshare
 

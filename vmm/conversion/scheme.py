@@ -27,7 +27,7 @@ class Scheme(Protocol):
     alias: int
     """The bit of a guest-physical address that picks the private side; 0: one address for both."""
     converts_on_fault: bool
-    """Whether a memory-fault exit is the guest's request for the side that it names."""
+    """Whether KVM_EXIT_MEMORY_FAULT means that the guest wants the page in the other state."""
 
     def install(self, vm: Vm, memory: GuestMemory) -> None:
         """Make memslots, and what else KVM has to know, of memory in its first state."""

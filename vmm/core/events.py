@@ -5,15 +5,16 @@ from __future__ import annotations
 from enum import Enum
 from typing import NamedTuple
 
-FAULT_NAME = "fault"
-"""The doorbell of a request that the guest makes by touching a page (implicit conversion)."""
-
 
 class Kind(Enum):
     """Which way a conversion goes."""
 
     SHARE = "share"
     UNSHARE = "unshare"
+
+
+FAULT = "fault"
+"""The doorbell of an implicit conversion: the guest's access itself asks."""
 
 
 class ConversionRequest(NamedTuple):

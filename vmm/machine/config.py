@@ -54,6 +54,8 @@ class MachineConfig(NamedTuple):
     policies: tuple[tuple[str, tuple[str, ...]], ...] = ()
     """What --policy names, in order, each with its --policy-arg NAME=VALUE words."""
     report: str | None = None
+    trace: str | None = None
+    debug_shell: bool = False
 
     def validate(self) -> None:
         """Raises UsageError with the value and the remedy."""
@@ -81,6 +83,8 @@ class MachineConfig(NamedTuple):
             raise UsageError("--append needs --kernel: the embedded payload has no command line")
         if self.policies and self.private_memory is None:
             raise UsageError("--policy needs --private-mem: an ordinary VM converts no pages")
+        if self.debug_shell and not self.policies:
+            raise UsageError("--debug-shell needs --policy: it opens where a policy raises")
         self._validate_private_memory()
 
     def _validate_private_memory(self) -> None:
