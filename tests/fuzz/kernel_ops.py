@@ -11,10 +11,10 @@ from typing import NamedTuple
 from kvm_bindings import fdops
 from vmm.core.ranges import PAGE_SIZE
 
-PAGES = 24
+PAGES = 12
 """Pages of guest-physical memory that programs play with, and of the memfd behind them."""
 SLOTS, GUEST_MEMFDS = 5, 3
-GMEM_PAGES = 16
+GMEM_PAGES = 8
 
 
 class CreateGuestMemfd(NamedTuple):
@@ -101,81 +101,94 @@ class Generator:
 
     def __init__(self, chance: random.Random) -> None:
         self._chance = chance
+        self._gmems = 0
 
     def program(self, length: int) -> Program:
-        """`length` operations after a guest_memfd or two."""
-        start: Program = [self._create() for _ in range(self._chance.randint(0, 2))]
+        """`length` operations after a guest_memfd and a memslot or two."""
+        start: Program = [self._create() for _ in range(self._chance.choice((1, 2, 2, 3)))]
+        start += [self._slot(wide=True) for _ in range(self._chance.randint(1, 2))]
         return start + [self._op() for _ in range(length)]
 
     def _op(self) -> Op:
         chance = self._chance
-        match chance.randrange(20):
+        page = chance.randrange(PAGES)
+        match chance.randrange(24):
+            case 0 if chance.random() < 0.3:
+                return CloseGuestMemfd(self._gmem())
             case 0:
                 return self._create()
-            case 1 | 2 | 3 | 4:
+            case 1 | 2 | 3:
                 return self._slot()
-            case 5 | 6:
+            case 4 | 5 | 6:
                 gpa, size = self._range(PAGES)
-                return SetAttributes(gpa, size, chance.choice((0, 8, 8, 8, 8, 1, 9)))
+                return SetAttributes(gpa, size, chance.choice((0, 0, 8, 8, 8, 8, 8, 1, 9)))
             case 7 | 8:
                 offset, size = self._range(GMEM_PAGES + 2)
-                mode = chance.choice((_KEEP | _PUNCH,) * 4 + (_KEEP, _PUNCH, 0))
+                mode = chance.choice((_KEEP | _PUNCH,) * 6 + (_KEEP, _KEEP, _PUNCH, 0))
                 return Fallocate(self._gmem(), mode, offset, size)
             case 9 | 10 | 11:
                 what = chance.choice(("pread", "map", "load", "load", "store", "store", "resident"))
-                page = chance.randrange(GMEM_PAGES + 1)
-                return GuestMemfdIo(self._gmem(), what, page * PAGE_SIZE, self._word())
-            case 12 if chance.random() < 0.3:
-                return CloseGuestMemfd(self._gmem())
-            case 12 | 13:
-                return HostRead(chance.randrange(PAGES))
-            case 14 | 15:
-                return HostWrite(chance.randrange(PAGES), self._word())
-            case 16 | 17:
-                return GuestWrite(chance.randrange(PAGES), self._word())
-        return GuestRead(chance.randrange(PAGES))
+                offset = chance.randrange(GMEM_PAGES + 1) * PAGE_SIZE
+                return GuestMemfdIo(self._gmem(), what, offset, self._word())
+            case 12:
+                return HostRead(page)
+            case 13 | 14:
+                return HostWrite(page, self._word())
+            case 15 | 16 | 17 | 18:
+                return GuestWrite(page, self._word())
+        return GuestRead(page)
 
     def _create(self) -> CreateGuestMemfd:
         chance = self._chance
-        size = chance.choice((GMEM_PAGES, GMEM_PAGES, 8, 1)) * PAGE_SIZE
-        flags = chance.choice((0, 1, 1, 2, 3, 3))
-        if chance.random() < 0.1:
+        size = chance.choice((GMEM_PAGES, GMEM_PAGES, GMEM_PAGES, 1)) * PAGE_SIZE
+        flags = chance.choice((0, 0, 1, 1, 2, 3, 3))
+        if chance.random() < 0.05:
             size = chance.choice((0, 1, PAGE_SIZE + 512, (1 << 63) + PAGE_SIZE))
-        if chance.random() < 0.1:
+        elif chance.random() < 0.05:
             flags = chance.choice((4, 1 << 31, 1 << 63, 5))
+        else:
+            self._gmems += 1
         return CreateGuestMemfd(size, flags)
 
-    def _slot(self) -> SetSlot:
+    def _slot(self, *, wide: bool = False) -> SetSlot:
         chance = self._chance
-        gpa, size = self._range(PAGES)
-        flags = chance.choice((0, 0, 0, 4, 4, 4, 4, 2, 1, 6, 5, 8))
-        if chance.random() < 0.15:
-            size = 0
-        hva = chance.choice((0, gpa, gpa, gpa, PAGE_SIZE * chance.randrange(PAGES)))
-        if chance.random() < 0.04:
-            hva += 512
         number = chance.randrange(SLOTS)
-        if chance.random() < 0.03:
-            number = chance.choice((32764, 65535, 1 << 16))
-        offset = chance.choice((0, 0, PAGE_SIZE * chance.randrange(GMEM_PAGES), gpa))
-        if chance.random() < 0.04:
-            offset = chance.choice((1, (1 << 64) - PAGE_SIZE, 1 << 63))
-        gmem = -1 if chance.random() < 0.04 else self._gmem()
+        gpa, size = (0, GMEM_PAGES * PAGE_SIZE) if wide else self._range(PAGES)
+        if not wide and chance.random() < 0.3:
+            size = 0  # deletes
+        flags = chance.choice((0, 0, 4, 4, 4, 4)) if chance.random() < 0.85 else self._odd_flags()
+        hva = gpa if chance.random() < 0.7 else PAGE_SIZE * chance.randrange(PAGES)
+        offset = gpa if chance.random() < 0.6 else PAGE_SIZE * chance.randrange(GMEM_PAGES)
+        gmem = self._gmem()
+        if chance.random() < 0.15:
+            match chance.randrange(4):
+                case 0:
+                    number = chance.choice((32764, 65535, 1 << 20))
+                case 1:
+                    hva += 512
+                case 2:
+                    offset = chance.choice((1, (1 << 64) - PAGE_SIZE, 1 << 63))
+                case 3:
+                    gmem = -1
         return SetSlot(number, gpa, size, hva, flags, gmem, offset, chance.random() < 0.1)
+
+    def _odd_flags(self) -> int:
+        return self._chance.choice((1, 2, 5, 6, 8, 1 << 31))
 
     def _range(self, pages: int) -> tuple[int, int]:
         chance = self._chance
         first = chance.randrange(pages)
         size = chance.randint(1, min(8, pages - first)) * PAGE_SIZE
         start = first * PAGE_SIZE
-        if chance.random() < 0.06:
+        if chance.random() < 0.04:
             start += chance.choice((1, 512, PAGE_SIZE - 1))
-        if chance.random() < 0.06:
+        if chance.random() < 0.04:
             size = chance.choice((0, 1, PAGE_SIZE - 1, PAGE_SIZE + 1))
         return start, size
 
     def _gmem(self) -> int:
-        return self._chance.randrange(GUEST_MEMFDS)
+        """Mostly one that exists."""
+        return self._chance.randrange(max(1, min(self._gmems, GUEST_MEMFDS)))
 
     def _word(self) -> int:
         return self._chance.getrandbits(63) | 1

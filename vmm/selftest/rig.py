@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import NamedTuple, Self
@@ -55,6 +56,7 @@ class Rig:
         vcpus: int = 1,
         policies: Sequence[Policy] = (),
         wrap: Callable[[Backing], Backing] = lambda backing: backing,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """All of `ram` (default: `pages` pages at RAM_GPA) starts private unless `private` says
         which parts do. `wrap` puts something between GuestMemory and its backings.
@@ -75,7 +77,7 @@ class Rig:
             )
             self.scheme = scheme.make(platform)
             self.scheme.install(self.vm, self.memory)
-            self.converter = Converter(self.memory, self.scheme, *policies)
+            self.converter = Converter(self.memory, self.scheme, *policies, clock=clock)
             self.guests: list[GuestCpu] = platform.guests(
                 opened, self.vm, vcpus, self.ram, self._mask
             )
