@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Protocol, cast
 
@@ -238,9 +237,9 @@ def _describe(stop: GuestStopped) -> str:
 
 
 def model_of(platform: Platform) -> FakePlatform:
-    """A model with the VM types, flags and attributes that a platform's KVM says it has."""
+    """A model with the VM types, flags and errnos that a platform's KVM has."""
     types: dict[int, VmType] = {}
-    has_ioctl = False
+    model = FakeKernel(types)
     for number in VM_TYPES:
         try:
             vm = platform.system.create_vm(number)
@@ -251,14 +250,26 @@ def model_of(platform: Platform) -> FakePlatform:
                 vm.check_extension(ioctls.KVM_CAP_MEMORY_ATTRIBUTES),
                 vm.check_extension(ioctls.KVM_CAP_GUEST_MEMFD_FLAGS),
             )
-            try:
-                vm.set_memory_attributes(0, PAGE_SIZE, 0)
-            except KvmError as error:
-                has_ioctl |= error.errno != errno.ENOTTY
-            else:
-                has_ioctl = True
-            slots = vm.check_extension(ioctls.KVM_CAP_NR_MEMSLOTS)
-    return FakePlatform(FakeKernel(types, attributes_ioctl=has_ioctl, memslots=slots))
+            model.attributes_ioctl |= _has_attributes_ioctl(vm)
+            model.memslots = vm.check_extension(ioctls.KVM_CAP_NR_MEMSLOTS)
+            model.binding_taken = _binding_taken(vm)
+    return FakePlatform(model)
 
 
-Run = Callable[[ops.Program], list[str]]
+def _has_attributes_ioctl(vm: Vm) -> bool:
+    try:
+        vm.set_memory_attributes(0, PAGE_SIZE, 0)
+    except KvmError as error:
+        return error.errno != errno.ENOTTY
+    return True
+
+
+def _binding_taken(vm: Vm) -> int:
+    """What a second slot for the same range of a guest_memfd meets: the kernels differ."""
+    with vm.create_guest_memfd(PAGE_SIZE) as gmem:
+        try:
+            for slot in range(2):
+                vm.set_user_memory_region2(slot, slot * PAGE_SIZE, PAGE_SIZE, 0, gmem.fd, 0)
+        except KvmError as error:
+            return error.errno or 0
+    return 0

@@ -76,8 +76,8 @@ def test_host_access_let_through_is_found(monkeypatch: pytest.MonkeyPatch) -> No
     assert "host access allowed" in found(fake_cells())
 
 
-def wrong_bind(memfd: FakeGuestMemfd, slot: int, offset: int, size: int) -> bool:
-    return True
+def wrong_bind(memfd: FakeGuestMemfd, slot: int, offset: int, size: int) -> int:
+    return 0
 
 
 def wrong_overlap(table: SlotTable, area: Range, number: int) -> bool:

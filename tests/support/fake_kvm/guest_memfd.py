@@ -42,13 +42,15 @@ class FakeGuestMemfd(GuestMemfd):
 
     # -- memslots -----------------------------------------------------------------------------
 
-    def bind(self, slot: int, offset: int, size: int) -> bool:
-        """Give a range to a memslot; False where it is outside or taken."""
+    def bind(self, slot: int, offset: int, size: int) -> int:
+        """Give a range to a memslot; 0, or an errno where it is outside or taken."""
         area = Range(offset, size)
-        if area.end > self.size or any(area.overlaps(b) for b in self._bindings.values()):
-            return False
+        if area.end > self.size:
+            return EINVAL
+        if any(area.overlaps(bound) for bound in self._bindings.values()):
+            return self._kernel.binding_taken
         self._bindings[slot] = area
-        return True
+        return 0
 
     def unbind(self, slot: int) -> None:
         self._bindings.pop(slot, None)

@@ -42,6 +42,8 @@ class FakeKernel:
     in_place: bool = False
     pre_fault: bool = True
     memslots: int = 32764
+    binding_taken: int = errno.EINVAL
+    """The errno for a guest_memfd's range that another slot has: EEXIST in Linux 7.3."""
     calls: Counter[str] = field(default_factory=Counter)
     _injections: list[_Injection] = field(default_factory=list)
 

@@ -87,8 +87,8 @@ class SlotTable:
         if flags & GUEST_MEMFD:
             if guest_memfd is None or isinstance(guest_memfd, int):
                 raise Refusal(guest_memfd or EINVAL)
-            if not guest_memfd.bind(number, offset, size):
-                raise Refusal(EINVAL)
+            if refused := guest_memfd.bind(number, offset, size):
+                raise Refusal(refused)
             new.guest_memfd, new.offset = guest_memfd, offset
             new.gmem_only = guest_memfd.mappable
         if old is not None:
