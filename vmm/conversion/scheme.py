@@ -65,7 +65,8 @@ class CbitScheme:
     """Two GPA aliases: the private backing at GPA | C-bit, the shared one at GPA.
 
     The guest picks the side with every access, as a SEV guest does, so that KVM needs no telling:
-    a conversion is complete once the losing side's pages are discarded.
+    a conversion is complete once the losing side's pages are discarded. Common memory
+    (GuestMemory.common_end) is the shared backing at both aliases.
     """
 
     name = "cbit"
@@ -80,7 +81,11 @@ class CbitScheme:
         slots = MemslotTable(vm)
         for area in memory.ram:
             slots.add(area.start, area, memory.shared)
-            slots.add(area.start | 1 << self.c_bit, area, memory.private)
+            common, own = area.split(memory.common_end)
+            if common.size:
+                slots.add(common.start | 1 << self.c_bit, common, memory.shared)
+            if own.size:
+                slots.add(own.start | 1 << self.c_bit, own, memory.private)
 
     def apply(self, area: Range, kind: Kind) -> None:
         """Nothing to do: both aliases exist all the time."""

@@ -62,7 +62,7 @@ class Machine:
         self._images = images
         self._cleanup = ExitStack()
         self._outcomes: list[Outcome] = []
-        self._vcpus = VcpuGroup()
+        self._group = VcpuGroup()
         self._abandoned = False
         self.report: dict[str, Any] | None = None
         """The report, once the run is over."""
@@ -114,7 +114,7 @@ class Machine:
         try:
             self._create_vm()
             self._lay_out_memory()
-            self._create_vcpu()
+            self._create_vcpus()
         except (HostError, OSError):
             self._guest.finish_opening()  # where both are wrong, what the user gave comes first
             raise
@@ -186,13 +186,23 @@ class Machine:
         except BaseException:
             shared.close()
             raise
-        self._memory = GuestMemory(self._ram, shared, private_backing, private)
+        common_end = self._guest.unpaged_end if self._c_mask else 0
+        self._memory = GuestMemory(self._ram, shared, private_backing, private, common_end)
         self._cleanup.callback(self._memory.close)
         self._scheme.install(self._vm, self._memory)
 
-    def _create_vcpu(self) -> None:
-        self._vcpu: Vcpu = self._vm.create_vcpu(0)
-        self._cleanup.callback(self._vcpu.close)
+    def _create_vcpus(self) -> None:
+        self._vcpus: list[Vcpu] = []
+        self._require_room_for_vcpus()
+        for index in range(self._config.cpus):
+            vcpu = self._vm.create_vcpu(index)
+            self._cleanup.callback(vcpu.close)
+            self._vcpus.append(vcpu)
+
+    def _require_room_for_vcpus(self) -> None:
+        limit = self._vm.check_extension(ioctls.KVM_CAP_MAX_VCPUS)
+        if self._config.cpus > limit > 0:
+            raise HostError(f"--cpus {self._config.cpus}: this host's KVM takes {limit} at most")
 
     def _load_guest(self) -> None:
         """Memory contents by pwrite and fd-to-fd transfer, then CPUID and registers."""
@@ -201,18 +211,16 @@ class Machine:
         launch.seal()
         self._guest.close()  # the kernel's bytes are in guest memory now
         announced = self._c_mask.bit_length() - 1 if self._guest.needs_hypercalls else -1
-        cpuid = guest_cpuid(
-            self._supported_cpuid,
-            0,
-            self._config.cpus,
-            c_bit=announced if announced >= 0 else None,
-        )
-        # CPUID first: KVM refuses EFER.LME to a vCPU that doesn't have long mode.
-        self._vcpu.set_cpuid2(cpuid)
-        self._vcpu.update_sregs(state.sregs)  # type: ignore[arg-type]  # a TypedDict
-        self._vcpu.set_regs(state.regs)
-        if self._guest.msrs:
-            self._vcpu.set_msrs(self._guest.msrs)
+        c_bit = announced if announced >= 0 else None
+        for vcpu in self._vcpus:
+            # CPUID first: KVM refuses EFER.LME to a vCPU that doesn't have long mode.
+            count = self._config.cpus
+            vcpu.set_cpuid2(guest_cpuid(self._supported_cpuid, vcpu.index, count, c_bit=c_bit))
+            if self._guest.msrs:
+                vcpu.set_msrs(self._guest.msrs)
+        # The others stay as KVM made them: waiting for the first one to start them (INIT, SIPI).
+        self._vcpus[0].update_sregs(state.sregs)  # type: ignore[arg-type]  # a TypedDict
+        self._vcpus[0].set_regs(state.regs)
         self._map_ahead(launch.written)
 
     def _map_ahead(self, written: list[Range]) -> None:
@@ -227,7 +235,7 @@ class Machine:
                 alias = self._c_mask if state is PageState.PRIVATE else 0
                 start, end = page_align_down(run.start), page_align_up(run.end)
                 try:
-                    self._vcpu.pre_fault_memory(start | alias, end - start)
+                    self._vcpus[0].pre_fault_memory(start | alias, end - start)
                 except KvmError:
                     return  # shadow paging can't; the guest's faults do it one by one
 
@@ -273,28 +281,29 @@ class Machine:
     def _run_guest(self) -> Outcome:
         """vCPU threads run the guest, this thread runs the device loop, until `stop`."""
         install_kick_handler()
-        self._vcpus.add(self._vcpu, self._handlers, self.stop)
+        for vcpu in self._vcpus:
+            self._group.add(vcpu, self._handlers, self.stop)
         with on_ending_signal(self._signalled):
             try:
                 self._console.attach(self._loop, self._devices.serial)
-                self._vcpus.start()
+                self._group.start()
                 self._loop.run()
             finally:
                 self.stop(Outcome(STOPPED, "the device loop failed"))
                 self._end_vcpus()
                 self._console.restore()
-        for runner in self._vcpus.runners:
+        for runner in self._group.runners:
             if runner.error is not None:
                 raise runner.error
         return self._outcomes[0]
 
     def _end_vcpus(self) -> None:
-        self._vcpus.stop()
-        if not self._vcpus.join(_LAST_OUTPUT_SECONDS):
+        self._group.stop()
+        if not self._group.join(_LAST_OUTPUT_SECONDS):
             # One hangs in a write to a stdout that nobody reads, which Python never interrupts.
             self._console.abandon_output()
-            self._vcpus.stop()
-            if not self._vcpus.join(_LAST_WORK_SECONDS):
+            self._group.stop()
+            if not self._group.join(_LAST_WORK_SECONDS):
                 self._abandon_vcpus()
 
     def _abandon_vcpus(self) -> None:
@@ -313,7 +322,7 @@ class Machine:
 
     def _write_report(self, outcome: Outcome, wall_seconds: float) -> None:
         counts: dict[str, int] = {}
-        for runner in self._vcpus.runners:
+        for runner in self._group.runners:
             for name, count in runner.exit_counts.items():
                 counts[name] = counts.get(name, 0) + count
         doorbell = None
@@ -328,7 +337,7 @@ class Machine:
             refinements=self._converter.refinements,
             io=self._devices.io_statistics(),
             exits=counts,
-            ports=self._handlers.port_counts,
+            ports=self._handlers.port_counts(),
             wall_seconds=wall_seconds,
         )
         if self._report_file is not None:
@@ -342,7 +351,7 @@ class Machine:
         A signal handler may call it in the middle of another call.
         """
         self._outcomes.append(outcome)
-        self._vcpus.stop()
+        self._group.stop()
         self._loop.stop()
 
     def _guest_reset(self) -> None:
