@@ -19,6 +19,11 @@ PROT_WRITE = 2
 FALLOC_FL_KEEP_SIZE = 1
 FALLOC_FL_PUNCH_HOLE = 2
 FALLOC_FL_ZERO_RANGE = 16
+_FALLOC_NAMES = {
+    FALLOC_FL_KEEP_SIZE: "KEEP_SIZE",
+    FALLOC_FL_PUNCH_HOLE: "PUNCH_HOLE",
+    FALLOC_FL_ZERO_RANGE: "ZERO_RANGE",
+}
 
 
 def _uninterrupted(call: Callable[..., int], *arguments: int) -> int:
@@ -54,23 +59,25 @@ def protect(address: int, size: int, protection: int) -> None:
         fail("mprotect", result, f"address={address:#x}, size={size:#x}, {protection}")
 
 
+def fallocate(fd: int, mode: int, offset: int, size: int) -> None:
+    """fallocate(2) with FALLOC_FL_ bits as `mode`. Raises KvmError."""
+    result = _uninterrupted(lib.pyvmm_fallocate, fd, mode, offset, size)
+    if result < 0:
+        words = "|".join(word for bit, word in _FALLOC_NAMES.items() if mode & bit)
+        fail("fallocate", result, f"fd={fd}, {words}, offset={offset:#x}, size={size:#x}")
+
+
 def punch_hole(fd: int, offset: int, size: int) -> None:
     """fallocate(2) with PUNCH_HOLE: the pages are given back and read as zeros. Raises KvmError.
 
     KEEP_SIZE belongs to it: guest_memfd refuses the call without.
     """
-    mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
-    result = _uninterrupted(lib.pyvmm_fallocate, fd, mode, offset, size)
-    if result < 0:
-        fail("fallocate", result, f"fd={fd}, PUNCH_HOLE, offset={offset:#x}, size={size:#x}")
+    fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, size)
 
 
 def zero_range(fd: int, offset: int, size: int) -> None:
     """fallocate(2) with ZERO_RANGE: the range reads as zeros and stays allocated. KvmError."""
-    mode = FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE
-    result = _uninterrupted(lib.pyvmm_fallocate, fd, mode, offset, size)
-    if result < 0:
-        fail("fallocate", result, f"fd={fd}, ZERO_RANGE, offset={offset:#x}, size={size:#x}")
+    fallocate(fd, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, offset, size)
 
 
 def pread_to_address(fd: int, address: int, size: int, offset: int) -> int:
@@ -106,6 +113,7 @@ __all__ = [
     "PROT_WRITE",
     "KvmError",
     "cached_pages",
+    "fallocate",
     "map_shared",
     "pread_to_address",
     "protect",

@@ -28,6 +28,7 @@ class RecordingScheme:
     """Keeps which ranges KVM would treat as shared, and every call in order."""
 
     name = "recording"
+    converts_on_fault = True
 
     def __init__(self, memory: GuestMemory) -> None:
         self.memory = memory

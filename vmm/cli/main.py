@@ -118,9 +118,20 @@ def build_parser() -> argparse.ArgumentParser:
         help="an argument for the constructor of the --policy before it; checked against the "
         "type that the constructor declares; may be given several times",
     )
+    private.add_argument(
+        "--debug-shell",
+        action="store_true",
+        help="when a policy raises, open a Python prompt with the event, the view, the policy and "
+        "the exception before the run ends",
+    )
     output = parser.add_argument_group("output")
     output.add_argument(
         "--report", metavar="FILE", help="write what happened to FILE as JSON when the run ends"
+    )
+    output.add_argument(
+        "--trace",
+        metavar="DIR",
+        help="record conversions, faults, I/O and exits in a folder, for pyvmm report and replay",
     )
     output.add_argument(
         "--debug", action="store_true", help="show a traceback for errors, for bug reports"
@@ -205,6 +216,8 @@ def _configuration(arguments: Sequence[str]) -> MachineConfig:
         disks=tuple(options.disk),
         policies=tuple((spec, tuple(words)) for spec, words in options.policy),
         report=options.report,
+        trace=options.trace,
+        debug_shell=options.debug_shell,
     )
     config.validate()
     return config

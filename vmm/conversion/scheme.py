@@ -19,6 +19,8 @@ class Scheme(Protocol):
     """
 
     name: str
+    converts_on_fault: bool
+    """Whether KVM_EXIT_MEMORY_FAULT means that the guest wants the page in the other state."""
 
     def install(self, vm: Vm, memory: GuestMemory) -> None: ...
     def apply(self, area: Range, kind: Kind) -> None: ...
@@ -48,6 +50,7 @@ class PlainScheme:
     """An ordinary VM: all memory is shared, and nothing can be converted."""
 
     name = "none"
+    converts_on_fault = False
 
     def install(self, vm: Vm, memory: GuestMemory) -> None:
         slots = MemslotTable(vm)
@@ -70,6 +73,7 @@ class CbitScheme:
     """
 
     name = "cbit"
+    converts_on_fault = False
 
     def __init__(self, c_bit: int) -> None:
         """`c_bit` is the number of the address bit; all of RAM must lie below it."""

@@ -52,6 +52,8 @@ class MachineConfig(NamedTuple):
     policies: tuple[tuple[str, tuple[str, ...]], ...] = ()
     """What --policy names, in order, each with its --policy-arg NAME=VALUE words."""
     report: str | None = None
+    trace: str | None = None
+    debug_shell: bool = False
 
     def validate(self) -> None:
         """Raises UsageError with the value and the remedy."""
@@ -79,6 +81,8 @@ class MachineConfig(NamedTuple):
             raise UsageError("--append needs --kernel: the embedded payload has no command line")
         if self.policies and self.private_memory is None:
             raise UsageError("--policy needs --private-mem: an ordinary VM converts no pages")
+        if self.debug_shell and not self.policies:
+            raise UsageError("--debug-shell needs --policy: it opens where a policy raises")
         if self.private_memory == "guest_memfd" and self.kernel is not None:
             raise UsageError(
                 "--private-mem=guest_memfd: the host cannot load a kernel into memory that it "

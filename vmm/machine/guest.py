@@ -43,6 +43,10 @@ class Guest(Protocol):
         """What starts as private memory when there is any."""
         ...
 
+    def early_private_writes(self, ram: list[Range]) -> list[Range]:
+        """What it will surely write as private memory while it boots, as far as one can tell."""
+        ...
+
     def load(self, launch: LaunchMemory, ram: list[Range], c_mask: int) -> InitialState:
         """Write the guest into its memory; the first vCPU's state."""
         ...
@@ -88,6 +92,12 @@ class LinuxGuest:
     def private_ranges(self, ram: list[Range]) -> list[Range]:
         """All of RAM: Linux shares what it wants shared."""
         return ram
+
+    def early_private_writes(self, ram: list[Range]) -> list[Range]:
+        from vmm.arch.x86_64.bounce_buffer import early_allocations
+
+        expected = early_allocations(ram, 0 if self._initrd is None else self._initrd.size)
+        return [] if expected is None else [expected]
 
     def load(self, launch: LaunchMemory, ram: list[Range], c_mask: int) -> InitialState:
         from vmm.arch.x86_64.acpi.tables import RSDP_GPA, acpi_tables
@@ -148,6 +158,10 @@ class PayloadGuest:
     def private_ranges(self, ram: list[Range]) -> list[Range]:
         start = layout.PAYLOAD_PRIVATE_START
         return [Range(start, ram[0].end - start), *ram[1:]]
+
+    def early_private_writes(self, ram: list[Range]) -> list[Range]:
+        """It has little memory and touches it bit by bit."""
+        return []
 
     def load(self, launch: LaunchMemory, ram: list[Range], c_mask: int) -> InitialState:
         from firmware import payload_path

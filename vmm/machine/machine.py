@@ -5,7 +5,8 @@ from __future__ import annotations
 import signal
 import time
 from contextlib import ExitStack
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from kvm_bindings import KvmError, System, Vcpu, Vm, ioctls
 from vmm.arch.x86_64 import layout
@@ -25,7 +26,16 @@ from vmm.core.event_loop import EventLoop
 from vmm.core.ranges import Range, page_align_down, page_align_up
 from vmm.devices.virtio.block_file import DiskFile, open_disk
 from vmm.exits.handlers import ExitHandlers
-from vmm.exits.outcome import KILLED, PANIC, POWEROFF, QUIT, RESET, STOPPED, Outcome
+from vmm.exits.outcome import (
+    KILLED,
+    PANIC,
+    POLICY_ERROR,
+    POWEROFF,
+    QUIT,
+    RESET,
+    STOPPED,
+    Outcome,
+)
 from vmm.exits.run_loop import install_kick_handler
 from vmm.exits.vcpu_group import VcpuGroup
 from vmm.machine.config import MachineConfig
@@ -42,7 +52,10 @@ from vmm.machine.images import OpenedImages
 from vmm.machine.report import ReportFile, build_report
 from vmm.memory.backing import MemfdBacking
 from vmm.memory.guest_memory import GuestMemory, LaunchMemory, PageState
-from vmm.policy import End, Policy, PolicyKill
+from vmm.policy import End, Policy, PolicyError, PolicyKill
+
+if TYPE_CHECKING:
+    from vmm.machine.tracing import RunTrace
 
 _PANIC_TEXT = b"Kernel panic - not syncing"
 _REBOOT_TEXT = b"reboot: Restarting system"
@@ -83,13 +96,19 @@ class Machine:
                 self._connect_devices()
             except OSError as error:  # KvmError is one
                 raise HostError(str(error)) from error
-            outcome = self._refusal_to_boot() or self._run_guest()
+            outcome = None
             try:
+                outcome = self._refusal_to_boot() or self._run_guest()
                 if not self._abandoned:  # else a policy may be at work still
                     end = End(outcome.exit, outcome.reason)
                     self._converter.hooks.exit(end, self._converter.view)
+            except PolicyError as error:
+                outcome = outcome or Outcome(POLICY_ERROR, str(error))
+                self._policy_failed(error)
+                raise
             finally:
-                self._write_report(outcome, time.monotonic() - started)
+                if outcome is not None:
+                    self._write_report(outcome, time.monotonic() - started)
         return outcome
 
     def _open_inputs(self) -> None:
@@ -105,6 +124,9 @@ class Machine:
             disk = open_disk(spec)
             self._cleanup.callback(disk.close)
             self._disks.append(disk)
+        self._trace = None if config.trace is None else _open_trace(config.trace, config)
+        if self._trace is not None:
+            self._cleanup.callback(self._trace.close)
         self._report_file = None if config.report is None else ReportFile(config.report)
         if self._report_file is not None:
             self._cleanup.callback(self._report_file.close)
@@ -115,6 +137,8 @@ class Machine:
             self._create_vm()
             self._lay_out_memory()
             self._create_vcpus()
+            if self._is_private:
+                self._map_ahead(self._guest.early_private_writes(self._ram))
         except (HostError, OSError):
             self._guest.finish_opening()  # where both are wrong, what the user gave comes first
             raise
@@ -144,6 +168,12 @@ class Machine:
     @property
     def _is_private(self) -> bool:
         return self._config.private_memory is not None
+
+    @property
+    def _doorbell(self) -> str | None:
+        if not self._is_private:
+            return None
+        return HYPERCALL_NAME if self._guest.needs_hypercalls else PORT_NAME
 
     def _require_working_hypercalls(self) -> None:
         from vmm.machine.probes.hypercall import hypercall_behaviour
@@ -193,44 +223,39 @@ class Machine:
 
     def _create_vcpus(self) -> None:
         self._vcpus: list[Vcpu] = []
-        self._require_room_for_vcpus()
-        for index in range(self._config.cpus):
+        count = self._config.cpus
+        limit = self._vm.check_extension(ioctls.KVM_CAP_MAX_VCPUS)
+        if count > limit > 0:
+            raise HostError(f"--cpus {count}: this host's KVM takes {limit} at most; use fewer")
+        announced = self._c_mask.bit_length() - 1 if self._guest.needs_hypercalls else -1
+        c_bit = announced if announced >= 0 else None
+        for index in range(count):
             vcpu = self._vm.create_vcpu(index)
             self._cleanup.callback(vcpu.close)
+            # Before registers: KVM refuses EFER.LME to a vCPU whose CPUID doesn't have long mode.
+            vcpu.set_cpuid2(guest_cpuid(self._supported_cpuid, index, count, c_bit=c_bit))
+            if self._guest.msrs:
+                vcpu.set_msrs(self._guest.msrs)
             self._vcpus.append(vcpu)
 
-    def _require_room_for_vcpus(self) -> None:
-        limit = self._vm.check_extension(ioctls.KVM_CAP_MAX_VCPUS)
-        if self._config.cpus > limit > 0:
-            raise HostError(f"--cpus {self._config.cpus}: this host's KVM takes {limit} at most")
-
     def _load_guest(self) -> None:
-        """Memory contents by pwrite and fd-to-fd transfer, then CPUID and registers."""
+        """Memory contents by pwrite and fd-to-fd transfer, then registers."""
         launch = LaunchMemory(self._memory)
         state = self._guest.load(launch, self._ram, self._c_mask)
         launch.seal()
         self._guest.close()  # the kernel's bytes are in guest memory now
-        announced = self._c_mask.bit_length() - 1 if self._guest.needs_hypercalls else -1
-        c_bit = announced if announced >= 0 else None
-        for vcpu in self._vcpus:
-            # CPUID first: KVM refuses EFER.LME to a vCPU that doesn't have long mode.
-            count = self._config.cpus
-            vcpu.set_cpuid2(guest_cpuid(self._supported_cpuid, vcpu.index, count, c_bit=c_bit))
-            if self._guest.msrs:
-                vcpu.set_msrs(self._guest.msrs)
-        # The others stay as KVM made them: waiting for the first one to start them (INIT, SIPI).
+        # The others stay as KVM made them, until the first one starts them (INIT, SIPI).
         self._vcpus[0].update_sregs(state.sregs)  # type: ignore[arg-type]  # a TypedDict
         self._vcpus[0].set_regs(state.regs)
         self._map_ahead(launch.written)
 
-    def _map_ahead(self, written: list[Range]) -> None:
-        """Map what the loader filled in one go: each page would cost the guest a fault.
-
-        Only pages that exist already, so that residency stays what the guest really uses.
+    def _map_ahead(self, areas: list[Range]) -> None:
+        """Map what the loader filled, or the guest is sure to write, in one go: each page would
+        cost the guest a fault. Nothing else, so that residency stays what the guest uses.
         """
         if not self._vm.check_extension(ioctls.KVM_CAP_PRE_FAULT_MEMORY):
             return
-        for area in written:
+        for area in areas:
             for run, state in self._memory.states(area):
                 alias = self._c_mask if state is PageState.PRIVATE else 0
                 start, end = page_align_down(run.start), page_align_up(run.end)
@@ -240,10 +265,18 @@ class Machine:
                     return  # shadow paging can't; the guest's faults do it one by one
 
     def _connect_devices(self) -> None:
+        trace = self._trace
         self._loop = EventLoop()
         self._cleanup.callback(self._loop.close)
         self._console = Console(on_quit=lambda: self.stop(Outcome(QUIT, "Ctrl-A x")))
         self._cleanup.callback(self._console.close)
+        self._converter = Converter(
+            self._memory,
+            self._scheme,
+            *self._policies,
+            wake_at=lambda due: self._loop.set_timer(due, self._converter.settle),
+            observer=None if trace is None else trace.conversions,
+        )
         self._devices = Devices(
             self._vm,
             self._memory,
@@ -252,14 +285,10 @@ class Machine:
             self._disks,
             power_off=lambda: self.stop(Outcome(POWEROFF)),
             reset=self._guest_reset,
+            watch=partial(self._converter.hooks.watcher, self._converter.view),
+            observer_of=(lambda device: None) if trace is None else trace.device,
         )
         self._cleanup.callback(self._devices.close)
-        self._converter = Converter(
-            self._memory,
-            self._scheme,
-            *self._policies,
-            wake_at=lambda due: self._loop.set_timer(due, self._converter.settle),
-        )
         doorbell = PortDoorbell(self._config.cpus, conversions=self._is_private)
         self._handlers = ExitHandlers(
             self._devices.ports,
@@ -269,6 +298,8 @@ class Machine:
             doorbell,
             self.stop,
         )
+        if trace is not None:
+            self._handlers.table = trace.exits(self._handlers.table)
 
     def _refusal_to_boot(self) -> Outcome | None:
         """The policies' last word before the guest's first instruction."""
@@ -280,6 +311,8 @@ class Machine:
 
     def _run_guest(self) -> Outcome:
         """vCPU threads run the guest, this thread runs the device loop, until `stop`."""
+        if self._trace is not None:
+            self._trace.start(self._memory, self._scheme.name, self._doorbell)
         install_kick_handler()
         for vcpu in self._vcpus:
             self._group.add(vcpu, self._handlers, self.stop)
@@ -288,6 +321,10 @@ class Machine:
                 self._console.attach(self._loop, self._devices.serial)
                 self._group.start()
                 self._loop.run()
+            except PolicyKill as kill:
+                self.stop(Outcome(KILLED, str(kill)))
+            except KeyboardInterrupt:
+                pass  # `_signalled` raised it
             finally:
                 self.stop(Outcome(STOPPED, "the device loop failed"))
                 self._end_vcpus()
@@ -320,17 +357,22 @@ class Machine:
             what = f"{waiting_for} has not returned"
         tell(f"{what}; pyvmm ends without it")
 
+    def _policy_failed(self, error: PolicyError) -> None:
+        """No vCPU runs and the terminal is the user's again; memory is still there to look at."""
+        from vmm.policy.failure import show
+
+        show(error, prompt=self._config.debug_shell)
+
     def _write_report(self, outcome: Outcome, wall_seconds: float) -> None:
         counts: dict[str, int] = {}
         for runner in self._group.runners:
             for name, count in runner.exit_counts.items():
                 counts[name] = counts.get(name, 0) + count
-        doorbell = None
-        if self._is_private:
-            doorbell = HYPERCALL_NAME if self._guest.needs_hypercalls else PORT_NAME
+        if self._trace is not None:
+            self._trace.end(outcome)
         self.report = build_report(
             scheme=self._scheme.name,
-            doorbell=doorbell,
+            doorbell=self._doorbell,
             memory=self._memory,
             outcome=outcome,
             accounting=self._converter.accounting,
@@ -360,6 +402,8 @@ class Machine:
 
     def _signalled(self, number: int, frame: object) -> None:
         self.stop(Outcome(STOPPED, f"received {signal.Signals(number).name}"))
+        if self._converter.hooks.is_this_thread_in_one:
+            raise KeyboardInterrupt  # else a hook that never returns would keep the run going
 
 
 def _load_policies(config: MachineConfig) -> list[Policy]:
@@ -368,6 +412,12 @@ def _load_policies(config: MachineConfig) -> list[Policy]:
     from vmm.policy.loader import load_policy  # a run without policies does without
 
     return [load_policy(spec, words) for spec, words in config.policies]
+
+
+def _open_trace(path: str, config: MachineConfig) -> RunTrace:
+    from vmm.machine.tracing import RunTrace  # an untraced run does without
+
+    return RunTrace(path, config)
 
 
 def reset_outcome(tail: bytes) -> Outcome:

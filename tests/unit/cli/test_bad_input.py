@@ -257,3 +257,13 @@ def test_report_that_cannot_be_written_is_refused(
     command: Command, path: str, message: str
 ) -> None:
     refused(command, ["--report", path], message)
+
+
+def test_trace_that_cannot_be_written_is_refused(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").touch()
+
+    refused(command, ["--trace", "file"], "--trace file is not a folder; give a new folder's name")
+    refused(command, ["--trace", "full"], r"--trace full holds something else \(letter.txt\)")
+    refused(command, ["--trace", "file/sub"], "--trace file/sub cannot be written: Not a directory")
