@@ -14,7 +14,7 @@ from tests.support.memory import data_pages, guest_memory, page, pages, pattern
 from vmm.conversion.transaction import Converter
 from vmm.core.errors import PrivateAccess
 from vmm.core.ranges import PAGE_SIZE
-from vmm.memory.backing import MemfdBacking
+from vmm.memory.backings.memfd import MemfdBacking
 from vmm.memory.guest_memory import GuestMemory, PageState
 from vmm.policy import Decision, Defer, Event, Policy, View
 
