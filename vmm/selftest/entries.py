@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from kvm_bindings import Vm
 from vmm.arch.x86_64.cpuid import choose_c_bit
-from vmm.conversion.scheme import CbitScheme
-from vmm.machine.host import create_private_backing
+from vmm.conversion.schemes.cbit import CbitScheme
+from vmm.machine.schemes import make_backing
 from vmm.memory.backing import Backing
 from vmm.selftest.platform import Platform
 from vmm.selftest.rig import BackingEntry, SchemeEntry
@@ -29,7 +29,7 @@ SCHEMES = (
 
 def _backing(name: str) -> BackingEntry:
     def create(vm: Vm, size: int) -> Backing:
-        return create_private_backing(vm, name, size, host_loads=False)
+        return make_backing(vm, name, size)
 
     return BackingEntry(name, create)
 

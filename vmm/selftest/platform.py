@@ -8,7 +8,7 @@ from typing import Protocol
 
 from kvm_bindings import System, Vm, ioctls
 from vmm.core.ranges import Range
-from vmm.memory.backing import MemfdBacking
+from vmm.memory.backings.memfd import MemfdBacking
 from vmm.selftest.guest import CODE_SIZE, GuestCpu, KvmGuestCpu, guest_code
 
 

@@ -12,7 +12,8 @@ from vmm.conversion.scheme import Scheme
 from vmm.conversion.transaction import Converter
 from vmm.core.events import ConversionRequest, Kind
 from vmm.core.ranges import PAGE_SIZE, Range
-from vmm.memory.backing import Backing, MemfdBacking
+from vmm.memory.backing import Backing
+from vmm.memory.backings.memfd import MemfdBacking
 from vmm.memory.guest_memory import GuestMemory, PageState
 from vmm.policy import Policy
 from vmm.selftest.guest import CODE_SIZE, WORD, GuestCpu
