@@ -7,8 +7,10 @@ from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 from kvm_bindings import Vm
+from vmm.machine.schemes import VM_TYPES
+from vmm.selftest.entries import Combination
 from vmm.selftest.platform import Platform
-from vmm.selftest.rig import BackingEntry, Rig, SchemeEntry
+from vmm.selftest.rig import Rig
 
 
 class Failed(AssertionError):
@@ -22,26 +24,21 @@ class Skipped(Exception):
 class Cell:
     """A scheme and a backing on a platform. What cases open in it is closed with it."""
 
-    def __init__(self, platform: Platform, scheme: SchemeEntry, backing: BackingEntry) -> None:
+    def __init__(self, platform: Platform, combination: Combination) -> None:
         self.platform = platform
-        self.scheme = scheme
-        self.backing = backing
+        self.combination = combination
         self._rigs: list[Rig] = []
         self._opened = ExitStack()
 
-    @property
-    def name(self) -> str:
-        return f"{self.scheme.name}/{self.backing.name}"
-
     def rig(self, **options: Any) -> Rig:
         """A rig of this cell, with Rig's options; closed when the case is over."""
-        rig = self._opened.enter_context(Rig(self.platform, self.scheme, self.backing, **options))
+        rig = self._opened.enter_context(Rig(self.platform, self.combination, **options))
         self._rigs.append(rig)
         return rig
 
     def vm(self) -> Vm:
         """A bare VM of the scheme's type."""
-        vm = self.platform.system.create_vm(self.scheme.vm_type)
+        vm = self.platform.system.create_vm(VM_TYPES[self.combination.scheme])
         return self._opened.enter_context(vm)
 
     def closing(self, close: Callable[[], object]) -> None:

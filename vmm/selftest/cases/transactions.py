@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import errno
-from typing import Any
 
 from kvm_bindings import KvmError
 from vmm.core.events import Kind
 from vmm.core.ranges import PAGE_SIZE
 from vmm.memory.backing import Backing
 from vmm.policy import Decision, Deny, Event, Policy, View
-from vmm.selftest.case import Cell, Skipped, case, expect
+from vmm.selftest.case import Cell, case, expect
 from vmm.selftest.rig import Rig
 
 PAGES = 16
@@ -27,20 +26,22 @@ class DenyAll(Policy):
     on_unshare = on_share
 
 
-class FailingPunch:
-    """A backing whose holes fail while `fails` is set."""
+class FailingHoles:
+    """Makes the holes of backings fail while `fail` is set."""
 
-    def __init__(self, backing: Backing) -> None:
-        self._backing = backing
-        self.fails = False
+    def __init__(self) -> None:
+        self.fail = False
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._backing, name)
+    def put_into(self, backing: Backing) -> Backing:
+        punch = backing.punch
 
-    def punch(self, offset: int, size: int) -> None:
-        if self.fails:
-            raise KvmError("fallocate", errno.ENOMEM, "PUNCH_HOLE", "made to fail")
-        self._backing.punch(offset, size)
+        def punch_or_fail(offset: int, size: int) -> None:
+            if self.fail:
+                raise KvmError("fallocate", errno.ENOMEM, "PUNCH_HOLE", "made to fail")
+            punch(offset, size)
+
+        setattr(backing, "punch", punch_or_fail)  # noqa: B010 - mypy allows no other way
+        return backing
 
 
 class Snapshot:
@@ -48,17 +49,12 @@ class Snapshot:
 
     def __init__(self, rig: Rig) -> None:
         self._rig = rig
-        if not self._converts(rig):
-            return
         expect("answer to share", rig.share(0, PAGES // 2), 0)
         self._words = [(HOST if page < PAGES // 2 else GUEST) + page for page in range(PAGES)]
         for page, word in enumerate(self._words):
             rig.write(page, word)
         self._states = rig.memory.states()
         self._residency = rig.memory.residency()
-
-    def _converts(self, rig: Rig) -> bool:
-        return True
 
     def unchanged(self) -> None:
         rig = self._rig
@@ -118,18 +114,11 @@ def failed_unshare_is_taken_back(cell: Cell) -> None:
 
 
 def _failed_conversion(cell: Cell, kind: Kind) -> None:
-    made: list[FailingPunch] = []
-
-    def wrap(backing: Backing) -> Backing:
-        made.append(FailingPunch(backing))
-        return made[-1]  # type: ignore[return-value]  # every other attribute is the backing's
-
-    rig = cell.rig(pages=PAGES, wrap=wrap)
+    holes = FailingHoles()
+    rig = cell.rig(pages=PAGES, wrap=holes.put_into)
     snapshot = Snapshot(rig)
-    for backing in made:
-        backing.fails = True
+    holes.fail = True
     expect("answer", rig.request(kind, rig.gpa(0), PAGES), -errno.ENOMEM)
-    for backing in made:
-        backing.fails = False
+    holes.fail = False
     snapshot.unchanged()
     expect("answer to the same request later", rig.request(kind, rig.gpa(0), PAGES), 0)
