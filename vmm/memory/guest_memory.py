@@ -42,6 +42,10 @@ class GuestMemory:
     `ram` are the RAM ranges (page-aligned, ascending, disjoint); `private` are those that start
     as private pages, all other RAM starts shared. One backing given twice stands behind both
     sides (in-place conversion). Safe to use from several threads.
+
+    RAM below `common_end` is *common*: the scheme shows the guest the same memory whether it
+    means the private or the shared page, and that memory is the shared backing's. States and
+    refusals are as everywhere, but there is no other side that a conversion could discard.
     """
 
     def __init__(
@@ -50,9 +54,11 @@ class GuestMemory:
         shared: Backing,
         private_backing: Backing | None = None,
         private: Sequence[Range] = (),
+        common_end: int = 0,
     ) -> None:
         if private and private_backing is None:
             raise ValueError("private ranges need a private backing")
+        self.common_end = common_end
         self.ram = tuple(ram)
         self.shared = shared
         self.private = private_backing
@@ -247,8 +253,11 @@ class GuestMemory:
             self.private.punch(area.start, area.size)
 
     def discard_shared(self, area: Range) -> None:
-        """Give the shared side's pages of `area` back to the host's kernel. Raises KvmError."""
-        self.shared.punch(area.start, area.size)
+        """Give the shared side's pages of `area` back to the host's kernel, except common ones,
+        whose only side it is. Raises KvmError."""
+        start = max(area.start, self.common_end)
+        if start < area.end:
+            self.shared.punch(start, area.end - start)
 
     def residency(self) -> Residency:
         """What the kernel holds for either side right now."""
@@ -308,7 +317,11 @@ class LaunchMemory:
         memory = self._memory
         runs: list[tuple[Range, Backing]] = []
         for run, state in memory.states(area):
-            private = state is PageState.PRIVATE and memory.private is not None
-            runs.append((run, memory.private if private and memory.private else memory.shared))
+            if state is not PageState.PRIVATE or memory.private is None:
+                runs.append((run, memory.shared))
+                continue
+            common, own = run.split(memory.common_end)
+            runs += [(common, memory.shared)] if common.size else []
+            runs += [(own, memory.private)] if own.size else []
         self.written.append(area)
         return runs

@@ -101,7 +101,8 @@ def test_report_counts_pages_and_residency_of_both_sides() -> None:
     report = some_report()
 
     assert report["pages"] == {
-        "ram_bytes": RAM, "private_bytes": 0x80000, "shared_bytes": 0x80000, "deferred_bytes": 0,
+        "ram_bytes": RAM, "private_bytes": 0x80000, "shared_bytes": 0x80000,
+        "deferred_bytes": 0, "common_bytes": 0,
     }  # fmt: skip
     assert report["residency"] == {"private_bytes": 0, "shared_bytes": 4096}
 
