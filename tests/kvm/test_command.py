@@ -113,57 +113,122 @@ class Raising(Policy):
 """
 
 
-def test_policy_that_raises_ends_the_run_in_one_line_and_restores_the_terminal(
-    tmp_path: Path,
-) -> None:
-    (tmp_path / "p.py").write_text(RAISING)
+def test_policy_that_raises_ends_the_run_and_only_its_own_code_is_shown(tmp_path: Path) -> None:
+    path, report = tmp_path / "p.py", tmp_path / "r.json"
+    path.write_text(RAISING)
+    arguments = ["--private-mem", "--policy", f"{path}:Raising", "--report", str(report)]
 
-    with Session(["--private-mem", "--policy", f"{tmp_path / 'p.py'}:Raising"]) as session:
+    with Session(arguments) as session:
         status, said = session.wait()
 
-        assert status == 2
-        assert re.fullmatch("pyvmm: .*Raising.*a policy's own fault.*\n", said)
+        assert status == 1
+        shown = re.fullmatch(
+            r"  event: share \[0x\w+, 0x\w+\), \d+ KiB, by vCPU 0, port\n"
+            r"Traceback .*\n"
+            rf'  File "{path}", line 5, in on_share\n(?:    .*\n)+'
+            r"RuntimeError: a policy's own fault\n"
+            r"pyvmm: policy Raising: on_share for \[.*\) raised RuntimeError.*\n",
+            said,
+        )
+        assert shown, said
         assert session.modes() == session.modes_before
+    assert json.loads(report.read_text())["guest"]["exit"] == "policy-error"
 
 
-UNDECIDED = """
-import os, threading
-from vmm.policy import Policy
-class Sleeping(Policy):
-    def on_share(self, event, view):
-        os.write(1, b"asked")
-        threading.Event().wait()
-    def on_exit(self, end, view):
-        raise RuntimeError("on_exit beside on_share")
+def test_debug_shell_opens_where_a_policy_raised(tmp_path: Path) -> None:
+    (tmp_path / "p.py").write_text(RAISING)
+    spec = f"{tmp_path / 'p.py'}:Raising"
+    with Session(["--private-mem", "--policy", spec, "--debug-shell"]) as session:
+        session.expect(b">>> ")
+        assert not session.is_raw
+
+        session.type(b"print(event.kind, policy, view.ram_bytes >> 20, [exception], local)\n")
+        session.expect(b"512 [RuntimeError")
+        session.expect(b">>> ")
+        session.type(b"\x04")
+
+        status, said = session.wait()
+        assert status == 1
+        assert session.modes() == session.modes_before
+        assert said.index("in on_share") < said.index("pyvmm: policy Raising")
+
+
+def test_debug_shell_that_is_left_with_exit_does_not_change_the_status(tmp_path: Path) -> None:
+    (tmp_path / "p.py").write_text(RAISING)
+    spec = f"{tmp_path / 'p.py'}:Raising"
+    with Session(["--private-mem", "--policy", spec, "--debug-shell"]) as session:
+        session.expect(b">>> ")
+
+        session.type(b"exit(0)\n")
+
+        assert session.wait()[0] == 1
+
+
+IO = """
+import os
+from vmm.policy import Deny, Kill, Policy
+class Raising(Policy):
+    def on_io(self, event, view):
+        raise OSError(5, "mine")
+class Killing(Policy):
+    def on_io(self, event, view):
+        return Kill("hands off")
 class Spinning(Policy):
-    def on_share(self, event, view):
+    def on_io(self, event, view):
         os.write(1, b"asked")
         while True:
             pass
 """
 
 
-@pytest.mark.parametrize(("name", "end"), [("Sleeping", "SIGTERM"), ("Spinning", "Ctrl-A x")])
-def test_policy_that_never_decides_does_not_keep_the_run_from_ending(
-    tmp_path: Path, name: str, end: str
+@pytest.fixture
+def io_policies(tmp_path: Path) -> list[str]:
+    """Options for a payload with a disk, up to the file of the policy."""
+    (tmp_path / "p.py").write_text(IO)
+    (tmp_path / "disk").write_bytes(bytes(1 << 20))
+    disk = ["--disk", str(tmp_path / "disk")]
+    return ["--private-mem", "--mem", "64M", *disk, "--policy", str(tmp_path / "p.py")]
+
+
+def test_policy_that_raises_when_a_device_asks_ends_the_run(io_policies: list[str]) -> None:
+    *options, policy = io_policies
+
+    done = command.run(*options, f"{policy}:Raising")
+
+    assert done.returncode == 1
+    assert re.search(
+        rb"  event: blk0 reads \[0x\w+, 0x\w+\), 4 bytes, named by a ring", done.stderr
+    )
+    assert re.search(rb"pyvmm: policy Raising: on_io for .* raised OSError.*\n\Z", done.stderr)
+
+
+def test_policy_may_end_the_run_when_a_device_asks(io_policies: list[str]) -> None:
+    *options, policy = io_policies
+
+    done = command.run(*options, f"{policy}:Killing")
+
+    line = b"pyvmm: the run was ended: policy Killing: hands off\n"
+    assert (done.returncode, done.stderr) == (1, line)
+
+
+def test_on_io_that_never_returns_does_not_keep_a_signal_from_ending_the_run(
+    io_policies: list[str],
 ) -> None:
-    (tmp_path / "p.py").write_text(UNDECIDED)
-    report = tmp_path / "r.json"
-    arguments = ["--private-mem", "--policy", f"{tmp_path / 'p.py'}:{name}"]
-    with Session([*arguments, "--report", str(report)]) as session:
+    *options, policy = io_policies
+    with Session([*options, f"{policy}:Spinning"]) as session:
         session.expect(b"asked")
 
-        if end == "SIGTERM":
-            session.process.terminate()
-        else:
-            session.type(b"\x01x")
+        session.process.terminate()
 
-        status, said = session.wait()
-        assert status == (1 if end == "SIGTERM" else 0)
-        assert said.startswith(f"pyvmm: policy {name}: on_share for [")
-        assert " has not returned" in said
+        assert session.wait() == (1, "pyvmm: the run was stopped: received SIGTERM\n")
         assert session.modes() == session.modes_before
-    assert json.loads(report.read_text())["conversions"]["share"]["calls"] >= 1
+
+
+def test_least_privilege_lets_the_payloads_disk_work(io_policies: list[str]) -> None:
+    done = command.run(*io_policies[:-1], "vmm.policy.builtin:LeastPrivilege")
+
+    assert re.search(rb"ok \d+ disk", done.stdout)
+    assert done.returncode == 0
 
 
 def test_policy_that_exits_is_blamed_like_one_that_raises(tmp_path: Path) -> None:
@@ -171,17 +236,8 @@ def test_policy_that_exits_is_blamed_like_one_that_raises(tmp_path: Path) -> Non
 
     done = command.run("--private-mem", "--policy", f"{tmp_path / 'p.py'}:Raising")
 
-    assert re.fullmatch(rb"pyvmm: .*Raising.*SystemExit.*\n", done.stderr)
-    assert done.returncode == 2
-
-
-def test_debug_shows_where_a_policy_raised(tmp_path: Path) -> None:
-    (tmp_path / "p.py").write_text(RAISING)
-
-    done = command.run("--private-mem", "--policy", f"{tmp_path / 'p.py'}:Raising", "--debug")
-
-    assert re.search(rb"Traceback.*in on_share.*a policy's own fault", done.stderr, re.DOTALL)
-    assert done.returncode == 2
+    assert re.search(rb"pyvmm: policy Raising: .* raised SystemExit.*\n\Z", done.stderr)
+    assert done.returncode == 1
 
 
 # -- stdin and stdout that are no terminal --------------------------------------------------------

@@ -32,7 +32,7 @@ class FakeMemory:
         self._check("pread", size, gpa)
         return os.pread(self._fd, size, gpa)
 
-    def pwrite(self, data: bytes, gpa: int) -> None:
+    def pwrite(self, data: bytes | memoryview, gpa: int) -> None:
         self._check("pwrite", len(data), gpa)
         os.pwrite(self._fd, data, gpa)
 

@@ -88,7 +88,14 @@ class VirtioQueueDriver:
             head, length = struct.unpack("<II", self.memory.peek(8, slot))
             elements.append((head, length))
             self.seen = (self.seen + 1) & 0xFFFF
+        # With event indexes: an interrupt, please, for the next one. Else a field nobody reads.
+        self.memory.poke(struct.pack("<H", self.seen), self.avail + 4 + 2 * self.size)
         return elements
+
+    def notify_event(self) -> int:
+        """With event indexes: the available index that the device wants to be notified of."""
+        (index,) = struct.unpack("<H", self.memory.peek(2, self.used + 4 + 8 * self.size))
+        return int(index)
 
 
 class VirtioPciDriver:

@@ -53,3 +53,7 @@ class UnmappedAccess(GuestMemoryError):
 
 class PrivateAccess(GuestMemoryError):
     """The range holds private or converting pages, which the host does not touch."""
+
+
+class AccessDenied(GuestMemoryError):
+    """A policy does not want the device to touch this range."""

@@ -13,6 +13,10 @@ class Kind(Enum):
     UNSHARE = "unshare"
 
 
+FAULT = "fault"
+"""The doorbell of an implicit conversion: the guest's access itself asks."""
+
+
 class ConversionRequest(NamedTuple):
     """A guest's request to convert `pages` 4 KiB pages from `gpa`, exactly as the guest put it.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import threading
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ from vmm.arch.x86_64.doorbells import (
     decode_map_gpa_range,
 )
 from vmm.conversion.transaction import Converter
+from vmm.core.events import Kind
 from vmm.exits.host_check import host_check
 from vmm.exits.outcome import (
     FAILED,
@@ -80,8 +82,8 @@ class ExitHandlers:
         self._doorbell = doorbell
         self._stop = stop
         self._ring_lock = threading.Lock()
-        self.port_counts: dict[int, int] = {}
-        """Exits per I/O port, for the report: where a slow boot spends its time."""
+        # By vCPU, because two threads must not count in one place.
+        self._port_counts: defaultdict[int, dict[int, int]] = defaultdict(dict)
         self.table: dict[type[Any], tuple[str, Callable[[Any, Any], None]]] = {
             exits.IoExit: ("io", self.io),
             exits.MmioExit: ("mmio", self.mmio),
@@ -100,9 +102,16 @@ class ExitHandlers:
     # -- port I/O -----------------------------------------------------------------------------
 
     def io(self, vcpu: AnsweringVcpu, exit: exits.IoExit) -> None:
-        port, counts = exit.port, self.port_counts
+        port, counts = exit.port, self._port_counts[vcpu.index]
         counts[port] = counts.get(port, 0) + 1
         self._port_io(vcpu, exit)
+
+    def port_counts(self) -> dict[int, int]:
+        """Exits per I/O port, for the report: where a slow boot spends its time."""
+        total: Counter[int] = Counter()
+        for counts in self._port_counts.values():
+            total.update(counts)
+        return dict(total)
 
     def coalesced(self, vcpu: AnsweringVcpu) -> None:
         """Carry out the port writes that KVM kept back, before the exit that came after them.
@@ -189,12 +198,24 @@ class ExitHandlers:
     def wrmsr(self, vcpu: AnsweringVcpu, exit: exits.WrmsrExit) -> None:
         vcpu.answer_msr(None, known=self._msrs.write(exit.msr, exit.value))
 
-    # -- exits that end the run ---------------------------------------------------------------
-
     def memory_fault(self, vcpu: AnsweringVcpu, exit: exits.MemoryFaultExit) -> None:
+        """An implicit conversion, where the scheme has those: KVM_RUN tries the access again."""
+        kind = Kind.UNSHARE if exit.private else Kind.SHARE
+        answer = -errno.EFAULT
+        if exit.errno == errno.EFAULT:  # not EHWPOISON: the host's memory is broken
+            answer = self._converter.fault(kind, exit.gpa, exit.size, vcpu.index)
+        if answer == 0:
+            return
         side = "private" if exit.private else "shared"
         where = f"{side} memory at GPA {exit.gpa:#x}, {exit.size} bytes"
-        self._stop(Outcome(INTERNAL_ERROR, f"KVM cannot serve the guest's access to {where}"))
+        if answer in (-errno.EFAULT, -errno.EOPNOTSUPP):
+            self._stop(Outcome(INTERNAL_ERROR, f"KVM cannot serve the guest's access to {where}"))
+            return
+        name = errno.errorcode.get(-answer, str(-answer))
+        reason = f"the guest uses {where}; the {kind.value} that this takes was refused: {name}"
+        self._stop(Outcome(FAILED, reason))
+
+    # -- exits that end the run ---------------------------------------------------------------
 
     def system_event(self, vcpu: AnsweringVcpu, exit: exits.SystemEventExit) -> None:
         name = _SYSTEM_EVENTS.get(exit.type, f"event {exit.type}")

@@ -13,6 +13,7 @@ INTERNAL_ERROR = "internal-error"
 STOPPED = "stopped"
 QUIT = "quit"
 KILLED = "killed"
+POLICY_ERROR = "policy-error"
 
 _GOOD = frozenset({POWEROFF, RESET, QUIT})
 

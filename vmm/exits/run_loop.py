@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 from kvm_bindings import KvmError, Vcpu
 from kvm_bindings.exits import InterruptedExit
@@ -21,17 +23,32 @@ def install_kick_handler() -> None:
     signal.signal(KICK_SIGNAL, lambda number, frame: None)
 
 
+class Gate(Protocol):
+    """Where a vCPU that was summoned waits before it enters the guest again (VcpuGroup)."""
+
+    @property
+    def lock(self) -> AbstractContextManager[Any]:
+        """Re-entrant: a signal handler on the main thread may stop vCPUs at any moment."""
+        ...
+
+    def has_left(self) -> None: ...
+    def admit(self, runner: VcpuRunner) -> bool: ...
+
+
 class VcpuRunner:
     """Runs one vCPU on a thread of its own."""
 
-    def __init__(self, vcpu: Vcpu, handlers: ExitHandlers, stop: Callable[[Outcome], None]) -> None:
+    def __init__(
+        self, vcpu: Vcpu, handlers: ExitHandlers, stop: Callable[[Outcome], None], gate: Gate
+    ) -> None:
         self._vcpu = vcpu
         self._handlers = handlers
         self._stop = stop
-        self._stopping = False
-        # A signal may only go to a thread that lives. Re-entrant, because a signal handler on
-        # the main thread may call `stop` while that is in `stop`.
-        self._alive = threading.RLock()
+        self._gate = gate
+        self.stopping = False
+        self.in_guest = False
+        """Whether KVM_RUN is under way, or will be unless the vCPU finds itself summoned."""
+        self._summoned = False
         self._looping = False
         # A daemon: a policy's hook that never returns must not keep the process from ending.
         self._thread = threading.Thread(target=self._loop, name=f"vcpu{vcpu.index}", daemon=True)
@@ -46,10 +63,29 @@ class VcpuRunner:
     def stop(self) -> None:
         """Make the vCPU leave the guest and its thread end; from any thread, any number of
         times."""
-        self._stopping = True
-        # The flag catches a vCPU on its way into KVM_RUN, the signal one that is inside.
+        self.stopping = True
+        self._summoned = True
+        # The flag catches a vCPU on its way into KVM_RUN, the signal one that is inside. It is
+        # sent to one in a handler as well: that may hang in a write.
         self._vcpu.immediate_exit = True
-        with self._alive:
+        self._kick()
+
+    def summon(self) -> None:
+        """Make the vCPU leave the guest and go to the gate; the gate's lock held."""
+        self._summoned = True
+        self._vcpu.immediate_exit = True
+        if self.in_guest:
+            self._kick()
+
+    def may_enter(self) -> bool:
+        """The gate is open (its lock held): whether the vCPU may enter the guest again."""
+        # First both flags, then the question: `stop` does it the other way round, without lock.
+        self._summoned = False
+        self._vcpu.immediate_exit = False
+        return not self.stopping
+
+    def _kick(self) -> None:
+        with self._gate.lock:  # a signal may only go to a thread that lives
             if self._looping and self._thread.ident is not None:
                 signal.pthread_kill(self._thread.ident, KICK_SIGNAL)
 
@@ -62,9 +98,20 @@ class VcpuRunner:
     def _loop(self) -> None:
         vcpu, table, counts = self._vcpu, self._handlers.table, self.exit_counts
         run, coalesced = vcpu.run, self._handlers.coalesced
+        gate = self._gate
         try:
-            while not self._stopping:
+            while True:
+                # Said before looking, as who summons looks after saying so: one sees the other.
+                self.in_guest = True
+                if self._summoned:
+                    self.in_guest = False
+                    if not gate.admit(self):
+                        return
+                    continue
                 exit = run()
+                self.in_guest = False
+                if self._summoned:
+                    gate.has_left()
                 if exit.__class__ is InterruptedExit:
                     continue
                 if vcpu.has_coalesced_writes:
@@ -81,5 +128,7 @@ class VcpuRunner:
             self.error = error
             self._stop(Outcome(INTERNAL_ERROR, f"vCPU {vcpu.index}: {error!r}"))
         finally:
-            with self._alive:
+            with gate.lock:
                 self._looping = False
+                self.in_guest = False
+            gate.has_left()

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 from kvm_bindings import KvmError, Vm, fdops
 from vmm.arch.x86_64 import layout
@@ -19,10 +20,16 @@ from vmm.devices.pci import PciBus, host_bridge
 from vmm.devices.serial16550 import Serial16550
 from vmm.devices.virtio.block import VirtioBlock
 from vmm.devices.virtio.block_file import DiskFile
+from vmm.devices.virtio.device import DeviceObserver
+from vmm.devices.virtio.device import GuestMemory as GuestMemoryOfDevice
 from vmm.devices.virtio.pci_transport import VirtioPciTransport
+from vmm.devices.virtio.queue import SplitQueue
 from vmm.machine.console import Console
 from vmm.machine.interrupts import EdgeLine, LevelLine, open_eventfd
 from vmm.memory.guest_memory import GuestMemory
+
+if TYPE_CHECKING:
+    from vmm.devices.virtio.watched import Announce
 
 
 class Doorbell:
@@ -92,8 +99,14 @@ class Devices:
         *,
         power_off: Callable[[], None],
         reset: Callable[[], None],
+        watch: Callable[[str], Announce | None] = lambda device: None,
+        observer_of: Callable[[str], DeviceObserver | None] = lambda device: None,
     ) -> None:
+        """`watch(device)` is what is told of that device's accesses to guest memory, if any;
+        `observer_of(device)` of the requests on its queues."""
         self.ports = PortBus()
+        self._watch = watch
+        self._observer_of = observer_of
         self._vm = vm
         self._memory = memory
         self._loop = loop
@@ -134,19 +147,33 @@ class Devices:
         line = self._level_line(gsi)
         doorbell = Doorbell(self._vm, self._loop, len(block.queue_sizes))
         self._opened.callback(doorbell.close)
+        name = f"blk{number}"
+        memory, make_queue = self._memory_of(name)
         transport = VirtioPciTransport(
             block,
-            self._memory,
+            memory,
             line,
             bar_base=layout.virtio_bar_port(slot),
             interrupt_line=gsi,
             moved=doorbell.move,
             ring=doorbell.ring,
+            observer=self._observer_of(name),
+            make_queue=make_queue,
         )
         line.add_source(transport.interrupt_pending)
         doorbell.serve(transport.notify)
         self._pci.add(slot, transport.function)
-        self._blocks[f"blk{number}"] = block
+        self._blocks[name] = block
+
+    def _memory_of(self, device: str) -> tuple[GuestMemoryOfDevice, Callable[..., SplitQueue]]:
+        """Guest memory as `device` gets to see it, and what makes its queues."""
+        announce = self._watch(device)
+        if announce is None:
+            return self._memory, SplitQueue
+        from vmm.devices.virtio.watched import WatchedMemory  # most runs do without
+
+        watched = WatchedMemory(self._memory, announce)
+        return watched, watched.queue
 
     def _level_line(self, gsi: int) -> LevelLine:
         if gsi not in self._lines:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import signal
 import time
 from contextlib import ExitStack
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from kvm_bindings import KvmError, System, Vcpu, Vm, ioctls
 from vmm.arch.x86_64 import layout
@@ -17,7 +18,8 @@ from vmm.arch.x86_64.doorbells import (
     PortDoorbell,
 )
 from vmm.arch.x86_64.msrs import MsrTable
-from vmm.conversion.scheme import CbitScheme, PlainScheme, Scheme
+from vmm.conversion.scheme import Scheme
+from vmm.conversion.schemes.plain import PlainScheme
 from vmm.conversion.transaction import Converter
 from vmm.core.ending_signals import on_ending_signal
 from vmm.core.errors import HostError, tell
@@ -25,23 +27,32 @@ from vmm.core.event_loop import EventLoop
 from vmm.core.ranges import Range, page_align_down, page_align_up
 from vmm.devices.virtio.block_file import DiskFile, open_disk
 from vmm.exits.handlers import ExitHandlers
-from vmm.exits.outcome import KILLED, PANIC, POWEROFF, QUIT, RESET, STOPPED, Outcome
-from vmm.exits.run_loop import VcpuRunner, install_kick_handler
+from vmm.exits.outcome import (
+    KILLED,
+    PANIC,
+    POLICY_ERROR,
+    POWEROFF,
+    QUIT,
+    RESET,
+    STOPPED,
+    Outcome,
+)
+from vmm.exits.run_loop import install_kick_handler
+from vmm.exits.vcpu_group import VcpuGroup
 from vmm.machine.config import MachineConfig
 from vmm.machine.console import Console
 from vmm.machine.devices import Devices
 from vmm.machine.guest import Guest, make_guest
-from vmm.machine.host import (
-    SEE_CHECK,
-    create_private_backing,
-    open_kvm,
-    require_hypercall_exits,
-)
+from vmm.machine.host import SEE_CHECK, open_kvm, require_hypercall_exits
 from vmm.machine.images import OpenedImages
 from vmm.machine.report import ReportFile, build_report
-from vmm.memory.backing import MemfdBacking
+from vmm.machine.schemes import Chosen, Wanted, choose, make_scheme
+from vmm.memory.backings.memfd import MemfdBacking
 from vmm.memory.guest_memory import GuestMemory, LaunchMemory, PageState
-from vmm.policy import End, Policy, PolicyKill
+from vmm.policy import End, Policy, PolicyError, PolicyKill
+
+if TYPE_CHECKING:
+    from vmm.machine.tracing import RunTrace
 
 _PANIC_TEXT = b"Kernel panic - not syncing"
 _REBOOT_TEXT = b"reboot: Restarting system"
@@ -61,7 +72,7 @@ class Machine:
         self._images = images
         self._cleanup = ExitStack()
         self._outcomes: list[Outcome] = []
-        self._runners: list[VcpuRunner] = []
+        self._vcpus = VcpuGroup()
         self._abandoned = False
         self.report: dict[str, Any] | None = None
         """The report, once the run is over."""
@@ -82,13 +93,19 @@ class Machine:
                 self._connect_devices()
             except OSError as error:  # KvmError is one
                 raise HostError(str(error)) from error
-            outcome = self._refusal_to_boot() or self._run_guest()
+            outcome = None
             try:
+                outcome = self._refusal_to_boot() or self._run_guest()
                 if not self._abandoned:  # else a policy may be at work still
                     end = End(outcome.exit, outcome.reason)
                     self._converter.hooks.exit(end, self._converter.view)
+            except PolicyError as error:
+                outcome = outcome or Outcome(POLICY_ERROR, str(error))
+                self._policy_failed(error)
+                raise
             finally:
-                self._write_report(outcome, time.monotonic() - started)
+                if outcome is not None:
+                    self._write_report(outcome, time.monotonic() - started)
         return outcome
 
     def _open_inputs(self) -> None:
@@ -104,6 +121,9 @@ class Machine:
             disk = open_disk(spec)
             self._cleanup.callback(disk.close)
             self._disks.append(disk)
+        self._trace = None if config.trace is None else _open_trace(config.trace, config)
+        if self._trace is not None:
+            self._cleanup.callback(self._trace.close)
         self._report_file = None if config.report is None else ReportFile(config.report)
         if self._report_file is not None:
             self._cleanup.callback(self._report_file.close)
@@ -113,7 +133,9 @@ class Machine:
         try:
             self._create_vm()
             self._lay_out_memory()
-            self._create_vcpu()
+            self._create_processors()
+            if self._is_private:
+                self._map_ahead(self._guest.early_private_writes(self._ram))
         except (HostError, OSError):
             self._guest.finish_opening()  # where both are wrong, what the user gave comes first
             raise
@@ -125,24 +147,58 @@ class Machine:
         self._supported_cpuid = system.supported_cpuid()
         if self._is_private and self._guest.needs_hypercalls:
             self._require_working_hypercalls()
-        self._vm: Vm = self._cleanup.enter_context(system.create_vm())
+        self._ram: list[Range] = layout.ram_ranges(self._config.memory)
+        self._chosen = self._choose_scheme()
+        vm = system.create_vm() if self._chosen is None else self._chosen.vm
+        self._vm: Vm = self._cleanup.enter_context(vm)
+        if self._chosen is not None:
+            self._cleanup.callback(self._chosen.backing.close)
         self._vm.set_identity_map_addr(layout.IDENTITY_MAP_GPA)
         self._vm.set_tss_addr(layout.TSS_ADDRESS_GPA)
         self._vm.create_irqchip()
         self._vm.create_pit2()
-        if self._is_private and self._guest.needs_hypercalls:
+        if self._is_private:
+            self._pass_requests_on()
+
+    def _choose_scheme(self) -> Chosen | None:
+        """Scheme and private backing, in a VM of the kind that they need; None: nothing private."""
+        config, guest = self._config, self._guest
+        if config.private_memory is None:
+            return None
+        return choose(
+            self._system,
+            Wanted(
+                config.scheme,
+                config.private_memory,
+                self._ram[-1].end,
+                two_addresses=guest.two_addresses,
+                host_loads=guest.host_loads_private,
+            ),
+        )
+
+    def _pass_requests_on(self) -> None:
+        """Have KVM hand the guest's hypercalls and, for Linux, unknown MSRs to us."""
+        if self._guest.needs_hypercalls:
             require_hypercall_exits(self._vm)
-            self._vm.enable_cap(ioctls.KVM_CAP_EXIT_HYPERCALL, 1 << KVM_HC_MAP_GPA_RANGE)
             self._vm.enable_cap(
                 ioctls.KVM_CAP_X86_USER_SPACE_MSR,
                 ioctls.KVM_MSR_EXIT_REASON_INVAL
                 | ioctls.KVM_MSR_EXIT_REASON_UNKNOWN
                 | ioctls.KVM_MSR_EXIT_REASON_FILTER,
             )
+        wanted = 1 << KVM_HC_MAP_GPA_RANGE
+        if self._vm.check_extension(ioctls.KVM_CAP_EXIT_HYPERCALL) & wanted:
+            self._vm.enable_cap(ioctls.KVM_CAP_EXIT_HYPERCALL, wanted)
 
     @property
     def _is_private(self) -> bool:
         return self._config.private_memory is not None
+
+    @property
+    def _doorbell(self) -> str | None:
+        if not self._is_private:
+            return None
+        return HYPERCALL_NAME if self._guest.needs_hypercalls else PORT_NAME
 
     def _require_working_hypercalls(self) -> None:
         from vmm.machine.probes.hypercall import hypercall_behaviour
@@ -162,79 +218,79 @@ class Machine:
 
     def _lay_out_memory(self) -> None:
         """Backings, GuestMemory and the scheme's memslots."""
-        config = self._config
-        self._ram: list[Range] = layout.ram_ranges(config.memory)
-        size = self._ram[-1].end
-        shared = MemfdBacking(size, "pyvmm-shared")
-        self._c_mask = 0
+        chosen, size = self._chosen, self._ram[-1].end
         self._scheme: Scheme = PlainScheme()
-        private_backing = None
+        backing = None
         private: list[Range] = []
-        try:
-            if config.private_memory is not None:
-                c_bit = choose_c_bit(self._supported_cpuid, size)
-                self._c_mask = 1 << c_bit
-                self._scheme = CbitScheme(c_bit)
-                private = self._guest.private_ranges(self._ram)
-                private_backing = create_private_backing(
-                    self._vm,
-                    config.private_memory,
-                    size,
-                    host_loads=self._guest.host_loads_private,
-                )
-        except BaseException:
-            shared.close()
-            raise
-        self._memory = GuestMemory(self._ram, shared, private_backing, private)
+        if chosen is not None:
+            self._scheme = make_scheme(
+                chosen.scheme, lambda: choose_c_bit(self._supported_cpuid, size), self._vcpus.parked
+            )
+            backing = chosen.backing
+            private = self._guest.private_ranges(self._ram)
+        in_place = backing is not None and backing.traits.in_place
+        shared = backing if in_place and backing else MemfdBacking(size, "pyvmm-shared")
+        common_end = self._guest.unpaged_end if self._scheme.alias else 0
+        self._memory = GuestMemory(self._ram, shared, backing, private, common_end)
         self._cleanup.callback(self._memory.close)
         self._scheme.install(self._vm, self._memory)
 
-    def _create_vcpu(self) -> None:
-        self._vcpu: Vcpu = self._vm.create_vcpu(0)
-        self._cleanup.callback(self._vcpu.close)
+    def _create_processors(self) -> None:
+        self._processors: list[Vcpu] = []
+        count = self._config.cpus
+        limit = self._vm.check_extension(ioctls.KVM_CAP_MAX_VCPUS)
+        if count > limit > 0:
+            raise HostError(f"--cpus {count}: this host's KVM takes {limit} at most; use fewer")
+        announced = self._scheme.alias.bit_length() - 1 if self._guest.needs_hypercalls else -1
+        c_bit = announced if announced >= 0 else None
+        for index in range(count):
+            vcpu = self._vm.create_vcpu(index)
+            self._cleanup.callback(vcpu.close)
+            # Before registers: KVM refuses EFER.LME to a vCPU whose CPUID doesn't have long mode.
+            vcpu.set_cpuid2(guest_cpuid(self._supported_cpuid, index, count, c_bit=c_bit))
+            if self._guest.msrs:
+                vcpu.set_msrs(self._guest.msrs)
+            self._processors.append(vcpu)
 
     def _load_guest(self) -> None:
-        """Memory contents by pwrite and fd-to-fd transfer, then CPUID and registers."""
+        """Memory contents by pwrite and fd-to-fd transfer, then registers."""
         launch = LaunchMemory(self._memory)
-        state = self._guest.load(launch, self._ram, self._c_mask)
+        state = self._guest.load(launch, self._ram, self._scheme.alias)
         launch.seal()
         self._guest.close()  # the kernel's bytes are in guest memory now
-        announced = self._c_mask.bit_length() - 1 if self._guest.needs_hypercalls else -1
-        cpuid = guest_cpuid(
-            self._supported_cpuid,
-            0,
-            self._config.cpus,
-            c_bit=announced if announced >= 0 else None,
-        )
-        # CPUID first: KVM refuses EFER.LME to a vCPU that doesn't have long mode.
-        self._vcpu.set_cpuid2(cpuid)
-        self._vcpu.update_sregs(state.sregs)  # type: ignore[arg-type]  # a TypedDict
-        self._vcpu.set_regs(state.regs)
-        if self._guest.msrs:
-            self._vcpu.set_msrs(self._guest.msrs)
+        # The others stay as KVM made them, until the first one starts them (INIT, SIPI).
+        self._processors[0].update_sregs(state.sregs)  # type: ignore[arg-type]  # a TypedDict
+        self._processors[0].set_regs(state.regs)
         self._map_ahead(launch.written)
 
-    def _map_ahead(self, written: list[Range]) -> None:
-        """Map what the loader filled in one go: each page would cost the guest a fault.
-
-        Only pages that exist already, so that residency stays what the guest really uses.
+    def _map_ahead(self, areas: list[Range]) -> None:
+        """Map what the loader filled, or the guest is sure to write, in one go: each page would
+        cost the guest a fault. Nothing else, so that residency stays what the guest uses.
         """
         if not self._vm.check_extension(ioctls.KVM_CAP_PRE_FAULT_MEMORY):
             return
-        for area in written:
+        for area in areas:
             for run, state in self._memory.states(area):
-                alias = self._c_mask if state is PageState.PRIVATE else 0
+                alias = self._scheme.alias if state is PageState.PRIVATE else 0
                 start, end = page_align_down(run.start), page_align_up(run.end)
                 try:
-                    self._vcpu.pre_fault_memory(start | alias, end - start)
+                    self._processors[0].pre_fault_memory(start | alias, end - start)
                 except KvmError:
                     return  # shadow paging can't; the guest's faults do it one by one
 
     def _connect_devices(self) -> None:
+        trace = self._trace
         self._loop = EventLoop()
         self._cleanup.callback(self._loop.close)
         self._console = Console(on_quit=lambda: self.stop(Outcome(QUIT, "Ctrl-A x")))
         self._cleanup.callback(self._console.close)
+        self._converter = Converter(
+            self._memory,
+            self._scheme,
+            *self._policies,
+            wake_at=lambda due: self._loop.set_timer(due, self._converter.settle),
+            observer=None if trace is None else trace.conversions,
+        )
         self._devices = Devices(
             self._vm,
             self._memory,
@@ -243,14 +299,10 @@ class Machine:
             self._disks,
             power_off=lambda: self.stop(Outcome(POWEROFF)),
             reset=self._guest_reset,
+            watch=partial(self._converter.hooks.watcher, self._converter.view),
+            observer_of=(lambda device: None) if trace is None else trace.device,
         )
         self._cleanup.callback(self._devices.close)
-        self._converter = Converter(
-            self._memory,
-            self._scheme,
-            *self._policies,
-            wake_at=lambda due: self._loop.set_timer(due, self._converter.settle),
-        )
         doorbell = PortDoorbell(self._config.cpus, conversions=self._is_private)
         self._handlers = ExitHandlers(
             self._devices.ports,
@@ -260,6 +312,8 @@ class Machine:
             doorbell,
             self.stop,
         )
+        if trace is not None:
+            self._handlers.table = trace.exits(self._handlers.table)
 
     def _refusal_to_boot(self) -> Outcome | None:
         """The policies' last word before the guest's first instruction."""
@@ -271,34 +325,39 @@ class Machine:
 
     def _run_guest(self) -> Outcome:
         """vCPU threads run the guest, this thread runs the device loop, until `stop`."""
+        if self._trace is not None:
+            self._trace.start(self._memory, self._scheme.name, self._doorbell)
         install_kick_handler()
-        runner = VcpuRunner(self._vcpu, self._handlers, self.stop)
-        self._runners.append(runner)
+        for vcpu in self._processors:
+            self._vcpus.add(vcpu, self._handlers, self.stop)
         with on_ending_signal(self._signalled):
             try:
                 self._console.attach(self._loop, self._devices.serial)
-                runner.start()
+                self._vcpus.start()
                 self._loop.run()
+            except PolicyKill as kill:
+                self.stop(Outcome(KILLED, str(kill)))
+            except KeyboardInterrupt:
+                pass  # `_signalled` raised it
             finally:
                 self.stop(Outcome(STOPPED, "the device loop failed"))
-                for each in self._runners:
-                    self._end(each)
+                self._end_vcpus()
                 self._console.restore()
-        for each in self._runners:
-            if each.error is not None:
-                raise each.error
+        for runner in self._vcpus.runners:
+            if runner.error is not None:
+                raise runner.error
         return self._outcomes[0]
 
-    def _end(self, runner: VcpuRunner) -> None:
-        runner.stop()
-        if not runner.join(_LAST_OUTPUT_SECONDS):
-            # It hangs in a write to a stdout that nobody reads, which Python never interrupts.
+    def _end_vcpus(self) -> None:
+        self._vcpus.stop()
+        if not self._vcpus.join(_LAST_OUTPUT_SECONDS):
+            # One hangs in a write to a stdout that nobody reads, which Python never interrupts.
             self._console.abandon_output()
-            runner.stop()
-            if not runner.join(_LAST_WORK_SECONDS):
-                self._abandon_vcpu()
+            self._vcpus.stop()
+            if not self._vcpus.join(_LAST_WORK_SECONDS):
+                self._abandon_vcpus()
 
-    def _abandon_vcpu(self) -> None:
+    def _abandon_vcpus(self) -> None:
         """Go on without a vCPU's thread that doesn't end, for example because of its policy.
 
         It may wake up and use what the machine has opened, so that all of it stays open until
@@ -312,24 +371,30 @@ class Machine:
             what = f"{waiting_for} has not returned"
         tell(f"{what}; pyvmm ends without it")
 
+    def _policy_failed(self, error: PolicyError) -> None:
+        """No vCPU runs and the terminal is the user's again; memory is still there to look at."""
+        from vmm.policy.failure import show
+
+        show(error, prompt=self._config.debug_shell)
+
     def _write_report(self, outcome: Outcome, wall_seconds: float) -> None:
         counts: dict[str, int] = {}
-        for runner in self._runners:
+        for runner in self._vcpus.runners:
             for name, count in runner.exit_counts.items():
                 counts[name] = counts.get(name, 0) + count
-        doorbell = None
-        if self._is_private:
-            doorbell = HYPERCALL_NAME if self._guest.needs_hypercalls else PORT_NAME
+        if self._trace is not None:
+            self._trace.end(outcome)
         self.report = build_report(
             scheme=self._scheme.name,
-            doorbell=doorbell,
+            not_taken={} if self._chosen is None else self._chosen.not_taken,
+            doorbell=self._doorbell,
             memory=self._memory,
             outcome=outcome,
             accounting=self._converter.accounting,
             refinements=self._converter.refinements,
             io=self._devices.io_statistics(),
             exits=counts,
-            ports=self._handlers.port_counts,
+            ports=self._handlers.port_counts(),
             wall_seconds=wall_seconds,
         )
         if self._report_file is not None:
@@ -340,11 +405,10 @@ class Machine:
     def stop(self, outcome: Outcome) -> None:
         """End the run with `outcome`, from any thread; the first outcome counts.
 
-        Takes no lock: a signal handler may call it in the middle of another call.
+        A signal handler may call it in the middle of another call.
         """
         self._outcomes.append(outcome)
-        for runner in self._runners:
-            runner.stop()
+        self._vcpus.stop()
         self._loop.stop()
 
     def _guest_reset(self) -> None:
@@ -353,6 +417,8 @@ class Machine:
 
     def _signalled(self, number: int, frame: object) -> None:
         self.stop(Outcome(STOPPED, f"received {signal.Signals(number).name}"))
+        if self._converter.hooks.is_this_thread_in_one:
+            raise KeyboardInterrupt  # else a hook that never returns would keep the run going
 
 
 def _load_policies(config: MachineConfig) -> list[Policy]:
@@ -361,6 +427,12 @@ def _load_policies(config: MachineConfig) -> list[Policy]:
     from vmm.policy.loader import load_policy  # a run without policies does without
 
     return [load_policy(spec, words) for spec, words in config.policies]
+
+
+def _open_trace(path: str, config: MachineConfig) -> RunTrace:
+    from vmm.machine.tracing import RunTrace  # an untraced run does without
+
+    return RunTrace(path, config)
 
 
 def reset_outcome(tail: bytes) -> Outcome:

@@ -7,7 +7,16 @@ from vmm.core.events import Kind
 from vmm.core.ranges import Range
 from vmm.memory.guest_memory import PageState
 from vmm.policy.decisions import Allow, Convert, Decision, Defer, Deny, Kill, Partial
-from vmm.policy.protocol import Counts, End, Event, Policy, PolicyError, PolicyKill, View
+from vmm.policy.protocol import (
+    Counts,
+    End,
+    Event,
+    IoEvent,
+    Policy,
+    PolicyError,
+    PolicyKill,
+    View,
+)
 
 __all__ = [
     "Allow",
@@ -18,6 +27,7 @@ __all__ = [
     "Deny",
     "End",
     "Event",
+    "IoEvent",
     "Kill",
     "Kind",
     "PageState",

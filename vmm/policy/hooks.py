@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
 
-from vmm.core.events import Kind
+from vmm.core.errors import AccessDenied
+from vmm.core.events import FAULT, Kind
 from vmm.core.ranges import Range
 from vmm.policy.decisions import Allow, Convert, Decision, Defer, Deny, Kill, Partial
-from vmm.policy.protocol import End, Event, Policy, PolicyError, PolicyKill, View
+from vmm.policy.protocol import End, Event, IoEvent, Policy, PolicyError, PolicyKill, View
 
 Hook = Callable[..., Any]
 
 _ALLOW = Allow()
+_ON = {Kind.SHARE: "on_share", Kind.UNSHARE: "on_unshare"}
 
 
 class Hooks:
@@ -25,21 +28,31 @@ class Hooks:
     """
 
     def __init__(self, policies: Sequence[Policy]) -> None:
-        self._share = _overridden(policies, "on_share")
-        self._unshare = _overridden(policies, "on_unshare")
-        self._boot = _overridden(policies, "on_boot")
-        self._exit = _overridden(policies, "on_exit")
-        self._called: tuple[Hook, str] | None = None
+        self._asked = {kind: tuple(_overridden(policies, name)) for kind, name in _ON.items()}
+        # A policy that has no on_fault of its own is asked as if the guest had rung.
+        self._faults = {
+            kind: tuple(_overridden(policies, "on_fault", name)) for kind, name in _ON.items()
+        }
+        self._io = tuple(_overridden(policies, "on_io"))
+        self._boot = tuple(_overridden(policies, "on_boot"))
+        self._exit = tuple(_overridden(policies, "on_exit"))
+        self._called: dict[int, tuple[Hook, tuple[Any, ...]]] = {}
 
     @property
     def waiting_for(self) -> str | None:
-        """The name of the hook that has not returned yet; None where none is being called."""
-        called = self._called
-        return None if called is None else _named(*called)
+        """The name of a hook that has not returned yet; None where none is being called."""
+        for called in list(self._called.values()):
+            return _named(*called)
+        return None
+
+    @property
+    def is_this_thread_in_one(self) -> bool:
+        """Whether the calling thread is inside a hook (asked by a signal handler)."""
+        return threading.get_ident() in self._called
 
     def decide(self, kind: Kind, area: Range, vcpu: int, doorbell: str, view: View) -> Decision:
         """What the policies say to a request. Raises PolicyError when one of them breaks."""
-        hooks = self._share if kind is Kind.SHARE else self._unshare
+        hooks = (self._faults if doorbell == FAULT else self._asked)[kind]
         if not hooks:
             return _ALLOW
         result: Decision = _ALLOW
@@ -50,7 +63,7 @@ class Hooks:
                 continue
             if isinstance(decision, (Deny, Kill)):
                 return decision
-            self._require_fitting(hook, event, decision)
+            _require_fitting(hook, event, view, decision)
             if isinstance(decision, Partial):
                 area = decision.area
                 result = decision
@@ -58,75 +71,114 @@ class Hooks:
                 result = decision
         return result
 
+    def watcher(self, view: View, device: str) -> Callable[[Range, bool, str | None], None] | None:
+        """What asks about an access of `device` before it happens; None where no policy wants
+        to know.
+
+        It takes the range, whether the device writes there, and what names the range. It raises
+        AccessDenied, PolicyKill or PolicyError.
+        """
+        if not self._io:
+            return None
+
+        def ask(area: Range, is_write: bool, named: str | None) -> None:
+            event = IoEvent(device, area, is_write, named)
+            for hook in self._io:
+                decision = self._ask(hook, event, view)
+                if decision.__class__ is not Allow:
+                    self._hold_back(hook, event, view, decision)
+
+        return ask
+
+    def _hold_back(self, hook: Hook, event: IoEvent, view: View, decision: Decision) -> NoReturn:
+        if isinstance(decision, Kill):
+            raise PolicyKill(decision.reason)
+        if isinstance(decision, Deny):
+            name = type(_policy_of(hook)).__name__
+            raise AccessDenied(f"policy {name} keeps {event.device} off {event.area}")
+        say = "an access is answered with Allow(), Deny() or Kill(reason)"
+        raise blame(hook, (event, view), f"returned {decision!r}; {say}")
+
     def boot(self, view: View) -> None:
         """The guest is about to run. Raises PolicyKill when a policy won't have it."""
         for hook in self._boot:
-            decision = self._call(hook, "", view)
+            decision = self._call(hook, view)
             if isinstance(decision, Kill):
                 raise PolicyKill(_killed(decision, hook))
             if not isinstance(decision, Allow):
-                raise blame(hook, "", f"returned {decision!r}; return Allow() or Kill(reason)")
+                raise blame(hook, (view,), f"returned {decision!r}; return Allow() or Kill(reason)")
 
     def exit(self, end: End, view: View) -> None:
         """The run is over; every policy hears of it, also after one that raises."""
         broken: list[PolicyError] = []
         for hook in self._exit:
             try:
-                self._call(hook, "", end, view)
+                self._call(hook, end, view)
             except PolicyError as error:
                 broken.append(error)
         if broken:
             raise broken[0]
 
-    def _ask(self, hook: Hook, event: Event, view: View) -> Decision:
-        decision = self._call(hook, f" for {event.area}", event, view)
+    def _ask(self, hook: Hook, event: Event | IoEvent, view: View) -> Decision:
+        decision = self._call(hook, event, view)
         if not isinstance(decision, (Allow, Deny, Partial, Defer, Convert, Kill)):
             say = "return Allow() or Deny() or another decision of vmm.policy"
-            raise blame(hook, f" for {event.area}", f"returned {decision!r}; {say}")
+            raise blame(hook, (event, view), f"returned {decision!r}; {say}")
         if isinstance(decision, Kill):
             return Kill(_killed(decision, hook))
         return decision
 
-    def _call(self, hook: Hook, where: str, *arguments: object) -> object:
-        self._called = (hook, where)
+    def _call(self, hook: Hook, *given: Any) -> object:
+        thread = threading.get_ident()
+        self._called[thread] = (hook, given)
         try:
-            return hook(*arguments)
+            return hook(*given)
         except (Exception, SystemExit) as error:
             # An OSError of the policy's own must not reach the guest as if it were an answer, nor
             # a SystemExit the shell as if it were pyvmm's status.
-            raise blame(hook, where, f"raised {error!r}; --debug shows where") from error
+            raise blame(hook, given, f"raised {error!r}") from error
         finally:
-            self._called = None
-
-    def _require_fitting(self, hook: Hook, event: Event, decision: Decision) -> None:
-        """A decision that does not fit its event is the policy's fault, never the guest's."""
-        why = ""
-        if isinstance(decision, Partial) and not event.area.contains(decision.area):
-            why = "Partial takes a part of the request"
-        elif isinstance(decision, Convert) and not decision.area.contains(event.area):
-            why = "Convert takes a range that contains the request"
-        elif isinstance(decision, Defer) and event.kind is not Kind.UNSHARE:
-            why = "only an unshare can be put off: after a share the guest uses the pages at once"
-        if why:
-            raise blame(hook, f" for {event.area}", f"returned {decision!r}; {why}")
+            del self._called[thread]
 
 
-def blame(hook: Hook, where: str, what: str) -> PolicyError:
+def _require_fitting(hook: Hook, event: Event, view: View, decision: Decision) -> None:
+    """A decision that does not fit its event is the policy's fault, never the guest's."""
+    why = ""
+    if isinstance(decision, Partial) and not event.area.contains(decision.area):
+        why = "Partial takes a part of the request"
+    elif isinstance(decision, Convert) and not decision.area.contains(event.area):
+        why = "Convert takes a range that contains the request"
+    elif isinstance(decision, Defer) and event.kind is not Kind.UNSHARE:
+        why = "only an unshare can be put off: after a share the guest uses the pages at once"
+    if why:
+        raise blame(hook, (event, view), f"returned {decision!r}; {why}")
+
+
+def blame(hook: Hook, given: tuple[Any, ...], what: str) -> PolicyError:
     """The error that names the policy and the hook at fault."""
-    return PolicyError(f"{_named(hook, where)} {what}")
+    return PolicyError(f"{_named(hook, given)} {what}", _policy_of(hook), given)
 
 
-def _named(hook: Hook, where: str) -> str:
-    name = type(getattr(hook, "__self__", hook)).__name__
+def _named(hook: Hook, given: tuple[Any, ...]) -> str:
+    where = f" for {given[0].area}" if isinstance(given[0], Event | IoEvent) else ""
+    name = type(_policy_of(hook)).__name__
     return f"policy {name}: {getattr(hook, '__name__', 'hook')}{where}"
 
 
-def _overridden(policies: Sequence[Policy], name: str) -> tuple[Hook, ...]:
-    """The bound hooks `name` that are not Policy's own, which allow everything."""
-    hooks = [getattr(policy, name) for policy in policies]
-    own = getattr(Policy, name)
-    return tuple(hook for hook in hooks if getattr(hook, "__func__", None) is not own)
+def _policy_of(hook: Hook) -> Any:
+    return getattr(hook, "__self__", hook)
+
+
+def _overridden(policies: Sequence[Policy], *names: str) -> Iterator[Hook]:
+    """Each policy's bound hook of the first of `names` that is not Policy's own, which allows
+    everything."""
+    for policy in policies:
+        for name in names:
+            hook = getattr(policy, name)
+            if getattr(hook, "__func__", None) is not getattr(Policy, name):
+                yield hook
+                break
 
 
 def _killed(decision: Kill, hook: Hook) -> str:
-    return f"policy {type(getattr(hook, '__self__', hook)).__name__}: {decision.reason}"
+    return f"policy {type(_policy_of(hook)).__name__}: {decision.reason}"

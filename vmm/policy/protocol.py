@@ -4,15 +4,26 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
-from vmm.core.errors import PyvmmError, UsageError
+from vmm.core.errors import PyvmmError
 from vmm.core.events import Kind
 from vmm.core.ranges import Range
 from vmm.memory.guest_memory import PageState, Residency
 from vmm.policy.decisions import Allow, Decision
 
 
-class PolicyError(UsageError):
-    """A policy's hook raised an exception, or answered with something that is no decision."""
+class PolicyError(PyvmmError):
+    """A policy's hook raised an exception (then it is the cause), or its answer does not fit.
+
+    `policy` is the policy, `given` what its hook was called with; None and empty where that is
+    not known.
+    """
+
+    def __init__(
+        self, sentence: str, policy: Policy | None = None, given: tuple[object, ...] = ()
+    ) -> None:
+        super().__init__(sentence)
+        self.policy = policy
+        self.given = given
 
 
 class PolicyKill(PyvmmError):
@@ -20,12 +31,30 @@ class PolicyKill(PyvmmError):
 
 
 class Event(NamedTuple):
-    """A validated request: `area` is page-aligned guest RAM, GPAs without the C-bit."""
+    """A validated request: `area` is page-aligned guest RAM, GPAs without the C-bit.
+
+    `doorbell` says how the guest asked: "hypercall", "port", or "fault" for an access to a page
+    that is not in the state the access needs (an implicit conversion).
+    """
 
     kind: Kind
     area: Range
     vcpu: int
     doorbell: str
+
+
+class IoEvent(NamedTuple):
+    """A device is about to touch `area`, in bytes; with `is_write` it changes the guest's memory.
+
+    `named` is what names all of `area` to the device for an access of this direction: "ring"
+    (the driver told it where the queue lies), "descriptor" (one of a request that is being
+    carried out), or None: nothing does.
+    """
+
+    device: str
+    area: Range
+    is_write: bool
+    named: str | None
 
 
 class End(NamedTuple):
@@ -63,9 +92,10 @@ class View(Protocol):
 class Policy:
     """Allows everything; a policy is a subclass that overrides the hooks it wants.
 
-    on_share and on_unshare run on the vCPU's thread while the guest waits, one at a time; on_boot
-    and on_exit on the main thread, when no vCPU runs. Hooks are looked up once, before on_boot;
-    one that is not overridden costs nothing.
+    on_share, on_unshare and on_fault run on the vCPU's thread while the guest waits, one at a
+    time; on_io on the thread that serves the device, perhaps beside another hook; on_boot and
+    on_exit on the main thread, when no vCPU runs. Hooks are looked up once, before on_boot; one
+    that is not overridden costs nothing.
     """
 
     def on_share(self, event: Event, view: View) -> Decision:
@@ -74,6 +104,21 @@ class Policy:
 
     def on_unshare(self, event: Event, view: View) -> Decision:
         """The guest asks to make `event.area` private."""
+        return Allow()
+
+    def on_fault(self, event: Event, view: View) -> Decision:
+        """The guest touched pages as if they were in the other state: convert them?
+
+        Without this hook on_share or on_unshare is asked, so that no fault gets around them. A
+        guest that is refused can't go on: its run ends.
+        """
+        return Allow()
+
+    def on_io(self, event: IoEvent, view: View) -> Decision:
+        """A device is about to touch guest memory: Allow, Deny or Kill.
+
+        Deny stops the device as if the driver had named memory that is not there.
+        """
         return Allow()
 
     def on_boot(self, view: View) -> Decision:

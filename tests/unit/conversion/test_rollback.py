@@ -27,12 +27,12 @@ from tests.support.memory import (
     pattern,
 )
 from vmm.conversion.transaction import Converter
-from vmm.core.errors import HostError, PrivateAccess, PyvmmError, UsageError
+from vmm.core.errors import HostError, PrivateAccess, PyvmmError
 from vmm.core.events import ConversionRequest, Kind
 from vmm.core.ranges import Range
-from vmm.memory.backing import MemfdBacking
+from vmm.memory.backings.memfd import MemfdBacking
 from vmm.memory.guest_memory import GuestMemory
-from vmm.policy import Allow, Deny, Policy
+from vmm.policy import Allow, Deny, Policy, PolicyError
 
 SIZE = page(64)
 
@@ -105,7 +105,7 @@ def test_exception_in_a_policy_ends_the_run_and_changes_nothing(
     converter = Converter(memory, scheme, Answering(error))
     before = snapshot(memory, scheme)
 
-    with pytest.raises(UsageError, match=f"policy Answering.*{type(error).__name__}") as raised:
+    with pytest.raises(PolicyError, match=f"policy Answering.*{type(error).__name__}") as raised:
         converter.convert(request_)
 
     assert raised.value.__cause__ is error
@@ -120,7 +120,7 @@ def test_answer_that_is_no_decision_is_no_permission(memory: GuestMemory, answer
     converter = Converter(memory, scheme, Answering(answer))
     before = snapshot(memory, scheme)
 
-    with pytest.raises(UsageError, match=r"return Allow\(\) or Deny\(\)"):
+    with pytest.raises(PolicyError, match=r"return Allow\(\) or Deny\(\)"):
         converter.convert(share(40, 1))
 
     assert snapshot(memory, scheme) == before

@@ -15,7 +15,10 @@ from vmm.devices.bus import PortBus
 from vmm.devices.pci import PciBus, host_bridge
 from vmm.devices.virtio.block import VirtioBlock
 from vmm.devices.virtio.block_file import open_disk
+from vmm.devices.virtio.device import DeviceObserver
 from vmm.devices.virtio.pci_transport import VirtioPciTransport
+from vmm.devices.virtio.queue import SplitQueue
+from vmm.devices.virtio.watched import Announce, WatchedMemory
 
 
 @pytest.fixture
@@ -29,6 +32,8 @@ def make_machine(tmp_path: Path) -> Iterator[MakeMachine]:
         punch: Callable[[int, int, int], None] | None = None,
         memory_size: int = 1 << 20,
         ring: Callable[[int], None] | None = None,
+        observer: DeviceObserver | None = None,
+        announce: Announce | None = None,
     ) -> DiskMachine:
         path = tmp_path / f"disk{len(made)}.img"
         path.write_bytes(pattern(512 * min(sectors, 4096)))
@@ -41,14 +46,17 @@ def make_machine(tmp_path: Path) -> Iterator[MakeMachine]:
         block = VirtioBlock(disk, punch)
         interrupts: list[None] = []
         notify_ports: list[int | None] = []
+        watched = WatchedMemory(memory, announce) if announce else None
         transport = VirtioPciTransport(
             block,
-            memory,
+            watched or memory,
             lambda: interrupts.append(None),
             bar_base=BAR,
             interrupt_line=5,
             moved=notify_ports.append,
             ring=ring,
+            observer=observer,
+            make_queue=watched.queue if watched else SplitQueue,
         )
         pci.add(0, host_bridge())
         pci.add(1, transport.function)

@@ -123,8 +123,8 @@ def test_block_batch_costs_few_calls_and_one_interrupt(machine: DiskMachine) -> 
 
     assert [head for head, _ in queue.collect()] == heads
     assert len(machine.interrupts) == 1
-    # index, entries, descriptors, flags, and the requests' headers; then statuses, ring, index
-    assert machine.memory.calls == {"pread": 4 + 8, "transfer_in": 8, "pwrite": 8 + 2}
+    # index (twice), entries, descriptors, event, headers; statuses, event, ring, index
+    assert machine.memory.calls == {"pread": 5 + 8, "transfer_in": 8, "pwrite": 8 + 3}
 
 
 def test_block_request_cut_at_odd_places_is_the_same_request(machine: DiskMachine) -> None:

@@ -74,7 +74,7 @@ def test_transport_registers_before_negotiation(machine: DiskMachine) -> None:
         (VERSION_1 | ACCESS_PLATFORM, True),
         (VERSION_1, False),
         (ACCESS_PLATFORM, False),
-        (VERSION_1 | ACCESS_PLATFORM | 1 << 28, False),  # indirect descriptors: not offered
+        (VERSION_1 | ACCESS_PLATFORM | 1 << 34, False),  # packed rings: not offered
         (VERSION_1 | ACCESS_PLATFORM | 1 << 63, False),
         (0, False),
     ],
@@ -202,7 +202,7 @@ def test_transport_isr_reads_once_and_decides_interrupt_pending(machine: DiskMac
 
 
 def test_transport_no_interrupt_flag_leaves_isr_alone(machine: DiskMachine) -> None:
-    queue = machine.up()
+    queue = machine.up(features=0)
     pieces, _ = machine.request(T_IN, 0, Piece(DATA, 512, True))
     queue.offer(queue.chain(pieces))
     queue.set_available_index(queue.available, flags=1)

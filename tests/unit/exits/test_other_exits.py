@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from kvm_bindings import exits
+from tests.support.conversion import Answering
 from tests.support.fake_vcpu import PRIVATE_START, RAM, FakeVcpu, Rig
+from vmm.conversion.schemes.cbit import CbitScheme
 from vmm.core.ranges import PAGE_SIZE
 from vmm.exits import outcome as words
 from vmm.memory.guest_memory import PageState
@@ -134,6 +136,46 @@ def test_mmio_write_where_nothing_is_vanishes(rig: Rig) -> None:
 
     assert vcpu.mmio == []
     assert rig.outcomes == []
+
+
+# -- implicit conversions -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def faulting_rig(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> Rig:
+    """A machine whose scheme takes a fault for a request."""
+    monkeypatch.setattr(CbitScheme, "converts_on_fault", True)
+    return rig
+
+
+def test_fault_on_a_page_in_the_other_state_converts_it_and_the_guest_goes_on(
+    faulting_rig: Rig,
+) -> None:
+    faulting_rig.handle(exits.MemoryFaultExit(0, PRIVATE_START, 0x1000, errno.EFAULT))
+    faulting_rig.handle(exits.MemoryFaultExit(8, 0x4000, 0x1000, errno.EFAULT))
+
+    assert faulting_rig.outcomes == []
+    counts = faulting_rig.converter.accounting.as_dict()
+    assert counts["share"]["bytes"] == counts["unshare"]["bytes"] == 0x1000
+
+
+def test_fault_that_a_policy_refuses_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CbitScheme, "converts_on_fault", True)
+    rig = Rig(policy=Answering(Deny(errno.EPERM)))
+
+    rig.handle(exits.MemoryFaultExit(8, 0x4000, 0x1000, errno.EFAULT), FakeVcpu(index=1))
+
+    rig.close()
+    assert [outcome.exit for outcome in rig.outcomes] == [words.FAILED]
+    assert re.search(r"private memory at GPA 0x4000.*unshare.*EPERM", rig.outcomes[0].reason)
+
+
+def test_broken_host_memory_is_no_request(faulting_rig: Rig) -> None:
+    hwpoison = 133  # EHWPOISON is not in Python's errno
+    faulting_rig.handle(exits.MemoryFaultExit(8, 0x4000, 0x1000, hwpoison))
+
+    assert [outcome.exit for outcome in faulting_rig.outcomes] == [words.INTERNAL_ERROR]
+    assert faulting_rig.converter.accounting.unshare.calls == 0
 
 
 # -- endings --------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from kvm_bindings import KvmError, Vcpu
 from kvm_bindings.exits import Exit, InterruptedExit, IoExit, ShutdownExit
 from tests.support.fake_vcpu import FakeVcpu, RecordingDevice, Rig
 from vmm.exits.outcome import INTERNAL_ERROR, KILLED, TRIPLE_FAULT, Outcome
-from vmm.exits.run_loop import KICK_SIGNAL, VcpuRunner, install_kick_handler
+from vmm.exits.run_loop import KICK_SIGNAL, install_kick_handler
+from vmm.exits.vcpu_group import VcpuGroup
 from vmm.policy import PolicyKill
 
 OUT = IoExit(0x80, 1, 1, True, b"x")
@@ -26,7 +27,7 @@ class Run:
         install_kick_handler()
         self.stopped = threading.Event()
         self.outcomes = rig.outcomes
-        self.runner = VcpuRunner(cast(Vcpu, vcpu), rig.handlers, self.stop)
+        self.runner = VcpuGroup().add(cast(Vcpu, vcpu), rig.handlers, self.stop)
 
     def stop(self, outcome: Outcome) -> None:
         self.outcomes.append(outcome)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,16 +13,21 @@ import pytest
 from tests.support.conversion import RecordingScheme, share, tally, unshare
 from tests.support.memory import data_pages, guest_memory, page, pages
 from vmm.conversion.transaction import Converter
+from vmm.core.errors import AccessDenied
 from vmm.core.events import Kind
+from vmm.core.ranges import Range
 from vmm.memory.guest_memory import GuestMemory, PageState
 from vmm.policy import Deny, End, Event, Policy, View
 from vmm.policy.builtin import (
     AllowAll,
     Audit,
     Coalesce,
+    DeferredDiscard,
     DenyAfterBoot,
     Hysteresis,
     KeepShared,
+    LeastPrivilege,
+    PageBudget,
     Quota,
     RateLimit,
 )
@@ -165,6 +171,47 @@ def test_coalesce_discards_what_stays_small_in_one_go_at_the_periods_end(
     assert data_pages(memory.shared.fd) & {8, 9} == set()
 
 
+def test_deferred_discard_clears_up_in_one_go_and_nothing_comes_back(memory: GuestMemory) -> None:
+    run = Run(memory, DeferredDiscard(seconds=1, limit=page(6)))
+
+    answers = [run.unshare(0, 4), run.unshare(6), run.unshare(10, 2), run.share(1)]
+
+    assert answers == [0] * 4
+    assert run.pages_in(PageState.DEFERRED) == 4  # 10 and 11 went over the limit
+    assert memory.pread(1, page(1)) == b"\0"
+    run.now = 101.0
+    run.converter.settle()
+    assert run.pages_in(PageState.DEFERRED) == 0
+    assert data_pages(memory.shared.fd) - {1} == set(range(12, 32)) | {4, 5, 7, 8, 9}
+
+
+def test_page_budget_counts_what_is_resident_on_both_sides(memory: GuestMemory) -> None:
+    assert memory.private is not None
+    run = Run(memory, PageBudget(page(34)))
+
+    answers = [run.share(40, 2), run.share(50, 3)]  # 32 pages are there
+    memory.private.pwrite(b"x" * page(1), page(60))
+    answers.append(run.share(40, 2))
+    run.unshare(0, 8)
+
+    assert answers == [0, -errno.ENOMEM, -errno.ENOMEM]
+    assert run.share(50, 3) == 0
+
+
+@pytest.mark.parametrize(
+    ("named", "refused"), [("ring", False), ("descriptor", False), (None, True)]
+)
+def test_least_privilege_refuses_what_nothing_names(
+    memory: GuestMemory, named: str | None, refused: bool
+) -> None:
+    run = Run(memory, LeastPrivilege())
+    ask = run.converter.hooks.watcher(run.converter.view, "blk0")
+    assert ask is not None
+
+    with nullcontext() if named else pytest.raises(AccessDenied):
+        ask(Range(0x10, 5), True, named)
+
+
 class DenySecond(Policy):
     def on_share(self, event: Event, view: View) -> Deny:
         return Deny(errno.EPERM)
@@ -195,6 +242,9 @@ def test_audit_writes_what_the_wrapped_policy_decides(memory: GuestMemory, tmp_p
         lambda: RateLimit(1, 0),
         lambda: Hysteresis(0),
         lambda: KeepShared(-1),
+        lambda: DeferredDiscard(0),
+        lambda: DeferredDiscard(limit=-1),
+        lambda: PageBudget(-1),
         lambda: Coalesce(size=100),
         lambda: Coalesce(seconds=0),
         lambda: DenyAfterBoot(-1),

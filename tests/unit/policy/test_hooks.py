@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import threading
 from typing import Any, cast
 
 import pytest
 
 from tests.support.conversion import Answering
 from tests.support.memory import pages
+from vmm.core.errors import AccessDenied
 from vmm.core.events import Kind
 from vmm.core.ranges import Range
 from vmm.policy import (
@@ -19,6 +21,7 @@ from vmm.policy import (
     Deny,
     End,
     Event,
+    IoEvent,
     Kill,
     Partial,
     Policy,
@@ -176,5 +179,74 @@ def test_hook_that_is_not_overridden_is_not_called() -> None:
     """It would cost every conversion of every run without a policy."""
     hooks = Hooks([Policy(), Watching()])
 
-    assert (hooks._share, hooks._unshare) == ((), ())
+    assert set(hooks._asked.values()) == set(hooks._faults.values()) == {()}
+    assert hooks.watcher(VIEW, "blk0") is None
     assert len(hooks._boot) == len(hooks._exit) == 1
+
+
+# -- accesses of devices --------------------------------------------------------------------------
+
+
+class Io(Policy):
+    def __init__(self, answer: object) -> None:
+        self.answer = answer
+        self.asked: list[IoEvent] = []
+
+    def on_io(self, event: IoEvent, view: View) -> Decision:
+        self.asked.append(event)
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return cast(Decision, self.answer)
+
+
+def ask(*answers: object) -> list[Io]:
+    policies = [Io(answer) for answer in answers]
+    watcher = Hooks(policies).watcher(VIEW, "blk0")
+    assert watcher is not None
+    try:
+        watcher(AREA, True, "ring")
+    finally:
+        assert all(p.asked == [IoEvent("blk0", AREA, True, "ring")] for p in policies[:1])
+    return policies
+
+
+def test_access_that_all_allow_happens() -> None:
+    assert [len(policy.asked) for policy in ask(Allow(), Allow())] == [1, 1]
+
+
+def test_access_that_one_denies_is_a_refused_access_to_memory() -> None:
+    with pytest.raises(AccessDenied, match=r"policy Io keeps blk0 off \[0x0, 0x8000\)"):
+        ask(Allow(), Deny())
+
+
+def test_access_may_end_the_run() -> None:
+    with pytest.raises(PolicyKill, match="policy Io: a stray"):
+        ask(Kill("a stray"))
+
+
+@pytest.mark.parametrize("answer", [LATER, MORE, Partial(AREA), None, True])
+def test_other_answer_to_an_access_is_the_policys_fault(answer: object) -> None:
+    with pytest.raises(PolicyError, match=r"Io: on_io for \[0x0, 0x8000\) returned"):
+        ask(answer)
+
+
+def test_os_error_of_on_io_is_blamed_and_not_taken_for_the_disks() -> None:
+    with pytest.raises(PolicyError, match=r"on_io.*raised PermissionError"):
+        ask(PermissionError("mine"))
+
+
+def test_thread_knows_whether_it_is_in_a_hook() -> None:
+    seen: list[bool] = []
+
+    class Looking(Policy):
+        def on_boot(self, view: View) -> Decision:
+            seen.append(hooks.is_this_thread_in_one)
+            other = threading.Thread(target=lambda: seen.append(hooks.is_this_thread_in_one))
+            other.start()
+            other.join()
+            return Allow()
+
+    hooks = Hooks([Looking()])
+    hooks.boot(VIEW)
+
+    assert [*seen, hooks.is_this_thread_in_one] == [True, False, False]

@@ -9,12 +9,13 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from vmm.core.errors import GuestMemoryError
 from vmm.devices.virtio.block_file import SECTOR, SERIAL_BYTES, DiskFile
-from vmm.devices.virtio.device import GuestMemory, IoStatistics
-from vmm.devices.virtio.queue import Chain, QueueError, Segment, SplitQueue
+from vmm.devices.virtio.device import GuestMemory, VirtioDevice
+from vmm.devices.virtio.queue import Chain, QueueError, Segment
+from vmm.devices.virtio.segments import gather, merged, take_front, total
 
 F_SEG_MAX, F_RO, F_BLK_SIZE, F_FLUSH = 1 << 2, 1 << 5, 1 << 6, 1 << 9
 F_DISCARD, F_WRITE_ZEROES = 1 << 13, 1 << 14
@@ -45,7 +46,7 @@ _Answer = tuple[int, int]
 _Request = Callable[[int, list[Segment], list[Segment]], _Answer]
 
 
-class VirtioBlock:
+class VirtioBlock(VirtioDevice):
     """A disk. `punch(fd, offset, size)` deallocates a range of the file and keeps its size;
     without it, or where the host can't, zeroes are written and discards are not carried out.
     """
@@ -57,7 +58,7 @@ class VirtioBlock:
     def __init__(
         self, disk: DiskFile, punch: Callable[[int, int, int], None] | None = None
     ) -> None:
-        self.statistics = IoStatistics()
+        super().__init__()
         self._disk = disk
         self._punch = punch
         self.features = F_SEG_MAX | F_BLK_SIZE | F_FLUSH
@@ -65,9 +66,6 @@ class VirtioBlock:
             self.features |= F_RO
         else:
             self.features |= F_WRITE_ZEROES | (F_DISCARD if punch else 0)
-        self._memory: GuestMemory | None = None
-        self._queues: Mapping[int, SplitQueue] = {}
-        self._agreed = 0
         self._requests: dict[int, _Request] = {
             T_IN: self._read,
             T_OUT: self._write,
@@ -96,18 +94,6 @@ class VirtioBlock:
             1 if self._punch else 0,
         )
 
-    def activate(
-        self, memory: GuestMemory, queues: Mapping[int, SplitQueue], features: int
-    ) -> None:
-        self._memory = memory
-        self._queues = queues
-        self._agreed = features
-
-    def reset(self) -> None:
-        self._memory = None
-        self._queues = {}
-        self._agreed = 0
-
     def process(self, queue_index: int) -> bool:
         """Serve what is available now, or a turn's worth of it, and return it all at once."""
         queue, memory = self._queues[queue_index], self._memory
@@ -121,6 +107,7 @@ class VirtioBlock:
                 used.append((chain.head, self._serve(memory, chain)))
                 if self._bytes_moved() >= turn_ends:
                     queue.put_back(len(chains) - len(used))
+                    queue.more = queue.more or len(chains) > len(used)
                     break
         except (QueueError, GuestMemoryError):
             queue.publish(used)  # those were carried out; the bad one stops the device
@@ -134,10 +121,10 @@ class VirtioBlock:
 
     def _serve(self, memory: GuestMemory, chain: Chain) -> int:
         """Carry out one request; returns the bytes written from the start of its buffers."""
-        header, readable = _take_front(chain.readable, _HEADER.size)
+        header, readable = take_front(chain.readable, _HEADER.size)
         if not chain.writable:
             raise QueueError(f"request {chain.head} has no room for its status byte")
-        kind, _, sector = _HEADER.unpack(_gather(memory, header))
+        kind, _, sector = _HEADER.unpack(gather(memory, header))
         writable = list(chain.writable)
         gpa, size = writable.pop()
         status_gpa = gpa + size - 1
@@ -156,16 +143,16 @@ class VirtioBlock:
             self.statistics.errors += 1
         memory.pwrite(bytes((status,)), status_gpa)
         # The used length promises a prefix: the status counts if all before it was written.
-        return written + 1 if written == _total(writable) else written
+        return written + 1 if written == total(writable) else written
 
     def _read(self, sector: int, _: list[Segment], writable: list[Segment]) -> _Answer:
-        position = self._position(sector, _total(writable))
+        position = self._position(sector, total(writable))
         if position is None:
             return S_IOERR, 0
         return self._move(position, writable, self._transfer_in)
 
     def _write(self, sector: int, readable: list[Segment], _: list[Segment]) -> _Answer:
-        position = self._position(sector, _total(readable))
+        position = self._position(sector, total(readable))
         if position is None or self._disk.read_only:
             return S_IOERR, 0
         status, _moved = self._move(position, readable, self._transfer_out)
@@ -222,7 +209,7 @@ class VirtioBlock:
     ) -> _Answer:
         done = 0
         try:
-            for gpa, size in _merged(segments):
+            for gpa, size in merged(segments):
                 moved = transfer(position + done, gpa, size)
                 done += moved
                 if moved < size:  # the file is shorter than it was when it was opened
@@ -248,12 +235,12 @@ class VirtioBlock:
     ) -> tuple[int, list[tuple[int, int, int]]]:
         """The request's ranges as (position, bytes, flags); none unless the status is OK."""
         assert self._memory is not None
-        size = _total(readable)
+        size = total(readable)
         if self._disk.read_only or not 0 < size <= most * _RANGE.size or size % _RANGE.size:
             return S_IOERR, []
         ranges = []
         status = S_OK
-        for sector, count, flags in _RANGE.iter_unpack(_gather(self._memory, readable)):
+        for sector, count, flags in _RANGE.iter_unpack(gather(self._memory, readable)):
             if flags & ~known_flags:
                 return S_UNSUPP, []
             if count > largest or sector + count > self._disk.sectors:
@@ -279,43 +266,3 @@ class VirtioBlock:
             while position < end:
                 position += os.pwrite(self._disk.fd, zeroes[: end - position], position)
         self.statistics.bytes_written += size
-
-
-def _total(segments: list[Segment]) -> int:
-    return sum([size for _, size in segments])
-
-
-def _merged(segments: list[Segment]) -> list[Segment]:
-    """The same bytes in the same order, with neighbours in memory joined."""
-    if len(segments) < 2:
-        return segments
-    merged = []
-    start, end = segments[0][0], segments[0][0]
-    for gpa, size in segments:
-        if gpa != end:
-            merged.append((start, end - start))
-            start = gpa
-        end = gpa + size
-    merged.append((start, end - start))
-    return merged
-
-
-def _gather(memory: GuestMemory, segments: list[Segment]) -> bytes:
-    if len(segments) == 1:
-        return memory.pread(segments[0][1], segments[0][0])
-    return b"".join([memory.pread(size, gpa) for gpa, size in segments])
-
-
-def _take_front(segments: list[Segment], count: int) -> tuple[list[Segment], list[Segment]]:
-    """Split the first `count` bytes off: 2.7.4 lets the driver cut a request anywhere."""
-    if segments and segments[0][1] == count:
-        return segments[:1], segments[1:]
-    front: list[Segment] = []
-    for index, (gpa, size) in enumerate(segments):
-        piece = min(size, count)
-        front.append((gpa, piece))
-        count -= piece
-        if count == 0:
-            rest = segments[index + 1 :]
-            return front, [(gpa + piece, size - piece), *rest] if size > piece else rest
-    raise QueueError("a request is shorter than its header of 16 bytes")

@@ -6,10 +6,10 @@ with these members, one method per kind of request.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from vmm.devices.virtio.queue import SplitQueue
+from vmm.devices.virtio.queue import QueueObserver, SplitQueue
 
 
 class GuestMemory(Protocol):
@@ -21,7 +21,7 @@ class GuestMemory(Protocol):
 
     def pread(self, size: int, gpa: int) -> bytes: ...
 
-    def pwrite(self, data: bytes, gpa: int) -> None: ...
+    def pwrite(self, data: bytes | memoryview, gpa: int) -> None: ...
 
     def transfer_in(self, src_fd: int, src_offset: int, gpa: int, size: int) -> int: ...
 
@@ -44,36 +44,73 @@ class IoStatistics:
         return dict(vars(self))
 
 
-class VirtioDevice(Protocol):
-    """The device behind a transport.
+class DeviceObserver(Protocol):
+    """Watches a device's queues; a new observer for each queue that the driver enables."""
+
+    def queue(self, index: int) -> QueueObserver: ...
+
+    def stopped(self) -> None:
+        """The device needs a reset: broken rings, or memory that is private or not there."""
+        ...
+
+
+def _unconnected(*_: int) -> None:
+    """Stands for a transport that isn't there."""
+
+
+class VirtioDevice:
+    """The device behind a transport; each device file derives one class from it.
 
     `features` leaves out the transport's own bits. Memory and queues exist for the device from
-    `activate` (the driver's DRIVER_OK) to `reset`, and the transport serialises all calls.
+    `activate` (the driver's DRIVER_OK) to `reset`. The transport serialises all calls except
+    `config`; with `concurrent`, `process` of different queues may run at the same time.
     """
 
     device_id: int
     pci_class: int
-    features: int
+    features: int = 0
     queue_sizes: Sequence[int]
-    statistics: IoStatistics
+    concurrent = False
+    may_decline = 0
+    """Features of the transport that this device's drivers may do without."""
+
+    def __init__(self) -> None:
+        self.statistics = IoStatistics()
+        self._memory: GuestMemory | None = None
+        self._queues: Mapping[int, SplitQueue] = {}
+        self._agreed = 0
+        self.wake: Callable[[int], None] = _unconnected
+        """Has `process(queue index)` called soon, on the thread that serves that queue."""
+        self.announce: Callable[[], None] = _unconnected
+        """Tells the driver that `config` has changed; not to be called from `process`."""
 
     def config(self) -> bytes:
-        """The device configuration structure."""
-        ...
+        """The device configuration structure, of the same length every time."""
+        return b""
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """The driver wrote to the configuration structure; what may not be written is dropped."""
 
     def activate(
         self, memory: GuestMemory, queues: Mapping[int, SplitQueue], features: int
     ) -> None:
         """Start with the queues that the driver enabled, by index, and the features agreed."""
-        ...
+        self._memory = memory
+        self._queues = queues
+        self._agreed = features
 
     def process(self, queue_index: int) -> bool:
         """Serve what is available on a queue now; True when the driver wants an interrupt.
 
-        QueueError and GuestMemoryError mean that the device needs a reset.
+        QueueError, GuestMemoryError and OSError mean that the device needs a reset.
         """
-        ...
+        raise NotImplementedError
 
     def reset(self) -> None:
         """Forget memory, queues and negotiated features."""
-        ...
+        self._memory = None
+        self._queues = {}
+        self._agreed = 0
+
+    def close(self) -> None:
+        """The machine ends: let go of what the device has opened on the host."""

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from contextlib import ExitStack
 from threading import Lock, RLock
 
 from vmm.core.errors import GuestMemoryError, PyvmmError
-from vmm.devices.virtio.device import GuestMemory, VirtioDevice
+from vmm.devices.virtio.device import DeviceObserver, GuestMemory, VirtioDevice
 from vmm.devices.virtio.pci_function import (
     COMMON_CFG_SIZE,
     DEVICE_CFG,
@@ -22,11 +23,12 @@ from vmm.devices.virtio.pci_function import (
     NOTIFY,
     VirtioPciFunction,
 )
-from vmm.devices.virtio.queue import QueueError, SplitQueue
+from vmm.devices.virtio.queue import F_EVENT_IDX, F_INDIRECT_DESC, QueueError, SplitQueue
 
 VIRTIO_F_VERSION_1 = 1 << 32
 VIRTIO_F_ACCESS_PLATFORM = 1 << 33
 REQUIRED_FEATURES = VIRTIO_F_VERSION_1 | VIRTIO_F_ACCESS_PLATFORM
+RING_FEATURES = F_INDIRECT_DESC | F_EVENT_IDX
 
 STATUS_ACKNOWLEDGE, STATUS_DRIVER, STATUS_DRIVER_OK, STATUS_FEATURES_OK = 1, 2, 4, 8
 STATUS_NEEDS_RESET, STATUS_FAILED = 0x40, 0x80
@@ -54,6 +56,16 @@ class _QueueSettings:
         self.device = 0
 
 
+class _ActiveQueue:
+    """A queue of a driver that is up. Whoever serves the queue holds `lock` while it does."""
+
+    __slots__ = ("lock", "queue")
+
+    def __init__(self, queue: SplitQueue, lock: RLock) -> None:
+        self.queue = queue
+        self.lock = lock
+
+
 # The driver may write a queue only while it negotiates: (offset, size) -> (field, shift).
 _QUEUE_ADDRESSES = {
     (0x20, 4): ("desc", 0),
@@ -73,8 +85,10 @@ class VirtioPciTransport:
     port whose 16-bit writes are to be turned into `notify(value)`, whenever it changes.
     `ring(queue index)` has `notify` called soon, on the thread that serves requests (default: at
     once): for notifies that come as port accesses, and when a device has more to do.
-    One lock covers configuration and request processing, so that a device that reads as reset
-    touches guest memory no more; the ISR has its own, its reader must not wait for a batch.
+    Configuration has a lock, each queue another one (all queues of a device that isn't
+    `concurrent` share theirs), taken in this order. A reset takes them all, so that a device
+    that reads as reset touches guest memory no more. The ISR has its own: its reader must not
+    wait for a batch.
     """
 
     def __init__(
@@ -87,14 +101,22 @@ class VirtioPciTransport:
         interrupt_line: int,
         moved: Callable[[int | None], None] | None = None,
         ring: Callable[[int], None] | None = None,
+        observer: DeviceObserver | None = None,
+        make_queue: Callable[..., SplitQueue] = SplitQueue,
     ) -> None:
         self._device = device
+        self._make_queue = make_queue
         self._memory = memory
         self._interrupt = interrupt
         self._moved = moved
+        self._observer = observer
         self._ring = self.notify if ring is None else ring
-        self._offered = device.features | REQUIRED_FEATURES
+        device.wake = self._ring
+        device.announce = self.config_changed
+        self._offered = device.features | REQUIRED_FEATURES | RING_FEATURES
+        self._required = REQUIRED_FEATURES & ~device.may_decline
         self._config = device.config()
+        self._generation = 0
         self._lock = RLock()
         self._isr_lock = Lock()
         self._isr = 0
@@ -118,25 +140,38 @@ class VirtioPciTransport:
         self._driver_features = 0
         self._queue_select = 0
         self._queues = [_QueueSettings(size) for size in self._device.queue_sizes]
-        self._active: dict[int, SplitQueue] = {}
+        self._active: dict[int, _ActiveQueue] = {}
+        # Those in use since the last reset; a failure empties `_active` but not this.
+        self._started: list[_ActiveQueue] = []
 
     # --- the event loop's side ---
 
     def notify(self, queue_index: int) -> None:
-        """The driver made buffers available: serve them, with at most one interrupt."""
-        with self._lock:
-            queue = self._active.get(queue_index)
-            if queue is None:
-                return
+        """There is something to do for a queue: do it, with at most one interrupt."""
+        active = self._active.get(queue_index)
+        if active is None:
+            return
+        failure: PyvmmError | OSError | None = None
+        with active.lock:
+            if self._active.get(queue_index) is not active:
+                return  # reset, or stopped, while this thread waited
             try:
-                wanted = self._device.process(queue_index)
+                if self._device.process(queue_index):
+                    self._raise(ISR_QUEUE)
             except (QueueError, GuestMemoryError, OSError) as error:
-                self._fail(error)
-                return
-            if wanted:
-                self._raise(ISR_QUEUE)
-            if queue.more:
-                self._ring(queue_index)
+                failure = error
+        if failure is not None:
+            self._stop(queue_index, active, failure)
+        elif active.queue.more:
+            self._ring(queue_index)
+
+    def config_changed(self) -> None:
+        """The device's configuration is another one: let the driver know (4.1.4.3.1)."""
+        with self._lock:
+            self._config = self._device.config()
+            self._generation = (self._generation + 1) & 0xFF
+            if self._status & STATUS_DRIVER_OK:
+                self._raise(ISR_CONFIG)
 
     def interrupt_pending(self) -> bool:
         """After the guest's EOI: whether the line has to go up again."""
@@ -175,6 +210,9 @@ class VirtioPciTransport:
                 self._queue_select = value
             elif (offset, size) == (0x0C, 4):
                 self._write_features(value)
+            elif DEVICE_CFG <= offset < DEVICE_CFG + len(self._config):
+                self._device.write_config(offset - DEVICE_CFG, value.to_bytes(size, "little"))
+                self._config = self._device.config()
             else:
                 self._write_queue(offset, size, value)
 
@@ -203,7 +241,7 @@ class VirtioPciTransport:
             NO_VECTOR,
             len(self._queues),
             self._status,
-            0,
+            self._generation,
             self._queue_select,
             queue.size if queue else 0,
             NO_VECTOR,
@@ -255,26 +293,46 @@ class VirtioPciTransport:
 
     def _features_acceptable(self) -> bool:
         accepted = self._driver_features
-        return not accepted & ~self._offered and accepted & REQUIRED_FEATURES == REQUIRED_FEATURES
+        return not accepted & ~self._offered and accepted & self._required == self._required
 
     def _start(self) -> None:
         try:
             queues = {
-                index: SplitQueue(self._memory, q.size, q.desc, q.driver, q.device)
+                index: self._make_queue(
+                    self._memory, q.size, q.desc, q.driver, q.device, self._driver_features
+                )
                 for index, q in enumerate(self._queues)
                 if q.enabled
             }
         except QueueError as error:
             self._fail(error)
             return
+        if self._observer is not None:
+            for index, queue in queues.items():
+                queue.observer = self._observer.queue(index)
         self._device.activate(self._memory, queues, self._driver_features)
-        self._active = queues
+        shared = RLock()
+        active = {
+            index: _ActiveQueue(queue, RLock() if self._device.concurrent else shared)
+            for index, queue in queues.items()
+        }
+        self._started = list(active.values())
+        self._active = active
 
     def _reset(self) -> None:
-        self._device.reset()
+        self._active = {}
+        with ExitStack() as idle:
+            for active in self._started:
+                idle.enter_context(active.lock)
+            self._device.reset()
         self._clear()
         with self._isr_lock:
             self._isr = 0
+
+    def _stop(self, index: int, active: _ActiveQueue, error: PyvmmError | OSError) -> None:
+        with self._lock:
+            if self._active.get(index) is active:  # else a reset was quicker
+                self._fail(error)
 
     def _fail(self, error: PyvmmError | OSError) -> None:
         """2.1.2: stop, set DEVICE_NEEDS_RESET and tell a driver that is up."""
@@ -283,6 +341,8 @@ class VirtioPciTransport:
         else:
             self._device.statistics.errors += 1
         self.failure = str(error)
+        if self._observer is not None:
+            self._observer.stopped()
         self._active = {}
         self._status |= STATUS_NEEDS_RESET
         if self._status & STATUS_DRIVER_OK:

@@ -1,8 +1,9 @@
 """The split virtqueue from the device's side, by pread and pwrite only (virtio 1.2, 2.7).
 
 One batch costs a pread of the available index, one of the new entries, one of the descriptor
-table, one pwrite of used elements and one of the used index, however many chains it has. All
-that is in there was written by a hostile guest: what does not add up raises QueueError.
+table, one pwrite of used elements and one of the used index, however many chains it has (an
+indirect chain adds a pread of its table). All that is in there was written by a hostile guest:
+what does not add up raises QueueError.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ ADDRESS_SPACE = 1 << 64
 
 DESC_NEXT, DESC_WRITE, DESC_INDIRECT = 1, 2, 4
 AVAIL_NO_INTERRUPT = 1
+F_INDIRECT_DESC, F_EVENT_IDX = 1 << 28, 1 << 29  # what `features` of a queue may hold
+# 2.7.5.3.1 allows as many as the queue has entries; drivers that shrank a queue take more.
+MAX_INDIRECT = 1024
 
 _INDEX = struct.Struct("<H")
 _RING_HEADER = struct.Struct("<HH")  # flags, index
@@ -40,6 +44,14 @@ class RingMemory(Protocol):
     def pwrite(self, data: bytes, gpa: int) -> None: ...
 
 
+class QueueObserver(Protocol):
+    """Told of each request that the device takes, and of those that go back to the guest."""
+
+    def taken(self, chains: list[Chain]) -> None: ...
+
+    def returned(self, used: list[tuple[int, int]]) -> None: ...
+
+
 class Chain(NamedTuple):
     """One request: what the device may read, then what it may write. Empty pieces are left out."""
 
@@ -51,12 +63,28 @@ class Chain(NamedTuple):
 class SplitQueue:
     """One enabled queue. Not locked: the transport serialises its use.
 
+    `features` are those agreed on; F_INDIRECT_DESC and F_EVENT_IDX matter here.
     Raises QueueError when a ring is misaligned or runs past the address space (2.7, table).
     """
 
-    __slots__ = ("_avail", "_desc", "_memory", "_next_avail", "_next_used", "_used", "more", "size")
+    __slots__ = (
+        "_armed",
+        "_avail",
+        "_desc",
+        "_event_index",
+        "_indirect",
+        "_memory",
+        "_next_avail",
+        "_next_used",
+        "_used",
+        "more",
+        "observer",
+        "size",
+    )
 
-    def __init__(self, memory: RingMemory, size: int, desc: int, avail: int, used: int) -> None:
+    def __init__(
+        self, memory: RingMemory, size: int, desc: int, avail: int, used: int, features: int = 0
+    ) -> None:
         if size & (size - 1) or not 1 <= size <= MAX_QUEUE_SIZE:
             raise QueueError(f"queue size {size} is not a power of two up to {MAX_QUEUE_SIZE}")
         for name, gpa, alignment, length in (
@@ -71,42 +99,61 @@ class SplitQueue:
         self._desc = desc
         self._avail = avail
         self._used = used
+        self._indirect = bool(features & F_INDIRECT_DESC)
+        self._event_index = bool(features & F_EVENT_IDX)
+        self._armed = -1  # the available index whose notification was asked for, by event index
         self._next_avail = 0
         self._next_used = 0
         self.more = False
-        """Whether chains were put back: they are there to be taken, without another notify."""
+        """Whether there is more to take without another notify: the device's word for what it
+        left, or the driver was quicker than the request to be notified."""
+        self.observer: QueueObserver | None = None
 
-    def take(self) -> list[Chain]:
+    def take(self, most: int = MAX_QUEUE_SIZE) -> list[Chain]:
         """The chains that became available since the last call, in the driver's order.
 
-        The index is read before the entries, and these before the descriptors: the order in
-        which the driver's writes become visible.
+        At most `most`; the others stay. Once none are left, the driver is asked to notify. The
+        index is read before the entries, and these before the descriptors: the order in which
+        the driver's writes become visible.
         """
         self.more = False
-        _, index = _RING_HEADER.unpack(self._memory.pread(4, self._avail))
-        count = (index - self._next_avail) & 0xFFFF
-        if count == 0:
-            return []
-        if count > self.size:
+        index = self._available_index()
+        count = available = (index - self._next_avail) & 0xFFFF
+        if available > self.size:
             raise QueueError(
                 f"available index went from {self._next_avail} to {index}, "
                 f"the queue has {self.size} entries"
             )
-        heads = self._read_heads(count)
-        table = self._memory.pread(16 * self.size, self._desc)
-        chains = [self._chain(table, head) for head in heads]
-        self._next_avail = index
+        count = min(available, most)
+        chains = []
+        if count:
+            heads = self._read_heads(count)
+            table = self._memory.pread(16 * self.size, self._desc)
+            chains = [self._chain(table, head) for head in heads]
+            self._next_avail = (self._next_avail + count) & 0xFFFF
+            if self.observer is not None:
+                self.observer.taken(chains)
+        if count == available and self._event_index and self._armed != index:
+            # 2.7.10: ask for a notify, then look once more: the driver may not have seen it.
+            self._memory.pwrite(_INDEX.pack(index), self._used + 4 + 8 * self.size)
+            self._armed = index
+            self.more = self._available_index() != index
         return chains
 
     def put_back(self, count: int) -> None:
         """Leave the last `count` chains of a `take` for the next one."""
         self._next_avail = (self._next_avail - count) & 0xFFFF
-        self.more = count > 0
+
+    def _available_index(self) -> int:
+        index: int = _RING_HEADER.unpack(self._memory.pread(4, self._avail))[1]
+        return index
 
     def publish(self, used: list[tuple[int, int]]) -> bool:
         """Return chains as (head, bytes written); True when the driver wants an interrupt."""
         if not used:
             return False
+        if self.observer is not None:
+            self.observer.returned(used)
         elements = b"".join([_USED_ELEMENT.pack(*element) for element in used])
         slot = self._next_used % self.size
         ring = self._used + 4
@@ -116,7 +163,10 @@ class SplitQueue:
             self._memory.pwrite(elements[until_wrap:], ring)
         self._next_used = (self._next_used + len(used)) & 0xFFFF
         self._memory.pwrite(_INDEX.pack(self._next_used), self._used + 2)
-        # After the index: the driver sets the flag, then looks at the index once more.
+        # After the index: the driver sets flag or event, then looks at the index once more.
+        if self._event_index:
+            (event,) = _INDEX.unpack(self._memory.pread(2, self._avail + 4 + 2 * self.size))
+            return (self._next_used - int(event) - 1) & 0xFFFF < len(used)
         (flags,) = _INDEX.unpack(self._memory.pread(2, self._avail))
         return not flags & AVAIL_NO_INTERRUPT
 
@@ -131,17 +181,24 @@ class SplitQueue:
 
     def _chain(self, table: bytes, head: int) -> Chain:
         """Follow one chain through the copied table, which the guest can't change under us."""
-        size = self.size
         readable: list[Segment] = []
         writable: list[Segment] = []
         total = 0
         index = head
-        for _ in range(size):
+        size = left = self.size
+        direct = True
+        while left:
+            left -= 1
             if index >= size:
                 raise QueueError(f"descriptor {index} of chain {head}: the table has {size}")
             gpa, length, flags, following = _DESCRIPTOR.unpack_from(table, 16 * index)
             if flags & DESC_INDIRECT:
-                raise QueueError(f"descriptor {index} is indirect, which was not offered")
+                if not direct:
+                    raise QueueError(f"chain {head}: an indirect table inside an indirect table")
+                table = self._indirect_table(head, gpa, length, flags)
+                size = left = length // 16
+                index, direct = 0, False
+                continue
             total += length
             if gpa + length > ADDRESS_SPACE or total >= MAX_CHAIN_BYTES:
                 raise QueueError(f"descriptor {index}: {length:#x} bytes at {gpa:#x} are too many")
@@ -156,3 +213,16 @@ class SplitQueue:
                 return Chain(head, readable, writable)
             index = following
         raise QueueError(f"chain {head} is a loop")
+
+    def _indirect_table(self, head: int, gpa: int, length: int, flags: int) -> bytes:
+        """2.7.5.3: a table of its own, with which the chain ends; its WRITE flag means nothing."""
+        if not self._indirect:
+            raise QueueError(f"chain {head} is indirect, which was not agreed on")
+        if flags & DESC_NEXT:
+            raise QueueError(f"chain {head} goes on after its indirect table")
+        if length % 16 or not 0 < length <= 16 * MAX_INDIRECT or gpa + length > ADDRESS_SPACE:
+            raise QueueError(
+                f"chain {head}: indirect table of {length:#x} bytes at {gpa:#x}; "
+                f"it holds 1 to {MAX_INDIRECT} descriptors of 16 bytes"
+            )
+        return self._memory.pread(length, gpa)
