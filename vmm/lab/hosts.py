@@ -19,7 +19,7 @@ class Host:
 STOCK = Host("stock", "Debian's kernel as it is, under QEMU (the default)")
 SW_PROTECTED = Host(
     "sw-protected",
-    "the same, KVM compiled with KVM_X86_SW_PROTECTED_VM (once, a minute)",
+    "the same, KVM compiled with KVM_X86_SW_PROTECTED_VM (once, half a minute)",
     sw_protected=True,
 )
 HOSTS = {host.name: host for host in (STOCK, SW_PROTECTED)}

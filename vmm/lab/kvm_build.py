@@ -107,7 +107,7 @@ class KvmBuild:
         command = [str(tree / "usr" / "bin" / "make"), f"-j{len(os.sched_getaffinity(0))}"]
         command += ["-C", str(self._headers(tree)), f"M={sources}"]
         command += [f"{symbol}=y" for symbol in _SYMBOLS] + list(_SETTINGS)
-        # The debugging information would be stripped, and costs most of the time.
+        # Debugging information would be stripped, and takes a third more time.
         command += [f"KCFLAGS={defined} -g0", "modules"]
         environment = {"PATH": f"{tree}/usr/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
         output = []
