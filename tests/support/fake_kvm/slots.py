@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right, insort
+from bisect import bisect_left, bisect_right, insort
 from dataclasses import dataclass
 
 from kvm_bindings import ioctls
@@ -130,4 +130,4 @@ class SlotTable:
         if slot.guest_memfd is not None:
             slot.guest_memfd.unbind(slot.number)
         del self._slots[slot.number]
-        self._starts.remove((slot.area.start, slot.number))
+        del self._starts[bisect_left(self._starts, (slot.area.start, slot.number))]
