@@ -26,7 +26,7 @@ _STATUS = "lab/status"
 RESULTS_BYTES = 8 << 30  # sparse: costs what is written
 
 _INPUT_OPTIONS = ("--kernel", "--initrd")
-_OUTPUT_OPTIONS = ("--report", "--trace")
+_OUTPUT_OPTIONS = ("--report", "--trace", "--json")
 # Directories that the kernel makes inside too: what lies there is not carried.
 _NOT_CARRIED = ("/dev", "/proc", "/sys")
 

@@ -1,7 +1,9 @@
 """Every case, in the order in which they are shown."""
 
+from __future__ import annotations
+
 from vmm.selftest.case import CASES, Case
-from vmm.selftest.cases import (  # noqa: F401 - importing registers them, in this order
+from vmm.selftest.cases import (
     concurrency,
     contents,
     faults,
@@ -13,7 +15,20 @@ from vmm.selftest.cases import (  # noqa: F401 - importing registers them, in th
     transactions,
 )
 
+_ORDER = (
+    contents,
+    patterns,
+    residency,
+    transactions,
+    concurrency,
+    memslots,
+    faults,
+    guest_memfd_file,
+    pre_fault,
+)
+
 
 def all_cases() -> list[Case]:
     """The cases of all files."""
-    return list(CASES)
+    places = {module.__name__: place for place, module in enumerate(_ORDER)}
+    return sorted(CASES, key=lambda each: places[each.run.__module__])
