@@ -49,6 +49,8 @@ class MachineConfig(NamedTuple):
     """None: an ordinary VM; else one of PRIVATE_BACKINGS."""
     scheme: str = "auto"
     disks: tuple[str, ...] = ()
+    allow_mapped_io: bool = False
+    """Whether a disk may ask for io=mmap, which reads and writes guest memory through a mapping."""
     policies: tuple[tuple[str, tuple[str, ...]], ...] = ()
     """What --policy names, in order, each with its --policy-arg NAME=VALUE words."""
     report: str | None = None

@@ -21,7 +21,7 @@ from vmm.arch.x86_64.msrs import MsrTable
 from vmm.conversion.scheme import CbitScheme, PlainScheme, Scheme
 from vmm.conversion.transaction import Converter
 from vmm.core.ending_signals import on_ending_signal
-from vmm.core.errors import HostError, tell
+from vmm.core.errors import HostError, UsageError, tell
 from vmm.core.event_loop import EventLoop
 from vmm.core.ranges import Range, page_align_down, page_align_up
 from vmm.devices.virtio.block_file import DiskFile, open_disk
@@ -123,6 +123,11 @@ class Machine:
         for spec in config.disks:
             disk = open_disk(spec)
             self._cleanup.callback(disk.close)
+            if disk.engine == "mmap" and not config.allow_mapped_io:
+                raise UsageError(
+                    f"--disk {spec}: io=mmap maps guest memory into pyvmm, which nothing else here "
+                    "does; use io=fd2fd or io=pread, or add --allow-mapped-io to measure it"
+                )
             self._disks.append(disk)
         self._trace = None if config.trace is None else _open_trace(config.trace, config)
         if self._trace is not None:

@@ -9,11 +9,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from enum import Enum
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from vmm.core.errors import PrivateAccess, UnmappedAccess
 from vmm.core.ranges import Range, RangeMap
 from vmm.memory.backing import Backing, Buffer, byte_count
+
+if TYPE_CHECKING:
+    from vmm.memory.engines import Engine
 
 
 class PageState(Enum):
@@ -122,6 +125,10 @@ class GuestMemory:
             return self.shared.transfer_out(gpa, size, dst_fd, dst_offset)
         finally:
             self._leave()
+
+    def through(self, engine: Engine) -> MemoryThrough:
+        """The same memory, whose transfers go through `engine`."""
+        return MemoryThrough(self, engine)
 
     def _enter(self, gpa: int, size: int) -> None:
         """Hold off conversions of the range until `_leave`, or refuse the access."""
@@ -253,6 +260,29 @@ class GuestMemory:
         self.shared.close()
         if self.private is not None:
             self.private.close()
+
+
+class MemoryThrough:
+    """Guest memory as one device sees it: GuestMemory checks, an engine moves the bytes."""
+
+    def __init__(self, memory: GuestMemory, engine: Engine) -> None:
+        self._memory = memory
+        self._engine = engine
+        self.pread, self.pwrite = memory.pread, memory.pwrite
+
+    def transfer_in(self, src_fd: int, src_offset: int, gpa: int, size: int) -> int:
+        self._memory._enter(gpa, size)
+        try:
+            return self._engine.transfer_in(src_fd, src_offset, gpa, size)
+        finally:
+            self._memory._leave()
+
+    def transfer_out(self, gpa: int, size: int, dst_fd: int, dst_offset: int) -> int:
+        self._memory._enter(gpa, size)
+        try:
+            return self._engine.transfer_out(gpa, size, dst_fd, dst_offset)
+        finally:
+            self._memory._leave()
 
 
 class LaunchMemory:

@@ -177,6 +177,8 @@ def test_host_side_load_into_unreachable_memory_is_refused(command: Command) -> 
         ("empty", "0 bytes are less than one sector of 512; make it larger"),
         ("/dev/null", "is neither a file nor a block device"),
         ("disk,rw", "unknown option 'rw'; write FILE"),
+        ("disk,io=dma", "unknown option 'io=dma'; write FILE.*fd2fd"),
+        ("disk,io=mmap", "io=mmap maps guest memory.*use io=fd2fd.*--allow-mapped-io"),
         (",ro", "names no file"),
     ],
 )
