@@ -98,15 +98,17 @@ def build_parser() -> argparse.ArgumentParser:
         "--private-mem",
         nargs="?",
         const="auto",
-        metavar="auto|guest_memfd|guest_memfd-mmap|memfd",
-        help="give the guest private memory; the value picks what stands behind it "
+        metavar="auto|guest_memfd|guest_memfd-mmap|memfd|...",
+        help="give the guest private memory; the value picks what stands behind it, for "
+        "experiments also guest_memfd-plain, guest_memfd-in-place, memfd-sealed, memfd-hugetlb "
         "(default auto: the strongest that this host has and the guest can use)",
     )
     private.add_argument(
         "--scheme",
-        metavar="auto|cbit",
+        metavar="auto|attributes|in-place|cbit|remap",
         default="auto",
-        help="how private and shared pages are told apart (default auto)",
+        help="how private and shared pages are told apart (default auto: the first of these that "
+        "this host has and the guest can use; pyvmm check says why)",
     )
     private.add_argument(
         "--policy",

@@ -14,14 +14,7 @@ from typing import Any, Protocol
 from kvm_bindings import fdops, floors
 from vmm.core.errors import HostError
 from vmm.memory import transfer
-
-
-class Side(Protocol):
-    """What an engine needs to know of the shared side of guest memory."""
-
-    fd: int
-    size: int
-    access: str
+from vmm.memory.backing import Backing
 
 
 class Engine(Protocol):
@@ -46,13 +39,18 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
-def make_engine(name: str, side: Side) -> Engine:
+def make_engine(name: str, side: Backing) -> Engine:
     """The engine of that name (one of transfer.ENGINES) for this shared side.
 
-    Raises HostError where the side's fd has no pread, which all of them build on.
+    Raises HostError for all but `auto` where the side's fd has no pread and pwrite.
     """
     if side.access != "pread/pwrite":
-        raise HostError(f"io={name}: the shared side of guest memory has {side.access} only")
+        if name == "auto":
+            return BackingsOwnEngine(side)
+        raise HostError(
+            f"io={name} needs pread and pwrite on the fd of shared memory, {side.name} has "
+            f"{side.access}; leave io= away"
+        )
     if name == "mmap":
         return MappedEngine(side)
     return CopyingEngine(name, side)
@@ -66,7 +64,7 @@ def _as_dict(engine: Engine) -> dict[str, Any]:
 class CopyingEngine:
     """`auto`, `pread` and `fd2fd`: system calls on the two fds."""
 
-    def __init__(self, name: str, side: Side) -> None:
+    def __init__(self, name: str, side: Backing) -> None:
         self.name = name
         self._side = side
         self._copier = transfer.FdCopier(
@@ -91,6 +89,33 @@ class CopyingEngine:
         """It holds nothing but the thread's pipe and buffer."""
 
 
+class BackingsOwnEngine:
+    """`auto` where shared memory's fd has no pread: whatever the backing offers in its place."""
+
+    name = "auto"
+    fallbacks = 0
+
+    def __init__(self, side: Backing) -> None:
+        self._side = side
+        self.bytes_by = {side.access: 0}
+
+    def transfer_in(self, src_fd: int, src_offset: int, offset: int, size: int) -> int:
+        return self._count(self._side.transfer_in(src_fd, src_offset, offset, size))
+
+    def transfer_out(self, offset: int, size: int, dst_fd: int, dst_offset: int) -> int:
+        return self._count(self._side.transfer_out(offset, size, dst_fd, dst_offset))
+
+    def _count(self, moved: int) -> int:
+        self.bytes_by[self._side.access] += moved
+        return moved
+
+    def as_dict(self) -> dict[str, Any]:
+        return _as_dict(self)
+
+    def close(self) -> None:
+        """The backing is its owner's."""
+
+
 class MappedEngine:
     """`mmap`: both files mapped, memcpy between them. The comparator that all others are measured
     against, and the one place that reads and writes guest memory through a mapping.
@@ -101,7 +126,7 @@ class MappedEngine:
 
     name = "mmap"
 
-    def __init__(self, side: Side) -> None:
+    def __init__(self, side: Backing) -> None:
         self._side = side
         self._memory = fdops.map_shared(side.fd, side.size)
         self._disks: dict[int, tuple[int, int]] = {}

@@ -23,7 +23,8 @@ from vmm.machine.report import (
     build_report,
     isolation_of,
 )
-from vmm.memory.backing import Backing, MemfdBacking
+from vmm.memory.backing import Backing
+from vmm.memory.backings.memfd import MemfdBacking
 from vmm.memory.guest_memory import GuestMemory
 
 RAM = 1 << 20
@@ -36,6 +37,7 @@ def some_report(engine: str = "fd2fd") -> dict[str, Any]:
     memory.pwrite(b"x", 0)
     report = build_report(
         scheme="cbit",
+        not_taken={"attributes": "not here"},
         doorbell="port",
         memory=memory,
         outcome=Outcome("poweroff"),
@@ -106,7 +108,8 @@ def test_report_counts_pages_and_residency_of_both_sides() -> None:
     report = some_report()
 
     assert report["pages"] == {
-        "ram_bytes": RAM, "private_bytes": 0x80000, "shared_bytes": 0x80000, "deferred_bytes": 0,
+        "ram_bytes": RAM, "private_bytes": 0x80000, "shared_bytes": 0x80000,
+        "deferred_bytes": 0, "common_bytes": 0,
     }  # fmt: skip
     assert report["residency"] == {"private_bytes": 0, "shared_bytes": 4096}
 

@@ -13,6 +13,8 @@ from kvm_bindings import fdops
 from tests.support.memory import guest_memory, page, pages, pattern
 from vmm.core.errors import HostError, PrivateAccess
 from vmm.memory import transfer
+from vmm.memory.backing import Traits
+from vmm.memory.backings.mapped import MappedBacking
 from vmm.memory.engines import Engine, make_engine
 from vmm.memory.guest_memory import GuestMemory
 from vmm.memory.transfer import ENGINES
@@ -151,8 +153,47 @@ def test_mapped_write_past_the_files_end_is_refused(memory: GuestMemory, disk: i
     engine.close()
 
 
-def test_engine_without_pread_on_the_shared_side_is_refused(memory: GuestMemory) -> None:
-    memory.shared.access = "/proc/self/mem"
+@pytest.fixture
+def without_pread() -> Iterator[GuestMemory]:
+    """Shared memory as on a guest_memfd: reached by system calls into a mapping."""
+    side = ByMapping(page(4))
+    made = GuestMemory([pages(0, 4)], side)
+    yield made
+    made.close()
 
-    with pytest.raises(HostError, match="io=pread.*has /proc/self/mem only"):
-        make_engine("pread", memory.shared)
+
+class ByMapping(MappedBacking):
+    """A memfd that may be used through its mapping only."""
+
+    name = "by-mapping"
+    is_guest_memfd = False
+    traits = Traits(False, False, False, True, "allowed")
+
+    def __init__(self, size: int) -> None:
+        fd = os.memfd_create("side", os.MFD_CLOEXEC)
+        os.ftruncate(fd, size)
+        super().__init__(fd, size)
+
+    def resident_bytes(self, offset: int = 0, size: int = 0) -> int:
+        return 0
+
+
+def test_auto_without_pread_on_the_shared_side_goes_the_backings_way(
+    without_pread: GuestMemory, disk: int
+) -> None:
+    engine = make_engine("auto", without_pread.shared)
+
+    moved = without_pread.through(engine).transfer_in(disk, 5, 100, 5000)
+    moved += without_pread.through(engine).transfer_out(100, 5000, disk, 0)
+
+    assert moved == 10_000
+    assert os.pread(disk, 5000, 0) == pattern(page(30))[5:5005]
+    assert engine.bytes_by == {"/proc/self/mem": 10_000}
+
+
+@pytest.mark.parametrize("name", ["pread", "fd2fd", "mmap"])
+def test_other_engine_without_pread_on_the_shared_side_is_refused(
+    without_pread: GuestMemory, name: str
+) -> None:
+    with pytest.raises(HostError, match=f"io={name} needs pread.*by-mapping has /proc/self/mem"):
+        make_engine(name, without_pread.shared)
