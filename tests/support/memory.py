@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from kvm_bindings import KvmError
 from vmm.core.ranges import PAGE_SIZE, Range
-from vmm.memory.backing import MemfdBacking
+from vmm.memory.backings.memfd import MemfdBacking
 from vmm.memory.guest_memory import GuestMemory
 
 HOLE_START, HOLE_END = 0xC000_0000, 0x1_0000_0000
@@ -44,11 +44,16 @@ def guest_memory(
     ram: tuple[Range, ...] = SMALL_RAM,
     shared: MemfdBacking | None = None,
     private_backing: MemfdBacking | None = None,
+    common_end: int = 0,
 ) -> Iterator[GuestMemory]:
     """GuestMemory over two memfds, `private` ranges private, the rest shared."""
     size = ram[-1].end
     memory = GuestMemory(
-        ram, shared or MemfdBacking(size), private_backing or MemfdBacking(size), private
+        ram,
+        shared or MemfdBacking(size),
+        private_backing or MemfdBacking(size),
+        private,
+        common_end,
     )
     try:
         yield memory

@@ -77,25 +77,33 @@ def build_parser() -> argparse.ArgumentParser:
     guest.add_argument("--cpus", metavar="N", default="1", help="number of vCPUs (default 1)")
     guest.add_argument(
         "--disk",
-        metavar="FILE[,ro][,serial=TEXT]",
+        metavar="FILE[,ro][,serial=TEXT][,io=ENGINE]",
         action="append",
         default=[],
-        help="a raw disk image or block device as virtio-blk; may be given several times",
+        help="a raw disk image or block device as virtio-blk; may be given several times; ENGINE: "
+        "auto (default), pread (through a buffer), fd2fd (inside the kernel), mmap (memcpy)",
+    )
+    guest.add_argument(
+        "--allow-mapped-io",
+        action="store_true",
+        help="let a disk have io=mmap, the yardstick that reads and writes guest memory itself",
     )
     private = parser.add_argument_group("private memory")
     private.add_argument(
         "--private-mem",
         nargs="?",
         const="auto",
-        metavar="auto|guest_memfd|guest_memfd-mmap|memfd",
-        help="give the guest private memory; the value picks what stands behind it "
+        metavar="auto|guest_memfd|guest_memfd-mmap|memfd|...",
+        help="give the guest private memory; the value picks what stands behind it, for "
+        "experiments also guest_memfd-plain, guest_memfd-in-place, memfd-sealed, memfd-hugetlb "
         "(default auto: the strongest that this host has and the guest can use)",
     )
     private.add_argument(
         "--scheme",
-        metavar="auto|cbit",
+        metavar="auto|attributes|in-place|cbit|remap",
         default="auto",
-        help="how private and shared pages are told apart (default auto)",
+        help="how private and shared pages are told apart (default auto: the first of these that "
+        "this host has and the guest can use; pyvmm check says why)",
     )
     private.add_argument(
         "--policy",
@@ -213,6 +221,7 @@ def _configuration(arguments: Sequence[str]) -> MachineConfig:
         private_memory=options.private_mem,
         scheme=options.scheme,
         disks=tuple(options.disk),
+        allow_mapped_io=options.allow_mapped_io,
         policies=tuple((spec, tuple(words)) for spec, words in options.policy),
         report=options.report,
         trace=options.trace,

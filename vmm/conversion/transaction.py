@@ -42,6 +42,8 @@ _SETTLED = {
 }
 """The states in which a page already is to the guest what the request wants it to be."""
 
+_TARGET = {Kind.SHARE: PageState.SHARED, Kind.UNSHARE: PageState.PRIVATE}
+
 RETRY_SECONDS = 1.0
 """When a late discard that failed is tried again."""
 
@@ -232,7 +234,10 @@ class Converter:
         if not changing and (not deferred or later is not None):
             memory.abandon_conversion()
             return 0
+        if memory.in_place:
+            later = None  # there is no other side that could be kept
         applied = False
+        gone: list[Range] = []
         try:
             if not memory.quiesce(area, self._quiesce_timeout):
                 raise Refused(errno.EBUSY, f"host accesses to {area} did not finish")
@@ -241,22 +246,30 @@ class Converter:
             if changing:
                 self._scheme.apply(area, kind)
                 applied = True
-            # One call for the whole range, also over parts that are there already: their other
-            # side is empty, and a single call can't stop half way through the runs. Discarding
-            # is the one step that can't be undone, so it comes last.
-            if kind is Kind.SHARE:
+            # Discarding is the one step that can't be undone, so it comes last. One call for the
+            # whole range, also over parts that are there already: their other side is empty, and
+            # a single call can't stop half way through the runs.
+            if memory.in_place:
+                for run in changing:  # here the page itself goes: not those that stay as they are
+                    memory.discard_shared(run)
+                    gone.append(run)
+            elif kind is Kind.SHARE:
                 memory.discard_private(area)
             elif later is None:
                 memory.discard_shared(area)
         except BaseException:
             try:
                 if applied:
-                    self._revert(changing, kind)
+                    self._revert(changing[len(gone) :], kind)
             finally:
-                memory.abandon_conversion()
+                # What is gone has changed sides: the guest could not have its content back.
+                memory.finish_conversion(_TARGET[kind], gone)
+                self.accounting.of(kind).bytes += sum(run.size for run in gone)
+                if gone and observer is not None:
+                    observer.changed(gone, _TARGET[kind], began)
             raise
         if later is None:
-            state = PageState.SHARED if kind is Kind.SHARE else PageState.PRIVATE
+            state = _TARGET[kind]
             memory.finish_conversion(state)
         else:
             state = PageState.DEFERRED

@@ -30,8 +30,12 @@ class Guest(Protocol):
     """Whether its private memory is filled by the host before it runs."""
     needs_hypercalls: bool
     """Whether it asks for conversions by KVM_HC_MAP_GPA_RANGE."""
+    two_addresses: bool
+    """Whether it picks the side of a page by an address bit, and can't do without."""
     msrs: Mapping[int, int]
     """Model-specific registers that it expects to find set."""
+    unpaged_end: int
+    """Below this it runs processors without paging, which can't set the C-bit."""
 
     def finish_opening(self) -> None:
         """Wait for images that are on their way. Raises UsageError for a bad one."""
@@ -57,11 +61,14 @@ class LinuxGuest:
 
     host_loads_private = True
     needs_hypercalls = True
+    two_addresses = True
     msrs: Mapping[int, int] = LINUX_ENTRY_MSRS
 
     def __init__(self, config: MachineConfig, kernel: OpenedKernel, initrd: Source | None) -> None:
         """Takes over the images, of which the kernel may still be on its way."""
         self._config = config
+        # Linux starts every processor but the first in real mode, somewhere in low RAM.
+        self.unpaged_end = layout.EBDA_END if config.cpus > 1 else 0
         self._opened = kernel
         self._initrd = initrd
         self._image: KernelImage | None = None
@@ -134,7 +141,9 @@ class PayloadGuest:
 
     host_loads_private = False
     needs_hypercalls = False
+    two_addresses = False
     msrs: Mapping[int, int] = {}
+    unpaged_end = 0  # it never starts another processor
 
     def __init__(self, config: MachineConfig) -> None:
         """Raises UsageError when the payload would not fit."""
@@ -172,7 +181,7 @@ class PayloadGuest:
         info = PayloadInfo(
             ram_bytes=ram[0].end,
             c_bit_mask=c_mask,
-            doorbell_port=layout.DOORBELL_PORT if c_mask else 0,
+            doorbell_port=0 if self._config.private_memory is None else layout.DOORBELL_PORT,
             has_disk=bool(self._config.disks),
         )
         page_tables = payload_tables(ram, c_mask)

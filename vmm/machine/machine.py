@@ -18,10 +18,11 @@ from vmm.arch.x86_64.doorbells import (
     PortDoorbell,
 )
 from vmm.arch.x86_64.msrs import MsrTable
-from vmm.conversion.scheme import CbitScheme, PlainScheme, Scheme
+from vmm.conversion.scheme import Scheme
+from vmm.conversion.schemes.plain import PlainScheme
 from vmm.conversion.transaction import Converter
 from vmm.core.ending_signals import on_ending_signal
-from vmm.core.errors import HostError, tell
+from vmm.core.errors import HostError, UsageError, tell
 from vmm.core.event_loop import EventLoop
 from vmm.core.ranges import Range, page_align_down, page_align_up
 from vmm.devices.virtio.block_file import DiskFile, open_disk
@@ -42,15 +43,11 @@ from vmm.machine.config import MachineConfig
 from vmm.machine.console import Console
 from vmm.machine.devices import Devices
 from vmm.machine.guest import Guest, make_guest
-from vmm.machine.host import (
-    SEE_CHECK,
-    create_private_backing,
-    open_kvm,
-    require_hypercall_exits,
-)
+from vmm.machine.host import SEE_CHECK, open_kvm, require_hypercall_exits
 from vmm.machine.images import OpenedImages
 from vmm.machine.report import ReportFile, build_report
-from vmm.memory.backing import MemfdBacking
+from vmm.machine.schemes import Chosen, Wanted, choose, make_scheme
+from vmm.memory.backings.memfd import MemfdBacking
 from vmm.memory.guest_memory import GuestMemory, LaunchMemory, PageState
 from vmm.policy import End, Policy, PolicyError, PolicyKill
 
@@ -123,6 +120,11 @@ class Machine:
         for spec in config.disks:
             disk = open_disk(spec)
             self._cleanup.callback(disk.close)
+            if disk.engine == "mmap" and not config.allow_mapped_io:
+                raise UsageError(
+                    f"--disk {spec}: io=mmap maps guest memory into pyvmm, which nothing else here "
+                    "does; use io=fd2fd or io=pread, or add --allow-mapped-io to measure it"
+                )
             self._disks.append(disk)
         self._trace = None if config.trace is None else _open_trace(config.trace, config)
         if self._trace is not None:
@@ -136,7 +138,7 @@ class Machine:
         try:
             self._create_vm()
             self._lay_out_memory()
-            self._create_vcpu()
+            self._create_processors()
             if self._is_private:
                 self._map_ahead(self._guest.early_private_writes(self._ram))
         except (HostError, OSError):
@@ -150,20 +152,48 @@ class Machine:
         self._supported_cpuid = system.supported_cpuid()
         if self._is_private and self._guest.needs_hypercalls:
             self._require_working_hypercalls()
-        self._vm: Vm = self._cleanup.enter_context(system.create_vm())
+        self._ram: list[Range] = layout.ram_ranges(self._config.memory)
+        self._chosen = self._choose_scheme()
+        vm = system.create_vm() if self._chosen is None else self._chosen.vm
+        self._vm: Vm = self._cleanup.enter_context(vm)
+        if self._chosen is not None:
+            self._cleanup.callback(self._chosen.backing.close)
         self._vm.set_identity_map_addr(layout.IDENTITY_MAP_GPA)
         self._vm.set_tss_addr(layout.TSS_ADDRESS_GPA)
         self._vm.create_irqchip()
         self._vm.create_pit2()
-        if self._is_private and self._guest.needs_hypercalls:
+        if self._is_private:
+            self._pass_requests_on()
+
+    def _choose_scheme(self) -> Chosen | None:
+        """Scheme and private backing, in a VM of the kind that they need; None: nothing private."""
+        config, guest = self._config, self._guest
+        if config.private_memory is None:
+            return None
+        return choose(
+            self._system,
+            Wanted(
+                config.scheme,
+                config.private_memory,
+                self._ram[-1].end,
+                two_addresses=guest.two_addresses,
+                host_loads=guest.host_loads_private,
+            ),
+        )
+
+    def _pass_requests_on(self) -> None:
+        """Have KVM hand the guest's hypercalls and, for Linux, unknown MSRs to us."""
+        if self._guest.needs_hypercalls:
             require_hypercall_exits(self._vm)
-            self._vm.enable_cap(ioctls.KVM_CAP_EXIT_HYPERCALL, 1 << KVM_HC_MAP_GPA_RANGE)
             self._vm.enable_cap(
                 ioctls.KVM_CAP_X86_USER_SPACE_MSR,
                 ioctls.KVM_MSR_EXIT_REASON_INVAL
                 | ioctls.KVM_MSR_EXIT_REASON_UNKNOWN
                 | ioctls.KVM_MSR_EXIT_REASON_FILTER,
             )
+        wanted = 1 << KVM_HC_MAP_GPA_RANGE
+        if self._vm.check_extension(ioctls.KVM_CAP_EXIT_HYPERCALL) & wanted:
+            self._vm.enable_cap(ioctls.KVM_CAP_EXIT_HYPERCALL, wanted)
 
     @property
     def _is_private(self) -> bool:
@@ -193,56 +223,49 @@ class Machine:
 
     def _lay_out_memory(self) -> None:
         """Backings, GuestMemory and the scheme's memslots."""
-        config = self._config
-        self._ram: list[Range] = layout.ram_ranges(config.memory)
-        size = self._ram[-1].end
-        shared = MemfdBacking(size, "pyvmm-shared")
-        self._c_mask = 0
+        chosen, size = self._chosen, self._ram[-1].end
         self._scheme: Scheme = PlainScheme()
-        private_backing = None
+        backing = None
         private: list[Range] = []
-        try:
-            if config.private_memory is not None:
-                c_bit = choose_c_bit(self._supported_cpuid, size)
-                self._c_mask = 1 << c_bit
-                self._scheme = CbitScheme(c_bit)
-                private = self._guest.private_ranges(self._ram)
-                private_backing = create_private_backing(
-                    self._vm,
-                    config.private_memory,
-                    size,
-                    host_loads=self._guest.host_loads_private,
-                )
-        except BaseException:
-            shared.close()
-            raise
-        self._memory = GuestMemory(self._ram, shared, private_backing, private)
+        if chosen is not None:
+            self._scheme = make_scheme(
+                chosen.scheme, lambda: choose_c_bit(self._supported_cpuid, size), self._vcpus.parked
+            )
+            backing = chosen.backing
+            private = self._guest.private_ranges(self._ram)
+        in_place = backing is not None and backing.traits.in_place
+        shared = backing if in_place and backing else MemfdBacking(size, "pyvmm-shared")
+        common_end = self._guest.unpaged_end if self._scheme.alias else 0
+        self._memory = GuestMemory(self._ram, shared, backing, private, common_end)
         self._cleanup.callback(self._memory.close)
         self._scheme.install(self._vm, self._memory)
 
-    def _create_vcpu(self) -> None:
-        self._vcpu: Vcpu = self._vm.create_vcpu(0)
-        self._cleanup.callback(self._vcpu.close)
-        announced = self._c_mask.bit_length() - 1 if self._guest.needs_hypercalls else -1
-        cpuid = guest_cpuid(
-            self._supported_cpuid,
-            0,
-            self._config.cpus,
-            c_bit=announced if announced >= 0 else None,
-        )
-        # Before registers: KVM refuses EFER.LME to a vCPU whose CPUID doesn't have long mode.
-        self._vcpu.set_cpuid2(cpuid)
+    def _create_processors(self) -> None:
+        self._processors: list[Vcpu] = []
+        count = self._config.cpus
+        limit = self._vm.check_extension(ioctls.KVM_CAP_MAX_VCPUS)
+        if count > limit > 0:
+            raise HostError(f"--cpus {count}: this host's KVM takes {limit} at most; use fewer")
+        announced = self._scheme.alias.bit_length() - 1 if self._guest.needs_hypercalls else -1
+        c_bit = announced if announced >= 0 else None
+        for index in range(count):
+            vcpu = self._vm.create_vcpu(index)
+            self._cleanup.callback(vcpu.close)
+            # Before registers: KVM refuses EFER.LME to a vCPU whose CPUID doesn't have long mode.
+            vcpu.set_cpuid2(guest_cpuid(self._supported_cpuid, index, count, c_bit=c_bit))
+            if self._guest.msrs:
+                vcpu.set_msrs(self._guest.msrs)
+            self._processors.append(vcpu)
 
     def _load_guest(self) -> None:
         """Memory contents by pwrite and fd-to-fd transfer, then registers."""
         launch = LaunchMemory(self._memory)
-        state = self._guest.load(launch, self._ram, self._c_mask)
+        state = self._guest.load(launch, self._ram, self._scheme.alias)
         launch.seal()
         self._guest.close()  # the kernel's bytes are in guest memory now
-        self._vcpu.update_sregs(state.sregs)  # type: ignore[arg-type]  # a TypedDict
-        self._vcpu.set_regs(state.regs)
-        if self._guest.msrs:
-            self._vcpu.set_msrs(self._guest.msrs)
+        # The others stay as KVM made them, until the first one starts them (INIT, SIPI).
+        self._processors[0].update_sregs(state.sregs)  # type: ignore[arg-type]  # a TypedDict
+        self._processors[0].set_regs(state.regs)
         self._map_ahead(launch.written)
 
     def _map_ahead(self, areas: list[Range]) -> None:
@@ -253,10 +276,10 @@ class Machine:
             return
         for area in areas:
             for run, state in self._memory.states(area):
-                alias = self._c_mask if state is PageState.PRIVATE else 0
+                alias = self._scheme.alias if state is PageState.PRIVATE else 0
                 start, end = page_align_down(run.start), page_align_up(run.end)
                 try:
-                    self._vcpu.pre_fault_memory(start | alias, end - start)
+                    self._processors[0].pre_fault_memory(start | alias, end - start)
                 except KvmError:
                     return  # shadow paging can't; the guest's faults do it one by one
 
@@ -310,7 +333,8 @@ class Machine:
         if self._trace is not None:
             self._trace.start(self._memory, self._scheme.name, self._doorbell)
         install_kick_handler()
-        self._vcpus.add(self._vcpu, self._handlers, self.stop)
+        for vcpu in self._processors:
+            self._vcpus.add(vcpu, self._handlers, self.stop)
         with on_ending_signal(self._signalled):
             try:
                 self._console.attach(self._loop, self._devices.serial)
@@ -367,6 +391,7 @@ class Machine:
             self._trace.end(outcome)
         self.report = build_report(
             scheme=self._scheme.name,
+            not_taken={} if self._chosen is None else self._chosen.not_taken,
             doorbell=self._doorbell,
             memory=self._memory,
             outcome=outcome,
@@ -374,7 +399,7 @@ class Machine:
             refinements=self._converter.refinements,
             io=self._devices.io_statistics(),
             exits=counts,
-            ports=self._handlers.port_counts,
+            ports=self._handlers.port_counts(),
             wall_seconds=wall_seconds,
         )
         if self._report_file is not None:

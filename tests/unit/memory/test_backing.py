@@ -1,15 +1,16 @@
 """Backings over memfds: every verb moves everything, holes read as zeros, residency is true.
 
-GuestMemfdBacking is tried over a memfd too: its way through /proc/self/mem is the same for any
-mapping, and tests/kvm has the real thing.
+MappedGuestMemfdBacking is tried over a memfd too: its way through /proc/self/mem is the same for
+any mapping, and tests/kvm has the real thing.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -18,15 +19,19 @@ from kvm_bindings import fdops
 from tests.support.memory import pattern
 from vmm.core.errors import PrivateAccess
 from vmm.core.ranges import PAGE_SIZE
-from vmm.memory.backing import Backing, Buffer, GuestMemfdBacking, MemfdBacking
+from vmm.memory.backing import Backing, Buffer
+from vmm.memory.backings.guest_memfd import GuestMemfdBacking, MappedGuestMemfdBacking
+from vmm.memory.backings.hugetlb_memfd import HUGE_PAGE, HugetlbMemfdBacking
+from vmm.memory.backings.memfd import MemfdBacking
+from vmm.memory.backings.sealed_memfd import SealedMemfdBacking
 
 SIZE = 64 * PAGE_SIZE
 
 
-def mapped_memfd(size: int) -> GuestMemfdBacking:
+def mapped_memfd(size: int) -> MappedGuestMemfdBacking:
     fd = os.memfd_create("stands in for a guest_memfd")
     os.truncate(fd, size)
-    return GuestMemfdBacking(fd, size, init_shared=True)
+    return MappedGuestMemfdBacking(fd, size)
 
 
 @pytest.fixture(params=[MemfdBacking, mapped_memfd])
@@ -169,7 +174,7 @@ def test_guest_memfd_that_cannot_be_taken_over_leaks_no_fd(
     fd = os.memfd_create("stands in for a guest_memfd")
     os.truncate(fd, SIZE)
 
-    def refuse(*_: object) -> int:
+    def refuse(*_: object, **__: object) -> int:
         raise OSError(errno.EMFILE, "Too many open files")
 
     with monkeypatch.context() as patched:
@@ -178,7 +183,7 @@ def test_guest_memfd_that_cannot_be_taken_over_leaks_no_fd(
         else:
             patched.setattr(os, "open", refuse)
         with pytest.raises(OSError, match="Too many open files"):
-            GuestMemfdBacking(fd, SIZE, init_shared=True)
+            MappedGuestMemfdBacking(fd, SIZE)
 
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(fd)
@@ -190,7 +195,7 @@ def test_guest_memfd_that_cannot_be_taken_over_leaks_no_fd(
 def test_unreachable_guest_memfd_refuses_every_verb_by_name() -> None:
     fd = os.memfd_create("stands in for a guest_memfd")
     os.truncate(fd, SIZE)
-    backing = GuestMemfdBacking(fd, SIZE, init_shared=False)
+    backing = GuestMemfdBacking(fd, SIZE)
     attempts: list[Any] = [
         lambda: backing.pread(1, 0),
         lambda: backing.pwrite(b"x", 0),
@@ -240,4 +245,84 @@ def test_mapped_backing_whose_pages_cannot_be_reached_is_an_error_not_a_signal()
     with pytest.raises(OSError, match=r"Input/output error|Bad address"):
         backing.pwrite(b"x", 0)
 
+    backing.close()
+
+
+# Variants of the memfd, and what backings claim.
+
+
+def test_sealed_memfd_keeps_its_size_and_still_takes_holes() -> None:
+    backing = SealedMemfdBacking(SIZE)
+    backing.pwrite(pattern(SIZE), 0)
+
+    for size in (0, SIZE + PAGE_SIZE):
+        with pytest.raises(PermissionError):
+            os.ftruncate(backing.fd, size)
+    with pytest.raises(PermissionError):
+        fcntl.fcntl(backing.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+    backing.punch(0, SIZE)
+
+    assert backing.pread(SIZE, 0) == bytes(SIZE)
+    assert backing.resident_bytes() == 0
+    backing.close()
+
+
+@pytest.fixture
+def huge() -> Iterator[HugetlbMemfdBacking]:
+    try:
+        made = HugetlbMemfdBacking(2 * HUGE_PAGE)
+    except OSError as error:
+        pytest.skip(f"{error.strerror}")
+    yield made
+    made.close()
+
+
+def test_huge_pages_that_are_not_there_are_named_with_the_remedy() -> None:
+    before = set(os.listdir("/proc/self/fd"))
+
+    with pytest.raises(OSError, match=r"no 4194304 huge pages to spare; reserve them in /sys/"):
+        HugetlbMemfdBacking(1 << 43)
+
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+def test_hole_in_a_part_of_a_huge_page_leaves_zeros_and_the_page(huge: HugetlbMemfdBacking) -> None:
+    huge.pwrite(pattern(HUGE_PAGE), 0)
+
+    huge.punch(PAGE_SIZE, PAGE_SIZE)
+
+    assert huge.pread(PAGE_SIZE, PAGE_SIZE) == bytes(PAGE_SIZE)
+    assert huge.pread(PAGE_SIZE, 0) == pattern(PAGE_SIZE)
+    assert huge.resident_bytes() == HUGE_PAGE
+    huge.punch(0, HUGE_PAGE)
+    assert huge.resident_bytes() == 0
+
+
+def allowed(attempt: Callable[[], object]) -> bool:
+    try:
+        attempt()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("make", [MemfdBacking, SealedMemfdBacking, HugetlbMemfdBacking])
+def test_traits_of_memfds_are_what_the_kernel_does(make: Callable[[int], Backing]) -> None:
+    try:
+        backing = make(2 * HUGE_PAGE)
+    except OSError as error:
+        pytest.skip(f"{error.strerror}")
+    fd, traits = backing.fd, backing.traits
+    reading, writing = os.pipe()
+
+    assert allowed(lambda: os.pread(fd, 16, 0)) == traits.pread
+    assert allowed(lambda: os.pwrite(fd, b"x", 0)) == traits.pwrite
+    assert allowed(lambda: os.splice(fd, writing, 4096, offset_src=0)) == traits.splice
+    assert allowed(lambda: fdops.unmap(fdops.map_shared(fd, HUGE_PAGE), HUGE_PAGE)) == traits.mmap
+    backing.pwrite(b"x" * HUGE_PAGE, 0)
+    backing.punch(0, traits.granule)
+    assert backing.pread(traits.granule, 0) == bytes(traits.granule)
+    assert backing.resident_bytes() == HUGE_PAGE - traits.granule
+    os.close(reading)
+    os.close(writing)
     backing.close()

@@ -1,0 +1,44 @@
+"""Two addresses for each page: the guest picks the side with every access."""
+
+from __future__ import annotations
+
+from kvm_bindings import Vm, ioctls
+from vmm.conversion.scheme import private_side, set_slot
+from vmm.core.events import Kind
+from vmm.core.ranges import Range
+from vmm.memory.backing import Backing
+from vmm.memory.guest_memory import GuestMemory
+
+
+class CbitScheme:
+    """Two GPA aliases: the private backing at GPA | C-bit, the shared one at GPA.
+
+    The guest picks the side with every access, as a SEV guest does, so that KVM needs no telling:
+    a conversion is complete once the losing side's pages are discarded. Common memory
+    (GuestMemory.common_end) is the shared backing at both aliases.
+    """
+
+    name = "cbit"
+    vm_type = ioctls.KVM_X86_DEFAULT_VM
+    converts_on_fault = False
+
+    def __init__(self, c_bit: int) -> None:
+        """`c_bit` is the number of the address bit; all of RAM must lie below it."""
+        self.alias = 1 << c_bit
+
+    def install(self, vm: Vm, memory: GuestMemory) -> None:
+        private = private_side(memory, self.name)
+        slots: list[tuple[int, Range, Backing]] = []
+        for area in memory.ram:
+            common, own = area.split(memory.common_end)
+            slots.append((area.start, area, memory.shared))
+            slots.append((common.start | self.alias, common, memory.shared))
+            slots.append((own.start | self.alias, own, private))
+        for number, (gpa, area, backing) in enumerate(slot for slot in slots if slot[1].size):
+            set_slot(vm, number, gpa, area, backing)
+
+    def apply(self, area: Range, kind: Kind) -> None:
+        """Nothing to do: both aliases exist all the time."""
+
+    def revert(self, area: Range, kind: Kind) -> None:
+        """Nothing to do."""
