@@ -14,6 +14,7 @@ from tests.support.trace import Events, start_recorder
 from tests.unit.cli.conftest import Command
 from vmm.trace.layout import Kind
 from vmm.trace.reader import Trace
+from vmm.trace.store import TraceStore
 
 
 @pytest.fixture
@@ -136,7 +137,7 @@ def test_torn_tail_is_left_out_and_said(command: Command, folder: Path) -> None:
 
 
 def test_run_killed_before_its_first_flush_has_no_events(command: Command, tmp_path: Path) -> None:
-    start_recorder(tmp_path / "t")  # and nothing more
+    TraceStore(str(tmp_path / "t")).close()
 
     result = command("report", "t")
 
