@@ -37,6 +37,30 @@ class EventLoop:
         if self._callbacks.pop(fd, None) is not None:
             self._epoll.unregister(fd)
 
+    def watch(
+        self,
+        fd: int,
+        callback: Callable[[], None],
+        *,
+        readable: bool = False,
+        writable: bool = False,
+    ) -> None:
+        """Call `callback` whenever `fd` is ready for what is wanted, or hung up.
+
+        Replaces what was wanted of `fd` before; with nothing wanted it is no longer watched (a
+        hung-up fd would be reported for ever). From any thread, before `fd` is closed. Raises
+        PermissionError for a regular file.
+        """
+        if not (readable or writable):
+            self.remove(fd)
+            return
+        events = readable * select.EPOLLIN | writable * select.EPOLLOUT
+        if fd in self._callbacks:
+            self._epoll.modify(fd, events)
+        else:
+            self._epoll.register(fd, events)
+        self._callbacks[fd] = callback
+
     def set_timer(self, when: float, callback: Callable[[], None]) -> None:
         """Call `callback` once on the loop's thread at time.monotonic() == `when`, or soon after.
 

@@ -25,7 +25,6 @@ from vmm.core.ending_signals import on_ending_signal
 from vmm.core.errors import HostError, tell
 from vmm.core.event_loop import EventLoop
 from vmm.core.ranges import Range, page_align_down, page_align_up
-from vmm.devices.virtio.block_file import DiskFile, open_disk
 from vmm.exits.handlers import ExitHandlers
 from vmm.exits.outcome import (
     KILLED,
@@ -45,6 +44,7 @@ from vmm.machine.devices import Devices
 from vmm.machine.guest import Guest, make_guest
 from vmm.machine.host import SEE_CHECK, open_kvm, require_hypercall_exits
 from vmm.machine.images import OpenedImages
+from vmm.machine.peripherals import open_devices
 from vmm.machine.report import ReportFile, build_report
 from vmm.machine.schemes import Chosen, Wanted, choose, make_scheme
 from vmm.memory.backings.memfd import MemfdBacking
@@ -116,11 +116,7 @@ class Machine:
         self._guest: Guest = make_guest(config, images)
         self._cleanup.callback(self._guest.close)
         self._policies = _load_policies(config)
-        self._disks: list[DiskFile] = []
-        for spec in config.disks:
-            disk = open_disk(spec)
-            self._cleanup.callback(disk.close)
-            self._disks.append(disk)
+        self._virtio = open_devices(config, self._cleanup)
         self._trace = None if config.trace is None else _open_trace(config.trace, config)
         if self._trace is not None:
             self._cleanup.callback(self._trace.close)
@@ -296,7 +292,7 @@ class Machine:
             self._memory,
             self._loop,
             self._console,
-            self._disks,
+            self._virtio,
             power_off=lambda: self.stop(Outcome(POWEROFF)),
             reset=self._guest_reset,
             watch=partial(self._converter.hooks.watcher, self._converter.view),
@@ -355,10 +351,12 @@ class Machine:
             self._console.abandon_output()
             self._vcpus.stop()
             if not self._vcpus.join(_LAST_WORK_SECONDS):
-                self._abandon_vcpus()
+                self._abandon("the vCPU's thread")
+        if not self._abandoned and not self._devices.end(_LAST_WORK_SECONDS):
+            self._abandon("a disk's thread")
 
-    def _abandon_vcpus(self) -> None:
-        """Go on without a vCPU's thread that doesn't end, for example because of its policy.
+    def _abandon(self, whom: str) -> None:
+        """Go on without a thread that doesn't end, for example because of its policy.
 
         It may wake up and use what the machine has opened, so that all of it stays open until
         the process ends.
@@ -366,7 +364,7 @@ class Machine:
         self._abandoned = True
         self._cleanup.pop_all()
         waiting_for = self._converter.undecided
-        what = "the vCPU's thread has not ended"
+        what = f"{whom} has not ended"
         if waiting_for is not None:
             what = f"{waiting_for} has not returned"
         tell(f"{what}; pyvmm ends without it")
