@@ -5,9 +5,9 @@ Imports nothing of pyvmm's.
 """
 
 from kvm_bindings.errors import KvmError
-from kvm_bindings.guest_memfd import GuestMemfd
+from kvm_bindings.guest_memfd import GuestMemfd, PagesInUse
 from kvm_bindings.system import System
 from kvm_bindings.vcpu import Vcpu
 from kvm_bindings.vm import Vm
 
-__all__ = ["GuestMemfd", "KvmError", "System", "Vcpu", "Vm"]
+__all__ = ["GuestMemfd", "KvmError", "PagesInUse", "System", "Vcpu", "Vm"]

@@ -8,6 +8,7 @@ ABI_SIZE(kvm_userspace_memory_region, 32);
 ABI_SIZE(kvm_userspace_memory_region2, 160);
 ABI_SIZE(kvm_create_guest_memfd, 64);
 ABI_SIZE(kvm_memory_attributes, 32);
+ABI_SIZE(kvm_memory_attributes2, 128);
 ABI_SIZE(kvm_pre_fault_memory, 64);
 ABI_SIZE(kvm_enable_cap, 104);
 ABI_SIZE(kvm_irq_level, 8);
@@ -49,9 +50,9 @@ static int pyvmm_ioctl_pointer(int fd, unsigned long request, void *argument)
 }
 
 /* A mapping that exists because KVM wants an address for a memslot; it never becomes a Python buffer. */
-static int64_t pyvmm_map(int fd, uint64_t offset, uint64_t size, int protection)
+static int64_t pyvmm_map(int fd, uint64_t offset, uint64_t size, int protection, int reserve)
 {
-    void *address = mmap(NULL, size, protection, MAP_SHARED | MAP_NORESERVE, fd, (off_t)offset);
+    void *address = mmap(NULL, size, protection, MAP_SHARED | (reserve ? 0 : MAP_NORESERVE), fd, (off_t)offset);
     return address == MAP_FAILED ? -errno : (int64_t)(uintptr_t)address;
 }
 
@@ -84,10 +85,17 @@ static int64_t pyvmm_pwrite_from_address(int fd, uint64_t address, uint64_t size
 }
 
 /* cachestat(2), Linux 6.5: the number has been 451 on every architecture since; C libraries don't wrap it yet. */
-static int64_t pyvmm_cached_pages(int fd)
+static int64_t pyvmm_cached_pages(int fd, uint64_t offset, uint64_t size)
 {
-    struct { uint64_t off, len; } range = {0, 0};
+    struct { uint64_t off, len; } range = {offset, size};
     struct { uint64_t cache, dirty, writeback, evicted, recently_evicted; } result;
     long status = syscall(451, fd, &range, &result, 0);
     return status < 0 ? -errno : (int64_t)result.cache;
+}
+
+/* memfd_secret(2), Linux 5.14: 447 on every architecture that has it. */
+static int pyvmm_memfd_secret(unsigned int flags)
+{
+    long fd = syscall(447, flags);
+    return fd < 0 ? -errno : (int)fd;
 }

@@ -7,6 +7,7 @@ guest memory through it by accident.
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable
 
 from kvm_bindings._kvm import lib
@@ -19,6 +20,11 @@ PROT_WRITE = 2
 FALLOC_FL_KEEP_SIZE = 1
 FALLOC_FL_PUNCH_HOLE = 2
 FALLOC_FL_ZERO_RANGE = 16
+_FALLOC_NAMES = {
+    FALLOC_FL_KEEP_SIZE: "KEEP_SIZE",
+    FALLOC_FL_PUNCH_HOLE: "PUNCH_HOLE",
+    FALLOC_FL_ZERO_RANGE: "ZERO_RANGE",
+}
 
 
 def _uninterrupted(call: Callable[..., int], *arguments: int) -> int:
@@ -32,9 +38,14 @@ def _uninterrupted(call: Callable[..., int], *arguments: int) -> int:
             return result
 
 
-def map_shared(fd: int, size: int, *, offset: int = 0, protection: int = 3) -> int:
-    """mmap(2) with MAP_SHARED: the address as an integer. Raises KvmError."""
-    address = int(lib.pyvmm_map(fd, offset, size, protection))
+def map_shared(
+    fd: int, size: int, *, offset: int = 0, protection: int = 3, reserve: bool = False
+) -> int:
+    """mmap(2) with MAP_SHARED: the address as an integer. Raises KvmError.
+
+    `reserve` has the kernel set the pages of a hugetlb file aside now (ENOMEM: too few).
+    """
+    address = int(lib.pyvmm_map(fd, offset, size, protection, reserve))
     if address < 0:
         fail("mmap", address, f"fd={fd}, offset={offset:#x}, size={size:#x}")
     return address
@@ -54,23 +65,25 @@ def protect(address: int, size: int, protection: int) -> None:
         fail("mprotect", result, f"address={address:#x}, size={size:#x}, {protection}")
 
 
+def fallocate(fd: int, mode: int, offset: int, size: int) -> None:
+    """fallocate(2) with FALLOC_FL_ bits as `mode`. Raises KvmError."""
+    result = _uninterrupted(lib.pyvmm_fallocate, fd, mode, offset, size)
+    if result < 0:
+        words = "|".join(word for bit, word in _FALLOC_NAMES.items() if mode & bit)
+        fail("fallocate", result, f"fd={fd}, {words}, offset={offset:#x}, size={size:#x}")
+
+
 def punch_hole(fd: int, offset: int, size: int) -> None:
     """fallocate(2) with PUNCH_HOLE: the pages are given back and read as zeros. Raises KvmError.
 
     KEEP_SIZE belongs to it: guest_memfd refuses the call without.
     """
-    mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
-    result = _uninterrupted(lib.pyvmm_fallocate, fd, mode, offset, size)
-    if result < 0:
-        fail("fallocate", result, f"fd={fd}, PUNCH_HOLE, offset={offset:#x}, size={size:#x}")
+    fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, size)
 
 
 def zero_range(fd: int, offset: int, size: int) -> None:
     """fallocate(2) with ZERO_RANGE: the range reads as zeros and stays allocated. KvmError."""
-    mode = FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE
-    result = _uninterrupted(lib.pyvmm_fallocate, fd, mode, offset, size)
-    if result < 0:
-        fail("fallocate", result, f"fd={fd}, ZERO_RANGE, offset={offset:#x}, size={size:#x}")
+    fallocate(fd, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, offset, size)
 
 
 def pread_to_address(fd: int, address: int, size: int, offset: int) -> int:
@@ -89,15 +102,27 @@ def pwrite_from_address(fd: int, address: int, size: int, offset: int) -> int:
     return moved
 
 
-def cached_pages(fd: int) -> int:
+def cached_pages(fd: int, offset: int = 0, size: int = 0) -> int:
     """Pages the kernel holds for a file, by cachestat(2): the only way to ask a guest_memfd.
 
-    Raises KvmError: ENOSYS before Linux 6.5, EOPNOTSUPP for hugetlbfs.
+    `size` 0 is to the file's end. Raises KvmError: ENOSYS before Linux 6.5, EOPNOTSUPP for
+    hugetlbfs.
     """
-    pages = int(lib.pyvmm_cached_pages(fd))
+    pages = int(lib.pyvmm_cached_pages(fd, offset, size))
     if pages < 0:
         fail("cachestat", pages, f"fd={fd}")
     return pages
+
+
+def memfd_secret() -> int:
+    """memfd_secret(2): a file whose pages even the kernel has no mapping of; its fd.
+
+    Raises KvmError: ENOSYS where the kernel was started without secretmem.
+    """
+    fd = int(lib.pyvmm_memfd_secret(os.O_CLOEXEC))
+    if fd < 0:
+        fail("memfd_secret", fd)
+    return fd
 
 
 __all__ = [
@@ -106,7 +131,9 @@ __all__ = [
     "PROT_WRITE",
     "KvmError",
     "cached_pages",
+    "fallocate",
     "map_shared",
+    "memfd_secret",
     "pread_to_address",
     "protect",
     "punch_hole",

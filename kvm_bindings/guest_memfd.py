@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+
+from kvm_bindings import ioctls
+from kvm_bindings._kvm import ffi, lib
+from kvm_bindings.errors import KvmError, fail
 from kvm_bindings.owned_fd import OwnedFd
+
+
+class PagesInUse(KvmError):
+    """EAGAIN: somebody still holds a page that was to become private, the one at `offset`."""
+
+    def __init__(self, operation: str, number: int, arguments: str, offset: int) -> None:
+        super().__init__(operation, number, arguments, f"the page at {offset:#x} is in use")
+        self.offset = offset
 
 
 class GuestMemfd(OwnedFd):
@@ -12,3 +25,26 @@ class GuestMemfd(OwnedFd):
         super().__init__(fd)
         self.size = size
         self.flags = flags
+
+    def set_memory_attributes2(self, offset: int, size: int, attributes: int) -> None:
+        """KVM_SET_MEMORY_ATTRIBUTES2: make a range private (8) or shared (0), in place.
+
+        What the pages hold afterwards is the VM type's business. Raises PagesInUse, then nothing
+        has changed; KvmError (ENOTTY: this kernel keeps attributes with the VM, or none).
+        """
+        argument = ffi.new(
+            "struct kvm_memory_attributes2 *",
+            {"offset": offset, "size": size, "attributes": attributes},
+        )
+        while True:
+            result = int(
+                lib.pyvmm_ioctl_pointer(self.fd, ioctls.KVM_SET_MEMORY_ATTRIBUTES2, argument)
+            )
+            if result != -errno.EINTR:
+                break
+        if result < 0:
+            name = "KVM_SET_MEMORY_ATTRIBUTES2"
+            arguments = f"{offset=:#x}, {size=:#x}, {attributes=:#x}"
+            if result == -errno.EAGAIN:
+                raise PagesInUse(name, errno.EAGAIN, arguments, argument.error_offset)
+            fail(name, result, arguments)

@@ -38,6 +38,15 @@ struct kvm_memory_attributes {
     uint64_t flags;
 };
 
+struct kvm_memory_attributes2 {
+    uint64_t offset;
+    uint64_t size;
+    uint64_t attributes;
+    uint64_t flags;
+    uint64_t error_offset;
+    uint64_t reserved[11];
+};
+
 struct kvm_pre_fault_memory {
     uint64_t gpa;
     uint64_t size;

@@ -162,7 +162,7 @@ class Vm(OwnedFd):
     ) -> None:
         """KVM_SET_USER_MEMORY_REGION2: a memslot with a guest_memfd (its fd) behind it.
 
-        Raises KvmError: EINVAL when the guest_memfd's range is bound to another slot already,
+        Raises KvmError: EINVAL (EEXIST since 7.x) when the guest_memfd's range has a slot already,
         EEXIST when the slot overlaps another one in guest-physical memory.
         """
         region = ffi.new(

@@ -1,4 +1,4 @@
-"""GuestMemfdBacking over real guest_memfds: host verbs, and a guest that runs in one."""
+"""MappedGuestMemfdBacking over real guest_memfds: host verbs, and a guest that runs in one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kvm_bindings.exits import HltExit
 from tests.support.memory import pattern
 from tests.support.tiny_guest import CODE, RAM, TinyGuest
 from vmm.core.ranges import PAGE_SIZE
-from vmm.memory.backing import GuestMemfdBacking
+from vmm.memory.backings.guest_memfd import MappedGuestMemfdBacking
 
 pytestmark = pytest.mark.kvm
 
@@ -27,17 +27,15 @@ def vm(kvm: System) -> Iterator[Vm]:
 
 
 @pytest.fixture
-def backing(vm: Vm, guest_memfd_flags: int) -> Iterator[GuestMemfdBacking]:
+def backing(vm: Vm, guest_memfd_flags: int) -> Iterator[MappedGuestMemfdBacking]:
     if not guest_memfd_flags & INIT_SHARED:
         pytest.skip("KVM_CAP_GUEST_MEMFD_FLAGS has no INIT_SHARED; Linux 6.18 or later has it")
-    made = GuestMemfdBacking(
-        vm.create_guest_memfd(SIZE, MMAP | INIT_SHARED).fd, SIZE, init_shared=True
-    )
+    made = MappedGuestMemfdBacking(vm.create_guest_memfd(SIZE, MMAP | INIT_SHARED).fd, SIZE)
     yield made
     made.close()
 
 
-def test_host_moves_bytes_without_read_or_write_on_the_fd(backing: GuestMemfdBacking) -> None:
+def test_host_moves_bytes_without_read_or_write_on_the_fd(backing: MappedGuestMemfdBacking) -> None:
     data = pattern(5 * PAGE_SIZE)
     file = os.memfd_create("file")
     os.pwrite(file, data, 0)
@@ -55,7 +53,7 @@ def test_host_moves_bytes_without_read_or_write_on_the_fd(backing: GuestMemfdBac
     os.close(file)
 
 
-def test_transfer_from_a_short_file_is_short(backing: GuestMemfdBacking) -> None:
+def test_transfer_from_a_short_file_is_short(backing: MappedGuestMemfdBacking) -> None:
     file = os.memfd_create("file")
     os.pwrite(file, b"abc", 0)
 
@@ -63,7 +61,7 @@ def test_transfer_from_a_short_file_is_short(backing: GuestMemfdBacking) -> None
     os.close(file)
 
 
-def test_residency_follows_writes_and_holes(backing: GuestMemfdBacking) -> None:
+def test_residency_follows_writes_and_holes(backing: MappedGuestMemfdBacking) -> None:
     empty = backing.resident_bytes()
     backing.pwrite(pattern(10 * PAGE_SIZE), 0)
     filled = backing.resident_bytes()
@@ -79,7 +77,7 @@ def test_page_that_the_host_cannot_reach_is_an_error_never_a_signal(
 ) -> None:
     """Rule 1: even an access that should never have been tried ends as an OSError."""
     guest_memfd = vm.create_guest_memfd(SIZE, MMAP)
-    backing = GuestMemfdBacking(guest_memfd.fd, SIZE, init_shared=True)  # which it is not
+    backing = MappedGuestMemfdBacking(guest_memfd.fd, SIZE)  # which it is not
     file = os.memfd_create("file")
     os.truncate(file, 100)
 
@@ -103,7 +101,7 @@ def test_guest_runs_in_a_guest_memfd_and_the_host_reads_what_it_wrote(
         pytest.skip("KVM_CAP_GUEST_MEMFD_FLAGS has no INIT_SHARED; Linux 6.18 or later has it")
     with TinyGuest(kvm, b"") as guest:
         made = guest.vm.create_guest_memfd(RAM, MMAP | INIT_SHARED)
-        backing = GuestMemfdBacking(made.fd, RAM, init_shared=True)
+        backing = MappedGuestMemfdBacking(made.fd, RAM)
         guest.vm.set_user_memory_region(0, 0, 0, 0)
         guest.vm.set_user_memory_region2(0, 0, RAM, backing.hva, backing.fd, 0)
         backing.pwrite(b"\xa0\x00\x20\xfe\xc0\xa2\x01\x20\xf4", CODE)  # [0x2001] = [0x2000] + 1

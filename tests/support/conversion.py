@@ -28,6 +28,8 @@ class RecordingScheme:
     """Keeps which ranges KVM would treat as shared, and every call in order."""
 
     name = "recording"
+    vm_type = 0
+    alias = 0
     converts_on_fault = True
 
     def __init__(self, memory: GuestMemory) -> None:

@@ -11,13 +11,13 @@ from typing import Any
 from kvm_bindings.exits import Exit, InterruptedExit, IoExit
 from vmm.arch.x86_64.doorbells import PortDoorbell
 from vmm.arch.x86_64.msrs import MsrTable
-from vmm.conversion.scheme import CbitScheme
+from vmm.conversion.schemes.cbit import CbitScheme
 from vmm.conversion.transaction import Converter
 from vmm.core.ranges import Range
 from vmm.devices.bus import PortBus
 from vmm.exits.handlers import ExitHandlers
 from vmm.exits.outcome import Outcome
-from vmm.memory.backing import MemfdBacking
+from vmm.memory.backings.memfd import MemfdBacking
 from vmm.memory.guest_memory import GuestMemory
 from vmm.policy import Policy
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from kvm_bindings import KvmError
 from vmm.core.ranges import PAGE_SIZE, Range
-from vmm.memory.backing import MemfdBacking
+from vmm.memory.backings.memfd import MemfdBacking
 from vmm.memory.guest_memory import GuestMemory
 
 HOLE_START, HOLE_END = 0xC000_0000, 0x1_0000_0000

@@ -20,11 +20,12 @@ LAYERS = (
     {"conversion"},
     {"exits"},
     {"machine"},
+    {"selftest"},
     {"cli"},
 )
 # What is x86 lives in vmm/arch, and counts as a part of boot; `python -m vmm` is the command.
 ALIASES = {"arch": "boot", "__main__": "cli"}
-BINDINGS_USERS = {"conversion", "exits", "machine", "cli"}
+BINDINGS_USERS = {"conversion", "exits", "machine", "selftest", "cli"}
 FIRMWARE_USERS = {"machine", "cli"}
 
 

@@ -61,16 +61,27 @@ def plain_lines(found: HostCheck) -> list[str]:
         "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
         for row in cells
     ]
-    return [*lines, "", *(job_line(found, job) for job in found.jobs.values())]
+    return [*lines, "", *closing_lines(found)]
+
+
+def closing_lines(found: HostCheck) -> list[str]:
+    """Which jobs run, and below each why a stronger scheme doesn't serve it."""
+    lines = []
+    for job in found.jobs.values():
+        lines.append(job_line(found, job))
+        not_taken = job.choice.not_taken if job.choice else {}
+        lines += [f"  not scheme {scheme}: {one_line(why)}" for scheme, why in not_taken.items()]
+    return lines
 
 
 def job_line(found: HostCheck, job: Job) -> str:
     """Whether a job can run here, and why not or how."""
     if job.can_run:
-        if job.backing is None or job.host_access is None:
+        if job.choice is None:
             return f"{job.title}: can run"
-        strength = _HOST_ACCESS[job.host_access]
-        return f"{job.title}: can run, private pages in {job.backing} ({strength})"
+        scheme, backing, host_access, _ = job.choice
+        strength = _HOST_ACCESS[host_access]
+        return f"{job.title}: can run, private pages in {backing} ({strength}), scheme {scheme}"
     reasons = [
         f"{row.capability.title}: {row.finding.result}"
         for row in found.rows
@@ -93,6 +104,6 @@ def _print_table(found: HostCheck) -> None:
         table.add_row(Text(status, style=_COLOURS[status]), *map(Text, rest))
     console = Console(highlight=False)
     console.print(table)
-    for job in found.jobs.values():
-        style = "green" if job.can_run else "red"
-        console.print(Text(job_line(found, job), style=style), soft_wrap=True)
+    for line in closing_lines(found):
+        style = "dim" if line.startswith(" ") else "green" if "can run," in line else ""
+        console.print(Text(line, style=style), soft_wrap=True)

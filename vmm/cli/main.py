@@ -92,15 +92,17 @@ def build_parser() -> argparse.ArgumentParser:
         "--private-mem",
         nargs="?",
         const="auto",
-        metavar="auto|guest_memfd|guest_memfd-mmap|memfd",
-        help="give the guest private memory; the value picks what stands behind it "
+        metavar="auto|guest_memfd|guest_memfd-mmap|memfd|...",
+        help="give the guest private memory; the value picks what stands behind it, for "
+        "experiments also guest_memfd-plain, guest_memfd-in-place, memfd-sealed, memfd-hugetlb "
         "(default auto: the strongest that this host has and the guest can use)",
     )
     private.add_argument(
         "--scheme",
-        metavar="auto|cbit",
+        metavar="auto|attributes|in-place|cbit|remap",
         default="auto",
-        help="how private and shared pages are told apart (default auto)",
+        help="how private and shared pages are told apart (default auto: the first of these that "
+        "this host has and the guest can use; pyvmm check says why)",
     )
     private.add_argument(
         "--policy",
@@ -127,6 +129,11 @@ def build_parser() -> argparse.ArgumentParser:
     output = parser.add_argument_group("output")
     output.add_argument(
         "--report", metavar="FILE", help="write what happened to FILE as JSON when the run ends"
+    )
+    output.add_argument(
+        "--trace",
+        metavar="DIR",
+        help="record conversions, faults, I/O and exits in a folder, for pyvmm report and replay",
     )
     output.add_argument(
         "--debug", action="store_true", help="show a traceback for errors, for bug reports"
@@ -211,6 +218,7 @@ def _configuration(arguments: Sequence[str]) -> MachineConfig:
         disks=tuple(options.disk),
         policies=tuple((spec, tuple(words)) for spec, words in options.policy),
         report=options.report,
+        trace=options.trace,
         debug_shell=options.debug_shell,
     )
     config.validate()

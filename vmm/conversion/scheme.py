@@ -1,4 +1,5 @@
-"""Schemes: the mechanisms that make KVM honour page states."""
+"""What a scheme is: the mechanism that makes KVM honour page states. The schemes themselves are
+in `vmm.conversion.schemes`, one file each."""
 
 from __future__ import annotations
 
@@ -14,80 +15,52 @@ from vmm.memory.guest_memory import GuestMemory
 class Scheme(Protocol):
     """How one VM tells private from shared pages.
 
-    `apply` makes KVM honour a conversion and `revert` takes an `apply` back; both raise KvmError.
-    Discarding the losing side's pages is the transaction's work, after `apply`.
+    `apply` makes KVM honour a conversion, all of it or (raising) nothing; `revert` takes an
+    `apply` back. Both raise OSError (KvmError is one), HostError when KVM is left in between.
+    A range may be in the wanted state already, in part or whole. Discarding the losing side's
+    pages is the transaction's work, after `apply`.
     """
 
     name: str
+    vm_type: int
+    """The type of VM that it needs, for KVM_CREATE_VM."""
+    alias: int
+    """The bit of a guest-physical address that picks the private side; 0: one address for both."""
     converts_on_fault: bool
     """Whether KVM_EXIT_MEMORY_FAULT means that the guest wants the page in the other state."""
 
-    def install(self, vm: Vm, memory: GuestMemory) -> None: ...
+    def install(self, vm: Vm, memory: GuestMemory) -> None:
+        """Make memslots, and what else KVM has to know, of memory in its first state."""
+        ...
+
     def apply(self, area: Range, kind: Kind) -> None: ...
     def revert(self, area: Range, kind: Kind) -> None: ...
 
 
-class MemslotTable:
-    """Hands out slot numbers and installs backings as memslots."""
+def set_slot(
+    vm: Vm,
+    number: int,
+    gpa: int,
+    area: Range,
+    backing: Backing,
+    guest_memfd: Backing | None = None,
+) -> None:
+    """Map `area` of a backing (offset = GPA without C-bit) at guest-physical `gpa`.
 
-    def __init__(self, vm: Vm) -> None:
-        self._vm = vm
-        self._next = 0
-
-    def add(self, gpa: int, area: Range, backing: Backing) -> None:
-        """Map `area` of a backing (offset = GPA without C-bit) at guest-physical `gpa`."""
-        hva = backing.hva + area.start
-        if backing.is_guest_memfd:
-            self._vm.set_user_memory_region2(
-                self._next, gpa, area.size, hva, backing.fd, area.start
-            )
-        else:
-            self._vm.set_user_memory_region(self._next, gpa, area.size, hva)
-        self._next += 1
-
-
-class PlainScheme:
-    """An ordinary VM: all memory is shared, and nothing can be converted."""
-
-    name = "none"
-    converts_on_fault = False
-
-    def install(self, vm: Vm, memory: GuestMemory) -> None:
-        slots = MemslotTable(vm)
-        for area in memory.ram:
-            slots.add(area.start, area, memory.shared)
-
-    def apply(self, area: Range, kind: Kind) -> None:
-        """Nothing to do: every page is shared for good."""
-
-    def revert(self, area: Range, kind: Kind) -> None:
-        """Nothing to do."""
-
-
-class CbitScheme:
-    """Two GPA aliases: the private backing at GPA | C-bit, the shared one at GPA.
-
-    The guest picks the side with every access, as a SEV guest does, so that KVM needs no telling:
-    a conversion is complete once the losing side's pages are discarded.
+    `guest_memfd` is what private faults are served from; by default the backing, if it is one.
+    Raises KvmError.
     """
+    if guest_memfd is None and backing.is_guest_memfd:
+        guest_memfd = backing
+    hva = backing.hva + area.start
+    if guest_memfd is None:
+        vm.set_user_memory_region(number, gpa, area.size, hva)
+    else:
+        vm.set_user_memory_region2(number, gpa, area.size, hva, guest_memfd.fd, area.start)
 
-    name = "cbit"
-    converts_on_fault = False
 
-    def __init__(self, c_bit: int) -> None:
-        """`c_bit` is the number of the address bit; all of RAM must lie below it."""
-        self.c_bit = c_bit
-
-    def install(self, vm: Vm, memory: GuestMemory) -> None:
-        if memory.private is None:
-            raise ValueError("the cbit scheme needs a private backing")
-        slots = MemslotTable(vm)
-        for area in memory.ram:
-            slots.add(area.start, area, memory.shared)
-            slots.add(area.start | 1 << self.c_bit, area, memory.private)
-
-    def apply(self, area: Range, kind: Kind) -> None:
-        """Nothing to do: both aliases exist all the time."""
-
-    def revert(self, area: Range, kind: Kind) -> None:
-        """Nothing to do."""
+def private_side(memory: GuestMemory, scheme: str) -> Backing:
+    """The private backing. Raises ValueError when there is none."""
+    if memory.private is None:
+        raise ValueError(f"the {scheme} scheme needs a private backing")
+    return memory.private

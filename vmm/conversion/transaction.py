@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 from vmm.conversion.accounting import Accounting, Refinements
 from vmm.conversion.deferral import DueTimes
+from vmm.conversion.observer import ConversionObserver
 from vmm.conversion.scheme import Scheme
 from vmm.conversion.view import GuestView
 from vmm.core.errors import HostError
@@ -40,6 +41,8 @@ _SETTLED = {
     Kind.UNSHARE: frozenset({PageState.PRIVATE, PageState.DEFERRED}),
 }
 """The states in which a page already is to the guest what the request wants it to be."""
+
+_TARGET = {Kind.SHARE: PageState.SHARED, Kind.UNSHARE: PageState.PRIVATE}
 
 RETRY_SECONDS = 1.0
 """When a late discard that failed is tried again."""
@@ -74,6 +77,7 @@ class Converter:
         quiesce_timeout: float = QUIESCE_TIMEOUT,
         clock: Callable[[], float] = time.monotonic,
         wake_at: Callable[[float], None] = lambda due: None,
+        observer: ConversionObserver | None = None,
     ) -> None:
         """`wake_at(due)` is called when `settle` has work at a time earlier than before."""
         self._memory = memory
@@ -88,6 +92,8 @@ class Converter:
         self.refinements = Refinements()
         self.hooks = Hooks(policies)
         self.view = GuestView(memory, self.accounting, clock)
+        self._observer = observer
+        self._decision: Decision | None = None  # on the request under way, once there is one
         self._due: DueTimes | None = None  # made by the first Defer
         self._wake = math.inf
         self._fruitless: dict[int, tuple[ConversionRequest, int]] = {}
@@ -107,30 +113,43 @@ class Converter:
         when a failed conversion can't be taken back. States are as before then, too. PolicyKill
         when a policy ends the run: the guest gets no answer.
         """
+        if self._observer is None:
+            with self._lock:
+                return self._convert(request)
+        started = time.monotonic_ns()
         with self._lock:
-            tally = self.accounting.of(request.kind)
-            tally.calls += 1
+            answer = None
             try:
-                area = self._validate(request)
-                decision = self.hooks.decide(
-                    request.kind, area, request.vcpu, request.doorbell, self.view
-                )
-                if decision.__class__ is Allow:
-                    tally.bytes += self._carry_out(area, request.kind)
-                    return 0
-                return self._refine(area, request.kind, decision)
-            except Refused as refusal:
-                tally.failed += 1
-                return -refusal.errno
-            except OSError as error:
-                tally.failed += 1
-                return -(error.errno or errno.EIO)
-            except PolicyKill:
-                tally.denied += 1
-                raise
-            except BaseException:
-                tally.failed += 1
-                raise
+                answer = self._convert(request)
+                return answer
+            finally:
+                self._observer.answered(request, self._decision, answer, started)
+
+    def _convert(self, request: ConversionRequest) -> int:
+        tally = self.accounting.of(request.kind)
+        tally.calls += 1
+        self._decision = None
+        try:
+            area = self._validate(request)
+            self._decision = decision = self.hooks.decide(
+                request.kind, area, request.vcpu, request.doorbell, self.view
+            )
+            if decision.__class__ is Allow:
+                tally.bytes += self._carry_out(area, request.kind)
+                return 0
+            return self._refine(area, request.kind, decision)
+        except Refused as refusal:
+            tally.failed += 1
+            return -refusal.errno
+        except OSError as error:
+            tally.failed += 1
+            return -(error.errno or errno.EIO)
+        except PolicyKill:
+            tally.denied += 1
+            raise
+        except BaseException:
+            tally.failed += 1
+            raise
 
     def fault(self, kind: Kind, gpa: int, size: int, vcpu: int) -> int:
         """An access that wants its pages in another state (implicit conversion): `convert` them.
@@ -206,15 +225,19 @@ class Converter:
 
         With `later` the discard waits, and what changes is deferred.
         """
-        memory = self._memory
+        memory, observer = self._memory, self._observer
         settled = _SETTLED[kind]
+        began = 0 if observer is None else time.monotonic_ns()
         before = memory.begin_conversion(area)
         changing = [run for run, state in before if state not in settled]
         deferred = self._deferred_runs(before)
         if not changing and (not deferred or later is not None):
             memory.abandon_conversion()
             return 0
+        if memory.in_place:
+            later = None  # there is no other side that could be kept
         applied = False
+        gone: list[Range] = []
         try:
             if not memory.quiesce(area, self._quiesce_timeout):
                 raise Refused(errno.EBUSY, f"host accesses to {area} did not finish")
@@ -223,25 +246,37 @@ class Converter:
             if changing:
                 self._scheme.apply(area, kind)
                 applied = True
-            # One call for the whole range, also over parts that are there already: their other
-            # side is empty, and a single call can't stop half way through the runs. Discarding
-            # is the one step that can't be undone, so it comes last.
-            if kind is Kind.SHARE:
+            # Discarding is the one step that can't be undone, so it comes last. One call for the
+            # whole range, also over parts that are there already: their other side is empty, and
+            # a single call can't stop half way through the runs.
+            if memory.in_place:
+                for run in changing:  # here the page itself goes: not those that stay as they are
+                    memory.discard_shared(run)
+                    gone.append(run)
+            elif kind is Kind.SHARE:
                 memory.discard_private(area)
             elif later is None:
                 memory.discard_shared(area)
         except BaseException:
             try:
                 if applied:
-                    self._revert(changing, kind)
+                    self._revert(changing[len(gone) :], kind)
             finally:
-                memory.abandon_conversion()
+                # What is gone has changed sides: the guest could not have its content back.
+                memory.finish_conversion(_TARGET[kind], gone)
+                self.accounting.of(kind).bytes += sum(run.size for run in gone)
+                if gone and observer is not None:
+                    observer.changed(gone, _TARGET[kind], began)
             raise
         if later is None:
-            memory.finish_conversion(PageState.SHARED if kind is Kind.SHARE else PageState.PRIVATE)
+            state = _TARGET[kind]
+            memory.finish_conversion(state)
         else:
-            memory.finish_conversion(PageState.DEFERRED, changing)
+            state = PageState.DEFERRED
+            memory.finish_conversion(state, changing)
             self._put_off(changing, later)
+        if observer is not None:
+            observer.changed([area] if later is None else changing, state, began)
         if deferred and later is None:
             self._no_longer_due(area, deferred, kind)
         return sum(run.size for run in changing)
@@ -263,6 +298,7 @@ class Converter:
             if due is None:
                 return
             for area in due.expired(now):
+                began = 0 if self._observer is None else time.monotonic_ns()
                 self._memory.begin_conversion(area)  # no host access can be under way: refused
                 try:
                     self._memory.discard_shared(area)
@@ -273,6 +309,8 @@ class Converter:
                 else:
                     self._memory.finish_conversion(PageState.PRIVATE)
                     due.clear(area)
+                    if self._observer is not None:
+                        self._observer.changed([area], PageState.PRIVATE, began)
             self._wake = due.next()
             if self._wake < math.inf:
                 self._wake_at(self._wake)

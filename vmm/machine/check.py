@@ -6,12 +6,14 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from kvm_bindings import KvmError, System
 from vmm.core.errors import HostError
-from vmm.machine.host import create_private_backing, missing_basics, open_kvm
+from vmm.machine.host import missing_basics, open_kvm
 from vmm.machine.probes import cpu, events, memory
 from vmm.machine.probes.finding import Finding, broken, no, unknown, yes
+from vmm.machine.schemes import Wanted, choose
 
 FORMAT = 1
 """Version of the JSON; its keys stay, new ones may come."""
@@ -154,15 +156,24 @@ class Row:
         return self.capability.if_missing if self.finding.status in ("no", "broken") else ""
 
 
+class Choice(NamedTuple):
+    """What "auto" comes to: the scheme, the private backing and what a host access to it meets,
+    and the stronger schemes with the reason why each does not serve."""
+
+    scheme: str
+    backing: str
+    host_access: str
+    not_taken: dict[str, str]
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """One use of pyvmm: whether it can run, the keys of what is missing, and with private memory
-    the backing that --private-mem=auto gives, and what a host access to it meets."""
+    what it would run with."""
 
     title: str
     missing: tuple[str, ...]
-    backing: str | None = None
-    host_access: str | None = None
+    choice: Choice | None = None
 
     @property
     def can_run(self) -> bool:
@@ -195,8 +206,10 @@ class HostCheck:
                     "title": job.title,
                     "can_run": job.can_run,
                     "missing": list(job.missing),
-                    "backing": job.backing,
-                    "host_access": job.host_access,
+                    "backing": job.choice and job.choice.backing,
+                    "host_access": job.choice and job.choice.host_access,
+                    "scheme": job.choice and job.choice.scheme,
+                    "schemes_not_taken": job.choice.not_taken if job.choice else {},
                 }
                 for name, job in self.jobs.items()
             },
@@ -225,10 +238,8 @@ def check_host() -> HostCheck:
         return _closed(str(error))
     with system:
         rows = tuple(Row(each, probed(each.probe, system)) for each in CAPABILITIES)
-        backings = {
-            job: probed_backing(system, host_loads=job == KERNEL_PRIVATE) for job in _PRIVATE
-        }
-    return HostCheck(rows, judge(rows, backings), None)
+        choices = {job: probed_choice(system, kernel=job == KERNEL_PRIVATE) for job in _PRIVATE}
+    return HostCheck(rows, judge(rows, choices), None)
 
 
 def _closed(reason: str) -> HostCheck:
@@ -248,24 +259,27 @@ def probed(probe: Callable[[System], Finding], system: System) -> Finding:
         return broken("fails", str(error))
 
 
-def probed_backing(system: System, *, host_loads: bool) -> tuple[str, str] | None:
-    """Name and host_access of what --private-mem=auto gives; None when no VM can be made."""
+def probed_choice(system: System, *, kernel: bool) -> Choice | None:
+    """What --private-mem=auto --scheme auto gives; None when nothing serves."""
+    wanted = Wanted("auto", "auto", 2 << 20, two_addresses=kernel, host_loads=kernel)
     try:
-        with system.create_vm() as vm:
-            backing = create_private_backing(vm, "auto", 2 << 20, host_loads=host_loads)
+        chosen = choose(system, wanted)
     except (KvmError, HostError):
         return None
-    backing.close()
-    return backing.name, backing.host_access
+    choice = Choice(
+        chosen.scheme, chosen.backing.name, chosen.backing.host_access, chosen.not_taken
+    )
+    chosen.backing.close()
+    chosen.vm.close()
+    return choice
 
 
-def judge(rows: tuple[Row, ...], backings: Mapping[str, tuple[str, str] | None]) -> dict[str, Job]:
+def judge(rows: tuple[Row, ...], choices: Mapping[str, Choice | None]) -> dict[str, Job]:
     """Which jobs can run, by what works and who needs it."""
     jobs = {}
     for name, title in JOBS.items():
         missing = tuple(
             row.capability.key for row in rows if name in row.capability.needed_by and not row.works
         )
-        backing, access = (not missing and backings.get(name)) or (None, None)
-        jobs[name] = Job(title, missing, backing, access)
+        jobs[name] = Job(title, missing, None if missing else choices.get(name))
     return jobs

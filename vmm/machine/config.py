@@ -7,9 +7,11 @@ from typing import NamedTuple
 
 from vmm.core.errors import UsageError
 from vmm.core.ranges import PAGE_SIZE
+from vmm.machine import matrix
+from vmm.machine.matrix import BACKINGS, LOADABLE, TWO_ADDRESSES
 
-PRIVATE_BACKINGS = ("auto", "guest_memfd", "guest_memfd-mmap", "memfd")
-SCHEMES = ("auto", "cbit")
+PRIVATE_BACKINGS = ("auto", *BACKINGS)
+SCHEMES = ("auto", *matrix.SCHEMES)
 SMALLEST_MEMORY = 4 << 20
 LARGEST_MEMORY = 1 << 38  # the C-bit is bit 38 where the processor has that many address bits
 MAX_CPUS = 1
@@ -52,6 +54,7 @@ class MachineConfig(NamedTuple):
     policies: tuple[tuple[str, tuple[str, ...]], ...] = ()
     """What --policy names, in order, each with its --policy-arg NAME=VALUE words."""
     report: str | None = None
+    trace: str | None = None
     debug_shell: bool = False
 
     def validate(self) -> None:
@@ -82,8 +85,27 @@ class MachineConfig(NamedTuple):
             raise UsageError("--policy needs --private-mem: an ordinary VM converts no pages")
         if self.debug_shell and not self.policies:
             raise UsageError("--debug-shell needs --policy: it opens where a policy raises")
-        if self.private_memory == "guest_memfd" and self.kernel is not None:
+        self._validate_private_memory()
+
+    def _validate_private_memory(self) -> None:
+        """Scheme, backing and guest have to go together on any host."""
+        backing, scheme = self.private_memory, self.scheme
+        if backing is None:
+            return
+        if self.kernel is not None and scheme not in ("auto", *TWO_ADDRESSES):
             raise UsageError(
-                "--private-mem=guest_memfd: the host cannot load a kernel into memory that it "
+                f"--scheme {scheme}: Linux tells private from shared pages by an address bit; "
+                f"use --scheme {TWO_ADDRESSES[0]}, or run without --kernel"
+            )
+        if self.kernel is not None and backing not in ("auto", *LOADABLE):
+            raise UsageError(
+                f"--private-mem={backing}: the host cannot load a kernel into memory that it "
                 "cannot reach; use --private-mem=guest_memfd-mmap, or memfd"
+            )
+        if "auto" not in (backing, scheme) and scheme not in BACKINGS[backing]:
+            takes = ", ".join(name for name, schemes in BACKINGS.items() if scheme in schemes)
+            raise UsageError(
+                f"--scheme {scheme} does not take --private-mem={backing}; use "
+                f"--private-mem=auto (it takes {takes}), or one of the schemes "
+                f"{', '.join(BACKINGS[backing])}"
             )

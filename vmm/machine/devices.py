@@ -20,6 +20,7 @@ from vmm.devices.pci import PciBus, host_bridge
 from vmm.devices.serial16550 import Serial16550
 from vmm.devices.virtio.block import VirtioBlock
 from vmm.devices.virtio.block_file import DiskFile
+from vmm.devices.virtio.device import DeviceObserver
 from vmm.devices.virtio.device import GuestMemory as GuestMemoryOfDevice
 from vmm.devices.virtio.pci_transport import VirtioPciTransport
 from vmm.devices.virtio.queue import SplitQueue
@@ -99,10 +100,13 @@ class Devices:
         power_off: Callable[[], None],
         reset: Callable[[], None],
         watch: Callable[[str], Announce | None] = lambda device: None,
+        observer_of: Callable[[str], DeviceObserver | None] = lambda device: None,
     ) -> None:
-        """`watch(device)` is what is told of that device's accesses to guest memory, if any."""
+        """`watch(device)` is what is told of that device's accesses to guest memory, if any;
+        `observer_of(device)` of the requests on its queues."""
         self.ports = PortBus()
         self._watch = watch
+        self._observer_of = observer_of
         self._vm = vm
         self._memory = memory
         self._loop = loop
@@ -153,6 +157,7 @@ class Devices:
             interrupt_line=gsi,
             moved=doorbell.move,
             ring=doorbell.ring,
+            observer=self._observer_of(name),
             make_queue=make_queue,
         )
         line.add_source(transport.interrupt_pending)

@@ -30,6 +30,8 @@ class Guest(Protocol):
     """Whether its private memory is filled by the host before it runs."""
     needs_hypercalls: bool
     """Whether it asks for conversions by KVM_HC_MAP_GPA_RANGE."""
+    two_addresses: bool
+    """Whether it picks the side of a page by an address bit, and can't do without."""
     msrs: Mapping[int, int]
     """Model-specific registers that it expects to find set."""
 
@@ -57,6 +59,7 @@ class LinuxGuest:
 
     host_loads_private = True
     needs_hypercalls = True
+    two_addresses = True
     msrs: Mapping[int, int] = LINUX_ENTRY_MSRS
 
     def __init__(self, config: MachineConfig, kernel: OpenedKernel, initrd: Source | None) -> None:
@@ -134,6 +137,7 @@ class PayloadGuest:
 
     host_loads_private = False
     needs_hypercalls = False
+    two_addresses = False
     msrs: Mapping[int, int] = {}
 
     def __init__(self, config: MachineConfig) -> None:
@@ -172,7 +176,7 @@ class PayloadGuest:
         info = PayloadInfo(
             ram_bytes=ram[0].end,
             c_bit_mask=c_mask,
-            doorbell_port=layout.DOORBELL_PORT if c_mask else 0,
+            doorbell_port=0 if self._config.private_memory is None else layout.DOORBELL_PORT,
             has_disk=bool(self._config.disks),
         )
         page_tables = payload_tables(ram, c_mask)

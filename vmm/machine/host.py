@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import errno
-
 from kvm_bindings import KvmError, System, Vm, ioctls
 from vmm.arch.x86_64.doorbells import KVM_HC_MAP_GPA_RANGE
 from vmm.core.errors import HostError
-from vmm.memory.backing import Backing, GuestMemfdBacking, MemfdBacking
 
 _LAB = "pyvmm lab runs the same command on an emulated machine whose KVM can do it"
 
@@ -74,36 +71,3 @@ def require_hypercall_exits(vm: Vm) -> None:
         raise HostError(
             f"this host's KVM does not pass MSR accesses on (KVM_CAP_X86_USER_SPACE_MSR); {_LAB}"
         )
-
-
-def create_private_backing(vm: Vm, wanted: str, size: int, *, host_loads: bool) -> Backing:
-    """The private side's backing: `wanted`, or for "auto" the strongest that serves.
-
-    `host_loads` says that the host fills private memory before the guest runs (a kernel), which
-    rules out a guest_memfd that the host can't reach. Raises HostError naming what would work.
-    """
-    if wanted == "memfd":
-        return MemfdBacking(size, "pyvmm-private")
-    reasons: list[str] = []
-    mmap = ioctls.GUEST_MEMFD_FLAG_MMAP
-    init_shared = ioctls.GUEST_MEMFD_FLAG_INIT_SHARED
-    candidates = [("guest_memfd-mmap", mmap | init_shared)]
-    if not host_loads:
-        candidates.insert(0, ("guest_memfd", mmap))
-    for name, flags in candidates:
-        if wanted not in ("auto", name):
-            continue
-        try:
-            guest_memfd = vm.create_guest_memfd(size, flags)
-        except KvmError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTTY, errno.EOPNOTSUPP):
-                raise HostError(str(error)) from None
-            reasons.append(str(error))
-            continue
-        return GuestMemfdBacking(guest_memfd.fd, size, init_shared=bool(flags & init_shared))
-    if wanted == "auto":
-        return MemfdBacking(size, "pyvmm-private")
-    raise HostError(
-        f"--private-mem={wanted}: this host's KVM has no such guest_memfd ({reasons[0]}; "
-        "Linux 6.18 or later has it); use --private-mem=memfd"
-    )

@@ -6,7 +6,7 @@ import signal
 import time
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvm_bindings import KvmError, System, Vcpu, Vm, ioctls
 from vmm.arch.x86_64 import layout
@@ -18,7 +18,8 @@ from vmm.arch.x86_64.doorbells import (
     PortDoorbell,
 )
 from vmm.arch.x86_64.msrs import MsrTable
-from vmm.conversion.scheme import CbitScheme, PlainScheme, Scheme
+from vmm.conversion.scheme import Scheme
+from vmm.conversion.schemes.plain import PlainScheme
 from vmm.conversion.transaction import Converter
 from vmm.core.ending_signals import on_ending_signal
 from vmm.core.errors import HostError, tell
@@ -42,17 +43,16 @@ from vmm.machine.config import MachineConfig
 from vmm.machine.console import Console
 from vmm.machine.devices import Devices
 from vmm.machine.guest import Guest, make_guest
-from vmm.machine.host import (
-    SEE_CHECK,
-    create_private_backing,
-    open_kvm,
-    require_hypercall_exits,
-)
+from vmm.machine.host import SEE_CHECK, open_kvm, require_hypercall_exits
 from vmm.machine.images import OpenedImages
 from vmm.machine.report import ReportFile, build_report
-from vmm.memory.backing import MemfdBacking
+from vmm.machine.schemes import Chosen, Wanted, choose, make_scheme
+from vmm.memory.backings.memfd import MemfdBacking
 from vmm.memory.guest_memory import GuestMemory, LaunchMemory, PageState
 from vmm.policy import End, Policy, PolicyError, PolicyKill
+
+if TYPE_CHECKING:
+    from vmm.machine.tracing import RunTrace
 
 _PANIC_TEXT = b"Kernel panic - not syncing"
 _REBOOT_TEXT = b"reboot: Restarting system"
@@ -121,6 +121,9 @@ class Machine:
             disk = open_disk(spec)
             self._cleanup.callback(disk.close)
             self._disks.append(disk)
+        self._trace = None if config.trace is None else _open_trace(config.trace, config)
+        if self._trace is not None:
+            self._cleanup.callback(self._trace.close)
         self._report_file = None if config.report is None else ReportFile(config.report)
         if self._report_file is not None:
             self._cleanup.callback(self._report_file.close)
@@ -144,24 +147,58 @@ class Machine:
         self._supported_cpuid = system.supported_cpuid()
         if self._is_private and self._guest.needs_hypercalls:
             self._require_working_hypercalls()
-        self._vm: Vm = self._cleanup.enter_context(system.create_vm())
+        self._ram: list[Range] = layout.ram_ranges(self._config.memory)
+        self._chosen = self._choose_scheme()
+        vm = system.create_vm() if self._chosen is None else self._chosen.vm
+        self._vm: Vm = self._cleanup.enter_context(vm)
+        if self._chosen is not None:
+            self._cleanup.callback(self._chosen.backing.close)
         self._vm.set_identity_map_addr(layout.IDENTITY_MAP_GPA)
         self._vm.set_tss_addr(layout.TSS_ADDRESS_GPA)
         self._vm.create_irqchip()
         self._vm.create_pit2()
-        if self._is_private and self._guest.needs_hypercalls:
+        if self._is_private:
+            self._pass_requests_on()
+
+    def _choose_scheme(self) -> Chosen | None:
+        """Scheme and private backing, in a VM of the kind that they need; None: nothing private."""
+        config, guest = self._config, self._guest
+        if config.private_memory is None:
+            return None
+        return choose(
+            self._system,
+            Wanted(
+                config.scheme,
+                config.private_memory,
+                self._ram[-1].end,
+                two_addresses=guest.two_addresses,
+                host_loads=guest.host_loads_private,
+            ),
+        )
+
+    def _pass_requests_on(self) -> None:
+        """Have KVM hand the guest's hypercalls and, for Linux, unknown MSRs to us."""
+        if self._guest.needs_hypercalls:
             require_hypercall_exits(self._vm)
-            self._vm.enable_cap(ioctls.KVM_CAP_EXIT_HYPERCALL, 1 << KVM_HC_MAP_GPA_RANGE)
             self._vm.enable_cap(
                 ioctls.KVM_CAP_X86_USER_SPACE_MSR,
                 ioctls.KVM_MSR_EXIT_REASON_INVAL
                 | ioctls.KVM_MSR_EXIT_REASON_UNKNOWN
                 | ioctls.KVM_MSR_EXIT_REASON_FILTER,
             )
+        wanted = 1 << KVM_HC_MAP_GPA_RANGE
+        if self._vm.check_extension(ioctls.KVM_CAP_EXIT_HYPERCALL) & wanted:
+            self._vm.enable_cap(ioctls.KVM_CAP_EXIT_HYPERCALL, wanted)
 
     @property
     def _is_private(self) -> bool:
         return self._config.private_memory is not None
+
+    @property
+    def _doorbell(self) -> str | None:
+        if not self._is_private:
+            return None
+        return HYPERCALL_NAME if self._guest.needs_hypercalls else PORT_NAME
 
     def _require_working_hypercalls(self) -> None:
         from vmm.machine.probes.hypercall import hypercall_behaviour
@@ -181,37 +218,26 @@ class Machine:
 
     def _lay_out_memory(self) -> None:
         """Backings, GuestMemory and the scheme's memslots."""
-        config = self._config
-        self._ram: list[Range] = layout.ram_ranges(config.memory)
-        size = self._ram[-1].end
-        shared = MemfdBacking(size, "pyvmm-shared")
-        self._c_mask = 0
+        chosen, size = self._chosen, self._ram[-1].end
         self._scheme: Scheme = PlainScheme()
-        private_backing = None
+        backing = None
         private: list[Range] = []
-        try:
-            if config.private_memory is not None:
-                c_bit = choose_c_bit(self._supported_cpuid, size)
-                self._c_mask = 1 << c_bit
-                self._scheme = CbitScheme(c_bit)
-                private = self._guest.private_ranges(self._ram)
-                private_backing = create_private_backing(
-                    self._vm,
-                    config.private_memory,
-                    size,
-                    host_loads=self._guest.host_loads_private,
-                )
-        except BaseException:
-            shared.close()
-            raise
-        self._memory = GuestMemory(self._ram, shared, private_backing, private)
+        if chosen is not None:
+            self._scheme = make_scheme(
+                chosen.scheme, lambda: choose_c_bit(self._supported_cpuid, size), self._vcpus.parked
+            )
+            backing = chosen.backing
+            private = self._guest.private_ranges(self._ram)
+        in_place = backing is not None and backing.traits.in_place
+        shared = backing if in_place and backing else MemfdBacking(size, "pyvmm-shared")
+        self._memory = GuestMemory(self._ram, shared, backing, private)
         self._cleanup.callback(self._memory.close)
         self._scheme.install(self._vm, self._memory)
 
     def _create_vcpu(self) -> None:
         self._vcpu: Vcpu = self._vm.create_vcpu(0)
         self._cleanup.callback(self._vcpu.close)
-        announced = self._c_mask.bit_length() - 1 if self._guest.needs_hypercalls else -1
+        announced = self._scheme.alias.bit_length() - 1 if self._guest.needs_hypercalls else -1
         cpuid = guest_cpuid(
             self._supported_cpuid,
             0,
@@ -224,7 +250,7 @@ class Machine:
     def _load_guest(self) -> None:
         """Memory contents by pwrite and fd-to-fd transfer, then registers."""
         launch = LaunchMemory(self._memory)
-        state = self._guest.load(launch, self._ram, self._c_mask)
+        state = self._guest.load(launch, self._ram, self._scheme.alias)
         launch.seal()
         self._guest.close()  # the kernel's bytes are in guest memory now
         self._vcpu.update_sregs(state.sregs)  # type: ignore[arg-type]  # a TypedDict
@@ -241,7 +267,7 @@ class Machine:
             return
         for area in areas:
             for run, state in self._memory.states(area):
-                alias = self._c_mask if state is PageState.PRIVATE else 0
+                alias = self._scheme.alias if state is PageState.PRIVATE else 0
                 start, end = page_align_down(run.start), page_align_up(run.end)
                 try:
                     self._vcpu.pre_fault_memory(start | alias, end - start)
@@ -249,6 +275,7 @@ class Machine:
                     return  # shadow paging can't; the guest's faults do it one by one
 
     def _connect_devices(self) -> None:
+        trace = self._trace
         self._loop = EventLoop()
         self._cleanup.callback(self._loop.close)
         self._console = Console(on_quit=lambda: self.stop(Outcome(QUIT, "Ctrl-A x")))
@@ -258,6 +285,7 @@ class Machine:
             self._scheme,
             *self._policies,
             wake_at=lambda due: self._loop.set_timer(due, self._converter.settle),
+            observer=None if trace is None else trace.conversions,
         )
         self._devices = Devices(
             self._vm,
@@ -268,6 +296,7 @@ class Machine:
             power_off=lambda: self.stop(Outcome(POWEROFF)),
             reset=self._guest_reset,
             watch=partial(self._converter.hooks.watcher, self._converter.view),
+            observer_of=(lambda device: None) if trace is None else trace.device,
         )
         self._cleanup.callback(self._devices.close)
         doorbell = PortDoorbell(self._config.cpus, conversions=self._is_private)
@@ -279,6 +308,8 @@ class Machine:
             doorbell,
             self.stop,
         )
+        if trace is not None:
+            self._handlers.table = trace.exits(self._handlers.table)
 
     def _refusal_to_boot(self) -> Outcome | None:
         """The policies' last word before the guest's first instruction."""
@@ -290,6 +321,8 @@ class Machine:
 
     def _run_guest(self) -> Outcome:
         """vCPU threads run the guest, this thread runs the device loop, until `stop`."""
+        if self._trace is not None:
+            self._trace.start(self._memory, self._scheme.name, self._doorbell)
         install_kick_handler()
         self._vcpus.add(self._vcpu, self._handlers, self.stop)
         with on_ending_signal(self._signalled):
@@ -344,12 +377,12 @@ class Machine:
         for runner in self._vcpus.runners:
             for name, count in runner.exit_counts.items():
                 counts[name] = counts.get(name, 0) + count
-        doorbell = None
-        if self._is_private:
-            doorbell = HYPERCALL_NAME if self._guest.needs_hypercalls else PORT_NAME
+        if self._trace is not None:
+            self._trace.end(outcome)
         self.report = build_report(
             scheme=self._scheme.name,
-            doorbell=doorbell,
+            not_taken={} if self._chosen is None else self._chosen.not_taken,
+            doorbell=self._doorbell,
             memory=self._memory,
             outcome=outcome,
             accounting=self._converter.accounting,
@@ -389,6 +422,12 @@ def _load_policies(config: MachineConfig) -> list[Policy]:
     from vmm.policy.loader import load_policy  # a run without policies does without
 
     return [load_policy(spec, words) for spec, words in config.policies]
+
+
+def _open_trace(path: str, config: MachineConfig) -> RunTrace:
+    from vmm.machine.tracing import RunTrace  # an untraced run does without
+
+    return RunTrace(path, config)
 
 
 def reset_outcome(tail: bytes) -> Outcome:

@@ -33,6 +33,7 @@ def isolation_of(private: Backing | None) -> str:
 def build_report(
     *,
     scheme: str,
+    not_taken: dict[str, str],
     doorbell: str | None,
     memory: GuestMemory,
     outcome: Outcome,
@@ -48,6 +49,7 @@ def build_report(
     private = memory.private
     return {
         "scheme": scheme,
+        "schemes_not_taken": not_taken,
         "doorbell": doorbell,
         "backings": {
             "private": None if private is None else private.name,

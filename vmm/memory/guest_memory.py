@@ -40,7 +40,8 @@ class GuestMemory:
     """Guest RAM over a shared backing and, for private memory, a private one.
 
     `ram` are the RAM ranges (page-aligned, ascending, disjoint); `private` are those that start
-    as private pages, all other RAM starts shared. Safe to use from several threads.
+    as private pages, all other RAM starts shared. One backing given twice stands behind both
+    sides (in-place conversion). Safe to use from several threads.
     """
 
     def __init__(
@@ -235,6 +236,11 @@ class GuestMemory:
         with self._lock:
             self._converting = None
 
+    @property
+    def in_place(self) -> bool:
+        """Whether one backing stands behind both sides: discarding either discards the page."""
+        return self.private is self.shared
+
     def discard_private(self, area: Range) -> None:
         """Give the private side's pages of `area` back to the host's kernel. Raises KvmError."""
         if self.private is not None:
@@ -247,7 +253,11 @@ class GuestMemory:
     def residency(self) -> Residency:
         """What the kernel holds for either side right now."""
         private = 0 if self.private is None else self.private.resident_bytes()
-        return Residency(private, self.shared.resident_bytes())
+        if not self.in_place:
+            return Residency(private, self.shared.resident_bytes())
+        runs = [run for run, state in self.states() if state is PageState.SHARED]
+        shared = sum(self.shared.resident_bytes(run.start, run.size) for run in runs)
+        return Residency(private - shared, shared)
 
     def close(self) -> None:
         self.shared.close()

@@ -168,7 +168,7 @@ def test_number_is_what_the_kernels_documentation_makes_it(name: str, number: in
 
 def test_table_of_ioctls_is_in_number_order_within_each_kind_of_fd() -> None:
     source = Path(ioctls.__file__).read_text()
-    for kind in ("On /dev/kvm", "On a VM", "On a vCPU"):
+    for kind in ("On /dev/kvm", "On a VM", "On a guest_memfd", "On a vCPU"):
         block = source.split(f"# {kind}")[1].split("\n\n")[0]
         names = [line.split(" = ")[0] for line in block.splitlines() if line.startswith("KVM_")]
         numbers = [getattr(ioctls, name) & 0xFF for name in names]

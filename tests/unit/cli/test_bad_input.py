@@ -44,7 +44,13 @@ def refused(command: Command, arguments: str | list[str], message: str) -> None:
         ("--cpus x", "--cpus 'x' is not a number of vCPUs; use 1"),
         ("--private-mem=tmpfs", "--private-mem=tmpfs is unknown; use one of auto, guest_memfd"),
         ("--private-mem tmpfs", "--private-mem=tmpfs is unknown"),
-        ("--private-mem --scheme remap", "--scheme remap is unknown; use one of auto, cbit"),
+        ("--private-mem --scheme tdx", "--scheme tdx is unknown; use one of auto, attributes, in-"),
+        ("--private-mem --scheme=", "--scheme  is unknown"),
+        (
+            "--private-mem=memfd --scheme attributes",
+            "use --private-mem=auto .it takes guest_memfd-",
+        ),
+        ("--private-mem --kernel x --scheme remap", "--scheme remap: Linux .*use --scheme cbit"),
         ("--scheme cbit", "--scheme cbit needs --private-mem"),
         ("--initrd x", "--initrd needs --kernel"),
         ("--append quiet", "--append needs --kernel"),
@@ -257,3 +263,13 @@ def test_report_that_cannot_be_written_is_refused(
     command: Command, path: str, message: str
 ) -> None:
     refused(command, ["--report", path], message)
+
+
+def test_trace_that_cannot_be_written_is_refused(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").touch()
+
+    refused(command, ["--trace", "file"], "--trace file is not a folder; give a new folder's name")
+    refused(command, ["--trace", "full"], r"--trace full holds something else \(letter.txt\)")
+    refused(command, ["--trace", "file/sub"], "--trace file/sub cannot be written: Not a directory")

@@ -16,12 +16,15 @@ from tests.unit.cli.conftest import Command
 from vmm.cli import check as shown
 from vmm.cli.main import main
 from vmm.lab import command as lab_command
-from vmm.machine.check import CAPABILITIES, MAIN_JOB, HostCheck, Row, judge
+from vmm.machine.check import CAPABILITIES, MAIN_JOB, Choice, HostCheck, Row, judge
 from vmm.machine.probes.finding import broken, yes
 
 ROOT = Path(__file__).resolve().parents[3]
 FINE = yes("works", "seen it")
-KEPT_OUT = {MAIN_JOB: ("memfd", "policy-refused"), "payload_private": ("x", "kernel-refused")}
+CHOICES = {
+    MAIN_JOB: Choice("cbit", "memfd", "policy-refused", {}),
+    "payload_private": Choice("cbit", "x", "kernel-refused", {"attributes": "no \x1b[2Jtype"}),
+}
 
 
 @pytest.fixture
@@ -29,7 +32,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the host one where everything works but hypercalls, which never return."""
     hang = broken("never return", "tried [red]it[/red]\x1b[2J")
     rows = tuple(Row(e, hang if e.key == "hypercall_exits" else FINE) for e in CAPABILITIES)
-    monkeypatch.setattr(shown, "check_host", lambda: HostCheck(rows, judge(rows, KEPT_OUT), None))
+    monkeypatch.setattr(shown, "check_host", lambda: HostCheck(rows, judge(rows, CHOICES), None))
 
 
 def test_host_without_kvm_gets_the_whole_table_and_status_3(command: Command) -> None:
@@ -68,8 +71,9 @@ def test_plain_table_is_aligned_with_one_line_each(capsys: pytest.CaptureFixture
     assert hang.startswith("broken ")
     assert "tried [red]it[/red]\\x1b[2J" in hang
     assert "pyvmm lab" in hang
-    assert lines[-3].startswith("a stock kernel with --private-mem: cannot run here (hypercalls: ")
-    assert lines[-2].endswith("can run, private pages in x (the kernel keeps the host out)")
+    assert lines[-4].startswith("a stock kernel with --private-mem: cannot run here (hypercalls: ")
+    assert lines[-3].endswith("in x (the kernel keeps the host out), scheme cbit")
+    assert lines[-2] == "  not scheme attributes: no \\x1b[2Jtype"
     assert lines[-1] == "a stock kernel without --private-mem: can run"
 
 

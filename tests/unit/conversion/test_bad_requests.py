@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from tests.support.conversion import Answering, RecordingScheme, snapshot, tally
 from tests.support.memory import HOLE_END, HOLE_START, SPLIT_RAM, guest_memory, page, pages
 from vmm.arch.x86_64.doorbells import decode_map_gpa_range
-from vmm.conversion.scheme import PlainScheme
+from vmm.conversion.schemes.plain import PlainScheme
 from vmm.conversion.transaction import Converter
 from vmm.core.events import ConversionRequest, Kind
 from vmm.core.ranges import PAGE_SIZE, Range
-from vmm.memory.backing import MemfdBacking
+from vmm.memory.backings.memfd import MemfdBacking
 from vmm.memory.guest_memory import GuestMemory, PageState
 from vmm.policy import Allow, Policy
 

@@ -17,7 +17,7 @@ from tests.support.memory import data_pages, guest_memory, page, pages, pattern
 from vmm.conversion.transaction import BUSY_SECONDS, RETRY_SECONDS, Converter
 from vmm.core.errors import PrivateAccess
 from vmm.core.events import Kind
-from vmm.memory.backing import MemfdBacking
+from vmm.memory.backings.memfd import MemfdBacking
 from vmm.memory.guest_memory import GuestMemory, PageState
 from vmm.policy import (
     Allow,

@@ -30,7 +30,7 @@ from vmm.conversion.transaction import Converter
 from vmm.core.errors import HostError, PrivateAccess, PyvmmError
 from vmm.core.events import ConversionRequest, Kind
 from vmm.core.ranges import Range
-from vmm.memory.backing import MemfdBacking
+from vmm.memory.backings.memfd import MemfdBacking
 from vmm.memory.guest_memory import GuestMemory
 from vmm.policy import Allow, Deny, Policy, PolicyError
 

@@ -8,9 +8,10 @@ import pytest
 
 from kvm_bindings import Vm
 from tests.support.memory import SPLIT_RAM, guest_memory, pages
-from vmm.conversion.scheme import CbitScheme, PlainScheme
+from vmm.conversion.schemes.cbit import CbitScheme
+from vmm.conversion.schemes.plain import PlainScheme
 from vmm.core.events import Kind
-from vmm.memory.backing import MemfdBacking
+from vmm.memory.backings.memfd import MemfdBacking
 from vmm.memory.guest_memory import GuestMemory
 
 C_BIT = 38

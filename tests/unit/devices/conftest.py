@@ -15,6 +15,7 @@ from vmm.devices.bus import PortBus
 from vmm.devices.pci import PciBus, host_bridge
 from vmm.devices.virtio.block import VirtioBlock
 from vmm.devices.virtio.block_file import open_disk
+from vmm.devices.virtio.device import DeviceObserver
 from vmm.devices.virtio.pci_transport import VirtioPciTransport
 from vmm.devices.virtio.queue import SplitQueue
 from vmm.devices.virtio.watched import Announce, WatchedMemory
@@ -31,6 +32,7 @@ def make_machine(tmp_path: Path) -> Iterator[MakeMachine]:
         punch: Callable[[int, int, int], None] | None = None,
         memory_size: int = 1 << 20,
         ring: Callable[[int], None] | None = None,
+        observer: DeviceObserver | None = None,
         announce: Announce | None = None,
     ) -> DiskMachine:
         path = tmp_path / f"disk{len(made)}.img"
@@ -53,6 +55,7 @@ def make_machine(tmp_path: Path) -> Iterator[MakeMachine]:
             interrupt_line=5,
             moved=notify_ports.append,
             ring=ring,
+            observer=observer,
             make_queue=watched.queue if watched else SplitQueue,
         )
         pci.add(0, host_bridge())

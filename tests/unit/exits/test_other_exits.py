@@ -11,7 +11,7 @@ import pytest
 from kvm_bindings import exits
 from tests.support.conversion import Answering
 from tests.support.fake_vcpu import PRIVATE_START, RAM, FakeVcpu, Rig
-from vmm.conversion.scheme import CbitScheme
+from vmm.conversion.schemes.cbit import CbitScheme
 from vmm.core.ranges import PAGE_SIZE
 from vmm.exits import outcome as words
 from vmm.memory.guest_memory import PageState

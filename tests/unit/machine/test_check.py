@@ -18,6 +18,7 @@ from vmm.machine.check import (
     CAPABILITIES,
     JOBS,
     MAIN_JOB,
+    Choice,
     HostCheck,
     Row,
     check_host,
@@ -27,6 +28,7 @@ from vmm.machine.check import (
 from vmm.machine.probes.finding import Finding, broken, no, unknown, yes
 
 FINE = yes("works", "seen")
+CHOICE = Choice("cbit", "memfd", "policy-refused", {"attributes": "no such VM type"})
 
 
 def rows(**findings: Finding) -> tuple[Row, ...]:
@@ -36,7 +38,7 @@ def rows(**findings: Finding) -> tuple[Row, ...]:
 
 def host_with(**findings: Finding) -> HostCheck:
     found = rows(**findings)
-    return HostCheck(found, judge(found, {MAIN_JOB: ("memfd", "policy-refused")}), None)
+    return HostCheck(found, judge(found, {MAIN_JOB: CHOICE}), None)
 
 
 def assert_complete(found: HostCheck) -> dict[str, Any]:
@@ -47,7 +49,9 @@ def assert_complete(found: HostCheck) -> dict[str, Any]:
     }  # fmt: skip
     assert list(data["jobs"]) == ["kernel_private", "payload_private", "kernel"]
     for job in data["jobs"].values():
-        assert set(job) == {"title", "can_run", "missing", "backing", "host_access"}
+        assert set(job) == {
+            "title", "can_run", "missing", "backing", "host_access", "scheme", "schemes_not_taken",
+        }  # fmt: skip
         assert job["can_run"] == (job["missing"] == [])
     assert [each["key"] for each in data["capabilities"]] == [each.key for each in CAPABILITIES]
     for each in data["capabilities"]:
@@ -72,7 +76,7 @@ def test_host_with_everything_runs_every_job_and_ends_with_0() -> None:
 
     assert found.exit_status == 0
     assert all(job.can_run for job in found.jobs.values())
-    assert found.jobs[MAIN_JOB].backing == "memfd"
+    assert found.jobs[MAIN_JOB].choice == CHOICE
     assert_complete(found)
 
 
@@ -86,7 +90,7 @@ def test_what_is_missing_stops_the_jobs_that_need_it_and_no_other(
     stopped = {name for name, job in found.jobs.items() if not job.can_run}
     assert stopped == set(capability.needed_by)
     assert all(found.jobs[name].missing == (capability.key,) for name in stopped)
-    assert all(found.jobs[name].backing is None for name in stopped)
+    assert all(found.jobs[name].choice is None for name in stopped)
     assert found.exit_status == (3 if MAIN_JOB in capability.needed_by else 0)
 
 

@@ -75,6 +75,9 @@ KERNEL = MachineConfig(kernel="vmlinuz")
         KERNEL,
         KERNEL._replace(initrd="initrd", append="quiet", private_memory="guest_memfd-mmap"),
         PRIVATE._replace(private_memory="guest_memfd"),
+        PRIVATE._replace(private_memory="guest_memfd-plain", scheme="attributes"),
+        PRIVATE._replace(scheme="remap"),
+        KERNEL._replace(private_memory="memfd-sealed", scheme="cbit"),
         PRIVATE._replace(private_memory="memfd", scheme="cbit", policies=(("m:C", ()),)),
         MachineConfig(memory=4 * MIB),
         MachineConfig(memory=256 * GIB),
@@ -95,7 +98,19 @@ def test_sensible_configuration_is_accepted(config: MachineConfig) -> None:
         (MachineConfig(cpus=2), "--cpus 2.*use 1"),
         (MachineConfig(private_memory="tmpfs"), "--private-mem=tmpfs is unknown; use one of auto"),
         (MachineConfig(private_memory=""), "is unknown"),
-        (PRIVATE._replace(scheme="remap"), "--scheme remap is unknown; use one of auto, cbit"),
+        (
+            PRIVATE._replace(scheme="tdx"),
+            "--scheme tdx is unknown; use one of auto, attributes, in-place, cbit, remap",
+        ),
+        (
+            KERNEL._replace(private_memory="auto", scheme="remap"),
+            "--scheme remap: Linux tells private .* by an address bit; use --scheme cbit",
+        ),
+        (
+            PRIVATE._replace(private_memory="memfd", scheme="attributes"),
+            "--scheme attributes does not take --private-mem=memfd; use --private-mem=auto .it "
+            "takes guest_memfd-plain., or one of the schemes cbit, remap",
+        ),
         (MachineConfig(scheme="cbit"), "--scheme cbit needs --private-mem"),
         (MachineConfig(initrd="i"), "--initrd needs --kernel"),
         (MachineConfig(append="quiet"), "--append needs --kernel"),

@@ -9,10 +9,9 @@ from typing import cast
 import pytest
 
 from kvm_bindings import KvmError, Vm, ioctls
-from kvm_bindings.guest_memfd import GuestMemfd
 from vmm.core.errors import HostError
 from vmm.machine import host
-from vmm.machine.host import create_private_backing, open_kvm, require_hypercall_exits
+from vmm.machine.host import open_kvm, require_hypercall_exits
 
 NEEDED = ["USER_MEMORY", "IRQCHIP", "PIT2", "IRQFD", "IRQFD_RESAMPLE", "IOEVENTFD", "EXT_CPUID",
           "IMMEDIATE_EXIT"]  # fmt: skip
@@ -135,21 +134,13 @@ def test_directory_in_the_devices_place_is_a_host_error(tmp_path: Path) -> None:
 
 
 class FakeVm:
-    """A VM with capabilities by number; create_guest_memfd refuses `refused_flags`."""
+    """A VM with capabilities by number."""
 
-    def __init__(
-        self, capabilities: dict[int, int] | None = None, refused: dict[int, int] | None = None
-    ) -> None:
+    def __init__(self, capabilities: dict[int, int] | None = None) -> None:
         self.capabilities = capabilities or {}
-        self.refused = refused or {}
-        self.asked: list[int] = []
 
     def check_extension(self, capability: int) -> int:
         return self.capabilities.get(capability, 0)
-
-    def create_guest_memfd(self, size: int, flags: int) -> GuestMemfd:
-        self.asked.append(flags)
-        raise KvmError("KVM_CREATE_GUEST_MEMFD", self.refused[flags], f"{flags=:#x}")
 
 
 def vm(fake: FakeVm) -> Vm:
@@ -174,48 +165,3 @@ def test_vm_that_passes_hypercalls_and_msrs_on_will_do() -> None:
 def test_vm_that_does_not_is_refused_by_name(capabilities: dict[int, int], message: str) -> None:
     with pytest.raises(HostError, match=message):
         require_hypercall_exits(vm(FakeVm(capabilities)))
-
-
-MMAP, MMAP_INIT_SHARED = 1, 3
-
-
-@pytest.mark.parametrize(
-    ("host_loads", "asked"), [(False, [MMAP, MMAP_INIT_SHARED]), (True, [MMAP_INIT_SHARED])]
-)
-def test_auto_tries_the_strongest_first_and_ends_with_a_memfd(
-    host_loads: bool, asked: list[int]
-) -> None:
-    fake = FakeVm(refused={MMAP: errno.EINVAL, MMAP_INIT_SHARED: errno.ENOTTY})
-
-    backing = create_private_backing(vm(fake), "auto", 1 << 20, host_loads=host_loads)
-
-    backing.close()
-    assert fake.asked == asked
-    assert backing.name == "memfd"
-
-
-def test_memfd_asks_kvm_for_nothing() -> None:
-    fake = FakeVm()
-
-    create_private_backing(vm(fake), "memfd", 1 << 20, host_loads=True).close()
-
-    assert fake.asked == []
-
-
-@pytest.mark.parametrize(
-    ("wanted", "flags"), [("guest_memfd", MMAP), ("guest_memfd-mmap", MMAP_INIT_SHARED)]
-)
-def test_guest_memfd_that_the_host_lacks_is_an_error_with_an_alternative(
-    wanted: str, flags: int
-) -> None:
-    fake = FakeVm(refused={flags: errno.EINVAL})
-
-    with pytest.raises(HostError, match=f"--private-mem={wanted}.*use --private-mem=memfd"):
-        create_private_backing(vm(fake), wanted, 1 << 20, host_loads=False)
-
-
-def test_guest_memfd_without_memory_left_is_an_error_and_no_reason_for_a_memfd() -> None:
-    fake = FakeVm(refused={MMAP: errno.ENOMEM})
-
-    with pytest.raises(HostError, match="ENOMEM"):
-        create_private_backing(vm(fake), "auto", 1 << 20, host_loads=False)

@@ -23,7 +23,8 @@ from vmm.machine.report import (
     build_report,
     isolation_of,
 )
-from vmm.memory.backing import Backing, MemfdBacking
+from vmm.memory.backing import Backing
+from vmm.memory.backings.memfd import MemfdBacking
 from vmm.memory.guest_memory import GuestMemory
 
 RAM = 1 << 20
@@ -36,6 +37,7 @@ def some_report() -> dict[str, Any]:
     memory.pwrite(b"x", 0)
     report = build_report(
         scheme="cbit",
+        not_taken={"attributes": "not here"},
         doorbell="port",
         memory=memory,
         outcome=Outcome("poweroff"),

@@ -1,7 +1,7 @@
 """Backings over memfds: every verb moves everything, holes read as zeros, residency is true.
 
-GuestMemfdBacking is tried over a memfd too: its way through /proc/self/mem is the same for any
-mapping, and tests/kvm has the real thing.
+MappedGuestMemfdBacking is tried over a memfd too: its way through /proc/self/mem is the same for
+any mapping, and tests/kvm has the real thing.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ from kvm_bindings import fdops
 from tests.support.memory import pattern
 from vmm.core.errors import PrivateAccess
 from vmm.core.ranges import PAGE_SIZE
-from vmm.memory.backing import Backing, Buffer, GuestMemfdBacking, MemfdBacking
+from vmm.memory.backing import Backing, Buffer
+from vmm.memory.backings.guest_memfd import GuestMemfdBacking, MappedGuestMemfdBacking
+from vmm.memory.backings.memfd import MemfdBacking
 
 SIZE = 64 * PAGE_SIZE
 
 
-def mapped_memfd(size: int) -> GuestMemfdBacking:
+def mapped_memfd(size: int) -> MappedGuestMemfdBacking:
     fd = os.memfd_create("stands in for a guest_memfd")
     os.truncate(fd, size)
-    return GuestMemfdBacking(fd, size, init_shared=True)
+    return MappedGuestMemfdBacking(fd, size)
 
 
 @pytest.fixture(params=[MemfdBacking, mapped_memfd])
@@ -169,7 +171,7 @@ def test_guest_memfd_that_cannot_be_taken_over_leaks_no_fd(
     fd = os.memfd_create("stands in for a guest_memfd")
     os.truncate(fd, SIZE)
 
-    def refuse(*_: object) -> int:
+    def refuse(*_: object, **__: object) -> int:
         raise OSError(errno.EMFILE, "Too many open files")
 
     with monkeypatch.context() as patched:
@@ -178,7 +180,7 @@ def test_guest_memfd_that_cannot_be_taken_over_leaks_no_fd(
         else:
             patched.setattr(os, "open", refuse)
         with pytest.raises(OSError, match="Too many open files"):
-            GuestMemfdBacking(fd, SIZE, init_shared=True)
+            MappedGuestMemfdBacking(fd, SIZE)
 
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(fd)
@@ -190,7 +192,7 @@ def test_guest_memfd_that_cannot_be_taken_over_leaks_no_fd(
 def test_unreachable_guest_memfd_refuses_every_verb_by_name() -> None:
     fd = os.memfd_create("stands in for a guest_memfd")
     os.truncate(fd, SIZE)
-    backing = GuestMemfdBacking(fd, SIZE, init_shared=False)
+    backing = GuestMemfdBacking(fd, SIZE)
     attempts: list[Any] = [
         lambda: backing.pread(1, 0),
         lambda: backing.pwrite(b"x", 0),

@@ -21,7 +21,7 @@ from tests.support.memory import (
 )
 from vmm.core.errors import GuestMemoryError, PrivateAccess, UnmappedAccess
 from vmm.core.ranges import PAGE_SIZE, Range
-from vmm.memory.backing import MemfdBacking
+from vmm.memory.backings.memfd import MemfdBacking
 from vmm.memory.guest_memory import GuestMemory, PageState, Residency
 
 Verb = Callable[[GuestMemory, int, int, int], object]

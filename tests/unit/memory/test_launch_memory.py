@@ -19,7 +19,7 @@ from tests.support.memory import (
 )
 from vmm.core.errors import PrivateAccess, UnmappedAccess
 from vmm.core.ranges import PAGE_SIZE, Range
-from vmm.memory.backing import MemfdBacking
+from vmm.memory.backings.memfd import MemfdBacking
 from vmm.memory.guest_memory import GuestMemory, LaunchMemory
 
 Fill = Callable[[LaunchMemory, bytes, int], object]

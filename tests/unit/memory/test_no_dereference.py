@@ -25,7 +25,7 @@ from tests.support.disk_machine import BAR, DATA, DiskMachine
 from tests.support.fake_memory import FakeMemory
 from tests.support.memory import guest_memory, page, pages, pattern
 from tests.support.virtio_driver import Piece, VirtioPciDriver
-from vmm.conversion.scheme import CbitScheme
+from vmm.conversion.schemes.cbit import CbitScheme
 from vmm.conversion.transaction import Converter
 from vmm.core.events import ConversionRequest, Kind
 from vmm.core.ranges import PAGE_SIZE
@@ -61,7 +61,7 @@ def revoked() -> Iterator[GuestMemory]:
 DEREFERENCE = """
 import ctypes, sys
 from kvm_bindings import fdops
-from vmm.memory.backing import MemfdBacking
+from vmm.memory.backings.memfd import MemfdBacking
 backing = MemfdBacking(4096)
 backing.pwrite(b"x", 0)
 assert ctypes.string_at(backing.hva, 1) == b"x"  # works while the mapping can be touched

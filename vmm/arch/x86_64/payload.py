@@ -20,7 +20,7 @@ class PayloadInfo(NamedTuple):
     struct payload_info {
         u64 magic;            /* "PVMMINFO" */
         u64 ram_bytes;        /* end of low RAM */
-        u64 c_bit_mask;       /* 0: an ordinary VM, nothing to convert */
+        u64 c_bit_mask;       /* 0: one address for both sides */
         u64 private_start;    /* RAM below is shared from the start */
         u64 doorbell_port;    /* 0: no doorbell */
         u64 flags;            /* bit 0: a disk at PCI 0:1.0 */

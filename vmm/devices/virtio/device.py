@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from vmm.devices.virtio.queue import SplitQueue
+from vmm.devices.virtio.queue import QueueObserver, SplitQueue
 
 
 class GuestMemory(Protocol):
@@ -42,6 +42,16 @@ class IoStatistics:
 
     def as_dict(self) -> dict[str, int]:
         return dict(vars(self))
+
+
+class DeviceObserver(Protocol):
+    """Watches a device's queues; a new observer for each queue that the driver enables."""
+
+    def queue(self, index: int) -> QueueObserver: ...
+
+    def stopped(self) -> None:
+        """The device needs a reset: broken rings, or memory that is private or not there."""
+        ...
 
 
 def _unconnected(*_: int) -> None:

@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from threading import Lock, RLock
 
 from vmm.core.errors import GuestMemoryError, PyvmmError
-from vmm.devices.virtio.device import GuestMemory, VirtioDevice
+from vmm.devices.virtio.device import DeviceObserver, GuestMemory, VirtioDevice
 from vmm.devices.virtio.pci_function import (
     COMMON_CFG_SIZE,
     DEVICE_CFG,
@@ -101,6 +101,7 @@ class VirtioPciTransport:
         interrupt_line: int,
         moved: Callable[[int | None], None] | None = None,
         ring: Callable[[int], None] | None = None,
+        observer: DeviceObserver | None = None,
         make_queue: Callable[..., SplitQueue] = SplitQueue,
     ) -> None:
         self._device = device
@@ -108,6 +109,7 @@ class VirtioPciTransport:
         self._memory = memory
         self._interrupt = interrupt
         self._moved = moved
+        self._observer = observer
         self._ring = self.notify if ring is None else ring
         device.wake = self._ring
         device.announce = self.config_changed
@@ -305,6 +307,9 @@ class VirtioPciTransport:
         except QueueError as error:
             self._fail(error)
             return
+        if self._observer is not None:
+            for index, queue in queues.items():
+                queue.observer = self._observer.queue(index)
         self._device.activate(self._memory, queues, self._driver_features)
         shared = RLock()
         active = {
@@ -336,6 +341,8 @@ class VirtioPciTransport:
         else:
             self._device.statistics.errors += 1
         self.failure = str(error)
+        if self._observer is not None:
+            self._observer.stopped()
         self._active = {}
         self._status |= STATUS_NEEDS_RESET
         if self._status & STATUS_DRIVER_OK:

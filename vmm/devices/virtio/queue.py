@@ -44,6 +44,14 @@ class RingMemory(Protocol):
     def pwrite(self, data: bytes, gpa: int) -> None: ...
 
 
+class QueueObserver(Protocol):
+    """Told of each request that the device takes, and of those that go back to the guest."""
+
+    def taken(self, chains: list[Chain]) -> None: ...
+
+    def returned(self, used: list[tuple[int, int]]) -> None: ...
+
+
 class Chain(NamedTuple):
     """One request: what the device may read, then what it may write. Empty pieces are left out."""
 
@@ -70,6 +78,7 @@ class SplitQueue:
         "_next_used",
         "_used",
         "more",
+        "observer",
         "size",
     )
 
@@ -98,6 +107,7 @@ class SplitQueue:
         self.more = False
         """Whether there is more to take without another notify: the device's word for what it
         left, or the driver was quicker than the request to be notified."""
+        self.observer: QueueObserver | None = None
 
     def take(self, most: int = MAX_QUEUE_SIZE) -> list[Chain]:
         """The chains that became available since the last call, in the driver's order.
@@ -121,6 +131,8 @@ class SplitQueue:
             table = self._memory.pread(16 * self.size, self._desc)
             chains = [self._chain(table, head) for head in heads]
             self._next_avail = (self._next_avail + count) & 0xFFFF
+            if self.observer is not None:
+                self.observer.taken(chains)
         if count == available and self._event_index and self._armed != index:
             # 2.7.10: ask for a notify, then look once more: the driver may not have seen it.
             self._memory.pwrite(_INDEX.pack(index), self._used + 4 + 8 * self.size)
@@ -140,6 +152,8 @@ class SplitQueue:
         """Return chains as (head, bytes written); True when the driver wants an interrupt."""
         if not used:
             return False
+        if self.observer is not None:
+            self.observer.returned(used)
         elements = b"".join([_USED_ELEMENT.pack(*element) for element in used])
         slot = self._next_used % self.size
         ring = self._used + 4

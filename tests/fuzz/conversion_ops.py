@@ -1,0 +1,110 @@
+"""What a random conversion program does: requests, accesses by guest and host, failures."""
+
+from __future__ import annotations
+
+import random
+from typing import NamedTuple
+
+from tests.fuzz.reference import SHARE, UNSHARE, Request
+from vmm.core.ranges import PAGE_SIZE
+
+PAGES = 16
+
+
+class Convert(NamedTuple):
+    """`policy`: "allow", "deny", "defer" or "defer-keep". `fail_at`: which call into the host
+    that changes something fails, counted from 0; None for none."""
+
+    request: Request
+    policy: str
+    fail_at: int | None
+
+
+class Settle(NamedTuple):
+    """Time passes: the discards that were put off are due."""
+
+    fail_at: int | None
+
+
+class GuestRead(NamedTuple):
+    """`other`: through the alias of the side that the page is not on, where there is one."""
+
+    page: int
+    other: bool
+
+
+class GuestWrite(NamedTuple):
+    page: int
+    other: bool
+    word: int
+
+
+class HostRead(NamedTuple):
+    first: int
+    pages: int
+
+
+class HostWrite(NamedTuple):
+    first: int
+    pages: int
+    word: int
+
+
+class Look(NamedTuple):
+    """States and residency."""
+
+
+Op = Convert | Settle | GuestRead | GuestWrite | HostRead | HostWrite | Look
+Program = list[Op]
+
+
+def random_program(chance: random.Random, length: int) -> Program:
+    """`length` operations and a look at the end."""
+    return [*(_random_op(chance) for _ in range(length)), Look()]
+
+
+def _random_op(chance: random.Random) -> Op:
+    first = chance.randrange(PAGES)
+    count = chance.randint(1, min(6, PAGES - first))
+    word = chance.getrandbits(63) | 1
+    match chance.randrange(20):
+        case 0 | 1 | 2 | 3 | 4 | 5 | 6:
+            return _random_conversion(chance, first, count)
+        case 7:
+            return Settle(0 if chance.random() < 0.2 else None)
+        case 8 | 9 | 10:
+            return GuestRead(first, chance.random() < 0.25)
+        case 11 | 12 | 13 | 14:
+            return GuestWrite(first, chance.random() < 0.25, word)
+        case 15 | 16:
+            return HostRead(first, count)
+        case 17 | 18:
+            return HostWrite(first, count, word)
+    return Look()
+
+
+def _random_conversion(chance: random.Random, first: int, count: int) -> Convert:
+    kind = chance.choice((SHARE, UNSHARE))
+    policy = chance.choice(("allow",) * 7 + ("deny", "defer", "defer-keep"))
+    fail_at = chance.randrange(3) if chance.random() < 0.15 else None
+    if chance.random() < 0.1:
+        return Convert(_bad_request(chance, kind, first, count), policy, fail_at)
+    if chance.random() < 0.05:
+        first, count = 0, PAGES
+    return Convert(Request(kind, first, count), policy, fail_at)
+
+
+def _bad_request(chance: random.Random, kind: str, first: int, count: int) -> Request:
+    """One that breaks a rule, or several; now and then none after all."""
+    match chance.randrange(6):
+        case 0:
+            return Request(kind, first, chance.choice((0, -1, PAGES + 1, 1 << 52, (1 << 64) - 1)))
+        case 1:
+            return Request(kind, first, count, offset=chance.choice((1, 512, PAGE_SIZE - 1)))
+        case 2:
+            return Request(kind, first, count, reserved=chance.choice((1 << 5, 1 << 63, 3)))
+        case 3:
+            return Request(kind, chance.choice((-1, PAGES, 1 << 40, 1 << 52)), count)
+        case 4:
+            return Request(kind, PAGES - 1, chance.randint(1, 4))
+    return Request(kind, chance.randrange(1 << 52), chance.getrandbits(64))

@@ -1,0 +1,244 @@
+"""Carries a conversion program out on pyvmm over some KVM, step by step beside the reference.
+
+Nothing here depends on the scheme: a rig says where the guest finds a page.
+"""
+
+from __future__ import annotations
+
+import errno
+from contextlib import ExitStack
+from typing import Any
+
+from kvm_bindings import KvmError
+from tests.fuzz import conversion_ops as ops
+from tests.fuzz.reference import SHARE, Reference, Side
+from vmm.core.errors import PrivateAccess
+from vmm.core.events import Kind
+from vmm.core.ranges import PAGE_SIZE
+from vmm.memory.backing import Backing
+from vmm.policy import Allow, Decision, Defer, Deny, Event, Policy, View
+from vmm.selftest.guest import GuestStopped
+from vmm.selftest.platform import Platform
+from vmm.selftest.rig import BackingEntry, Rig, SchemeEntry
+
+INJECTED = errno.ENOMEM
+DENIED = errno.EPERM
+
+
+class Failures:
+    """Makes the host fail at one of the calls to come."""
+
+    def __init__(self) -> None:
+        self._left: int | None = None
+        self.happened = False
+
+    def arm(self, fail_at: int | None) -> None:
+        self._left, self.happened = fail_at, False
+
+    def pass_or_fail(self, what: str) -> None:
+        """To be called ahead of each call that changes something. Raises KvmError."""
+        if self._left is None:
+            return
+        if self._left:
+            self._left -= 1
+            return
+        self._left, self.happened = None, True
+        raise KvmError(what, INJECTED, "", "injected")
+
+
+class FailingProxy:
+    """Anything, with calls by the names in `at` failing when it is their turn."""
+
+    def __init__(self, target: Any, failures: Failures, at: frozenset[str]) -> None:
+        self._target = target
+        self._failures = failures
+        self._at = at
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._target, name)
+        if name not in self._at:
+            return found
+
+        def checked(*arguments: Any, **named: Any) -> Any:
+            self._failures.pass_or_fail(name)
+            return found(*arguments, **named)
+
+        return checked
+
+
+class Chosen(Policy):
+    """Answers as the program says."""
+
+    def __init__(self) -> None:
+        self.word = "allow"
+
+    def on_share(self, event: Event, view: View) -> Decision:
+        return Deny(DENIED) if self.word == "deny" else Allow()
+
+    def on_unshare(self, event: Event, view: View) -> Decision:
+        if self.word in ("defer", "defer-keep"):
+            return Defer(view.now + 1.0, keep=self.word == "defer-keep")
+        return self.on_share(event, view)
+
+
+class Mismatch(AssertionError):
+    """What happened is not what the reference says."""
+
+
+class World:
+    """One rig with the reference beside it. A context manager."""
+
+    def __init__(self, platform: Platform, scheme: SchemeEntry, backing: BackingEntry) -> None:
+        self.failures = Failures()
+        self.policy = Chosen()
+        self.now = 0.0
+        punching = frozenset({"punch"})
+
+        def wrap(behind: Backing) -> Backing:
+            return FailingProxy(behind, self.failures, punching)
+
+        with ExitStack() as opened:
+            self.rig = opened.enter_context(
+                Rig(
+                    platform,
+                    scheme,
+                    backing,
+                    pages=ops.PAGES,
+                    policies=[self.policy],
+                    wrap=wrap,
+                    clock=lambda: self.now,
+                )
+            )
+            self._opened = opened.pop_all()
+        self.reference = Reference(ops.PAGES)
+
+    def __enter__(self) -> World:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._opened.close()
+
+    def step(self, op: ops.Op) -> str:
+        """Carry an operation out; what was seen, in a word. Raises Mismatch."""
+        match op:
+            case ops.Convert():
+                return self._convert(op)
+            case ops.Settle(fail_at):
+                return self._settle(fail_at)
+            case ops.GuestRead(page, other):
+                return self._guest(page, other, None)
+            case ops.GuestWrite(page, other, word):
+                return self._guest(page, other, word)
+            case ops.HostRead(first, count):
+                return self._host_read(first, count)
+            case ops.HostWrite(first, count, word):
+                return self._host_write(first, count, word)
+        return self._look()
+
+    # -- conversions --------------------------------------------------------------------------
+
+    def _convert(self, op: ops.Convert) -> str:
+        request, reference = op.request, self.reference
+        self.policy.word = op.policy
+        self.failures.arm(op.fail_at)
+        kind = Kind.SHARE if request.kind == SHARE else Kind.UNSHARE
+        gpa = self.rig.gpa(request.first) + request.offset
+        answer = self.rig.request(kind, gpa, request.count, reserved=request.reserved)
+        failed = self.failures.happened
+        self.failures.arm(None)
+        refused = reference.refusal(request)
+        defer = op.policy in ("defer", "defer-keep")
+        if refused or op.policy == "deny":
+            self._expect("answer", answer, refused or -DENIED)
+        elif failed:
+            self._expect("answer", answer, -INJECTED)
+            reference.failed(request)
+        else:
+            self._expect("answer", answer, 0)
+            if reference.needs_work(request, defer=defer):
+                reference.convert(request, defer=defer, keep=op.policy == "defer-keep")
+        return f"{answer}"
+
+    def _settle(self, fail_at: int | None) -> str:
+        self.now += 2.0
+        self.failures.arm(fail_at)
+        self.rig.converter.settle()
+        failed = self.failures.happened
+        self.failures.arm(None)
+        if failed:
+            self.reference.settle_failed()
+            self.now += 2.0
+            self.rig.converter.settle()  # it is tried again
+        self.reference.settle()
+        return "failed, then settled" if failed else "settled"
+
+    # -- accesses -----------------------------------------------------------------------------
+
+    def _guest(self, page: int, other: bool, word: int | None) -> str:
+        """A load, or with `word` a store."""
+        if other and not self.rig.has_aliases:
+            return "no alias"
+        known = self.reference.pages[page]
+        private = (known.state.value != "shared") != other
+        side = known.other if other else known.current
+        cpu, address = self.rig.guests[0], self.rig.alias(page, private=private)
+        try:
+            if word is not None:
+                cpu.write(address, word)
+                side.touch(word)
+                return "ok"
+            return self._seen(f"the guest in page {page}", cpu.read(address), side)
+        except GuestStopped as stop:
+            raise Mismatch(f"the guest's access to page {page}: {stop}") from None
+
+    def _seen(self, who: str, word: int, side: Side) -> str:
+        if side.word is not None:
+            self._expect(f"the word that {who} sees", word, side.word)
+        side.touch(word)
+        return f"{word:#x}"
+
+    def _host_read(self, first: int, count: int) -> str:
+        try:
+            data = self.rig.memory.pread(count * PAGE_SIZE, self.rig.gpa(first))
+        except PrivateAccess:
+            self._expect("host access allowed", False, self.reference.host_may(first, count))
+            return "refused"
+        self._expect("host access allowed", True, self.reference.host_may(first, count))
+        for number, page in enumerate(self.reference.pages[first : first + count]):
+            word = int.from_bytes(data[number * PAGE_SIZE :][:8], "little")
+            if page.shared.word is None:
+                page.shared.word = word
+            self._expect(f"host word in page {first + number}", word, page.shared.word)
+            rest = data[number * PAGE_SIZE + 8 : (number + 1) * PAGE_SIZE]
+            self._expect(f"rest of page {first + number}", rest.strip(b"\0"), b"")
+        return "read"
+
+    def _host_write(self, first: int, count: int, word: int) -> str:
+        page = word.to_bytes(8, "little") + bytes(PAGE_SIZE - 8)
+        try:
+            self.rig.memory.pwrite(page * count, self.rig.gpa(first))
+        except PrivateAccess:
+            self._expect("host access allowed", False, self.reference.host_may(first, count))
+            return "refused"
+        self._expect("host access allowed", True, self.reference.host_may(first, count))
+        for each in self.reference.pages[first : first + count]:
+            each.shared.touch(word)
+        return "written"
+
+    # -- looks --------------------------------------------------------------------------------
+
+    def _look(self) -> str:
+        states = []
+        for area, state in self.rig.memory.states():
+            states += [state.value] * (area.size // PAGE_SIZE)
+        self._expect("page states", states, self.reference.states())
+        predicted = self.reference.resident()
+        if predicted is not None:
+            found = self.rig.memory.residency()
+            pages = (found.private_bytes // PAGE_SIZE, found.shared_bytes // PAGE_SIZE)
+            self._expect("resident pages (private, shared)", pages, predicted)
+        return " ".join(state[0] for state in states)
+
+    def _expect(self, what: str, found: object, predicted: object) -> None:
+        if found != predicted:
+            raise Mismatch(f"{what}: {found}, but the reference says {predicted}")

@@ -1,0 +1,141 @@
+"""The reference model: what conversions must do, page by page, in as few words as possible.
+
+Each side of a page holds a word (its first; zero when nothing is there) and may be resident.
+None stands for "may be anything", and is pinned down by the first look at it.
+"""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass, field
+from enum import Enum
+
+SHARE, UNSHARE = "share", "unshare"
+
+
+class State(Enum):
+    SHARED = "shared"
+    PRIVATE = "private"
+    DEFERRED = "deferred"
+
+
+@dataclass
+class Side:
+    """One side of a page."""
+
+    word: int | None = 0
+    resident: bool = False
+
+    def discard(self) -> None:
+        self.word, self.resident = 0, False
+
+    def touch(self, word: int | None) -> None:
+        self.word, self.resident = word, True
+
+
+@dataclass
+class Page:
+    state: State = State.PRIVATE
+    kept: bool = False
+    """Deferred only: a share brings the shared side's content back."""
+    shared: Side = field(default_factory=Side)
+    private: Side = field(default_factory=Side)
+
+    @property
+    def current(self) -> Side:
+        return self.shared if self.state is State.SHARED else self.private
+
+    @property
+    def other(self) -> Side:
+        return self.private if self.state is State.SHARED else self.shared
+
+
+@dataclass(frozen=True)
+class Request:
+    """A conversion request: `first` page and `count` may be nonsense, `offset` misaligns."""
+
+    kind: str
+    first: int
+    count: int
+    offset: int = 0
+    reserved: int = 0
+
+
+class Reference:
+    """`pages` pages, all private at first."""
+
+    def __init__(self, pages: int) -> None:
+        self.pages = [Page() for _ in range(pages)]
+        self.in_doubt = False
+        """A failure left it open which discards were made: residency is not predicted then."""
+
+    def refusal(self, request: Request) -> int:
+        """The answer to a request that nobody may carry out, 0 if there is nothing wrong."""
+        last = request.first + request.count
+        inside = request.first >= 0 and request.count > 0 and last <= len(self.pages)
+        return 0 if inside and not request.offset and not request.reserved else -errno.EINVAL
+
+    def convert(self, request: Request, *, defer: bool = False, keep: bool = False) -> None:
+        """A valid request, allowed and carried out."""
+        area = self.pages[request.first : request.first + request.count]
+        if request.kind == SHARE:
+            for page in area:
+                self._share(page)
+        elif not defer:
+            for page in area:
+                page.state = State.PRIVATE
+                page.shared.discard()
+        else:
+            for page in area:
+                if page.state is State.SHARED:
+                    page.state, page.kept = State.DEFERRED, keep
+
+    def needs_work(self, request: Request, *, defer: bool = False) -> bool:
+        """Whether a valid request changes anything; if not, nothing is discarded either."""
+        area = self.pages[request.first : request.first + request.count]
+        states = {page.state for page in area}
+        if request.kind == SHARE:
+            return states != {State.SHARED}
+        return State.SHARED in states or (not defer and State.DEFERRED in states)
+
+    def _share(self, page: Page) -> None:
+        if page.state is State.DEFERRED and not page.kept:
+            page.shared.discard()
+        page.state = State.SHARED
+        page.private.discard()
+
+    def failed(self, request: Request) -> None:
+        """The request failed half way: all is as before, except that discards which were owed
+        may have been made."""
+        for page in self.pages[request.first : request.first + request.count]:
+            if request.kind == SHARE and page.state is State.DEFERRED and not page.kept:
+                page.shared.word = None
+                self.in_doubt = True
+
+    def settle(self) -> None:
+        """Every discard that was put off is made."""
+        for page in self.pages:
+            if page.state is State.DEFERRED:
+                page.state = State.PRIVATE
+                page.shared.discard()
+
+    def settle_failed(self) -> None:
+        """Some may have been made."""
+        for page in self.pages:
+            if page.state is State.DEFERRED:
+                page.shared.word = None
+                self.in_doubt = True
+
+    def host_may(self, first: int, count: int) -> bool:
+        """Whether the host may touch all of these pages."""
+        return all(p.state is State.SHARED for p in self.pages[first : first + count])
+
+    def resident(self) -> tuple[int, int] | None:
+        """Pages behind the private and the shared side; None when in doubt."""
+        if self.in_doubt:
+            return None
+        private = sum(page.private.resident for page in self.pages)
+        return private, sum(page.shared.resident for page in self.pages)
+
+    def states(self) -> list[str]:
+        return [page.state.value for page in self.pages]

@@ -1,0 +1,70 @@
+"""The model of KVM as a platform for the conformance suite and for random programs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import cast
+
+from kvm_bindings import Vcpu, Vm
+from tests.support.fake_kvm import FakeKernel, FakeSystem, FakeVm
+from vmm.core.ranges import PAGE_SIZE, Range, page_align_down
+from vmm.selftest.guest import WORD, GuestCpu, GuestStopped
+
+
+class FakeGuestCpu:
+    """A GuestCpu whose accesses the model carries out, page by page."""
+
+    def __init__(self, vm: FakeVm, number: int) -> None:
+        self._vm = vm
+        self.vcpu = cast(Vcpu, vm.create_vcpu(number))
+
+    def read(self, address: int) -> int:
+        return int.from_bytes(self._read(address, WORD), "little")
+
+    def write(self, address: int, word: int) -> None:
+        self._write(address, word.to_bytes(WORD, "little"))
+
+    def fill(self, address: int, size: int, word: int) -> None:
+        for start, length in _pages(address, size):
+            self._write(start, word.to_bytes(WORD, "little") * (length // WORD))
+
+    def holds(self, address: int, size: int, word: int) -> bool:
+        return all(
+            self._read(start, length) == word.to_bytes(WORD, "little") * (length // WORD)
+            for start, length in _pages(address, size)
+        )
+
+    def interrupt(self) -> None:
+        """No access of the model waits for anything."""
+
+    def _read(self, address: int, size: int) -> bytes:
+        found = self._vm.guest_read(address, size)
+        if isinstance(found, bytes):
+            return found
+        raise GuestStopped(found)
+
+    def _write(self, address: int, data: bytes) -> None:
+        exit = self._vm.guest_write(address, data)
+        if exit is not None:
+            raise GuestStopped(exit)
+
+
+def _pages(address: int, size: int) -> list[tuple[int, int]]:
+    """The range cut at page boundaries, as (start, size)."""
+    end = address + size
+    starts = [address, *range(page_align_down(address) + PAGE_SIZE, end, PAGE_SIZE)]
+    return [(start, min(end, page_align_down(start) + PAGE_SIZE) - start) for start in starts]
+
+
+class FakePlatform:
+    """A FakeKernel's /dev/kvm, and guests on it."""
+
+    def __init__(self, kernel: FakeKernel | None = None) -> None:
+        self.kernel = kernel or FakeKernel()
+        self.system = FakeSystem(self.kernel).as_system()
+
+    def guests(
+        self, opened: ExitStack, vm: Vm, count: int, ram: Sequence[Range], c_mask: int
+    ) -> list[GuestCpu]:
+        return [FakeGuestCpu(cast(FakeVm, vm), number) for number in range(count)]

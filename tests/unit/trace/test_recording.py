@@ -1,0 +1,170 @@
+"""Events go into a store that mmap-ninja opens; what a kill or a full disk leaves is said."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from tests.support.trace import now, rows_of, start_recorder
+from vmm.core.errors import UsageError
+from vmm.trace.layout import COLUMNS, LARGEST, Kind
+from vmm.trace.reader import Trace
+from vmm.trace.recorder import Recorder
+from vmm.trace.store import TraceStore
+
+
+def test_event_recorded_is_read_back_field_by_field(tmp_path: Path) -> None:
+    recorder = start_recorder(tmp_path / "t")
+    before = now()
+
+    recorder.record(Kind.SHARE, 3, before, 0x1000, 0x2000, recorder.name("port") | 7 << 16, 13, 2)
+    recorder.close()
+
+    [row] = rows_of(tmp_path / "t")
+    fields = ("kind", "vcpu", "gpa", "bytes", "errno", "decision", "name")
+    assert [row[name] for name in fields] == ["share", 3, 0x1000, 0x2000, 13, 2, "port"]
+    assert row["detail"] >> 16 == 7
+    assert 0 < row["latency_ns"] <= now() - before
+
+
+def test_column_written_is_what_mmap_ninja_opens(tmp_path: Path) -> None:
+    import mmap_ninja  # after the reader, which keeps numpy from making threads
+
+    recorder = start_recorder(tmp_path / "t")
+    for number in range(5):
+        recorder.record(Kind.EXIT, 0, now(), gpa=number)
+    recorder.close()
+
+    opened = {c.name: mmap_ninja.np_open_existing(tmp_path / "t" / c.name) for c in COLUMNS}
+
+    assert opened["gpa"].tolist() == [0, 1, 2, 3, 4]
+    assert {name: str(cells.dtype) for name, cells in opened.items()} == {
+        c.name: c.dtype for c in COLUMNS
+    }
+
+
+def test_range_past_64_bits_is_cut(tmp_path: Path) -> None:
+    recorder = start_recorder(tmp_path / "t")
+
+    recorder.record(Kind.SHARE, 0, now(), LARGEST, LARGEST * 4096)
+    recorder.close()
+
+    assert rows_of(tmp_path / "t")[0]["bytes"] == LARGEST
+
+
+def test_buffer_full_many_times_and_many_threads_lose_nothing(tmp_path: Path) -> None:
+    recorder = Recorder(TraceStore(tmp_path / "t"), {}, capacity=64)
+    recorder.start()
+
+    def work(vcpu: int) -> None:
+        for number in range(500):
+            recorder.record(Kind.EXIT, vcpu, now(), gpa=number, size=number + vcpu)
+
+    threads = [threading.Thread(target=work, args=(vcpu,)) for vcpu in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    recorder.close()
+
+    rows = rows_of(tmp_path / "t")
+    for vcpu in range(4):
+        assert [row["gpa"] for row in rows if row["vcpu"] == vcpu] == list(range(500))
+    assert all(row["bytes"] == row["gpa"] + row["vcpu"] for row in rows)
+
+
+def test_disk_full_ends_the_trace_and_not_the_guest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recorder = start_recorder(tmp_path / "t")
+
+    def full(self: TraceStore, rows: memoryview, count: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(TraceStore, "append", full)
+    for _ in range(3):
+        recorder.record(Kind.EXIT, 0, now())
+        recorder.flush()
+    recorder.close(complete=True)
+
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert "--trace: writing failed, the trace ends here: No space left on device" in told
+    assert not Trace(tmp_path / "t").complete
+
+
+def test_event_after_the_end_is_dropped(tmp_path: Path) -> None:
+    recorder = start_recorder(tmp_path / "t")
+    recorder.close(complete=True)
+
+    recorder.record(Kind.EXIT, 0, now())
+    recorder.flush()
+
+    assert Trace(tmp_path / "t").rows == 0
+
+
+def test_folder_with_something_else_in_it_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").touch()
+
+    with pytest.raises(UsageError, match=r"holds something else \(thesis.tex\)"):
+        TraceStore(tmp_path)
+
+    assert os.listdir(tmp_path) == ["thesis.tex"]
+
+
+def test_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "t").touch()
+
+    with pytest.raises(UsageError, match="is not a folder"):
+        TraceStore(tmp_path / "t")
+
+
+def test_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "t").touch()
+
+    with pytest.raises(UsageError, match="t/sub cannot be written: Not a directory"):
+        TraceStore(tmp_path / "t" / "sub")
+
+
+def test_earlier_trace_in_the_folder_is_replaced(tmp_path: Path) -> None:
+    for count in (3, 1):
+        recorder = start_recorder(tmp_path / "t")
+        for _ in range(count):
+            recorder.record(Kind.EXIT, 0, now())
+        recorder.close(complete=True)
+
+    assert (Trace(tmp_path / "t").rows, Trace(tmp_path / "t").torn) == (1, 0)
+
+
+_KILLED = """
+import sys, time
+from tests.support.trace import start_recorder
+recorder = start_recorder(sys.argv[1])
+number = 0
+while True:
+    recorder.record(8, 0, time.monotonic_ns(), number, number, recorder.name("io"))
+    number += 1
+    if number == 5000:
+        recorder.flush()
+        print("flushed", flush=True)
+"""
+
+
+def test_killed_run_leaves_what_was_flushed(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _KILLED, str(tmp_path / "t")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"flushed\n"
+        os.kill(process.pid, signal.SIGKILL)
+
+    trace = Trace(tmp_path / "t")
+    assert not trace.complete
+    assert trace.rows >= 5000
+    assert trace["gpa"].tolist() == trace["bytes"].tolist() == list(range(trace.rows))

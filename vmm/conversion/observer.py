@@ -1,0 +1,29 @@
+"""What may watch conversions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from vmm.core.events import ConversionRequest
+from vmm.core.ranges import Range
+from vmm.memory.guest_memory import PageState
+from vmm.policy import Decision
+
+
+class ConversionObserver(Protocol):
+    """Told of what has happened, with the converter's lock held; times are time.monotonic_ns."""
+
+    def answered(
+        self,
+        request: ConversionRequest,
+        decision: Decision | None,
+        answer: int | None,
+        started: int,
+    ) -> None:
+        """A request is over. No decision: it was invalid; no answer: the run ends with it."""
+        ...
+
+    def changed(self, areas: Sequence[Range], state: PageState, began: int) -> None:
+        """`areas` are in `state` now, and were being converted since `began`."""
+        ...

@@ -1,0 +1,69 @@
+"""Attributes kept by the guest_memfd: a page keeps its place when it changes sides."""
+
+from __future__ import annotations
+
+import time
+
+from kvm_bindings import GuestMemfd, PagesInUse, Vm, ioctls
+from vmm.conversion.scheme import private_side, set_slot
+from vmm.core.events import Kind
+from vmm.core.ranges import PAGE_SIZE, Range
+from vmm.memory.guest_memory import GuestMemory, PageState
+
+PRIVATE, SHARED = ioctls.KVM_MEMORY_ATTRIBUTE_PRIVATE, 0
+
+PATIENCE = 1.0
+"""Seconds that an unshare waits for pages that somebody still holds."""
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.0005, 0.05
+
+
+class InPlaceScheme:
+    """One guest_memfd behind one memslot for each range of RAM; KVM_SET_MEMORY_ATTRIBUTES2 on it
+    says which pages the host reaches.
+
+    What a page holds after a conversion is the VM type's business, so that the transaction
+    discards it: the guest finds zeros, as under every other scheme.
+    """
+
+    name = "in-place"
+    vm_type = ioctls.KVM_X86_SW_PROTECTED_VM
+    alias = 0
+    converts_on_fault = True
+
+    def __init__(self, patience: float = PATIENCE) -> None:
+        """`patience`: seconds to wait for pages in use."""
+        self._patience = patience
+
+    def install(self, vm: Vm, memory: GuestMemory) -> None:
+        backing = private_side(memory, self.name)
+        if not memory.in_place:
+            raise ValueError("the in-place scheme needs one backing for both sides")
+        self._memory = memory
+        self._guest_memfd = GuestMemfd(backing.fd, backing.size, 0)  # the backing closes the fd
+        for number, area in enumerate(memory.ram):
+            set_slot(vm, number, area.start, area, backing)
+        for run, state in memory.states():
+            self._set(run, SHARED if state is PageState.SHARED else PRIVATE)
+
+    def apply(self, area: Range, kind: Kind) -> None:
+        self._set(area, SHARED if kind is Kind.SHARE else PRIVATE)
+
+    def revert(self, area: Range, kind: Kind) -> None:
+        self._set(area, PRIVATE if kind is Kind.SHARE else SHARED)
+
+    def _set(self, area: Range, attribute: int) -> None:
+        """KVM refuses, as a whole, to make pages private that somebody holds: a system call of
+        the host's that is under way, or a page on its way through a pipe. They let go of it."""
+        deadline = time.monotonic() + self._patience
+        pause = _FIRST_PAUSE
+        while True:
+            try:
+                self._guest_memfd.set_memory_attributes2(area.start, area.size, attribute)
+                return
+            except PagesInUse as busy:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise
+                self._memory.quiesce(Range(busy.offset, PAGE_SIZE), left)
+            time.sleep(min(pause, left))
+            pause = min(2 * pause, _LONGEST_PAUSE)

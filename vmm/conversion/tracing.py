@@ -1,0 +1,45 @@
+"""Writes conversions into a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vmm.core.events import ConversionRequest, Kind
+from vmm.core.ranges import PAGE_SIZE, Range
+from vmm.memory.guest_memory import PageState
+from vmm.policy import Decision
+from vmm.trace.layout import DECISIONS, HOST, NO_ANSWER
+from vmm.trace.layout import Kind as Traced
+from vmm.trace.recorder import Recorder
+
+
+class ConversionTrace:
+    """A ConversionObserver: one row for each request, and one for each range that changes."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+
+    def answered(
+        self,
+        request: ConversionRequest,
+        decision: Decision | None,
+        answer: int | None,
+        started: int,
+    ) -> None:
+        word = "none" if decision is None else type(decision).__name__.lower()
+        self._recorder.record(
+            Traced.SHARE if request.kind is Kind.SHARE else Traced.UNSHARE,
+            min(request.vcpu, HOST),
+            started,
+            request.gpa,
+            max(request.pages, 0) * PAGE_SIZE,
+            self._recorder.name(request.doorbell),
+            NO_ANSWER if answer is None else -answer,
+            DECISIONS.index(word),
+        )
+
+    def changed(self, areas: Sequence[Range], state: PageState, began: int) -> None:
+        for area in areas:
+            self._recorder.record(
+                Traced.STATE, HOST, began, *area, self._recorder.name(state.value)
+            )

@@ -1,0 +1,59 @@
+"""Writes exits into a trace, by wrapping the table of handlers: untraced runs pay nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from kvm_bindings import exits
+from vmm.exits.handlers import AnsweringVcpu
+from vmm.trace.layout import HOST, Kind
+from vmm.trace.recorder import Recorder
+
+Handler = Callable[[Any, Any], None]
+Table = dict[type[Any], tuple[str, Handler]]
+
+_ADDRESSES: dict[type[Any], str] = {
+    exits.IoExit: "port",
+    exits.MmioExit: "gpa",
+    exits.HypercallExit: "number",
+    exits.RdmsrExit: "msr",
+    exits.WrmsrExit: "msr",
+}
+"""The field of an exit that says where."""
+
+
+def traced(table: Table, recorder: Recorder) -> Table:
+    """`table` with handlers that write a row when they are done."""
+    return {
+        exit_class: (name, _traced_handler(exit_class, name, handler, recorder))
+        for exit_class, (name, handler) in table.items()
+    }
+
+
+def _traced_handler(
+    exit_class: type[Any], name: str, handler: Handler, recorder: Recorder
+) -> Handler:
+    number = recorder.name(name)
+    field = _ADDRESSES.get(exit_class)
+    now, record, kind = time.monotonic_ns, recorder.record, int(Kind.EXIT)
+
+    def handle(vcpu: AnsweringVcpu, exit: Any) -> None:
+        started = now()
+        try:
+            handler(vcpu, exit)
+        finally:
+            address = 0 if field is None else getattr(exit, field)
+            record(kind, vcpu.index, started, address, 0, number)
+
+    def handle_fault(vcpu: AnsweringVcpu, exit: exits.MemoryFaultExit) -> None:
+        started = now()
+        side = recorder.name("private" if exit.private else "shared")
+        try:
+            handler(vcpu, exit)
+        finally:
+            record(Kind.FAULT, min(vcpu.index, HOST), started, exit.gpa, exit.size, side)
+            record(kind, vcpu.index, started, exit.gpa, exit.size, number)
+
+    return handle_fault if exit_class is exits.MemoryFaultExit else handle

@@ -1,0 +1,257 @@
+"""Picks scheme and private backing: the strongest that this host has and the guest can use, each
+found out by trying, and remembers why the stronger ones were not taken."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+from kvm_bindings import KvmError, System, Vm, fdops, ioctls
+from vmm.conversion.scheme import Scheme
+from vmm.conversion.schemes.remap import Parking
+from vmm.core.errors import HostError
+from vmm.core.ranges import PAGE_SIZE
+from vmm.machine.matrix import (
+    BACKINGS,
+    NEEDS,
+    ONLY_WHEN_NAMED,
+    SCHEMES,
+    TWO_ADDRESSES,
+    backings_for,
+)
+from vmm.memory.backing import Backing
+from vmm.memory.backings.memfd import MemfdBacking
+
+_LABEL = "pyvmm-private"
+_MMAP, _INIT_SHARED = ioctls.GUEST_MEMFD_FLAG_MMAP, ioctls.GUEST_MEMFD_FLAG_INIT_SHARED
+GUEST_MEMFD_FLAGS = {
+    "guest_memfd-plain": 0,
+    "guest_memfd": _MMAP,
+    "guest_memfd-mmap": _MMAP | _INIT_SHARED,
+    "guest_memfd-in-place": _MMAP | _INIT_SHARED,
+}
+VM_TYPES = {
+    "attributes": ioctls.KVM_X86_SW_PROTECTED_VM,
+    "in-place": ioctls.KVM_X86_SW_PROTECTED_VM,
+    "cbit": ioctls.KVM_X86_DEFAULT_VM,
+    "remap": ioctls.KVM_X86_DEFAULT_VM,
+}
+_NOT_THERE = (errno.EINVAL, errno.ENOTTY, errno.EOPNOTSUPP, errno.ENOSYS)
+"""What KVM answers to something that it doesn't know; all else is a failure of its own."""
+
+_ONE_ADDRESS_ONLY = "the guest picks the side by an address bit, which this scheme does not have"
+
+
+class Wanted(NamedTuple):
+    """What the user asked for, and what the guest can do."""
+
+    scheme: str
+    """One of SCHEMES, or "auto"."""
+    backing: str
+    """One of BACKINGS, or "auto"."""
+    size: int
+    """Bytes of the backing: the end of guest RAM."""
+    two_addresses: bool
+    """Whether the guest picks the side by an address bit (Linux), and knows no other way."""
+    host_loads: bool
+    """Whether the host fills private pages before the guest runs."""
+
+
+class Chosen(NamedTuple):
+    """A VM with the scheme's name and the private backing; the caller closes both."""
+
+    vm: Vm
+    scheme: str
+    backing: Backing
+    not_taken: dict[str, str]
+    """The stronger schemes, each with the reason why it does not serve."""
+
+
+def choose(system: System, wanted: Wanted) -> Chosen:
+    """Open what the wish comes to. Raises HostError naming what is there instead."""
+    reasons: dict[str, str] = {}
+    for scheme in SCHEMES:
+        if wanted.scheme not in ("auto", scheme):
+            continue
+        opened = try_scheme(system, scheme, wanted)
+        if not isinstance(opened, str):
+            vm, backing = opened
+            return Chosen(vm, scheme, backing, reasons)
+        reasons[scheme] = opened
+    raise HostError(_refusal(system, wanted, reasons))
+
+
+def try_scheme(system: System, scheme: str, wanted: Wanted) -> tuple[Vm, Backing] | str:
+    """A VM of the scheme's kind and a backing for it, or why there is none.
+
+    Raises HostError for what is no lack of the host's, memory for one.
+    """
+    if wanted.two_addresses and scheme not in TWO_ADDRESSES:
+        return _ONE_ADDRESS_ONLY
+    names = backings_for(scheme, host_loads=wanted.host_loads)
+    if wanted.backing != "auto":
+        names = [name for name in names if name == wanted.backing]
+        if not names:
+            return f"does not take --private-mem={wanted.backing}"
+    else:
+        names = [name for name in names if name not in ONLY_WHEN_NAMED]
+    try:
+        vm = system.create_vm(VM_TYPES[scheme])
+    except KvmError as error:
+        return _lacks(scheme, error)
+    try:
+        if scheme == "attributes":
+            _try_attributes(vm)
+        backing = _first_backing(vm, names, wanted.size)
+        if scheme == "in-place":
+            _try_in_place(backing)
+    except KvmError as error:
+        vm.close()
+        return _lacks(scheme, error)
+    except BaseException:
+        vm.close()
+        raise
+    if isinstance(backing, str):
+        vm.close()
+        return backing
+    return vm, backing
+
+
+def _first_backing(vm: Vm, names: list[str], size: int) -> Backing | str:
+    """The first that can be had, or why the first one can't."""
+    reason = ""
+    for name in names:
+        try:
+            return make_backing(vm, name, size)
+        except OSError as error:
+            lacking = error.errno in _NOT_THERE or name == "memfd-hugetlb"
+            if not lacking:
+                raise HostError(str(error)) from None
+            reason = reason or _lacks(name, error)
+    return reason
+
+
+def make_backing(vm: Vm, name: str, size: int) -> Backing:
+    """A new private backing by its name in BACKINGS. Raises OSError (KvmError is one)."""
+    flags = GUEST_MEMFD_FLAGS.get(name)
+    if flags is not None:
+        from vmm.memory.backings import guest_memfd
+
+        classes: dict[str, Callable[[int, int], Backing]] = {
+            "guest_memfd-plain": guest_memfd.PlainGuestMemfdBacking,
+            "guest_memfd": guest_memfd.GuestMemfdBacking,
+            "guest_memfd-mmap": guest_memfd.MappedGuestMemfdBacking,
+            "guest_memfd-in-place": guest_memfd.InPlaceGuestMemfdBacking,
+        }
+        return classes[name](vm.create_guest_memfd(size, flags).fd, size)
+    if name == "memfd-hugetlb":
+        from vmm.memory.backings.hugetlb_memfd import HugetlbMemfdBacking
+
+        return HugetlbMemfdBacking(size, _LABEL)
+    if name == "memfd-sealed":
+        from vmm.memory.backings.sealed_memfd import SealedMemfdBacking
+
+        return SealedMemfdBacking(size, _LABEL)
+    return MemfdBacking(size, _LABEL)
+
+
+def make_scheme(name: str, c_bit: Callable[[], int], parked: Parking) -> Scheme:
+    """The scheme of that name; `c_bit` is asked for where there is one, `parked` keeps vCPUs out
+    of the guest. Raises HostError when there is no C-bit to be had."""
+    if name == "attributes":
+        from vmm.conversion.schemes.attributes import AttributesScheme
+
+        return AttributesScheme()
+    if name == "in-place":
+        from vmm.conversion.schemes.in_place import InPlaceScheme
+
+        return InPlaceScheme()
+    if name == "remap":
+        from vmm.conversion.schemes.remap import RemapScheme
+
+        return RemapScheme(parked)
+    from vmm.conversion.schemes.cbit import CbitScheme
+
+    return CbitScheme(c_bit())
+
+
+# -- does it behave? ------------------------------------------------------------------------------
+
+
+def _try_attributes(vm: Vm) -> None:
+    """Set and clear one page's attribute; KVM needs no memslot for it. Raises KvmError."""
+    for attribute in (ioctls.KVM_MEMORY_ATTRIBUTE_PRIVATE, 0):
+        vm.set_memory_attributes(0, PAGE_SIZE, attribute)
+
+
+def _try_in_place(backing: Backing | str) -> None:
+    """A page that is made private must be out of the host's reach, and come back. Raises KvmError
+    (also when it is not)."""
+    if isinstance(backing, str):
+        return
+    from kvm_bindings import GuestMemfd
+
+    guest_memfd = GuestMemfd(backing.fd, backing.size, 0)  # the backing closes the fd
+    scratch = os.memfd_create("pyvmm-probe", os.MFD_CLOEXEC)
+    try:
+        for attribute, reached in ((ioctls.KVM_MEMORY_ATTRIBUTE_PRIVATE, False), (0, True)):
+            guest_memfd.set_memory_attributes2(0, PAGE_SIZE, attribute)
+            try:
+                fdops.pwrite_from_address(scratch, backing.hva, 1, 0)
+                was_reached = True
+            except KvmError:
+                was_reached = False
+            if was_reached != reached:
+                state = "shared" if reached else "private"
+                raise KvmError(
+                    "KVM_SET_MEMORY_ATTRIBUTES2",
+                    errno.EOPNOTSUPP,
+                    hint=f"a {state} page is {'out of' if reached else 'in'} the host's reach",
+                )
+    except BaseException:
+        backing.close()
+        raise
+    finally:
+        os.close(scratch)
+
+
+# -- words ----------------------------------------------------------------------------------------
+
+
+def _lacks(name: str, error: OSError) -> str:
+    need = NEEDS.get(name)
+    return f"{error}; {need}" if need else str(error)
+
+
+def available(system: System, *, two_addresses: bool, host_loads: bool) -> dict[str, list[str]]:
+    """The schemes that this host has for such a guest, each with the backings that it takes."""
+    found: dict[str, list[str]] = {}
+    for name, schemes in BACKINGS.items():
+        for scheme in schemes:
+            wanted = Wanted(scheme, name, 2 << 20, two_addresses, host_loads)
+            try:
+                opened = try_scheme(system, scheme, wanted)
+            except HostError:
+                continue
+            if not isinstance(opened, str):
+                vm, backing = opened
+                backing.close()
+                vm.close()
+                found.setdefault(scheme, []).append(name)
+    return {scheme: found[scheme] for scheme in SCHEMES if scheme in found}
+
+
+def _refusal(system: System, wanted: Wanted, reasons: dict[str, str]) -> str:
+    there = available(system, two_addresses=wanted.two_addresses, host_loads=wanted.host_loads)
+    here = "; ".join(f"{scheme} with {', '.join(names)}" for scheme, names in there.items())
+    takers = BACKINGS.get(wanted.backing, SCHEMES)
+    telling = [f"{scheme}: {why}" for scheme, why in reasons.items() if scheme in takers]
+    words = [f"--private-mem={wanted.backing}"]
+    if wanted.scheme != "auto":
+        words.insert(0, f"--scheme {wanted.scheme}")
+    return (
+        f"{' '.join(words)}: not on this host ({'; '.join(telling)}); what works here: "
+        f"{here or 'nothing, run without --private-mem'}"
+    )

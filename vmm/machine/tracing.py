@@ -1,0 +1,57 @@
+"""The trace of one run (`--trace DIR`): what is observed, and what the sidecar says of the run."""
+
+from __future__ import annotations
+
+import sys
+
+from vmm.conversion.tracing import ConversionTrace
+from vmm.exits.outcome import Outcome
+from vmm.exits.tracing import Table, traced
+from vmm.machine.config import MachineConfig
+from vmm.memory.guest_memory import GuestMemory
+from vmm.trace.queues import DeviceTrace
+from vmm.trace.recorder import Recorder
+from vmm.trace.store import TraceStore
+
+
+class RunTrace:
+    """Observers for a machine's parts, and the trace behind them."""
+
+    def __init__(self, path: str, config: MachineConfig) -> None:
+        """Raises UsageError when the folder at `path` can't be written."""
+        self._recorder = Recorder(
+            TraceStore(path),
+            {
+                "command": sys.argv,
+                "kernel": config.kernel,
+                "cpus": config.cpus,
+                "policies": [[spec, *words] for spec, words in config.policies],
+            },
+        )
+        self.conversions = ConversionTrace(self._recorder)
+
+    def device(self, name: str) -> DeviceTrace:
+        return DeviceTrace(self._recorder, name)
+
+    def exits(self, table: Table) -> Table:
+        return traced(table, self._recorder)
+
+    def start(self, memory: GuestMemory, scheme: str, doorbell: str | None) -> None:
+        """The guest is about to run."""
+        self._recorder.start(
+            scheme=scheme,
+            doorbell=doorbell,
+            backings={
+                "private": None if memory.private is None else memory.private.name,
+                "shared": memory.shared.name,
+            },
+            states=[[*area, state.value] for area, state in memory.states()],
+        )
+
+    def end(self, outcome: Outcome) -> None:
+        """The run is over, and everything that happened has been observed."""
+        self._recorder.close(complete=True, guest={"exit": outcome.exit, "reason": outcome.reason})
+
+    def close(self) -> None:
+        """Nothing more is recorded; a run that `end` has not seen stays incomplete."""
+        self._recorder.close()

@@ -1,0 +1,1 @@
+"""The backings, one file each. vmm.machine.backings says which scheme takes which."""

@@ -1,0 +1,178 @@
+"""A VM with private memory for one case: backings, GuestMemory, scheme, converter, guests."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import NamedTuple, Self
+
+from kvm_bindings import Vm
+from vmm.conversion.scheme import Scheme
+from vmm.conversion.transaction import Converter
+from vmm.core.events import ConversionRequest, Kind
+from vmm.core.ranges import PAGE_SIZE, Range
+from vmm.memory.backing import Backing
+from vmm.memory.backings.memfd import MemfdBacking
+from vmm.memory.guest_memory import GuestMemory, PageState
+from vmm.policy import Policy
+from vmm.selftest.guest import CODE_SIZE, WORD, GuestCpu
+from vmm.selftest.platform import Platform
+
+RAM_GPA = CODE_SIZE
+"""Where the memory under test starts; what lies below is the guests' code."""
+
+
+class SchemeEntry(NamedTuple):
+    """A row of the matrix: how to make the scheme, on which VM type.
+
+    `alias_mask` is the address bit that picks the private side, 0 where there is one address.
+    """
+
+    name: str
+    vm_type: int
+    alias_mask: Callable[[Platform], int]
+    make: Callable[[Platform], Scheme]
+
+
+class BackingEntry(NamedTuple):
+    """A column: the private side's backing. `create` raises HostError where the host has none."""
+
+    name: str
+    create: Callable[[Vm, int], Backing]
+
+
+class Rig:
+    """One VM. A context manager. Pages are numbered from RAM_GPA."""
+
+    def __init__(
+        self,
+        platform: Platform,
+        scheme: SchemeEntry,
+        backing: BackingEntry,
+        *,
+        pages: int = 16,
+        ram: Sequence[Range] | None = None,
+        private: Sequence[Range] | None = None,
+        vcpus: int = 1,
+        policies: Sequence[Policy] = (),
+        wrap: Callable[[Backing], Backing] = lambda backing: backing,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """All of `ram` (default: `pages` pages at RAM_GPA) starts private unless `private` says
+        which parts do. `wrap` puts something between GuestMemory and its backings.
+
+        Raises HostError or KvmError where the host lacks something, everything closed.
+        """
+        self.ram = list(ram) if ram is not None else [Range(RAM_GPA, pages * PAGE_SIZE)]
+        self._mask = scheme.alias_mask(platform)
+        with ExitStack() as opened:
+            self.vm: Vm = opened.enter_context(platform.system.create_vm(scheme.vm_type))
+            size = self.ram[-1].end
+            shared = wrap(MemfdBacking(size, "pyvmm-shared"))
+            opened.callback(shared.close)
+            behind = wrap(backing.create(self.vm, size))
+            opened.callback(behind.close)
+            self.memory = GuestMemory(
+                self.ram, shared, behind, self.ram if private is None else private
+            )
+            self.scheme = scheme.make(platform)
+            self.scheme.install(self.vm, self.memory)
+            self.converter = Converter(self.memory, self.scheme, *policies, clock=clock)
+            self.guests: list[GuestCpu] = platform.guests(
+                opened, self.vm, vcpus, self.ram, self._mask
+            )
+            self._opened = opened.pop_all()
+
+    @property
+    def has_aliases(self) -> bool:
+        """Whether the guest picks the side with the address, and can reach both sides."""
+        return bool(self._mask)
+
+    @property
+    def private(self) -> Backing:
+        """The private side's backing."""
+        assert self.memory.private is not None
+        return self.memory.private
+
+    # -- addresses ----------------------------------------------------------------------------
+
+    def gpa(self, page: int) -> int:
+        """The page's guest-physical address, without the C-bit."""
+        return RAM_GPA + page * PAGE_SIZE
+
+    def area(self, first: int, count: int) -> Range:
+        return Range(self.gpa(first), count * PAGE_SIZE)
+
+    def state(self, page: int) -> PageState:
+        return self.memory.states(self.area(page, 1))[0][1]
+
+    def alias(self, page: int, *, private: bool) -> int:
+        """The page's address on one side; with one address for both, that one."""
+        return self.gpa(page) | (self._mask if private else 0)
+
+    def address(self, page: int) -> int:
+        """Where the guest finds the page as it is now."""
+        return self.alias(page, private=self.state(page) is not PageState.SHARED)
+
+    # -- the guest ----------------------------------------------------------------------------
+
+    def share(self, first: int, count: int, cpu: int = 0) -> int:
+        """The guest's request to share pages; its answer."""
+        return self.request(Kind.SHARE, self.gpa(first), count, cpu)
+
+    def unshare(self, first: int, count: int, cpu: int = 0) -> int:
+        return self.request(Kind.UNSHARE, self.gpa(first), count, cpu)
+
+    def request(self, kind: Kind, gpa: int, pages: int, cpu: int = 0, reserved: int = 0) -> int:
+        """A request with whatever numbers the guest makes up."""
+        return self.converter.convert(ConversionRequest(kind, gpa, pages, cpu, "test", reserved))
+
+    def read(self, page: int, cpu: int = 0) -> int:
+        """The page's first word, as the guest sees it."""
+        return self.guests[cpu].read(self.address(page))
+
+    def write(self, page: int, word: int, cpu: int = 0) -> None:
+        self.guests[cpu].write(self.address(page), word)
+
+    def fill(self, first: int, count: int, word: int, cpu: int = 0) -> None:
+        """Every word of pages that are in one state."""
+        self.guests[cpu].fill(self.address(first), count * PAGE_SIZE, word)
+
+    def holds(self, first: int, count: int, word: int, cpu: int = 0) -> bool:
+        """Whether every word of pages (in one state) is `word`, seen by the guest."""
+        return self.guests[cpu].holds(self.address(first), count * PAGE_SIZE, word)
+
+    # -- the host -----------------------------------------------------------------------------
+
+    def host_read(self, page: int) -> int:
+        """The page's first word, by GuestMemory. Raises GuestMemoryError."""
+        return int.from_bytes(self.memory.pread(WORD, self.gpa(page)), "little")
+
+    def host_write(self, page: int, word: int) -> None:
+        self.memory.pwrite(word.to_bytes(WORD, "little"), self.gpa(page))
+
+    def host_fill(self, first: int, count: int, word: int) -> None:
+        size = count * PAGE_SIZE
+        self.memory.pwrite(word.to_bytes(WORD, "little") * (size // WORD), self.gpa(first))
+
+    def host_holds(self, first: int, count: int, word: int) -> bool:
+        size = count * PAGE_SIZE
+        expected = word.to_bytes(WORD, "little") * (size // WORD)
+        return self.memory.pread(size, self.gpa(first)) == expected
+
+    # -- ending -------------------------------------------------------------------------------
+
+    def interrupt(self) -> None:
+        """Stop every vCPU for good; from any thread."""
+        for guest in self.guests:
+            guest.interrupt()
+
+    def close(self) -> None:
+        self._opened.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

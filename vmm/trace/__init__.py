@@ -1,0 +1,1 @@
+"""Observers: what happens to a guest is written down here, and read again. Decides nothing."""
