@@ -28,6 +28,7 @@ examples:
   pyvmm lab --kernel bzImage --private-mem    the same under full emulation, where the host's
                                               KVM can't do it or there is none
   pyvmm lab --help                            the lab's own options
+  pyvmm ctl --help                            asking a running pyvmm (--control)
   pyvmm check                                 what this host can do, and what is missing
 
 While the guest runs on a terminal, Ctrl-A x quits.
@@ -136,6 +137,18 @@ def build_parser() -> argparse.ArgumentParser:
         help="record conversions, faults, I/O and exits in a folder, for pyvmm report and replay",
     )
     output.add_argument(
+        "--status",
+        action="store_true",
+        help="keep one line up to date: on stderr where that is a terminal of its own, else as the "
+        "title of the guest's terminal (SIGUSR1 prints the page states at any time)",
+    )
+    output.add_argument(
+        "--control",
+        metavar="PATH",
+        help="listen on a Unix socket for JSON lines: status, pause, resume, dump-state, convert, "
+        "quit; pyvmm ctl PATH COMMAND sends one",
+    )
+    output.add_argument(
         "--debug", action="store_true", help="show a traceback for errors, for bug reports"
     )
     return parser
@@ -150,6 +163,10 @@ def main(arguments: Sequence[str]) -> int:
             return run_lab(list(arguments[1:]), check=_refuse_early)
         if arguments and arguments[0] == "check":
             return _check(arguments[1:])
+        if arguments and arguments[0] == "ctl":
+            from vmm.cli.ctl import run as run_ctl
+
+            return run_ctl(arguments[1:])
         return _run(arguments)
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in arguments:
@@ -220,6 +237,8 @@ def _configuration(arguments: Sequence[str]) -> MachineConfig:
         report=options.report,
         trace=options.trace,
         debug_shell=options.debug_shell,
+        status=options.status,
+        control=options.control,
     )
     config.validate()
     return config

@@ -112,6 +112,7 @@ class Devices:
         self._loop = loop
         self._lines: dict[int, LevelLine] = {}
         self._blocks: dict[str, VirtioBlock] = {}
+        self._transports: list[VirtioPciTransport] = []
         self._pci = PciBus(self.ports)
         self._pci.add(0, host_bridge())
         with ExitStack() as self._opened:
@@ -164,6 +165,7 @@ class Devices:
         doorbell.serve(transport.notify)
         self._pci.add(slot, transport.function)
         self._blocks[name] = block
+        self._transports.append(transport)
 
     def _memory_of(self, device: str) -> tuple[GuestMemoryOfDevice, Callable[..., SplitQueue]]:
         """Guest memory as `device` gets to see it, and what makes its queues."""
@@ -180,6 +182,13 @@ class Devices:
             self._lines[gsi] = LevelLine(self._vm, gsi, self._loop)
             self._opened.callback(self._lines[gsi].close)
         return self._lines[gsi]
+
+    def hold(self) -> ExitStack:
+        """Until what is returned is closed, by this thread, devices leave guest memory alone."""
+        with ExitStack() as held:
+            for transport in self._transports:
+                held.enter_context(transport.held())
+            return held.pop_all()
 
     def io_statistics(self) -> dict[str, dict[str, int]]:
         """Each device's counts by its name, for the report."""
