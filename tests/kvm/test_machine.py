@@ -68,6 +68,14 @@ def test_fifty_runs_leave_no_fd_no_thread_and_no_mapping(
     assert (open_fds(), threading.active_count(), mappings()) == before
 
 
+def test_payload_powers_off_beside_processors_that_nobody_starts() -> None:
+    threads = threading.active_count()
+
+    assert run_payload(private_memory="auto", cpus=8).exit == POWEROFF
+
+    assert threading.active_count() == threads
+
+
 def test_run_that_fails_at_any_open_leaves_no_fd_and_says_one_line(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

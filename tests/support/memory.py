@@ -44,11 +44,16 @@ def guest_memory(
     ram: tuple[Range, ...] = SMALL_RAM,
     shared: MemfdBacking | None = None,
     private_backing: MemfdBacking | None = None,
+    common_end: int = 0,
 ) -> Iterator[GuestMemory]:
     """GuestMemory over two memfds, `private` ranges private, the rest shared."""
     size = ram[-1].end
     memory = GuestMemory(
-        ram, shared or MemfdBacking(size), private_backing or MemfdBacking(size), private
+        ram,
+        shared or MemfdBacking(size),
+        private_backing or MemfdBacking(size),
+        private,
+        common_end,
     )
     try:
         yield memory

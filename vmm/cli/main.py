@@ -83,10 +83,16 @@ def build_parser() -> argparse.ArgumentParser:
     guest.add_argument("--cpus", metavar="N", default="1", help="number of vCPUs (default 1)")
     guest.add_argument(
         "--disk",
-        metavar="FILE[,ro][,serial=TEXT]",
+        metavar="FILE[,ro][,serial=TEXT][,io=ENGINE]",
         action="append",
         default=[],
-        help="a raw disk image or block device as virtio-blk; may be given several times",
+        help="a raw disk image or block device as virtio-blk; may be given several times; ENGINE: "
+        "auto (default), pread (through a buffer), fd2fd (inside the kernel), mmap (memcpy)",
+    )
+    guest.add_argument(
+        "--allow-mapped-io",
+        action="store_true",
+        help="let a disk have io=mmap, the yardstick that reads and writes guest memory itself",
     )
     private = parser.add_argument_group("private memory")
     private.add_argument(
@@ -233,6 +239,7 @@ def _configuration(arguments: Sequence[str]) -> MachineConfig:
         private_memory=options.private_mem,
         scheme=options.scheme,
         disks=tuple(options.disk),
+        allow_mapped_io=options.allow_mapped_io,
         policies=tuple((spec, tuple(words)) for spec, words in options.policy),
         report=options.report,
         trace=options.trace,

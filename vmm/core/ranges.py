@@ -40,6 +40,11 @@ class Range(NamedTuple):
         """Whether they have an address in common; an empty range has none."""
         return max(self.start, other.start) < min(self.end, other.end)
 
+    def split(self, address: int) -> tuple[Range, Range]:
+        """What lies below `address` and what doesn't; either may be empty."""
+        middle = min(max(address, self.start), self.end)
+        return Range(self.start, middle - self.start), Range(middle, self.end - middle)
+
     def intersection(self, other: Range) -> Range | None:
         start = max(self.start, other.start)
         end = min(self.end, other.end)

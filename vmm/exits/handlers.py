@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import threading
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -81,8 +82,8 @@ class ExitHandlers:
         self._doorbell = doorbell
         self._stop = stop
         self._ring_lock = threading.Lock()
-        self.port_counts: dict[int, int] = {}
-        """Exits per I/O port, for the report: where a slow boot spends its time."""
+        # By vCPU, because two threads must not count in one place.
+        self._port_counts: defaultdict[int, dict[int, int]] = defaultdict(dict)
         self.table: dict[type[Any], tuple[str, Callable[[Any, Any], None]]] = {
             exits.IoExit: ("io", self.io),
             exits.MmioExit: ("mmio", self.mmio),
@@ -101,9 +102,16 @@ class ExitHandlers:
     # -- port I/O -----------------------------------------------------------------------------
 
     def io(self, vcpu: AnsweringVcpu, exit: exits.IoExit) -> None:
-        port, counts = exit.port, self.port_counts
+        port, counts = exit.port, self._port_counts[vcpu.index]
         counts[port] = counts.get(port, 0) + 1
         self._port_io(vcpu, exit)
+
+    def port_counts(self) -> dict[int, int]:
+        """Exits per I/O port, for the report: where a slow boot spends its time."""
+        total: Counter[int] = Counter()
+        for counts in self._port_counts.values():
+            total.update(counts)
+        return dict(total)
 
     def coalesced(self, vcpu: AnsweringVcpu) -> None:
         """Carry out the port writes that KVM kept back, before the exit that came after them.

@@ -14,7 +14,7 @@ PRIVATE_BACKINGS = ("auto", *BACKINGS)
 SCHEMES = ("auto", *matrix.SCHEMES)
 SMALLEST_MEMORY = 4 << 20
 LARGEST_MEMORY = 1 << 38  # the C-bit is bit 38 where the processor has that many address bits
-MAX_CPUS = 1
+MAX_CPUS = 64
 
 _UNITS = {"": 1 << 20, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -35,7 +35,7 @@ def parse_size(text: str) -> int:
 def parse_count(text: str) -> int:
     """A number of vCPUs. Raises UsageError for anything but a few decimal digits."""
     if not re.fullmatch(r"[0-9]{1,6}", text.strip()):
-        raise UsageError(f"--cpus '{text}' is not a number of vCPUs; use 1")
+        raise UsageError(f"--cpus '{text}' is not a number of vCPUs; use 1 to {MAX_CPUS}")
     return int(text)
 
 
@@ -51,6 +51,8 @@ class MachineConfig(NamedTuple):
     """None: an ordinary VM; else one of PRIVATE_BACKINGS."""
     scheme: str = "auto"
     disks: tuple[str, ...] = ()
+    allow_mapped_io: bool = False
+    """Whether a disk may ask for io=mmap, which reads and writes guest memory through a mapping."""
     policies: tuple[tuple[str, tuple[str, ...]], ...] = ()
     """What --policy names, in order, each with its --policy-arg NAME=VALUE words."""
     report: str | None = None
@@ -69,7 +71,7 @@ class MachineConfig(NamedTuple):
                 f"use {SMALLEST_MEMORY >> 20}M to {LARGEST_MEMORY >> 30}G"
             )
         if not 1 <= self.cpus <= MAX_CPUS:
-            raise UsageError(f"--cpus {self.cpus}: this version runs guests with one vCPU; use 1")
+            raise UsageError(f"--cpus {self.cpus} is out of range; use 1 to {MAX_CPUS}")
         if self.private_memory not in (None, *PRIVATE_BACKINGS):
             raise UsageError(
                 f"--private-mem={self.private_memory} is unknown; "

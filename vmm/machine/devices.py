@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvm_bindings import KvmError, Vm, fdops
 from vmm.arch.x86_64 import layout
@@ -26,6 +26,7 @@ from vmm.devices.virtio.pci_transport import VirtioPciTransport
 from vmm.devices.virtio.queue import SplitQueue
 from vmm.machine.console import Console
 from vmm.machine.interrupts import EdgeLine, LevelLine, open_eventfd
+from vmm.memory.engines import Engine, make_engine
 from vmm.memory.guest_memory import GuestMemory
 
 if TYPE_CHECKING:
@@ -113,6 +114,7 @@ class Devices:
         self._lines: dict[int, LevelLine] = {}
         self._blocks: dict[str, VirtioBlock] = {}
         self._transports: list[VirtioPciTransport] = []
+        self._engines: dict[str, Engine] = {}
         self._pci = PciBus(self.ports)
         self._pci.add(0, host_bridge())
         with ExitStack() as self._opened:
@@ -149,7 +151,7 @@ class Devices:
         doorbell = Doorbell(self._vm, self._loop, len(block.queue_sizes))
         self._opened.callback(doorbell.close)
         name = f"blk{number}"
-        memory, make_queue = self._memory_of(name)
+        memory, make_queue = self._memory_of(name, disk.engine)
         transport = VirtioPciTransport(
             block,
             memory,
@@ -167,14 +169,20 @@ class Devices:
         self._blocks[name] = block
         self._transports.append(transport)
 
-    def _memory_of(self, device: str) -> tuple[GuestMemoryOfDevice, Callable[..., SplitQueue]]:
+    def _memory_of(
+        self, device: str, engine_name: str
+    ) -> tuple[GuestMemoryOfDevice, Callable[..., SplitQueue]]:
         """Guest memory as `device` gets to see it, and what makes its queues."""
+        engine = make_engine(engine_name, self._memory.shared)
+        self._opened.callback(engine.close)
+        self._engines[device] = engine
+        memory = self._memory.through(engine)
         announce = self._watch(device)
         if announce is None:
-            return self._memory, SplitQueue
+            return memory, SplitQueue
         from vmm.devices.virtio.watched import WatchedMemory  # most runs do without
 
-        watched = WatchedMemory(self._memory, announce)
+        watched = WatchedMemory(memory, announce)
         return watched, watched.queue
 
     def _level_line(self, gsi: int) -> LevelLine:
@@ -190,6 +198,9 @@ class Devices:
                 held.enter_context(transport.held())
             return held.pop_all()
 
-    def io_statistics(self) -> dict[str, dict[str, int]]:
-        """Each device's counts by its name, for the report."""
-        return {name: block.statistics.as_dict() for name, block in self._blocks.items()}
+    def io_statistics(self) -> dict[str, dict[str, Any]]:
+        """Each device's counts by its name, for the report; a disk's engine with its own."""
+        return {
+            name: {**block.statistics.as_dict(), "engine": self._engines[name].as_dict()}
+            for name, block in self._blocks.items()
+        }

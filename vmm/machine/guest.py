@@ -34,6 +34,8 @@ class Guest(Protocol):
     """Whether it picks the side of a page by an address bit, and can't do without."""
     msrs: Mapping[int, int]
     """Model-specific registers that it expects to find set."""
+    unpaged_end: int
+    """Below this it runs processors without paging, which can't set the C-bit."""
 
     def finish_opening(self) -> None:
         """Wait for images that are on their way. Raises UsageError for a bad one."""
@@ -65,6 +67,8 @@ class LinuxGuest:
     def __init__(self, config: MachineConfig, kernel: OpenedKernel, initrd: Source | None) -> None:
         """Takes over the images, of which the kernel may still be on its way."""
         self._config = config
+        # Linux starts every processor but the first in real mode, somewhere in low RAM.
+        self.unpaged_end = layout.EBDA_END if config.cpus > 1 else 0
         self._opened = kernel
         self._initrd = initrd
         self._image: KernelImage | None = None
@@ -139,6 +143,7 @@ class PayloadGuest:
     needs_hypercalls = False
     two_addresses = False
     msrs: Mapping[int, int] = {}
+    unpaged_end = 0  # it never starts another processor
 
     def __init__(self, config: MachineConfig) -> None:
         """Raises UsageError when the payload would not fit."""

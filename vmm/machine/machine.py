@@ -22,7 +22,7 @@ from vmm.conversion.scheme import Scheme
 from vmm.conversion.schemes.plain import PlainScheme
 from vmm.conversion.transaction import Converter
 from vmm.core.ending_signals import on_ending_signal
-from vmm.core.errors import HostError, tell
+from vmm.core.errors import HostError, UsageError, tell
 from vmm.core.event_loop import EventLoop
 from vmm.core.ranges import Range, page_align_down, page_align_up
 from vmm.devices.virtio.block_file import DiskFile, open_disk
@@ -126,6 +126,11 @@ class Machine:
         for spec in config.disks:
             disk = open_disk(spec)
             self._cleanup.callback(disk.close)
+            if disk.engine == "mmap" and not config.allow_mapped_io:
+                raise UsageError(
+                    f"--disk {spec}: io=mmap maps guest memory into pyvmm, which nothing else here "
+                    "does; use io=fd2fd or io=pread, or add --allow-mapped-io to measure it"
+                )
             self._disks.append(disk)
         self._trace = None if config.trace is None else _open_trace(config.trace, config)
         if self._trace is not None:
@@ -150,7 +155,7 @@ class Machine:
         try:
             self._create_vm()
             self._lay_out_memory()
-            self._create_vcpu()
+            self._create_processors()
             if self._is_private:
                 self._map_ahead(self._guest.early_private_writes(self._ram))
         except (HostError, OSError):
@@ -247,22 +252,27 @@ class Machine:
             private = self._guest.private_ranges(self._ram)
         in_place = backing is not None and backing.traits.in_place
         shared = backing if in_place and backing else MemfdBacking(size, "pyvmm-shared")
-        self._memory = GuestMemory(self._ram, shared, backing, private)
+        common_end = self._guest.unpaged_end if self._scheme.alias else 0
+        self._memory = GuestMemory(self._ram, shared, backing, private, common_end)
         self._cleanup.callback(self._memory.close)
         self._scheme.install(self._vm, self._memory)
 
-    def _create_vcpu(self) -> None:
-        self._vcpu: Vcpu = self._vm.create_vcpu(0)
-        self._cleanup.callback(self._vcpu.close)
+    def _create_processors(self) -> None:
+        self._processors: list[Vcpu] = []
+        count = self._config.cpus
+        limit = self._vm.check_extension(ioctls.KVM_CAP_MAX_VCPUS)
+        if count > limit > 0:
+            raise HostError(f"--cpus {count}: this host's KVM takes {limit} at most; use fewer")
         announced = self._scheme.alias.bit_length() - 1 if self._guest.needs_hypercalls else -1
-        cpuid = guest_cpuid(
-            self._supported_cpuid,
-            0,
-            self._config.cpus,
-            c_bit=announced if announced >= 0 else None,
-        )
-        # Before registers: KVM refuses EFER.LME to a vCPU whose CPUID doesn't have long mode.
-        self._vcpu.set_cpuid2(cpuid)
+        c_bit = announced if announced >= 0 else None
+        for index in range(count):
+            vcpu = self._vm.create_vcpu(index)
+            self._cleanup.callback(vcpu.close)
+            # Before registers: KVM refuses EFER.LME to a vCPU whose CPUID doesn't have long mode.
+            vcpu.set_cpuid2(guest_cpuid(self._supported_cpuid, index, count, c_bit=c_bit))
+            if self._guest.msrs:
+                vcpu.set_msrs(self._guest.msrs)
+            self._processors.append(vcpu)
 
     def _load_guest(self) -> None:
         """Memory contents by pwrite and fd-to-fd transfer, then registers."""
@@ -270,10 +280,9 @@ class Machine:
         state = self._guest.load(launch, self._ram, self._scheme.alias)
         launch.seal()
         self._guest.close()  # the kernel's bytes are in guest memory now
-        self._vcpu.update_sregs(state.sregs)  # type: ignore[arg-type]  # a TypedDict
-        self._vcpu.set_regs(state.regs)
-        if self._guest.msrs:
-            self._vcpu.set_msrs(self._guest.msrs)
+        # The others stay as KVM made them, until the first one starts them (INIT, SIPI).
+        self._processors[0].update_sregs(state.sregs)  # type: ignore[arg-type]  # a TypedDict
+        self._processors[0].set_regs(state.regs)
         self._map_ahead(launch.written)
 
     def _map_ahead(self, areas: list[Range]) -> None:
@@ -287,7 +296,7 @@ class Machine:
                 alias = self._scheme.alias if state is PageState.PRIVATE else 0
                 start, end = page_align_down(run.start), page_align_up(run.end)
                 try:
-                    self._vcpu.pre_fault_memory(start | alias, end - start)
+                    self._processors[0].pre_fault_memory(start | alias, end - start)
                 except KvmError:
                     return  # shadow paging can't; the guest's faults do it one by one
 
@@ -341,7 +350,8 @@ class Machine:
         if self._trace is not None:
             self._trace.start(self._memory, self._scheme.name, self._doorbell)
         install_kick_handler()
-        self._vcpus.add(self._vcpu, self._handlers, self.stop)
+        for vcpu in self._processors:
+            self._vcpus.add(vcpu, self._handlers, self.stop)
         operations = Operations(
             self._memory, self._converter, self._vcpus, self._devices, self._loop, self.stop
         )
@@ -417,7 +427,7 @@ class Machine:
             refinements=self._converter.refinements,
             io=self._devices.io_statistics(),
             exits=counts,
-            ports=self._handlers.port_counts,
+            ports=self._handlers.port_counts(),
             wall_seconds=wall_seconds,
         )
         if self._report_file is not None:

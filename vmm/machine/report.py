@@ -23,11 +23,23 @@ POLICY_ENFORCED = (
 NO_ISOLATION = "none: an ordinary VM, all memory is shared with the host"
 
 
-def isolation_of(private: Backing | None) -> str:
+def isolation_of(private: Backing | None, common_end: int = 0) -> str:
     """The sentence that says how strong the isolation of the private side is."""
     if private is None:
         return NO_ISOLATION
-    return KERNEL_ENFORCED if private.host_access == "kernel-refused" else POLICY_ENFORCED
+    strength = KERNEL_ENFORCED if private.host_access == "kernel-refused" else POLICY_ENFORCED
+    if common_end:
+        strength += (
+            f"; the first {common_end >> 10} KiB, where processors start without paging, are one "
+            "memory at both aliases, in the shared backing"
+        )
+    return strength
+
+
+def _shared_access(memory: GuestMemory, io: dict[str, dict[str, Any]]) -> str:
+    """How the host reached shared memory; a disk whose engine maps it is named."""
+    mapped = [name for name, counts in io.items() if counts["engine"]["name"] == "mmap"]
+    return memory.shared.access + "".join(f", mapped by {name} (io=mmap)" for name in mapped)
 
 
 def build_report(
@@ -39,7 +51,7 @@ def build_report(
     outcome: Outcome,
     accounting: Accounting,
     refinements: Refinements,
-    io: dict[str, dict[str, int]],
+    io: dict[str, dict[str, Any]],
     exits: dict[str, int],
     ports: dict[int, int],
     wall_seconds: float,
@@ -58,9 +70,9 @@ def build_report(
         "host_access": {
             "private": None if private is None else private.host_access,
             "launch": None if private is None else private.access,
-            "shared": memory.shared.access,
+            "shared": _shared_access(memory, io),
         },
-        "isolation": isolation_of(private),
+        "isolation": isolation_of(private, memory.common_end),
         "guest": {"exit": outcome.exit, "reason": outcome.reason},
         "conversions": accounting.as_dict(),
         "pages": {
@@ -68,6 +80,7 @@ def build_report(
             "private_bytes": memory.bytes_in(PageState.PRIVATE),
             "shared_bytes": memory.bytes_in(PageState.SHARED),
             "deferred_bytes": memory.bytes_in(PageState.DEFERRED),
+            "common_bytes": memory.common_end,
         },
         "refinements": refinements.as_dict(),
         "residency": residency._asdict(),

@@ -9,11 +9,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from enum import Enum
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from vmm.core.errors import PrivateAccess, UnmappedAccess
 from vmm.core.ranges import Range, RangeMap
 from vmm.memory.backing import Backing, Buffer, byte_count
+
+if TYPE_CHECKING:
+    from vmm.memory.engines import Engine
 
 
 class PageState(Enum):
@@ -42,6 +45,10 @@ class GuestMemory:
     `ram` are the RAM ranges (page-aligned, ascending, disjoint); `private` are those that start
     as private pages, all other RAM starts shared. One backing given twice stands behind both
     sides (in-place conversion). Safe to use from several threads.
+
+    RAM below `common_end` is *common*: the scheme shows the guest the same memory whether it
+    means the private or the shared page, and that memory is the shared backing's. States and
+    refusals are as everywhere, but there is no other side that a conversion could discard.
     """
 
     def __init__(
@@ -50,9 +57,11 @@ class GuestMemory:
         shared: Backing,
         private_backing: Backing | None = None,
         private: Sequence[Range] = (),
+        common_end: int = 0,
     ) -> None:
         if private and private_backing is None:
             raise ValueError("private ranges need a private backing")
+        self.common_end = common_end
         self.ram = tuple(ram)
         self.shared = shared
         self.private = private_backing
@@ -123,6 +132,10 @@ class GuestMemory:
             return self.shared.transfer_out(gpa, size, dst_fd, dst_offset)
         finally:
             self._leave()
+
+    def through(self, engine: Engine) -> MemoryThrough:
+        """The same memory, whose transfers go through `engine`."""
+        return MemoryThrough(self, engine)
 
     def _enter(self, gpa: int, size: int) -> None:
         """Hold off conversions of the range until `_leave`, or refuse the access."""
@@ -247,8 +260,11 @@ class GuestMemory:
             self.private.punch(area.start, area.size)
 
     def discard_shared(self, area: Range) -> None:
-        """Give the shared side's pages of `area` back to the host's kernel. Raises KvmError."""
-        self.shared.punch(area.start, area.size)
+        """Give the shared side's pages of `area` back to the host's kernel, except common ones,
+        whose only side it is. Raises KvmError."""
+        start = max(area.start, self.common_end)
+        if start < area.end:
+            self.shared.punch(start, area.end - start)
 
     def residency(self) -> Residency:
         """What the kernel holds for either side right now."""
@@ -263,6 +279,29 @@ class GuestMemory:
         self.shared.close()
         if self.private is not None:
             self.private.close()
+
+
+class MemoryThrough:
+    """Guest memory as one device sees it: GuestMemory checks, an engine moves the bytes."""
+
+    def __init__(self, memory: GuestMemory, engine: Engine) -> None:
+        self._memory = memory
+        self._engine = engine
+        self.pread, self.pwrite = memory.pread, memory.pwrite
+
+    def transfer_in(self, src_fd: int, src_offset: int, gpa: int, size: int) -> int:
+        self._memory._enter(gpa, size)
+        try:
+            return self._engine.transfer_in(src_fd, src_offset, gpa, size)
+        finally:
+            self._memory._leave()
+
+    def transfer_out(self, gpa: int, size: int, dst_fd: int, dst_offset: int) -> int:
+        self._memory._enter(gpa, size)
+        try:
+            return self._engine.transfer_out(gpa, size, dst_fd, dst_offset)
+        finally:
+            self._memory._leave()
 
 
 class LaunchMemory:
@@ -308,7 +347,11 @@ class LaunchMemory:
         memory = self._memory
         runs: list[tuple[Range, Backing]] = []
         for run, state in memory.states(area):
-            private = state is PageState.PRIVATE and memory.private is not None
-            runs.append((run, memory.private if private and memory.private else memory.shared))
+            if state is not PageState.PRIVATE or memory.private is None:
+                runs.append((run, memory.shared))
+                continue
+            common, own = run.split(memory.common_end)
+            runs += [(common, memory.shared)] if common.size else []
+            runs += [(own, memory.private)] if own.size else []
         self.written.append(area)
         return runs

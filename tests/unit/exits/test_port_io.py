@@ -134,4 +134,4 @@ def test_exits_are_counted_by_port(rig: Rig) -> None:
     for port in (BASE, 0x80, BASE):
         rig.handle(IoExit(port, 1, 1, True, b"x"))
 
-    assert rig.handlers.port_counts == {BASE: 2, 0x80: 1}
+    assert rig.handlers.port_counts() == {BASE: 2, 0x80: 1}

@@ -178,3 +178,22 @@ def test_ordinary_vm_has_everything_on_the_shared_side() -> None:
 
     assert memory.pread(page(16), 0) == pattern(page(16))
     memory.close()
+
+
+@both_ways
+def test_common_memory_is_filled_once_on_the_shared_side(fill: Fill) -> None:
+    data = pattern(4 * PAGE_SIZE)
+    with guest_memory(pages(0, 64), common_end=page(6)) as memory:
+        shared, private = sides(memory)
+
+        fill(LaunchMemory(memory), data, page(4))
+
+        assert data_pages(shared.fd) == {4, 5}
+        assert data_pages(private.fd) == {6, 7}
+        assert shared.pread(2 * PAGE_SIZE, page(4)) == data[: 2 * PAGE_SIZE]
+        assert private.pread(2 * PAGE_SIZE, page(6)) == data[2 * PAGE_SIZE :]
+
+
+def test_host_access_to_a_private_page_of_common_memory_is_refused() -> None:
+    with guest_memory(pages(0, 64), common_end=page(6)) as memory, pytest.raises(PrivateAccess):
+        memory.pread(1, page(5))

@@ -6,6 +6,7 @@ from kvm_bindings import Vm, ioctls
 from vmm.conversion.scheme import private_side, set_slot
 from vmm.core.events import Kind
 from vmm.core.ranges import Range
+from vmm.memory.backing import Backing
 from vmm.memory.guest_memory import GuestMemory
 
 
@@ -13,7 +14,8 @@ class CbitScheme:
     """Two GPA aliases: the private backing at GPA | C-bit, the shared one at GPA.
 
     The guest picks the side with every access, as a SEV guest does, so that KVM needs no telling:
-    a conversion is complete once the losing side's pages are discarded.
+    a conversion is complete once the losing side's pages are discarded. Common memory
+    (GuestMemory.common_end) is the shared backing at both aliases.
     """
 
     name = "cbit"
@@ -26,9 +28,14 @@ class CbitScheme:
 
     def install(self, vm: Vm, memory: GuestMemory) -> None:
         private = private_side(memory, self.name)
-        for number, area in enumerate(memory.ram):
-            set_slot(vm, 2 * number, area.start, area, memory.shared)
-            set_slot(vm, 2 * number + 1, area.start | self.alias, area, private)
+        slots: list[tuple[int, Range, Backing]] = []
+        for area in memory.ram:
+            common, own = area.split(memory.common_end)
+            slots.append((area.start, area, memory.shared))
+            slots.append((common.start | self.alias, common, memory.shared))
+            slots.append((own.start | self.alias, own, private))
+        for number, (gpa, area, backing) in enumerate(slot for slot in slots if slot[1].size):
+            set_slot(vm, number, gpa, area, backing)
 
     def apply(self, area: Range, kind: Kind) -> None:
         """Nothing to do: both aliases exist all the time."""

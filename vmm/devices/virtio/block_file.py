@@ -1,4 +1,4 @@
-"""The file or block device behind a disk: what `--disk FILE[,ro][,serial=TEXT]` opens."""
+"""The file or block device behind a disk: what `--disk FILE[,OPTION...]` opens."""
 
 from __future__ import annotations
 
@@ -6,24 +6,31 @@ import os
 import stat
 
 from vmm.core.errors import UsageError
+from vmm.memory.transfer import ENGINES
 
 SECTOR = 512
 SERIAL_BYTES = 20
 
-_SYNTAX = "FILE[,ro][,serial=TEXT]"
+_SYNTAX = f"FILE[,ro][,serial=TEXT][,io={'|'.join(ENGINES)}]"
 
 
 class DiskFile:
-    """An open disk: `sectors` of 512 bytes on `fd`, which this object owns."""
+    """An open disk: `sectors` of 512 bytes on `fd`, which this object owns.
 
-    __slots__ = ("fd", "path", "read_only", "sectors", "serial")
+    `engine` names how its bytes are to be moved.
+    """
 
-    def __init__(self, fd: int, path: str, sectors: int, read_only: bool, serial: bytes) -> None:
+    __slots__ = ("engine", "fd", "path", "read_only", "sectors", "serial")
+
+    def __init__(
+        self, fd: int, path: str, sectors: int, read_only: bool, serial: bytes, engine: str = "auto"
+    ) -> None:
         self.fd = fd
         self.path = path
         self.sectors = sectors
         self.read_only = read_only
         self.serial = serial
+        self.engine = engine
 
     def close(self) -> None:
         if self.fd >= 0:
@@ -43,12 +50,15 @@ def open_disk(spec: str) -> DiskFile:
         raise UsageError(f"--disk {spec!r} names no file; write --disk {_SYNTAX}")
     read_only = False
     serial = os.path.basename(path)
+    engine = "auto"
     for option in options:
         key, equals, value = option.replace("\0", ",").partition("=")
         if key == "ro" and not equals:
             read_only = True
         elif key == "serial" and value:
             serial = value
+        elif key == "io" and value in ENGINES:
+            engine = value
         else:
             raise UsageError(f"--disk {spec}: unknown option {option!r}; write {_SYNTAX}")
     fd = _open(path, read_only)
@@ -64,7 +74,7 @@ def open_disk(spec: str) -> DiskFile:
             f"make it larger, for example with: truncate -s 1G {path}"
         )
     identity = serial.encode("utf-8", "surrogateescape")[:SERIAL_BYTES]
-    return DiskFile(fd, path, size // SECTOR, read_only, identity)
+    return DiskFile(fd, path, size // SECTOR, read_only, identity, engine)
 
 
 def _open(path: str, read_only: bool) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import UTC, datetime
+from threading import Lock
 
 from vmm.arch.x86_64.devices.byte_ports import ABSENT, BytePorts
 
@@ -34,10 +35,11 @@ LAST_SECOND = 253_402_300_799  # 9999-12-31 23:59:59, where four year digits end
 class Cmos(BytePorts):
     """The clock chip; `clock` gives nanoseconds since 1970 UTC (time.time_ns)."""
 
-    __slots__ = ("_bytes", "_clock", "_frozen", "_index", "_offset_seconds")
+    __slots__ = ("_bytes", "_clock", "_frozen", "_index", "_lock", "_offset_seconds")
 
     def __init__(self, clock: Callable[[], int]) -> None:
         self._clock = clock
+        self._lock = Lock()  # several vCPUs at once, whatever the guest's own lock is worth
         self._offset_seconds = 0  # what the guest's setting of the clock amounts to
         self._frozen: dict[int, int] | None = None  # time registers while status B has SET
         self._index = 0
@@ -49,13 +51,17 @@ class Cmos(BytePorts):
     def read_byte(self, offset: int) -> int:
         if offset == INDEX:
             return self._index
-        return self._read_register(self._index) if offset == DATA else ABSENT
+        if offset != DATA:
+            return ABSENT
+        with self._lock:
+            return self._read_register(self._index)
 
     def write_byte(self, offset: int, value: int) -> None:
         if offset == INDEX:
             self._index = value & (SIZE - 1)  # bit 7 masks NMI, which nobody raises
         elif offset == DATA:
-            self._write_register(self._index, value)
+            with self._lock:
+                self._write_register(self._index, value)
 
     def _read_register(self, register: int) -> int:
         if register in TIME_REGISTERS:

@@ -1,0 +1,52 @@
+"""A stock kernel with several processors, all of its RAM in private memory."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+from tests.lab.conftest import Starter
+from tests.lab.test_linux import MIB, RAM_BYTES, Shell, linux, report_of
+
+CPUS = 4
+
+# Binding a virtio driver shares the pages of its rings, unbinding makes them private again.
+_REBIND = (
+    "cd /sys/bus/virtio/drivers/virtio_blk;"
+    " for i in $(seq 10); do echo $1 >unbind; echo $1 >bind; done"
+)
+
+
+def test_four_processors_convert_at_once_while_a_disk_is_read(
+    lab_start: Starter, tmp_path: Path
+) -> None:
+    content = os.urandom(16 * MIB)
+    (tmp_path / "data.img").write_bytes(content)
+    for name in ("b.img", "c.img", "d.img"):
+        (tmp_path / name).write_bytes(bytes(MIB))
+    disks = [word for name in ("data", "b", "c", "d") for word in ("--disk", f"{name}.img")]
+    run = lab_start(
+        [*linux(), "--private-mem", "--cpus", str(CPUS), *disks, "--report", "report.json"]
+    )
+    shell = Shell(run)
+
+    assert shell.type("nproc") == str(CPUS)
+    assert shell.type("grep -c 'apicid' /proc/cpuinfo") == str(2 * CPUS)
+    before = shell.type("dmesg | grep -c 'virtio_blk.*logical blocks'")
+    shell.type(f"echo '{_REBIND}' >/tmp/rebind")
+    loops = " ".join(f"taskset {1 << n:x} sh /tmp/rebind virtio{n} &" for n in (1, 2, 3))
+    hashed = shell.type(f"{loops} sha256sum /dev/vda; wait")
+    rebound = shell.type("dmesg | grep -c 'virtio_blk.*logical blocks'")
+    status = shell.leave("poweroff -f")
+
+    assert status == 0, bytes(run.stderr.data)
+    assert hashlib.sha256(content).hexdigest() in hashed
+    assert (before, rebound) == ("4", "34")
+    report = report_of(tmp_path)
+    share, unshare = report["conversions"]["share"], report["conversions"]["unshare"]
+    assert share["failed"] == share["denied"] == unshare["failed"] == unshare["denied"] == 0
+    pages = report["pages"]
+    assert pages["private_bytes"] + pages["shared_bytes"] == RAM_BYTES
+    assert share["bytes"] - unshare["bytes"] == pages["shared_bytes"]
+    print(report)
