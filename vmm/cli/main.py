@@ -83,16 +83,51 @@ def build_parser() -> argparse.ArgumentParser:
     guest.add_argument("--cpus", metavar="N", default="1", help="number of vCPUs (default 1)")
     guest.add_argument(
         "--disk",
-        metavar="FILE[,ro][,serial=TEXT][,io=ENGINE]",
+        metavar="FILE[,ro][,serial=TEXT][,queues=N][,io=ENGINE]",
         action="append",
         default=[],
-        help="a raw disk image or block device as virtio-blk; may be given several times; ENGINE: "
-        "auto (default), pread (through a buffer), fd2fd (inside the kernel), mmap (memcpy)",
+        help="a raw disk image or block device as virtio-blk; with several queues each is served "
+        "by a thread of its own; may be given several times; ENGINE: auto (default), pread "
+        "(through a buffer), fd2fd (inside the kernel), mmap (memcpy)",
     )
     guest.add_argument(
         "--allow-mapped-io",
         action="store_true",
         help="let a disk have io=mmap, the yardstick that reads and writes guest memory itself",
+    )
+    devices = parser.add_argument_group("more devices, all virtio over PCI")
+    devices.add_argument(
+        "--net",
+        metavar="tap=NAME|passt=SOCKET[,mac=MAC]",
+        action="append",
+        default=[],
+        help="a network card on a tap interface, or behind a passt that runs already (passt "
+        "--socket SOCKET; needs no privileges); may be given several times",
+    )
+    devices.add_argument(
+        "--vsock",
+        metavar="path=PATH[,cid=N]",
+        help="sockets between guest and host: a program that connects to PATH and writes "
+        "'CONNECT PORT' reaches that port of the guest, the guest reaches who listens on PATH_PORT "
+        "by connecting to port PORT of CID 2 (the guest's own CID: 3)",
+    )
+    devices.add_argument(
+        "--console",
+        metavar="pty|file=FILE|socket=PATH[,name=TEXT]",
+        action="append",
+        default=[],
+        help="a console, hvc0 and so on; with name=, a plain port /dev/vport*: on a new "
+        "pseudo-terminal, a file for its output, or a socket that pyvmm listens on; may be given "
+        "several times",
+    )
+    devices.add_argument("--rng", action="store_true", help="the host's random numbers")
+    devices.add_argument(
+        "--balloon",
+        nargs="?",
+        const="",
+        metavar="size=SIZE,control=PATH",
+        help="a balloon that takes SIZE from the guest (default 0) and gives free memory back to "
+        "the host; the socket PATH takes 'size SIZE' and 'stats'",
     )
     private = parser.add_argument_group("private memory")
     private.add_argument(
@@ -239,6 +274,11 @@ def _configuration(arguments: Sequence[str]) -> MachineConfig:
         private_memory=options.private_mem,
         scheme=options.scheme,
         disks=tuple(options.disk),
+        nets=tuple(options.net),
+        consoles=tuple(options.console),
+        vsock=options.vsock,
+        rng=options.rng,
+        balloon=options.balloon,
         allow_mapped_io=options.allow_mapped_io,
         policies=tuple((spec, tuple(words)) for spec, words in options.policy),
         report=options.report,

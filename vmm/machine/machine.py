@@ -22,10 +22,9 @@ from vmm.conversion.scheme import Scheme
 from vmm.conversion.schemes.plain import PlainScheme
 from vmm.conversion.transaction import Converter
 from vmm.core.ending_signals import on_ending_signal
-from vmm.core.errors import HostError, UsageError, tell
+from vmm.core.errors import HostError, tell
 from vmm.core.event_loop import EventLoop
 from vmm.core.ranges import Range, page_align_down, page_align_up
-from vmm.devices.virtio.block_file import DiskFile, open_disk
 from vmm.exits.handlers import ExitHandlers
 from vmm.exits.outcome import (
     KILLED,
@@ -47,6 +46,7 @@ from vmm.machine.host import SEE_CHECK, open_kvm, require_hypercall_exits
 from vmm.machine.images import OpenedImages
 from vmm.machine.live import live_view
 from vmm.machine.operations import Operations
+from vmm.machine.peripherals import open_devices
 from vmm.machine.report import ReportFile, build_report
 from vmm.machine.schemes import Chosen, Wanted, choose, make_scheme
 from vmm.memory.backings.memfd import MemfdBacking
@@ -122,16 +122,7 @@ class Machine:
         self._guest: Guest = make_guest(config, images)
         self._cleanup.callback(self._guest.close)
         self._policies = _load_policies(config)
-        self._disks: list[DiskFile] = []
-        for spec in config.disks:
-            disk = open_disk(spec)
-            self._cleanup.callback(disk.close)
-            if disk.engine == "mmap" and not config.allow_mapped_io:
-                raise UsageError(
-                    f"--disk {spec}: io=mmap maps guest memory into pyvmm, which nothing else here "
-                    "does; use io=fd2fd or io=pread, or add --allow-mapped-io to measure it"
-                )
-            self._disks.append(disk)
+        self._virtio = open_devices(config, self._cleanup)
         self._trace = None if config.trace is None else _open_trace(config.trace, config)
         if self._trace is not None:
             self._cleanup.callback(self._trace.close)
@@ -318,7 +309,7 @@ class Machine:
             self._memory,
             self._loop,
             self._console,
-            self._disks,
+            self._virtio,
             power_off=lambda: self.stop(Outcome(POWEROFF)),
             reset=self._guest_reset,
             watch=partial(self._converter.hooks.watcher, self._converter.view),
@@ -388,10 +379,12 @@ class Machine:
             self._console.abandon_output()
             self._vcpus.stop()
             if not self._vcpus.join(_LAST_WORK_SECONDS):
-                self._abandon_vcpus()
+                self._abandon("the vCPU's thread")
+        if not self._abandoned and not self._devices.end(_LAST_WORK_SECONDS):
+            self._abandon("a disk's thread")
 
-    def _abandon_vcpus(self) -> None:
-        """Go on without a vCPU's thread that doesn't end, for example because of its policy.
+    def _abandon(self, whom: str) -> None:
+        """Go on without a thread that doesn't end, for example because of its policy.
 
         It may wake up and use what the machine has opened, so that all of it stays open until
         the process ends.
@@ -399,7 +392,7 @@ class Machine:
         self._abandoned = True
         self._cleanup.pop_all()
         waiting_for = self._converter.undecided
-        what = "the vCPU's thread has not ended"
+        what = f"{whom} has not ended"
         if waiting_for is not None:
             what = f"{waiting_for} has not returned"
         tell(f"{what}; pyvmm ends without it")

@@ -12,7 +12,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmm.core.errors import PrivateAccess, UnmappedAccess
-from vmm.core.ranges import Range, RangeMap
+from vmm.core.ranges import PAGE_SIZE, Range, RangeMap
 from vmm.memory.backing import Backing, Buffer, byte_count
 
 if TYPE_CHECKING:
@@ -130,6 +130,31 @@ class GuestMemory:
         self._enter(gpa, size)
         try:
             return self.shared.transfer_out(gpa, size, dst_fd, dst_offset)
+        finally:
+            self._leave()
+
+    def discard(self, gpa: int, size: int) -> None:
+        """Give pages that the guest does without back to the host's kernel, whatever their state:
+        the side that the guest uses is punched, and reads as zeros from then on.
+
+        Raises GuestMemoryError for what isn't whole pages of RAM, or is being converted; KvmError.
+        """
+        area = Range(gpa, size)
+        with self._lock:
+            if size <= 0 or gpa % PAGE_SIZE or size % PAGE_SIZE or not self.is_ram(area):
+                raise UnmappedAccess(f"{size:#x} bytes at {gpa:#x} are not whole pages of RAM")
+            converting = self._converting
+            if converting is not None and converting.overlaps(area):
+                raise PrivateAccess(f"discard of {area}: {converting} is converting")
+            runs = self._states_in(area)
+            # A conversion of these pages waits until they are gone.
+            self._in_flight[threading.get_ident()] = (gpa, gpa + size)
+        try:
+            for run, state in runs:
+                if state is not PageState.PRIVATE:
+                    self.discard_shared(run)
+                if state is not PageState.SHARED:
+                    self.discard_private(run)
         finally:
             self._leave()
 
@@ -287,7 +312,7 @@ class MemoryThrough:
     def __init__(self, memory: GuestMemory, engine: Engine) -> None:
         self._memory = memory
         self._engine = engine
-        self.pread, self.pwrite = memory.pread, memory.pwrite
+        self.pread, self.pwrite, self.discard = memory.pread, memory.pwrite, memory.discard
 
     def transfer_in(self, src_fd: int, src_offset: int, gpa: int, size: int) -> int:
         self._memory._enter(gpa, size)
