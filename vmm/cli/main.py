@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
+from vmm.cli.parser import Parser
 from vmm.core.errors import HostError, PyvmmError, UsageError, tell
 
 if TYPE_CHECKING:
@@ -30,17 +31,11 @@ examples:
   pyvmm lab --help                            the lab's own options
   pyvmm ctl --help                            asking a running pyvmm (--control)
   pyvmm check                                 what this host can do, and what is missing
+  pyvmm report DIR                            what a run with --trace DIR did
 
 While the guest runs on a terminal, Ctrl-A x quits.
 exit status: 0 guest powered off, 1 guest failed, 2 bad usage or input, 3 the host cannot do it
 """
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse, with errors as one line and exit status 2."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see pyvmm --help")
 
 
 class _PolicyArgument(argparse.Action):
@@ -60,9 +55,9 @@ class _PolicyArgument(argparse.Action):
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of `pyvmm [run]`."""
-    parser = _Parser(
+    parser = Parser(
         prog="pyvmm",
-        usage="pyvmm [run] [options]    or    pyvmm check [--json]    or    pyvmm lab [options]",
+        usage="pyvmm [run] [options]    or    pyvmm check|lab|report [options]",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -208,6 +203,10 @@ def main(arguments: Sequence[str]) -> int:
             from vmm.cli.ctl import run as run_ctl
 
             return run_ctl(arguments[1:])
+        if arguments and arguments[0] == "report":
+            from vmm.cli.report import run as report
+
+            return report(arguments[1:])
         return _run(arguments)
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in arguments:
@@ -228,7 +227,7 @@ def _refuse_early(arguments: Sequence[str]) -> None:
 
 
 def _check_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="pyvmm check",
         description="Probes what this host can do: one line for each capability, with evidence, "
         "what it enables and what to do without it, then which jobs can run.",
