@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import functools
-import mmap
 import os
 import stat
 from collections.abc import Callable
@@ -81,7 +80,7 @@ def mapping(cell: Cell, flags: int) -> None:
         fdops.unmap(fdops.map_shared(gmem.fd, SIZE), SIZE)
     else:
         expect_error("mmap", lambda: fdops.map_shared(gmem.fd, SIZE), errno.ENODEV)
-    expect_error("private mmap", lambda: mmap.mmap(gmem.fd, SIZE, flags=mmap.MAP_PRIVATE))
+    expect_error("private mmap", lambda: fdops.map_copy_on_write(gmem.fd, SIZE))
 
 
 @case("through a mapping the host reaches its pages with INIT_SHARED, and is EFAULT otherwise")
