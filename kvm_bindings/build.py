@@ -24,6 +24,7 @@ PRELUDE = """
 #include <fcntl.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
@@ -33,7 +34,7 @@ PRELUDE = """
 FUNCTIONS = """
 int pyvmm_ioctl_value(int fd, unsigned long request, unsigned long value);
 int pyvmm_ioctl_pointer(int fd, unsigned long request, void *argument);
-int64_t pyvmm_map(int fd, uint64_t offset, uint64_t size, int protection, int reserve);
+int64_t pyvmm_map(int fd, uint64_t offset, uint64_t size, int protection, int flags);
 int pyvmm_unmap(uint64_t address, uint64_t size);
 int pyvmm_protect(uint64_t address, uint64_t size, int protection);
 int pyvmm_fallocate(int fd, int mode, uint64_t offset, uint64_t size);
@@ -41,6 +42,10 @@ int64_t pyvmm_pread_to_address(int fd, uint64_t address, uint64_t size, uint64_t
 int64_t pyvmm_pwrite_from_address(int fd, uint64_t address, uint64_t size, uint64_t offset);
 int64_t pyvmm_cached_pages(int fd, uint64_t offset, uint64_t size);
 int pyvmm_memfd_secret(unsigned int flags);
+"""
+
+FLOORS = """
+void pyvmm_copy_memory(uint64_t target, uint64_t source, uint64_t size);
 """
 
 
@@ -51,8 +56,8 @@ def compile_extension(destination: Path) -> Path:
     """
     abi = (HERE / "kvm_abi.h").read_text()
     ffi = FFI()
-    ffi.cdef(abi + FUNCTIONS)
-    source = PRELUDE + abi + (HERE / "bindings.c").read_text()
+    ffi.cdef(abi + FUNCTIONS + FLOORS)
+    source = PRELUDE + abi + (HERE / "bindings.c").read_text() + (HERE / "floors.c").read_text()
     ffi.set_source(
         "kvm_bindings._kvm",
         source,
