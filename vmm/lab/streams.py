@@ -1,7 +1,8 @@
 """The byte streams between the lab machine and its host, and the machine's end.
 
-Each stream is a socket pair with QEMU at the other end, or a terminal with Bochs. One thread, no callbacks: whoever waits
-for something calls `pump` until it is there; nobody waiting means that the guest waits.
+Each stream is a socket pair with QEMU at the other end, or a pseudo-terminal with Bochs. One
+thread, no callbacks: whoever waits for something calls `pump` until it is there; nobody waiting
+means that the guest waits.
 """
 
 from __future__ import annotations
