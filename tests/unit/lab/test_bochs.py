@@ -157,6 +157,20 @@ def lines() -> Iterator[dict[str, TerminalEnd]]:
         end.close()
 
 
+def test_terminal_passes_bytes_as_they_are_and_echoes_none(lines: dict[str, TerminalEnd]) -> None:
+    end = lines["serial"]
+    machine = os.open(end.name, os.O_RDWR | os.O_NOCTTY)
+    data = bytes(range(256))
+    end.send(bytearray(data))
+
+    assert os.read(machine, 512) == data
+    with pytest.raises(BlockingIOError):
+        end.recv(1)
+    os.write(machine, data)
+    os.close(machine)
+    assert end.recv(512) == data
+
+
 def test_script_on_serial_lines_passes_every_byte_and_the_inputs_end(
     lines: dict[str, TerminalEnd], tmp_path: Path
 ) -> None:
