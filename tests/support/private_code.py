@@ -67,9 +67,9 @@ def in_private_memory(system: System, code: bytes) -> object:
         ExitStack() as opened,
         MicroGuest(system, start, "kernel", registers=registers, vm_type=1, seconds=30.0) as guest,
     ):
-        # Nops: who reads the code here steps one byte instead of the instruction's two or three.
+        # PUSH ES, which long mode doesn't have: who reads the code here can do nothing with it.
         shared = memory_file(opened, AREA_SIZE)
-        os.pwrite(shared, b"\x90" * 4096, 0)
+        os.pwrite(shared, b"\x06" * 4096, 0)
         private = opened.enter_context(guest.vm.create_guest_memfd(AREA_SIZE))
         hva = mapped(opened, shared, AREA_SIZE)
         guest.vm.set_user_memory_region2(1, AREA_GPA, AREA_SIZE, hva, private.fd, 0)

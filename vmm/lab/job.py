@@ -221,18 +221,22 @@ echo $? >/lab/status
 printf %s "$TOKEN" >&6
 printf %s "$TOKEN" >&7
 """
-# Input comes in pieces, each asked for and with its length in front (vmm.lab.streams.Pieces).
+# The command gets pipes, not terminals. Input comes in pieces, each asked for and with its length
+# in front (vmm.lab.streams.Pieces).
 _ON_SERIAL_LINES = """\
 for line in {input} {output} {error}; do stty -F $line raw -echo 115200; done
 exec 5<>{input} 6>{output} 7>{error}
 echo pyvmm-lab: running >/dev/console
-mkfifo /lab/input
+mkfifo /lab/input /lab/output /lab/error
+cat </lab/output >&6 & output=$!
+cat </lab/error >&7 & error=$!
 while printf . >&5 && read -r count <&5 && [ "$count" -gt 0 ]; do
     dd bs=1 count="$count" <&5 2>/dev/null
-done >/lab/input &
-{words} </lab/input >&6 2>&7 5<&- 6>&- 7>&-
+done >/lab/input & input=$!
+{words} </lab/input >/lab/output 2>/lab/error 5<&- 6>&- 7>&-
 echo $? >/lab/status
-kill $! 2>/dev/null
+kill $input 2>/dev/null
+wait $output $error
 printf %s "$TOKEN" >&6
 printf %s "$TOKEN" >&7
 """

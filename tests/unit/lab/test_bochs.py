@@ -178,7 +178,7 @@ def test_script_on_serial_lines_passes_every_byte_and_the_inputs_end(
     devices = dataclasses.replace(
         PC, input=lines["in"].name, output=lines["out"].name, error=lines["error"].name
     )
-    job = Job(["sh", "-c", "cat; echo problem >&2; exit 9"], tmp_path)
+    job = Job(["sh", "-c", "cat; [ -p /dev/stdout ] && echo problem >&2; exit 9"], tmp_path)
     lay_out(job, Surroundings({}, "/usr/bin:/bin", "<end>", names=devices), tmp_path)
     script = (tmp_path / "run").read_text()
     begin, end = script.index("for line in"), script.index("cd /\nset --")
