@@ -29,7 +29,9 @@ examples:
   pyvmm lab --kernel bzImage --private-mem    the same under full emulation, where the host's
                                               KVM can't do it or there is none
   pyvmm lab --help                            the lab's own options
+  pyvmm ctl --help                            asking a running pyvmm (--control)
   pyvmm check                                 what this host can do, and what is missing
+  pyvmm selftest                              whether its KVM and pyvmm do it right
   pyvmm report DIR                            what a run with --trace DIR did
   pyvmm replay DIR --policy MODULE:CLASS      what another policy would have made of it
 
@@ -42,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The options of `pyvmm [run]`."""
     parser = Parser(
         prog="pyvmm",
-        usage="pyvmm [run] [options]    or    pyvmm check|lab|report|replay [options]",
+        usage="pyvmm [run] [options]    or    pyvmm check|selftest|lab|report|replay [options]",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -143,6 +145,18 @@ def build_parser() -> argparse.ArgumentParser:
         help="record conversions, faults, I/O and exits in a folder, for pyvmm report and replay",
     )
     output.add_argument(
+        "--status",
+        action="store_true",
+        help="keep one line up to date: on stderr where that is a terminal of its own, else as the "
+        "title of the guest's terminal (SIGUSR1 prints the page states at any time)",
+    )
+    output.add_argument(
+        "--control",
+        metavar="PATH",
+        help="listen on a Unix socket for JSON lines: status, pause, resume, dump-state, convert, "
+        "quit; pyvmm ctl PATH COMMAND sends one",
+    )
+    output.add_argument(
         "--debug", action="store_true", help="show a traceback for errors, for bug reports"
     )
     return parser
@@ -157,6 +171,14 @@ def main(arguments: Sequence[str]) -> int:
             return run_lab(list(arguments[1:]), check=_refuse_early)
         if arguments and arguments[0] == "check":
             return _check(arguments[1:])
+        if arguments and arguments[0] == "selftest":
+            from vmm.cli.selftest import run as selftest
+
+            return selftest(arguments[1:])
+        if arguments and arguments[0] == "ctl":
+            from vmm.cli.ctl import run as run_ctl
+
+            return run_ctl(arguments[1:])
         if arguments and arguments[0] == "report":
             from vmm.cli.report import run as report
 
@@ -180,6 +202,10 @@ def _refuse_early(arguments: Sequence[str]) -> None:
     """Raise UsageError for words that pyvmm would refuse, without doing what they say."""
     if arguments and arguments[0] == "check":
         _check_parser().parse_args(arguments[1:])
+    elif arguments and arguments[0] == "selftest":
+        from vmm.cli.selftest import parser
+
+        parser().parse_args(arguments[1:])
     else:
         _configuration(arguments)
 
@@ -241,6 +267,8 @@ def _configuration(arguments: Sequence[str]) -> MachineConfig:
         report=options.report,
         trace=options.trace,
         debug_shell=options.debug_shell,
+        status=options.status,
+        control=options.control,
     )
     config.validate()
     return config

@@ -62,6 +62,8 @@ class MachineConfig(NamedTuple):
     report: str | None = None
     trace: str | None = None
     debug_shell: bool = False
+    status: bool = False
+    control: str | None = None
 
     def validate(self) -> None:
         """Raises UsageError with the value and the remedy."""

@@ -59,6 +59,7 @@ class Devices:
         self._memory = memory
         self._loop = loop
         self._lines: dict[int, LevelLine] = {}
+        self._transports: list[VirtioPciTransport] = []
         self._virtio = virtio
         self._doorbells: list[Doorbell] = []
         self._engines: dict[str, Engine] = {}
@@ -114,6 +115,7 @@ class Devices:
         doorbell.serve(transport.notify)
         device.start()
         self._pci.add(slot, transport.function)
+        self._transports.append(transport)
 
     def _memory_of(
         self, device: str, engine_name: str | None
@@ -138,6 +140,13 @@ class Devices:
             self._lines[gsi] = LevelLine(self._vm, gsi, self._loop)
             self._opened.callback(self._lines[gsi].close)
         return self._lines[gsi]
+
+    def hold(self) -> ExitStack:
+        """Until what is returned is closed, by this thread, devices leave guest memory alone."""
+        with ExitStack() as held:
+            for transport in self._transports:
+                held.enter_context(transport.held())
+            return held.pop_all()
 
     def end(self, timeout: float) -> bool:
         """No request is served any more; False when one under way takes longer (seconds)."""

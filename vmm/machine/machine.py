@@ -44,6 +44,8 @@ from vmm.machine.devices import Devices
 from vmm.machine.guest import Guest, make_guest
 from vmm.machine.host import SEE_CHECK, open_kvm, require_hypercall_exits
 from vmm.machine.images import OpenedImages
+from vmm.machine.live import live_view
+from vmm.machine.operations import Operations
 from vmm.machine.peripherals import open_devices
 from vmm.machine.report import ReportFile, build_report
 from vmm.machine.schemes import Chosen, Wanted, choose, make_scheme
@@ -53,6 +55,10 @@ from vmm.policy import End, Policy, PolicyError, PolicyKill
 
 if TYPE_CHECKING:
     from vmm.machine.tracing import RunTrace
+
+if TYPE_CHECKING:
+    from vmm.machine.control import ControlSocket
+    from vmm.machine.status_line import StatusLine
 
 _PANIC_TEXT = b"Kernel panic - not syncing"
 _REBOOT_TEXT = b"reboot: Restarting system"
@@ -120,6 +126,17 @@ class Machine:
         self._trace = None if config.trace is None else _open_trace(config.trace, config)
         if self._trace is not None:
             self._cleanup.callback(self._trace.close)
+        self._status_line: StatusLine | None = None
+        if config.status:
+            from vmm.machine.status_line import choose_status_line  # most runs do without
+
+            self._status_line = choose_status_line(self._interject)
+        self._control: ControlSocket | None = None
+        if config.control is not None:
+            from vmm.machine.control import ControlSocket
+
+            self._control = ControlSocket(config.control)
+            self._cleanup.callback(self._control.close)
         self._report_file = None if config.report is None else ReportFile(config.report)
         if self._report_file is not None:
             self._cleanup.callback(self._report_file.close)
@@ -326,7 +343,13 @@ class Machine:
         install_kick_handler()
         for vcpu in self._processors:
             self._vcpus.add(vcpu, self._handlers, self.stop)
-        with on_ending_signal(self._signalled):
+        operations = Operations(
+            self._memory, self._converter, self._vcpus, self._devices, self._loop, self.stop
+        )
+        with (
+            on_ending_signal(self._signalled),
+            live_view(self._loop, operations, self._status_line, self._control),
+        ):
             try:
                 self._console.attach(self._loop, self._devices.serial)
                 self._vcpus.start()
@@ -337,12 +360,17 @@ class Machine:
                 pass  # `_signalled` raised it
             finally:
                 self.stop(Outcome(STOPPED, "the device loop failed"))
+                operations.resume()  # no vCPU enters the guest, but one may wait for a device
                 self._end_vcpus()
                 self._console.restore()
         for runner in self._vcpus.runners:
             if runner.error is not None:
                 raise runner.error
         return self._outcomes[0]
+
+    def _interject(self, data: bytes) -> bool:
+        """For who was made before the console."""
+        return self._console.interject(data)
 
     def _end_vcpus(self) -> None:
         self._vcpus.stop()

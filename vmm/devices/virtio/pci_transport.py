@@ -10,8 +10,8 @@ struct virtio_pci_common_cfg (4.1.4.3), at offset 0 of the BAR:
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from threading import Lock, RLock
 
 from vmm.core.errors import GuestMemoryError, PyvmmError
@@ -165,6 +165,16 @@ class VirtioPciTransport:
             self._stop(queue_index, active, failure)
         elif active.queue.more:
             self._ring(queue_index)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Within the block the device touches no guest memory; whoever wants something of it
+        waits. The calling thread must not serve it meanwhile."""
+        with ExitStack() as locks:
+            locks.enter_context(self._lock)
+            for active in self._started:
+                locks.enter_context(active.lock)
+            yield
 
     def config_changed(self) -> None:
         """The device's configuration is another one: let the driver know (4.1.4.3.1)."""
