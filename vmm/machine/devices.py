@@ -8,14 +8,15 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from kvm_bindings import KvmError, Vm, fdops
+from kvm_bindings import KvmError, Vm, fdops, ioctls
 from vmm.arch.x86_64 import layout
 from vmm.arch.x86_64.devices.acpi_pm import AcpiPm
 from vmm.arch.x86_64.devices.cmos import Cmos
 from vmm.arch.x86_64.devices.i8042 import I8042
 from vmm.arch.x86_64.devices.pci_conf1 import PciConf1
 from vmm.core.event_loop import EventLoop, drain
-from vmm.devices.bus import PortBus
+from vmm.devices.bus import MemoryBus, PortBus
+from vmm.devices.msix import MAX_VECTORS, MsixTable
 from vmm.devices.pci import PciBus, host_bridge
 from vmm.devices.serial16550 import Serial16550
 from vmm.devices.virtio.block import VirtioBlock
@@ -25,7 +26,13 @@ from vmm.devices.virtio.device import GuestMemory as GuestMemoryOfDevice
 from vmm.devices.virtio.pci_transport import VirtioPciTransport
 from vmm.devices.virtio.queue import SplitQueue
 from vmm.machine.console import Console
-from vmm.machine.interrupts import EdgeLine, LevelLine, open_eventfd
+from vmm.machine.interrupts import (
+    EdgeLine,
+    LevelLine,
+    MessageRoutes,
+    MsixMessages,
+    open_eventfd,
+)
 from vmm.memory.guest_memory import GuestMemory
 
 if TYPE_CHECKING:
@@ -86,6 +93,17 @@ class Doorbell:
             self._vm.ioeventfd(eventfd, port, 2, index, deassign=True)
 
 
+def _can_use_messages(vm: Vm, memory: GuestMemory) -> bool:
+    """Whether functions get MSI-X, besides the INTx that all of them have.
+
+    The guest writes the table, which PCI wants in memory, with ordinary instructions that KVM
+    has to fetch and decode: it reads guest code through the memslots' addresses, where it
+    finds nothing of private pages that the host cannot reach.
+    """
+    readable = memory.private is None or memory.private.traits.private_access == "allowed"
+    return readable and bool(vm.check_extension(ioctls.KVM_CAP_IRQ_ROUTING))
+
+
 class Devices:
     """Everything on the port bus; `close` closes its eventfds, not the disks and the memory."""
 
@@ -105,6 +123,7 @@ class Devices:
         """`watch(device)` is what is told of that device's accesses to guest memory, if any;
         `observer_of(device)` of the requests on its queues."""
         self.ports = PortBus()
+        self.registers = MemoryBus()
         self._watch = watch
         self._observer_of = observer_of
         self._vm = vm
@@ -112,7 +131,8 @@ class Devices:
         self._loop = loop
         self._lines: dict[int, LevelLine] = {}
         self._blocks: dict[str, VirtioBlock] = {}
-        self._pci = PciBus(self.ports)
+        self._pci = PciBus(self.ports, self.registers)
+        self._routes = MessageRoutes(vm) if _can_use_messages(vm, memory) else None
         self._pci.add(0, host_bridge())
         with ExitStack() as self._opened:
             self._connect(console, disks, power_off, reset)
@@ -159,11 +179,21 @@ class Devices:
             ring=doorbell.ring,
             observer=self._observer_of(name),
             make_queue=make_queue,
+            msix=self._msix_table(len(block.queue_sizes) + 1),
+            msix_base=layout.msix_bar_gpa(slot),
         )
         line.add_source(transport.interrupt_pending)
         doorbell.serve(transport.notify)
         self._pci.add(slot, transport.function)
         self._blocks[name] = block
+
+    def _msix_table(self, vectors: int) -> MsixTable | None:
+        """A function's table, one vector for each queue and one for changes of configuration."""
+        if self._routes is None:
+            return None
+        messages = MsixMessages(self._vm, self._routes)
+        self._opened.callback(messages.close)
+        return MsixTable(min(vectors, MAX_VECTORS), messages)
 
     def _memory_of(self, device: str) -> tuple[GuestMemoryOfDevice, Callable[..., SplitQueue]]:
         """Guest memory as `device` gets to see it, and what makes its queues."""

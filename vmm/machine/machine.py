@@ -306,6 +306,7 @@ class Machine:
         doorbell = PortDoorbell(self._config.cpus, conversions=self._is_private)
         self._handlers = ExitHandlers(
             self._devices.ports,
+            self._devices.registers,
             MsrTable(self._is_private),
             self._memory,
             self._converter,
