@@ -9,22 +9,23 @@ reference model. Exit status 0 without a divergence, 1 with one, which is shorte
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from kvm_bindings import KvmError, System
+from kvm_bindings import System
 from tests.fuzz.conversion_ops import Program, random_program
 from tests.fuzz.conversion_worlds import World
 from tests.support.fake_kvm import FakeKernel
 from tests.support.fake_platform import FakePlatform
 from vmm.core.errors import HostError
 from vmm.exits.run_loop import install_kick_handler
-from vmm.selftest.entries import BACKINGS, SCHEMES
+from vmm.selftest.entries import Combination, combinations
 from vmm.selftest.platform import KvmPlatform, Platform
-from vmm.selftest.rig import BackingEntry, SchemeEntry
 
 LENGTH = 24
 
@@ -33,12 +34,11 @@ class Cell(NamedTuple):
     """Where programs run."""
 
     platform: Platform
-    scheme: SchemeEntry
-    backing: BackingEntry
+    combination: Combination
 
     @property
     def name(self) -> str:
-        return f"{self.scheme.name}/{self.backing.name}"
+        return str(self.combination)
 
 
 class Divergence(NamedTuple):
@@ -54,7 +54,8 @@ class Divergence(NamedTuple):
 
 def fake_cells() -> list[Cell]:
     """Every scheme and backing that the model of KVM has."""
-    return _working([FakePlatform(FakeKernel.sw_protected())])
+    kernels = (FakeKernel.sw_protected(), FakeKernel.with_in_place())
+    return _working([FakePlatform(kernel) for kernel in kernels])
 
 
 def kvm_cells(system: System) -> list[Cell]:
@@ -62,20 +63,19 @@ def kvm_cells(system: System) -> list[Cell]:
     return _working([KvmPlatform(system)])
 
 
-def _working(platforms: list[Platform]) -> list[Cell]:
-    return [
-        cell
-        for platform in platforms
-        for scheme in SCHEMES
-        for backing in BACKINGS
-        if _works(cell := Cell(platform, scheme, backing))
-    ]
+def _working(platforms: Sequence[Platform]) -> list[Cell]:
+    """Each combination on the first platform that has it."""
+    cells = []
+    for combination in combinations():
+        tried = (Cell(platform, combination) for platform in platforms)
+        cells += list(itertools.islice(filter(_works, tried), 1))
+    return cells
 
 
 def _works(cell: Cell) -> bool:
     try:
-        World(cell.platform, cell.scheme, cell.backing).__exit__()
-    except (HostError, KvmError):
+        World(cell.platform, cell.combination).__exit__()
+    except (HostError, OSError):
         return False
     return True
 
@@ -87,7 +87,7 @@ def program(seed: int, number: int) -> Program:
 def run(cell: Cell, program: Program) -> tuple[list[str], str | None]:
     """What was seen at each step, and what was wrong with the last."""
     seen = []
-    with World(cell.platform, cell.scheme, cell.backing) as world:
+    with World(cell.platform, cell.combination) as world:
         for op in program:
             try:
                 seen.append(world.step(op))

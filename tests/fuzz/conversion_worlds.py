@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import errno
 from contextlib import ExitStack
-from typing import Any
 
 from kvm_bindings import KvmError
 from tests.fuzz import conversion_ops as ops
 from tests.fuzz.reference import SHARE, Reference, Side
+from tests.support.fake_platform import FakePlatform
 from vmm.core.errors import PrivateAccess
 from vmm.core.events import Kind
 from vmm.core.ranges import PAGE_SIZE
 from vmm.memory.backing import Backing
 from vmm.policy import Allow, Decision, Defer, Deny, Event, Policy, View
+from vmm.selftest.entries import Combination
 from vmm.selftest.guest import GuestStopped
 from vmm.selftest.platform import Platform
-from vmm.selftest.rig import BackingEntry, Rig, SchemeEntry
+from vmm.selftest.rig import Rig
 
 INJECTED = errno.ENOMEM
 DENIED = errno.EPERM
@@ -45,25 +46,16 @@ class Failures:
         self._left, self.happened = None, True
         raise KvmError(what, INJECTED, "", "injected")
 
+    def put_into(self, backing: Backing) -> Backing:
+        """The backing, its holes being such calls."""
+        punch = backing.punch
 
-class FailingProxy:
-    """Anything, with calls by the names in `at` failing when it is their turn."""
+        def punch_or_fail(offset: int, size: int) -> None:
+            self.pass_or_fail("fallocate")
+            punch(offset, size)
 
-    def __init__(self, target: Any, failures: Failures, at: frozenset[str]) -> None:
-        self._target = target
-        self._failures = failures
-        self._at = at
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self._target, name)
-        if name not in self._at:
-            return found
-
-        def checked(*arguments: Any, **named: Any) -> Any:
-            self._failures.pass_or_fail(name)
-            return found(*arguments, **named)
-
-        return checked
+        setattr(backing, "punch", punch_or_fail)  # noqa: B010 - mypy allows no other way
+        return backing
 
 
 class Chosen(Policy):
@@ -88,29 +80,26 @@ class Mismatch(AssertionError):
 class World:
     """One rig with the reference beside it. A context manager."""
 
-    def __init__(self, platform: Platform, scheme: SchemeEntry, backing: BackingEntry) -> None:
+    def __init__(self, platform: Platform, combination: Combination) -> None:
         self.failures = Failures()
         self.policy = Chosen()
         self.now = 0.0
-        punching = frozenset({"punch"})
-
-        def wrap(behind: Backing) -> Backing:
-            return FailingProxy(behind, self.failures, punching)
-
+        if isinstance(platform, FakePlatform):
+            platform.kernel.watch = self.failures.pass_or_fail
         with ExitStack() as opened:
             self.rig = opened.enter_context(
                 Rig(
                     platform,
-                    scheme,
-                    backing,
+                    combination,
                     pages=ops.PAGES,
                     policies=[self.policy],
-                    wrap=wrap,
+                    wrap=self.failures.put_into,
                     clock=lambda: self.now,
                 )
             )
             self._opened = opened.pop_all()
-        self.reference = Reference(ops.PAGES)
+        self.reference = Reference(ops.PAGES, in_place=self.rig.memory.in_place)
+        self._counts = self.rig.private.traits.granule == PAGE_SIZE
 
     def __enter__(self) -> World:
         return self
@@ -152,7 +141,7 @@ class World:
             self._expect("answer", answer, refused or -DENIED)
         elif failed:
             self._expect("answer", answer, -INJECTED)
-            reference.failed(request)
+            reference.failed(request, self._states())
         else:
             self._expect("answer", answer, 0)
             if reference.needs_work(request, defer=defer):
@@ -228,16 +217,18 @@ class World:
     # -- looks --------------------------------------------------------------------------------
 
     def _look(self) -> str:
-        states = []
-        for area, state in self.rig.memory.states():
-            states += [state.value] * (area.size // PAGE_SIZE)
+        states = self._states()
         self._expect("page states", states, self.reference.states())
         predicted = self.reference.resident()
-        if predicted is not None:
+        if predicted is not None and self._counts:
             found = self.rig.memory.residency()
             pages = (found.private_bytes // PAGE_SIZE, found.shared_bytes // PAGE_SIZE)
             self._expect("resident pages (private, shared)", pages, predicted)
         return " ".join(state[0] for state in states)
+
+    def _states(self) -> list[str]:
+        runs = self.rig.memory.states()
+        return [state.value for area, state in runs for _ in range(area.size // PAGE_SIZE)]
 
     def _expect(self, what: str, found: object, predicted: object) -> None:
         if found != predicted:

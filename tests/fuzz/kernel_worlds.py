@@ -18,7 +18,7 @@ from tests.support.fake_kvm import FakeKernel, FakeVm, VmType
 from tests.support.fake_platform import FakePlatform
 from vmm.core.ranges import PAGE_SIZE, Range
 from vmm.machine.probes.memory import VM_TYPES
-from vmm.selftest.guest import CODE_SIZE, WORD, GuestCpu, GuestStopped
+from vmm.selftest.guest import CODE_SIZE, WORD, Gate, GuestCpu, GuestStopped
 from vmm.selftest.platform import KvmPlatform, Platform
 
 AREA_GPA = CODE_SIZE
@@ -129,7 +129,7 @@ class World:
             self._hva = fdops.map_shared(self._memfd, mapped)
             opened.callback(fdops.unmap, self._hva, mapped)
             area = [Range(AREA_GPA, size)]
-            self._guest: GuestCpu = platform.guests(opened, self._vm, 1, area, 0)[0]
+            self._guest: GuestCpu = platform.guests(opened, self._vm, 1, area, 0, Gate())[0]
             self._files: Files = (
                 KernelFiles(opened) if isinstance(platform, KvmPlatform) else ModelFiles(self._vm)
             )

@@ -64,7 +64,9 @@ class Request:
 class Reference:
     """`pages` pages, all private at first."""
 
-    def __init__(self, pages: int) -> None:
+    def __init__(self, pages: int, *, in_place: bool = False) -> None:
+        """`in_place`: both sides of a page are one, and a change of state empties it."""
+        self.in_place = in_place
         self.pages = [Page() for _ in range(pages)]
         self.in_doubt = False
         """A failure left it open which discards were made: residency is not predicted then."""
@@ -78,7 +80,10 @@ class Reference:
     def convert(self, request: Request, *, defer: bool = False, keep: bool = False) -> None:
         """A valid request, allowed and carried out."""
         area = self.pages[request.first : request.first + request.count]
-        if request.kind == SHARE:
+        if self.in_place:
+            for page in area:
+                self._move(page, State.SHARED if request.kind == SHARE else State.PRIVATE)
+        elif request.kind == SHARE:
             for page in area:
                 self._share(page)
         elif not defer:
@@ -98,17 +103,27 @@ class Reference:
             return states != {State.SHARED}
         return State.SHARED in states or (not defer and State.DEFERRED in states)
 
+    def _move(self, page: Page, state: State) -> None:
+        """A change of state in place."""
+        if page.state is not state:
+            page.state = state
+            page.shared.discard()
+            page.private.discard()
+
     def _share(self, page: Page) -> None:
         if page.state is State.DEFERRED and not page.kept:
             page.shared.discard()
         page.state = State.SHARED
         page.private.discard()
 
-    def failed(self, request: Request) -> None:
+    def failed(self, request: Request, states: list[str]) -> None:
         """The request failed half way: all is as before, except that discards which were owed
-        may have been made."""
-        for page in self.pages[request.first : request.first + request.count]:
-            if request.kind == SHARE and page.state is State.DEFERRED and not page.kept:
+        may have been made, and that pages in place may have changed (to `states`) for good."""
+        for number in range(request.first, request.first + request.count):
+            page = self.pages[number]
+            if self.in_place:
+                self._move(page, State(states[number]))
+            elif request.kind == SHARE and page.state is State.DEFERRED and not page.kept:
                 page.shared.word = None
                 self.in_doubt = True
 

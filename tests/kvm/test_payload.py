@@ -8,13 +8,14 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kvm_bindings import System, ioctls
+from kvm_bindings import KvmError, System, ioctls
 
 pytestmark = pytest.mark.kvm
 
@@ -101,6 +102,51 @@ def test_payload_passes_and_the_report_adds_up(kvm: System, report: Path, backin
     assert_books_balance(content, 64 * MIB)
     assert content["conversions"]["share"]["calls"] >= 5
     assert content["conversions"]["share"]["failed"] > 0, "the payload makes bad requests, too"
+
+
+@pytest.mark.parametrize("backing", ["guest_memfd", "guest_memfd-mmap", "memfd", "memfd-sealed"])
+def test_payload_passes_with_one_address_for_both_sides(
+    kvm: System, report: Path, disk: Path, backing: str
+) -> None:
+    """Memslots are replaced under it: it finds every word, and no access becomes MMIO."""
+    require_backing(kvm, backing)
+    options = ("--scheme", "remap", f"--private-mem={backing}", "--mem", "64M")
+
+    run = pyvmm(report, *options, "--disk", str(disk))
+
+    assert (run.status, run.errors) == (0, "")
+    assert "C-bit mask 0x0" in run.output
+    assert "not ok" not in run.output
+    content = run.report
+    assert (content["scheme"], content["schemes_not_taken"]) == ("remap", {})
+    assert content["backings"]["private"] == backing
+    assert "mmio" not in content["exits"]
+    assert_books_balance(content, 64 * MIB)
+
+
+def test_default_scheme_says_why_a_stronger_one_is_not_taken(report: Path) -> None:
+    content = pyvmm(report, "--private-mem", "--mem", "16M").report
+
+    stronger = ["attributes", "in-place", "cbit", "remap"]
+    assert list(content["schemes_not_taken"]) == stronger[: stronger.index(content["scheme"])]
+    assert all(content["schemes_not_taken"].values())
+
+
+@pytest.mark.parametrize("scheme", ["attributes", "in-place"])
+def test_scheme_that_this_host_lacks_ends_with_3_and_names_what_is_there(
+    kvm: System, report: Path, scheme: str
+) -> None:
+    with suppress(KvmError), kvm.create_vm(ioctls.KVM_X86_SW_PROTECTED_VM):
+        pytest.skip("this host makes VMs of the type that the scheme needs")
+
+    run = pyvmm(report, "--private-mem", "--scheme", scheme)
+
+    assert run.status == 3
+    assert re.fullmatch(
+        rf"pyvmm: --scheme {scheme} --private-mem=auto: not on this host \({scheme}: "
+        r"KVM_CREATE_VM.*\); what works here: cbit with .*memfd.*; remap with .*memfd.*\n",
+        run.errors,
+    )
 
 
 def test_report_has_every_promised_key(report: Path) -> None:

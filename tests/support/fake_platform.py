@@ -8,15 +8,21 @@ from typing import cast
 
 from kvm_bindings import Vcpu, Vm
 from tests.support.fake_kvm import FakeKernel, FakeSystem, FakeVm
+from tests.support.fake_kvm.system import CPUID
+from vmm.arch.x86_64.cpuid import choose_c_bit
+from vmm.conversion.scheme import Scheme
+from vmm.conversion.schemes.remap import Parking
 from vmm.core.ranges import PAGE_SIZE, Range, page_align_down
-from vmm.selftest.guest import WORD, GuestCpu, GuestStopped
+from vmm.machine.schemes import make_scheme
+from vmm.selftest.guest import WORD, Gate, GuestCpu, GuestStopped
 
 
 class FakeGuestCpu:
     """A GuestCpu whose accesses the model carries out, page by page."""
 
-    def __init__(self, vm: FakeVm, number: int) -> None:
+    def __init__(self, vm: FakeVm, number: int, gate: Gate) -> None:
         self._vm = vm
+        self._gate = gate
         self.vcpu = cast(Vcpu, vm.create_vcpu(number))
 
     def read(self, address: int) -> int:
@@ -39,13 +45,15 @@ class FakeGuestCpu:
         """No access of the model waits for anything."""
 
     def _read(self, address: int, size: int) -> bytes:
-        found = self._vm.guest_read(address, size)
+        with self._gate.running():
+            found = self._vm.guest_read(address, size)
         if isinstance(found, bytes):
             return found
         raise GuestStopped(found)
 
     def _write(self, address: int, data: bytes) -> None:
-        exit = self._vm.guest_write(address, data)
+        with self._gate.running():
+            exit = self._vm.guest_write(address, data)
         if exit is not None:
             raise GuestStopped(exit)
 
@@ -64,7 +72,10 @@ class FakePlatform:
         self.kernel = kernel or FakeKernel()
         self.system = FakeSystem(self.kernel).as_system()
 
+    def scheme(self, name: str, parked: Parking) -> Scheme:
+        return make_scheme(name, lambda: choose_c_bit(CPUID), parked)
+
     def guests(
-        self, opened: ExitStack, vm: Vm, count: int, ram: Sequence[Range], c_mask: int
+        self, opened: ExitStack, vm: Vm, count: int, ram: Sequence[Range], alias: int, gate: Gate
     ) -> list[GuestCpu]:
-        return [FakeGuestCpu(cast(FakeVm, vm), number) for number in range(count)]
+        return [FakeGuestCpu(cast(FakeVm, vm), number, gate) for number in range(count)]

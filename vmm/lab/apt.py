@@ -51,8 +51,9 @@ class Apt:
         _unpack(folder, into)
         shutil.rmtree(folder, ignore_errors=True)
 
-    def download_closure(self, package: str, suite: str, into: Path) -> None:
-        """A package with all that it depends on, down to the C library, unpacked below `into`.
+    def download_closure(self, packages: Sequence[str], suite: str, into: Path) -> None:
+        """Packages (NAME, NAME/SUITE or NAME=VERSION) with all that they depend on, down to the C
+        library, unpacked below `into`.
 
         The package database is empty here, so nothing is left out as installed already and the
         result runs on any distribution.
@@ -69,7 +70,7 @@ class Apt:
             "--target-release",
             suite,
             "install",
-            package,
+            *packages,
         )
         _unpack(archives, into)
         self._empty_folder(archives)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,7 +61,9 @@ class Cache:
         with self.lock(name):
             if final.exists():
                 return final
-            scratch = Path(tempfile.mkdtemp(prefix=".new-", dir=final.parent))
+            scratch = final.parent / f".new-{final.name}"
+            remove_tree(scratch)  # of a process that was killed: it held this lock
+            scratch.mkdir()
             try:
                 build(scratch / "entry")
                 os.rename(scratch / "entry", final)

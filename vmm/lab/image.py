@@ -235,11 +235,12 @@ def _file_key(path: Path) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def initramfs_key(busybox: Path, modules: Path | None) -> str:
+def initramfs_key(busybox: Path, modules: Path | None, kvm: Path | None = None) -> str:
     """Packages are unpacked once and never change, so their paths stand for them."""
     text = f"{_file_key(busybox)} {modules} {initramfs.SCRIPTS}"
-    if modules is not None:
-        text += f" {modules.resolve().stat().st_mtime_ns}"
+    for folder in (modules, kvm):
+        if folder is not None:
+            text += f" {folder.resolve()} {folder.resolve().stat().st_mtime_ns}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

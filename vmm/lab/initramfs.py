@@ -75,9 +75,11 @@ poweroff -f
 SCRIPTS = f"{_HOST_INIT}{_GUEST_INIT}{_STORAGE_MODULES}{_KVM_MODULES}{_GUEST_MODULES}"
 
 
-def host_initramfs(busybox: Path, modules: Path) -> bytes:
-    """The lab machine's: `modules` is lib/modules/RELEASE of its kernel."""
-    tree = ModuleTree(modules)
+def host_initramfs(busybox: Path, modules: Path, kvm_modules: Path | None = None) -> bytes:
+    """The lab machine's: `modules` is lib/modules/RELEASE of its kernel, `kvm_modules`
+    a directory with other KVM modules for it.
+    """
+    tree = ModuleTree(modules, instead=kvm_modules)
     storage = tree.in_order(_STORAGE_MODULES)
     loaded = {name for name, _ in storage}
     kvm = [(name, data) for name, data in tree.in_order(_KVM_MODULES) if name not in loaded]

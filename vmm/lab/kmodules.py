@@ -23,14 +23,18 @@ _PACKINGS: dict[str, Callable[[bytes], bytes]] = {
 
 
 class ModuleTree:
-    """The modules below a directory, normally lib/modules/RELEASE."""
+    """The modules below a directory, normally lib/modules/RELEASE.
 
-    def __init__(self, root: Path) -> None:
+    Those in `instead` are taken in place of the ones of the same name.
+    """
+
+    def __init__(self, root: Path, instead: Path | None = None) -> None:
         self.root = root
         self._files: dict[str, Path] = {}
-        for path in root.rglob("*.ko*"):
-            stem, _, _ = path.name.partition(".ko")
-            self._files.setdefault(_canonical(stem), path)
+        for folder in (root,) if instead is None else (instead, root):
+            for path in folder.rglob("*.ko*"):
+                stem, _, _ = path.name.partition(".ko")
+                self._files.setdefault(_canonical(stem), path)
 
     def __contains__(self, name: str) -> bool:
         return _canonical(name) in self._files

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vmm.core.errors import HostError, UsageError
-from vmm.lab import image
+from vmm.lab import hosts, image
 from vmm.lab.apt import Apt
 from vmm.lab.cache import Cache, default_directory
 from vmm.lab.initramfs import guest_initramfs, host_initramfs
@@ -48,10 +48,12 @@ class Lab:
         )
         wants.settle(self.cache.root)
         assert qemu is not None and busybox is not None and kernel is not None
+        host = hosts.named(options.host)
+        kvm = self.packages.sw_protected_kvm(kernel) if host.sw_protected else None
         assets = Assets(
             qemu=qemu,
             kernel=kernel.image,
-            initramfs=self._initramfs("host", busybox, kernel.modules),
+            initramfs=self._initramfs("host", busybox, kernel.modules, kvm),
             root=image.root_image(self.cache, self.progress, busybox),
             project=image.project_image(self.cache, self.progress),
             inner_qemu=self._inner_qemu(qemu) if options.with_qemu else None,
@@ -62,16 +64,18 @@ class Lab:
     def _inner_qemu(self, qemu: Qemu) -> Path:
         return image.qemu_image(self.cache, self.progress, qemu)
 
-    def _initramfs(self, kind: str, busybox: Path, modules: Path | None) -> Path:
+    def _initramfs(
+        self, kind: str, busybox: Path, modules: Path | None, kvm: Path | None = None
+    ) -> Path:
         def build(path: Path) -> None:
             self.progress.step(f"building the {kind} initramfs")
             if kind == "host":
                 assert modules is not None
-                path.write_bytes(host_initramfs(busybox, modules))
+                path.write_bytes(host_initramfs(busybox, modules, kvm))
             else:
                 path.write_bytes(guest_initramfs(busybox, modules))
 
-        key = image.initramfs_key(busybox, modules)
+        key = image.initramfs_key(busybox, modules, kvm)
         entry = self.cache.entry(f"images/{kind}-{key}.cpio", build)
         self.cache.prune(f"images/{kind}-", keep=8)
         return entry

@@ -11,8 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vmm.core.errors import UsageError
+from vmm.lab import hosts
 
-HELP = """\
+_HOSTS = "\n".join(f"  --host {host.name:<17} {host.summary}" for host in hosts.HOSTS.values())
+
+HELP = f"""\
 usage: pyvmm lab [lab options] [pyvmm's own command and options]
        pyvmm lab [lab options] --exec PROGRAM [ARGUMENTS...]
 
@@ -21,6 +24,7 @@ Console, files named by options, --disk, --report, --trace and the exit status p
 A kernel may be named debian:6.12 (or another series): Debian's stock cloud kernel.
 Without --initrd a guest gets a busybox shell.
 
+{_HOSTS}
   --exec PROGRAM ...       run this instead of pyvmm; takes the rest of the line
   --lab-mem SIZE           the lab machine's memory (default 2048M)
   --lab-cpus N             its processors (default 2)
@@ -43,6 +47,7 @@ Without --initrd a guest gets a busybox shell.
 
 _FLAGS = ("--lab-with-qemu", "--lab-offline", "--lab-quiet")
 _VALUES = (
+    "--host",
     "--lab-mem",
     "--lab-cpus",
     "--lab-time-limit",
@@ -64,6 +69,7 @@ _VALUES = (
 class LabOptions:
     """How the lab machine is made; sizes in MiB, times in seconds."""
 
+    host: str = hosts.STOCK.name
     memory_mib: int = 2048
     cpus: int = 2
     time_limit: float | None = None
@@ -110,7 +116,7 @@ def parse(argv: Sequence[str]) -> LabCommand:
             command.help = True
         elif word in _FLAGS:
             setattr(command.options, _field(word), True)
-        elif word.startswith("--lab-"):
+        elif word.startswith("--lab-") or word.partition("=")[0] == "--host":
             name, equals, value = word.partition("=")
             if name not in _VALUES:
                 raise UsageError(f"{name}: no such option of the lab; see pyvmm lab --help")
@@ -130,6 +136,8 @@ def _field(name: str) -> str:
 
 def _set(options: LabOptions, name: str, value: str) -> None:
     match name:
+        case "--host":
+            options.host = hosts.named(value).name
         case "--lab-mem":
             options.memory_mib = _mebibytes(name, value)
         case "--lab-cpus":

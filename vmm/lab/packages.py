@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from vmm.core.errors import HostError, UsageError
+from vmm.lab import kvm_build
 from vmm.lab.apt import QEMU_SUITE, Apt, PackagesUnavailable, newest
 from vmm.lab.cache import Cache
 from vmm.lab.progress import Progress
@@ -118,7 +119,7 @@ class Packages:
             "qemu",
             f"downloading QEMU (Debian {QEMU_SUITE}) into the cache",
             lambda path: self.apt.download_closure(
-                f"qemu-system-x86/{QEMU_SUITE}", QEMU_SUITE, path
+                [f"qemu-system-x86/{QEMU_SUITE}"], QEMU_SUITE, path
             ),
             f"{QEMU_PROGRAM} (--lab-qemu FILE, or put it on PATH)",
         )
@@ -166,13 +167,42 @@ class Packages:
         if not re.fullmatch(r"\d+\.\d+", series):
             raise UsageError(f"kernel {name!r}: the form is debian:SERIES, as in debian:6.12")
         tree = self._tree(
-            f"linux-{series}",
+            self._kernel_tree(series).name,
             f"downloading Debian's Linux {series} into the cache",
             lambda path: self._download_kernel(series, path),
             wanted or f"a Linux {series} image (--kernel FILE)",
         )
         image = next(iter(sorted(tree.rglob("vmlinuz*"))))
         return Kernel(image, next(iter(sorted(tree.glob("**/lib/modules/*"))), None))
+
+    def sw_protected_kvm(self, kernel: Kernel) -> Path:
+        """A directory with KVM modules for this kernel that have KVM_X86_SW_PROTECTED_VM."""
+        release, version = kernel_release(kernel.image), debian_version(kernel.image)
+        if release is None or version is None or not version.startswith(f"{HOST_SERIES}."):
+            raise UsageError(
+                f"--host sw-protected: KVM can be compiled for Debian's Linux {HOST_SERIES} only, "
+                f"which {kernel.image} is not; leave --lab-host-kernel out"
+            )
+
+        def download(packages: list[str], into: Path) -> None:
+            if self.offline:
+                raise PackagesUnavailable("--lab-offline")
+            with self.cache.lock("apt"):
+                self.apt.download_closure(packages, QEMU_SUITE, into)
+
+        name = f"packages/kvm-sw-protected-{version}-{kvm_build.RECIPE}"
+        build = kvm_build.KvmBuild(release, version, self.progress, download)
+        try:
+            return self.cache.entry(name, build)
+        except PackagesUnavailable as error:
+            wanted = (
+                f"headers and sources of Linux {release} to compile KVM (if the archive has a "
+                f"newer {HOST_SERIES} by now, remove {self._kernel_tree(HOST_SERIES)})"
+            )
+            raise MissingFiles([wanted], self.cache.root, str(error)) from error
+
+    def _kernel_tree(self, series: str) -> Path:
+        return self.cache.path(f"packages/linux-{series}")
 
     def _download_kernel(self, series: str, into: Path) -> None:
         number = re.escape(series)
@@ -225,16 +255,28 @@ def modules_beside(image: Path) -> Path | None:
 
 def kernel_release(image: Path) -> str | None:
     """The release in a bzImage's header, as `uname -r` would say; None when it isn't one."""
+    words = _version_words(image)
+    return words[0] if words else None
+
+
+def debian_version(image: Path) -> str | None:
+    """The version of the Debian package that a kernel was built as; None for other kernels."""
+    words = _version_words(image)
+    at = words.index("Debian") + 1 if "Debian" in words else len(words)
+    return words[at] if at < len(words) else None
+
+
+def _version_words(image: Path) -> list[str]:
+    """What the kernel says of itself at boot, from its release on; empty for other files."""
     try:
         with open(image, "rb") as file:
             head = file.read(0x10000)
     except OSError:
-        return None
+        return []
     if head[0x202:0x206] != b"HdrS":
-        return None
+        return []
     at = int.from_bytes(head[0x20E:0x210], "little") + 0x200
-    words = head[at : at + 256].split(b"\0", 1)[0].split()
-    return words[0].decode("ascii", "replace") if words else None
+    return head[at : at + 256].split(b"\0", 1)[0].decode("ascii", "replace").split()
 
 
 def _existing(path: str, option: str) -> Path:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol, TextIO
 
 
 class Progress(Protocol):
-    """Told of each step as it begins; the step ends when the next one begins, or with done()."""
+    """Told of each step as it begins; the step ends when the next one begins, or with done().
+
+    A long step tells with part() how far it is.
+    """
 
     def step(self, text: str) -> None: ...
+
+    def part(self, text: str) -> None: ...
 
     def done(self) -> None: ...
 
@@ -21,6 +25,9 @@ class Silent:
     """For tests and for callers with a display of their own."""
 
     def step(self, text: str) -> None:
+        del text
+
+    def part(self, text: str) -> None:
         del text
 
     def done(self) -> None:
@@ -34,16 +41,25 @@ class Reporter:
         self._stream = stream if stream is not None else sys.stderr
         self._rewrites = self._stream.isatty()
         self._open = False
-        self._began = 0.0
+        self._step = ""
 
     def step(self, text: str) -> None:
-        self._began = time.monotonic()
+        self._step = text
         if self._rewrites:
-            self._stream.write(f"\r\x1b[Klab: {text} ...")
-            self._open = True
+            self._rewrite(f"{text} ...")
         else:
             self._stream.write(f"lab: {text}\n")
+            self._stream.flush()
+
+    def part(self, text: str) -> None:
+        """Shown behind the step on a terminal only: a log needs the steps, not their parts."""
+        if self._rewrites:
+            self._rewrite(f"{self._step} ({text}) ...")
+
+    def _rewrite(self, line: str) -> None:
+        self._stream.write(f"\r\x1b[Klab: {line}")
         self._stream.flush()
+        self._open = True
 
     def done(self) -> None:
         """Leaves the terminal's line empty: from here on it belongs to the guest."""

@@ -11,7 +11,6 @@ import secrets
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -34,11 +33,8 @@ from vmm.lab.job import (
 from vmm.lab.options import LabOptions
 from vmm.lab.qemu import Assets, qemu_command
 from vmm.lab.streams import EndMark, Pump, stream_pair
+from vmm.lab.tied import tied
 
-# The lab machine must not outlive its owner, whichever way that ends (PR_SET_PDEATHSIG = 1).
-_TIED_TO_US = (
-    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execv(sys.argv[1], sys.argv[1:])"
-)
 _RUNNING = b"pyvmm-lab: running"
 _FINISHED = b"pyvmm-lab: finished"
 _FAILED = b"pyvmm-lab: failed: "
@@ -116,10 +112,9 @@ class LabRun:
         if assets.inner_qemu is not None:
             fixed.append(Drive(assets.inner_qemu, True))
         command = qemu_command(assets, options, [*fixed, *self.job.drives], fds)
-        wrapped = [sys.executable, "-I", "-S", "-c", _TIED_TO_US, *command]
         with open(self.folder / "qemu.log", "wb") as log:
             process = subprocess.Popen(
-                wrapped,
+                tied(command),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -4,11 +4,11 @@ found out by trying, and remembers why the stronger ones were not taken."""
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Callable
 from typing import NamedTuple
 
-from kvm_bindings import KvmError, System, Vm, fdops, ioctls
+from kvm_bindings import KvmError, System, Vm, ioctls
+from vmm.arch.x86_64.cpuid import choose_c_bit
 from vmm.conversion.scheme import Scheme
 from vmm.conversion.schemes.remap import Parking
 from vmm.core.errors import HostError
@@ -98,7 +98,11 @@ def try_scheme(system: System, scheme: str, wanted: Wanted) -> tuple[Vm, Backing
     else:
         names = [name for name in names if name not in ONLY_WHEN_NAMED]
     try:
+        if scheme == "cbit":
+            choose_c_bit(system.supported_cpuid(), wanted.size)
         vm = system.create_vm(VM_TYPES[scheme])
+    except HostError as error:
+        return str(error)
     except KvmError as error:
         return _lacks(scheme, error)
     try:
@@ -143,9 +147,11 @@ def make_backing(vm: Vm, name: str, size: int) -> Backing:
             "guest_memfd-plain": guest_memfd.PlainGuestMemfdBacking,
             "guest_memfd": guest_memfd.GuestMemfdBacking,
             "guest_memfd-mmap": guest_memfd.MappedGuestMemfdBacking,
-            "guest_memfd-in-place": guest_memfd.InPlaceGuestMemfdBacking,
         }
-        return classes[name](vm.create_guest_memfd(size, flags).fd, size)
+        made = vm.create_guest_memfd(size, flags)
+        if name == "guest_memfd-in-place":
+            return guest_memfd.InPlaceGuestMemfdBacking(made, size)
+        return classes[name](made.fd, size)
     if name == "memfd-hugetlb":
         from vmm.memory.backings.hugetlb_memfd import HugetlbMemfdBacking
 
@@ -159,7 +165,7 @@ def make_backing(vm: Vm, name: str, size: int) -> Backing:
 
 def make_scheme(name: str, c_bit: Callable[[], int], parked: Parking) -> Scheme:
     """The scheme of that name; `c_bit` is asked for where there is one, `parked` keeps vCPUs out
-    of the guest. Raises HostError when there is no C-bit to be had."""
+    of the guest."""
     if name == "attributes":
         from vmm.conversion.schemes.attributes import AttributesScheme
 
@@ -189,32 +195,31 @@ def _try_attributes(vm: Vm) -> None:
 def _try_in_place(backing: Backing | str) -> None:
     """A page that is made private must be out of the host's reach, and come back. Raises KvmError
     (also when it is not)."""
-    if isinstance(backing, str):
-        return
-    from kvm_bindings import GuestMemfd
+    from vmm.memory.backings.guest_memfd import InPlaceGuestMemfdBacking
 
-    guest_memfd = GuestMemfd(backing.fd, backing.size, 0)  # the backing closes the fd
-    scratch = os.memfd_create("pyvmm-probe", os.MFD_CLOEXEC)
+    if not isinstance(backing, InPlaceGuestMemfdBacking):
+        return
     try:
         for attribute, reached in ((ioctls.KVM_MEMORY_ATTRIBUTE_PRIVATE, False), (0, True)):
-            guest_memfd.set_memory_attributes2(0, PAGE_SIZE, attribute)
-            try:
-                fdops.pwrite_from_address(scratch, backing.hva, 1, 0)
-                was_reached = True
-            except KvmError:
-                was_reached = False
-            if was_reached != reached:
-                state = "shared" if reached else "private"
+            backing.guest_memfd.set_memory_attributes2(0, PAGE_SIZE, attribute)
+            if _is_reached(backing) != reached:
                 raise KvmError(
                     "KVM_SET_MEMORY_ATTRIBUTES2",
                     errno.EOPNOTSUPP,
-                    hint=f"a {state} page is {'out of' if reached else 'in'} the host's reach",
+                    f"{attribute=:#x}",
+                    f"the page is {'out of' if reached else 'in'} the host's reach afterwards",
                 )
     except BaseException:
         backing.close()
         raise
-    finally:
-        os.close(scratch)
+
+
+def _is_reached(backing: Backing) -> bool:
+    try:
+        backing.pread(1, 0)
+    except OSError:
+        return False
+    return True
 
 
 # -- words ----------------------------------------------------------------------------------------

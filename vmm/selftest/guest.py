@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from kvm_bindings import KvmError, Vcpu
@@ -48,6 +48,41 @@ class GuestStopped(Exception):
         self.exit = exit
 
 
+class Gate:
+    """Keeps vCPUs out of their guest while memslots are being replaced."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._inside = 0
+        self._shut = 0
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """A vCPU is in the guest; waits while the gate is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._shut)
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._inside -= 1
+                self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def closed(self) -> Iterator[None]:
+        """No vCPU is in the guest. For a thread whose own vCPU isn't either."""
+        with self._changed:
+            self._shut += 1
+            self._changed.wait_for(lambda: not self._inside)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._shut -= 1
+                self._changed.notify_all()
+
+
 class GuestCpu(Protocol):
     """One vCPU at the test's command. Addresses are guest-physical, with the C-bit if any.
 
@@ -74,9 +109,10 @@ def guest_code(ram: Sequence[Range], c_mask: int) -> list[tuple[int, bytes]]:
 class KvmGuestCpu:
     """A GuestCpu on a real KVM. One thread at a time may use it; any may interrupt it."""
 
-    def __init__(self, vcpu: Vcpu, supported_cpuid: Sequence[tuple[int, ...]]) -> None:
+    def __init__(self, vcpu: Vcpu, supported_cpuid: Sequence[tuple[int, ...]], gate: Gate) -> None:
         """Sets the vCPU's registers up; guest_code is in memory by the time of the first verb."""
         self.vcpu = vcpu
+        self._gate = gate
         state = payload_entry(CODE_GPA, layout.PAGE_TABLES_GPA)
         # CPUID first: KVM refuses EFER.LME to a vCPU that doesn't have long mode.
         vcpu.set_cpuid2(supported_cpuid)  # type: ignore[arg-type]  # tuples of seven
@@ -115,9 +151,10 @@ class KvmGuestCpu:
         with self._lock:
             self._thread = threading.get_ident()
         try:
-            exit = self.vcpu.run()
-            while isinstance(exit, InterruptedExit) and not self._interrupted:
+            with self._gate.running():
                 exit = self.vcpu.run()
+                while isinstance(exit, InterruptedExit) and not self._interrupted:
+                    exit = self.vcpu.run()
         finally:
             with self._lock:
                 self._thread = None

@@ -7,9 +7,13 @@ from contextlib import ExitStack
 from typing import Protocol
 
 from kvm_bindings import System, Vm, ioctls
+from vmm.arch.x86_64.cpuid import choose_c_bit
+from vmm.conversion.scheme import Scheme
+from vmm.conversion.schemes.remap import Parking
 from vmm.core.ranges import Range
+from vmm.machine.schemes import make_scheme
 from vmm.memory.backings.memfd import MemfdBacking
-from vmm.selftest.guest import CODE_SIZE, GuestCpu, KvmGuestCpu, guest_code
+from vmm.selftest.guest import CODE_SIZE, Gate, GuestCpu, KvmGuestCpu, guest_code
 
 
 class Platform(Protocol):
@@ -17,8 +21,12 @@ class Platform(Protocol):
 
     system: System
 
+    def scheme(self, name: str, parked: Parking) -> Scheme:
+        """A new scheme of that name. Raises HostError where there can't be one."""
+        ...
+
     def guests(
-        self, opened: ExitStack, vm: Vm, count: int, ram: Sequence[Range], c_mask: int
+        self, opened: ExitStack, vm: Vm, count: int, ram: Sequence[Range], alias: int, gate: Gate
     ) -> list[GuestCpu]:
         """`count` vCPUs that can reach `ram` (at or above CODE_SIZE), closed with `opened`."""
         ...
@@ -31,12 +39,15 @@ class KvmPlatform:
         self.system = system
         self._cpuid = system.supported_cpuid()
 
+    def scheme(self, name: str, parked: Parking) -> Scheme:
+        return make_scheme(name, lambda: choose_c_bit(self._cpuid), parked)
+
     def guests(
-        self, opened: ExitStack, vm: Vm, count: int, ram: Sequence[Range], c_mask: int
+        self, opened: ExitStack, vm: Vm, count: int, ram: Sequence[Range], alias: int, gate: Gate
     ) -> list[GuestCpu]:
         code = MemfdBacking(CODE_SIZE, "pyvmm-selftest")
         opened.callback(code.close)
-        for gpa, data in guest_code(ram, c_mask):
+        for gpa, data in guest_code(ram, alias):
             code.pwrite(data, gpa)
         # The highest slot: those that a scheme hands out start at 0.
         slot = vm.check_extension(ioctls.KVM_CAP_NR_MEMSLOTS) - 1
@@ -45,5 +56,5 @@ class KvmPlatform:
         for number in range(count):
             vcpu = vm.create_vcpu(number)
             opened.callback(vcpu.close)
-            guests.append(KvmGuestCpu(vcpu, self._cpuid))
+            guests.append(KvmGuestCpu(vcpu, self._cpuid, gate))
         return guests

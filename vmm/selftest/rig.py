@@ -5,41 +5,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import NamedTuple, Self
+from typing import Self
 
 from kvm_bindings import Vm
-from vmm.conversion.scheme import Scheme
 from vmm.conversion.transaction import Converter
 from vmm.core.events import ConversionRequest, Kind
 from vmm.core.ranges import PAGE_SIZE, Range
+from vmm.machine.schemes import make_backing
 from vmm.memory.backing import Backing
 from vmm.memory.backings.memfd import MemfdBacking
 from vmm.memory.guest_memory import GuestMemory, PageState
 from vmm.policy import Policy
-from vmm.selftest.guest import CODE_SIZE, WORD, GuestCpu
+from vmm.selftest.entries import Combination
+from vmm.selftest.guest import CODE_SIZE, WORD, Gate, GuestCpu
 from vmm.selftest.platform import Platform
 
 RAM_GPA = CODE_SIZE
 """Where the memory under test starts; what lies below is the guests' code."""
-
-
-class SchemeEntry(NamedTuple):
-    """A row of the matrix: how to make the scheme, on which VM type.
-
-    `alias_mask` is the address bit that picks the private side, 0 where there is one address.
-    """
-
-    name: str
-    vm_type: int
-    alias_mask: Callable[[Platform], int]
-    make: Callable[[Platform], Scheme]
-
-
-class BackingEntry(NamedTuple):
-    """A column: the private side's backing. `create` raises HostError where the host has none."""
-
-    name: str
-    create: Callable[[Vm, int], Backing]
 
 
 class Rig:
@@ -48,8 +30,7 @@ class Rig:
     def __init__(
         self,
         platform: Platform,
-        scheme: SchemeEntry,
-        backing: BackingEntry,
+        combination: Combination,
         *,
         pages: int = 16,
         ram: Sequence[Range] | None = None,
@@ -62,32 +43,35 @@ class Rig:
         """All of `ram` (default: `pages` pages at RAM_GPA) starts private unless `private` says
         which parts do. `wrap` puts something between GuestMemory and its backings.
 
-        Raises HostError or KvmError where the host lacks something, everything closed.
+        Raises HostError or OSError (KvmError is one) where the host lacks something, everything
+        closed.
         """
         self.ram = list(ram) if ram is not None else [Range(RAM_GPA, pages * PAGE_SIZE)]
-        self._mask = scheme.alias_mask(platform)
+        gate = Gate()
+        self.scheme = platform.scheme(combination.scheme, gate.closed)
         with ExitStack() as opened:
-            self.vm: Vm = opened.enter_context(platform.system.create_vm(scheme.vm_type))
+            self.vm: Vm = opened.enter_context(platform.system.create_vm(self.scheme.vm_type))
             size = self.ram[-1].end
-            shared = wrap(MemfdBacking(size, "pyvmm-shared"))
-            opened.callback(shared.close)
-            behind = wrap(backing.create(self.vm, size))
+            behind = wrap(make_backing(self.vm, combination.backing, size))
             opened.callback(behind.close)
+            shared = behind
+            if not behind.traits.in_place:
+                shared = wrap(MemfdBacking(size, "pyvmm-shared"))
+                opened.callback(shared.close)
             self.memory = GuestMemory(
                 self.ram, shared, behind, self.ram if private is None else private
             )
-            self.scheme = scheme.make(platform)
             self.scheme.install(self.vm, self.memory)
             self.converter = Converter(self.memory, self.scheme, *policies, clock=clock)
             self.guests: list[GuestCpu] = platform.guests(
-                opened, self.vm, vcpus, self.ram, self._mask
+                opened, self.vm, vcpus, self.ram, self.scheme.alias, gate
             )
             self._opened = opened.pop_all()
 
     @property
     def has_aliases(self) -> bool:
         """Whether the guest picks the side with the address, and can reach both sides."""
-        return bool(self._mask)
+        return bool(self.scheme.alias)
 
     @property
     def private(self) -> Backing:
@@ -109,7 +93,7 @@ class Rig:
 
     def alias(self, page: int, *, private: bool) -> int:
         """The page's address on one side; with one address for both, that one."""
-        return self.gpa(page) | (self._mask if private else 0)
+        return self.gpa(page) | (self.scheme.alias if private else 0)
 
     def address(self, page: int) -> int:
         """Where the guest finds the page as it is now."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 
-from kvm_bindings import GuestMemfd, KvmError, fdops
+from kvm_bindings import GuestMemfd, KvmError, PagesInUse, fdops
 from tests.support.fake_kvm.kernel import EINVAL, INIT_SHARED, MMAP, PRIVATE, FakeKernel
 from vmm.core.ranges import PAGE_SIZE, Range, RangeMap, page_align_down
 
@@ -71,9 +71,7 @@ class FakeGuestMemfd(GuestMemfd):
     def is_private(self, offset: int) -> bool:
         return bool(self.attributes.get(offset) & PRIVATE)
 
-    def set_attributes2(self, offset: int, size: int, attributes: int) -> int | None:
-        """KVM_SET_MEMORY_ATTRIBUTES2 on the guest_memfd; the error_offset of an EAGAIN, None for
-        success. Raises KvmError for every other error."""
+    def set_memory_attributes2(self, offset: int, size: int, attributes: int) -> None:
         words = f"{offset=:#x}, {size=:#x}, {attributes=:#x}"
         self._kernel.enter("KVM_SET_MEMORY_ATTRIBUTES2", words)
         if not self._kernel.in_place:
@@ -85,12 +83,12 @@ class FakeGuestMemfd(GuestMemfd):
         if attributes & PRIVATE:
             held = [pin.start for pin in self._pinned if pin.overlaps(area)]
             if held:
-                return max(min(held), offset)
+                first = max(min(held), offset)
+                raise PagesInUse("KVM_SET_MEMORY_ATTRIBUTES2", errno.EAGAIN, words, first)
         changing = [r for r, was in self.attributes.runs(area) if was != attributes]
         for run in changing:
             self._scramble(run)
         self.attributes.set(area, attributes)
-        return None
 
     def _scramble(self, area: Range) -> None:
         """What a page holds after a conversion is the VM type's business: here, nothing that was

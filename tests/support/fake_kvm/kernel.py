@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from kvm_bindings import KvmError, ioctls
@@ -45,6 +46,8 @@ class FakeKernel:
     binding_taken: int = errno.EINVAL
     """The errno for a guest_memfd's range that another slot has: EEXIST in Linux 7.3."""
     calls: Counter[str] = field(default_factory=Counter)
+    watch: Callable[[str], None] = lambda operation: None
+    """Called ahead of every ioctl; what it raises comes out of the ioctl."""
     _injections: list[_Injection] = field(default_factory=list)
 
     @classmethod
@@ -70,6 +73,7 @@ class FakeKernel:
     def enter(self, operation: str, arguments: str = "") -> None:
         """Count a call. Raises KvmError where an error was injected."""
         self.calls[operation] += 1
+        self.watch(operation)
         for injection in self._injections:
             if injection.operation not in (None, operation) or not injection.times:
                 continue

@@ -51,6 +51,10 @@ class SlotTable:
         self._slots: dict[int, Slot] = {}
         self._starts: list[tuple[int, int]] = []
 
+    def all(self) -> list[Slot]:
+        """The slots in address order."""
+        return [self._slots[number] for _, number in self._starts]
+
     def at(self, gpa: int) -> Slot | None:
         """The slot that holds the address."""
         index = bisect_right(self._starts, (gpa, self._most)) - 1

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.lab.test_cpio import entries
-from tests.unit.lab.test_kmodules import write
+from tests.unit.lab.test_kmodules import module, write
 from vmm.core.errors import HostError
 from vmm.lab import image, interpreter
 from vmm.lab.cache import Cache
@@ -136,6 +136,20 @@ def test_host_initramfs_loads_storage_before_kvm(busybox: Path, tmp_path: Path) 
     assert "load virtio virtio_blk overlay\nload irqbypass kvm kvm_amd &" in script
     assert files["modules/kvm_amd.ko"].content and files["bin/ls"].content == b"busybox"
     assert files["init"].mode & 0o111
+
+
+def test_host_initramfs_takes_compiled_kvm_modules_over_the_stock_ones(
+    busybox: Path, tmp_path: Path
+) -> None:
+    compiled = module("kvm", "irqbypass") + b"ours"
+    (tmp_path / "compiled").mkdir()
+    (tmp_path / "compiled" / "kvm.ko").write_bytes(compiled)
+
+    archive = host_initramfs(busybox, modules(tmp_path), tmp_path / "compiled")
+    files = {e.name: e.content for e in entries(archive)}
+
+    assert files["modules/kvm.ko"] == compiled
+    assert files["modules/kvm_amd.ko"]
 
 
 def test_host_initramfs_without_kvm_amd_is_refused(busybox: Path, tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from vmm.core.errors import UsageError
-from vmm.lab.options import parse
+from vmm.lab.hosts import HOSTS
+from vmm.lab.options import HELP, parse
 
 
 def test_inner_arguments_pass_in_order_around_the_labs_own() -> None:
@@ -33,6 +34,19 @@ def test_environment_and_time_limit_are_parsed() -> None:
     assert (options.time_limit, options.outputs) == (1.5, [Path("r")])
 
 
+def test_host_is_the_labs_own_option() -> None:
+    command = parse(["check", "--host=sw-protected", "--json"])
+
+    assert command.options.host == "sw-protected"
+    assert command.arguments == ["check", "--json"]
+    assert parse([]).options.host == "stock"
+
+
+def test_help_names_every_host() -> None:
+    for name in HOSTS:
+        assert f"--host {name} " in HELP
+
+
 def test_help_before_an_inner_command_is_the_labs() -> None:
     assert parse(["--help"]).help
     assert parse(["check", "--help"]).arguments == ["check", "--help"]
@@ -43,6 +57,8 @@ def test_help_before_an_inner_command_is_the_labs() -> None:
     [
         (["--lab-nonsense"], "--lab-nonsense"),
         (["--lab-mem"], "--lab-mem"),
+        (["--host", "tdx"], "--host tdx: .* stock, sw-protected"),
+        (["--host"], "--host"),
         (["--lab-mem", "12Q"], "12Q"),
         (["--lab-mem", "64M"], "64M"),
         (["--lab-cpus", "0"], "--lab-cpus 0"),

@@ -7,9 +7,10 @@ any mapping, and tests/kvm has the real thing.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -20,7 +21,9 @@ from vmm.core.errors import PrivateAccess
 from vmm.core.ranges import PAGE_SIZE
 from vmm.memory.backing import Backing, Buffer
 from vmm.memory.backings.guest_memfd import GuestMemfdBacking, MappedGuestMemfdBacking
+from vmm.memory.backings.hugetlb_memfd import HUGE_PAGE, HugetlbMemfdBacking
 from vmm.memory.backings.memfd import MemfdBacking
+from vmm.memory.backings.sealed_memfd import SealedMemfdBacking
 
 SIZE = 64 * PAGE_SIZE
 
@@ -242,4 +245,84 @@ def test_mapped_backing_whose_pages_cannot_be_reached_is_an_error_not_a_signal()
     with pytest.raises(OSError, match=r"Input/output error|Bad address"):
         backing.pwrite(b"x", 0)
 
+    backing.close()
+
+
+# Variants of the memfd, and what backings claim.
+
+
+def test_sealed_memfd_keeps_its_size_and_still_takes_holes() -> None:
+    backing = SealedMemfdBacking(SIZE)
+    backing.pwrite(pattern(SIZE), 0)
+
+    for size in (0, SIZE + PAGE_SIZE):
+        with pytest.raises(PermissionError):
+            os.ftruncate(backing.fd, size)
+    with pytest.raises(PermissionError):
+        fcntl.fcntl(backing.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+    backing.punch(0, SIZE)
+
+    assert backing.pread(SIZE, 0) == bytes(SIZE)
+    assert backing.resident_bytes() == 0
+    backing.close()
+
+
+@pytest.fixture
+def huge() -> Iterator[HugetlbMemfdBacking]:
+    try:
+        made = HugetlbMemfdBacking(2 * HUGE_PAGE)
+    except OSError as error:
+        pytest.skip(f"{error.strerror}")
+    yield made
+    made.close()
+
+
+def test_huge_pages_that_are_not_there_are_named_with_the_remedy() -> None:
+    before = set(os.listdir("/proc/self/fd"))
+
+    with pytest.raises(OSError, match=r"no 4194304 huge pages to spare; reserve them in /sys/"):
+        HugetlbMemfdBacking(1 << 43)
+
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+def test_hole_in_a_part_of_a_huge_page_leaves_zeros_and_the_page(huge: HugetlbMemfdBacking) -> None:
+    huge.pwrite(pattern(HUGE_PAGE), 0)
+
+    huge.punch(PAGE_SIZE, PAGE_SIZE)
+
+    assert huge.pread(PAGE_SIZE, PAGE_SIZE) == bytes(PAGE_SIZE)
+    assert huge.pread(PAGE_SIZE, 0) == pattern(PAGE_SIZE)
+    assert huge.resident_bytes() == HUGE_PAGE
+    huge.punch(0, HUGE_PAGE)
+    assert huge.resident_bytes() == 0
+
+
+def allowed(attempt: Callable[[], object]) -> bool:
+    try:
+        attempt()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("make", [MemfdBacking, SealedMemfdBacking, HugetlbMemfdBacking])
+def test_traits_of_memfds_are_what_the_kernel_does(make: Callable[[int], Backing]) -> None:
+    try:
+        backing = make(2 * HUGE_PAGE)
+    except OSError as error:
+        pytest.skip(f"{error.strerror}")
+    fd, traits = backing.fd, backing.traits
+    reading, writing = os.pipe()
+
+    assert allowed(lambda: os.pread(fd, 16, 0)) == traits.pread
+    assert allowed(lambda: os.pwrite(fd, b"x", 0)) == traits.pwrite
+    assert allowed(lambda: os.splice(fd, writing, 4096, offset_src=0)) == traits.splice
+    assert allowed(lambda: fdops.unmap(fdops.map_shared(fd, HUGE_PAGE), HUGE_PAGE)) == traits.mmap
+    backing.pwrite(b"x" * HUGE_PAGE, 0)
+    backing.punch(0, traits.granule)
+    assert backing.pread(traits.granule, 0) == bytes(traits.granule)
+    assert backing.resident_bytes() == HUGE_PAGE - traits.granule
+    os.close(reading)
+    os.close(writing)
     backing.close()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 
-from kvm_bindings import GuestMemfd, PagesInUse, Vm, ioctls
+from kvm_bindings import PagesInUse, Vm, ioctls
 from vmm.conversion.scheme import private_side, set_slot
 from vmm.core.events import Kind
 from vmm.core.ranges import PAGE_SIZE, Range
+from vmm.memory.backings.guest_memfd import InPlaceGuestMemfdBacking
 from vmm.memory.guest_memory import GuestMemory, PageState
 
 PRIVATE, SHARED = ioctls.KVM_MEMORY_ATTRIBUTE_PRIVATE, 0
@@ -36,10 +37,10 @@ class InPlaceScheme:
 
     def install(self, vm: Vm, memory: GuestMemory) -> None:
         backing = private_side(memory, self.name)
-        if not memory.in_place:
-            raise ValueError("the in-place scheme needs one backing for both sides")
+        if not memory.in_place or not isinstance(backing, InPlaceGuestMemfdBacking):
+            raise ValueError("the in-place scheme needs one backing for both sides, of that kind")
         self._memory = memory
-        self._guest_memfd = GuestMemfd(backing.fd, backing.size, 0)  # the backing closes the fd
+        self._guest_memfd = backing.guest_memfd
         for number, area in enumerate(memory.ram):
             set_slot(vm, number, area.start, area, backing)
         for run, state in memory.states():

@@ -6,7 +6,7 @@ Its file operations have no read, write or splice (ESPIPE, up to Linux 7.3).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 from kvm_bindings import fdops
 from vmm.core.errors import PrivateAccess
@@ -77,6 +77,14 @@ class MappedGuestMemfdBacking(_GuestMemfd, MappedBacking):
     traits = _traits("allowed")
 
 
+class AttributedFd(Protocol):
+    """The part of kvm_bindings.GuestMemfd that in-place conversion needs."""
+
+    fd: int
+
+    def set_memory_attributes2(self, offset: int, size: int, attributes: int) -> None: ...
+
+
 class InPlaceGuestMemfdBacking(_GuestMemfd, MappedBacking):
     """Flags MMAP and INIT_SHARED on a VM that has private memory: both sides in one file.
 
@@ -88,3 +96,8 @@ class InPlaceGuestMemfdBacking(_GuestMemfd, MappedBacking):
     traits = _traits("SIGBUS", in_place=True)._replace(
         conversion="a hole for each run of pages that changes"
     )
+
+    def __init__(self, guest_memfd: AttributedFd, size: int) -> None:
+        """Takes over the guest_memfd's fd, also when it raises OSError."""
+        self.guest_memfd = guest_memfd
+        super().__init__(guest_memfd.fd, size)
