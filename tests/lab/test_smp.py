@@ -33,6 +33,9 @@ def test_four_processors_convert_at_once_while_a_disk_is_read(
 
     assert shell.type("nproc") == str(CPUS)
     assert shell.type("grep -c 'apicid' /proc/cpuinfo") == str(2 * CPUS)
+    # A message for each queue and one for the rest, written to a table in memory.
+    interrupts = shell.type("grep virtio /proc/interrupts")
+    assert interrupts.count("PCI-MSIX") == interrupts.count("\n") + 1 >= 2 * 4
     before = shell.type("dmesg | grep -c 'virtio_blk.*logical blocks'")
     shell.type(f"echo '{_REBIND}' >/tmp/rebind")
     loops = " ".join(f"taskset {1 << n:x} sh /tmp/rebind virtio{n} &" for n in (1, 2, 3))
