@@ -77,6 +77,7 @@ KVM_GET_SREGS = _read(0x83, "struct kvm_sregs")  # basic
 KVM_SET_SREGS = _write(0x84, "struct kvm_sregs")  # basic
 KVM_SET_MSRS = _write(0x89, "struct kvm_msrs")  # basic
 KVM_SET_CPUID2 = _write(0x90, "struct kvm_cpuid2")  # KVM_CAP_EXT_CPUID
+KVM_KVMCLOCK_CTRL = _none(0xAD)  # KVM_CAP_KVMCLOCK_CTRL
 KVM_PRE_FAULT_MEMORY = _both(0xD5, "struct kvm_pre_fault_memory")  # KVM_CAP_PRE_FAULT_MEMORY
 
 # Capabilities (KVM_CHECK_EXTENSION, KVM_ENABLE_CAP).
@@ -92,6 +93,7 @@ KVM_CAP_PIT2 = 33
 KVM_CAP_IOEVENTFD = 36
 KVM_CAP_SET_IDENTITY_MAP_ADDR = 37
 KVM_CAP_MAX_VCPUS = 66
+KVM_CAP_KVMCLOCK_CTRL = 76
 KVM_CAP_IRQFD_RESAMPLE = 82
 KVM_CAP_IMMEDIATE_EXIT = 136
 KVM_CAP_COALESCED_PIO = 162

@@ -39,6 +39,7 @@ class FakeVcpu:
         self.hypercalls: list[int] = []
         self.msrs: list[tuple[int | None, bool]] = []
         self.registers = {"rip": 0x1234}
+        self.told_stopped = 0
         self.idle = threading.Event()
         """Set once all steps are played and `run` waits."""
         self._steps = list(steps)
@@ -75,6 +76,11 @@ class FakeVcpu:
             self._kicked.set()
         else:
             self._kicked.clear()
+
+    def kvmclock_ctrl(self) -> bool:
+        """What a guest is told that was stopped; must not meet a KVM_RUN."""
+        self.told_stopped += 1
+        return True
 
     def answer_io(self, data: bytes) -> None:
         self.io.append(data)

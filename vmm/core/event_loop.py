@@ -21,7 +21,7 @@ class EventLoop:
         self._epoll.register(self._wake, select.EPOLLIN)
         self._callbacks[self._wake] = lambda: drain(self._wake)
         self._stopping = False
-        self._timer: tuple[float, Callable[[], None]] | None = None
+        self._timers: dict[Callable[[], None], float] = {}
         self._timer_lock = threading.Lock()
 
     def add(self, fd: int, callback: Callable[[], None]) -> None:
@@ -40,10 +40,10 @@ class EventLoop:
     def set_timer(self, when: float, callback: Callable[[], None]) -> None:
         """Call `callback` once on the loop's thread at time.monotonic() == `when`, or soon after.
 
-        There is one timer: a later call replaces an earlier one. From any thread.
+        Each callback has one timer: a later call replaces an earlier one. From any thread.
         """
         with self._timer_lock:
-            self._timer = (when, callback)
+            self._timers[callback] = when
         os.eventfd_write(self._wake, 1)
 
     def stop(self) -> None:
@@ -60,23 +60,26 @@ class EventLoop:
                     callback()
                 if self._stopping:
                     return
-            if self._timer is not None:
+            if self._timers:
                 self._fire()
 
     def _patience(self) -> float | None:
-        """Seconds until the timer, None without one."""
-        timer = self._timer
-        if timer is None:
+        """Seconds until the next timer, None without one."""
+        with self._timer_lock:
+            next_one = min(self._timers.values(), default=None)
+        if next_one is None:
             return None
-        return min(max(timer[0] - time.monotonic(), 0.0), _LONGEST_WAIT)
+        return min(max(next_one - time.monotonic(), 0.0), _LONGEST_WAIT)
 
     def _fire(self) -> None:
+        now = time.monotonic()
         with self._timer_lock:
-            timer = self._timer
-            if timer is None or timer[0] > time.monotonic():
-                return
-            self._timer = None
-        timer[1]()
+            due = [callback for callback, when in self._timers.items() if when <= now]
+            due.sort(key=self._timers.__getitem__)
+            for callback in due:
+                del self._timers[callback]
+        for callback in due:
+            callback()
 
     def close(self) -> None:
         self._epoll.close()

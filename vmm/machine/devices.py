@@ -151,8 +151,11 @@ class Devices:
         self.ports.add(layout.COM1_PORT, layout.COM1_PORTS, self.serial)
         self.ports.add(layout.I8042_PORT, layout.I8042_PORTS, I8042(reset))
         self.ports.add(layout.CMOS_PORT, layout.CMOS_PORTS, Cmos(time.time_ns))
-        pm = AcpiPm(time.monotonic_ns, power_off, reset)
+        sci = self._level_line(layout.SCI_IRQ)
+        pm = AcpiPm(time.monotonic_ns, power_off, reset, sci)
+        sci.add_source(pm.interrupt_pending)
         self.ports.add(layout.ACPI_PM_PORT, layout.ACPI_PM_PORTS, pm)
+        self.press_power_button = pm.press_power_button
         self.ports.add(layout.PCI_CONFIG_PORT, layout.PCI_CONFIG_PORTS, PciConf1(self._pci))
         # Index registers: a write means nothing before the data register is accessed.
         for port, size in ((layout.PCI_CONFIG_PORT, 4), (layout.CMOS_PORT, 1)):
