@@ -53,4 +53,3 @@ def test_four_processors_convert_at_once_while_a_disk_is_read(
     pages = report["pages"]
     assert pages["private_bytes"] + pages["shared_bytes"] == RAM_BYTES
     assert share["bytes"] - unshare["bytes"] == pages["shared_bytes"]
-    print(report)

@@ -36,7 +36,7 @@ class RawTerminal:
         try:
             return os.tcgetpgrp(self._fd) == os.getpgrp()
         except OSError:
-            return False  # no terminal, or that of another session
+            return True  # not the terminal that our jobs are controlled by
 
     def restore(self) -> None:
         """Give the terminal back as it was; any number of times."""
