@@ -24,6 +24,7 @@ PRELUDE = """
 #include <fcntl.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
@@ -43,6 +44,10 @@ int64_t pyvmm_cached_pages(int fd, uint64_t offset, uint64_t size);
 int pyvmm_memfd_secret(unsigned int flags);
 """
 
+FLOORS = """
+void pyvmm_copy_memory(uint64_t target, uint64_t source, uint64_t size);
+"""
+
 
 def compile_extension(destination: Path) -> Path:
     """Compiles the extension and puts it into `destination`; returns the file's path.
@@ -51,8 +56,8 @@ def compile_extension(destination: Path) -> Path:
     """
     abi = (HERE / "kvm_abi.h").read_text()
     ffi = FFI()
-    ffi.cdef(abi + FUNCTIONS)
-    source = PRELUDE + abi + (HERE / "bindings.c").read_text()
+    ffi.cdef(abi + FUNCTIONS + FLOORS)
+    source = PRELUDE + abi + (HERE / "bindings.c").read_text() + (HERE / "floors.c").read_text()
     ffi.set_source(
         "kvm_bindings._kvm",
         source,

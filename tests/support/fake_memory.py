@@ -44,6 +44,10 @@ class FakeMemory:
         self._check("transfer_out", size, gpa)
         return os.pwrite(dst_fd, os.pread(self._fd, size, gpa), dst_offset)
 
+    def discard(self, gpa: int, size: int) -> None:
+        self._check("discard", size, gpa)
+        os.pwrite(self._fd, bytes(size), gpa)
+
     def peek(self, size: int, gpa: int) -> bytes:
         """What the guest sees there: no checks, not counted."""
         return os.pread(self._fd, size, gpa)

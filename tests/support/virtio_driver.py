@@ -111,7 +111,8 @@ class VirtioPciDriver:
         self.common = self.bar + self.capabilities[1].offset
         self.notify_port = self.bar + self.capabilities[2].offset
         self.isr_port = self.bar + self.capabilities[3].offset
-        self.device_config = self.bar + self.capabilities[4].offset
+        # A device may have no configuration of its own (virtio-rng).
+        self.device_config = self.bar + self.capabilities[4].offset if 4 in self.capabilities else 0
 
     def config(self, register: int, size: int) -> int:
         return self.pci.read_config(0, self.slot, 0, register, size)

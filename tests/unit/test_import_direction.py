@@ -66,7 +66,11 @@ def objection(importer: str, name: str) -> str | None:
     if target == "kvm_bindings" and room not in BINDINGS_USERS:
         if room == "memory" and name.startswith("kvm_bindings.fdops"):
             return None
+        if importer == "vmm.memory.engines" and name.startswith("kvm_bindings.floors"):
+            return None
         return f"vmm.{room} does not call KVM"
+    if name.startswith("kvm_bindings.floors") and room != "bench":
+        return "floors are for measuring"
     if target == "firmware" and room not in FIRMWARE_USERS:
         return f"vmm.{room} does not know the payloads"
     other = room_of(name)
@@ -133,6 +137,8 @@ def test_rooms_on_disk_are_all_ranked() -> None:
         ("vmm.exits.handlers", "if True:\n    from ..machine import host"),
         ("vmm.memory.backing", "from kvm_bindings import System"),
         ("vmm.memory.backing", "import kvm_bindings"),
+        ("vmm.memory.backing", "from kvm_bindings import floors"),
+        ("vmm.machine.machine", "from kvm_bindings.floors import copy_memory"),
         ("vmm.devices.virtio.block", "from kvm_bindings import fdops"),
         ("vmm.lab.machine", "from vmm.memory.backing import Backing"),
         ("vmm.machine.machine", "from vmm.lab import machine"),
@@ -152,6 +158,7 @@ def test_violation_made_up_is_found(importer: str, source: str) -> None:
     [
         ("vmm.memory.backing", "from kvm_bindings import fdops"),
         ("vmm.memory.backing", "from kvm_bindings.fdops import punch_hole"),
+        ("vmm.memory.engines", "from kvm_bindings import fdops, floors"),
         ("vmm.conversion.scheme", "from kvm_bindings import Vm"),
         ("vmm.arch.x86_64.payload", "from vmm.boot.errors import ImageError"),
         ("vmm.cli.main", "def late():\n    from vmm.lab.command import run"),

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
+from vmm.cli.parser import Parser
 from vmm.core.errors import HostError, PyvmmError, UsageError, tell
 
 if TYPE_CHECKING:
@@ -28,18 +29,13 @@ examples:
   pyvmm lab --kernel bzImage --private-mem    the same under full emulation, where the host's
                                               KVM can't do it or there is none
   pyvmm lab --help                            the lab's own options
+  pyvmm ctl --help                            asking a running pyvmm (--control)
   pyvmm check                                 what this host can do, and what is missing
+  pyvmm report DIR                            what a run with --trace DIR did
 
 While the guest runs on a terminal, Ctrl-A x quits.
 exit status: 0 guest powered off, 1 guest failed, 2 bad usage or input, 3 the host cannot do it
 """
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse, with errors as one line and exit status 2."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see pyvmm --help")
 
 
 class _PolicyArgument(argparse.Action):
@@ -59,9 +55,9 @@ class _PolicyArgument(argparse.Action):
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of `pyvmm [run]`."""
-    parser = _Parser(
+    parser = Parser(
         prog="pyvmm",
-        usage="pyvmm [run] [options]    or    pyvmm check [--json]    or    pyvmm lab [options]",
+        usage="pyvmm [run] [options]    or    pyvmm check|lab|report [options]",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -82,10 +78,51 @@ def build_parser() -> argparse.ArgumentParser:
     guest.add_argument("--cpus", metavar="N", default="1", help="number of vCPUs (default 1)")
     guest.add_argument(
         "--disk",
-        metavar="FILE[,ro][,serial=TEXT]",
+        metavar="FILE[,ro][,serial=TEXT][,queues=N][,io=ENGINE]",
         action="append",
         default=[],
-        help="a raw disk image or block device as virtio-blk; may be given several times",
+        help="a raw disk image or block device as virtio-blk; with several queues each is served "
+        "by a thread of its own; may be given several times; ENGINE: auto (default), pread "
+        "(through a buffer), fd2fd (inside the kernel), mmap (memcpy)",
+    )
+    guest.add_argument(
+        "--allow-mapped-io",
+        action="store_true",
+        help="let a disk have io=mmap, the yardstick that reads and writes guest memory itself",
+    )
+    devices = parser.add_argument_group("more devices, all virtio over PCI")
+    devices.add_argument(
+        "--net",
+        metavar="tap=NAME|passt=SOCKET[,mac=MAC]",
+        action="append",
+        default=[],
+        help="a network card on a tap interface, or behind a passt that runs already (passt "
+        "--socket SOCKET; needs no privileges); may be given several times",
+    )
+    devices.add_argument(
+        "--vsock",
+        metavar="path=PATH[,cid=N]",
+        help="sockets between guest and host: a program that connects to PATH and writes "
+        "'CONNECT PORT' reaches that port of the guest, the guest reaches who listens on PATH_PORT "
+        "by connecting to port PORT of CID 2 (the guest's own CID: 3)",
+    )
+    devices.add_argument(
+        "--console",
+        metavar="pty|file=FILE|socket=PATH[,name=TEXT]",
+        action="append",
+        default=[],
+        help="a console, hvc0 and so on; with name=, a plain port /dev/vport*: on a new "
+        "pseudo-terminal, a file for its output, or a socket that pyvmm listens on; may be given "
+        "several times",
+    )
+    devices.add_argument("--rng", action="store_true", help="the host's random numbers")
+    devices.add_argument(
+        "--balloon",
+        nargs="?",
+        const="",
+        metavar="size=SIZE,control=PATH",
+        help="a balloon that takes SIZE from the guest (default 0) and gives free memory back to "
+        "the host; the socket PATH takes 'size SIZE' and 'stats'",
     )
     private = parser.add_argument_group("private memory")
     private.add_argument(
@@ -136,6 +173,18 @@ def build_parser() -> argparse.ArgumentParser:
         help="record conversions, faults, I/O and exits in a folder, for pyvmm report and replay",
     )
     output.add_argument(
+        "--status",
+        action="store_true",
+        help="keep one line up to date: on stderr where that is a terminal of its own, else as the "
+        "title of the guest's terminal (SIGUSR1 prints the page states at any time)",
+    )
+    output.add_argument(
+        "--control",
+        metavar="PATH",
+        help="listen on a Unix socket for JSON lines: status, pause, resume, dump-state, convert, "
+        "quit; pyvmm ctl PATH COMMAND sends one",
+    )
+    output.add_argument(
         "--debug", action="store_true", help="show a traceback for errors, for bug reports"
     )
     return parser
@@ -150,6 +199,14 @@ def main(arguments: Sequence[str]) -> int:
             return run_lab(list(arguments[1:]), check=_refuse_early)
         if arguments and arguments[0] == "check":
             return _check(arguments[1:])
+        if arguments and arguments[0] == "ctl":
+            from vmm.cli.ctl import run as run_ctl
+
+            return run_ctl(arguments[1:])
+        if arguments and arguments[0] == "report":
+            from vmm.cli.report import run as report
+
+            return report(arguments[1:])
         return _run(arguments)
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in arguments:
@@ -170,7 +227,7 @@ def _refuse_early(arguments: Sequence[str]) -> None:
 
 
 def _check_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="pyvmm check",
         description="Probes what this host can do: one line for each capability, with evidence, "
         "what it enables and what to do without it, then which jobs can run.",
@@ -216,10 +273,18 @@ def _configuration(arguments: Sequence[str]) -> MachineConfig:
         private_memory=options.private_mem,
         scheme=options.scheme,
         disks=tuple(options.disk),
+        nets=tuple(options.net),
+        consoles=tuple(options.console),
+        vsock=options.vsock,
+        rng=options.rng,
+        balloon=options.balloon,
+        allow_mapped_io=options.allow_mapped_io,
         policies=tuple((spec, tuple(words)) for spec, words in options.policy),
         report=options.report,
         trace=options.trace,
         debug_shell=options.debug_shell,
+        status=options.status,
+        control=options.control,
     )
     config.validate()
     return config

@@ -19,7 +19,7 @@ from vmm.conversion.observer import ConversionObserver
 from vmm.conversion.scheme import Scheme
 from vmm.conversion.view import GuestView
 from vmm.core.errors import HostError
-from vmm.core.events import FAULT, ConversionRequest, Kind
+from vmm.core.events import FAULT, FROM_HOST, NO_VCPU, ConversionRequest, Kind
 from vmm.core.ranges import PAGE_SIZE, Range
 from vmm.memory.guest_memory import GuestMemory, PageState
 from vmm.policy import (
@@ -118,11 +118,29 @@ class Converter:
                 return self._convert(request)
         started = time.monotonic_ns()
         with self._lock:
-            answer = None
-            try:
-                answer = self._convert(request)
-                return answer
-            finally:
+            return self._observed(request, started)
+
+    def convert_for_host(self, kind: Kind, gpa: int, size: int) -> int:
+        """`convert` whole pages without the guest's asking, which is not told either.
+
+        -EBUSY where another conversion does not end soon: the device loop has to go on.
+        """
+        request = ConversionRequest(kind, gpa, size // PAGE_SIZE, NO_VCPU, FROM_HOST)
+        started = time.monotonic_ns()
+        if not self._lock.acquire(timeout=BUSY_SECONDS):
+            return -errno.EBUSY
+        try:
+            return self._observed(request, started)
+        finally:
+            self._lock.release()
+
+    def _observed(self, request: ConversionRequest, started: int) -> int:
+        answer = None
+        try:
+            answer = self._convert(request)
+            return answer
+        finally:
+            if self._observer is not None:
                 self._observer.answered(request, self._decision, answer, started)
 
     def _convert(self, request: ConversionRequest) -> int:

@@ -16,31 +16,75 @@ class EventLoop:
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
+        # What is served while the loop is held; its fds are in the other one too.
+        self._unheld_epoll = select.epoll()
+        self._unheld: set[int] = set()
         self._callbacks: dict[int, Callable[[], None]] = {}
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._epoll.register(self._wake, select.EPOLLIN)
-        self._callbacks[self._wake] = lambda: drain(self._wake)
         self._stopping = False
+        self._held = False
         self._timers: dict[Callable[[], None], float] = {}
         self._timer_lock = threading.Lock()
+        self.add(self._wake, lambda: drain(self._wake), unheld=True)
 
-    def add(self, fd: int, callback: Callable[[], None]) -> None:
+    def add(self, fd: int, callback: Callable[[], None], *, unheld: bool = False) -> None:
         """Call `callback` on the loop's thread whenever `fd` is readable or hung up.
 
-        Raises PermissionError for a regular file, which epoll can't wait for.
+        `unheld`: also while the loop is held. Raises PermissionError for a regular file, which
+        epoll can't wait for.
         """
-        self._epoll.register(fd, select.EPOLLIN)
-        self._callbacks[fd] = callback
+        self.watch(fd, callback, readable=True, unheld=unheld)
 
     def remove(self, fd: int) -> None:
         """Stop watching `fd`; unknown fds are ignored."""
         if self._callbacks.pop(fd, None) is not None:
             self._epoll.unregister(fd)
+            if fd in self._unheld:
+                self._unheld.remove(fd)
+                self._unheld_epoll.unregister(fd)
+
+    def watch(
+        self,
+        fd: int,
+        callback: Callable[[], None],
+        *,
+        readable: bool = False,
+        writable: bool = False,
+        unheld: bool = False,
+    ) -> None:
+        """Call `callback` whenever `fd` is ready for what is wanted, or hung up.
+
+        Replaces what was wanted of `fd` before; with nothing wanted it is no longer watched (a
+        hung-up fd would be reported for ever). From any thread, before `fd` is closed. Raises
+        PermissionError for a regular file.
+        """
+        if not (readable or writable):
+            self.remove(fd)
+            return
+        events = readable * select.EPOLLIN | writable * select.EPOLLOUT
+        if fd in self._callbacks:
+            self._epoll.modify(fd, events)
+            if fd in self._unheld:
+                self._unheld_epoll.modify(fd, events)
+        else:
+            self._epoll.register(fd, events)
+            if unheld:
+                self._unheld_epoll.register(fd, events)
+                self._unheld.add(fd)
+        self._callbacks[fd] = callback
+
+    def hold(self) -> None:
+        """Serve only what was added as `unheld`, and timers, until `release`. From callbacks."""
+        self._held = True
+
+    def release(self) -> None:
+        """Serve everything again; what became ready meanwhile is served now. From callbacks."""
+        self._held = False
 
     def set_timer(self, when: float, callback: Callable[[], None]) -> None:
         """Call `callback` once on the loop's thread at time.monotonic() == `when`, or soon after.
 
-        Each callback has one timer: a later call replaces an earlier one. From any thread.
+        A later call for the same callback replaces an earlier one. From any thread.
         """
         with self._timer_lock:
             self._timers[callback] = when
@@ -54,22 +98,25 @@ class EventLoop:
     def run(self) -> None:
         """Serve events until `stop`."""
         while not self._stopping:
-            for fd, _ in self._epoll.poll(self._patience()):
+            held = self._held
+            for fd, _ in (self._unheld_epoll if held else self._epoll).poll(self._patience()):
                 callback = self._callbacks.get(fd)
                 if callback is not None:
                     callback()
                 if self._stopping:
                     return
+                if self._held is not held:
+                    break  # what else was ready still is, for who is to be served now
             if self._timers:
                 self._fire()
 
     def _patience(self) -> float | None:
-        """Seconds until the next timer, None without one."""
-        with self._timer_lock:
-            next_one = min(self._timers.values(), default=None)
-        if next_one is None:
+        """Seconds until the first timer, None without one."""
+        if not self._timers:
             return None
-        return min(max(next_one - time.monotonic(), 0.0), _LONGEST_WAIT)
+        with self._timer_lock:
+            first = min(self._timers.values())
+        return min(max(first - time.monotonic(), 0.0), _LONGEST_WAIT)
 
     def _fire(self) -> None:
         now = time.monotonic()
@@ -79,10 +126,12 @@ class EventLoop:
             for callback in due:
                 del self._timers[callback]
         for callback in due:
-            callback()
+            if not self._stopping:
+                callback()
 
     def close(self) -> None:
         self._epoll.close()
+        self._unheld_epoll.close()
         os.close(self._wake)
         self._callbacks.clear()
 

@@ -17,6 +17,12 @@ FAULT = "fault"
 """The doorbell of an implicit conversion: the guest's access itself asks."""
 
 
+FROM_HOST = "control"
+"""The doorbell of a conversion that the host's side wants."""
+NO_VCPU = 0xFF
+"""The vCPU of a request that none made."""
+
+
 class ConversionRequest(NamedTuple):
     """A guest's request to convert `pages` 4 KiB pages from `gpa`, exactly as the guest put it.
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from vmm.core.errors import UsageError
 from vmm.core.ranges import PAGE_SIZE
+from vmm.core.suboptions import byte_size
 from vmm.machine import matrix
 from vmm.machine.matrix import BACKINGS, LOADABLE, TWO_ADDRESSES
 
@@ -16,20 +17,18 @@ SMALLEST_MEMORY = 4 << 20
 LARGEST_MEMORY = 1 << 38  # the C-bit is bit 38 where the processor has that many address bits
 MAX_CPUS = 64
 
-_UNITS = {"": 1 << 20, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-
 
 def parse_size(text: str) -> int:
     """A memory size in bytes: a number with K, M, G or T, without a unit in MiB.
 
     Raises UsageError for anything else.
     """
-    match = re.fullmatch(r"([0-9]{1,15})([KMGT]?)(i?B)?", text.strip(), re.IGNORECASE | re.ASCII)
-    if not match:
+    size = byte_size(text)
+    if size is None:
         raise UsageError(
             f"--mem '{text}' is not a memory size; write a number with a unit, as in 512M"
         )
-    return int(match[1]) * _UNITS[match[2].upper()]
+    return size
 
 
 def parse_count(text: str) -> int:
@@ -51,11 +50,20 @@ class MachineConfig(NamedTuple):
     """None: an ordinary VM; else one of PRIVATE_BACKINGS."""
     scheme: str = "auto"
     disks: tuple[str, ...] = ()
+    nets: tuple[str, ...] = ()
+    consoles: tuple[str, ...] = ()
+    vsock: str | None = None
+    rng: bool = False
+    balloon: str | None = None
+    allow_mapped_io: bool = False
+    """Whether a disk may ask for io=mmap, which reads and writes guest memory through a mapping."""
     policies: tuple[tuple[str, tuple[str, ...]], ...] = ()
     """What --policy names, in order, each with its --policy-arg NAME=VALUE words."""
     report: str | None = None
     trace: str | None = None
     debug_shell: bool = False
+    status: bool = False
+    control: str | None = None
 
     def validate(self) -> None:
         """Raises UsageError with the value and the remedy."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import select
+import threading
 from collections.abc import Callable
 from typing import Protocol
 
@@ -16,6 +18,14 @@ ESCAPE = 0x01  # Ctrl-A
 _HELP = b"\r\nCtrl-A x  quit    Ctrl-A Ctrl-A  send Ctrl-A    Ctrl-A h  this help\r\n"
 _CHUNK = 4096
 _TAIL = 8192
+
+_LONGEST_SEQUENCE = 256
+# An escape sequence (ECMA-48: CSI, a string such as OSC, others) or a UTF-8 character that has
+# begun at the output's end and not ended.
+_UNFINISHED = re.compile(
+    rb"(\x1b(\[[0-?]*[ -/]*|[]PX^_][^\x07\x1b]*\x1b?|[ -/]*)"
+    rb"|[\xc2-\xdf]|[\xe0-\xef][\x80-\xbf]?|[\xf0-\xf4][\x80-\xbf]{0,2})\Z"
+)
 
 
 class SerialInput(Protocol):
@@ -43,6 +53,7 @@ class Console:
         self._ended = False
         self._room = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._tail = bytearray()
+        self._output_lock = threading.Lock()
         try:
             # A number of its own: `abandon_output` puts something else behind it.
             self._stdout: int | None = os.dup(stdout)
@@ -57,6 +68,10 @@ class Console:
         self._tail += data
         if len(self._tail) > 2 * _TAIL:
             del self._tail[:-_TAIL]
+        with self._output_lock:
+            self._write(data)
+
+    def _write(self, data: bytes) -> None:
         view = memoryview(data)
         while view and self._stdout is not None:
             try:
@@ -67,6 +82,23 @@ class Console:
                 self._drop_output()
                 if error.errno not in (errno.EPIPE, errno.EIO):  # a closed pipe or terminal
                     tell(f"console output is lost from here on: {error.strerror}")
+
+    def interject(self, data: bytes) -> bool:
+        """Write something of ours where that cannot garble the guest's output; whether it did.
+
+        Not in the middle of an escape sequence or a character, and not where nobody reads: the
+        caller's thread must stay free.
+        """
+        if not self._output_lock.acquire(blocking=False):
+            return False
+        try:
+            fits = not _UNFINISHED.search(self._tail[-_LONGEST_SEQUENCE:])
+            if not fits or self._stdout is None or not _wait_writable(self._stdout, 0):
+                return False
+            self._write(data)
+            return True
+        finally:
+            self._output_lock.release()
 
     def abandon_output(self) -> None:
         """Drop guest output from now on, also where an `output` hangs in its write.
@@ -95,7 +127,7 @@ class Console:
         self._loop = loop
         self._serial = serial
         self._terminal.enter()
-        loop.add(self._room, self._on_room)
+        loop.add(self._room, self._on_room, unheld=True)
         self._watch()
 
     def room(self) -> None:
@@ -125,7 +157,8 @@ class Console:
         if self._watching or self._ended:
             return
         try:
-            self._loop.add(self._stdin, self._readable)
+            # Also while the guest is paused: Ctrl-A x must work.
+            self._loop.add(self._stdin, self._readable, unheld=True)
             self._watching = True
         except PermissionError:
             self._readable()  # a regular file or /dev/null: always readable, epoll refuses it
@@ -198,9 +231,8 @@ class Console:
         return bytes(kept)
 
     def _help(self) -> None:
-        """Help, unless nobody reads our output: this thread must stay free to end the run."""
-        if self._stdout is not None and _wait_writable(self._stdout, 0):
-            self.output(_HELP)
+        """Help, where it fits and somebody reads it: this thread must stay free to end the run."""
+        self.interject(_HELP)
 
 
 def _wait_writable(fd: int, milliseconds: int | None = None) -> bool:

@@ -2,95 +2,34 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from kvm_bindings import KvmError, Vm, fdops, ioctls
+from kvm_bindings import Vm, ioctls
 from vmm.arch.x86_64 import layout
 from vmm.arch.x86_64.devices.acpi_pm import AcpiPm
 from vmm.arch.x86_64.devices.cmos import Cmos
 from vmm.arch.x86_64.devices.i8042 import I8042
 from vmm.arch.x86_64.devices.pci_conf1 import PciConf1
-from vmm.core.event_loop import EventLoop, drain
+from vmm.core.event_loop import EventLoop
 from vmm.devices.bus import MemoryBus, PortBus
 from vmm.devices.msix import MAX_VECTORS, MsixTable
 from vmm.devices.pci import PciBus, host_bridge
 from vmm.devices.serial16550 import Serial16550
-from vmm.devices.virtio.block import VirtioBlock
-from vmm.devices.virtio.block_file import DiskFile
-from vmm.devices.virtio.device import DeviceObserver
+from vmm.devices.virtio.device import DeviceObserver, VirtioDevice
 from vmm.devices.virtio.device import GuestMemory as GuestMemoryOfDevice
 from vmm.devices.virtio.pci_transport import VirtioPciTransport
 from vmm.devices.virtio.queue import SplitQueue
 from vmm.machine.console import Console
-from vmm.machine.interrupts import (
-    EdgeLine,
-    LevelLine,
-    MessageRoutes,
-    MsixMessages,
-    open_eventfd,
-)
+from vmm.machine.doorbell import Doorbell, ThreadedDoorbell
+from vmm.machine.interrupts import EdgeLine, LevelLine, MessageRoutes, MsixMessages
+from vmm.memory.engines import Engine, make_engine
 from vmm.memory.guest_memory import GuestMemory
 
 if TYPE_CHECKING:
     from vmm.devices.virtio.watched import Announce
-
-
-class Doorbell:
-    """The eventfds behind one virtio function's notify port: KVM signals, the loop serves."""
-
-    def __init__(self, vm: Vm, loop: EventLoop, queues: int) -> None:
-        self._vm = vm
-        self._port: int | None = None
-        self._loop = loop
-        with ExitStack() as opened:
-            self._eventfds = [open_eventfd(opened) for _ in range(queues)]
-            self.close = opened.pop_all().close
-
-    def serve(self, notify: Callable[[int], None]) -> None:
-        """Call `notify(queue index)` on the loop's thread whenever the guest notifies a queue."""
-        for index, eventfd in enumerate(self._eventfds):
-            self._loop.add(eventfd, self._callback(eventfd, index, notify))
-
-    def _callback(
-        self, eventfd: int, index: int, notify: Callable[[int], None]
-    ) -> Callable[[], None]:
-        def notified() -> None:
-            drain(eventfd)
-            notify(index)
-
-        return notified
-
-    def ring(self, queue: int) -> None:
-        """What KVM does for a notify that doesn't exit, for one that did."""
-        os.eventfd_write(self._eventfds[queue], 1)
-
-    def move(self, port: int | None) -> None:
-        """The notify register is at `port` now (None: nowhere).
-
-        Where KVM has no room for an ioeventfd, notifies exit and reach the register itself.
-        """
-        if self._port is not None:
-            self._unbind(self._port, len(self._eventfds))
-        self._port = None
-        if port is not None and self._bind(port):
-            self._port = port
-
-    def _bind(self, port: int) -> bool:
-        for index, eventfd in enumerate(self._eventfds):
-            try:
-                self._vm.ioeventfd(eventfd, port, 2, index, deassign=False)
-            except KvmError:
-                self._unbind(port, index)
-                return False
-        return True
-
-    def _unbind(self, port: int, bound: int) -> None:
-        for index, eventfd in enumerate(self._eventfds[:bound]):
-            self._vm.ioeventfd(eventfd, port, 2, index, deassign=True)
 
 
 def _can_use_messages(vm: Vm, memory: GuestMemory) -> bool:
@@ -105,7 +44,10 @@ def _can_use_messages(vm: Vm, memory: GuestMemory) -> bool:
 
 
 class Devices:
-    """Everything on the port bus; `close` closes its eventfds, not the disks and the memory."""
+    """Everything on the port bus; `close` closes its eventfds, not what devices have opened.
+
+    `virtio` are the devices of the PCI slots from 1 on, by the names that the report has.
+    """
 
     def __init__(
         self,
@@ -113,7 +55,7 @@ class Devices:
         memory: GuestMemory,
         loop: EventLoop,
         console: Console,
-        disks: list[DiskFile],
+        virtio: Mapping[str, VirtioDevice],
         *,
         power_off: Callable[[], None],
         reset: Callable[[], None],
@@ -130,18 +72,20 @@ class Devices:
         self._memory = memory
         self._loop = loop
         self._lines: dict[int, LevelLine] = {}
-        self._blocks: dict[str, VirtioBlock] = {}
+        self._transports: list[VirtioPciTransport] = []
+        self._virtio = virtio
+        self._doorbells: list[Doorbell] = []
+        self._engines: dict[str, Engine] = {}
         self._pci = PciBus(self.ports, self.registers)
         self._routes = MessageRoutes(vm) if _can_use_messages(vm, memory) else None
         self._pci.add(0, host_bridge())
         with ExitStack() as self._opened:
-            self._connect(console, disks, power_off, reset)
+            self._connect(console, power_off, reset)
             self.close = self._opened.pop_all().close
 
     def _connect(
         self,
         console: Console,
-        disks: list[DiskFile],
         power_off: Callable[[], None],
         reset: Callable[[], None],
     ) -> None:
@@ -160,20 +104,19 @@ class Devices:
         # Index registers: a write means nothing before the data register is accessed.
         for port, size in ((layout.PCI_CONFIG_PORT, 4), (layout.CMOS_PORT, 1)):
             self._vm.coalesce_port_writes(port, size)
-        for number, disk in enumerate(disks):
-            self._add_disk(number, disk)
+        for slot, (name, device) in enumerate(self._virtio.items(), start=1):
+            self._add_virtio(slot, name, device)
 
-    def _add_disk(self, number: int, disk: DiskFile) -> None:
-        slot = number + 1
+    def _add_virtio(self, slot: int, name: str, device: VirtioDevice) -> None:
         gsi = layout.pci_intx_gsi(slot)
-        block = VirtioBlock(disk, fdops.punch_hole)
         line = self._level_line(gsi)
-        doorbell = Doorbell(self._vm, self._loop, len(block.queue_sizes))
+        kind = ThreadedDoorbell if device.concurrent else Doorbell
+        doorbell = kind(self._vm, self._loop, len(device.queue_sizes))
         self._opened.callback(doorbell.close)
-        name = f"blk{number}"
-        memory, make_queue = self._memory_of(name)
+        self._doorbells.append(doorbell)
+        memory, make_queue = self._memory_of(name, device.engine)
         transport = VirtioPciTransport(
-            block,
+            device,
             memory,
             line,
             bar_base=layout.virtio_bar_port(slot),
@@ -182,13 +125,16 @@ class Devices:
             ring=doorbell.ring,
             observer=self._observer_of(name),
             make_queue=make_queue,
-            msix=self._msix_table(len(block.queue_sizes) + 1),
+            msix=self._msix_table(len(device.queue_sizes) + 1),
             msix_base=layout.msix_bar_gpa(slot),
         )
+        device.watch = self._loop.watch
+        self._opened.callback(device.disconnect)
         line.add_source(transport.interrupt_pending)
         doorbell.serve(transport.notify)
+        device.start()
         self._pci.add(slot, transport.function)
-        self._blocks[name] = block
+        self._transports.append(transport)
 
     def _msix_table(self, vectors: int) -> MsixTable | None:
         """A function's table, one vector for each queue and one for changes of configuration."""
@@ -198,14 +144,22 @@ class Devices:
         self._opened.callback(messages.close)
         return MsixTable(min(vectors, MAX_VECTORS), messages)
 
-    def _memory_of(self, device: str) -> tuple[GuestMemoryOfDevice, Callable[..., SplitQueue]]:
+    def _memory_of(
+        self, device: str, engine_name: str | None
+    ) -> tuple[GuestMemoryOfDevice, Callable[..., SplitQueue]]:
         """Guest memory as `device` gets to see it, and what makes its queues."""
+        memory: GuestMemoryOfDevice = self._memory
+        if engine_name is not None:
+            engine = make_engine(engine_name, self._memory.shared)
+            self._opened.callback(engine.close)
+            self._engines[device] = engine
+            memory = self._memory.through(engine)
         announce = self._watch(device)
         if announce is None:
-            return self._memory, SplitQueue
+            return memory, SplitQueue
         from vmm.devices.virtio.watched import WatchedMemory  # most runs do without
 
-        watched = WatchedMemory(self._memory, announce)
+        watched = WatchedMemory(memory, announce)
         return watched, watched.queue
 
     def _level_line(self, gsi: int) -> LevelLine:
@@ -214,6 +168,22 @@ class Devices:
             self._opened.callback(self._lines[gsi].close)
         return self._lines[gsi]
 
-    def io_statistics(self) -> dict[str, dict[str, int]]:
-        """Each device's counts by its name, for the report."""
-        return {name: block.statistics.as_dict() for name, block in self._blocks.items()}
+    def hold(self) -> ExitStack:
+        """Until what is returned is closed, by this thread, devices leave guest memory alone."""
+        with ExitStack() as held:
+            for transport in self._transports:
+                held.enter_context(transport.held())
+            return held.pop_all()
+
+    def end(self, timeout: float) -> bool:
+        """No request is served any more; False when one under way takes longer (seconds)."""
+        return all(doorbell.end(timeout) for doorbell in self._doorbells)
+
+    def io_statistics(self) -> dict[str, dict[str, Any]]:
+        """Each device's counts by its name, for the report; a disk's engine with its own."""
+        counts: dict[str, dict[str, Any]] = {}
+        for name, device in self._virtio.items():
+            counts[name] = device.statistics.as_dict()
+            if name in self._engines:
+                counts[name]["engine"] = self._engines[name].as_dict()
+        return counts

@@ -23,7 +23,6 @@ from vmm.conversion.transaction import Converter
 from vmm.core.errors import HostError, tell
 from vmm.core.event_loop import EventLoop
 from vmm.core.ranges import Range, page_align_down, page_align_up
-from vmm.devices.virtio.block_file import DiskFile, open_disk
 from vmm.exits.handlers import ExitHandlers
 from vmm.exits.outcome import (
     KILLED,
@@ -43,6 +42,9 @@ from vmm.machine.devices import Devices
 from vmm.machine.guest import Guest, make_guest
 from vmm.machine.host import SEE_CHECK, open_kvm, require_hypercall_exits
 from vmm.machine.images import OpenedImages
+from vmm.machine.live import live_view
+from vmm.machine.operations import Operations
+from vmm.machine.peripherals import open_devices
 from vmm.machine.report import ReportFile, build_report
 from vmm.machine.schemes import Chosen, Wanted, choose, make_scheme
 from vmm.machine.signals import SignalReactions
@@ -52,6 +54,10 @@ from vmm.policy import End, Policy, PolicyError, PolicyKill
 
 if TYPE_CHECKING:
     from vmm.machine.tracing import RunTrace
+
+if TYPE_CHECKING:
+    from vmm.machine.control import ControlSocket
+    from vmm.machine.status_line import StatusLine
 
 _PANIC_TEXT = b"Kernel panic - not syncing"
 _REBOOT_TEXT = b"reboot: Restarting system"
@@ -115,14 +121,21 @@ class Machine:
         self._guest: Guest = make_guest(config, images)
         self._cleanup.callback(self._guest.close)
         self._policies = _load_policies(config)
-        self._disks: list[DiskFile] = []
-        for spec in config.disks:
-            disk = open_disk(spec)
-            self._cleanup.callback(disk.close)
-            self._disks.append(disk)
+        self._virtio = open_devices(config, self._cleanup)
         self._trace = None if config.trace is None else _open_trace(config.trace, config)
         if self._trace is not None:
             self._cleanup.callback(self._trace.close)
+        self._status_line: StatusLine | None = None
+        if config.status:
+            from vmm.machine.status_line import choose_status_line  # most runs do without
+
+            self._status_line = choose_status_line(self._interject)
+        self._control: ControlSocket | None = None
+        if config.control is not None:
+            from vmm.machine.control import ControlSocket
+
+            self._control = ControlSocket(config.control)
+            self._cleanup.callback(self._control.close)
         self._report_file = None if config.report is None else ReportFile(config.report)
         if self._report_file is not None:
             self._cleanup.callback(self._report_file.close)
@@ -295,7 +308,7 @@ class Machine:
             self._memory,
             self._loop,
             self._console,
-            self._disks,
+            self._virtio,
             power_off=lambda: self.stop(Outcome(POWEROFF)),
             reset=self._guest_reset,
             watch=partial(self._converter.hooks.watcher, self._converter.view),
@@ -333,12 +346,18 @@ class Machine:
         signals = SignalReactions(
             self._loop,
             end=self._end,
-            press_power_button=self._devices.press_power_button,
+            press_power_button=self._press_power_button,
             suspend=self._console.suspend,
             continued=self._continued,
             is_stuck=lambda: self._converter.hooks.is_this_thread_in_one,
         )
-        with signals.installed():
+        operations = Operations(
+            self._memory, self._converter, self._vcpus, self._devices, self._loop, self.stop
+        )
+        with (
+            signals.installed(),
+            live_view(self._loop, operations, self._status_line, self._control),
+        ):
             try:
                 self._console.attach(self._loop, self._devices.serial)
                 self._vcpus.start()
@@ -349,12 +368,17 @@ class Machine:
                 pass  # `_end` raised it
             finally:
                 self.stop(Outcome(STOPPED, "the device loop failed"))
+                operations.resume()  # no vCPU enters the guest, but one may wait for a device
                 self._end_vcpus()
                 self._console.restore()
         for runner in self._vcpus.runners:
             if runner.error is not None:
                 raise runner.error
         return self._outcomes[0]
+
+    def _interject(self, data: bytes) -> bool:
+        """For who was made before the console."""
+        return self._console.interject(data)
 
     def _end_vcpus(self) -> None:
         self._vcpus.stop()
@@ -363,10 +387,12 @@ class Machine:
             self._console.abandon_output()
             self._vcpus.stop()
             if not self._vcpus.join(_LAST_WORK_SECONDS):
-                self._abandon_vcpus()
+                self._abandon("the vCPU's thread")
+        if not self._abandoned and not self._devices.end(_LAST_WORK_SECONDS):
+            self._abandon("a disk's thread")
 
-    def _abandon_vcpus(self) -> None:
-        """Go on without a vCPU's thread that doesn't end, for example because of its policy.
+    def _abandon(self, whom: str) -> None:
+        """Go on without a thread that doesn't end, for example because of its policy.
 
         It may wake up and use what the machine has opened, so that all of it stays open until
         the process ends.
@@ -374,7 +400,7 @@ class Machine:
         self._abandoned = True
         self._cleanup.pop_all()
         waiting_for = self._converter.undecided
-        what = "the vCPU's thread has not ended"
+        what = f"{whom} has not ended"
         if waiting_for is not None:
             what = f"{waiting_for} has not returned"
         tell(f"{what}; pyvmm ends without it")
@@ -422,6 +448,9 @@ class Machine:
     def _guest_reset(self) -> None:
         """A reset ends the run; after a kernel panic (panic=-1) it is a failure."""
         self.stop(reset_outcome(self._console.tail()))
+
+    def _press_power_button(self) -> bool:
+        return not self._vcpus.paused and self._devices.press_power_button()
 
     def _continued(self) -> None:
         """The process was stopped, as by Ctrl-Z in a shell, and goes on."""

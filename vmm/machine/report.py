@@ -36,6 +36,12 @@ def isolation_of(private: Backing | None, common_end: int = 0) -> str:
     return strength
 
 
+def _shared_access(memory: GuestMemory, io: dict[str, dict[str, Any]]) -> str:
+    """How the host reached shared memory; a disk whose engine maps it is named."""
+    mapped = [name for name, counts in io.items() if counts["engine"]["name"] == "mmap"]
+    return memory.shared.access + "".join(f", mapped by {name} (io=mmap)" for name in mapped)
+
+
 def build_report(
     *,
     scheme: str,
@@ -45,7 +51,7 @@ def build_report(
     outcome: Outcome,
     accounting: Accounting,
     refinements: Refinements,
-    io: dict[str, dict[str, int]],
+    io: dict[str, dict[str, Any]],
     exits: dict[str, int],
     ports: dict[int, int],
     wall_seconds: float,
@@ -64,7 +70,7 @@ def build_report(
         "host_access": {
             "private": None if private is None else private.host_access,
             "launch": None if private is None else private.access,
-            "shared": memory.shared.access,
+            "shared": _shared_access(memory, io),
         },
         "isolation": isolation_of(private, memory.common_end),
         "guest": {"exit": outcome.exit, "reason": outcome.reason},

@@ -69,7 +69,7 @@ class SignalReactions:
             drain(fd)
             callback()
 
-        self._loop.add(fd, signalled)
+        self._loop.add(fd, signalled, unheld=True)
         stack.callback(self._loop.remove, fd)
         return fd
 

@@ -9,11 +9,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from enum import Enum
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from vmm.core.errors import PrivateAccess, UnmappedAccess
-from vmm.core.ranges import Range, RangeMap
+from vmm.core.ranges import PAGE_SIZE, Range, RangeMap
 from vmm.memory.backing import Backing, Buffer, byte_count
+
+if TYPE_CHECKING:
+    from vmm.memory.engines import Engine
 
 
 class PageState(Enum):
@@ -129,6 +132,35 @@ class GuestMemory:
             return self.shared.transfer_out(gpa, size, dst_fd, dst_offset)
         finally:
             self._leave()
+
+    def discard(self, gpa: int, size: int) -> None:
+        """Give pages that the guest does without back to the host's kernel, whatever their state:
+        the side that the guest uses is punched, and reads as zeros from then on.
+
+        Raises GuestMemoryError for what isn't whole pages of RAM, or is being converted; KvmError.
+        """
+        area = Range(gpa, size)
+        with self._lock:
+            if size <= 0 or gpa % PAGE_SIZE or size % PAGE_SIZE or not self.is_ram(area):
+                raise UnmappedAccess(f"{size:#x} bytes at {gpa:#x} are not whole pages of RAM")
+            converting = self._converting
+            if converting is not None and converting.overlaps(area):
+                raise PrivateAccess(f"discard of {area}: {converting} is converting")
+            runs = self._states_in(area)
+            # A conversion of these pages waits until they are gone.
+            self._in_flight[threading.get_ident()] = (gpa, gpa + size)
+        try:
+            for run, state in runs:
+                if state is not PageState.PRIVATE:
+                    self.discard_shared(run)
+                if state is not PageState.SHARED:
+                    self.discard_private(run)
+        finally:
+            self._leave()
+
+    def through(self, engine: Engine) -> MemoryThrough:
+        """The same memory, whose transfers go through `engine`."""
+        return MemoryThrough(self, engine)
 
     def _enter(self, gpa: int, size: int) -> None:
         """Hold off conversions of the range until `_leave`, or refuse the access."""
@@ -272,6 +304,29 @@ class GuestMemory:
         self.shared.close()
         if self.private is not None:
             self.private.close()
+
+
+class MemoryThrough:
+    """Guest memory as one device sees it: GuestMemory checks, an engine moves the bytes."""
+
+    def __init__(self, memory: GuestMemory, engine: Engine) -> None:
+        self._memory = memory
+        self._engine = engine
+        self.pread, self.pwrite, self.discard = memory.pread, memory.pwrite, memory.discard
+
+    def transfer_in(self, src_fd: int, src_offset: int, gpa: int, size: int) -> int:
+        self._memory._enter(gpa, size)
+        try:
+            return self._engine.transfer_in(src_fd, src_offset, gpa, size)
+        finally:
+            self._memory._leave()
+
+    def transfer_out(self, gpa: int, size: int, dst_fd: int, dst_offset: int) -> int:
+        self._memory._enter(gpa, size)
+        try:
+            return self._engine.transfer_out(gpa, size, dst_fd, dst_offset)
+        finally:
+            self._memory._leave()
 
 
 class LaunchMemory:

@@ -11,6 +11,9 @@ import fcntl
 import os
 import threading
 
+ENGINES = ("auto", "pread", "fd2fd", "mmap")
+"""What `vmm.memory.engines` makes: the ways a disk's bytes may go."""
+
 _CHUNK = 1 << 20
 # Below this size one pread and one pwrite are as quick as two splices and touch fewer pages.
 SPLICE_FROM = 64 << 10
@@ -102,30 +105,56 @@ def copy_by_copy_file_range(src: int, src_offset: int, dst: int, dst_offset: int
 
 
 class FdCopier:
-    """Copies between fds, remembering which way works between which two file systems."""
+    """Copies between fds, remembering which way works between which two file systems.
 
-    def __init__(self) -> None:
+    `splice_from`: transfers of that many bytes or more stay inside the kernel where it can;
+    None: none do. `bytes_by` counts bytes by way, `fallbacks` the transfers that should have
+    stayed inside the kernel and went through the buffer.
+    """
+
+    def __init__(self, splice_from: int | None = SPLICE_FROM) -> None:
+        self._splice_from = splice_from
         self._no_copy_file_range: set[tuple[int, int]] = set()
         self._no_splice: set[tuple[int, int]] = set()
+        self._counting = threading.Lock()
+        self.bytes_by = {"copy_file_range": 0, "splice": 0, "buffer": 0}
+        self.fallbacks = 0
 
     def copy(self, src: int, src_offset: int, dst: int, dst_offset: int, size: int) -> int:
         """Copy `size` bytes; the number moved, which is short only at the source's end.
 
         Raises OSError as the system calls do (EIO, ENOSPC...).
         """
-        if size < SPLICE_FROM:
-            return copy_through_buffer(src, src_offset, dst, dst_offset, size)
+        inside = self._splice_from is not None and size >= self._splice_from
+        moved = self._inside_kernel(src, src_offset, dst, dst_offset, size) if inside else None
+        if moved is None:
+            moved = copy_through_buffer(src, src_offset, dst, dst_offset, size)
+            self._count("buffer", moved, fell_back=inside)
+        return moved
+
+    def _inside_kernel(
+        self, src: int, src_offset: int, dst: int, dst_offset: int, size: int
+    ) -> int | None:
+        """As `copy`, or None where no way works between these two files."""
         between = (os.fstat(src).st_dev, os.fstat(dst).st_dev)
-        for refused, way in (
-            (self._no_copy_file_range, copy_by_copy_file_range),
-            (self._no_splice, copy_by_splice),
+        for refused, name, way in (
+            (self._no_copy_file_range, "copy_file_range", copy_by_copy_file_range),
+            (self._no_splice, "splice", copy_by_splice),
         ):
             if between in refused:
                 continue
             try:
-                return way(src, src_offset, dst, dst_offset, size)
+                moved = way(src, src_offset, dst, dst_offset, size)
             except OSError as error:
                 if error.errno not in _NOT_THIS_WAY:
                     raise
                 refused.add(between)
-        return copy_through_buffer(src, src_offset, dst, dst_offset, size)
+            else:
+                self._count(name, moved)
+                return moved
+        return None
+
+    def _count(self, way: str, moved: int, *, fell_back: bool = False) -> None:
+        with self._counting:
+            self.bytes_by[way] += moved
+            self.fallbacks += fell_back

@@ -66,7 +66,7 @@ class Kind(IntEnum):
     """An exit handled in user space: name = reason."""
 
 
-KIND_NAMES = {
+KIND_NAMES: dict[int, str] = {
     Kind.SHARE: "share",
     Kind.UNSHARE: "unshare",
     Kind.STATE: "state",

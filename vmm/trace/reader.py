@@ -1,4 +1,4 @@
-"""Opens a trace again: mapped, not loaded. Needs numpy; nothing on a guest's way imports this."""
+"""Opens a trace again: mapped, not loaded."""
 
 from __future__ import annotations
 
@@ -7,17 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-# Else numpy's linear algebra, which nobody asks for, makes a thread per processor on import.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-
-import mmap_ninja
-import numpy as np
-from numpy.typing import NDArray
-
 from vmm.core.errors import UsageError
+from vmm.trace.arrays import Integers, mmap_ninja, np
 from vmm.trace.layout import COLUMNS, FORMAT, SIDECAR, VERSION, Column
-
-Cells = NDArray[np.integer[Any]]
 
 
 class Trace:
@@ -33,12 +25,17 @@ class Trace:
         self.facts = _read_sidecar(self.path)
         self.names: list[str] = self.facts["names"]
         self.complete: bool = self.facts.get("complete") is True
-        columns = {column.name: _open_column(self.path, column) for column in COLUMNS}
+        # The last file to be made; without it the run was killed before anything was flushed.
+        began = self.complete or (self.path / COLUMNS[-1].name / "data.ninja").exists()
+        columns = {
+            column.name: _open_column(self.path, column) if began else _no_rows(column)
+            for column in COLUMNS
+        }
         self.rows = min(rows for rows, _, _ in columns.values())
         self.torn = max(max(rows, held) for rows, held, _ in columns.values()) - self.rows
         self._cells = {name: cells[: self.rows] for name, (_, _, cells) in columns.items()}
 
-    def __getitem__(self, column: str) -> Cells:
+    def __getitem__(self, column: str) -> Integers:
         return self._cells[column]
 
     def name(self, number: int) -> str:
@@ -76,7 +73,7 @@ def _read_sidecar(path: Path) -> dict[str, Any]:
     return facts
 
 
-def _open_column(path: Path, column: Column) -> tuple[int, int, Cells]:
+def _open_column(path: Path, column: Column) -> tuple[int, int, Integers]:
     """How many rows count, how many are there, and the cells."""
     folder = path / column.name
     try:
@@ -94,5 +91,9 @@ def _open_column(path: Path, column: Column) -> tuple[int, int, Cells]:
             "copy the folder again, or record again"
         )
     if rows == 0:
-        return 0, held, np.empty(0, column.dtype)  # an empty file can't be mapped
+        return 0, held, _no_rows(column)[2]  # an empty file can't be mapped
     return rows, held, mmap_ninja.np_open_existing(folder)
+
+
+def _no_rows(column: Column) -> tuple[int, int, Integers]:
+    return 0, 0, np.empty(0, column.dtype)

@@ -6,7 +6,7 @@ import threading
 import time
 from typing import Any
 
-from vmm.core.errors import UsageError, tell
+from vmm.core.errors import tell
 from vmm.trace.layout import LARGEST, MOST_NAMES, ROW
 from vmm.trace.store import TraceStore
 
@@ -27,9 +27,9 @@ class Recorder:
     def __init__(
         self, store: TraceStore, facts: dict[str, Any], *, capacity: int = CAPACITY
     ) -> None:
-        """`facts` go into the sidecar. Raises UsageError when the disk is full or the like."""
+        """`facts` go into the sidecar, with the first flush."""
         self._store = store
-        self._facts = facts
+        self._facts = {"complete": False, **facts}
         self._origin = _now()
         self._buffer = bytearray(capacity * ROW.size)
         self._spare = bytearray(capacity * ROW.size)
@@ -42,12 +42,6 @@ class Recorder:
         self._failed = False
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._flush_now_and_then, name="trace", daemon=True)
-        facts["complete"] = False
-        try:
-            self._write_sidecar()
-        except OSError as error:
-            store.close()
-            raise UsageError(f"--trace: writing failed: {error.strerror}") from None
 
     def start(self, **facts: Any) -> None:
         """Time starts now; `facts` join the sidecar's."""
@@ -136,6 +130,7 @@ class Recorder:
         if not self._failed:
             self._facts |= {"rows": self._store.rows, **ending}
             try:
+                self._store.open_columns()  # where nothing has happened
                 self._write_sidecar()
             except OSError as error:
                 tell(f"--trace: writing failed, the trace has no end: {error.strerror}")

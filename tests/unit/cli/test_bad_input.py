@@ -10,6 +10,7 @@ import pytest
 
 from tests.support.images import build_bzimage, build_elf, patch
 from tests.unit.cli.conftest import Command
+from vmm.devices.virtio.net_backend import Tap
 
 HIGHEST_STATUS = 3
 
@@ -182,7 +183,9 @@ def test_host_side_load_into_unreachable_memory_is_refused(command: Command) -> 
         ("directory", "--disk directory is a directory; name a file or block device"),
         ("empty", "0 bytes are less than one sector of 512; make it larger"),
         ("/dev/null", "is neither a file nor a block device"),
-        ("disk,rw", "unknown option 'rw'; write FILE"),
+        ("disk,rw", "unknown option 'rw'; write --disk FILE"),
+        ("disk,io=dma", "io=dma is none of auto, .*; write --disk FILE.*fd2fd"),
+        ("disk,io=mmap", "io=mmap maps guest memory.*use io=fd2fd.*--allow-mapped-io"),
         (",ro", "names no file"),
     ],
 )
@@ -192,6 +195,73 @@ def test_bad_disk_is_refused(command: Command, tmp_path: Path, spec: str, messag
     (tmp_path / "disk").write_bytes(bytes(512))
 
     refused(command, f"--disk {spec}", message)
+
+
+# -- other devices --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--disk disk,queues=0", "queues=0 is not in the range 1 to 16; write --disk FILE"),
+        ("--disk disk,queues=many", "queues=many is no number"),
+        ("--disk disk,ro,ro", "'ro' is given twice"),
+        ("--net eth0", "exactly one of passt, tap is needed; write --net tap=NAME"),
+        ("--net tap=tap0,passt=s", "exactly one of passt, tap"),
+        ("--net tap=", "'tap' has no value"),
+        ("--net tap=a-name-that-is-too-long", "not the name of an interface; use 1 to 15"),
+        ("--net tap=a/b", "not the name of an interface"),
+        ("--net tap=tap0,mac=1", "mac=1 is no address such as 02:00:00:00:00:01"),
+        ("--net tap=tap0,mac=01:00:00:00:00:00", "a multicast or empty address"),
+        ("--net tap=tap0,speed=9", "unknown option 'speed'"),
+        ("--net passt=nowhere", "no passt to connect to: No such file.*passt --socket nowhere"),
+        ("--vsock cid=3", "path= is missing; write --vsock path=PATH"),
+        ("--vsock path=v,cid=0", "cid=0 is not in the range 3 to"),
+        ("--vsock path=nowhere/v", "--vsock path=nowhere/v: cannot listen there: No such file"),
+        ("--console stdio", "exactly one of file, pty, socket is needed; write --console pty"),
+        ("--console file=nowhere/f", "--console file=nowhere/f cannot be written: No such file"),
+        ("--console socket=nowhere/s", "--console socket=nowhere/s: cannot listen there"),
+        ("--console file=f,name=x", "the first one is a console; put one without name= first"),
+        ("--balloon size=much", "size=much is no size such as 64M; write --balloon"),
+        ("--balloon size=1G", "size=1024M is more than the guest's 512M"),
+        ("--balloon 64M", "unknown option '64M'"),
+        ("--rng=fast", "ignored explicit argument"),
+    ],
+)
+def test_bad_device_is_refused(command: Command, tmp_path: Path, words: str, message: str) -> None:
+    (tmp_path / "disk").write_bytes(bytes(512))
+
+    refused(command, words, message)
+
+
+def test_more_devices_than_slots_are_refused(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "disk").write_bytes(bytes(512))
+
+    refused(command, ["--disk=disk"] * 32, "32 virtio devices are asked for; .* slots for 31")
+
+
+def test_good_devices_get_as_far_as_the_host_and_leave_no_sockets(
+    command: Command, tmp_path: Path
+) -> None:
+    (tmp_path / "disk").write_bytes(bytes(512))
+    words = (
+        "--disk disk,queues=4 --vsock path=v,cid=9 --console file=out --console socket=s,name=x "
+        "--rng --balloon size=64M,control=c"
+    )
+
+    assert command(*words.split()).status == HIGHEST_STATUS
+    assert sorted(os.listdir(tmp_path)) == ["disk", "out"]
+
+
+def test_tap_without_a_tun_driver_names_the_way_out(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Tap.__init__, "__defaults__", ("/nowhere/tun",))
+
+    result = command("--net", "tap=tap0")
+
+    assert result.status == HIGHEST_STATUS
+    assert "load the kernel's tun module, or use --net passt=SOCKET" in result.complaint
 
 
 # -- policies -------------------------------------------------------------------------------------

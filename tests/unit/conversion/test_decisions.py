@@ -16,7 +16,7 @@ from tests.support.conversion import Answering, RecordingScheme, share, snapshot
 from tests.support.memory import data_pages, guest_memory, page, pages, pattern
 from vmm.conversion.transaction import BUSY_SECONDS, RETRY_SECONDS, Converter
 from vmm.core.errors import PrivateAccess
-from vmm.core.events import Kind
+from vmm.core.events import FROM_HOST, NO_VCPU, Kind
 from vmm.memory.backings.memfd import MemfdBacking
 from vmm.memory.guest_memory import GuestMemory, PageState
 from vmm.policy import (
@@ -314,6 +314,43 @@ def test_late_discard_is_put_off_while_a_policy_does_not_answer(bench: Bench) ->
     converter.settle()
     assert converter.undecided is None
     assert bench.states(4, 1) == [PageState.PRIVATE]
+
+
+def test_hosts_conversion_is_asked_about_and_counted_as_any_other(bench: Bench) -> None:
+    policy = Answering(Allow())
+    converter = Converter(bench.memory, bench.scheme, policy)
+
+    answers = [
+        converter.convert_for_host(Kind.SHARE, page(40), page(2)),
+        converter.convert_for_host(Kind.UNSHARE, page(1 << 20), page(1)),
+    ]
+
+    assert answers == [0, -errno.EINVAL]
+    assert policy.asked == [Event(Kind.SHARE, pages(40, 2), NO_VCPU, FROM_HOST)]
+    assert bench.states(40, 2) == [PageState.SHARED]
+    assert tally(converter, Kind.UNSHARE)["failed"] == 1
+
+
+def test_hosts_conversion_does_not_wait_for_a_policy_that_does_not_answer(bench: Bench) -> None:
+    asked, over = threading.Event(), threading.Event()
+
+    class Undecided(Policy):
+        def on_share(self, event: Event, view: View) -> Decision:
+            asked.set()
+            over.wait()
+            return Allow()
+
+    converter = Converter(bench.memory, bench.scheme, Undecided())
+    thread = threading.Thread(target=converter.convert, args=(share(40, 1),), daemon=True)
+    thread.start()
+    try:
+        assert asked.wait(10)
+
+        assert converter.convert_for_host(Kind.UNSHARE, page(1), page(1)) == -errno.EBUSY
+    finally:
+        over.set()
+        thread.join()
+    assert tally(converter, Kind.UNSHARE)["calls"] == 0
 
 
 # -- Convert --------------------------------------------------------------------------------------

@@ -255,3 +255,113 @@ def test_timer_that_has_fired_does_not_fire_with_the_next_event(
     loop.run()
 
     assert fired == ["fired"]
+
+
+# -- several timers, holding, writing -------------------------------------------------------------
+
+
+def test_each_callback_has_a_timer_of_its_own(loop: EventLoop) -> None:
+    fired: list[str] = []
+
+    def first() -> None:
+        fired.append("first")
+
+    def last() -> None:
+        fired.append("last")
+        loop.stop()
+
+    now = time.monotonic()
+    loop.set_timer(now + 0.002, last)
+    loop.set_timer(now + 3600, first)
+    loop.set_timer(now, first)  # replaces its own
+
+    loop.run()
+
+    assert fired == ["first", "last"]
+
+
+def test_stop_by_one_of_the_timers_due_leaves_the_others(loop: EventLoop) -> None:
+    fired: list[int] = []
+
+    def stopping(number: int) -> None:
+        fired.append(number)
+        loop.stop()
+
+    for number in range(2):
+        loop.set_timer(0.0, partial(stopping, number))
+
+    loop.run()
+
+    assert fired == [0]
+
+
+def test_held_loop_serves_only_what_is_unheld_and_the_rest_after_the_release(
+    loop: EventLoop, eventfd: int
+) -> None:
+    served: list[str] = []
+    steps = os.eventfd(3, os.EFD_CLOEXEC | os.EFD_NONBLOCK | os.EFD_SEMAPHORE)
+
+    def step() -> None:
+        os.eventfd_read(steps)
+        served.append("unheld")
+        if len(served) == 1:
+            loop.hold()
+            os.eventfd_write(eventfd, 1)
+        elif len(served) == 3:
+            loop.release()
+
+    def device() -> None:
+        drain(eventfd)
+        served.append("device")
+        loop.stop()
+
+    loop.add(steps, step, unheld=True)
+    loop.add(eventfd, device)
+
+    loop.run()
+    os.close(steps)
+
+    assert served == ["unheld", "unheld", "unheld", "device"]
+
+
+def test_hold_by_a_callback_keeps_the_rest_of_its_batch_back(loop: EventLoop) -> None:
+    served: list[int] = []
+    eventfds = [os.eventfd(1, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(2)]
+
+    def device(number: int) -> None:
+        drain(eventfds[number])
+        served.append(number)
+        loop.hold()
+        loop.set_timer(0.0, loop.stop)
+
+    for number in range(2):
+        loop.add(eventfds[number], partial(device, number))
+
+    loop.run()
+    for fd in eventfds:
+        os.close(fd)
+
+    assert len(served) == 1
+
+
+def test_fd_can_be_watched_for_writing_and_then_for_reading(loop: EventLoop) -> None:
+    read_end, write_end = os.pipe()
+    seen: list[str] = []
+
+    def writable() -> None:
+        seen.append("writable")
+        loop.watch(write_end, writable)
+        os.write(write_end, b"x")
+
+    def readable() -> None:
+        seen.append("readable")
+        loop.stop()
+
+    loop.watch(write_end, writable, writable=True)
+    loop.watch(read_end, readable, readable=True, unheld=True)
+
+    loop.run()
+    os.close(read_end)
+    os.close(write_end)
+
+    assert seen == ["writable", "readable"]

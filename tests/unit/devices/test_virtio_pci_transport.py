@@ -390,6 +390,60 @@ def test_transport_isr_is_readable_while_a_batch_is_served(machine: DiskMachine)
     assert seen == [0]
 
 
+def test_transport_that_is_held_serves_nothing_until_it_is_released(machine: DiskMachine) -> None:
+    queue = machine.up()
+    pieces, status = machine.request(T_IN, 0, Piece(DATA, 512, True))
+    queue.offer(queue.chain(pieces))
+    started = Event()
+
+    def serve() -> None:
+        started.set()
+        machine.transport.notify(0)
+
+    loop = Thread(target=serve)
+    with machine.transport.held():
+        calls = machine.memory.calls.copy()
+        loop.start()
+        assert started.wait(10)
+        loop.join(0.01)
+
+        assert loop.is_alive()
+        assert machine.memory.calls == calls
+    loop.join(10)
+
+    assert machine.memory.peek(1, status)[0] == S_OK
+
+
+def test_transport_is_held_only_when_what_it_serves_is_done(machine: DiskMachine) -> None:
+    queue = machine.up()
+    pieces, _ = machine.request(T_IN, 0, Piece(DATA, 512, True))
+    queue.offer(queue.chain(pieces))
+    moving, go_on = Event(), Event()
+    order: list[str] = []
+
+    def pause(verb: str, _gpa: int) -> None:
+        if verb == "transfer_in":
+            moving.set()
+            assert go_on.wait(10)
+            order.append("moved")
+
+    def hold() -> None:
+        go_on.set()
+        with machine.transport.held():
+            order.append("held")
+
+    machine.memory.before = pause
+    loop = Thread(target=machine.transport.notify, args=(0,))
+    loop.start()
+    assert moving.wait(10)
+    holder = Thread(target=hold)
+    holder.start()
+    holder.join(10)
+    loop.join(10)
+
+    assert order == ["moved", "held"]
+
+
 def window(machine: DiskMachine, offset: int, size: int) -> int:
     """Point the configuration window at the BAR; the register of its data."""
     register = machine.driver.capabilities[5].register

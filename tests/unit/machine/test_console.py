@@ -509,3 +509,70 @@ def test_close_leaves_the_callers_stdout_open(fds: Fds) -> None:
 
     os.write(write_end, b"still open")
     assert os.read(read_end, 100) == b"still open"
+
+
+# -- a word of ours in between --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("guest", "fits"),
+    [
+        (b"", True),
+        (b"plain\r\n", True),
+        (b"\x1b[31mred", True),
+        (b"\x1b]2;title\x07", True),
+        (b"\x1b]2;title\x1b\\", True),
+        ("ä".encode(), True),
+        (b"\x1b", False),
+        (b"\x1b[", False),
+        (b"\x1b[31;1", False),
+        (b"\x1b(", False),
+        (b"\x1b]2;tit", False),
+        (b"\x1b]2;title\x1b", False),
+        ("ä".encode()[:1], False),
+        ("€".encode()[:2], False),
+        ("😀".encode()[:3], False),
+    ],
+)
+def test_interjection_waits_for_the_end_of_a_sequence_or_character(
+    fds: Fds, bench_on: MakeBench, guest: bytes, fits: bool
+) -> None:
+    read_end, write_end = fds.pipe()
+    bench = bench_on(fds.pipe()[0], write_end)
+    bench.console.output(guest)
+
+    assert bench.console.interject(b"!") is fits
+
+    bench.console.output(b".")
+    assert os.read(read_end, 100) == guest + (b"!." if fits else b".")
+
+
+def test_interjection_is_no_output_of_the_guest(fds: Fds, bench_on: MakeBench) -> None:
+    bench = bench_on(fds.pipe()[0])
+    bench.console.output(b"guest")
+
+    bench.console.interject(b"ours")
+
+    assert bench.console.tail() == b"guest"
+
+
+def test_interjection_does_not_wait_for_output_under_way(fds: Fds, bench_on: MakeBench) -> None:
+    read_end, write_end = fds.pipe()
+    size = fcntl.fcntl(write_end, fcntl.F_GETPIPE_SZ)
+    bench = bench_on(fds.pipe()[0], write_end)
+    guest = threading.Thread(target=bench.console.output, args=(bytes(size + 1),))
+    guest.start()
+    while len_in(read_end) < size:
+        pass
+
+    assert bench.console.interject(b"ours") is False
+
+    os.read(read_end, size)
+    guest.join(10)
+
+
+def len_in(fd: int) -> int:
+    """How many bytes a pipe holds."""
+    held = array("i", [0])
+    fcntl.ioctl(fd, termios.FIONREAD, held)
+    return held[0]

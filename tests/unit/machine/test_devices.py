@@ -10,7 +10,7 @@ import pytest
 
 from kvm_bindings import KvmError, Vm
 from vmm.core.event_loop import EventLoop
-from vmm.machine.devices import Doorbell
+from vmm.machine.doorbell import Doorbell
 
 
 class FakeVm:

@@ -30,7 +30,7 @@ from vmm.memory.guest_memory import GuestMemory
 RAM = 1 << 20
 
 
-def some_report() -> dict[str, Any]:
+def some_report(engine: str = "fd2fd") -> dict[str, Any]:
     memory = GuestMemory(
         [Range(0, RAM)], MemfdBacking(RAM), MemfdBacking(RAM), [Range(0x80000, 0x80000)]
     )
@@ -43,13 +43,20 @@ def some_report() -> dict[str, Any]:
         outcome=Outcome("poweroff"),
         accounting=Accounting(),
         refinements=Refinements(),
-        io={"blk0": {"requests": 3}},
+        io={"blk0": {"requests": 3, "engine": {"name": engine}}},
         exits={"io": 1, "mmio": 5},
         ports={port: port for port in range(1, 31)},
         wall_seconds=1.23456,
     )
     memory.close()
     return report
+
+
+def test_report_names_the_disk_that_maps_guest_memory() -> None:
+    access = some_report(engine="mmap")["host_access"]["shared"]
+
+    assert access == "pread/pwrite, mapped by blk0 (io=mmap)"
+    assert some_report()["host_access"]["shared"] == "pread/pwrite"
 
 
 # -- words ----------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import pytest
 
 from tests.support.trace import now, rows_of, start_recorder
 from vmm.core.errors import UsageError
+from vmm.trace.arrays import mmap_ninja
 from vmm.trace.layout import COLUMNS, LARGEST, Kind
 from vmm.trace.reader import Trace
 from vmm.trace.recorder import Recorder
@@ -35,8 +36,6 @@ def test_event_recorded_is_read_back_field_by_field(tmp_path: Path) -> None:
 
 
 def test_column_written_is_what_mmap_ninja_opens(tmp_path: Path) -> None:
-    import mmap_ninja  # after the reader, which keeps numpy from making threads
-
     recorder = start_recorder(tmp_path / "t")
     for number in range(5):
         recorder.record(Kind.EXIT, 0, now(), gpa=number)
@@ -60,7 +59,7 @@ def test_range_past_64_bits_is_cut(tmp_path: Path) -> None:
 
 
 def test_buffer_full_many_times_and_many_threads_lose_nothing(tmp_path: Path) -> None:
-    recorder = Recorder(TraceStore(tmp_path / "t"), {}, capacity=64)
+    recorder = Recorder(TraceStore(str(tmp_path / "t")), {}, capacity=64)
     recorder.start()
 
     def work(vcpu: int) -> None:
@@ -114,7 +113,7 @@ def test_folder_with_something_else_in_it_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
 
     with pytest.raises(UsageError, match=r"holds something else \(thesis.tex\)"):
-        TraceStore(tmp_path)
+        TraceStore(str(tmp_path))
 
     assert os.listdir(tmp_path) == ["thesis.tex"]
 
@@ -123,14 +122,14 @@ def test_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "t").touch()
 
     with pytest.raises(UsageError, match="is not a folder"):
-        TraceStore(tmp_path / "t")
+        TraceStore(str(tmp_path / "t"))
 
 
 def test_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "t").touch()
 
     with pytest.raises(UsageError, match="t/sub cannot be written: Not a directory"):
-        TraceStore(tmp_path / "t" / "sub")
+        TraceStore(str(tmp_path / "t" / "sub"))
 
 
 def test_earlier_trace_in_the_folder_is_replaced(tmp_path: Path) -> None:

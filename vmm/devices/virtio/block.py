@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from vmm.core.errors import GuestMemoryError
 from vmm.devices.virtio.block_file import SECTOR, SERIAL_BYTES, DiskFile
@@ -18,7 +18,7 @@ from vmm.devices.virtio.queue import Chain, QueueError, Segment
 from vmm.devices.virtio.segments import gather, merged, take_front, total
 
 F_SEG_MAX, F_RO, F_BLK_SIZE, F_FLUSH = 1 << 2, 1 << 5, 1 << 6, 1 << 9
-F_DISCARD, F_WRITE_ZEROES = 1 << 13, 1 << 14
+F_MQ, F_DISCARD, F_WRITE_ZEROES = 1 << 12, 1 << 13, 1 << 14
 
 T_IN, T_OUT, T_FLUSH, T_GET_ID, T_DISCARD, T_WRITE_ZEROES = 0, 1, 4, 8, 11, 13
 S_OK, S_IOERR, S_UNSUPP = 0, 1, 2
@@ -53,7 +53,6 @@ class VirtioBlock(VirtioDevice):
 
     device_id = 2
     pci_class = 0x018000  # mass storage, other
-    queue_sizes: Sequence[int] = (QUEUE_SIZE,)
 
     def __init__(
         self, disk: DiskFile, punch: Callable[[int, int, int], None] | None = None
@@ -61,7 +60,10 @@ class VirtioBlock(VirtioDevice):
         super().__init__()
         self._disk = disk
         self._punch = punch
-        self.features = F_SEG_MAX | F_BLK_SIZE | F_FLUSH
+        self.queue_sizes = (QUEUE_SIZE,) * disk.queues
+        self.concurrent = disk.queues > 1
+        self.engine = disk.engine
+        self.features = F_SEG_MAX | F_BLK_SIZE | F_FLUSH | (F_MQ if disk.queues > 1 else 0)
         if disk.read_only:
             self.features |= F_RO
         else:
@@ -85,7 +87,7 @@ class VirtioBlock(VirtioDevice):
             QUEUE_SIZE - 2,  # a request's header and status take a descriptor each
             SECTOR,
             1,  # writeback: what is written stays in the host's page cache until a flush
-            1,
+            self._disk.queues,
             MAX_DISCARD_SECTORS,
             MAX_DISCARD_RANGES,
             8,  # host blocks are 4 KiB
@@ -93,6 +95,9 @@ class VirtioBlock(VirtioDevice):
             MAX_ZERO_RANGES,
             1 if self._punch else 0,
         )
+
+    def close(self) -> None:
+        self._disk.close()
 
     def process(self, queue_index: int) -> bool:
         """Serve what is available now, or a turn's worth of it, and return it all at once."""
@@ -102,10 +107,11 @@ class VirtioBlock(VirtioDevice):
         used: list[tuple[int, int]] = []
         try:
             chains = queue.take()
-            turn_ends = self._bytes_moved() + TURN_BYTES
+            moved = 0
             for chain in chains:
                 used.append((chain.head, self._serve(memory, chain)))
-                if self._bytes_moved() >= turn_ends:
+                moved += total(chain.readable) + total(chain.writable)
+                if moved >= TURN_BYTES:
                     queue.put_back(len(chains) - len(used))
                     queue.more = queue.more or len(chains) > len(used)
                     break
@@ -113,9 +119,6 @@ class VirtioBlock(VirtioDevice):
             queue.publish(used)  # those were carried out; the bad one stops the device
             raise
         return queue.publish(used)
-
-    def _bytes_moved(self) -> int:
-        return self.statistics.bytes_read + self.statistics.bytes_written
 
     # --- one request ---
 
@@ -130,7 +133,7 @@ class VirtioBlock(VirtioDevice):
         status_gpa = gpa + size - 1
         if size > 1:
             writable.append((gpa, size - 1))
-        self.statistics.requests += 1
+        self.statistics.add("requests", 1)
         request = self._requests.get(kind)
         if request is None:
             status, written = S_UNSUPP, 0
@@ -140,7 +143,7 @@ class VirtioBlock(VirtioDevice):
             except OSError:  # the disk's; the memory's own refusals are no OSErrors
                 status, written = S_IOERR, 0
         if status != S_OK:
-            self.statistics.errors += 1
+            self.statistics.add("errors", 1)
         memory.pwrite(bytes((status,)), status_gpa)
         # The used length promises a prefix: the status counts if all before it was written.
         return written + 1 if written == total(writable) else written
@@ -162,7 +165,7 @@ class VirtioBlock(VirtioDevice):
 
     def _flush(self, _sector: int, _r: list[Segment], _w: list[Segment]) -> _Answer:
         os.fdatasync(self._disk.fd)
-        self.statistics.flushes += 1
+        self.statistics.add("flushes", 1)
         return S_OK, 0
 
     def _get_id(self, _sector: int, _: list[Segment], writable: list[Segment]) -> _Answer:
@@ -221,13 +224,13 @@ class VirtioBlock(VirtioDevice):
     def _transfer_in(self, position: int, gpa: int, size: int) -> int:
         assert self._memory is not None
         moved = self._memory.transfer_in(self._disk.fd, position, gpa, size)
-        self.statistics.bytes_read += moved
+        self.statistics.add("bytes_read", moved)
         return moved
 
     def _transfer_out(self, position: int, gpa: int, size: int) -> int:
         assert self._memory is not None
         moved = self._memory.transfer_out(gpa, size, self._disk.fd, position)
-        self.statistics.bytes_written += moved
+        self.statistics.add("bytes_written", moved)
         return moved
 
     def _ranges(
@@ -265,4 +268,4 @@ class VirtioBlock(VirtioDevice):
         with memoryview(_ZEROES) as zeroes:
             while position < end:
                 position += os.pwrite(self._disk.fd, zeroes[: end - position], position)
-        self.statistics.bytes_written += size
+        self.statistics.add("bytes_written", size)

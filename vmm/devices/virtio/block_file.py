@@ -1,4 +1,4 @@
-"""The file or block device behind a disk: what `--disk FILE[,ro][,serial=TEXT]` opens."""
+"""The file or block device behind a disk: what `--disk FILE[,OPTION...]` opens."""
 
 from __future__ import annotations
 
@@ -6,24 +6,41 @@ import os
 import stat
 
 from vmm.core.errors import UsageError
+from vmm.core.suboptions import Suboptions
+from vmm.memory.transfer import ENGINES
 
 SECTOR = 512
 SERIAL_BYTES = 20
 
-_SYNTAX = "FILE[,ro][,serial=TEXT]"
+SYNTAX = f"FILE[,ro][,serial=TEXT][,queues=N][,io={'|'.join(ENGINES)}]"
+MOST_QUEUES = 16
 
 
 class DiskFile:
-    """An open disk: `sectors` of 512 bytes on `fd`, which this object owns."""
+    """An open disk: `sectors` of 512 bytes on `fd`, which this object owns.
 
-    __slots__ = ("fd", "path", "read_only", "sectors", "serial")
+    `engine` names how its bytes are to be moved, `queues` how many requests at the same time.
+    """
 
-    def __init__(self, fd: int, path: str, sectors: int, read_only: bool, serial: bytes) -> None:
+    __slots__ = ("engine", "fd", "path", "queues", "read_only", "sectors", "serial")
+
+    def __init__(
+        self,
+        fd: int,
+        path: str,
+        sectors: int,
+        read_only: bool,
+        serial: bytes,
+        engine: str = "auto",
+        queues: int = 1,
+    ) -> None:
         self.fd = fd
         self.path = path
         self.sectors = sectors
         self.read_only = read_only
         self.serial = serial
+        self.queues = queues
+        self.engine = engine
 
     def close(self) -> None:
         if self.fd >= 0:
@@ -37,20 +54,13 @@ def open_disk(spec: str) -> DiskFile:
     A file whose size is no multiple of 512 is used up to its last whole sector; what follows
     is neither shown nor touched. Raises UsageError for whatever is wrong with it.
     """
-    name, *options = spec.replace(",,", "\0").split(",")
-    path = name.replace("\0", ",")
-    if not path:
-        raise UsageError(f"--disk {spec!r} names no file; write --disk {_SYNTAX}")
-    read_only = False
-    serial = os.path.basename(path)
-    for option in options:
-        key, equals, value = option.replace("\0", ",").partition("=")
-        if key == "ro" and not equals:
-            read_only = True
-        elif key == "serial" and value:
-            serial = value
-        else:
-            raise UsageError(f"--disk {spec}: unknown option {option!r}; write {_SYNTAX}")
+    words = Suboptions("--disk", spec, SYNTAX)
+    path = words.first("file")
+    read_only = words.flag("ro")
+    serial = words.take("serial") or os.path.basename(path)
+    queues = words.take_number("queues", 1, MOST_QUEUES) or 1
+    engine = words.take_word("io", ENGINES) or "auto"
+    words.finish()
     fd = _open(path, read_only)
     try:
         size = os.lseek(fd, 0, os.SEEK_END)
@@ -64,7 +74,7 @@ def open_disk(spec: str) -> DiskFile:
             f"make it larger, for example with: truncate -s 1G {path}"
         )
     identity = serial.encode("utf-8", "surrogateescape")[:SERIAL_BYTES]
-    return DiskFile(fd, path, size // SECTOR, read_only, identity)
+    return DiskFile(fd, path, size // SECTOR, read_only, identity, engine, queues)
 
 
 def _open(path: str, read_only: bool) -> int:

@@ -7,9 +7,11 @@ with these members, one method per kind of request.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from threading import Lock
 from typing import Protocol
 
-from vmm.devices.virtio.queue import QueueObserver, SplitQueue
+from vmm.core.errors import GuestMemoryError
+from vmm.devices.virtio.queue import Chain, QueueError, QueueObserver, SplitQueue
 
 
 class GuestMemory(Protocol):
@@ -27,6 +29,13 @@ class GuestMemory(Protocol):
 
     def transfer_out(self, gpa: int, size: int, dst_fd: int, dst_offset: int) -> int: ...
 
+    def discard(self, gpa: int, size: int) -> None:
+        """Give whole pages back to the host's kernel; the guest finds zeroes there. OSError."""
+        ...
+
+
+_counting = Lock()
+
 
 class IoStatistics:
     """What the report says of a device. `errors`: requests answered with an error, and broken
@@ -39,6 +48,11 @@ class IoStatistics:
         self.flushes = 0
         self.errors = 0
         self.refused = 0
+
+    def add(self, name: str, amount: int) -> None:
+        """Count, also where several threads do."""
+        with _counting:
+            setattr(self, name, getattr(self, name) + amount)
 
     def as_dict(self) -> dict[str, int]:
         return dict(vars(self))
@@ -54,8 +68,21 @@ class DeviceObserver(Protocol):
         ...
 
 
-def _unconnected(*_: int) -> None:
-    """Stands for a transport that isn't there."""
+class Watch(Protocol):
+    """EventLoop.watch: calls back on the loop's thread whenever an fd is ready."""
+
+    def __call__(
+        self,
+        fd: int,
+        callback: Callable[[], None],
+        *,
+        readable: bool = False,
+        writable: bool = False,
+    ) -> None: ...
+
+
+def _unconnected(*_: object, **__: object) -> None:
+    """Stands for a transport or a loop that isn't there."""
 
 
 class VirtioDevice:
@@ -71,6 +98,8 @@ class VirtioDevice:
     features: int = 0
     queue_sizes: Sequence[int]
     concurrent = False
+    engine: str | None = None
+    """How its bytes are moved from and to a file; None where it makes no transfers."""
     may_decline = 0
     """Features of the transport that this device's drivers may do without."""
 
@@ -79,8 +108,12 @@ class VirtioDevice:
         self._memory: GuestMemory | None = None
         self._queues: Mapping[int, SplitQueue] = {}
         self._agreed = 0
+        # What follows is set by the device's transport and by the machine.
         self.wake: Callable[[int], None] = _unconnected
         """Has `process(queue index)` called soon, on the thread that serves that queue."""
+        self.serve: Callable[[int], None] = _unconnected
+        """Has `process(queue index)` called now: for callbacks of `watch`, never in `process`."""
+        self.watch: Watch = _unconnected
         self.announce: Callable[[], None] = _unconnected
         """Tells the driver that `config` has changed; not to be called from `process`."""
 
@@ -90,6 +123,9 @@ class VirtioDevice:
 
     def write_config(self, offset: int, data: bytes) -> None:
         """The driver wrote to the configuration structure; what may not be written is dropped."""
+
+    def start(self) -> None:
+        """The machine is about to run: `wake`, `serve`, `watch` and `announce` work."""
 
     def activate(
         self, memory: GuestMemory, queues: Mapping[int, SplitQueue], features: int
@@ -106,11 +142,26 @@ class VirtioDevice:
         """
         raise NotImplementedError
 
+    def answer_all(self, queue: SplitQueue, answer: Callable[[Chain], int]) -> bool:
+        """Take all there is; `answer(chain)` carries one out and says how many bytes it wrote."""
+        used: list[tuple[int, int]] = []
+        try:
+            for chain in queue.take():
+                used.append((chain.head, answer(chain)))
+        except (QueueError, GuestMemoryError, OSError):
+            queue.publish(used)  # those were carried out; the bad one stops the device
+            raise
+        return queue.publish(used)
+
     def reset(self) -> None:
         """Forget memory, queues and negotiated features."""
         self._memory = None
         self._queues = {}
         self._agreed = 0
+
+    def disconnect(self) -> None:
+        """The loop and the transport go away."""
+        self.wake = self.serve = self.announce = self.watch = _unconnected
 
     def close(self) -> None:
         """The machine ends: let go of what the device has opened on the host."""

@@ -10,8 +10,8 @@ struct virtio_pci_common_cfg (4.1.4.3), at offset 0 of the BAR:
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from threading import Lock, RLock
 
 from vmm.core.errors import GuestMemoryError, PyvmmError
@@ -118,6 +118,7 @@ class VirtioPciTransport:
         self._observer = observer
         self._ring = self.notify if ring is None else ring
         device.wake = self._ring
+        device.serve = self.notify
         device.announce = self.config_changed
         self._offered = device.features | REQUIRED_FEATURES | RING_FEATURES
         self._required = REQUIRED_FEATURES & ~device.may_decline
@@ -174,6 +175,16 @@ class VirtioPciTransport:
             self._stop(queue_index, active, failure)
         elif active.queue.more:
             self._ring(queue_index)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Within the block the device touches no guest memory; whoever wants something of it
+        waits. The calling thread must not serve it meanwhile."""
+        with ExitStack() as locks:
+            locks.enter_context(self._lock)
+            for active in self._started:
+                locks.enter_context(active.lock)
+            yield
 
     def config_changed(self) -> None:
         """The device's configuration is another one: let the driver know (4.1.4.3.1)."""
@@ -344,16 +355,20 @@ class VirtioPciTransport:
         self._active = active
 
     def _reset(self) -> None:
-        self._active = {}
-        with ExitStack() as idle:
-            for active in self._started:
-                idle.enter_context(active.lock)
-            self._device.reset()
+        self._halt()
         self._clear()
         if self._msix is not None:
             self._msix.forget_pending()
         with self._isr_lock:
             self._isr = 0
+
+    def _halt(self) -> None:
+        """Take memory and queues away from the device, once no request is under way."""
+        self._active = {}
+        with ExitStack() as idle:
+            for active in self._started:
+                idle.enter_context(active.lock)
+            self._device.reset()
 
     def _stop(self, index: int, active: _ActiveQueue, error: PyvmmError | OSError) -> None:
         with self._lock:
@@ -369,7 +384,7 @@ class VirtioPciTransport:
         self.failure = str(error)
         if self._observer is not None:
             self._observer.stopped()
-        self._active = {}
+        self._halt()  # also what it waits for on the host: nobody would serve it
         self._status |= STATUS_NEEDS_RESET
         if self._status & STATUS_DRIVER_OK:
             self._raise(ISR_CONFIG, self._config_vector)

@@ -50,6 +50,10 @@ class WatchedMemory:
         self.touch(gpa, size, False)
         return self._memory.transfer_out(gpa, size, dst_fd, dst_offset)
 
+    def discard(self, gpa: int, size: int) -> None:
+        """No access: nothing is read, and what is lost is what the guest gives up."""
+        self._memory.discard(gpa, size)
+
     def queue(
         self, memory: object, size: int, desc: int, avail: int, used: int, features: int = 0
     ) -> WatchedQueue:

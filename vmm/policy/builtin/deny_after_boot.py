@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from vmm.policy import Allow, Decision, Deny, Event, Policy, View
+from vmm.policy import Allow, Decision, Deny, Event, PageState, Policy, View
 
 
 class DenyAfterBoot(Policy):
     """Refuses every share once the guest has booted; pages may become private at any time.
 
-    Without `seconds` the boot ends with the first unshare: Linux gives its unused decrypted
-    memory back right before it starts init. Else it ends that long after the first instruction.
+    Without `seconds` the boot ends with the first page that is given back: Linux frees its unused
+    decrypted memory right before it starts init (its first act, an unshare of all RAM, gives
+    nothing back). Else it ends that long after the first instruction.
     """
 
     def __init__(self, seconds: float = 0.0) -> None:
@@ -27,7 +28,8 @@ class DenyAfterBoot(Policy):
         return Deny() if self._booted(view.now) else Allow()
 
     def on_unshare(self, event: Event, view: View) -> Decision:
-        self._unshared = True
+        states = view.states(event.area)
+        self._unshared |= any(state is PageState.SHARED for _, state in states)
         return Allow()
 
     def _booted(self, now: float) -> bool:

@@ -1,0 +1,101 @@
+"""What `--trace` costs a stock kernel's boot in the lab: with and without, interleaved.
+
+    python tests/bench/trace_overhead.py [--kernel debian:6.12] [--rounds 4] [--json FILE]
+
+Each round boots four times with --private-mem in one lab machine, from exec to the shell's prompt:
+untraced, traced, traced, untraced. Prints medians, spread, their ratio, and how many events a
+traced boot had.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.bench.boot_time import boot_seconds
+
+UNTRACED, TRACED = "untraced", "traced"
+
+
+def inner(kernel: str, initrd: str, rounds: int) -> None:
+    """Runs inside the lab machine; a JSON line with all samples goes to stdout."""
+    folder = Path(tempfile.mkdtemp())
+    disk, trace = folder / "disk.img", folder / "trace"
+    disk.touch()
+    os.truncate(disk, 16 << 20)
+    command = [sys.executable, "-sP", "/lab/project/pyvmm", "--kernel", kernel, "--initrd", initrd]
+    command += ["--append", "quiet", "--disk", str(disk), "--private-mem"]
+    words = {UNTRACED: command, TRACED: [*command, "--trace", str(trace)]}
+    samples: dict[str, list[float]] = {name: [] for name in words}
+    events: list[int] = []
+    for number in range(rounds):
+        for name in (UNTRACED, TRACED, TRACED, UNTRACED):
+            samples[name].append(boot_seconds(words[name]))
+            print(f"round {number + 1}: {name} {samples[name][-1]:.2f} s", file=sys.stderr)
+            if name == TRACED:
+                rows = (trace / "kind" / "shape.ninja").read_bytes()
+                events.append(int.from_bytes(rows, "little"))
+    print(json.dumps({"samples": samples, "events": events}))
+
+
+def outer(kernel_name: str, rounds: int, json_file: Path | None) -> None:
+    """Runs on the host: boots the lab machine, prints the table."""
+    from vmm.lab.interpreter import executable
+    from vmm.lab.machine import Lab
+    from vmm.lab.options import LabOptions
+    from vmm.lab.progress import Reporter
+
+    lab = Lab(LabOptions(), Reporter())
+    kernel = lab.guest_kernel(kernel_name)
+    initrd = lab.guest_initramfs(kernel)
+    words = [str(executable()), "-m", "tests.bench.trace_overhead", "--inner"]
+    words += [str(kernel.image), str(initrd), str(rounds)]
+    with lab.start(words, program=True) as run:
+        run.errors.sink = lambda data: print(data.decode(), end="", file=sys.stderr, flush=True)
+        status = run.wait()
+        output = bytes(run.stdout.data).decode()
+    if status:
+        raise SystemExit(f"the lab's command ended with status {status}:\n{output}")
+    result = json.loads(output.splitlines()[-1])
+    report(kernel_name, result)
+    if json_file is not None:
+        json_file.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def report(kernel_name: str, result: dict[str, Any]) -> None:
+    """Medians with their spread, the overhead, and a check on it that outliers don't reach."""
+    samples = result["samples"]
+    print(f"{kernel_name}, --private-mem, exec to shell prompt inside the lab, seconds:")
+    for name, values in samples.items():
+        print(
+            f"  {name:9} median {statistics.median(values):6.2f}  min {min(values):6.2f}"
+            f"  max {max(values):6.2f}  n={len(values)}"
+        )
+    for what, of in (("medians", statistics.median), ("minima", min)):
+        overhead = of(samples[TRACED]) / of(samples[UNTRACED]) - 1
+        print(f"  overhead by {what}: {100 * overhead:+.1f} %")
+    print(f"  events in a traced boot: {statistics.median(result['events']):.0f}")
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--inner"]:
+        inner(sys.argv[2], sys.argv[3], int(sys.argv[4]))
+        return
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kernel", default="debian:6.12")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    outer(options.kernel, options.rounds, options.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""A control socket that is served by a thread, over operations that note what they are told."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from pathlib import Path
+from typing import Any
+
+from tests.support.status import status
+from vmm.core.event_loop import EventLoop
+from vmm.core.events import Kind
+from vmm.machine.control import ControlSocket
+
+
+class FakeOperations:
+    """Notes what it is told; conversions answer `answer`."""
+
+    def __init__(self) -> None:
+        self.calls: list[object] = []
+        self.answer = 0
+        self.pages = [[4096 * n, 4096, "private"] for n in range(3)]
+
+    def status(self) -> Any:
+        return status(exits=7)
+
+    def dump_state(self) -> dict[str, Any]:
+        return {"pages": self.pages}
+
+    def pause(self) -> None:
+        self.calls.append("pause")
+
+    def resume(self) -> None:
+        self.calls.append("resume")
+
+    def quit(self) -> None:
+        self.calls.append("quit")
+
+    def convert(self, kind: Kind, gpa: int, size: int) -> int:
+        self.calls.append((kind, gpa, size))
+        return self.answer
+
+
+class Server:
+    """A control socket that is being served by a thread."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.loop = EventLoop()
+        self.operations = FakeOperations()
+        self.control = ControlSocket(str(path))
+        self.control.serve(self.loop, self.operations)  # type: ignore[arg-type]
+        self._thread = threading.Thread(target=self.loop.run, daemon=True)
+        self._thread.start()
+        self.connections: list[socket.socket] = []
+
+    def connect(self) -> socket.socket:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection.settimeout(10)
+        connection.connect(str(self.path))
+        self.connections.append(connection)
+        return connection
+
+    def ask(self, *lines: bytes) -> list[dict[str, Any]]:
+        """Send lines on a new connection and end it; all that is answered."""
+        with self.connect() as connection:
+            connection.sendall(b"".join(lines))
+            connection.shutdown(socket.SHUT_WR)
+            return [json.loads(line) for line in connection.makefile("rb")]
+
+    def stop(self) -> None:
+        self.loop.stop()
+        self._thread.join(10)
+        assert not self._thread.is_alive()
+        for connection in self.connections:
+            connection.close()
+        self.control.close()
+        self.loop.close()
+
+
+def line(command: str, **more: object) -> bytes:
+    return json.dumps({"command": command, **more}).encode() + b"\n"

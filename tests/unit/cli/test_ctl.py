@@ -1,0 +1,90 @@
+"""`pyvmm ctl`: its words, its answers, and nobody at the other end."""
+
+from __future__ import annotations
+
+import errno
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.control import Server
+from tests.unit.cli.conftest import Command
+from vmm.core.events import Kind
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    made = Server(tmp_path / "control")
+    yield made
+    made.stop()
+
+
+def test_answer_is_printed_and_status_is_0(server: Server, command: Command) -> None:
+    paused = command("ctl", str(server.path), "pause")
+    status = command("ctl", str(server.path), "status")
+
+    assert paused.status == status.status == 0
+    assert json.loads(paused.out) == {"ok": True}
+    assert json.loads(status.out)["exits"] == 7
+    assert server.operations.calls == ["pause"]
+
+
+def test_conversion_is_asked_for_and_a_refusal_is_status_1(
+    server: Server, command: Command
+) -> None:
+    server.operations.answer = -errno.EBUSY
+
+    result = command("ctl", str(server.path), "convert", "share", "0x1000", "8192")
+
+    assert result.status == 1
+    assert "EBUSY" in json.loads(result.out)["error"]
+    assert server.operations.calls == [(Kind.SHARE, 0x1000, 8192)]
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["x"], ["x", "convert"], ["x", "convert", "share", "1"], ["x", "status", "now"]]
+)
+def test_words_that_are_no_command_are_bad_usage(command: Command, words: list[str]) -> None:
+    result = command("ctl", *words)
+
+    assert result.status == 2
+    assert "see pyvmm ctl --help" in result.complaint
+
+
+@pytest.mark.parametrize("path", ["/nowhere/at/all", "/etc/passwd", "/" + "x" * 200, "a\0b"])
+def test_path_where_nobody_listens_is_said(command: Command, path: str) -> None:
+    result = command("ctl", path, "status")
+
+    assert result.status == 2
+    assert "give the PATH of a running pyvmm's --control" in result.complaint
+
+
+def test_run_that_ends_before_it_answers_is_said(command: Command, tmp_path: Path) -> None:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(str(tmp_path / "s"))
+    listener.listen()
+
+    def hang_up() -> None:
+        connection, _ = listener.accept()
+        connection.recv(100)
+        connection.close()
+
+    thread = threading.Thread(target=hang_up)
+    thread.start()
+    result = command("ctl", str(tmp_path / "s"), "status")
+    thread.join(10)
+    listener.close()
+
+    assert result.status == 2
+    assert "the run has ended" in result.complaint
+
+
+def test_help_says_what_there_is(command: Command) -> None:
+    result = command("ctl", "--help")
+
+    assert result.status == 0
+    assert "dump-state" in result.out

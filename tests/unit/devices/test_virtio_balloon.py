@@ -1,0 +1,292 @@
+"""virtio-balloon from the guest's side, on real guest memory: what goes back to the host."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.memory import data_pages, guest_memory, page, pages, pattern
+from tests.support.virtio_driver import NEEDS_RESET, VERSION_1, Piece
+from tests.support.virtio_machine import VirtioMachine
+from vmm.core.errors import PrivateAccess, UnmappedAccess, UsageError
+from vmm.core.ranges import Range
+from vmm.devices.virtio import balloon
+from vmm.devices.virtio.balloon import DEFLATE, INFLATE, STATS, VirtioBalloon
+from vmm.devices.virtio.balloon_control import open_balloon
+from vmm.memory.backings.memfd import MemfdBacking
+
+PAGE = 4096
+
+
+@pytest.fixture
+def machine() -> Iterator[VirtioMachine]:
+    made = VirtioMachine(VirtioBalloon(64))
+    yield made
+    made.close()
+
+
+def numbers(machine: VirtioMachine, *page_numbers: int) -> Piece:
+    return machine.place(struct.pack(f"<{len(page_numbers)}I", *page_numbers))
+
+
+def discarded(machine: VirtioMachine) -> list[Range]:
+    """The ranges that a device gives back from now on."""
+    areas: list[Range] = []
+    original = machine.memory.discard
+
+    def discard(gpa: int, size: int) -> None:
+        areas.append(Range(gpa, size))
+        original(gpa, size)
+
+    machine.memory.discard = discard  # type: ignore[method-assign]
+    return areas
+
+
+def test_balloon_asks_for_its_size_and_hears_of_the_actual(machine: VirtioMachine) -> None:
+    machine.up()
+    config = machine.driver.device_config
+    assert machine.ports.read(config, 4) == 64
+
+    machine.ports.write(config + 4, 4, 60)
+
+    assert machine.ports.read(config + 4, 4) == 60
+    machine.ports.write(config, 4, 1)  # not the driver's to write
+    assert machine.ports.read(config, 4) == 64
+    assert machine.device.statistics.as_dict()["size"] == 60 * PAGE
+
+
+def test_balloon_inflates_page_runs_with_one_discard_each(machine: VirtioMachine) -> None:
+    machine.up()
+    areas = discarded(machine)
+    head = machine.give(INFLATE, numbers(machine, 0x85, 0x83, 0x84, 0x90, 0x84))
+
+    machine.kick(INFLATE)
+
+    assert areas == [Range(0x83000, 3 * PAGE), Range(0x90000, PAGE)]
+    assert machine.queues[INFLATE].collect() == [(head, 0)]
+    assert machine.device.statistics.as_dict()["inflated"] == 4 * PAGE
+
+
+def test_balloon_deflates_without_touching_memory(machine: VirtioMachine) -> None:
+    machine.up()
+    areas = discarded(machine)
+    machine.give(DEFLATE, numbers(machine, 0x85))
+
+    machine.kick(DEFLATE)
+
+    assert areas == []
+    assert machine.device.statistics.as_dict()["deflated"] == PAGE
+
+
+@pytest.mark.parametrize("queue", balloon.REPORTING)
+def test_balloon_reported_pages_are_discarded(machine: VirtioMachine, queue: int) -> None:
+    machine.up()
+    areas = discarded(machine)
+    head = machine.give(queue, Piece(0x80000, 0x2000, True), Piece(0x90000, 0x1000, True))
+
+    machine.kick(queue)
+
+    assert areas == [Range(0x80000, 0x2000), Range(0x90000, 0x1000)]
+    assert machine.queues[queue].collect() == [(head, 0)]
+
+
+def test_balloon_reported_pages_with_poison_stay(machine: VirtioMachine) -> None:
+    """5.5.6.5: the guest would miss its pattern."""
+    machine.driver.enable()
+    machine.up()
+    machine.ports.write(machine.driver.device_config + 12, 4, 0xAAAAAAAA)
+    areas = discarded(machine)
+    machine.give(4, Piece(0x80000, 0x2000, True))
+
+    machine.kick(4)
+
+    assert areas == []
+
+
+@pytest.mark.parametrize(
+    ("queue", "piece"),
+    [
+        (INFLATE, Piece(0x40000, 3)),
+        (DEFLATE, Piece(0x40000, 3)),
+        (INFLATE, Piece(0, 4 * balloon.MOST_PAGES + 4)),
+        (4, Piece(0x80001, 0x1000, True)),
+        (4, Piece(0x80000, 0xFFF, True)),
+        (4, Piece(0x80000, balloon.MOST_REPORTED + PAGE, True)),
+    ],
+)
+def test_balloon_request_that_names_no_pages_stops_the_device(
+    machine: VirtioMachine, queue: int, piece: Piece
+) -> None:
+    machine.up()
+    areas = discarded(machine)
+    machine.give(queue, piece)
+
+    machine.kick(queue)
+
+    assert machine.driver.status & NEEDS_RESET
+    assert areas == []
+
+
+def test_balloon_page_that_is_no_ram_stops_the_device(machine: VirtioMachine) -> None:
+    machine.up()
+    machine.give(INFLATE, numbers(machine, 0xFFFF_FFFF))
+
+    machine.kick(INFLATE)
+
+    assert machine.driver.status & NEEDS_RESET
+    assert machine.device.statistics.refused == 1
+
+
+def test_balloon_driver_may_hand_over_physical_addresses(machine: VirtioMachine) -> None:
+    """Linux' driver refuses F_ACCESS_PLATFORM whatever the device says."""
+    machine.driver.enable()
+
+    assert machine.driver.negotiate(VERSION_1)
+
+
+# --- statistics and control ---
+
+
+class Controlled:
+    def __init__(self, path: Path) -> None:
+        self.machine = VirtioMachine(open_balloon(f"control={path}", 512 << 20))
+        self.client = socket.socket(socket.AF_UNIX)
+        self.client.connect(str(path))
+        self.client.setblocking(False)
+
+    def say(self, line: str) -> str:
+        self.client.sendall(line.encode() + b"\n")
+        self.machine.settle()
+        try:
+            return self.client.recv(4096).decode()
+        except BlockingIOError:
+            return ""
+
+
+@pytest.fixture
+def controlled(tmp_path: Path) -> Iterator[Controlled]:
+    made = Controlled(tmp_path / "c")
+    yield made
+    made.client.close()
+    made.machine.close()
+
+
+def test_balloon_control_changes_the_size(controlled: Controlled) -> None:
+    machine = controlled.machine
+    machine.up()
+
+    assert controlled.say("size 8M") == "ok\n"
+
+    assert machine.ports.read(machine.driver.device_config, 4) == 2048
+    assert machine.driver.isr() & 2
+
+
+@pytest.mark.parametrize(
+    ("line", "answer"),
+    [
+        ("size", "error: say"),
+        ("size x", "error: say"),
+        ("size 513M", "error: the guest has 512M"),
+        ("hello there", "error: say"),
+    ],
+)
+def test_balloon_control_refuses_other_words(
+    controlled: Controlled, line: str, answer: str
+) -> None:
+    assert controlled.say(line).startswith(answer)
+
+
+def test_balloon_control_hears_the_guests_statistics(controlled: Controlled) -> None:
+    machine = controlled.machine
+    machine.up()
+    old = machine.place(struct.pack("<HQHQ", 4, 1, 5, 2))
+    first = machine.give(STATS, old)
+    machine.kick(STATS)  # the driver's buffer at the start answers no question
+
+    assert controlled.say("stats") == ""
+    assert machine.queues[STATS].collect() == [(first, 0)]
+
+    machine.give(STATS, machine.place(struct.pack("<HQHQHQ", 4, 1000, 5, 2000, 99, 3) + b"x"))
+    machine.kick(STATS)
+    answer = json.loads(controlled.client.recv(4096))
+    assert answer == {"free_memory": 1000, "total_memory": 2000, "size": 0}
+
+
+def test_balloon_second_statistics_buffer_stops_the_device(controlled: Controlled) -> None:
+    controlled.machine.up()
+    for _ in range(2):
+        controlled.machine.give(STATS, controlled.machine.place(b""))
+
+    controlled.machine.kick(STATS)
+
+    assert controlled.machine.driver.status & NEEDS_RESET
+
+
+def test_balloon_control_client_that_talks_without_end_is_hung_up(controlled: Controlled) -> None:
+    controlled.client.sendall(b"x" * 1000)
+
+    controlled.machine.settle()
+
+    try:
+        assert controlled.client.recv(1) == b""
+    except ConnectionResetError:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("size=x", "size=x is no size such as 64M; write --balloon [size=SIZE]"),
+        ("size=", "'size' has no value"),
+        ("size=1G", "size=1024M is more than the guest's 512M"),
+        ("pages=3", "unknown option 'pages'"),
+        ("control={dir}/no/c", "cannot listen there: No such file"),
+    ],
+)
+def test_balloon_bad_input_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
+        open_balloon(text.replace("{dir}", str(tmp_path)), 512 << 20)
+
+    assert os.listdir(tmp_path) == []
+
+
+# --- which side of guest memory it is that goes back ---
+
+
+def test_discard_takes_the_side_that_the_guest_uses() -> None:
+    private = pages(4, 4)
+    shared_backing, private_backing = MemfdBacking(page(64)), MemfdBacking(page(64))
+    with guest_memory(private, shared=shared_backing, private_backing=private_backing) as memory:
+        memory.pwrite(pattern(page(4)), 0)
+        private_backing.pwrite(pattern(page(4)), private.start)
+
+        memory.discard(page(3), page(2))  # a shared page and a private one
+
+        assert data_pages(shared_backing.fd) == {0, 1, 2}
+        assert data_pages(private_backing.fd) == {5, 6, 7}
+        assert memory.residency() == (page(3), page(3))
+        assert memory.pread(PAGE, page(3)) == bytes(PAGE)
+
+
+@pytest.mark.parametrize(
+    ("gpa", "size"),
+    [(0, 0), (1, PAGE), (0, 1), (page(64), PAGE), (page(63), page(2)), (-PAGE, PAGE)],
+)
+def test_discard_of_what_is_no_ram_is_refused(gpa: int, size: int) -> None:
+    with guest_memory() as memory, pytest.raises(UnmappedAccess):
+        memory.discard(gpa, size)
+
+
+def test_discard_of_converting_pages_is_refused() -> None:
+    with guest_memory(pages(4, 4)) as memory:
+        memory.begin_conversion(pages(4, 1))
+        with pytest.raises(PrivateAccess):
+            memory.discard(page(3), page(2))
+        memory.discard(page(5), page(1))

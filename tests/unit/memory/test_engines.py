@@ -1,0 +1,199 @@
+"""Data-path engines: all move the same bytes, and each goes the way it says."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvm_bindings import fdops
+from tests.support.memory import guest_memory, page, pages, pattern
+from vmm.core.errors import HostError, PrivateAccess
+from vmm.memory import transfer
+from vmm.memory.backing import Traits
+from vmm.memory.backings.mapped import MappedBacking
+from vmm.memory.engines import Engine, make_engine
+from vmm.memory.guest_memory import GuestMemory
+from vmm.memory.transfer import ENGINES
+
+SIZE = page(20) + 100  # no multiple of anything
+
+
+@pytest.fixture
+def memory() -> Iterator[GuestMemory]:
+    """64 pages, the upper half private; KVM's mappings out of everybody's reach."""
+    with guest_memory(pages(32, 32)) as made:
+        fdops.protect(made.shared.hva, made.shared.size, fdops.PROT_NONE)
+        yield made
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[int]:
+    """A file on a file system, 30 pages of pattern."""
+    path = tmp_path / "disk"
+    path.write_bytes(pattern(page(30)))
+    fd = os.open(path, os.O_RDWR)
+    yield fd
+    os.close(fd)
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest, memory: GuestMemory) -> Iterator[Engine]:
+    made = make_engine(request.param, memory.shared)
+    yield made
+    made.close()
+
+
+def test_engine_reads_the_disk(memory: GuestMemory, disk: int, engine: Engine) -> None:
+    moved = memory.through(engine).transfer_in(disk, 50, 7, SIZE)
+
+    assert moved == SIZE
+    assert memory.pread(SIZE + 9, 0) == bytes(7) + pattern(page(30))[50 : 50 + SIZE] + bytes(2)
+    assert sum(engine.bytes_by.values()) == SIZE
+
+
+def test_engine_writes_the_disk(memory: GuestMemory, disk: int, engine: Engine) -> None:
+    data = pattern(SIZE, seed=7)
+    memory.pwrite(data, 9)
+
+    moved = memory.through(engine).transfer_out(9, SIZE, disk, 50)
+
+    assert moved == SIZE
+    assert os.pread(disk, SIZE + 60, 0) == pattern(50) + data + pattern(page(30))[50 + SIZE :][:10]
+
+
+def test_engine_is_short_at_the_disks_end(memory: GuestMemory, disk: int, engine: Engine) -> None:
+    assert memory.through(engine).transfer_in(disk, page(29), 0, page(3)) == page(1)
+    assert memory.through(engine).transfer_in(disk, page(31), 0, page(3)) == 0
+
+
+def test_engine_does_not_touch_private_pages(
+    memory: GuestMemory, disk: int, engine: Engine
+) -> None:
+    seen = memory.through(engine)
+
+    with pytest.raises(PrivateAccess):
+        seen.transfer_in(disk, 0, page(31), page(2))
+    with pytest.raises(PrivateAccess):
+        seen.transfer_out(page(31), page(2), disk, 0)
+
+    assert memory.shared.resident_bytes() == 0
+    assert os.pread(disk, page(30), 0) == pattern(page(30))
+
+
+@pytest.mark.parametrize("size", [512, page(16)])
+def test_fd2fd_brings_no_byte_into_user_space(
+    memory: GuestMemory, disk: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine("fd2fd", memory.shared)
+    # Every call by which Python could see the data: none may be made.
+    for name in ("read", "readv", "pread", "preadv", "write", "writev", "pwrite", "pwritev"):
+        monkeypatch.delattr(os, name)
+
+    moved = memory.through(engine).transfer_in(disk, 0, 0, size)
+    moved += memory.through(engine).transfer_out(0, size, disk, 0)
+
+    monkeypatch.undo()
+    assert moved == 2 * size
+    assert engine.bytes_by["buffer"] == 0
+    assert engine.fallbacks == 0
+    assert memory.pread(size, 0) == pattern(size)
+
+
+def test_fd2fd_that_is_refused_falls_back_and_says_so(
+    memory: GuestMemory, disk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: int) -> int:
+        raise OSError(errno.EINVAL, "no")
+
+    monkeypatch.setattr(transfer, "copy_by_copy_file_range", refused)
+    monkeypatch.setattr(transfer, "copy_by_splice", refused)
+    engine = make_engine("fd2fd", memory.shared)
+
+    for _ in range(2):
+        memory.through(engine).transfer_in(disk, 0, 0, 512)
+
+    assert engine.as_dict() == {
+        "name": "fd2fd",
+        "bytes": {"copy_file_range": 0, "splice": 0, "buffer": 1024},
+        "fallbacks": 2,
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "way"),
+    [
+        ("pread", page(20), "buffer"),
+        ("auto", transfer.SPLICE_FROM, "splice"),
+        ("auto", transfer.SPLICE_FROM - 1, "buffer"),
+        ("mmap", 512, "memcpy"),
+    ],
+)
+def test_engine_goes_the_way_it_is_named_after(
+    memory: GuestMemory, disk: int, name: str, size: int, way: str
+) -> None:
+    engine = make_engine(name, memory.shared)
+
+    memory.through(engine).transfer_in(disk, 0, 0, size)
+
+    assert {key: value for key, value in engine.bytes_by.items() if value} == {way: size}
+    assert engine.fallbacks == 0
+    engine.close()
+
+
+def test_mapped_write_past_the_files_end_is_refused(memory: GuestMemory, disk: int) -> None:
+    engine = make_engine("mmap", memory.shared)
+
+    with pytest.raises(OSError, match="the file ends"):
+        memory.through(engine).transfer_out(0, page(2), disk, page(29))
+
+    engine.close()
+
+
+@pytest.fixture
+def without_pread() -> Iterator[GuestMemory]:
+    """Shared memory as on a guest_memfd: reached by system calls into a mapping."""
+    side = ByMapping(page(4))
+    made = GuestMemory([pages(0, 4)], side)
+    yield made
+    made.close()
+
+
+class ByMapping(MappedBacking):
+    """A memfd that may be used through its mapping only."""
+
+    name = "by-mapping"
+    is_guest_memfd = False
+    traits = Traits(False, False, False, True, "allowed")
+
+    def __init__(self, size: int) -> None:
+        fd = os.memfd_create("side", os.MFD_CLOEXEC)
+        os.ftruncate(fd, size)
+        super().__init__(fd, size)
+
+    def resident_bytes(self, offset: int = 0, size: int = 0) -> int:
+        return 0
+
+
+def test_auto_without_pread_on_the_shared_side_goes_the_backings_way(
+    without_pread: GuestMemory, disk: int
+) -> None:
+    engine = make_engine("auto", without_pread.shared)
+
+    moved = without_pread.through(engine).transfer_in(disk, 5, 100, 5000)
+    moved += without_pread.through(engine).transfer_out(100, 5000, disk, 0)
+
+    assert moved == 10_000
+    assert os.pread(disk, 5000, 0) == pattern(page(30))[5:5005]
+    assert engine.bytes_by == {"/proc/self/mem": 10_000}
+
+
+@pytest.mark.parametrize("name", ["pread", "fd2fd", "mmap"])
+def test_other_engine_without_pread_on_the_shared_side_is_refused(
+    without_pread: GuestMemory, name: str
+) -> None:
+    with pytest.raises(HostError, match=f"io={name} needs pread.*by-mapping has /proc/self/mem"):
+        make_engine(name, without_pread.shared)

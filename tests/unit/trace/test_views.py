@@ -1,0 +1,135 @@
+"""The views of a trace: what the page, the pictures and the file for Perfetto contain."""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.trace import Events
+from vmm.core.errors import UsageError
+from vmm.trace.layout import HOST, Kind
+from vmm.trace.reader import Trace
+from vmm.trace.summary import summarise
+from vmm.trace.views.chrome import write_chrome
+from vmm.trace.views.page import page
+from vmm.trace.views.plots import write_plots
+from vmm.trace.views.tables import tables
+from vmm.trace.views.units import bytes_text, time_text
+
+
+def boot_like(seed: int = 0) -> Events:
+    """512 MiB, a bounce buffer, single pages back and forth, a refusal, disk I/O and exits."""
+    events = Events((0, 131072, "private"))
+    for piece in range(8):
+        events.convert(Kind.SHARE, 10 + piece, 90000 + 512 * piece, 512, took=0.5)
+    for number in range(40):
+        kind = Kind.SHARE if number % 4 else Kind.UNSHARE
+        events.convert(kind, 30 + number, 1000 + 7 * number + seed, 1, took=0.01 * (number + 1))
+        events.add(Kind.EXIT, 30 + number, "io", gpa=0x3F8, took=0.02)
+        events.add(Kind.IO_IN, 30 + number, "blk0", gpa=4096, size=4097, took=0.1, vcpu=HOST)
+    events.request(Kind.SHARE, 80, 5, 1, decision="deny", errno=errno.EACCES)
+    return events
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Trace:
+    return Trace(boot_like().write(tmp_path / "first"))
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Trace:
+    return Trace(boot_like(seed=3).write(tmp_path / "second"))
+
+
+def test_page_asks_for_nothing_outside_itself(trace: Trace) -> None:
+    made = page([trace], [summarise(trace)])
+
+    urls = set(re.findall(r"https?://[^\s\"'<]+", made))
+    assert urls == {"http://www.w3.org/2000/svg"}  # a namespace, which is never fetched
+    assert not re.search(r"\b(src|href)=|@import|url\(", made)
+
+
+def test_page_is_not_ended_early_by_its_data(tmp_path: Path) -> None:
+    events = boot_like()
+    events.facts["guest"] = {"exit": "</script><b>", "reason": "@@data@@"}
+    trace = Trace(events.write(tmp_path / "t"))
+
+    made = page([trace], [summarise(trace)])
+
+    assert made.count("</script>") == 2
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', made, re.DOTALL)
+    assert found is not None
+    told = json.loads(found[1])["traces"][0]["summary"]["guest"]
+    assert told == {"exit": "</script><b>", "reason": "@@data@@"}
+
+
+def test_chrome_trace_has_tracks_requests_and_counters(trace: Trace, tmp_path: Path) -> None:
+    write_chrome(str(tmp_path / "t.json"), trace)
+
+    events: list[dict[str, Any]] = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
+    by_phase: dict[str, list[dict[str, Any]]] = {}
+    for event in events:
+        by_phase.setdefault(event["ph"], []).append(event)
+    names = {e["args"]["name"] for e in by_phase["M"] if e["name"] == "thread_name"}
+    assert {"vCPU 0", "blk0"} <= names
+    assert sum(e["cat"] == "conversion" for e in by_phase["X"]) == 8 + 40 + 1
+    assert sum(e["cat"] == "exit" for e in by_phase["X"]) == 40
+    assert len(by_phase["b"]) == len(by_phase["e"]) == 40
+    assert (
+        max(e["args"]["shared"] for e in by_phase["C"])
+        == summarise(trace)["memory"]["shared_bytes_peak"]
+    )
+    refused = [e for e in by_phase["X"] if e["args"].get("answer")]
+    assert [e["args"]["answer"] for e in refused] == ["EACCES"]
+    assert refused[0]["ts"] == 80_000
+
+
+def test_plots_are_pictures(trace: Trace, other: Trace, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the extra `plots` is not installed")
+
+    write_plots(str(tmp_path / "p"), [trace, other], [summarise(trace), summarise(other)])
+
+    for name in ("states", "shared", "latency", "io"):
+        assert (tmp_path / "p" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plots_without_matplotlib_say_what_to_install(
+    trace: Trace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+
+    with pytest.raises(UsageError, match=r"pip install 'pyvmm\[plots\]'"):
+        write_plots(str(tmp_path), [trace], [summarise(trace)])
+
+
+def test_tables_of_two_traces_say_how_the_second_compares(tmp_path: Path) -> None:
+    few, many = boot_like(), boot_like()
+    for number in range(41):
+        many.convert(Kind.SHARE, 100 + number, 50 * number, 1)
+    traces = [Trace(few.write(tmp_path / "a")), Trace(many.write(tmp_path / "b"))]
+
+    made = {table.title: table.rows for table in tables([summarise(t) for t in traces])}
+
+    row = next(row for row in made["share requests"] if row.label == "requests")
+    assert (row.cells, row.change) == (["39", "80"], "2.05x")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0 B"), (4096, "4 KiB"), (1536, "1.5 KiB"), (64 << 20, "64 MiB"), (1 << 62, "4 EiB")],
+)
+def test_bytes_text(value: int, text: str) -> None:
+    assert bytes_text(value) == text
+
+
+@pytest.mark.parametrize(
+    ("ns", "text"),
+    [(0, "0 ns"), (999, "999 ns"), (1500, "1.5 us"), (2_340_000, "2.34 ms"), (12e9, "12 s")],
+)
+def test_time_text(ns: float, text: str) -> None:
+    assert time_text(ns) == text

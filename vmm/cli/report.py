@@ -1,0 +1,129 @@
+"""`pyvmm report`: what a trace says, as text, JSON, a page, pictures, or for Perfetto."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+from vmm.cli.parser import Parser
+from vmm.core.errors import UsageError, one_line
+from vmm.trace.reader import Trace
+from vmm.trace.summary import summarise
+from vmm.trace.views.tables import Summary, Table, refusal_lines, tables
+
+
+def parser() -> Parser:
+    """The options of `pyvmm report`."""
+    made = Parser(
+        prog="pyvmm report",
+        description="Shows what a run with --trace DIR recorded; two traces are compared side by "
+        "side.",
+        allow_abbrev=False,
+    )
+    made.add_argument("traces", metavar="DIR", nargs="+", help="a trace, or two to compare")
+    made.add_argument("--json", action="store_true", help="print the summary as JSON")
+    made.add_argument("--html", metavar="FILE", help="write a page with charts; needs no network")
+    made.add_argument(
+        "--plots", metavar="DIR", help="write the charts as PNG files (needs pyvmm[plots])"
+    )
+    made.add_argument(
+        "--chrome", metavar="FILE", help="write a trace that ui.perfetto.dev opens (one DIR only)"
+    )
+    made.add_argument("--debug", action="store_true", help="show a traceback for errors")
+    return made
+
+
+def run(arguments: Sequence[str]) -> int:
+    """The whole command; raises UsageError."""
+    options = parser().parse_args(arguments)
+    if len(options.traces) > 2:
+        raise UsageError(f"{len(options.traces)} traces; pyvmm report compares two at most")
+    if options.chrome and len(options.traces) > 1:
+        raise UsageError("--chrome takes one trace; give a single DIR")
+    traces = [Trace(path) for path in options.traces]
+    summaries = [summarise(trace) for trace in traces]
+    try:
+        if options.html:
+            from vmm.trace.views.page import write_page
+
+            write_page(options.html, traces, summaries)
+        if options.plots:
+            from vmm.trace.views.plots import write_plots
+
+            write_plots(options.plots, traces, summaries)
+        if options.chrome:
+            from vmm.trace.views.chrome import write_chrome
+
+            write_chrome(options.chrome, traces[0])
+    except OSError as error:
+        raise UsageError(
+            f"{error.filename} cannot be written: {error.strerror}; give another path"
+        ) from None
+    show(summaries, as_json=options.json)
+    return 0
+
+
+def show(summaries: list[Summary], *, as_json: bool) -> None:
+    """Print to stdout; a reader that has seen enough is no error."""
+    try:
+        if as_json:
+            print(json.dumps({"traces": summaries}, indent=2))
+        elif sys.stdout.isatty():
+            _print_rich(summaries)
+        else:
+            print("\n".join(plain_lines(summaries)))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The interpreter's own flush at exit must not stumble over it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def plain_lines(summaries: list[Summary]) -> list[str]:
+    """Aligned text; with two traces a last column says how the second compares."""
+    made = tables(summaries)
+    label = max(len(row.label) for table in made for row in table.rows) + 2
+    lines: list[str] = []
+    for table in made:
+        lines += [table.title, *_aligned(table, label), ""]
+    return [one_line(line) for line in [*lines, *_refusals(summaries)]]
+
+
+def _aligned(table: Table, label: int) -> list[str]:
+    if not table.rows:
+        return []
+    columns = len(table.rows[0].cells)
+    widths = [max(len(row.cells[i]) for row in table.rows) for i in range(columns)]
+    lines = []
+    for row in table.rows:
+        cells = [cell.ljust(width) for cell, width in zip(row.cells, widths, strict=True)]
+        lines.append("  ".join([f"  {row.label}".ljust(label + 2), *cells, row.change]).rstrip())
+    return lines
+
+
+def _refusals(summaries: list[Summary]) -> list[str]:
+    lines = []
+    for summary in summaries:
+        where = f" in {summary['path']}" if len(summaries) > 1 else ""
+        told = refusal_lines(summary)
+        lines += [f"refusals{where}", *(f"  {line}" for line in told or ["none"])]
+    return lines
+
+
+def _print_rich(summaries: list[Summary]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    for table in tables(summaries):
+        shown = RichTable(box=box.SIMPLE, show_header=False, pad_edge=False, title_justify="left")
+        shown.title = Text(table.title, style="bold")
+        for row in table.rows:
+            cells = [Text(one_line(cell)) for cell in row.cells]
+            shown.add_row(Text(row.label, style="dim"), *cells, Text(row.change, style="cyan"))
+        console.print(shown)
+    for number, line in enumerate(_refusals(summaries)):
+        console.print(Text(one_line(line), style="" if number else "bold"))

@@ -1,0 +1,106 @@
+"""Options that carry settings, as in `--disk FILE,ro` or `--net tap=tap0,mac=...`: one reader."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+
+from vmm.core.errors import UsageError
+
+_UNITS = {"": 1 << 20, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def byte_size(text: str) -> int | None:
+    """A size in bytes: a number with K, M, G or T, without a unit in MiB; None for all else."""
+    match = re.fullmatch(r"([0-9]{1,15})([KMGT]?)(i?B)?", text.strip(), re.IGNORECASE | re.ASCII)
+    return None if match is None else int(match[1]) * _UNITS[match[2].upper()]
+
+
+class Suboptions:
+    """The settings of one option's value; a comma in a value is written twice.
+
+    `take` hands each out once; `finish` raises UsageError for what nobody took.
+    """
+
+    def __init__(self, option: str, text: str, syntax: str) -> None:
+        """`syntax` is what the user is told to write, without the option's name."""
+        self.option = option
+        self.text = text
+        self.syntax = syntax
+        self._settings: dict[str, str | None] = {}
+        for word in text.replace(",,", "\0").split(",") if text else ():
+            key, equals, value = word.replace("\0", ",").partition("=")
+            if key in self._settings:
+                raise self.error(f"{key!r} is given twice")
+            self._settings[key] = value if equals else None
+
+    def error(self, what: str) -> UsageError:
+        """What is wrong with the value, as an error to raise."""
+        return UsageError(f"{self.option} {self.text}: {what}; write {self.option} {self.syntax}")
+
+    def first(self, what: str) -> str:
+        """The first word as it stands, which names `what` (a file)."""
+        word = next(iter(self._settings), "")
+        value = self._settings.pop(word, None)
+        name = word if value is None else f"{word}={value}"
+        if not name:
+            raise self.error(f"it names no {what}")
+        return name
+
+    def flag(self, key: str) -> bool:
+        """Whether the word `key` is there, which takes no value."""
+        if key not in self._settings:
+            return False
+        value = self._settings.pop(key)
+        if value is not None:
+            raise self.error(f"{key!r} takes no value")
+        return True
+
+    def take(self, key: str) -> str | None:
+        """The value of `key=VALUE`; None when it isn't there."""
+        if key not in self._settings:
+            return None
+        value = self._settings.pop(key)
+        if not value:
+            raise self.error(f"{key!r} has no value")
+        return value
+
+    def take_number(self, key: str, least: int, most: int) -> int | None:
+        """The value of `key=N` as a decimal number in that range."""
+        value = self.take(key)
+        if value is None:
+            return None
+        if not (value.isascii() and value.isdigit() and len(value) < 20):
+            raise self.error(f"{key}={value} is no number")
+        if not least <= int(value) <= most:
+            raise self.error(f"{key}={value} is not in the range {least} to {most}")
+        return int(value)
+
+    def take_word(self, key: str, words: Collection[str]) -> str | None:
+        """The value of `key=WORD`, one of `words`."""
+        value = self.take(key)
+        if value is not None and value not in words:
+            raise self.error(f"{key}={value} is none of {', '.join(words)}")
+        return value
+
+    def take_size(self, key: str) -> int | None:
+        """The value of `key=SIZE` in bytes."""
+        value = self.take(key)
+        if value is None:
+            return None
+        size = byte_size(value)
+        if size is None:
+            raise self.error(f"{key}={value} is no size such as 64M")
+        return size
+
+    def one_of(self, keys: Collection[str]) -> str:
+        """Which of `keys` is there: exactly one has to be."""
+        found = [key for key in keys if key in self._settings]
+        if len(found) != 1:
+            raise self.error(f"exactly one of {', '.join(sorted(keys))} is needed")
+        return found[0]
+
+    def finish(self) -> None:
+        """Raises UsageError when settings are left that nobody knows."""
+        for key in self._settings:
+            raise self.error(f"unknown option {key!r}")

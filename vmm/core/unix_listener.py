@@ -1,0 +1,61 @@
+"""A Unix socket to listen on, where the user named one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import stat
+
+from vmm.core.errors import UsageError
+
+
+class UnixListener:
+    """Listens at `path`, without ever blocking; `close` removes the socket."""
+
+    def __init__(self, option: str, path: str) -> None:
+        """Raises UsageError, which names `option`. A socket left behind there by a process that
+        has ended is replaced."""
+        self.path = path
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            _remove_stale(path)
+            self._socket.bind(path)
+            self._socket.listen(16)
+        except (OSError, ValueError) as error:
+            self._socket.close()
+            reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+            raise UsageError(
+                f"{option}{path}: cannot listen there: {reason}; give a path of at most 107 bytes "
+                "in a directory that you may write to, where nothing is yet"
+            ) from error
+        self._socket.setblocking(False)
+        self.fd = self._socket.fileno()
+
+    def accept(self) -> socket.socket | None:
+        """Who has come, non-blocking; None when nobody has. OSError: no more fds to be had."""
+        try:
+            caller, _ = self._socket.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return None
+        caller.setblocking(False)
+        return caller
+
+    def close(self) -> None:
+        if self._socket.fileno() >= 0:
+            self._socket.close()
+            with contextlib.suppress(OSError):
+                os.unlink(self.path)
+
+
+def _remove_stale(path: str) -> None:
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            return  # bind says what is wrong
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)

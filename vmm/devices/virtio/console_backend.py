@@ -1,0 +1,226 @@
+"""What `--console` connects a port to: a pseudo-terminal, a file, or a socket to listen on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tty
+from collections.abc import Callable, Sequence
+
+from vmm.core.errors import HostError, UsageError, tell
+from vmm.core.suboptions import Suboptions
+from vmm.core.unix_listener import UnixListener
+from vmm.devices.virtio.console import MOST_PORTS, Port, VirtioConsole
+from vmm.devices.virtio.device import Watch
+
+SYNTAX = "pty[,name=TEXT] or file=FILE[,name=TEXT] or socket=PATH[,name=TEXT]"
+
+
+def _ignore(*_: object, **__: object) -> None:
+    """Nobody waits for anything."""
+
+
+class _Stream:
+    """A non-blocking fd, whose unsent bytes are kept until there is room; -1: none."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self._unsent = b""
+        self._watch: Watch = _ignore
+        self._changed: Callable[[], None] = _ignore
+
+    def start(self, changed: Callable[[], None], watch: Watch) -> None:
+        self._watch, self._changed = watch, changed
+
+    def stop(self) -> None:
+        if self.fd >= 0:
+            self._watch(self.fd, self._ready)
+        self._watch = _ignore
+
+    def connected(self) -> bool:
+        return True
+
+    def want(self, *, readable: bool, writable: bool) -> None:
+        if self.fd >= 0:
+            writable = writable or bool(self._unsent)
+            self._watch(self.fd, self._ready, readable=readable, writable=writable)
+
+    def _ready(self) -> None:
+        with contextlib.suppress(OSError):
+            self._flush()
+        self._changed()
+
+    def read(self, size: int) -> bytes:
+        try:
+            return os.read(self.fd, size)
+        except OSError:  # nothing there, or (a pty's EIO) nobody
+            return b""
+
+    def write(self, data: bytes) -> bool:
+        if not self._flush():
+            return False
+        self._unsent = data
+        self._flush()
+        return True
+
+    def _flush(self) -> bool:
+        while self._unsent:
+            try:
+                self._unsent = self._unsent[os.write(self.fd, self._unsent) :]
+            except BlockingIOError:
+                return False
+            except OSError:
+                self._unsent = b""
+                raise
+        return True
+
+    def close(self) -> None:
+        self.stop()
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+class Pty(_Stream):
+    """A pseudo-terminal. Its other end is held open here too, so that it outlives its users."""
+
+    def __init__(self) -> None:
+        """Raises OSError."""
+        master, self._slave = os.openpty()
+        tty.setraw(self._slave)
+        os.set_blocking(master, False)
+        self.path = os.ttyname(self._slave)
+        super().__init__(master)
+
+    def close(self) -> None:
+        super().close()
+        os.close(self._slave)
+
+
+class OutputFile(_Stream):
+    """A file that gets the output; there is no input."""
+
+    def read(self, size: int) -> bytes:
+        return b""
+
+    def want(self, *, readable: bool, writable: bool) -> None:
+        """A regular file always has room, and epoll can't wait for it."""
+
+    def stop(self) -> None:
+        """It never waited."""
+
+
+class SocketServer(_Stream):
+    """A listening Unix socket; one client at a time, others wait their turn."""
+
+    def __init__(self, listener: UnixListener) -> None:
+        super().__init__(-1)
+        self._listener = listener
+
+    def stop(self) -> None:
+        self._watch(self._listener.fd, self._ready)
+        super().stop()
+
+    def connected(self) -> bool:
+        if self.fd < 0:
+            try:
+                client = self._listener.accept()
+            except OSError:
+                client = None
+            if client is None:
+                return False
+            self._watch(self._listener.fd, self._ready)
+            self.fd = client.detach()
+        return True
+
+    def want(self, *, readable: bool, writable: bool) -> None:
+        if self.fd < 0:
+            self._watch(self._listener.fd, self._ready, readable=True)
+        super().want(readable=readable, writable=writable)
+
+    def read(self, size: int) -> bytes:
+        if self.fd < 0:
+            return b""
+        try:
+            data = os.read(self.fd, size)
+        except BlockingIOError:
+            return b""
+        except OSError:
+            data = b""
+        if not data:
+            self._hang_up()
+        return data
+
+    def write(self, data: bytes) -> bool:
+        if self.fd < 0:
+            return True  # nobody listens
+        try:
+            return super().write(data)
+        except OSError:  # the client is gone
+            self._hang_up()
+            return True
+
+    def _hang_up(self) -> None:
+        self._watch(self.fd, self._ready)
+        os.close(self.fd)
+        self.fd = -1
+        self._unsent = b""
+
+    def close(self) -> None:
+        super().close()
+        self._listener.close()
+
+
+def open_console(texts: Sequence[str]) -> VirtioConsole:
+    """One device with a port for each `--console TEXT`. Raises UsageError and HostError."""
+    if len(texts) > MOST_PORTS:
+        raise UsageError(f"--console is given {len(texts)} times; there are {MOST_PORTS} ports")
+    ports: list[Port] = []
+    try:
+        for text in texts:
+            ports.append(_open_port(text))
+        if ports[0].name is not None:
+            raise UsageError(
+                f"--console {texts[0]}: the first one is a console; put one without name= first"
+            )
+    except BaseException:
+        for port in ports:
+            port.backend.close()
+        raise
+    return VirtioConsole(ports)
+
+
+def _open_port(text: str) -> Port:
+    words = Suboptions("--console", text, SYNTAX)
+    kind = words.one_of(("pty", "file", "socket"))
+    where = "" if kind == "pty" and words.flag("pty") else words.take(kind)
+    name = words.take("name")
+    words.finish()
+    if name is not None and len(os.fsencode(name)) > 64:
+        raise words.error("a name has at most 64 bytes")
+    if kind == "pty":
+        try:
+            pty = Pty()
+        except OSError as error:
+            raise HostError(
+                f"--console {text}: no pseudo-terminal to be had: {error.strerror}; "
+                "use file=FILE or socket=PATH"
+            ) from error
+        tell(f"--console {text} is {pty.path}")
+        return Port(pty, name)
+    assert where
+    if kind == "socket":
+        return Port(SocketServer(UnixListener("--console socket=", where)), name)
+    return Port(OutputFile(_open_output(where)), name)
+
+
+def _open_output(path: str) -> int:
+    try:
+        # Non-blocking, so that a FIFO without a reader is an error and not a hang.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK | os.O_CLOEXEC
+        return os.open(path, flags, 0o666)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise UsageError(
+            f"--console file={path} cannot be written: {reason}; give another path"
+        ) from error

@@ -1,0 +1,243 @@
+"""virtio-net (virtio 1.2, 5.1): one pair of queues between the guest and a NetBackend.
+
+struct virtio_net_hdr, in front of every frame: u8 flags, gso_type; le16 hdr_len, gso_size,
+csum_start, csum_offset, num_buffers
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from vmm.core.errors import GuestMemoryError
+from vmm.devices.virtio.device import GuestMemory, VirtioDevice
+from vmm.devices.virtio.queue import Chain, QueueError, SplitQueue
+from vmm.devices.virtio.segments import gather, scatter, total
+
+F_CSUM, F_GUEST_CSUM = 1 << 0, 1 << 1
+F_MAC, F_GUEST_TSO4, F_GUEST_TSO6 = 1 << 5, 1 << 7, 1 << 8
+F_HOST_TSO4, F_HOST_TSO6 = 1 << 11, 1 << 12
+F_MRG_RXBUF, F_STATUS = 1 << 15, 1 << 16
+
+RX, TX = 0, 1
+QUEUE_SIZE = 256
+HEADER_SIZE = 12
+_NUM_BUFFERS = struct.Struct("<H")
+_NUM_BUFFERS_AT = 10
+STATUS_LINK_UP = 1
+_CONFIG = struct.Struct("<6sHHH")  # mac, status, max_virtqueue_pairs, mtu
+
+LARGEST_FRAME = 65535 + 18  # an IP packet of 64 KiB less one, Ethernet header, VLAN tag
+# Frames that one turn moves at most: the device loop has other things to do.
+TURN_FRAMES = 256
+# Buffers looked at together: few frames come alone or in hundreds.
+_BATCH = 32
+
+
+class NetBackend(Protocol):
+    """Where frames go and come from. Each begins with a virtio_net_hdr of HEADER_SIZE bytes."""
+
+    fd: int
+    features: int
+    """Offloads that the backend can carry out."""
+
+    def set_offloads(self, features: int) -> None:
+        """What the driver agreed to."""
+        ...
+
+    def receive(self) -> bytes | None:
+        """One frame, or None when there is none now. OSError: there will never be one again."""
+        ...
+
+    def send(self, frame: bytes) -> bool:
+        """Take one frame; False when there is no room for it now. OSError: it can't be sent."""
+        ...
+
+    def flush(self) -> bool:
+        """Send on what an earlier `send` has taken; True when all is on its way."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class VirtioNet(VirtioDevice):
+    """A network card. A frame that the other side can't take is dropped, as networks do."""
+
+    device_id = 1
+    pci_class = 0x020000  # Ethernet controller
+    queue_sizes: Sequence[int] = (QUEUE_SIZE, QUEUE_SIZE)
+
+    def __init__(self, backend: NetBackend, mac: bytes) -> None:
+        super().__init__()
+        self._backend = backend
+        self._mac = mac
+        self._link_up = True
+        self._receiving = self._waiting_for_room = False
+        self.features = F_MAC | F_STATUS | F_MRG_RXBUF | backend.features
+
+    def config(self) -> bytes:
+        """struct virtio_net_config up to mtu (5.1.4)."""
+        return _CONFIG.pack(self._mac, STATUS_LINK_UP if self._link_up else 0, 1, 0)
+
+    def activate(
+        self, memory: GuestMemory, queues: Mapping[int, SplitQueue], features: int
+    ) -> None:
+        super().activate(memory, queues, features)
+        self._backend.set_offloads(features & self._backend.features)
+        self._receiving = RX in queues and self._link_up
+        self._watch_backend()
+
+    def reset(self) -> None:
+        super().reset()
+        self._receiving = self._waiting_for_room = False
+        self._watch_backend()
+
+    def close(self) -> None:
+        self.watch(self._backend.fd, self._ready)
+        self._backend.close()
+
+    def process(self, queue_index: int) -> bool:
+        queue = self._queues[queue_index]
+        return self._receive(queue) if queue_index == RX else self._transmit(queue)
+
+    def _ready(self) -> None:
+        if self._receiving:
+            self.serve(RX)
+        if self._waiting_for_room:
+            self.serve(TX)
+        if not self._link_up:
+            self.announce()
+
+    def _watch_backend(self) -> None:
+        self.watch(
+            self._backend.fd,
+            self._ready,
+            readable=self._receiving and self._link_up,
+            writable=self._waiting_for_room and self._link_up,
+        )
+
+    def _lost(self) -> None:
+        """The backend is gone: the guest sees a cable pulled."""
+        self._link_up = False
+        self._waiting_for_room = False
+        self.statistics.errors += 1
+
+    # --- from the backend to the guest ---
+
+    def _receive(self, queue: SplitQueue) -> bool:
+        chains: list[Chain] = []
+        used: list[tuple[int, int]] = []
+        # Without buffers there is nothing to wait for but the driver's notify.
+        self._receiving = True
+        try:
+            for _ in range(TURN_FRAMES):
+                if len(used) == len(chains):
+                    chains += queue.take(_BATCH)
+                    if len(used) == len(chains):
+                        self._receiving = False
+                        break
+                frame = self._next_frame()
+                if frame is None:
+                    break
+                self._deliver(queue, chains, used, frame)
+        except (QueueError, GuestMemoryError, OSError):
+            queue.publish(used)
+            raise
+        queue.put_back(len(chains) - len(used))
+        self._watch_backend()
+        return queue.publish(used)
+
+    def _next_frame(self) -> bytes | None:
+        try:
+            return self._backend.receive() if self._link_up else None
+        except OSError:
+            self._lost()
+            return None
+
+    def _deliver(
+        self, queue: SplitQueue, chains: list[Chain], used: list[tuple[int, int]], frame: bytes
+    ) -> None:
+        """Write one frame over the next buffers; without F_MRG_RXBUF over the next one only."""
+        assert self._memory is not None
+        chain = chains[len(used)]
+        room = total(chain.writable)
+        if room < HEADER_SIZE:
+            raise QueueError(f"receive buffer {chain.head} has no room for a header of 12 bytes")
+        taken = [chain]
+        while room < len(frame) and self._agreed & F_MRG_RXBUF:
+            if len(used) + len(taken) == len(chains):
+                chains += queue.take(_BATCH)
+                if len(used) + len(taken) == len(chains):
+                    break
+            taken.append(chains[len(used) + len(taken)])
+            room += total(taken[-1].writable)
+        if room < len(frame):
+            self.statistics.errors += 1  # dropped, like a frame that is too long for a cable
+            return
+        count = _NUM_BUFFERS.pack(len(taken))
+        data = memoryview(frame[:_NUM_BUFFERS_AT] + count + frame[HEADER_SIZE:])
+        done = 0
+        for chain in taken:
+            written = scatter(self._memory, chain.writable, data[done:])
+            used.append((chain.head, written))
+            done += written
+        self.statistics.requests += 1
+        self.statistics.bytes_read += len(frame) - HEADER_SIZE
+
+    # --- from the guest to the backend ---
+
+    def _transmit(self, queue: SplitQueue) -> bool:
+        used: list[tuple[int, int]] = []
+        if not self._flushed():
+            self._watch_backend()
+            return False
+        while len(used) < TURN_FRAMES and not self._waiting_for_room:
+            chains = queue.take(_BATCH)
+            if not chains:
+                break
+            sent = len(used)
+            try:
+                for chain in chains:
+                    if not self._send(chain):
+                        self._waiting_for_room = True
+                        break
+                    used.append((chain.head, 0))
+            except (QueueError, GuestMemoryError, OSError):
+                queue.publish(used)
+                raise
+            queue.put_back(sent + len(chains) - len(used))
+        if not self._waiting_for_room:
+            self._flushed()  # the last frame may be half on its way
+        # With a turn's worth sent there may be more; without room, the backend's fd will tell.
+        queue.more = not self._waiting_for_room and (queue.more or len(used) >= TURN_FRAMES)
+        self._watch_backend()
+        return queue.publish(used)
+
+    def _flushed(self) -> bool:
+        self._waiting_for_room = False
+        try:
+            self._waiting_for_room = self._link_up and not self._backend.flush()
+        except OSError:
+            self._lost()
+        return not self._waiting_for_room
+
+    def _send(self, chain: Chain) -> bool:
+        """Hand one frame to the backend; False when it has to wait."""
+        assert self._memory is not None
+        size = total(chain.readable)
+        if size < HEADER_SIZE:
+            raise QueueError(f"frame {chain.head} is shorter than its header of 12 bytes")
+        if size > HEADER_SIZE + LARGEST_FRAME or not self._link_up:
+            self.statistics.errors += 1
+            return True
+        frame = gather(self._memory, chain.readable)
+        try:
+            if not self._backend.send(frame):
+                return False
+        except OSError:  # a frame that the backend doesn't take is lost
+            self.statistics.errors += 1
+            return True
+        self.statistics.requests += 1
+        self.statistics.bytes_written += size - HEADER_SIZE
+        return True

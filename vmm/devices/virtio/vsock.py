@@ -1,0 +1,391 @@
+"""virtio-vsock in user space (virtio 1.2, 5.10): the guest's ports are Unix sockets of the host.
+
+As with other VMMs: a program of the host connects to PATH and writes "CONNECT <port>\\n", gets
+"OK <its own port>\\n", and talks to whoever listens on that port in the guest. When the guest
+connects to port N of the host (CID 2), it reaches the program that listens on PATH_N.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import socket
+import struct
+from collections import deque
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+from vmm.core.errors import GuestMemoryError
+from vmm.core.suboptions import Suboptions
+from vmm.core.unix_listener import UnixListener
+from vmm.devices.virtio.device import GuestMemory, VirtioDevice
+from vmm.devices.virtio.queue import Chain, QueueError, SplitQueue
+from vmm.devices.virtio.segments import first, gather, scatter, take_front, total
+from vmm.devices.virtio.vsock_connection import BUFFER, Broken, Connection, Outgoing
+from vmm.devices.virtio.vsock_packet import HEADER_SIZE, HOST_CID, TYPE_STREAM, Header, Op
+
+SYNTAX = "path=PATH[,cid=N]"
+RX, TX, EVENT = 0, 1, 2
+QUEUE_SIZE = 128
+LARGEST_DATA = 64 << 10
+MOST_CONNECTIONS = 256
+# Resets for connections that aren't there; with so many unsent, the guest is not listened to.
+MOST_RESETS = 128
+TURN_PACKETS = 128
+_BATCH = 16
+# A program that connects says so in one line; whoever says more is no such program.
+_LONGEST_LINE = 32
+_FIRST_HOST_PORT = 1 << 30
+
+_CONFIG = struct.Struct("<Q")
+_Key = tuple[int, int]  # guest's port, host's port
+
+
+class VirtioVsock(VirtioDevice):
+    """One guest CID; the host's programs call `listener`."""
+
+    device_id = 19
+    pci_class = 0x028000  # network controller, other
+    queue_sizes: Sequence[int] = (QUEUE_SIZE, QUEUE_SIZE, QUEUE_SIZE)
+
+    def __init__(self, cid: int, listener: UnixListener) -> None:
+        super().__init__()
+        self._cid = cid
+        self._listener = listener
+        self._connections: dict[_Key, Connection] = {}
+        self._links: dict[int, Connection] = {}  # the same by fd
+        # Host programs that haven't said yet which port they want, by fd.
+        self._callers: dict[int, socket.socket] = {}
+        self._events: deque[int] = deque()  # fds that the loop has found ready
+        self._resets: deque[Header] = deque()
+        self._ready: dict[_Key, None] = {}  # connections that may have something for the guest
+        self._next_port = _FIRST_HOST_PORT
+        self._hungry = True  # the guest has buffers for more packets
+
+    def config(self) -> bytes:
+        """struct virtio_vsock_config (5.10.4)."""
+        return _CONFIG.pack(self._cid)
+
+    def activate(
+        self, memory: GuestMemory, queues: Mapping[int, SplitQueue], features: int
+    ) -> None:
+        super().activate(memory, queues, features)
+        self._hungry = True
+        if {RX, TX} <= queues.keys():
+            self._listen()
+
+    def reset(self) -> None:
+        super().reset()
+        self.watch(self._listener.fd, self._no_more)
+        for connection in list(self._connections.values()):
+            self._drop(connection)
+        for fd in list(self._callers):
+            self._hang_up(fd)
+        self._resets.clear()
+        self._ready.clear()
+        self._events.clear()
+
+    def close(self) -> None:
+        self.reset()
+        self._listener.close()
+
+    def process(self, queue_index: int) -> bool:
+        queue = self._queues[queue_index]
+        if queue_index == RX:
+            self._look_around()
+            return self._send_packets(queue)
+        if queue_index == TX:
+            return self._take_packets(queue)
+        return False  # events are for guests that move to another host
+
+    # --- from the guest ---
+
+    def _take_packets(self, queue: SplitQueue) -> bool:
+        used: list[tuple[int, int]] = []
+        while len(used) < TURN_PACKETS and len(self._resets) < MOST_RESETS:
+            chains = queue.take(min(_BATCH, MOST_RESETS - len(self._resets)))
+            if not chains:
+                break
+            try:
+                for chain in chains:
+                    self._take_packet(chain)
+                    used.append((chain.head, 0))
+            except (QueueError, GuestMemoryError, OSError):
+                queue.publish(used)
+                raise
+        queue.more = queue.more or (len(used) >= TURN_PACKETS and len(self._resets) < MOST_RESETS)
+        if self._resets or self._ready:
+            self.wake(RX)
+        return queue.publish(used)
+
+    def _take_packet(self, chain: Chain) -> None:
+        assert self._memory is not None
+        front, rest = take_front(chain.readable, HEADER_SIZE)
+        header = Header.unpack(gather(self._memory, front))
+        if header.length > min(total(rest), LARGEST_DATA):
+            raise QueueError(f"vsock packet of {header.length} bytes does not fit its buffers")
+        self.statistics.requests += 1
+        if header.src_cid != self._cid:
+            return  # 5.10.6.2: not its address
+        if header.dst_cid != HOST_CID or header.type != TYPE_STREAM:
+            self._refuse(header)
+            return
+        connection = self._connections.get((header.src_port, header.dst_port))
+        if connection is None:
+            if header.op == Op.REQUEST:
+                self._guest_calls(header)
+            elif header.op != Op.RST:
+                self._refuse(header)
+            return
+        connection.credit(header)
+        data = first(rest, header.length) if header.op == Op.RW else []
+        content = gather(self._memory, data) if data else b""
+        self._ready[header.src_port, header.dst_port] = None
+        try:
+            self._obey(connection, header, content)
+        except Broken:
+            self.statistics.errors += 1
+            self._end(connection)
+        self._watch_link(connection)
+
+    def _obey(self, connection: Connection, header: Header, content: bytes) -> None:
+        """One packet for a connection that is there. Raises Broken."""
+        match header.op:
+            case Op.RW:
+                connection.receive(content)
+                self.statistics.bytes_written += len(content)
+            case Op.RESPONSE if not connection.established:
+                connection.established = True
+                with contextlib.suppress(OSError):
+                    connection.link.send(b"OK %d\n" % connection.host_port, socket.MSG_NOSIGNAL)
+            case Op.RST:
+                self._drop(connection)
+            case Op.SHUTDOWN:
+                connection.shut(header.flags)
+                if connection.over:
+                    self._end(connection)
+            case Op.CREDIT_UPDATE:
+                pass
+            case Op.CREDIT_REQUEST:
+                if Op.CREDIT_UPDATE not in connection.answers:
+                    connection.answers.append(Op.CREDIT_UPDATE)
+            case _:
+                raise Broken(f"operation {header.op}")
+
+    def _guest_calls(self, header: Header) -> None:
+        """The guest connects to a port of the host: to the program that listens on PATH_port."""
+        link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            link.setblocking(False)
+            if len(self._connections) >= MOST_CONNECTIONS:
+                raise OSError("too many connections")
+            link.connect(f"{self._listener.path}_{header.dst_port}")
+        except OSError:
+            link.close()
+            self._refuse(header)
+            return
+        connection = self._add(link, header.src_port, header.dst_port)
+        connection.credit(header)
+        connection.established = True
+        connection.answers.append(Op.RESPONSE)
+
+    def _refuse(self, header: Header) -> None:
+        """Answer with a reset, from where the packet was meant to go."""
+        self._resets.append(
+            Header(
+                header.dst_cid, self._cid, header.dst_port, header.src_port,
+                0, header.type, Op.RST, 0, 0, 0,
+            )
+        )  # fmt: skip
+
+    def _end(self, connection: Connection) -> None:
+        """Let go of a connection, and tell the guest."""
+        self._drop(connection)
+        self._resets.append(
+            Header(
+                HOST_CID, self._cid, connection.host_port, connection.guest_port,
+                0, TYPE_STREAM, Op.RST, 0, 0, 0,
+            )
+        )  # fmt: skip
+
+    # --- to the guest ---
+
+    def _send_packets(self, queue: SplitQueue) -> bool:
+        used: list[tuple[int, int]] = []
+        was_full = len(self._resets) >= MOST_RESETS
+        self._hungry = True
+        while (self._resets or self._ready) and len(used) < TURN_PACKETS:
+            chains = queue.take(1)
+            if not chains:
+                self._hungry = False
+                break
+            try:
+                written = self._fill(chains[0])
+            except (QueueError, GuestMemoryError, OSError):
+                queue.publish(used)
+                raise
+            if written is None:
+                queue.put_back(1)
+                break
+            used.append((chains[0].head, written))
+        queue.more = queue.more or len(used) >= TURN_PACKETS
+        if was_full and len(self._resets) < MOST_RESETS:
+            self.wake(TX)
+        for connection in self._connections.values():
+            self._watch_link(connection)
+        return queue.publish(used)
+
+    def _fill(self, chain: Chain) -> int | None:
+        """Put the next packet into a buffer; None when there is none after all."""
+        assert self._memory is not None
+        room = total(chain.writable) - HEADER_SIZE
+        if room < 0:
+            raise QueueError(f"vsock buffer {chain.head} has no room for a header of 44 bytes")
+        if self._resets:
+            return scatter(self._memory, chain.writable, self._resets.popleft().pack())
+        while self._ready:
+            key = next(iter(self._ready))
+            connection = self._connections.get(key)
+            del self._ready[key]
+            if connection is None:
+                continue
+            try:
+                packet = connection.next(min(room, LARGEST_DATA))
+            except Broken:
+                self._drop(connection)
+                packet = Outgoing(Op.RST)
+            else:
+                if packet is None:
+                    continue
+                self._ready[key] = None  # its turn comes again, after the others'
+            return self._write(chain, connection, packet)
+        return None
+
+    def _write(self, chain: Chain, connection: Connection, packet: Outgoing) -> int:
+        assert self._memory is not None
+        header = Header(
+            HOST_CID, self._cid, connection.host_port, connection.guest_port,
+            len(packet.data), TYPE_STREAM, packet.op, packet.flags, BUFFER, connection.forwarded,
+        )  # fmt: skip
+        self.statistics.bytes_read += len(packet.data)
+        return scatter(self._memory, chain.writable, header.pack() + packet.data)
+
+    # --- the host's programs ---
+
+    def _happened(self, fd: int) -> None:
+        """An fd is ready (on the loop's thread): looked after where the queues are locked."""
+        self._events.append(fd)
+        self.serve(RX)
+
+    @staticmethod
+    def _no_more() -> None:
+        """For an fd that is no longer watched."""
+
+    def _look_around(self) -> None:
+        """What has happened at the sockets."""
+        while self._events:
+            fd = self._events.popleft()
+            if fd == self._listener.fd:
+                self._accept()
+            elif fd in self._callers:
+                self._hear(fd)
+            elif fd in self._links:
+                connection = self._links[fd]
+                self._ready[connection.guest_port, connection.host_port] = None
+                try:
+                    connection.flush()
+                except Broken:
+                    self._end(connection)
+                    continue
+                if connection.over:
+                    self._end(connection)
+
+    def _listen(self) -> None:
+        """Take callers while there is room for their connections."""
+        self.watch(
+            self._listener.fd,
+            partial(self._happened, self._listener.fd),
+            readable=len(self._callers) + len(self._connections) < MOST_CONNECTIONS,
+        )
+
+    def _accept(self) -> None:
+        try:
+            caller = self._listener.accept()
+        except OSError:  # out of file descriptors: until a connection ends
+            self.watch(self._listener.fd, self._no_more)
+            return
+        if caller is None:
+            return
+        self._callers[caller.fileno()] = caller
+        self.watch(caller.fileno(), partial(self._happened, caller.fileno()), readable=True)
+        self._listen()
+
+    def _hear(self, fd: int) -> None:
+        """A caller says which port it wants; what follows that line is for the guest."""
+        caller = self._callers[fd]
+        try:
+            said = caller.recv(_LONGEST_LINE, socket.MSG_PEEK)
+        except BlockingIOError:
+            return
+        except OSError:
+            said = b""
+        match = re.fullmatch(rb"CONNECT ([0-9]{1,10})", said.partition(b"\n")[0])
+        if b"\n" in said and match is not None and int(match[1]) < 1 << 32:
+            caller.recv(said.index(b"\n") + 1)
+            del self._callers[fd]
+            self.watch(fd, self._no_more)  # until the guest has taken the call
+            connection = self._add(caller, int(match[1]), self._free_port(int(match[1])))
+            connection.answers.append(Op.REQUEST)
+        elif b"\n" in said or not said or len(said) == _LONGEST_LINE:
+            self._hang_up(fd)
+
+    def _hang_up(self, fd: int) -> None:
+        self.watch(fd, self._no_more)
+        self._callers.pop(fd).close()
+        self._listen_again()
+
+    def _free_port(self, guest_port: int) -> int:
+        while True:
+            self._next_port = max((self._next_port + 1) % (1 << 32), _FIRST_HOST_PORT)
+            if (guest_port, self._next_port) not in self._connections:
+                return self._next_port
+
+    def _add(self, link: socket.socket, guest_port: int, host_port: int) -> Connection:
+        connection = Connection(link, guest_port, host_port)
+        self._connections[guest_port, host_port] = connection
+        self._links[connection.fd] = connection
+        self._ready[guest_port, host_port] = None
+        self._watch_link(connection)
+        return connection
+
+    def _drop(self, connection: Connection) -> None:
+        self._connections.pop((connection.guest_port, connection.host_port), None)
+        if self._links.pop(connection.fd, None) is not None:
+            self.watch(connection.fd, self._no_more)
+            connection.close()
+            self._listen_again()
+
+    def _listen_again(self) -> None:
+        if self._memory is not None:  # else the device is being reset
+            self._listen()
+
+    def _watch_link(self, connection: Connection) -> None:
+        """Wait for what the connection can use; for data only while the guest takes it."""
+        if connection.fd not in self._links:
+            return
+        readable, writable = connection.wants()
+        wanted = (readable and self._hungry, writable)
+        if wanted != connection.in_loop:
+            connection.in_loop = wanted
+            callback = partial(self._happened, connection.fd)
+            self.watch(connection.fd, callback, readable=wanted[0], writable=wanted[1])
+
+
+def open_vsock(text: str) -> VirtioVsock:
+    """The device that `--vsock TEXT` asks for. Raises UsageError."""
+    words = Suboptions("--vsock", text, SYNTAX)
+    path, cid = words.take("path"), words.take_number("cid", 3, (1 << 32) - 2)
+    words.finish()
+    if path is None:
+        raise words.error("path= is missing")
+    return VirtioVsock(3 if cid is None else cid, UnixListener("--vsock path=", path))

@@ -1,0 +1,112 @@
+"""What may be asked of a machine while it runs: status, page states, pause, host's conversions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, NamedTuple, Protocol
+
+from vmm.conversion.transaction import Converter
+from vmm.core.event_loop import EventLoop
+from vmm.core.events import Kind
+from vmm.exits.outcome import QUIT, Outcome
+from vmm.exits.vcpu_group import VcpuGroup
+from vmm.memory.guest_memory import GuestMemory, PageState
+
+
+class HeldDevices(Protocol):
+    """The machine's devices, as far as operations need them."""
+
+    def hold(self) -> ExitStack: ...
+    def io_statistics(self) -> dict[str, dict[str, Any]]: ...
+
+
+class Status(NamedTuple):
+    """The numbers of a moment; bytes, counts since the start, seconds since the start."""
+
+    state: str
+    seconds: float
+    shared_bytes: int
+    private_bytes: int
+    deferred_bytes: int
+    conversions: int
+    refused: int
+    exits: int
+
+
+class Operations:
+    """On the event loop's thread, except `status`."""
+
+    def __init__(
+        self,
+        memory: GuestMemory,
+        converter: Converter,
+        vcpus: VcpuGroup,
+        devices: HeldDevices,
+        loop: EventLoop,
+        stop: Callable[[Outcome], None],
+    ) -> None:
+        self._memory = memory
+        self._converter = converter
+        self._vcpus = vcpus
+        self._devices = devices
+        self._loop = loop
+        self._stop = stop
+        self._started = time.monotonic()
+        self._held: ExitStack | None = None
+
+    def status(self) -> Status:
+        counts = self._converter.accounting
+        memory = self._memory
+        return Status(
+            state="paused" if self._vcpus.paused else "running",
+            seconds=time.monotonic() - self._started,
+            shared_bytes=memory.bytes_in(PageState.SHARED),
+            private_bytes=memory.bytes_in(PageState.PRIVATE),
+            deferred_bytes=memory.bytes_in(PageState.DEFERRED),
+            conversions=counts.share.calls + counts.unshare.calls,
+            refused=counts.share.denied + counts.unshare.denied,
+            exits=sum(sum(list(r.exit_counts.values())) for r in self._vcpus.runners),
+        )
+
+    def pages(self) -> list[tuple[int, int, str]]:
+        """The runs of pages in equal state as (GPA, bytes, state), in address order."""
+        return [(*area, state.value) for area, state in self._memory.states()]
+
+    def dump_state(self) -> dict[str, Any]:
+        """All of it at one moment: no vCPU is in the guest meanwhile."""
+        with self._vcpus.parked():
+            converter = self._converter
+            return {
+                "status": self.status()._asdict(),
+                "pages": self.pages(),
+                "residency": self._memory.residency()._asdict(),
+                "conversions": converter.accounting.as_dict(),
+                "refinements": converter.refinements.as_dict(),
+                "io": self._devices.io_statistics(),
+                "exits": [dict(runner.exit_counts) for runner in self._vcpus.runners],
+            }
+
+    def pause(self) -> None:
+        """The guest stands still: vCPUs are out of it, devices don't touch its memory."""
+        if self._held is None:
+            self._vcpus.pause()
+            # Else what waits for them, a tap's packets perhaps, would be reported again and again.
+            self._loop.hold()
+            self._held = self._devices.hold()
+
+    def resume(self) -> None:
+        """The guest goes on, and is served what came meanwhile; nothing where it wasn't paused."""
+        if self._held is not None:
+            self._held.close()
+            self._held = None
+            self._loop.release()
+            self._vcpus.resume()
+
+    def convert(self, kind: Kind, gpa: int, size: int) -> int:
+        """A conversion that the host wants: 0, or a negative errno. As if the guest had asked."""
+        return self._converter.convert_for_host(kind, gpa, size)
+
+    def quit(self) -> None:
+        self._stop(Outcome(QUIT, "by the control socket"))

@@ -1,0 +1,66 @@
+"""The virtio devices that the user asked for, opened before the machine is made."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+from kvm_bindings import fdops
+from vmm.core.errors import UsageError
+from vmm.devices.virtio.device import VirtioDevice
+from vmm.machine.config import MachineConfig
+
+MOST_DEVICES = 31
+"""PCI slots of bus 0 besides the host bridge's."""
+
+
+def open_devices(config: MachineConfig, owner: ExitStack) -> dict[str, VirtioDevice]:
+    """The devices by their names in the report, in the order of their PCI slots: disks first.
+
+    `owner` closes what was opened. Raises UsageError and HostError. Only what is used is
+    imported.
+    """
+    devices: dict[str, VirtioDevice] = {}
+
+    def add(name: str, device: VirtioDevice) -> None:
+        owner.callback(device.close)
+        devices[name] = device
+
+    if config.disks:
+        from vmm.devices.virtio.block import VirtioBlock
+        from vmm.devices.virtio.block_file import open_disk
+
+        for number, spec in enumerate(config.disks):
+            disk = open_disk(spec)
+            add(f"blk{number}", VirtioBlock(disk, fdops.punch_hole))
+            if disk.engine == "mmap" and not config.allow_mapped_io:
+                raise UsageError(
+                    f"--disk {spec}: io=mmap maps guest memory into pyvmm, which nothing else here "
+                    "does; use io=fd2fd or io=pread, or add --allow-mapped-io to measure it"
+                )
+    if config.nets:
+        from vmm.devices.virtio.net_backend import open_net
+
+        for number, spec in enumerate(config.nets):
+            add(f"net{number}", open_net(spec))
+    if config.vsock is not None:
+        from vmm.devices.virtio.vsock import open_vsock
+
+        add("vsock", open_vsock(config.vsock))
+    if config.consoles:
+        from vmm.devices.virtio.console_backend import open_console
+
+        add("console", open_console(config.consoles))
+    if config.rng:
+        from vmm.devices.virtio.rng import VirtioRng
+
+        add("rng", VirtioRng())
+    if config.balloon is not None:
+        from vmm.devices.virtio.balloon_control import open_balloon
+
+        add("balloon", open_balloon(config.balloon, config.memory))
+    if len(devices) > MOST_DEVICES:
+        raise UsageError(
+            f"{len(devices)} virtio devices are asked for; PCI bus 0 has slots for {MOST_DEVICES}, "
+            "use fewer --disk and --net"
+        )
+    return devices

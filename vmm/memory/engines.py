@@ -1,0 +1,167 @@
+"""Data-path engines: how a device's bytes get from its file to guest memory, and back.
+
+One protocol, chosen for each disk. They differ in who copies: `pread` the kernel, twice, through a
+buffer of ours; `fd2fd` the kernel, once, user space sees nothing; `mmap` the processor in user
+space, between two mappings. `auto` is fd2fd from 64 KiB up and pread below, whichever is quicker.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import Any, Protocol
+
+from kvm_bindings import fdops, floors
+from vmm.core.errors import HostError
+from vmm.memory import transfer
+from vmm.memory.backing import Backing
+
+
+class Engine(Protocol):
+    """Moves bytes between a file and guest memory; both calls return how many, short only at the
+    file's end, and raise OSError as the system calls do."""
+
+    name: str
+    bytes_by: dict[str, int]
+    """How many bytes went which way, for the report."""
+
+    @property
+    def fallbacks(self) -> int:
+        """Transfers that could not go the engine's own way."""
+        ...
+
+    def transfer_in(self, src_fd: int, src_offset: int, offset: int, size: int) -> int: ...
+
+    def transfer_out(self, offset: int, size: int, dst_fd: int, dst_offset: int) -> int: ...
+
+    def as_dict(self) -> dict[str, Any]: ...
+
+    def close(self) -> None: ...
+
+
+def make_engine(name: str, side: Backing) -> Engine:
+    """The engine of that name (one of transfer.ENGINES) for this shared side.
+
+    Raises HostError for all but `auto` where the side's fd has no pread and pwrite.
+    """
+    if side.access != "pread/pwrite":
+        if name == "auto":
+            return BackingsOwnEngine(side)
+        raise HostError(
+            f"io={name} needs pread and pwrite on the fd of shared memory, {side.name} has "
+            f"{side.access}; leave io= away"
+        )
+    if name == "mmap":
+        return MappedEngine(side)
+    return CopyingEngine(name, side)
+
+
+def _as_dict(engine: Engine) -> dict[str, Any]:
+    """For the report."""
+    return {"name": engine.name, "bytes": dict(engine.bytes_by), "fallbacks": engine.fallbacks}
+
+
+class CopyingEngine:
+    """`auto`, `pread` and `fd2fd`: system calls on the two fds."""
+
+    def __init__(self, name: str, side: Backing) -> None:
+        self.name = name
+        self._side = side
+        self._copier = transfer.FdCopier(
+            splice_from={"auto": transfer.SPLICE_FROM, "pread": None, "fd2fd": 0}[name]
+        )
+        self.bytes_by = self._copier.bytes_by
+
+    @property
+    def fallbacks(self) -> int:
+        return self._copier.fallbacks
+
+    def transfer_in(self, src_fd: int, src_offset: int, offset: int, size: int) -> int:
+        return self._copier.copy(src_fd, src_offset, self._side.fd, offset, size)
+
+    def transfer_out(self, offset: int, size: int, dst_fd: int, dst_offset: int) -> int:
+        return self._copier.copy(self._side.fd, offset, dst_fd, dst_offset, size)
+
+    def as_dict(self) -> dict[str, Any]:
+        return _as_dict(self)
+
+    def close(self) -> None:
+        """It holds nothing but the thread's pipe and buffer."""
+
+
+class BackingsOwnEngine:
+    """`auto` where shared memory's fd has no pread: whatever the backing offers in its place."""
+
+    name = "auto"
+    fallbacks = 0
+
+    def __init__(self, side: Backing) -> None:
+        self._side = side
+        self.bytes_by = {side.access: 0}
+
+    def transfer_in(self, src_fd: int, src_offset: int, offset: int, size: int) -> int:
+        return self._count(self._side.transfer_in(src_fd, src_offset, offset, size))
+
+    def transfer_out(self, offset: int, size: int, dst_fd: int, dst_offset: int) -> int:
+        return self._count(self._side.transfer_out(offset, size, dst_fd, dst_offset))
+
+    def _count(self, moved: int) -> int:
+        self.bytes_by[self._side.access] += moved
+        return moved
+
+    def as_dict(self) -> dict[str, Any]:
+        return _as_dict(self)
+
+    def close(self) -> None:
+        """The backing is its owner's."""
+
+
+class MappedEngine:
+    """`mmap`: both files mapped, memcpy between them. The comparator that all others are measured
+    against, and the one place that reads and writes guest memory through a mapping.
+
+    Mappings of its own: KVM's stay untouched. A disk that another process cuts short while bytes
+    are copied is a SIGBUS; before every copy its size is looked at, which is what can be done.
+    """
+
+    name = "mmap"
+
+    def __init__(self, side: Backing) -> None:
+        self._side = side
+        self._memory = fdops.map_shared(side.fd, side.size)
+        self._disks: dict[int, tuple[int, int]] = {}
+        self.bytes_by: dict[str, int] = {"memcpy": 0}
+        self.fallbacks = 0
+
+    def transfer_in(self, src_fd: int, src_offset: int, offset: int, size: int) -> int:
+        address, size = self._disk(src_fd, src_offset, size, writable=False)
+        return self._copy(self._memory + offset, address, size)
+
+    def transfer_out(self, offset: int, size: int, dst_fd: int, dst_offset: int) -> int:
+        address, room = self._disk(dst_fd, dst_offset, size, writable=True)
+        if room < size:
+            raise OSError(errno.ENOSPC, f"the file ends before {dst_offset + size:#x}")
+        return self._copy(address, self._memory + offset, size)
+
+    def _copy(self, target: int, source: int, size: int) -> int:
+        floors.copy_memory(target, source, size)
+        self.bytes_by["memcpy"] += size
+        return size
+
+    def _disk(self, fd: int, offset: int, size: int, *, writable: bool) -> tuple[int, int]:
+        """Where the disk's `offset` is mapped, and how many of `size` bytes there are."""
+        end = os.lseek(fd, 0, os.SEEK_END)
+        mapped = self._disks.get(fd)
+        if mapped is None:
+            protection = fdops.PROT_READ | (fdops.PROT_WRITE if writable else 0)
+            mapped = fdops.map_shared(fd, end, protection=protection), end
+            self._disks[fd] = mapped
+        return mapped[0] + offset, max(0, min(size, min(end, mapped[1]) - offset))
+
+    def as_dict(self) -> dict[str, Any]:
+        return _as_dict(self)
+
+    def close(self) -> None:
+        for address, size in [(self._memory, self._side.size), *self._disks.values()]:
+            fdops.unmap(address, size)
+        self._disks.clear()

@@ -1,0 +1,205 @@
+"""What a trace says, in numbers: JSON-ready, and the source of every view."""
+
+from __future__ import annotations
+
+import errno
+from typing import Any
+
+from vmm.trace.arrays import Booleans, Integers, np
+from vmm.trace.layout import DECISIONS, HOST, KIND_NAMES, NO_ANSWER, Kind
+from vmm.trace.reader import Trace
+from vmm.trace.states import BytesOverTime, bytes_over_time, initial_states, state_rows
+
+_CHUNK = 1 << 20
+_PORT_EXIT = "io"
+_PORTS = 1 << 16
+_MOST_PORTS = 12
+_DENY, _PARTIAL, _NONE = (DECISIONS.index(word) for word in ("deny", "partial", "none"))
+_IO_KINDS = (Kind.IO_IN, Kind.IO_OUT, Kind.IO_REFUSED)
+
+
+def summarise(trace: Trace) -> dict[str, Any]:
+    """Everything that the report shows; times in ns or, where named `_s`, in seconds.
+
+    Columns are looked at one by one, so that a large trace stays on disk.
+    """
+    kinds = trace["kind"]
+    seconds = duration_ns(trace) / 1e9
+    over_time = bytes_over_time(state_rows(trace), initial_states(trace))
+    return {
+        "path": str(trace.path),
+        "complete": trace.complete,
+        "torn_events": trace.torn,
+        "events": trace.rows,
+        "seconds": round(seconds, 6),
+        "guest": trace.facts.get("guest"),
+        "run": {
+            name: trace.facts.get(name)
+            for name in ("command", "kernel", "cpus", "scheme", "doorbell", "backings", "policies")
+        },
+        "conversions": {
+            KIND_NAMES[kind]: _requests(trace, np.flatnonzero(kinds == kind))
+            for kind in (Kind.SHARE, Kind.UNSHARE)
+        },
+        "refusals": refusals(trace),
+        "memory": _memory(trace, over_time),
+        "bounce_buffer": bounce_buffer(trace),
+        "faults": int(np.count_nonzero(kinds == Kind.FAULT)),
+        "io": _devices(trace),
+        **_exits(trace),
+    }
+
+
+def duration_ns(trace: Trace) -> int:
+    """From the guest's start to the end of the last event."""
+    last = 0
+    for start in range(0, trace.rows, _CHUNK):
+        part = slice(start, start + _CHUNK)
+        last = max(last, int((trace["time_ns"][part] + trace["latency_ns"][part]).max()))
+    return last
+
+
+def latencies(values: Integers) -> dict[str, int]:
+    """Quantiles of latencies in ns."""
+    if not len(values):
+        return {"p50": 0, "p90": 0, "p99": 0, "max": 0, "total": 0}
+    p50, p90, p99 = np.quantile(values, (0.5, 0.9, 0.99), method="inverted_cdf")
+    most, total = int(values.max()), int(values.sum(dtype=np.uint64))
+    return {"p50": int(p50), "p90": int(p90), "p99": int(p99), "max": most, "total": total}
+
+
+def _requests(trace: Trace, rows: Integers) -> dict[str, Any]:
+    """One direction: what was asked, and what came of it."""
+    answer, decision = trace["errno"][rows], trace["decision"][rows]
+    done = answer == 0
+    denied = ~done & ((decision == _DENY) | (answer == NO_ANSWER))
+    partial = ~done & (decision == _PARTIAL)
+    decided = np.bincount(decision, minlength=len(DECISIONS))
+    return {
+        "requests": len(rows),
+        "bytes": int(trace["bytes"][rows][done].sum(dtype=np.uint64)),
+        "denied": int(np.count_nonzero(denied)),
+        "partial": int(np.count_nonzero(partial)),
+        "failed": int(np.count_nonzero(~done & ~denied & ~partial)),
+        "decisions": {
+            word: int(count) for word, count in zip(DECISIONS, decided, strict=False) if count
+        },
+        "latency_ns": latencies(trace["latency_ns"][rows][done]),
+    }
+
+
+def refusals(trace: Trace) -> list[dict[str, Any]]:
+    """Requests and I/O that were refused or failed, like with like, the most frequent first."""
+    rows = np.flatnonzero(
+        (trace["errno"] != 0) & np.isin(trace["kind"], (Kind.SHARE, Kind.UNSHARE, Kind.IO_REFUSED))
+    )
+    columns = [trace[name][rows] for name in ("kind", "decision", "errno", "detail")]
+    keys, first, inverse, counts = np.unique(
+        np.stack(columns, axis=1).astype(np.int64) if len(rows) else np.empty((0, 4), np.int64),
+        axis=0, return_index=True, return_inverse=True, return_counts=True,
+    )  # fmt: skip
+    sizes = trace["bytes"][rows]
+    result = []
+    for index in np.argsort(-counts, kind="stable"):
+        kind, decision, answer, detail = (int(value) for value in keys[index])
+        size = int(sizes[inverse.ravel() == index].sum(dtype=np.float64))
+        result.append(
+            {
+                "kind": KIND_NAMES[Kind(kind)],
+                "from": trace.name(detail & 0xFFFF),
+                "decision": DECISIONS[decision],
+                "errno": errno_name(answer),
+                "count": int(counts[index]),
+                "bytes": size,
+                "first_s": round(int(trace["time_ns"][rows[first[index]]]) / 1e9, 6),
+            }
+        )
+    return result
+
+
+def errno_name(number: int) -> str:
+    """EACCES and the like; what the guest got."""
+    return "no answer" if number == NO_ANSWER else errno.errorcode.get(number, f"errno {number}")
+
+
+def _memory(trace: Trace, over_time: BytesOverTime) -> dict[str, Any]:
+    peak, at = over_time.peak
+    return {
+        "ram_bytes": sum(size for _, size, _ in initial_states(trace)),
+        "changes": len(over_time.end) - 1,
+        "shared_bytes_first": int(over_time.shared[0]),
+        "shared_bytes_last": int(over_time.shared[-1]),
+        "shared_bytes_peak": peak,
+        "shared_peak_s": round(at / 1e9, 6),
+        "shared_bytes_mean": round(over_time.mean_shared(duration_ns(trace))),
+        "deferred_bytes_peak": int(over_time.deferred.max()),
+    }
+
+
+def bounce_buffer(trace: Trace) -> dict[str, int] | None:
+    """Where the guest's swiotlb seems to be: the longest area shared piece after piece of equal
+    size, at least 4 MiB in all. A guess from how Linux asks (2 MiB at a time)."""
+    kind, answer, size = trace["kind"], trace["errno"], trace["bytes"]
+    rows = np.flatnonzero((kind == Kind.SHARE) & (answer == 0) & (size >= 1 << 18))
+    if not len(rows):
+        return None
+    gpa, length = trace["gpa"][rows], size[rows]
+    # A run ends where the next piece isn't the neighbour, or has another size.
+    breaks = (gpa[1:] != gpa[:-1] + length[:-1]) | (length[1:] != length[:-1])
+    runs = np.split(np.arange(len(rows)), np.flatnonzero(breaks) + 1)
+    longest = max(runs, key=lambda run: int(length[run].sum()))
+    total = int(length[longest].sum())
+    if len(longest) < 2 or total < 4 << 20:
+        return None
+    return {"gpa": int(gpa[longest[0]]), "bytes": total, "pieces": len(longest)}
+
+
+def _devices(trace: Trace) -> dict[str, dict[str, Any]]:
+    rows = np.flatnonzero(np.isin(trace["kind"], _IO_KINDS))
+    detail = trace["detail"][rows]
+    result: dict[str, dict[str, Any]] = {}
+    for number in np.unique(detail & 0xFFFF).tolist():
+        mine = rows[(detail & 0xFFFF) == number]
+        kinds, sizes = trace["kind"][mine], trace["bytes"][mine]
+        served = kinds != Kind.IO_REFUSED
+        result[trace.name(number)] = {
+            "requests": int(np.count_nonzero(served)),
+            "to_guest": _moved(kinds == Kind.IO_IN, sizes),
+            "from_guest": _moved(kinds == Kind.IO_OUT, sizes),
+            "stopped": int(np.count_nonzero(~served)),
+            "latency_ns": latencies(trace["latency_ns"][mine][served]),
+        }
+    return result
+
+
+def _moved(which: Booleans, sizes: Integers) -> dict[str, int]:
+    return {
+        "requests": int(np.count_nonzero(which)),
+        "bytes": int(sizes[which].sum(dtype=np.uint64)),
+    }
+
+
+def _exits(trace: Trace) -> dict[str, Any]:
+    """Exits by reason with the time that user space took, by port, and by vCPU."""
+    counts, ports = np.zeros(1 << 16, np.int64), np.zeros(_PORTS, np.int64)
+    spent, by_vcpu = np.zeros(1 << 16), np.zeros(HOST + 1, np.int64)
+    port_exit = trace.names.index(_PORT_EXIT) if _PORT_EXIT in trace.names else -1
+    for start in range(0, trace.rows, _CHUNK):
+        part = slice(start, start + _CHUNK)
+        rows = np.flatnonzero(trace["kind"][part] == Kind.EXIT)
+        reason = trace["detail"][part][rows] & 0xFFFF
+        counts += np.bincount(reason, minlength=len(counts))
+        spent += np.bincount(reason, trace["latency_ns"][part][rows], minlength=len(spent))
+        by_vcpu += np.bincount(trace["vcpu"][part][rows], minlength=len(by_vcpu))
+        port = trace["gpa"][part][rows][reason == port_exit]
+        ports += np.bincount(port[port < _PORTS].astype(np.int64), minlength=_PORTS)
+    reasons = [int(number) for number in np.argsort(-counts, kind="stable") if counts[number]]
+    busiest = [int(port) for port in np.argsort(-ports, kind="stable")[:_MOST_PORTS]]
+    return {
+        "exits": {
+            trace.name(number): {"count": int(counts[number]), "spent_ns": int(spent[number])}
+            for number in reasons
+        },
+        "io_ports": {f"{port:#x}": int(ports[port]) for port in busiest if ports[port]},
+        "vcpus": {str(int(vcpu)): int(by_vcpu[vcpu]) for vcpu in np.flatnonzero(by_vcpu)},
+    }

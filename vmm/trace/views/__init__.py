@@ -1,0 +1,1 @@
+"""What a trace looks like: tables, a page, pictures, and a file for Perfetto."""

@@ -1,0 +1,120 @@
+"""The Trace Event Format (JSON) that ui.perfetto.dev and chrome://tracing open.
+
+One track per vCPU with its exits and, inside them, requests; one per device; counters for the
+bytes shared and deferred.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+from vmm.trace.layout import COLUMNS, DECISIONS, HOST, KIND_NAMES, Kind
+from vmm.trace.reader import Trace
+from vmm.trace.states import bytes_over_time, initial_states, state_rows
+from vmm.trace.summary import errno_name
+
+_CHUNK = 1 << 16
+_PROCESS = 1
+_DEVICES = 1000
+"""Thread ids: vCPUs have their own numbers, devices start here."""
+
+Event = dict[str, Any]
+Row = dict[str, int]
+
+
+def write_chrome(path: str, trace: Trace) -> None:
+    """Write the whole trace, piece by piece. Raises OSError."""
+    with open(path, "w", encoding="utf-8") as file:
+        file.write('{"displayTimeUnit":"ms","traceEvents":[\n')
+        _write(file, _process(trace))
+        for event in _events(trace):
+            file.write(",\n")
+            _write(file, event)
+        file.write("\n]}\n")
+
+
+def _write(file: TextIO, event: Event) -> None:
+    file.write(json.dumps(event, separators=(",", ":")))
+
+
+def _process(trace: Trace) -> Event:
+    name = f"pyvmm {os.path.basename(os.path.normpath(trace.path))}"
+    return {"ph": "M", "name": "process_name", "pid": _PROCESS, "args": {"name": name}}
+
+
+def _events(trace: Trace) -> Iterator[Event]:
+    tracks: dict[int, str] = {}
+    for number, row in enumerate(_rows(trace)):
+        for event in _of_row(trace, number, row):
+            event["pid"] = _PROCESS
+            yield event
+            if event["tid"] not in tracks:
+                tracks[event["tid"]] = _track(trace, row)
+    for thread, name in tracks.items():
+        about = {"pid": _PROCESS, "tid": thread, "args": {"name": name}}
+        yield {"ph": "M", "name": "thread_name", **about}
+    yield from _counters(trace)
+
+
+def _rows(trace: Trace) -> Iterator[Row]:
+    for start in range(0, trace.rows, _CHUNK):
+        part = slice(start, start + _CHUNK)
+        columns = {column.name: trace[column.name][part].tolist() for column in COLUMNS}
+        for cells in zip(*columns.values(), strict=True):
+            yield dict(zip(columns, cells, strict=True))
+
+
+def _track(trace: Trace, row: Row) -> str:
+    if row["kind"] in (Kind.IO_IN, Kind.IO_OUT, Kind.IO_REFUSED):
+        return trace.name(row["detail"] & 0xFFFF)
+    return "host" if row["vcpu"] == HOST else f"vCPU {row['vcpu']}"
+
+
+def _of_row(trace: Trace, number: int, row: Row) -> list[Event]:
+    """Nothing for a change of state, which the counters show."""
+    kind, name = row["kind"], trace.name(row["detail"] & 0xFFFF)
+    word = KIND_NAMES.get(kind, "unknown")
+    begin, span = row["time_ns"] / 1000, row["latency_ns"] / 1000
+    where = {"gpa": f"{row['gpa']:#x}", "bytes": row["bytes"]}
+    if kind in (Kind.SHARE, Kind.UNSHARE):
+        where |= {"decision": DECISIONS[row["decision"]], "doorbell": name}
+        if row["errno"]:
+            where["answer"] = errno_name(row["errno"])
+        return [_complete(word, "conversion", row["vcpu"], begin, span, where)]
+    if kind == Kind.EXIT:
+        address = {"address": f"{row['gpa']:#x}"}
+        return [_complete(name, "exit", row["vcpu"], begin, span, address)]
+    if kind == Kind.FAULT:
+        return [_complete(f"fault ({name})", "fault", row["vcpu"], begin, span, where)]
+    if kind in (Kind.IO_IN, Kind.IO_OUT):
+        # Requests of a queue overlap, which complete events of one track must not.
+        both = {"cat": "io", "name": word, "id": number, "tid": _DEVICES + (row["detail"] & 0xFFFF)}
+        return [
+            {"ph": "b", **both, "ts": begin, "args": where},
+            {"ph": "e", **both, "ts": begin + span},
+        ]
+    if kind == Kind.IO_REFUSED:
+        thread = _DEVICES + (row["detail"] & 0xFFFF)
+        return [{"ph": "i", "s": "t", "cat": "io", "name": "stopped", "tid": thread, "ts": begin}]
+    return []
+
+
+def _complete(
+    name: str, category: str, thread: int, begin: float, span: float, about: dict[str, Any]
+) -> Event:
+    return {
+        "ph": "X", "name": name, "cat": category, "tid": thread,
+        "ts": begin, "dur": span, "args": about,
+    }  # fmt: skip
+
+
+def _counters(trace: Trace) -> Iterator[Event]:
+    over_time = bytes_over_time(state_rows(trace), initial_states(trace))
+    columns = (over_time.end, over_time.shared, over_time.deferred)
+    for at, shared, deferred in zip(*(column.tolist() for column in columns), strict=True):
+        args = {"shared": shared, "deferred": deferred}
+        about = {"pid": _PROCESS, "tid": 0, "name": "bytes"}
+        yield {"ph": "C", **about, "ts": at / 1000, "args": args}
