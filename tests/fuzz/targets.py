@@ -29,7 +29,7 @@ from vmm.boot import decompress
 from vmm.boot.errors import ImageError
 from vmm.boot.kernel import load_kernel_image
 from vmm.core.ranges import PAGE_SIZE, Range
-from vmm.devices.bus import PortBus
+from vmm.devices.bus import MemoryBus, PortBus
 from vmm.exits.handlers import ExitHandlers
 from vmm.exits.outcome import Outcome
 from vmm.memory.guest_memory import PageState
@@ -59,7 +59,7 @@ class Guest:
         self.outcomes: list[Outcome] = []
         self.doorbell = PortDoorbell(2)
         self.handlers = ExitHandlers(
-            PortBus(), MsrTable(c_bit=True), self.rig.memory, self.rig.converter, self.doorbell,
+            PortBus(), MemoryBus(), MsrTable(c_bit=True), self.rig.memory, self.rig.converter, self.doorbell,
             self.outcomes.append,
         )  # fmt: skip
         self.vcpus = [FakeVcpu(index=0), FakeVcpu(index=1)]
