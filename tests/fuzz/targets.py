@@ -59,7 +59,8 @@ class Guest:
         self.outcomes: list[Outcome] = []
         self.doorbell = PortDoorbell(2)
         self.handlers = ExitHandlers(
-            PortBus(), MemoryBus(), MsrTable(c_bit=True), self.rig.memory, self.rig.converter, self.doorbell,
+            PortBus(), MemoryBus(), MsrTable(c_bit=True), self.rig.memory,
+            self.rig.converter, self.doorbell,
             self.outcomes.append,
         )  # fmt: skip
         self.vcpus = [FakeVcpu(index=0), FakeVcpu(index=1)]
