@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
@@ -64,10 +65,13 @@ class Hooks:
         if not hooks:
             return _ALLOW
         result: Decision = _ALLOW
+        patience = math.inf
         for hook in hooks:
             event = Event(kind, area, vcpu, doorbell)
             decision = self._ask(hook, event, view)
-            if decision.__class__ is Allow:
+            if isinstance(decision, Allow):
+                if decision.patience is not None:
+                    patience = min(patience, decision.patience)
                 continue
             if isinstance(decision, (Deny, Kill)):
                 self.decided_by = type(_policy_of(hook)).__name__
@@ -79,6 +83,8 @@ class Hooks:
                 continue
             result = decision
             self.decided_by = type(_policy_of(hook)).__name__
+        if patience < math.inf and result.__class__ is Allow:
+            return Allow(patience)
         return result
 
     def watcher(self, view: View, device: str) -> Callable[[Range, bool, str | None], None] | None:
