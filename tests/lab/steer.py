@@ -1,0 +1,86 @@
+"""Runs inside a lab machine: boots a guest with --control, and steers it.
+
+    python steer.py POLICIES.PY KERNEL INITRD
+
+A line of JSON with what was seen goes to stdout; the test judges it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+PYVMM = [sys.executable, "-sP", "/lab/project/pyvmm"]
+READING = (
+    "while :; do dd if=/dev/vda of=/dev/null bs=64k 2>/dev/null; "
+    "echo 1 >/proc/sys/vm/drop_caches; done &"
+)
+LOOKS = 10
+
+
+def main(console_file: str, kernel: str, initrd: str) -> None:
+    spec = importlib.util.spec_from_file_location("policies", console_file)
+    assert spec is not None and spec.loader is not None
+    policies = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(policies)
+    folder = Path(tempfile.mkdtemp())
+    (folder / "disk").write_bytes(os.urandom(4 << 20))
+    path = folder / "control"
+
+    def ask(*words: str) -> dict[str, Any]:
+        done = subprocess.run([*PYVMM, "ctl", str(path), *words], capture_output=True, check=False)
+        answer: dict[str, Any] = json.loads(done.stdout)
+        return answer | {"exit": done.returncode}
+
+    console = policies.Console(
+        [*PYVMM, "--kernel", kernel, "--initrd", initrd, "--append", "quiet", "--private-mem",
+         "--disk", str(folder / "disk"), "--control", str(path), "--policy",
+         "vmm.policy.builtin:Quota", "--policy-arg", "limit=80M"], folder / "stderr",
+    )  # fmt: skip
+    seen: dict[str, Any] = {"booted": console.expect_prompt(policies.BOOT_LIMIT) is not None}
+    console.type(READING)
+    console.expect_prompt(policies.COMMAND_LIMIT)
+    seen["pause"] = ask("pause")
+    seen["paused"] = [ask("dump-state") for _ in range(LOOKS)]
+    seen["resume"] = ask("resume")
+    seen["going"] = [ask("dump-state")]
+    while len(seen["going"]) < 100:
+        if (
+            seen["going"][-1]["io"]["blk0"]["requests"]
+            > seen["paused"][-1]["io"]["blk0"]["requests"]
+        ):
+            break
+        seen["going"].append(ask("dump-state"))
+
+    start, size, _ = max(
+        (run for run in seen["paused"][0]["pages"] if run[2] == "shared"), key=lambda run: run[1]
+    )
+    last = start + size - 4096  # of the bounce buffer, which is used from its start
+    seen["last"] = last
+    for name, words in (
+        ("unshare", ("unshare", hex(last), "4096")),
+        ("share", ("share", hex(last), "4096")),
+        ("too much", ("share", "0x1000000", str(32 << 20))),
+        ("nowhere", ("share", hex(1 << 40), "4096")),
+    ):
+        seen[name] = ask("convert", *words)
+        seen[f"after {name}"] = ask("dump-state")
+    console.process.send_signal(signal.SIGUSR1)
+    console.type("echo $((6 * 7))")
+    seen["alive"] = console.expect_prompt(policies.COMMAND_LIMIT)
+    seen["quit"] = ask("quit")
+    seen["status"] = console.end()
+    seen["left"] = path.exists()
+    seen["stderr"] = (folder / "stderr").read_text()
+    print(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
