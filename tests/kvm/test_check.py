@@ -82,7 +82,24 @@ def test_guest_memfd_kinds_are_told_apart(
     assert found["guest_memfd"]["data"]["guest_faults"] == "userspace_addr"
 
 
-def test_payload_that_can_run_does_so_with_the_backing_named(
+def test_memory_fault_is_provoked_and_answered(
+    found: dict[str, dict[str, Any]], guest_memfd_flags: int
+) -> None:
+    assert found["memory_faults"]["status"] == "yes"
+    assert "exited with GPA 0x200000" in found["memory_faults"]["evidence"]
+
+
+def test_memfds_are_tried_with_a_guest(found: dict[str, dict[str, Any]]) -> None:
+    sealed, secret = found["memfd_sealed"], found["memfd_secret"]
+    assert sealed["status"] == "yes"
+    assert sealed["data"]["truncate"] == "EPERM"
+    assert secret["status"] == "no"
+    if secret["result"] != "none here":  # KVM can't pin its pages
+        assert "KVM_RUN" in secret["evidence"] and "EFAULT" in secret["evidence"]
+    assert found["memfd_hugetlb"]["result"] in ("works", "none here")
+
+
+def test_payload_that_can_run_does_so_with_scheme_and_backing_named(
     checked: tuple[int, dict[str, Any]], tmp_path: Path
 ) -> None:
     job = checked[1]["jobs"]["payload_private"]
@@ -93,7 +110,10 @@ def test_payload_that_can_run_does_so_with_the_backing_named(
     done = command.run("--private-mem", "--mem", "16M", "--report", str(report))
 
     assert done.returncode == 0
-    assert json.loads(report.read_text())["backings"]["private"] == job["backing"]
+    content = json.loads(report.read_text())
+    assert content["backings"]["private"] == job["backing"]
+    assert content["scheme"] == job["scheme"]
+    assert content["schemes_not_taken"] == job["schemes_not_taken"]
 
 
 def test_kernel_whose_hypercalls_do_not_work_is_pointed_to_check(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 from collections.abc import Iterator, Mapping
 from typing import Any, Self, cast
 
-from kvm_bindings import KvmError, System
+from kvm_bindings import GuestMemfd, KvmError, System
 from kvm_bindings.exits import Exit, InterruptedExit, IoExit
 
 DONE = IoExit(0x10, 1, 1, True, b"\0")
@@ -56,7 +57,9 @@ class FakeVm:
     def create_vcpu(self, vcpu_id: int) -> FakeVcpu:
         return FakeVcpu(self._host.exits, self._host.ring)
 
-    def create_guest_memfd(self, size: int, flags: int) -> Any:
+    def create_guest_memfd(self, size: int, flags: int = 0) -> Any:
+        if self._host.guest_memfds:
+            return GuestMemfd(os.memfd_create("stands in for a guest_memfd"), size, flags)
         raise KvmError("KVM_CREATE_GUEST_MEMFD", errno.EINVAL, f"{size=:#x}, {flags=:#x}")
 
     def coalesce_port_writes(self, port: int, size: int) -> bool:
@@ -65,7 +68,8 @@ class FakeVm:
     def ignore(self, *arguments: object, **named: object) -> None:
         """Accepted."""
 
-    create_irqchip = set_user_memory_region = enable_cap = ioeventfd = irqfd = ignore
+    create_irqchip = set_user_memory_region = set_user_memory_region2 = ignore
+    enable_cap = ioeventfd = irqfd = ignore
     set_memory_attributes = close = ignore
 
     def __enter__(self) -> Self:
@@ -85,6 +89,7 @@ class FakeHost:
         self.capabilities = dict(capabilities or {})
         self.cpuid: list[tuple[int, ...]] = [AMD, FORTY_BITS, KVM_LEAF]
         self.vm_types = {0}
+        self.guest_memfds = False
         self.closed_vms = 0
         self.closed = 0
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from kvm_bindings import KvmError, System
 from vmm.core.errors import HostError
 from vmm.machine.host import missing_basics, open_kvm
-from vmm.machine.probes import cpu, events, memory
+from vmm.machine.probes import attributes, cpu, events, files, memory
 from vmm.machine.probes.finding import Finding, broken, no, unknown, yes
 from vmm.machine.schemes import Wanted, choose
 
@@ -105,15 +105,34 @@ CAPABILITIES = (
         _MEMFD_SERVES,
     ),
     Capability(
+        "memfd_sealed", "memfd, sealed", files.sealed_memfd,
+        "--private-mem=memfd-sealed: nobody can truncate it", "--private-mem=memfd",
+    ),
+    Capability(
+        "memfd_hugetlb", "memfd, huge pages", files.hugetlb_memfd,
+        "--private-mem=memfd-hugetlb: fewer faults",
+        "set some aside in /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages; "
+        "--private-mem=memfd needs none",
+    ),
+    Capability(
+        "memfd_secret", "memfd_secret", files.secret_memfd,
+        "nothing yet: KVM would have to map it", "nothing: no backing is made of it",
+    ),
+    Capability(
         "vm_types", "VM types", memory.vm_types, "VMs that have memory attributes",
         "needs a kernel with CONFIG_KVM_SW_PROTECTED_VM, or TDX or SNP; --scheme cbit needs none",
     ),
     Capability(
-        "memory_attributes", "memory attributes", memory.memory_attributes, _ATTRIBUTES,
+        "memory_attributes", "memory attributes", attributes.memory_attributes, _ATTRIBUTES,
         "needs CONFIG_KVM_SW_PROTECTED_VM; --scheme cbit needs none",
     ),
     Capability(
-        "memory_faults", "memory-fault exits", memory.memory_faults, "implicit conversions",
+        "in_place", "in-place conversion", attributes.in_place,
+        "--scheme in-place: pages keep their place in one guest_memfd",
+        "no kernel has it yet; --scheme attributes or cbit",
+    ),
+    Capability(
+        "memory_faults", "memory-fault exits", attributes.memory_faults, "implicit conversions",
         "Linux 6.8 or later has it; --scheme cbit needs none",
     ),
     Capability(

@@ -14,12 +14,14 @@ from kvm_bindings.exits import (
     InternalErrorExit,
     InterruptedExit,
     IoExit,
+    MemoryFaultExit,
     RdmsrExit,
     ShutdownExit,
 )
 from tests.support.fake_host import DONE, FakeHost, FakeVm
 from vmm.core.errors import HostError
-from vmm.machine.probes import cpu, events, memory
+from vmm.machine.probes import attributes, cpu, events, files, memory
+from vmm.machine.probes.finding import Finding
 from vmm.machine.probes.hypercall import hypercall_behaviour
 from vmm.machine.probes.micro_guest import MicroGuest
 
@@ -175,12 +177,97 @@ def test_vm_types_are_those_that_can_be_created() -> None:
     assert memory.vm_types(host.as_system()).result == "default, sw-protected"
 
 
-def test_attributes_are_looked_for_on_every_vm_type() -> None:
-    host = FakeHost(capabilities={ioctls.KVM_CAP_MEMORY_ATTRIBUTES: 8})
+def word(value: int) -> IoExit:
+    """A micro-guest says what it has read."""
+    return IoExit(0x10, 4, 1, True, value.to_bytes(4, "little"))
 
-    assert memory.memory_attributes(host.as_system()).status == "yes"
-    host.capabilities = {ioctls.KVM_CAP_MEMORY_ATTRIBUTES: 0}
-    assert memory.memory_attributes(host.as_system()).status == "no"
+
+FILES_WORD, GUEST_WORD = 0x4452_4853, 0x5453_4547
+
+
+def attributes_of(*exits: Exit) -> Finding:
+    host = FakeHost(*exits, capabilities={ioctls.KVM_CAP_MEMORY_ATTRIBUTES: 8})
+    host.vm_types = {0, 1}
+    host.guest_memfds = True
+    return attributes.memory_attributes(host.as_system())
+
+
+def test_attributes_that_pick_the_side_work() -> None:
+    finding = attributes_of(word(FILES_WORD), word(0), word(GUEST_WORD))
+
+    assert (finding.status, finding.result) == ("yes", "on default VMs")
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize(
+    ("exits", "result"),
+    [
+        ([word(FILES_WORD), word(FILES_WORD), word(GUEST_WORD)], "sides mix"),
+        ([word(FILES_WORD), word(0), word(0)], "sides mix"),
+        ([word(FILES_WORD), MemoryFaultExit(8, 0x20_0000, 4096, errno.EFAULT)], "faults"),
+        ([], "faults"),
+    ],
+)
+def test_attributes_that_do_not_are_broken(exits: list[Exit], result: str) -> None:
+    finding = attributes_of(*exits)
+
+    assert (finding.status, finding.result) == ("broken", result)
+
+
+def test_attributes_that_no_vm_type_has_are_missing() -> None:
+    host = FakeHost(capabilities={ioctls.KVM_CAP_MEMORY_ATTRIBUTES: 0})
+    host.vm_types = {0, 1}
+
+    finding = attributes.memory_attributes(host.as_system())
+
+    assert finding.status == "no"
+    assert "on a sw-protected VM" in finding.evidence
+
+
+FAULT = MemoryFaultExit(0, 0x20_0000, 4096, errno.EFAULT)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize(
+    ("exits", "status", "result"),
+    [
+        ([FAULT, DONE], "yes", "exit, and go on"),
+        ([FAULT, FAULT], "broken", "can't be answered"),
+        ([DONE], "broken", "don't exit"),
+        ([], "broken", "don't exit"),
+    ],
+)
+def test_memory_fault_must_exit_and_be_answerable(
+    exits: list[Exit], status: str, result: str
+) -> None:
+    host = FakeHost(*exits)
+    host.guest_memfds = True
+
+    finding = attributes.memory_faults(host.as_system())
+
+    assert (finding.status, finding.result) == (status, result)
+
+
+def test_memory_fault_that_nothing_can_provoke_is_unknown() -> None:
+    assert attributes.memory_faults(FakeHost().as_system()).status == "unknown"
+    host = FakeHost(capabilities={ioctls.KVM_CAP_MEMORY_FAULT_INFO: 0})
+    assert attributes.memory_faults(host.as_system()).status == "no"
+
+
+def test_in_place_conversion_that_no_vm_type_has_is_missing() -> None:
+    finding = attributes.in_place(FakeHost().as_system())
+
+    assert finding.status == "no"
+    assert "KVM_CREATE_VM(type=1) failed: EINVAL" in finding.evidence
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize(
+    ("exits", "status"),
+    [([word(0), word(0)], "yes"), ([word(0), word(1)], "broken"), ([], "broken")],
+)
+def test_file_behind_a_memslot_must_serve_and_be_emptied(exits: list[Exit], status: str) -> None:
+    assert files.sealed_memfd(FakeHost(*exits).as_system()).status == status
 
 
 @pytest.mark.parametrize("flags", [0, 1, 2, 3])

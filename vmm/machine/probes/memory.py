@@ -1,4 +1,4 @@
-"""What stands behind guest memory: VM types, attributes, memslots, guest_memfd and its flags."""
+"""What stands behind guest memory: VM types, memslots, guest_memfd and its flags."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from kvm_bindings import KvmError, System, fdops, ioctls
 from kvm_bindings.exits import Exit, IoExit
 from vmm.machine.probes.cpu import is_done, seen
-from vmm.machine.probes.finding import Finding, broken, no, unknown, yes
+from vmm.machine.probes.finding import Finding, broken, no, yes
 from vmm.machine.probes.micro_guest import (
     AREA_GPA,
     AREA_SIZE,
@@ -32,8 +32,8 @@ FLAG_NAMES = {
 }
 
 # mov rax, [rdi+8]; mov [rdi+8], rsi; out 0x10, eax; and again
-_EXCHANGE = b"\x48\x8b\x47\x08\x48\x89\x77\x08\xe7\x10\xeb\xf4"
-_WORD_AT = 8
+EXCHANGE = b"\x48\x8b\x47\x08\x48\x89\x77\x08\xe7\x10\xeb\xf4"
+WORD_AT = 8
 _GUEST_WORD, _MARKER, _HOST_WORD = 0x5453_4547, 0x444D_454D, 0x5453_4F48
 
 
@@ -57,37 +57,6 @@ def vm_types(system: System) -> Finding:
     return yes(", ".join(made), evidence, types=made)
 
 
-def memory_attributes(system: System) -> Finding:
-    """Whether a VM type has KVM_SET_MEMORY_ATTRIBUTES, which then works."""
-    words = []
-    for number, name in VM_TYPES.items():
-        try:
-            vm = system.create_vm(number)
-        except KvmError:
-            continue
-        with vm, ExitStack() as opened:
-            offered = vm.check_extension(ioctls.KVM_CAP_MEMORY_ATTRIBUTES)
-            words.append(f"KVM_CAP_MEMORY_ATTRIBUTES = {offered:#x} on a {name} VM")
-            if offered & ioctls.KVM_MEMORY_ATTRIBUTE_PRIVATE:
-                memory = mapped(opened, memory_file(opened, AREA_SIZE), AREA_SIZE)
-                vm.set_user_memory_region(0, 0, AREA_SIZE, memory)
-                for attributes in (ioctls.KVM_MEMORY_ATTRIBUTE_PRIVATE, 0):
-                    vm.set_memory_attributes(0, AREA_SIZE, attributes)
-                words[-1] += ", set and cleared"
-                return yes(f"on {name} VMs", "; ".join(words), vm_type=number)
-    return no("none", "; ".join(words) or "no VM can be created")
-
-
-def memory_faults(system: System) -> Finding:
-    """KVM_EXIT_MEMORY_FAULT: KVM's word only, as nothing but attributes can provoke it."""
-    with system.create_vm() as vm:
-        offered = vm.check_extension(ioctls.KVM_CAP_MEMORY_FAULT_INFO)
-    evidence = f"KVM_CAP_MEMORY_FAULT_INFO = {offered}"
-    if not offered:
-        return no("not offered", evidence)
-    return unknown(f"{evidence}: KVM's word alone", "offered, not tried", capability=offered)
-
-
 def memslots(system: System) -> Finding:
     """How many memslots a VM takes, the last of them tried."""
     with system.create_vm() as vm, ExitStack() as opened:
@@ -102,7 +71,7 @@ def guest_memfd(system: System, flags: int) -> Finding:
     registers = {"rdi": AREA_GPA, "rsi": _GUEST_WORD}
     with (
         ExitStack() as opened,
-        MicroGuest(system, _EXCHANGE, "user", registers=registers) as guest,
+        MicroGuest(system, EXCHANGE, "user", registers=registers) as guest,
     ):
         offered = guest.vm.check_extension(ioctls.KVM_CAP_GUEST_MEMFD_FLAGS)
         word = f"KVM_CAP_GUEST_MEMFD_FLAGS = {offered:#x}"
@@ -124,7 +93,7 @@ class _Examination:
         # What the slot's userspace_addr shows is never the guest_memfd: so the guest's first
         # read tells who serves it.
         self._other = memory_file(opened, AREA_SIZE)
-        os.pwrite(self._other, _MARKER.to_bytes(8, "little"), _WORD_AT)
+        os.pwrite(self._other, _MARKER.to_bytes(8, "little"), WORD_AT)
         hva = mapped(opened, self._other, AREA_SIZE)
         guest.vm.set_user_memory_region2(1, AREA_GPA, AREA_SIZE, hva, fd, 0)
         self._scratch = memory_file(opened, AREA_SIZE)
@@ -136,10 +105,10 @@ class _Examination:
             return broken("faults", evidence, created=True, guest_faults="fail")
         served = "userspace_addr" if _value(first) == _MARKER else "guest_memfd"
         mapping = self._mapping()
-        pread = _outcome(lambda: os.pread(self._fd, 8, 0))
+        pread = outcome(lambda: os.pread(self._fd, 8, 0))
         read, write = self._host_access(mapping)
         before = self._pages()
-        punched = _outcome(lambda: fdops.punch_hole(self._fd, 0, AREA_SIZE))
+        punched = outcome(lambda: fdops.punch_hole(self._fd, 0, AREA_SIZE))
         resident = self._pages()
         after = self._guest.run()
         emptied = is_done(after) and _value(after) == 0
@@ -184,13 +153,13 @@ class _Examination:
         EFAULT stands for SIGBUS."""
         if isinstance(mapping, str):
             return "no mapping", "no mapping"
-        read = _outcome(lambda: fdops.pwrite_from_address(self._scratch, mapping, 16, 0))
-        if read == "works" and os.pread(self._scratch, 8, _WORD_AT) != _GUEST_WORD.to_bytes(
+        read = outcome(lambda: fdops.pwrite_from_address(self._scratch, mapping, 16, 0))
+        if read == "works" and os.pread(self._scratch, 8, WORD_AT) != _GUEST_WORD.to_bytes(
             8, "little"
         ):
             read = "shows other bytes"
         os.pwrite(self._scratch, _HOST_WORD.to_bytes(8, "little"), 0)
-        write = _outcome(lambda: fdops.pread_to_address(self._scratch, mapping, 8, 0))
+        write = outcome(lambda: fdops.pread_to_address(self._scratch, mapping, 8, 0))
         return read, write
 
     def _pages(self) -> int | None:
@@ -205,7 +174,7 @@ def _value(exit: Exit) -> int:
     return int.from_bytes(exit.data, "little") if isinstance(exit, IoExit) else -1
 
 
-def _outcome(attempt: Callable[[], object]) -> str:
+def outcome(attempt: Callable[[], object]) -> str:
     """Either "works", or the errno's name."""
     try:
         attempt()

@@ -49,6 +49,7 @@ class MicroGuest:
         c_mask: int = 0,
         irqchip: bool = False,
         registers: Mapping[str, int] | None = None,
+        vm_type: int = 0,
         seconds: float = WATCHDOG_SECONDS,
     ) -> None:
         self._seconds = seconds
@@ -56,7 +57,7 @@ class MicroGuest:
         with ExitStack() as opened:
             self.memfd = memory_file(opened, RAM_SIZE)
             hva = mapped(opened, self.memfd, RAM_SIZE)
-            self.vm = opened.enter_context(system.create_vm())
+            self.vm = opened.enter_context(system.create_vm(vm_type))
             if irqchip:
                 self.vm.create_irqchip()
             self.vm.set_user_memory_region(0, 0, RAM_SIZE, hva)
