@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -34,10 +35,17 @@ def main(console_file: str, kernel: str, initrd: str) -> None:
     (folder / "disk").write_bytes(os.urandom(4 << 20))
     path = folder / "control"
 
-    def ask(*words: str) -> dict[str, Any]:
+    def ask(command: str, **more: object) -> dict[str, Any]:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.settimeout(policies.COMMAND_LIMIT)
+            connection.connect(str(path))
+            connection.sendall(json.dumps({"command": command, **more}).encode() + b"\n")
+            answer: dict[str, Any] = json.loads(connection.makefile("rb").readline())
+            return answer
+
+    def ctl(*words: str) -> dict[str, Any]:
         done = subprocess.run([*PYVMM, "ctl", str(path), *words], capture_output=True, check=False)
-        answer: dict[str, Any] = json.loads(done.stdout)
-        return answer | {"exit": done.returncode}
+        return {"exit": done.returncode, "answer": json.loads(done.stdout)}
 
     console = policies.Console(
         [*PYVMM, "--kernel", kernel, "--initrd", initrd, "--append", "quiet", "--private-mem",
@@ -64,18 +72,19 @@ def main(console_file: str, kernel: str, initrd: str) -> None:
     )
     last = start + size - 4096  # of the bounce buffer, which is used from its start
     seen["last"] = last
-    for name, words in (
-        ("unshare", ("unshare", hex(last), "4096")),
-        ("share", ("share", hex(last), "4096")),
-        ("too much", ("share", "0x1000000", str(32 << 20))),
-        ("nowhere", ("share", hex(1 << 40), "4096")),
+    for name, kind, gpa, size in (
+        ("unshare", "unshare", last, 4096),
+        ("share", "share", hex(last), 4096),
+        ("too much", "share", 16 << 20, 32 << 20),
+        ("nowhere", "share", 1 << 40, 4096),
     ):
-        seen[name] = ask("convert", *words)
+        seen[name] = ask("convert", kind=kind, gpa=gpa, size=size)
         seen[f"after {name}"] = ask("dump-state")
+    seen["by ctl"] = ctl("convert", "share", hex(last), "0x1000")
     console.process.send_signal(signal.SIGUSR1)
     console.type("echo $((6 * 7))")
     seen["alive"] = console.expect_prompt(policies.COMMAND_LIMIT)
-    seen["quit"] = ask("quit")
+    seen["quit"] = ctl("quit")
     seen["status"] = console.end()
     seen["left"] = path.exists()
     seen["stderr"] = (folder / "stderr").read_text()

@@ -94,13 +94,13 @@ def test_stock_kernel_is_steered_from_outside(lab: Lab, lab_start: Starter) -> N
         (state,) = [state for gpa, size, state in dump["pages"] if gpa <= seen["last"] < gpa + size]
         return str(state)
 
-    assert [seen[name]["exit"] for name in ("unshare", "share", "too much", "nowhere")] == [
-        0, 0, 1, 1,
-    ]  # fmt: skip
+    asked = [seen[name]["ok"] for name in ("unshare", "share", "too much", "nowhere")]
+    assert asked == [True, True, False, False]
     assert "EACCES" in seen["too much"]["error"] and "EINVAL" in seen["nowhere"]["error"]
     assert state_of(seen["after unshare"]) == "private"
     assert state_of(seen["after share"]) == "shared"
     assert seen["after too much"]["conversions"]["share"]["denied"] == 1
     assert "42" in seen["alive"]
     assert re.search(r"pyvmm: running for .* shared in .*\npyvmm: \[[.#+]{64}\]", seen["stderr"])
-    assert (seen["quit"]["exit"], seen["status"], seen["left"]) == (0, 0, False)
+    assert seen["by ctl"] == seen["quit"] == {"exit": 0, "answer": {"ok": True}}
+    assert (seen["status"], seen["left"]) == (0, False)
