@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import select
+import signal
 import statistics
 import subprocess
 import sys
@@ -99,7 +100,7 @@ class Console:
         try:
             return self.process.wait(20)
         except subprocess.TimeoutExpired:
-            self.process.terminate()
+            self.process.send_signal(signal.SIGINT)  # SIGTERM would ask the guest first
             return self.process.wait(20)
         finally:
             self.process.stdin.close()
@@ -140,7 +141,7 @@ def run_once(kernel: str, initrd: str, name: str, folder: Path) -> dict[str, Any
         answers["dmesg"] = (console.expect_prompt(COMMAND_LIMIT) or "").partition("\n")[2].strip()
         console.type("poweroff -f")
     else:
-        console.process.terminate()
+        console.process.send_signal(signal.SIGINT)
     status = console.end()
     digest = hashlib.md5(disk.read_bytes(), usedforsecurity=False).hexdigest()
     return {
