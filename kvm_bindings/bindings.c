@@ -50,9 +50,9 @@ static int pyvmm_ioctl_pointer(int fd, unsigned long request, void *argument)
 }
 
 /* A mapping that exists because KVM wants an address for a memslot; it never becomes a Python buffer. */
-static int64_t pyvmm_map(int fd, uint64_t offset, uint64_t size, int protection, int reserve)
+static int64_t pyvmm_map(int fd, uint64_t offset, uint64_t size, int protection, int flags)
 {
-    void *address = mmap(NULL, size, protection, MAP_SHARED | (reserve ? 0 : MAP_NORESERVE), fd, (off_t)offset);
+    void *address = mmap(NULL, size, protection, flags, fd, (off_t)offset);
     return address == MAP_FAILED ? -errno : (int64_t)(uintptr_t)address;
 }
 

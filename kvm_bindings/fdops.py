@@ -16,6 +16,9 @@ from kvm_bindings.errors import KvmError, fail
 PROT_NONE = 0
 PROT_READ = 1
 PROT_WRITE = 2
+MAP_SHARED = 1
+MAP_PRIVATE = 2
+MAP_NORESERVE = 0x4000
 
 FALLOC_FL_KEEP_SIZE = 1
 FALLOC_FL_PUNCH_HOLE = 2
@@ -45,9 +48,18 @@ def map_shared(
 
     `reserve` has the kernel set the pages of a hugetlb file aside now (ENOMEM: too few).
     """
-    address = int(lib.pyvmm_map(fd, offset, size, protection, reserve))
+    return _map(fd, size, offset, protection, MAP_SHARED | (0 if reserve else MAP_NORESERVE))
+
+
+def map_copy_on_write(fd: int, size: int) -> int:
+    """mmap(2) with MAP_PRIVATE: what no guest memory allows, for tests that it doesn't."""
+    return _map(fd, size, 0, PROT_READ | PROT_WRITE, MAP_PRIVATE)
+
+
+def _map(fd: int, size: int, offset: int, protection: int, flags: int) -> int:
+    address = int(lib.pyvmm_map(fd, offset, size, protection, flags))
     if address < 0:
-        fail("mmap", address, f"fd={fd}, offset={offset:#x}, size={size:#x}")
+        fail("mmap", address, f"fd={fd}, offset={offset:#x}, size={size:#x}, {flags=:#x}")
     return address
 
 
@@ -132,6 +144,7 @@ __all__ = [
     "KvmError",
     "cached_pages",
     "fallocate",
+    "map_copy_on_write",
     "map_shared",
     "memfd_secret",
     "pread_to_address",

@@ -32,6 +32,7 @@ class Failures:
     def __init__(self) -> None:
         self._left: int | None = None
         self.happened = False
+        self.where = ""
 
     def arm(self, fail_at: int | None) -> None:
         self._left, self.happened = fail_at, False
@@ -43,7 +44,7 @@ class Failures:
         if self._left:
             self._left -= 1
             return
-        self._left, self.happened = None, True
+        self._left, self.happened, self.where = None, True, what
         raise KvmError(what, INJECTED, "", "injected")
 
     def put_into(self, backing: Backing) -> Backing:
@@ -141,7 +142,8 @@ class World:
             self._expect("answer", answer, refused or -DENIED)
         elif failed:
             self._expect("answer", answer, -INJECTED)
-            reference.failed(request, self._states())
+            applied = self.failures.where == "fallocate"
+            reference.failed(request, self._states(), applied=applied)
         else:
             self._expect("answer", answer, 0)
             if reference.needs_work(request, defer=defer):
@@ -197,6 +199,8 @@ class World:
             word = int.from_bytes(data[number * PAGE_SIZE :][:8], "little")
             if page.shared.word is None:
                 page.shared.word = word
+            if self.reference.in_place:  # it goes through a mapping, which makes the page
+                page.shared.touch(word)
             self._expect(f"host word in page {first + number}", word, page.shared.word)
             rest = data[number * PAGE_SIZE + 8 : (number + 1) * PAGE_SIZE]
             self._expect(f"rest of page {first + number}", rest.strip(b"\0"), b"")

@@ -13,6 +13,9 @@ from enum import Enum
 SHARE, UNSHARE = "share", "unshare"
 
 
+_WANTED = {SHARE: "shared", UNSHARE: "private"}
+
+
 class State(Enum):
     SHARED = "shared"
     PRIVATE = "private"
@@ -116,13 +119,18 @@ class Reference:
         page.state = State.SHARED
         page.private.discard()
 
-    def failed(self, request: Request, states: list[str]) -> None:
+    def failed(self, request: Request, states: list[str], *, applied: bool) -> None:
         """The request failed half way: all is as before, except that discards which were owed
-        may have been made, and that pages in place may have changed (to `states`) for good."""
+        may have been made. In place pages may have changed (to `states`) for good, and once KVM
+        has `applied` the change, nobody knows what those hold that were taken back."""
         for number in range(request.first, request.first + request.count):
             page = self.pages[number]
             if self.in_place:
+                before = page.state
                 self._move(page, State(states[number]))
+                if applied and page.state is before and before.value != _WANTED[request.kind]:
+                    page.current.word = None
+                    self.in_doubt = True
             elif request.kind == SHARE and page.state is State.DEFERRED and not page.kept:
                 page.shared.word = None
                 self.in_doubt = True

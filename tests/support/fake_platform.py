@@ -68,6 +68,8 @@ def _pages(address: int, size: int) -> list[tuple[int, int]]:
 class FakePlatform:
     """A FakeKernel's /dev/kvm, and guests on it."""
 
+    is_modelled = True
+
     def __init__(self, kernel: FakeKernel | None = None) -> None:
         self.kernel = kernel or FakeKernel()
         self.system = FakeSystem(self.kernel).as_system()

@@ -31,6 +31,7 @@ examples:
   pyvmm lab --help                            the lab's own options
   pyvmm ctl --help                            asking a running pyvmm (--control)
   pyvmm check                                 what this host can do, and what is missing
+  pyvmm selftest                              whether its KVM and pyvmm do it right
   pyvmm report DIR                            what a run with --trace DIR did
 
 While the guest runs on a terminal, Ctrl-A x quits.
@@ -57,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The options of `pyvmm [run]`."""
     parser = Parser(
         prog="pyvmm",
-        usage="pyvmm [run] [options]    or    pyvmm check|lab|report [options]",
+        usage="pyvmm [run] [options]    or    pyvmm check|selftest|lab|report [options]",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -199,6 +200,10 @@ def main(arguments: Sequence[str]) -> int:
             return run_lab(list(arguments[1:]), check=_refuse_early)
         if arguments and arguments[0] == "check":
             return _check(arguments[1:])
+        if arguments and arguments[0] == "selftest":
+            from vmm.cli.selftest import run as selftest
+
+            return selftest(arguments[1:])
         if arguments and arguments[0] == "ctl":
             from vmm.cli.ctl import run as run_ctl
 
@@ -222,6 +227,10 @@ def _refuse_early(arguments: Sequence[str]) -> None:
     """Raise UsageError for words that pyvmm would refuse, without doing what they say."""
     if arguments and arguments[0] == "check":
         _check_parser().parse_args(arguments[1:])
+    elif arguments and arguments[0] == "selftest":
+        from vmm.cli.selftest import parser
+
+        parser().parse_args(arguments[1:])
     else:
         _configuration(arguments)
 

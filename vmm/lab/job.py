@@ -27,6 +27,7 @@ RESULTS_BYTES = 8 << 30  # sparse: costs what is written
 
 _INPUT_OPTIONS = ("--kernel", "--initrd")
 _OUTPUT_OPTIONS = ("--report", "--trace")
+_SELFTEST_OUTPUT = "--json"  # of `pyvmm selftest`; elsewhere it takes no file
 # Directories that the kernel makes inside too: what lies there is not carried.
 _NOT_CARRIED = ("/dev", "/proc", "/sys")
 
@@ -77,6 +78,7 @@ def job_from_arguments(
     Of a program's words nothing is known, so there only existing files are taken along.
     """
     job = Job([], directory, first_drive=first_drive)
+    outputs = (*_OUTPUT_OPTIONS, *([_SELFTEST_OUTPUT] if words[:1] == ["selftest"] else []))
     option = ""
     for word in words:
         name, equals, value = word.partition("=")
@@ -85,9 +87,9 @@ def job_from_arguments(
             _carry_if_file(job, value)
             job.words.append(word)
         elif equals and name.startswith("--"):
-            job.words.append(f"{name}={_take(job, name, value)}")
+            job.words.append(f"{name}={_take(job, name, value, outputs)}")
         elif option:
-            job.words.append(_take(job, option, word))
+            job.words.append(_take(job, option, word, outputs))
         else:
             _carry_if_file(job, word)
             job.words.append(word)
@@ -95,11 +97,11 @@ def job_from_arguments(
     return job
 
 
-def _take(job: Job, option: str, value: str) -> str:
+def _take(job: Job, option: str, value: str, outputs: Sequence[str]) -> str:
     """Notes what the option's value names; returns the value as it is to be inside."""
     if option == "--disk":
         return attach(job, value, option)
-    if option in _OUTPUT_OPTIONS:
+    if option in outputs:
         job.outputs.append(_absolute(job, value))
         return value
     if option in _INPUT_OPTIONS:

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
-from kvm_bindings import Vm
-from vmm.machine.schemes import VM_TYPES
+from kvm_bindings import Vm, ioctls
+from vmm.core.ranges import Range
+from vmm.machine.schemes import VM_TYPES, make_backing
+from vmm.memory.backing import Backing
 from vmm.selftest.entries import Combination
 from vmm.selftest.platform import Platform
 from vmm.selftest.rig import Rig
@@ -40,6 +42,26 @@ class Cell:
         """A bare VM of the scheme's type."""
         vm = self.platform.system.create_vm(VM_TYPES[self.combination.scheme])
         return self._opened.enter_context(vm)
+
+    @property
+    def is_modelled(self) -> bool:
+        """Whether this is no real kernel: files are then ordinary ones underneath."""
+        return self.platform.is_modelled
+
+    def backing(self, vm: Vm, size: int) -> Backing:
+        """Another backing of the cell's kind."""
+        made = make_backing(vm, self.combination.backing, size)
+        self.closing(made.close)
+        return made
+
+    def make_private(self, vm: Vm, area: Range) -> None:
+        """Set the attribute, where KVM keeps the state of each page in one."""
+        if self.combination.scheme == "attributes":
+            vm.set_memory_attributes(area.start, area.size, ioctls.KVM_MEMORY_ATTRIBUTE_PRIVATE)
+
+    def stack(self) -> ExitStack:
+        """What is put on it is closed when the case is over."""
+        return self._opened.enter_context(ExitStack())
 
     def closing(self, close: Callable[[], object]) -> None:
         """Call `close` when the case is over."""

@@ -20,6 +20,7 @@ class Platform(Protocol):
     """A KVM, or a model of one."""
 
     system: System
+    is_modelled: bool
 
     def scheme(self, name: str, parked: Parking) -> Scheme:
         """A new scheme of that name. Raises HostError where there can't be one."""
@@ -34,6 +35,8 @@ class Platform(Protocol):
 
 class KvmPlatform:
     """This host's KVM."""
+
+    is_modelled = False
 
     def __init__(self, system: System) -> None:
         self.system = system

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from bisect import bisect_left, insort
 
 from kvm_bindings import GuestMemfd, KvmError, PagesInUse, fdops
 from tests.support.fake_kvm.kernel import EINVAL, INIT_SHARED, MMAP, PRIVATE, FakeKernel
@@ -24,6 +25,7 @@ class FakeGuestMemfd(GuestMemfd):
         # The pages outlive the fd, as they do while the VM's slots refer to the inode.
         self.pages = os.dup(fd)
         self._bindings: dict[int, Range] = {}
+        self._bound: list[tuple[int, int]] = []
         self._pinned: list[Range] = []
         self.attributes = RangeMap(Range(0, size), 0 if flags & INIT_SHARED else PRIVATE)
         """In-place conversion: who owns which page."""
@@ -47,13 +49,18 @@ class FakeGuestMemfd(GuestMemfd):
         area = Range(offset, size)
         if area.end > self.size:
             return EINVAL
-        if any(area.overlaps(bound) for bound in self._bindings.values()):
+        # Bound ranges are disjoint: only the last that starts before the end can reach into it.
+        index = bisect_left(self._bound, (area.end, -1)) - 1
+        if index >= 0 and area.overlaps(self._bindings[self._bound[index][1]]):
             return self._kernel.binding_taken
         self._bindings[slot] = area
+        insort(self._bound, (offset, slot))
         return 0
 
     def unbind(self, slot: int) -> None:
-        self._bindings.pop(slot, None)
+        area = self._bindings.pop(slot, None)
+        if area is not None:
+            del self._bound[bisect_left(self._bound, (area.start, slot))]
 
     def populate(self, offset: int) -> None:
         """A fault: the page comes into being, even for a load."""

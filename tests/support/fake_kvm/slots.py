@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right, insort
+from bisect import bisect_left, bisect_right, insort
 from dataclasses import dataclass
 
 from kvm_bindings import ioctls
@@ -72,19 +72,19 @@ class SlotTable:
         flags: int,
         guest_memfd: FakeGuestMemfd | int | None = None,
         offset: int = 0,
-    ) -> None:
-        """KVM_SET_USER_MEMORY_REGION2 on a table. `guest_memfd` may be the errno that looking
-        its fd up gave. Raises Refusal."""
+    ) -> bool:
+        """KVM_SET_USER_MEMORY_REGION2 on a table; whether anything changed. `guest_memfd` may be
+        the errno that looking its fd up gave. Raises Refusal."""
         self._check(number, gpa, size, hva, flags, offset)
         old = self._slots.get(number)
         if size == 0:
             if old is None:
                 raise Refusal(EINVAL)
             self._drop(old)
-            return
+            return True
         area = Range(gpa, size)
         if old is not None and not self._require_change(old, area, hva, flags):
-            return
+            return False
         if (old is None or old.area.start != gpa) and self._overlaps(area, number):
             raise Refusal(EEXIST)
         new = Slot(number, area, hva, flags)
@@ -99,6 +99,7 @@ class SlotTable:
             self._drop(old)
         self._slots[number] = new
         insort(self._starts, (gpa, number))
+        return True
 
     def _check(self, number: int, gpa: int, size: int, hva: int, flags: int, offset: int) -> None:
         allowed = GUEST_MEMFD if flags & GUEST_MEMFD else LOG_DIRTY | READONLY
@@ -134,4 +135,4 @@ class SlotTable:
         if slot.guest_memfd is not None:
             slot.guest_memfd.unbind(slot.number)
         del self._slots[slot.number]
-        self._starts.remove((slot.area.start, slot.number))
+        del self._starts[bisect_left(self._starts, (slot.area.start, slot.number))]

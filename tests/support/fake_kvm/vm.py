@@ -48,6 +48,7 @@ class FakeVm:
         self.slots = SlotTable(kernel.memslots)
         self.attributes: RangeMap[int] = RangeMap(Range(0, GPA_SPACE), 0)
         self._guest_memfds: list[FakeGuestMemfd] = []
+        self._mmio: set[int] = set()
         self.vcpus: list[FakeVcpu] = []
         self._memory = os.open("/proc/self/mem", os.O_RDWR | os.O_CLOEXEC)
 
@@ -114,7 +115,8 @@ class FakeVm:
         if name == "KVM_SET_USER_MEMORY_REGION" and flags & GUEST_MEMFD:
             raise refuse(name, EINVAL, words)
         try:
-            self.slots.set(slot, gpa, size, hva, flags, guest_memfd, offset)
+            if self.slots.set(slot, gpa, size, hva, flags, guest_memfd, offset):
+                self._mmio.clear()
         except Refusal as refusal:
             raise refuse(name, refusal.number, words) from None
 
@@ -204,7 +206,13 @@ class FakeVm:
         slot = self.slots.at(gpa)
         private = self.is_private(gpa, slot)
         if slot is None:
-            return self._fault(gpa, private) if private else None
+            # An access without memory is remembered as MMIO, attributes or not, until the next
+            # change of a memslot (seen on Linux 7.3: it finds the cached MMIO page table entry).
+            page = page_align_down(gpa)
+            if private and page not in self._mmio:
+                return self._fault(gpa, private)
+            self._mmio.add(page)
+            return None
         if not private and not slot.gmem_only:
             return _Place(self._memory, slot.hva + gpa - slot.area.start, slot)
         gmem = slot.guest_memfd

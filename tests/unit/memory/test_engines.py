@@ -65,6 +65,15 @@ def test_engine_writes_the_disk(memory: GuestMemory, disk: int, engine: Engine) 
     assert os.pread(disk, SIZE + 60, 0) == pattern(50) + data + pattern(page(30))[50 + SIZE :][:10]
 
 
+def test_engine_reads_and_then_writes_the_same_disk(
+    memory: GuestMemory, disk: int, engine: Engine
+) -> None:
+    memory.through(engine).transfer_in(disk, 0, 0, page(2))
+    memory.through(engine).transfer_out(0, page(2), disk, page(5))
+
+    assert os.pread(disk, page(2), page(5)) == pattern(page(2))
+
+
 def test_engine_is_short_at_the_disks_end(memory: GuestMemory, disk: int, engine: Engine) -> None:
     assert memory.through(engine).transfer_in(disk, page(29), 0, page(3)) == page(1)
     assert memory.through(engine).transfer_in(disk, page(31), 0, page(3)) == 0

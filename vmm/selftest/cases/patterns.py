@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import threading
 from collections.abc import Callable
+from functools import partial
 
 from vmm.core.ranges import PAGE_SIZE, Range
 from vmm.selftest.case import Cell, Failed, Skipped, case, expect
@@ -69,7 +70,7 @@ def one_vcpu(cell: Cell) -> None:
 @case("the same from 4 vCPUs at once, each in a part of its own")
 def several_vcpus(cell: Cell) -> None:
     rig = cell.rig(pages=CHUNK * VCPUS, private=(), vcpus=VCPUS)
-    together([lambda n=n: convert_ranges(rig, CHUNK * n, n) for n in range(VCPUS)])  # type: ignore[misc]
+    together([partial(convert_ranges, rig, CHUNK * n, n) for n in range(VCPUS)])
 
 
 @case("the same in each of two memslots; a range over the hole between them is refused whole")

@@ -1,0 +1,158 @@
+"""`pyvmm selftest`: runs the conformance suite on this host's KVM and shows the matrix."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from typing import IO
+
+from vmm.cli.parser import Parser
+from vmm.core.errors import UsageError, tell
+from vmm.exits.run_loop import install_kick_handler
+from vmm.machine.host import open_kvm
+from vmm.selftest.case import Case
+from vmm.selftest.cases.all_cases import all_cases
+from vmm.selftest.entries import Combination, combinations
+from vmm.selftest.platform import KvmPlatform
+from vmm.selftest.runner import Result, as_json, run_matrix
+
+_MARKS = {"pass": "ok", "skip": "-", "fail": "FAIL"}
+_COLOURS = {"pass": "green", "skip": "dim", "fail": "bold red"}
+
+
+def parser() -> Parser:
+    """The options of `pyvmm selftest`."""
+    made = Parser(
+        prog="pyvmm selftest",
+        description="Tries everything that private memory has to do on this host's KVM: every "
+        "case with every scheme and backing. Takes about half a minute.",
+        epilog="exit status: 0 nothing failed, 1 something did, 2 bad usage, 3 there is no KVM",
+        allow_abbrev=False,
+    )
+    made.add_argument("--json", metavar="FILE", help="write the results to FILE as well")
+    made.add_argument("--debug", action="store_true", help="show a traceback for errors")
+    return made
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run everything, print it, and write JSON where that is asked for; the exit status.
+
+    Raises HostError without a KVM, UsageError for a file that can't be written.
+    """
+    options = parser().parse_args(arguments)
+    output = None if options.json is None else _open_output(options.json)
+    cases, cells = all_cases(), combinations()
+    results: list[Result] = []
+    install_kick_handler()
+    with open_kvm(complete=False) as system:
+        for result in run_matrix(KvmPlatform(system), cases, cells):
+            results.append(result)
+            _show_progress(len(results), len(cases) * len(cells), result)
+    _show_progress(0, 0, None)
+    if output is not None:
+        with output:
+            json.dump(as_json(results), output, indent=2)
+            output.write("\n")
+    if sys.stdout.isatty():
+        _print_table(cases, cells, results)
+    else:
+        print("\n".join(plain_lines(cases, cells, results)), flush=True)
+    return 1 if any(result.status == "fail" for result in results) else 0
+
+
+def _open_output(name: str) -> IO[str]:
+    """Opened first: a minute's work must not end at a folder that isn't there."""
+    try:
+        return open(name, "w", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--json {name}: {error.strerror}; name a file that can be made") from None
+
+
+def _show_progress(done: int, total: int, result: Result | None) -> None:
+    """One line on a terminal's stderr, written over and over; `result` None takes it away."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        return
+    text = ""
+    if result is not None:
+        if result.status == "fail":
+            sys.stderr.write("\r\033[K")
+            tell(f"FAIL {result.case.name} in {result.combination}: {result.reason}")
+        text = f"{done}/{total} {result.combination} {result.case.name}"
+    sys.stderr.write(f"\r\033[K{text[:79]}")
+    sys.stderr.flush()
+
+
+class Matrix:
+    """Results by case and cell."""
+
+    def __init__(self, results: Sequence[Result]) -> None:
+        self._by_place = {(r.case.name, r.combination): r for r in results}
+
+    def at(self, case: Case, cell: Combination) -> Result:
+        return self._by_place[case.name, cell]
+
+
+def notes(results: Sequence[Result]) -> Iterator[str]:
+    """Every failure, then why what was skipped was skipped, then the sum."""
+    for result in results:
+        if result.status == "fail":
+            yield f"FAIL {result.case.name} in {result.combination}: {result.reason}"
+    reasons: dict[str, list[Result]] = {}
+    for result in results:
+        if result.status == "skip":
+            reasons.setdefault(result.reason, []).append(result)
+    for reason, skipped in reasons.items():
+        yield f"skipped {_where(skipped)}: {reason}"
+    counts = {word: sum(r.status == word for r in results) for word in _MARKS}
+    seconds = sum(result.seconds for result in results)
+    yield (
+        f"{counts['pass']} passed, {counts['fail']} failed, {counts['skip']} skipped "
+        f"in {seconds:.1f} s"
+    )
+
+
+def _where(results: Sequence[Result]) -> str:
+    """Which cells, in few words."""
+    cells = list(dict.fromkeys(str(result.combination) for result in results))
+    cases = list(dict.fromkeys(result.case.name for result in results))
+    what = cases[0] if len(cases) == 1 else f"{len(cases)} cases"
+    where = cells[0] if len(cells) == 1 else f"{len(cells)} cells"
+    return f"{what} in {where}"
+
+
+def plain_lines(
+    cases: Sequence[Case], cells: Sequence[Combination], results: Sequence[Result]
+) -> list[str]:
+    """The matrix for a file or a pipe: cells numbered, one line for each case."""
+    matrix = Matrix(results)
+    lines = [f"{number:>4}  {cell}" for number, cell in enumerate(cells, 1)]
+    width = max(len(case.name) for case in cases)
+    head = " " * width + "".join(f"{number:>5}" for number in range(1, len(cells) + 1))
+    lines += ["", head]
+    for case in cases:
+        marks = "".join(f"{_MARKS[matrix.at(case, cell).status]:>5}" for cell in cells)
+        lines.append(f"{case.name:<{width}}{marks}")
+    return [*lines, "", *notes(results)]
+
+
+def _print_table(
+    cases: Sequence[Case], cells: Sequence[Combination], results: Sequence[Result]
+) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    matrix = Matrix(results)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("case", overflow="fold")
+    for cell in cells:
+        table.add_column(f"{cell.scheme}\n{cell.backing}", justify="center", overflow="fold")
+    for case in cases:
+        found = [matrix.at(case, cell).status for cell in cells]
+        table.add_row(case.title, *(Text(_MARKS[word], style=_COLOURS[word]) for word in found))
+    console = Console(highlight=False)
+    console.print(table)
+    for note in notes(results):
+        console.print(Text(note, style="bold red" if note.startswith("FAIL") else ""))
