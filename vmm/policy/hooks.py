@@ -50,6 +50,11 @@ class Hooks:
         """Whether the calling thread is inside a hook (asked by a signal handler)."""
         return threading.get_ident() in self._called
 
+    @property
+    def asks_about_io(self) -> bool:
+        """Whether a policy wants to know of a device's accesses."""
+        return bool(self._io)
+
     def decide(self, kind: Kind, area: Range, vcpu: int, doorbell: str, view: View) -> Decision:
         """What the policies say to a request. Raises PolicyError when one of them breaks."""
         hooks = (self._faults if doorbell == FAULT else self._asked)[kind]
