@@ -19,7 +19,7 @@ from vmm.arch.x86_64.registers import payload_entry
 from vmm.conversion.schemes.remap import RemapScheme
 from vmm.conversion.transaction import Converter
 from vmm.core.ranges import PAGE_SIZE, Range
-from vmm.devices.bus import PortBus
+from vmm.devices.bus import MemoryBus, PortBus
 from vmm.exits.handlers import ExitHandlers
 from vmm.exits.outcome import Outcome
 from vmm.exits.vcpu_group import VcpuGroup
@@ -105,7 +105,9 @@ def run_counters(
     answers = Answers(conversions, group.stop)
     ports = PortBus()
     ports.add(COUNT_PORT, 4, answers)
-    handlers = ExitHandlers(ports, MsrTable(False), memory, converter, PortDoorbell(2), stop)
+    handlers = ExitHandlers(
+        ports, MemoryBus(), MsrTable(False), memory, converter, PortDoorbell(2), stop
+    )
     # A lost access ends the run.
     handlers.table[MmioExit] = ("mmio", lambda vcpu, exit: group.stop())
     tables = payload_tables([RAM])
