@@ -59,9 +59,10 @@ class FakeLoop:
 class VirtioMachine:
     """The device in slot 1. `queues` are the driver's, once it is up."""
 
-    def __init__(self, device: VirtioDevice, memory_size: int = MEMORY) -> None:
+    def __init__(self, device: VirtioDevice, memory: FakeMemory | None = None) -> None:
+        """`memory` may be anything with FakeMemory's verbs."""
         self.device = device
-        self.memory = FakeMemory(memory_size)
+        self.memory = FakeMemory(MEMORY) if memory is None else memory
         self.loop = FakeLoop()
         self.interrupts = 0
         self.rung: list[int] = []
@@ -84,6 +85,7 @@ class VirtioMachine:
         self._next = DATA
 
     def close(self) -> None:
+        self.driver.status = 0
         self.device.disconnect()
         self.device.close()
         self.memory.close()

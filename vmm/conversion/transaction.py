@@ -158,8 +158,8 @@ class Converter:
             self._decision = decision = self.hooks.decide(
                 request.kind, area, request.vcpu, request.doorbell, self.view
             )
-            if decision.__class__ is Allow:
-                tally.bytes += self._carry_out(area, request.kind)
+            if isinstance(decision, Allow):
+                tally.bytes += self._carry_out(area, request.kind, patience=decision.patience)
                 return 0
             return self._refine(area, request.kind, decision)
         except Refused as refusal:
@@ -256,10 +256,17 @@ class Converter:
                         f"has not asked to {kind.value} {run}, which is {state.value}"
                     )
 
-    def _carry_out(self, area: Range, kind: Kind, later: Defer | None = None) -> int:
+    def _carry_out(
+        self,
+        area: Range,
+        kind: Kind,
+        later: Defer | None = None,
+        patience: float | None = None,
+    ) -> int:
         """Convert `area`; the bytes whose state changed. Raises Refused or OSError, undone.
 
-        With `later` the discard waits, and what changes is deferred.
+        With `later` the discard waits, and what changes is deferred. `patience`: seconds to wait
+        for host accesses under way.
         """
         memory, observer = self._memory, self._observer
         settled = _SETTLED[kind]
@@ -275,7 +282,7 @@ class Converter:
         applied = False
         gone: list[Range] = []
         try:
-            if not memory.quiesce(area, self._quiesce_timeout):
+            if not memory.quiesce(area, self._quiesce_timeout if patience is None else patience):
                 raise Refused(errno.EBUSY, f"host accesses to {area} did not finish")
             if deferred and kind is Kind.SHARE:
                 self._discard_owed(area)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
@@ -61,10 +62,13 @@ class Hooks:
         if not hooks:
             return _ALLOW
         result: Decision = _ALLOW
+        patience = math.inf
         for hook in hooks:
             event = Event(kind, area, vcpu, doorbell)
             decision = self._ask(hook, event, view)
-            if decision.__class__ is Allow:
+            if isinstance(decision, Allow):
+                if decision.patience is not None:
+                    patience = min(patience, decision.patience)
                 continue
             if isinstance(decision, (Deny, Kill)):
                 return decision
@@ -74,6 +78,8 @@ class Hooks:
                 result = decision
             elif result.__class__ is Allow:
                 result = decision
+        if patience < math.inf and result.__class__ is Allow:
+            return Allow(patience)
         return result
 
     def watcher(self, view: View, device: str) -> Callable[[Range, bool, str | None], None] | None:

@@ -166,6 +166,15 @@ def test_vsock_bytes_behind_the_connect_line_are_the_guests(guest: Guest) -> Non
         assert [data for _, data in guest.heard()] == [b"hello"]
 
 
+def test_vsock_caller_that_speaks_slowly_costs_nothing_meanwhile(guest: Guest) -> None:
+    with dial(guest.path) as client:
+        for piece in (b"CONN", b"ECT 12", b"34", b"\nhel"):
+            client.sendall(piece)
+            guest.machine.settle()
+
+        assert guest.ops() == [Op.REQUEST]
+
+
 @pytest.mark.parametrize(
     "line", [b"CONNECT\n", b"CONNECT -1\n", b"CONNECT 4294967296\n", b"GET / HTTP/1.1\r\n",
              b"x" * 32, b"\n"]

@@ -47,6 +47,9 @@ def decide(*answers: object) -> Decision:
     [
         ((), Allow()),
         ((Allow(), Allow()), Allow()),
+        ((Allow(2.0), Allow(), Allow(3.0)), Allow(2.0)),
+        ((Allow(0), Deny()), Deny()),
+        ((Allow(0), LATER), LATER),
         ((Allow(), Deny(errno.EBUSY), Deny()), Deny(errno.EBUSY)),
         ((LATER, Deny()), Deny()),
         ((Partial(pages(0, 4)), Kill("x")), Kill("policy Answering: x")),
@@ -159,6 +162,9 @@ def test_hook_is_named_while_it_is_being_waited_for_and_no_longer() -> None:
         (lambda: Partial(pages(0, 1), cast(Any, 1.5)), "errno"),
         (lambda: Convert(Range(0, 0)), "whole 4 KiB pages"),
         (lambda: Defer(float("nan")), "time in seconds"),
+        (lambda: Allow(-1), "number of seconds"),
+        (lambda: Allow(float("nan")), "number of seconds"),
+        (lambda: Allow(cast(Any, "long")), "number of seconds"),
         (lambda: Defer(cast(Any, "soon")), "time in seconds"),
     ],
 )
@@ -170,7 +176,7 @@ def test_senseless_decision_cannot_be_made(make: Any, word: str) -> None:
 def test_decisions_are_equal_when_they_say_the_same() -> None:
     assert Deny() == Deny(errno.EACCES)
     assert Deny() != Deny(errno.EPERM)
-    assert Allow() != Deny()
+    assert Allow() != Deny() and Allow() != Allow(0)
     assert len({Allow(), Allow(), LATER, Defer(5.0), Defer(5.0, keep=True)}) == 3
     assert repr(Deny(13)) == "Deny(errno=13)"
 
