@@ -97,6 +97,10 @@ class Converter:
         self._due: DueTimes | None = None  # made by the first Defer
         self._wake = math.inf
         self._fruitless: dict[int, tuple[ConversionRequest, int]] = {}
+        # Requests so far, those of each vCPU, and those of others at a vCPU's last fault.
+        self._requests = 0
+        self._requests_by: dict[int, int] = {}
+        self._others_seen: dict[int, int] = {}
 
     @property
     def undecided(self) -> str | None:
@@ -146,6 +150,8 @@ class Converter:
                 self._observer.answered(what)
 
     def _convert(self, request: ConversionRequest) -> int:
+        self._requests += 1
+        self._requests_by[request.vcpu] = self._requests_by.get(request.vcpu, 0) + 1
         tally = self.accounting.of(request.kind)
         tally.calls += 1
         self._decision = None
@@ -187,7 +193,19 @@ class Converter:
             self._fruitless[vcpu] = (request, count)
             return 0 if count <= FRUITLESS_FAULTS else -errno.EFAULT
         self._fruitless.pop(vcpu, None)
-        return self.convert(request)
+        started = time.monotonic_ns()
+        with self._lock:
+            if self._may_be_overtaken(vcpu):
+                return 0
+            return self._observed(request, started)
+
+    def _may_be_overtaken(self, vcpu: int) -> bool:
+        """Whether another vCPU's request may have changed the page since this one touched it: to
+        act on the fault would undo that. Who is let go on faults again if it meant it."""
+        by_others = self._requests - self._requests_by.get(vcpu, 0)
+        overtaken = by_others != self._others_seen.get(vcpu, 0)
+        self._others_seen[vcpu] = by_others
+        return overtaken
 
     def _validate(self, request: ConversionRequest) -> Range:
         if request.reserved:

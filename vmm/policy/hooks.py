@@ -186,13 +186,11 @@ def _policy_of(hook: Hook) -> Any:
 
 
 def _overridden(policies: Sequence[Policy], *names: str) -> Iterator[Hook]:
-    """Each policy's bound hook of the first of `names` that is not Policy's own, which allows
-    everything."""
+    """Each policy's bound hook of the first of `names` that it wants to be called."""
     for policy in policies:
         for name in names:
-            hook = getattr(policy, name)
-            if getattr(hook, "__func__", None) is not getattr(Policy, name):
-                yield hook
+            if policy.wants(name):
+                yield getattr(policy, name)
                 break
 
 
