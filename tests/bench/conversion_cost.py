@@ -41,7 +41,7 @@ from vmm.conversion.transaction import Converter
 from vmm.core.errors import HostError
 from vmm.core.events import ConversionRequest, Kind
 from vmm.core.ranges import PAGE_SIZE, Range
-from vmm.devices.bus import PortBus
+from vmm.devices.bus import MemoryBus, PortBus
 from vmm.exits.handlers import ExitHandlers
 from vmm.exits.outcome import Outcome
 from vmm.exits.run_loop import install_kick_handler
@@ -221,7 +221,7 @@ def measure(system: System, scheme: str, size: int, rounds: int) -> dict[str, fl
             group.stop()
 
         handlers = ExitHandlers(
-            ports, MsrTable(False), measured.memory, converter, PortDoorbell(1), stop
+            ports, MemoryBus(), MsrTable(False), measured.memory, converter, PortDoorbell(1), stop
         )
         group.add(measured.vcpu, handlers, stop)
         group.start()

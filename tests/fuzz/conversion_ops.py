@@ -11,13 +11,25 @@ from vmm.core.ranges import PAGE_SIZE
 PAGES = 16
 
 
+POLICIES = ("allow", "deny", "partial", "widen", "defer", "defer-keep")
+"""What the policy answers: "partial" the first half, "widen" with all neighbours in that state;
+the last two put the discard of an unshare off, and `keep` the content or not."""
+
+
 class Convert(NamedTuple):
-    """`policy`: "allow", "deny", "defer" or "defer-keep". `fail_at`: which call into the host
-    that changes something fails, counted from 0; None for none."""
+    """`policy` is one of POLICIES. `fail_at`: which call into the host that changes something
+    fails, counted from 0; None for none."""
 
     request: Request
     policy: str
     fail_at: int | None
+
+
+class Fault(NamedTuple):
+    """An access that wants the page in another state (an implicit conversion)."""
+
+    kind: str
+    page: int
 
 
 class Settle(NamedTuple):
@@ -54,7 +66,7 @@ class Look(NamedTuple):
     """States and residency."""
 
 
-Op = Convert | Settle | GuestRead | GuestWrite | HostRead | HostWrite | Look
+Op = Convert | Fault | Settle | GuestRead | GuestWrite | HostRead | HostWrite | Look
 Program = list[Op]
 
 
@@ -67,7 +79,9 @@ def _random_op(chance: random.Random) -> Op:
     first = chance.randrange(PAGES)
     count = chance.randint(1, min(6, PAGES - first))
     word = chance.getrandbits(63) | 1
-    match chance.randrange(20):
+    match chance.randrange(21):
+        case 20:
+            return Fault(chance.choice((SHARE, UNSHARE)), first)
         case 0 | 1 | 2 | 3 | 4 | 5 | 6:
             return _random_conversion(chance, first, count)
         case 7:
@@ -85,7 +99,7 @@ def _random_op(chance: random.Random) -> Op:
 
 def _random_conversion(chance: random.Random, first: int, count: int) -> Convert:
     kind = chance.choice((SHARE, UNSHARE))
-    policy = chance.choice(("allow",) * 7 + ("deny", "defer", "defer-keep"))
+    policy = "allow" if chance.random() < 0.6 else chance.choice(POLICIES)
     fail_at = chance.randrange(3) if chance.random() < 0.15 else None
     if chance.random() < 0.1:
         return Convert(_bad_request(chance, kind, first, count), policy, fail_at)

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from vmm.cli.parser import Parser
-from vmm.core.errors import HostError, PyvmmError, UsageError, tell
+from vmm.cli.parser import Parser, add_policy_options
+from vmm.core.errors import HostError, PyvmmError, tell
 
 if TYPE_CHECKING:
     from vmm.machine.config import MachineConfig
@@ -33,32 +33,18 @@ examples:
   pyvmm check                                 what this host can do, and what is missing
   pyvmm selftest                              whether its KVM and pyvmm do it right
   pyvmm report DIR                            what a run with --trace DIR did
+  pyvmm replay DIR --policy MODULE:CLASS      what another policy would have made of it
 
 While the guest runs on a terminal, Ctrl-A x quits.
 exit status: 0 guest powered off, 1 guest failed, 2 bad usage or input, 3 the host cannot do it
 """
 
 
-class _PolicyArgument(argparse.Action):
-    """Hands NAME=VALUE to the --policy that came before it."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: object,
-        option_string: str | None = None,
-    ) -> None:
-        if not namespace.policy:
-            raise UsageError(f"--policy-arg {values} has no --policy before it; put it after one")
-        namespace.policy[-1][1].append(values)
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The options of `pyvmm [run]`."""
     parser = Parser(
         prog="pyvmm",
-        usage="pyvmm [run] [options]    or    pyvmm check|selftest|lab|report [options]",
+        usage="pyvmm [run] [options]    or    pyvmm check|selftest|lab|report|replay [options]",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -142,22 +128,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="how private and shared pages are told apart (default auto: the first of these that "
         "this host has and the guest can use; pyvmm check says why)",
     )
-    private.add_argument(
-        "--policy",
-        metavar="MODULE:CLASS|FILE.py:CLASS",
-        action="append",
-        default=[],
-        type=lambda spec: (spec, []),
-        help="a subclass of vmm.policy.Policy that decides about conversions; given several "
-        "times, all must allow (default: all conversions are allowed)",
-    )
-    private.add_argument(
-        "--policy-arg",
-        metavar="NAME=VALUE",
-        action=_PolicyArgument,
-        help="an argument for the constructor of the --policy before it; checked against the "
-        "type that the constructor declares; may be given several times",
-    )
+    add_policy_options(private)
     private.add_argument(
         "--debug-shell",
         action="store_true",
@@ -212,6 +183,10 @@ def main(arguments: Sequence[str]) -> int:
             from vmm.cli.report import run as report
 
             return report(arguments[1:])
+        if arguments and arguments[0] == "replay":
+            from vmm.cli.replay import run as replay
+
+            return replay(arguments[1:])
         return _run(arguments)
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in arguments:

@@ -13,3 +13,38 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see {self.prog} --help")
+
+
+def add_policy_options(options: argparse._ActionsContainer) -> None:
+    """--policy and --policy-arg; `policy` becomes a list of (spec, NAME=VALUE words)."""
+    options.add_argument(
+        "--policy",
+        metavar="MODULE:CLASS|FILE.py:CLASS",
+        action="append",
+        default=[],
+        type=lambda spec: (spec, []),
+        help="a subclass of vmm.policy.Policy that decides about conversions; given several "
+        "times, all must allow (default: all conversions are allowed)",
+    )
+    options.add_argument(
+        "--policy-arg",
+        metavar="NAME=VALUE",
+        action=_PolicyArgument,
+        help="an argument for the constructor of the --policy before it; checked against the "
+        "type that the constructor declares; may be given several times",
+    )
+
+
+class _PolicyArgument(argparse.Action):
+    """Hands NAME=VALUE to the --policy that came before it."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        if not namespace.policy:
+            raise UsageError(f"--policy-arg {values} has no --policy before it; put it after one")
+        namespace.policy[-1][1].append(values)

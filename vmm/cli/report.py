@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 
+from vmm.cli.output import aligned, printing
 from vmm.cli.parser import Parser
 from vmm.core.errors import UsageError, one_line
 from vmm.trace.reader import Trace
 from vmm.trace.summary import summarise
-from vmm.trace.views.tables import Summary, Table, refusal_lines, tables
+from vmm.trace.views.tables import Summary, refusal_lines, tables
 
 
 def parser() -> Parser:
@@ -67,17 +67,13 @@ def run(arguments: Sequence[str]) -> int:
 
 def show(summaries: list[Summary], *, as_json: bool) -> None:
     """Print to stdout; a reader that has seen enough is no error."""
-    try:
+    with printing():
         if as_json:
             print(json.dumps({"traces": summaries}, indent=2))
         elif sys.stdout.isatty():
             _print_rich(summaries)
         else:
             print("\n".join(plain_lines(summaries)))
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # The interpreter's own flush at exit must not stumble over it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def plain_lines(summaries: list[Summary]) -> list[str]:
@@ -86,20 +82,8 @@ def plain_lines(summaries: list[Summary]) -> list[str]:
     label = max(len(row.label) for table in made for row in table.rows) + 2
     lines: list[str] = []
     for table in made:
-        lines += [table.title, *_aligned(table, label), ""]
+        lines += [table.title, *aligned(table.rows, label), ""]
     return [one_line(line) for line in [*lines, *_refusals(summaries)]]
-
-
-def _aligned(table: Table, label: int) -> list[str]:
-    if not table.rows:
-        return []
-    columns = len(table.rows[0].cells)
-    widths = [max(len(row.cells[i]) for row in table.rows) for i in range(columns)]
-    lines = []
-    for row in table.rows:
-        cells = [cell.ljust(width) for cell, width in zip(row.cells, widths, strict=True)]
-        lines.append("  ".join([f"  {row.label}".ljust(label + 2), *cells, row.change]).rstrip())
-    return lines
 
 
 def _refusals(summaries: list[Summary]) -> list[str]:

@@ -23,10 +23,20 @@ class RawTerminal:
         return self._saved is not None
 
     def enter(self) -> None:
-        """Make the terminal raw; anything else is left as it is."""
-        if self._saved is None and os.isatty(self._fd):
-            self._saved = termios.tcgetattr(self._fd)
+        """Make the terminal raw, also when somebody has changed it since the last time; anything
+        else is left as it is."""
+        if os.isatty(self._fd):
+            if self._saved is None:
+                self._saved = termios.tcgetattr(self._fd)
             tty.setraw(self._fd, termios.TCSANOW)
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether this process may use it now: a job in the background is stopped if it tries."""
+        try:
+            return os.tcgetpgrp(self._fd) == os.getpgrp()
+        except OSError:
+            return True  # not the terminal that our jobs are controlled by
 
     def restore(self) -> None:
         """Give the terminal back as it was; any number of times."""

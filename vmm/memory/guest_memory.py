@@ -269,7 +269,8 @@ class GuestMemory:
         with self._lock:
             if self._converting is not None:
                 raise RuntimeError(f"{area}: {self._converting} is being converted already")
-            before = self._states_in(area)
+            inside = self._states.span.contains(area)
+            before = self._states_in(area) if inside else []
             if sum(run.size for run, _ in before) != area.size:
                 raise UnmappedAccess(f"{area} is not wholly guest RAM")
             self._converting = area

@@ -55,3 +55,22 @@ def test_what_is_no_terminal_is_left_alone() -> None:
 
     os.close(read_end)
     os.close(write_end)
+
+
+def test_terminal_that_somebody_changed_is_made_raw_again_and_restored_as_at_first(
+    pty: tuple[int, int],
+) -> None:
+    before = termios.tcgetattr(pty[1])
+    terminal = RawTerminal(pty[1])
+    terminal.enter()
+    termios.tcsetattr(pty[1], termios.TCSANOW, before)  # as a shell does with a stopped job
+
+    terminal.enter()
+    assert is_raw(pty[1])
+    terminal.restore()
+
+    assert termios.tcgetattr(pty[1]) == before
+
+
+def test_terminal_of_no_job_control_is_ours(pty: tuple[int, int]) -> None:
+    assert RawTerminal(pty[1]).is_ours

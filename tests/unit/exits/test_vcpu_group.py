@@ -44,6 +44,10 @@ class WatchedVcpu(FakeVcpu):
         while self.entered.acquire(blocking=False):
             pass
 
+    def kvmclock_ctrl(self) -> bool:
+        assert not self.inside
+        return super().kvmclock_ctrl()
+
 
 class BusyVcpu(WatchedVcpu):
     """A guest that does port I/O without end."""
@@ -360,3 +364,21 @@ def test_nobody_is_ever_inside_while_several_threads_park_at_random(guest: Guest
     assert len(seen) == 2000
     assert not any(seen)
     assert all(runner.exit_counts["io"] > 0 for runner in guest.group.runners[:3])
+
+
+def test_resumed_and_continued_guests_are_told_that_they_were_stopped(guest: Guest) -> None:
+    vcpus = [WatchedVcpu(index=0), WatchedVcpu(index=1)]
+    guest.add(*vcpus)
+    guest.group.start()
+    for vcpu in vcpus:
+        vcpu.wait_until_idle()
+
+    guest.group.pause()
+    assert [vcpu.told_stopped for vcpu in vcpus] == [0, 0]
+    guest.group.resume()
+    assert [vcpu.told_stopped for vcpu in vcpus] == [1, 1]
+    guest.group.process_continued()
+
+    assert [vcpu.told_stopped for vcpu in vcpus] == [2, 2]
+    for vcpu in vcpus:
+        assert vcpu.entered.acquire(timeout=SECONDS)

@@ -81,6 +81,28 @@ def private_page_of_closed_guest_memfd(cell: Cell) -> None:
     faults_privately(cpu, AREA.start)
 
 
+@case("a page served by a guest_memfd that has been closed is a memory fault, and no other page")
+def page_of_closed_guest_memfd(cell: Cell) -> None:
+    if cell.combination.scheme == "attributes" or not cell.combination.backing.startswith("guest"):
+        raise Skipped("only where a guest_memfd serves shared accesses")
+    vm = cell.vm()
+    halves = [Range(AREA.start, 2 * PAGE_SIZE), Range(AREA.start + 2 * PAGE_SIZE, 2 * PAGE_SIZE)]
+    cpu = cell.platform.guests(cell.stack(), vm, 1, [AREA], 0, Gate())[0]
+    sides = [guest_memfd(cell, vm) for _ in halves]
+    for number, (half, side) in enumerate(zip(halves, sides, strict=True)):
+        set_slot(vm, SLOT + number, half.start, half, side)
+        cpu.write(half.start, POISON + number)
+    sides[0].close()
+    try:
+        word = cpu.read(halves[0].start)
+    except GuestStopped as stop:
+        wanted = MemoryFaultExit(0, halves[0].start, PAGE_SIZE, errno.EFAULT)
+        expect("exit", stop.exit, wanted)
+    else:
+        raise Failed(f"the read gave {word:#x} instead of a memory fault")
+    expect("the other guest_memfd's page", cpu.read(halves[1].start), POISON + 1)
+
+
 @case("content stays with the attribute's side: setting attributes alone moves nothing")
 def attributes_move_nothing(cell: Cell) -> None:
     vm, cpu, memfd = bare(cell)
