@@ -174,9 +174,10 @@ def _lines(found: dict[str, Any], model: CostModel, refused: Sequence[Refusal]) 
                       f"{found['ended']['why']}; what came after is not replayed"]  # fmt: skip
     lines += ["", f"refused: {count_text(len(refused)) if refused else 'none'}"]
     for each in refused[:_SHOWN_REFUSALS]:
+        by = f" by {each.by}" if each.by else ""
         lines.append(
             f"  {each.time_ns / 1e9:.3f} s  {each.kind} {bytes_text(each.bytes)} at "
-            f"{each.gpa:#x}: {each.decision}, {errno_name(each.errno)}"
+            f"{each.gpa:#x}: {each.decision}{by}, {errno_name(each.errno)}"
         )
     if len(refused) > _SHOWN_REFUSALS:
         lines.append("  ... (--json lists them)")

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from vmm.conversion.accounting import Accounting, Refinements
 from vmm.conversion.deferral import DueTimes
-from vmm.conversion.observer import ConversionObserver
+from vmm.conversion.observer import Answered, ConversionObserver
 from vmm.conversion.scheme import Scheme
 from vmm.conversion.view import GuestView
 from vmm.core.errors import HostError
@@ -145,7 +145,9 @@ class Converter:
             return answer
         finally:
             if self._observer is not None:
-                self._observer.answered(request, self._decision, answer, started)
+                by = None if self._decision is None else self.hooks.decided_by
+                what = Answered(request, self._decision, by, answer, started)
+                self._observer.answered(what)
 
     def _convert(self, request: ConversionRequest) -> int:
         self._requests += 1

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from vmm.conversion.observer import Answered
 from vmm.conversion.schemes.plain import PlainScheme
 from vmm.conversion.transaction import Converter
 from vmm.core.errors import UsageError
@@ -17,7 +18,7 @@ from vmm.core.events import ConversionRequest, Kind
 from vmm.core.ranges import PAGE_SIZE, Range
 from vmm.memory.backings.memfd import MemfdBacking
 from vmm.memory.guest_memory import GuestMemory, PageState
-from vmm.policy import Decision, End, Policy, PolicyKill
+from vmm.policy import End, Policy, PolicyKill
 from vmm.trace.arrays import np
 from vmm.trace.cost import CostModel, Requests
 from vmm.trace.layout import DECISIONS
@@ -56,6 +57,8 @@ class Refusal(NamedTuple):
     gpa: int
     bytes: int
     decision: str
+    by: str | None
+    """The policy that had it so; None for what is invalid."""
     errno: int
 
 
@@ -107,21 +110,16 @@ class Replay:
     def _wake_at(self, due: float) -> None:
         self._wake = due
 
-    def answered(
-        self,
-        request: ConversionRequest,
-        decision: Decision | None,
-        answer: int | None,
-        started: int,
-    ) -> None:
+    def answered(self, what: Answered) -> None:
         """Part of being a ConversionObserver."""
+        request, decision, by, answer, _ = what
         word = "none" if decision is None else type(decision).__name__.lower()
         self.decisions[word] += 1
         if answer:
             size = request.pages * PAGE_SIZE
             now = round(self._now * 1e9)
             kind = request.kind.value
-            self.refused.append(Refusal(now, kind, request.gpa, size, word, -answer))
+            self.refused.append(Refusal(now, kind, request.gpa, size, word, by, -answer))
         assert self._model is not None
         if self._changed:
             self.conversions += 1

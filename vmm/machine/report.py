@@ -38,7 +38,7 @@ def isolation_of(private: Backing | None, common_end: int = 0) -> str:
 
 def _shared_access(memory: GuestMemory, io: dict[str, dict[str, Any]]) -> str:
     """How the host reached shared memory; a disk whose engine maps it is named."""
-    mapped = [name for name, counts in io.items() if counts["engine"]["name"] == "mmap"]
+    mapped = [n for n, counts in io.items() if counts.get("engine", {}).get("name") == "mmap"]
     return memory.shared.access + "".join(f", mapped by {name} (io=mmap)" for name in mapped)
 
 

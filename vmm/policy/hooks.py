@@ -37,6 +37,8 @@ class Hooks:
         self._io = tuple(_overridden(policies, "on_io"))
         self._boot = tuple(_overridden(policies, "on_boot"))
         self._exit = tuple(_overridden(policies, "on_exit"))
+        self.decided_by: str | None = None
+        """The policy whose word the last decision was; None where all simply allowed it."""
         self._called: dict[int, tuple[Hook, tuple[Any, ...]]] = {}
 
     @property
@@ -58,6 +60,7 @@ class Hooks:
 
     def decide(self, kind: Kind, area: Range, vcpu: int, doorbell: str, view: View) -> Decision:
         """What the policies say to a request. Raises PolicyError when one of them breaks."""
+        self.decided_by = None
         hooks = (self._faults if doorbell == FAULT else self._asked)[kind]
         if not hooks:
             return _ALLOW
@@ -71,13 +74,15 @@ class Hooks:
                     patience = min(patience, decision.patience)
                 continue
             if isinstance(decision, (Deny, Kill)):
+                self.decided_by = type(_policy_of(hook)).__name__
                 return decision
             _require_fitting(hook, event, view, decision)
             if isinstance(decision, Partial):
                 area = decision.area
-                result = decision
-            elif result.__class__ is Allow:
-                result = decision
+            elif result.__class__ is not Allow:
+                continue
+            result = decision
+            self.decided_by = type(_policy_of(hook)).__name__
         if patience < math.inf and result.__class__ is Allow:
             return Allow(patience)
         return result

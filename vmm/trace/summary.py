@@ -108,6 +108,7 @@ def refusals(trace: Trace) -> list[dict[str, Any]]:
                 "kind": KIND_NAMES[Kind(kind)],
                 "from": trace.name(detail & 0xFFFF),
                 "decision": DECISIONS[decision],
+                "by": trace.name(detail >> 16) if kind != Kind.IO_REFUSED else "",
                 "errno": errno_name(answer),
                 "count": int(counts[index]),
                 "bytes": size,

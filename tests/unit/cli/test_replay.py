@@ -53,7 +53,7 @@ def test_replay_prints_what_would_have_been(command: Command) -> None:
     assert (result.status, result.err) == (0, "")
     assert "conversions while the guest waits" in result.out
     assert "refused: 5" in result.out
-    assert "0.160 s  share 4 KiB at 0x20000: deny, EACCES" in result.out
+    assert "0.160 s  share 4 KiB at 0x20000: deny by Sixteen, EACCES" in result.out
     assert "the model, learnt from this trace:" in result.out
     assert "note: the guest does not react" in result.out
 

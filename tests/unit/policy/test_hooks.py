@@ -42,6 +42,43 @@ def decide(*answers: object) -> Decision:
     return Hooks(policies).decide(Kind.UNSHARE, AREA, 0, "test", VIEW)
 
 
+class First(Answering):
+    """Told apart from Second by its name."""
+
+
+class Second(Answering):
+    """Told apart from First by its name."""
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "by"),
+    [
+        (Allow(), Allow(), None),
+        (Allow(), Deny(), "Second"),
+        (Deny(), Allow(), "First"),
+        (LATER, Deny(), "Second"),
+        (LATER, MORE, "First"),
+        (LATER, Partial(pages(0, 4)), "Second"),
+    ],
+    ids=repr,
+)
+def test_decision_is_somebodys_word(first: Decision, second: Decision, by: str | None) -> None:
+    hooks = Hooks([First(first), Second(second)])
+    hooks.decide(Kind.UNSHARE, AREA, 0, "test", VIEW)
+
+    assert hooks.decided_by == by
+
+
+def test_decision_of_the_next_request_is_nobodys_word_again() -> None:
+    first = First(Deny())
+    hooks = Hooks([first])
+    hooks.decide(Kind.UNSHARE, AREA, 0, "test", VIEW)
+    first.answer = Allow()
+    hooks.decide(Kind.UNSHARE, AREA, 0, "test", VIEW)
+
+    assert hooks.decided_by is None
+
+
 @pytest.mark.parametrize(
     ("answers", "result"),
     [

@@ -44,18 +44,20 @@ def test_summary_counts_requests_by_what_came_of_them(events: Events, tmp_path: 
 
 
 def test_summary_lists_refusals_like_with_like(events: Events, tmp_path: Path) -> None:
+    number = len(events.names)
+    events.names.append("Quota")
     for at in range(3):
-        events.request(Kind.SHARE, at, at, 2, decision="deny", errno=errno.EACCES)
+        events.request(Kind.SHARE, at, at, 2, decision="deny", errno=errno.EACCES, high=number)
     events.request(Kind.UNSHARE, 9, 0, 1, decision="none", errno=errno.EINVAL)
     events.add(Kind.IO_REFUSED, 11, "blk0", errno=errno.EACCES, vcpu=HOST)
     events.convert(Kind.SHARE, 12, 0, 1)
 
     found = summary_of(events, tmp_path)["refusals"]
 
-    assert [(r["kind"], r["from"], r["errno"], r["count"], r["bytes"]) for r in found] == [
-        ("share", "hypercall", "EACCES", 3, 6 * PAGE),
-        ("unshare", "hypercall", "EINVAL", 1, PAGE),
-        ("io-refused", "blk0", "EACCES", 1, 0),
+    assert [(r["kind"], r["from"], r["by"], r["errno"], r["count"], r["bytes"]) for r in found] == [
+        ("share", "hypercall", "Quota", "EACCES", 3, 6 * PAGE),
+        ("unshare", "hypercall", "", "EINVAL", 1, PAGE),
+        ("io-refused", "blk0", "", "EACCES", 1, 0),
     ]
     assert found[0]["first_s"] == 0.0
 

@@ -339,13 +339,13 @@ class VirtioPciTransport:
                 for index, q in enumerate(self._queues)
                 if q.enabled
             }
-        except QueueError as error:
+            if self._observer is not None:
+                for index, queue in queues.items():
+                    queue.observer = self._observer.queue(index)
+            self._device.activate(self._memory, queues, self._driver_features)
+        except (QueueError, OSError) as error:
             self._fail(error)
             return
-        if self._observer is not None:
-            for index, queue in queues.items():
-                queue.observer = self._observer.queue(index)
-        self._device.activate(self._memory, queues, self._driver_features)
         shared = RLock()
         active = {
             index: _ActiveQueue(queue, RLock() if self._device.concurrent else shared)

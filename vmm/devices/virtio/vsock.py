@@ -56,11 +56,12 @@ class VirtioVsock(VirtioDevice):
         self._links: dict[int, Connection] = {}  # the same by fd
         # Host programs that haven't said yet which port they want, by fd, and what they have said.
         self._callers: dict[int, tuple[socket.socket, bytearray]] = {}
-        self._events: deque[int] = deque()  # fds that the loop has found ready
+        self._events: dict[int, None] = {}  # fds that the loop has found ready
         self._resets: deque[Header] = deque()
         self._ready: dict[_Key, None] = {}  # connections that may have something for the guest
         self._next_port = _FIRST_HOST_PORT
         self._hungry = True  # the guest has buffers for more packets
+        self._served = False  # the driver has enabled both queues
 
     def config(self) -> bytes:
         """struct virtio_vsock_config (5.10.4)."""
@@ -71,11 +72,13 @@ class VirtioVsock(VirtioDevice):
     ) -> None:
         super().activate(memory, queues, features)
         self._hungry = True
-        if {RX, TX} <= queues.keys():
+        self._served = {RX, TX} <= queues.keys()
+        if self._served:
             self._listen()
 
     def reset(self) -> None:
         super().reset()
+        self._served = False
         self.watch(self._listener.fd, self._no_more)
         for connection in list(self._connections.values()):
             self._drop(connection)
@@ -91,6 +94,8 @@ class VirtioVsock(VirtioDevice):
 
     def process(self, queue_index: int) -> bool:
         queue = self._queues[queue_index]
+        if not self._served:
+            return False  # one way only: there could be no connection
         if queue_index == RX:
             self._look_around()
             return self._send_packets(queue)
@@ -274,7 +279,7 @@ class VirtioVsock(VirtioDevice):
 
     def _happened(self, fd: int) -> None:
         """An fd is ready (on the loop's thread): looked after where the queues are locked."""
-        self._events.append(fd)
+        self._events[fd] = None
         self.serve(RX)
 
     @staticmethod
@@ -284,7 +289,7 @@ class VirtioVsock(VirtioDevice):
     def _look_around(self) -> None:
         """What has happened at the sockets."""
         while self._events:
-            fd = self._events.popleft()
+            fd, _ = self._events.popitem()
             if fd == self._listener.fd:
                 self._accept()
             elif fd in self._callers:
@@ -366,7 +371,7 @@ class VirtioVsock(VirtioDevice):
             self._listen_again()
 
     def _listen_again(self) -> None:
-        if self._memory is not None:  # else the device is being reset
+        if self._served:  # else the device is being reset
             self._listen()
 
     def _watch_link(self, connection: Connection) -> None:
