@@ -54,7 +54,7 @@ POLICIES = {
     "RateLimit 140": "RateLimit per_second=1 burst=140",
     "Hysteresis": "Hysteresis seconds=1",
     "KeepShared": "KeepShared limit=64M",
-    "Coalesce": "Coalesce",
+    "Coalesce": "Coalesce size=128K seconds=1",
     "DeferredDiscard": "DeferredDiscard seconds=1",
     "PageBudget 400M": "PageBudget limit=400M",
     "LeastPrivilege": "LeastPrivilege",
