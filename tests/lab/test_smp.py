@@ -1,4 +1,4 @@
-"""A stock kernel with several processors: all of its RAM in private memory, and its power button."""
+"""A stock kernel with several processors: its RAM in private memory, and its power button."""
 
 from __future__ import annotations
 
