@@ -44,10 +44,10 @@ def events() -> Events:
 
 
 def replayed(made: Events, folder: Path, *policies: Policy, until_ms: float = 100) -> Replay:
-    trace = Trace(made.write(folder / "t"))
-    requests = requests_of(trace)
-    with closing(Replay(trace, requests, policies)) as replay:
-        replay.run(learn(trace, requests), round(until_ms * MILLISECOND))
+    with closing(Trace(made.write(folder / "t"))) as trace:
+        requests = requests_of(trace)
+        with closing(Replay(trace, requests, policies)) as replay:
+            replay.run(learn(trace, requests), round(until_ms * MILLISECOND))
     return replay
 
 
