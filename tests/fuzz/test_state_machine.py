@@ -160,5 +160,5 @@ def test_machine_finds_a_fault(
 ) -> None:
     monkeypatch.setattr(owner, name, broken)
 
-    with pytest.raises((AssertionError, OSError), match="the reference says|memfd ends"):
+    with pytest.raises((AssertionError, OSError), match=r"the reference says|memfd ends"):
         run_machine(200, Phase.generate)  # unshortened, for time
