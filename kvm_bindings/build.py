@@ -44,6 +44,13 @@ int64_t pyvmm_cached_pages(int fd, uint64_t offset, uint64_t size);
 int pyvmm_memfd_secret(unsigned int flags);
 """
 
+DATAPATH = """
+int64_t pyvmm_pread_many(int fd, const void *table, uint32_t count, char *data);
+int64_t pyvmm_pwrite_many(int fd, const void *table, uint32_t count, const char *data);
+int64_t pyvmm_move_many(int from, int to, const void *table, uint32_t count, char *buffer,
+                        uint64_t buffer_size, int pipe_out, int pipe_in, uint64_t splice_from);
+"""
+
 FLOORS = """
 void pyvmm_copy_memory(uint64_t target, uint64_t source, uint64_t size);
 """
@@ -56,8 +63,9 @@ def compile_extension(destination: Path) -> Path:
     """
     abi = (HERE / "kvm_abi.h").read_text()
     ffi = FFI()
-    ffi.cdef(abi + FUNCTIONS + FLOORS)
-    source = PRELUDE + abi + (HERE / "bindings.c").read_text() + (HERE / "floors.c").read_text()
+    ffi.cdef(abi + FUNCTIONS + DATAPATH + FLOORS)
+    parts = ("bindings.c", "datapath.c", "floors.c")
+    source = PRELUDE + abi + "".join((HERE / part).read_text() for part in parts)
     ffi.set_source(
         "kvm_bindings._kvm",
         source,

@@ -42,24 +42,26 @@ DISK = (
     "echo 3 >/proc/sys/vm/drop_caches; md5sum </dev/vda"
 )
 
-# What the policies are given: bounds that a stock kernel with 512 MiB fits into, except for those
-# in STOPPING, whose refusals are what is to be seen.
-POLICIES: dict[str, list[str]] = {
-    "no policy": [],
-    "AllowAll": ["AllowAll"],
-    "DenyAfterBoot": ["DenyAfterBoot", "seconds=25"],
-    "Quota 80M": ["Quota", "limit=80M"],
-    "Quota 32M": ["Quota", "limit=32M"],
-    "RateLimit 400": ["RateLimit", "per_second=20", "burst=400"],
-    "RateLimit 140": ["RateLimit", "per_second=1", "burst=140"],
-    "Hysteresis": ["Hysteresis", "seconds=1"],
-    "KeepShared": ["KeepShared", "limit=64M"],
-    "Coalesce": ["Coalesce"],
-    "DeferredDiscard": ["DeferredDiscard", "seconds=1"],
-    "PageBudget 400M": ["PageBudget", "limit=400M"],
-    "LeastPrivilege": ["LeastPrivilege"],
-    "Audit of Quota": ["Audit", "file=audit.jsonl", "of=vmm.policy.builtin:Quota", "of.limit=80M"],
+# Each with its arguments: bounds that a stock kernel with 512 MiB fits into, except for those in
+# STOPPING, whose refusals are what is to be seen. Several are stacked with a +.
+POLICIES = {
+    "no policy": "",
+    "AllowAll": "AllowAll",
+    "DenyAfterBoot": "DenyAfterBoot seconds=25",
+    "Quota 80M": "Quota limit=80M",
+    "Quota 32M": "Quota limit=32M",
+    "RateLimit 400": "RateLimit per_second=20 burst=400",
+    "RateLimit 140": "RateLimit per_second=1 burst=140",
+    "Hysteresis": "Hysteresis seconds=1",
+    "KeepShared": "KeepShared limit=64M",
+    "Coalesce": "Coalesce size=128K seconds=1",
+    "DeferredDiscard": "DeferredDiscard seconds=1",
+    "PageBudget 400M": "PageBudget limit=400M",
+    "LeastPrivilege": "LeastPrivilege",
+    "Audit of Quota": "Audit file=audit.jsonl of=vmm.policy.builtin:Quota of.limit=80M",
 }
+_BOUNDS = ("RateLimit 400", "PageBudget 400M", "LeastPrivilege", "Audit of Quota")
+POLICIES["bounds together"] = " + ".join(POLICIES[name] for name in _BOUNDS)
 
 STOPPING = ("DenyAfterBoot", "RateLimit 140")
 """Under these the disk is rebound until a share is refused."""
@@ -109,15 +111,15 @@ class Console:
 
 def run_once(kernel: str, initrd: str, name: str, folder: Path) -> dict[str, Any]:
     """One guest from exec to its end, under the policy of that name."""
-    policy = POLICIES[name]
     disk, report, log = folder / "disk.img", folder / "report.json", folder / "stderr"
     disk.write_bytes(bytes(DISK_BYTES))
     report.unlink(missing_ok=True)
     words = [sys.executable, "-sP", "/lab/project/pyvmm", "--kernel", kernel, "--initrd", initrd]
     words += ["--append", "quiet", "--private-mem", "--disk", str(disk), "--report", str(report)]
-    if policy:
-        words += ["--policy", f"vmm.policy.builtin:{policy[0]}"]
-        for argument in policy[1:]:
+    for policy in filter(None, POLICIES[name].split(" + ")):
+        kind, *given = policy.split()
+        words += ["--policy", f"vmm.policy.builtin:{kind}"]
+        for argument in given:
             words += ["--policy-arg", argument.replace("file=", f"file={folder}/")]
     seconds: dict[str, float] = {}
     answers: dict[str, str] = {}
@@ -245,7 +247,7 @@ def main() -> None:
     parser.add_argument("--only", action="append", choices=POLICIES, help="these policies only")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    outer(options.kernel, options.rounds, options.only or list(POLICIES), options.json)
+    outer(options.kernel, options.rounds, options.only or list(POLICIES)[:-1], options.json)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from tests.lab.conftest import Starter
 
 # Booting, one cell or two, and some programs, with other work on the machine's cores.
 SECONDS = 400.0
+HYPERCALLS = "tests.fuzz.hypercall_programs"
 KERNEL, CONVERSION = "tests.fuzz.kernel_programs", "tests.fuzz.conversion_programs"
 
 
@@ -26,6 +27,7 @@ def test_private_memory_is_in_order_on_the_labs_kernel(
 ) -> None:
     only = " ".join(f"--only {cell}" for cell in cells)
     script = (
+        f"python3 -m {HYPERCALLS} --count 300 && "
         f"python3 -m {KERNEL} --count {programs} && "
         f"python3 -m {CONVERSION} --kvm --count {programs} && "
         f"pyvmm selftest {only} --json m.json"

@@ -64,7 +64,7 @@ def objection(importer: str, name: str) -> str | None:
         return f"{top} imports nothing of ours" if target == "vmm" else None
     room = room_of(importer)
     if target == "kvm_bindings" and room not in BINDINGS_USERS:
-        if room == "memory" and name.startswith("kvm_bindings.fdops"):
+        if room == "memory" and name.startswith(("kvm_bindings.fdops", "kvm_bindings.datapath")):
             return None
         if importer == "vmm.memory.engines" and name.startswith("kvm_bindings.floors"):
             return None

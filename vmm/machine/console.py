@@ -136,12 +136,11 @@ class Console:
 
     def suspend(self) -> None:
         """The process is about to be stopped: the terminal is somebody else's (from a handler)."""
-        self._terminal.restore()
+        self._terminal.suspend()
 
     def resume(self) -> None:
-        """The process was stopped and goes on: take the terminal, if it goes on in its front."""
-        if self._loop is not None and self._terminal.is_ours:
-            self._terminal.enter()
+        """The process was stopped and goes on: take the terminal again."""
+        self._terminal.resume()
 
     def restore(self) -> None:
         """Give the terminal back as it was; any number of times."""

@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 
 from vmm.core.ending_signals import on_ending_signal
 from vmm.core.event_loop import EventLoop, drain
+from vmm.core.job_control import on_stop_and_continue
 
 POWER_BUTTON_SECONDS = 30.0
 """How long a guest that was told of its power button may take to power off."""
@@ -52,13 +53,11 @@ class SignalReactions:
         """Within the block signals have these meanings; main thread only."""
         with ExitStack() as stack:
             self._button = self._eventfd(stack, self._on_button)
-            self._go_on = self._eventfd(stack, self._continued)
             stack.enter_context(on_ending_signal(self._ending))
-            if signal.getsignal(signal.SIGTSTP) is not signal.SIG_IGN:
-                former = signal.signal(signal.SIGTSTP, self._stopping)
-                stack.callback(signal.signal, signal.SIGTSTP, former)
-            former = signal.signal(signal.SIGCONT, self._continuing)
-            stack.callback(signal.signal, signal.SIGCONT, former)
+            go_on = self._eventfd(stack, self._continued)
+            stack.enter_context(
+                on_stop_and_continue(self._suspend, lambda: os.eventfd_write(go_on, 1))
+            )
             yield
 
     def _eventfd(self, stack: ExitStack, callback: Callable[[], None]) -> int:
@@ -81,13 +80,6 @@ class SignalReactions:
             os.eventfd_write(self._button, 1)
         else:
             self._end(f"received {signal.Signals(number).name}")
-
-    def _stopping(self, number: int, frame: object) -> None:
-        self._suspend()
-        os.kill(os.getpid(), signal.SIGSTOP)
-
-    def _continuing(self, number: int, frame: object) -> None:
-        os.eventfd_write(self._go_on, 1)
 
     # -- on the device loop -------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from vmm.conversion.schemes.cbit import CbitScheme
 from vmm.core.ranges import PAGE_SIZE
 from vmm.exits import outcome as words
 from vmm.memory.guest_memory import PageState
-from vmm.policy import Deny, Event, Policy, View
+from vmm.policy import Deny, Event, Policy, PolicyError, View
 
 MAP_GPA_RANGE = 12
 PRIVATE = 1 << 4
@@ -148,6 +148,17 @@ def test_mmio_write_where_nothing_is_vanishes(rig: Rig) -> None:
 
     assert vcpu.mmio == []
     assert rig.outcomes == []
+
+
+def test_policy_that_raises_leaves_the_hypercall_unanswered() -> None:
+    """The guest must not run on with an answer that nobody gave."""
+    rig, vcpu = Rig(policy=Answering(ZeroDivisionError())), FakeVcpu()
+
+    with pytest.raises(PolicyError, match=r"on_share.*raised ZeroDivisionError"):
+        rig.handle(call(MAP_GPA_RANGE, PRIVATE_START, 4, 0), vcpu)
+
+    rig.close()
+    assert vcpu.hypercalls == []
 
 
 # -- implicit conversions -------------------------------------------------------------------------
