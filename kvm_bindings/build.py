@@ -28,6 +28,7 @@ PRELUDE = """
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 """
 
@@ -53,6 +54,16 @@ int64_t pyvmm_move_many(int from, int to, const void *table, uint32_t count, cha
 
 FLOORS = """
 void pyvmm_copy_memory(uint64_t target, uint64_t source, uint64_t size);
+int64_t pyvmm_floor_pread(int fd, uint64_t address, uint64_t size, uint64_t span, uint32_t count);
+int64_t pyvmm_floor_pwrite(int fd, uint64_t address, uint64_t size, uint64_t span, uint32_t count);
+int64_t pyvmm_floor_pread_mapped(int fd, uint64_t address, uint64_t size, uint64_t span,
+                                 uint32_t count);
+int64_t pyvmm_floor_memcpy(uint64_t target, uint64_t target_span, uint64_t source,
+                           uint64_t source_span, uint64_t size, uint32_t count);
+int64_t pyvmm_floor_splice(int from, int to, uint64_t size, uint64_t span, uint32_t count,
+                           int pipe_out, int pipe_in);
+int64_t pyvmm_floor_ioctl(int fd, unsigned long request, uint32_t count);
+int64_t pyvmm_floor_tick_rate(uint32_t milliseconds);
 """
 
 

@@ -21,12 +21,13 @@ LAYERS = (
     {"exits"},
     {"machine"},
     {"selftest"},
+    {"bench"},
     {"cli"},
 )
 # What is x86 lives in vmm/arch, and counts as a part of boot; `python -m vmm` is the command.
 ALIASES = {"arch": "boot", "__main__": "cli"}
-BINDINGS_USERS = {"conversion", "exits", "machine", "selftest", "cli"}
-FIRMWARE_USERS = {"machine", "cli"}
+BINDINGS_USERS = {"conversion", "exits", "machine", "selftest", "bench", "cli"}
+FIRMWARE_USERS = {"machine", "bench", "cli"}
 
 
 def level(room: str) -> int:

@@ -32,6 +32,7 @@ examples:
   pyvmm ctl --help                            asking a running pyvmm (--control)
   pyvmm check                                 what this host can do, and what is missing
   pyvmm selftest                              whether its KVM and pyvmm do it right
+  pyvmm bench --quick                         how fast all of it is, beside QEMU and bare C
   pyvmm report DIR                            what a run with --trace DIR did
   pyvmm replay DIR --policy MODULE:CLASS      what another policy would have made of it
 
@@ -44,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The options of `pyvmm [run]`."""
     parser = Parser(
         prog="pyvmm",
-        usage="pyvmm [run] [options]    or    pyvmm check|selftest|lab|report|replay [options]",
+        usage="pyvmm [run] [options]   or   pyvmm check|selftest|bench|lab|report|replay [options]",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -175,6 +176,10 @@ def main(arguments: Sequence[str]) -> int:
             from vmm.cli.selftest import run as selftest
 
             return selftest(arguments[1:])
+        if arguments and arguments[0] == "bench":
+            from vmm.cli.bench import run as bench
+
+            return bench(arguments[1:])
         if arguments and arguments[0] == "ctl":
             from vmm.cli.ctl import run as run_ctl
 
@@ -206,6 +211,10 @@ def _refuse_early(arguments: Sequence[str]) -> None:
         from vmm.cli.selftest import parser
 
         parser().parse_args(arguments[1:])
+    elif arguments and arguments[0] == "bench":
+        from vmm.cli.bench import parser as bench_parser
+
+        bench_parser().parse_args(arguments[1:])
     else:
         _configuration(arguments)
 
