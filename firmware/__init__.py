@@ -2,6 +2,8 @@
 
 The embedded payload runs when no kernel is given: it tries private memory, sharing and block
 I/O from the guest's side, and says what it saw (see `x86_64/start.S` for the order of its steps).
+The bench guest drives a disk as fast as it can (see `x86_64/bench/main.S` for what it is told and
+what it answers); pyvmm starts it as a kernel, QEMU by its PVH note.
 """
 
 from __future__ import annotations
@@ -29,3 +31,11 @@ def payload_path(architecture: str = "x86_64") -> Path:
 def payload_bytes(architecture: str = "x86_64") -> bytes:
     """The flat image of the embedded payload; raises LookupError if there is none."""
     return payload_path(architecture).read_bytes()
+
+
+def bench_path(architecture: str = "x86_64") -> Path:
+    """Where the ELF of the bench guest lies; raises LookupError if there is none."""
+    path = Path(__file__).resolve().parent / architecture / "bench" / "bench.elf"
+    if not path.is_file():
+        raise LookupError(f"no bench guest for {architecture}: {path} does not exist")
+    return path

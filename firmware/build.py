@@ -1,6 +1,6 @@
-"""Builds the embedded payload from its assembly source with GNU binutils.
+"""Builds the embedded payload and the bench guest from their assembly source with GNU binutils.
 
-`python firmware/build.py` writes the committed image, `--check` compares it with a fresh build.
+`python firmware/build.py` writes the committed images, `--check` compares them with fresh builds.
 The output depends on the sources alone: no build id, no time stamps, no paths.
 """
 
@@ -45,40 +45,63 @@ def _run(command: list[str]) -> None:
 
 
 def build(source_directory: Path = SOURCE_DIRECTORY) -> bytes:
-    """The flat image, linked at 0x100000; raises BuildError."""
+    """The embedded payload, a flat image linked at 0x100000; raises BuildError."""
+    return _link(source_directory, "payload.ld", flat=True)
+
+
+def build_bench(source_directory: Path = SOURCE_DIRECTORY) -> bytes:
+    """The bench guest, an ELF with a PVH note; raises BuildError."""
+    return _link(source_directory / "bench", "bench.ld", flat=False)
+
+
+IMAGES = {"payload.bin": build, "bench/bench.elf": build_bench}
+"""The committed images below the source directory, and what builds each."""
+
+
+def _link(directory: Path, script: str, *, flat: bool) -> bytes:
+    """All sources of a directory, linked; raises BuildError."""
     tools = find_binutils()
     with tempfile.TemporaryDirectory(prefix="pyvmm-firmware-") as scratch:
         objects = []
         # Sorted, so that the order of the directory listing is not part of the image.
-        for source in sorted(source_directory.glob("*.S")):
+        for source in sorted(directory.glob("*.S")):
             target = str(Path(scratch) / f"{source.stem}.o")
-            include = ["-I", str(source_directory)]
+            include = ["-I", str(directory)]
             _run([tools["as"], "--64", "--fatal-warnings", *include, "-o", target, str(source)])
             objects.append(target)
-        linked = str(Path(scratch) / "payload.elf")
-        flat = Path(scratch) / "payload.bin"
-        script = ["-T", str(source_directory / "payload.ld")]
+        linked = str(Path(scratch) / "linked.elf")
         flags = ["-m", "elf_x86_64", "-static", "-nostdlib", "--build-id=none", "-z", "noexecstack"]
-        _run([tools["ld"], *flags, *script, "-o", linked, *objects])
-        _run([tools["objcopy"], "-O", "binary", linked, str(flat)])
-        return flat.read_bytes()
+        flags += ["-z", "max-page-size=4096", "-s", "--no-warn-rwx-segments"]
+        _run([tools["ld"], *flags, "-T", str(directory / script), "-o", linked, *objects])
+        if not flat:
+            return Path(linked).read_bytes()
+        image = Path(scratch) / "flat.bin"
+        _run([tools["objcopy"], "-O", "binary", linked, str(image)])
+        return image.read_bytes()
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns the exit status."""
-    parser = argparse.ArgumentParser(description="Build the embedded payload.")
+    parser = argparse.ArgumentParser(description="Build the guests that ship with pyvmm.")
     parser.add_argument("--check", action="store_true", help="compare, write nothing")
     parser.add_argument(
-        "--source", type=Path, default=SOURCE_DIRECTORY, help="directory of the sources and image"
+        "--source", type=Path, default=SOURCE_DIRECTORY, help="directory of the sources and images"
     )
     options = parser.parse_args(arguments)
-    target = options.source / "payload.bin"
-    try:
-        image = build(options.source)
-    except BuildError as error:
-        print(f"firmware: {error}", file=sys.stderr)
-        return 2
-    if not options.check:
+    status = 0
+    for name, build_image in IMAGES.items():
+        try:
+            image = build_image(options.source)
+        except BuildError as error:
+            print(f"firmware: {error}", file=sys.stderr)
+            return 2
+        status |= _finish(options.source / name, image, check=options.check)
+    return status
+
+
+def _finish(target: Path, image: bytes, *, check: bool) -> int:
+    """Write the image, or compare it with the one that is there; an exit status."""
+    if not check:
         target.write_bytes(image)
         print(f"firmware: {target.name}, {len(image)} bytes")
         return 0

@@ -13,6 +13,8 @@ ABI_SIZE(kvm_pre_fault_memory, 64);
 ABI_SIZE(kvm_enable_cap, 104);
 ABI_SIZE(kvm_irq_level, 8);
 ABI_SIZE(kvm_irqfd, 32);
+ABI_SIZE(kvm_irq_routing_entry, 48);
+ABI_SIZE(kvm_irq_routing, 8);
 ABI_SIZE(kvm_ioeventfd, 64);
 ABI_SIZE(kvm_coalesced_mmio_zone, 16);
 ABI_SIZE(kvm_coalesced_mmio, 24);

@@ -28,6 +28,7 @@ PRELUDE = """
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 """
 
@@ -44,8 +45,25 @@ int64_t pyvmm_cached_pages(int fd, uint64_t offset, uint64_t size);
 int pyvmm_memfd_secret(unsigned int flags);
 """
 
+DATAPATH = """
+int64_t pyvmm_pread_many(int fd, const void *table, uint32_t count, char *data);
+int64_t pyvmm_pwrite_many(int fd, const void *table, uint32_t count, const char *data);
+int64_t pyvmm_move_many(int from, int to, const void *table, uint32_t count, char *buffer,
+                        uint64_t buffer_size, int pipe_out, int pipe_in, uint64_t splice_from);
+"""
+
 FLOORS = """
 void pyvmm_copy_memory(uint64_t target, uint64_t source, uint64_t size);
+int64_t pyvmm_floor_pread(int fd, uint64_t address, uint64_t size, uint64_t span, uint32_t count);
+int64_t pyvmm_floor_pwrite(int fd, uint64_t address, uint64_t size, uint64_t span, uint32_t count);
+int64_t pyvmm_floor_pread_mapped(int fd, uint64_t address, uint64_t size, uint64_t span,
+                                 uint32_t count);
+int64_t pyvmm_floor_memcpy(uint64_t target, uint64_t target_span, uint64_t source,
+                           uint64_t source_span, uint64_t size, uint32_t count);
+int64_t pyvmm_floor_splice(int from, int to, uint64_t size, uint64_t span, uint32_t count,
+                           int pipe_out, int pipe_in);
+int64_t pyvmm_floor_ioctl(int fd, unsigned long request, uint32_t count);
+int64_t pyvmm_floor_tick_rate(uint32_t milliseconds);
 """
 
 
@@ -56,8 +74,9 @@ def compile_extension(destination: Path) -> Path:
     """
     abi = (HERE / "kvm_abi.h").read_text()
     ffi = FFI()
-    ffi.cdef(abi + FUNCTIONS + FLOORS)
-    source = PRELUDE + abi + (HERE / "bindings.c").read_text() + (HERE / "floors.c").read_text()
+    ffi.cdef(abi + FUNCTIONS + DATAPATH + FLOORS)
+    parts = ("bindings.c", "datapath.c", "floors.c")
+    source = PRELUDE + abi + "".join((HERE / part).read_text() for part in parts)
     ffi.set_source(
         "kvm_bindings._kvm",
         source,

@@ -274,6 +274,17 @@ class Vcpu:
         if done < 0:
             fail("KVM_SET_MSRS", done, f"vcpu={self.index}")
 
+    def kvmclock_ctrl(self) -> bool:
+        """KVM_KVMCLOCK_CTRL: tell the guest through its kvmclock that it was stopped, so that its
+        watchdogs don't take the gap for a lock-up. False where it has no such clock.
+
+        Waits for a KVM_RUN that is under way.
+        """
+        result = lib.pyvmm_ioctl_value(self.fd, ioctls.KVM_KVMCLOCK_CTRL, 0)
+        if result < 0 and result not in (-errno.EINVAL, -errno.ENOTTY):
+            fail("KVM_KVMCLOCK_CTRL", result, f"vcpu={self.index}")
+        return int(result) >= 0
+
     def pre_fault_memory(self, gpa: int, size: int) -> None:
         """KVM_PRE_FAULT_MEMORY: map a range for the guest now, all at once, without faults later.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterable
 from typing import Any
 
 from kvm_bindings import ioctls
@@ -92,6 +93,43 @@ class Vm(OwnedFd):
         result = self._pointer(ioctls.KVM_IRQFD, irqfd)
         if result < 0:
             fail("KVM_IRQFD", result, f"{eventfd=}, {gsi=}, {resamplefd=}")
+
+    def set_gsi_routing(
+        self,
+        pins: Iterable[tuple[int, int, int]],
+        messages: Iterable[tuple[int, int, int]] = (),
+    ) -> None:
+        """KVM_SET_GSI_ROUTING: replace the whole table of what a GSI leads to.
+
+        `pins` are (gsi, irqchip, pin), of which a GSI may have several; `messages` are
+        (gsi, address, data) of message-signalled interrupts.
+        """
+        entries: list[dict[str, object]] = [
+            {
+                "gsi": gsi,
+                "type": ioctls.KVM_IRQ_ROUTING_IRQCHIP,
+                "u": {"irqchip": {"irqchip": chip, "pin": pin}},
+            }
+            for gsi, chip, pin in pins
+        ]
+        entries += [
+            {
+                "gsi": gsi,
+                "type": ioctls.KVM_IRQ_ROUTING_MSI,
+                "u": {
+                    "msi": {
+                        "address_lo": address & 0xFFFF_FFFF,
+                        "address_hi": address >> 32,
+                        "data": data,
+                    }
+                },
+            }
+            for gsi, address, data in messages
+        ]
+        table = ffi.new("struct kvm_irq_routing *", {"nr": len(entries), "entries": entries})
+        result = self._pointer(ioctls.KVM_SET_GSI_ROUTING, table)
+        if result < 0:
+            fail("KVM_SET_GSI_ROUTING", result, f"nr={len(entries)}")
 
     def ioeventfd(
         self,

@@ -41,7 +41,7 @@ from vmm.conversion.transaction import Converter
 from vmm.core.errors import HostError
 from vmm.core.events import ConversionRequest, Kind
 from vmm.core.ranges import PAGE_SIZE, Range
-from vmm.devices.bus import PortBus
+from vmm.devices.bus import MemoryBus, PortBus
 from vmm.exits.handlers import ExitHandlers
 from vmm.exits.outcome import Outcome
 from vmm.exits.run_loop import install_kick_handler
@@ -167,8 +167,8 @@ class Bare(Side):
 
 
 class Clock:
-    """A port device of the measured VM: the guest starts and stops it around a conversion, and
-    before it starts the bare VM has its turn."""
+    """A port device of the measured VM: the guest starts and stops it around a conversion; before
+    or after it the bare VM has its turn."""
 
     def __init__(self, measured: Side, bare: Bare, rounds: int, done: Callable[[], None]) -> None:
         self._measured = measured
@@ -182,18 +182,27 @@ class Clock:
 
     def write(self, offset: int, size: int, value: int) -> None:
         now = time.perf_counter_ns()
+        # Rounds begin with the one and the other in turn: whoever is first pays for what the
+        # kernel does only now and then.
+        bare_first = self._left // 2 % 2 == 0
         if offset == 0:
-            self.bare[self._kind].append(self._bare.round(self._kind))
+            if bare_first:
+                self._bare_turn()
             self._measured.allocate(self._kind)
             self._started = time.perf_counter_ns()
             return
         if value:
             raise RuntimeError(f"the guest's answer was {value:#x}")
         self.through[self._kind].append(now - self._started)
+        if not bare_first:
+            self._bare_turn()
         self._kind = Kind.UNSHARE if self._kind is Kind.SHARE else Kind.SHARE
         self._left -= 1
         if not self._left:
             self._done()
+
+    def _bare_turn(self) -> None:
+        self.bare[self._kind].append(self._bare.round(self._kind))
 
     def read(self, offset: int, size: int) -> int:
         raise RuntimeError("the guest reads no clock")
@@ -221,7 +230,7 @@ def measure(system: System, scheme: str, size: int, rounds: int) -> dict[str, fl
             group.stop()
 
         handlers = ExitHandlers(
-            ports, MsrTable(False), measured.memory, converter, PortDoorbell(1), stop
+            ports, MemoryBus(), MsrTable(False), measured.memory, converter, PortDoorbell(1), stop
         )
         group.add(measured.vcpu, handlers, stop)
         group.start()

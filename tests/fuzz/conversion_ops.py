@@ -11,13 +11,25 @@ from vmm.core.ranges import PAGE_SIZE
 PAGES = 16
 
 
+POLICIES = ("allow", "deny", "partial", "widen", "defer", "defer-keep")
+"""What the policy answers: "partial" the first half, "widen" with all neighbours in that state;
+the last two put the discard of an unshare off, and `keep` the content or not."""
+
+
 class Convert(NamedTuple):
-    """`policy`: "allow", "deny", "defer" or "defer-keep". `fail_at`: which call into the host
-    that changes something fails, counted from 0; None for none."""
+    """`policy` is one of POLICIES. `fail_at`: which call into the host that changes something
+    fails, counted from 0; None for none."""
 
     request: Request
     policy: str
     fail_at: int | None
+
+
+class Fault(NamedTuple):
+    """An access that wants the page in another state (an implicit conversion)."""
+
+    kind: str
+    page: int
 
 
 class Settle(NamedTuple):
@@ -50,11 +62,18 @@ class HostWrite(NamedTuple):
     word: int
 
 
+class Peek(NamedTuple):
+    """The host reads any bytes, from `start` past the first page's; RAM or not."""
+
+    start: int
+    size: int
+
+
 class Look(NamedTuple):
     """States and residency."""
 
 
-Op = Convert | Settle | GuestRead | GuestWrite | HostRead | HostWrite | Look
+Op = Convert | Fault | Settle | GuestRead | GuestWrite | HostRead | HostWrite | Peek | Look
 Program = list[Op]
 
 
@@ -67,7 +86,12 @@ def _random_op(chance: random.Random) -> Op:
     first = chance.randrange(PAGES)
     count = chance.randint(1, min(6, PAGES - first))
     word = chance.getrandbits(63) | 1
-    match chance.randrange(20):
+    match chance.randrange(22):
+        case 21:
+            start = page_edge(chance, first)
+            return Peek(start, chance.choice((0, 1, 8, PAGE_SIZE, chance.randrange(3 * PAGE_SIZE))))
+        case 20:
+            return Fault(chance.choice((SHARE, UNSHARE)), first)
         case 0 | 1 | 2 | 3 | 4 | 5 | 6:
             return _random_conversion(chance, first, count)
         case 7:
@@ -83,9 +107,15 @@ def _random_op(chance: random.Random) -> Op:
     return Look()
 
 
+def page_edge(chance: random.Random, page: int) -> int:
+    """An offset at, before or behind a page's start, or somewhere in it."""
+    within = chance.choice((0, -1, -8, 1, PAGE_SIZE - 8, chance.randrange(PAGE_SIZE)))
+    return page * PAGE_SIZE + within
+
+
 def _random_conversion(chance: random.Random, first: int, count: int) -> Convert:
     kind = chance.choice((SHARE, UNSHARE))
-    policy = chance.choice(("allow",) * 7 + ("deny", "defer", "defer-keep"))
+    policy = "allow" if chance.random() < 0.6 else chance.choice(POLICIES)
     fail_at = chance.randrange(3) if chance.random() < 0.15 else None
     if chance.random() < 0.1:
         return Convert(_bad_request(chance, kind, first, count), policy, fail_at)

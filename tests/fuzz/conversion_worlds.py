@@ -10,13 +10,14 @@ from contextlib import ExitStack
 
 from kvm_bindings import KvmError
 from tests.fuzz import conversion_ops as ops
-from tests.fuzz.reference import SHARE, Reference, Side
+from tests.fuzz.reference import SHARE, Reference, Request, Side
 from tests.support.fake_platform import FakePlatform
-from vmm.core.errors import PrivateAccess
+from vmm.conversion.transaction import FRUITLESS_FAULTS
+from vmm.core.errors import PrivateAccess, UnmappedAccess
 from vmm.core.events import Kind
-from vmm.core.ranges import PAGE_SIZE
+from vmm.core.ranges import PAGE_SIZE, Range
 from vmm.memory.backing import Backing
-from vmm.policy import Allow, Decision, Defer, Deny, Event, Policy, View
+from vmm.policy import Allow, Convert, Decision, Defer, Deny, Event, Partial, Policy, View
 from vmm.selftest.entries import Combination
 from vmm.selftest.guest import GuestStopped
 from vmm.selftest.platform import Platform
@@ -60,13 +61,21 @@ class Failures:
 
 
 class Chosen(Policy):
-    """Answers as the program says."""
+    """Answers as the program says; `area` is what it says to convert."""
 
     def __init__(self) -> None:
         self.word = "allow"
+        self.area = Range(0, 0)
 
     def on_share(self, event: Event, view: View) -> Decision:
-        return Deny(DENIED) if self.word == "deny" else Allow()
+        match self.word:
+            case "deny":
+                return Deny(DENIED)
+            case "partial":
+                return Partial(self.area)
+            case "widen":
+                return Convert(self.area)
+        return Allow()
 
     def on_unshare(self, event: Event, view: View) -> Decision:
         if self.word in ("defer", "defer-keep"):
@@ -100,6 +109,7 @@ class World:
             )
             self._opened = opened.pop_all()
         self.reference = Reference(ops.PAGES, in_place=self.rig.memory.in_place)
+        self._fruitless: tuple[Request | None, int] = (None, 0)
         self._counts = self.rig.private.traits.granule == PAGE_SIZE
 
     def __enter__(self) -> World:
@@ -113,6 +123,8 @@ class World:
         match op:
             case ops.Convert():
                 return self._convert(op)
+            case ops.Fault(kind, page):
+                return self._fault(kind, page)
             case ops.Settle(fail_at):
                 return self._settle(fail_at)
             case ops.GuestRead(page, other):
@@ -123,31 +135,63 @@ class World:
                 return self._host_read(first, count)
             case ops.HostWrite(first, count, word):
                 return self._host_write(first, count, word)
+            case ops.Peek(start, size):
+                return self._peek(start, size)
         return self._look()
 
     # -- conversions --------------------------------------------------------------------------
 
     def _convert(self, op: ops.Convert) -> str:
         request, reference = op.request, self.reference
+        refused = reference.refusal(request)
+        done = request if refused else self._wanted_by_policy(request, op.policy)
         self.policy.word = op.policy
+        self.policy.area = self.rig.area(done.first, done.count)
         self.failures.arm(op.fail_at)
         kind = Kind.SHARE if request.kind == SHARE else Kind.UNSHARE
         gpa = self.rig.gpa(request.first) + request.offset
         answer = self.rig.request(kind, gpa, request.count, reserved=request.reserved)
         failed = self.failures.happened
         self.failures.arm(None)
-        refused = reference.refusal(request)
         defer = op.policy in ("defer", "defer-keep")
         if refused or op.policy == "deny":
             self._expect("answer", answer, refused or -DENIED)
         elif failed:
             self._expect("answer", answer, -INJECTED)
             applied = self.failures.where == "fallocate"
-            reference.failed(request, self._states(), applied=applied)
+            reference.failed(done, self._states(), applied=applied)
         else:
-            self._expect("answer", answer, 0)
-            if reference.needs_work(request, defer=defer):
-                reference.convert(request, defer=defer, keep=op.policy == "defer-keep")
+            if reference.needs_work(done, defer=defer):
+                reference.convert(done, defer=defer, keep=op.policy == "defer-keep")
+            part_is_left = op.policy == "partial" and not reference.all_settled(request)
+            self._expect("answer", answer, -errno.EAGAIN if part_is_left else 0)
+        return f"{answer}"
+
+    def _wanted_by_policy(self, request: Request, policy: str) -> Request:
+        """What a valid request comes to."""
+        if policy == "partial":
+            return Request(request.kind, request.first, (request.count + 1) // 2)
+        return self.reference.widened(request) if policy == "widen" else request
+
+    def _fault(self, kind: str, page: int) -> str:
+        """An implicit conversion, where the scheme has those; else nothing happens."""
+        request = Request(kind, page, 1)
+        self.policy.word = "allow"
+        word = Kind.SHARE if kind == SHARE else Kind.UNSHARE
+        answer = self.rig.converter.fault(word, self.rig.gpa(page), PAGE_SIZE, 0)
+        if not self.rig.scheme.converts_on_fault:
+            self._expect("answer to a fault", answer, -errno.EOPNOTSUPP)
+            return "no faults"
+        if self.reference.all_settled(request):
+            # The guest may try again, but not for ever.
+            count = self._fruitless[1] + 1 if self._fruitless[0] == request else 1
+            self._fruitless = (request, count)
+            wanted = 0 if count <= FRUITLESS_FAULTS else -errno.EFAULT
+            self._expect("answer to a fault for nothing", answer, wanted)
+            return "nothing to do"
+        self._fruitless = (None, 0)
+        self._expect("answer to a fault", answer, 0)
+        self.reference.convert(request)
         return f"{answer}"
 
     def _settle(self, fail_at: int | None) -> str:
@@ -217,6 +261,31 @@ class World:
         for each in self.reference.pages[first : first + count]:
             each.shared.touch(word)
         return "written"
+
+    def _peek(self, start: int, size: int) -> str:
+        """Any bytes; an access of no bytes counts as one to the byte that it names."""
+        last = start + max(size, 1) - 1
+        inside = start >= 0 and last < ops.PAGES * PAGE_SIZE
+        first, count = start // PAGE_SIZE, last // PAGE_SIZE - start // PAGE_SIZE + 1
+        allowed = inside and self.reference.host_may(first, count)
+        try:
+            data = self.rig.memory.pread(size, self.rig.gpa(0) + start)
+        except (PrivateAccess, UnmappedAccess) as refusal:
+            self._expect("host access allowed", False, allowed)
+            self._expect("refused as unmapped", isinstance(refusal, UnmappedAccess), not inside)
+            return "refused"
+        self._expect("host access allowed", True, allowed)
+        pages = self.reference.pages[first : first + count] if size else []
+        if any(page.shared.word is None for page in pages):
+            return "unknown"
+        words = [(page.shared.word or 0).to_bytes(8, "little") for page in pages]
+        whole = b"".join(word + bytes(PAGE_SIZE - 8) for word in words)
+        expected = whole[start % PAGE_SIZE :][:size]
+        self._expect(f"{size} bytes at {start:#x}", data.hex(), expected.hex())
+        if self.reference.in_place:
+            for page in pages:
+                page.shared.touch(page.shared.word)
+        return "read"
 
     # -- looks --------------------------------------------------------------------------------
 

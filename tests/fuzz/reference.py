@@ -106,6 +106,23 @@ class Reference:
             return states != {State.SHARED}
         return State.SHARED in states or (not defer and State.DEFERRED in states)
 
+    def all_settled(self, request: Request) -> bool:
+        """Whether all of a valid request's pages are as it wants them."""
+        area = self.pages[request.first : request.first + request.count]
+        return all(self._is_settled(page, request.kind) for page in area)
+
+    def widened(self, request: Request) -> Request:
+        """A valid request and all pages around it that are as it wants them."""
+        first, end = request.first, request.first + request.count
+        while first and self._is_settled(self.pages[first - 1], request.kind):
+            first -= 1
+        while end < len(self.pages) and self._is_settled(self.pages[end], request.kind):
+            end += 1
+        return Request(request.kind, first, end - first)
+
+    def _is_settled(self, page: Page, kind: str) -> bool:
+        return (page.state is State.SHARED) == (kind == SHARE)
+
     def _move(self, page: Page, state: State) -> None:
         """A change of state in place."""
         if page.state is not state:

@@ -376,3 +376,25 @@ def test_end_of_a_guest_has_its_status_line_and_report(
 
     assert (done.returncode, done.stderr.decode()) == (status, line)
     assert json.loads(report.read_text())["guest"]["exit"] == exit
+
+
+# -- devices that the payload has no driver for ----------------------------------------------------
+
+
+def test_payload_runs_beside_every_device_and_nothing_is_left_of_them(tmp_path: Path) -> None:
+    (tmp_path / "disk").write_bytes(bytes(1 << 20))
+    report = tmp_path / "report.json"
+
+    done = command.run(
+        "--private-mem", "--disk", f"{tmp_path / 'disk'},queues=2", "--rng",
+        "--vsock", f"path={tmp_path / 'v'}", "--console", f"socket={tmp_path / 'c'}",
+        "--console", f"file={tmp_path / 'out'},name=port", "--balloon", f"control={tmp_path / 'b'}",
+        "--report", str(report),
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
+    assert re.search(rb"ok \d+ disk", done.stdout)
+    io = json.loads(report.read_text())["io"]
+    assert list(io) == ["blk0", "vsock", "console", "rng", "balloon"]
+    assert io["blk0"]["bytes_read"] > 0 and io["blk0"]["errors"] == 0
+    assert sorted(os.listdir(tmp_path)) == ["disk", "out", "report.json"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -12,6 +12,7 @@ from kvm_bindings.exits import HltExit
 from tests.support.memory import pattern
 from tests.support.tiny_guest import CODE, RAM, TinyGuest
 from vmm.core.ranges import PAGE_SIZE
+from vmm.machine.schemes import GUEST_MEMFD_FLAGS, make_backing
 from vmm.memory.backings.guest_memfd import MappedGuestMemfdBacking
 
 pytestmark = pytest.mark.kvm
@@ -113,3 +114,37 @@ def test_guest_runs_in_a_guest_memfd_and_the_host_reads_what_it_wrote(
         assert backing.pread(3, 0x2000) == b"\x41\x42\x00"
         assert backing.resident_bytes() == fdops.cached_pages(backing.fd) * PAGE_SIZE > 0
         backing.close()
+
+
+def allowed(attempt: Callable[[], object]) -> bool:
+    try:
+        attempt()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("name", ["guest_memfd-plain", "guest_memfd", "guest_memfd-mmap"])
+def test_traits_are_what_this_kernel_does(vm: Vm, guest_memfd_flags: int, name: str) -> None:
+    if GUEST_MEMFD_FLAGS[name] & ~guest_memfd_flags:
+        pytest.skip(f"KVM_CAP_GUEST_MEMFD_FLAGS = {guest_memfd_flags:#x}: no {name}")
+    backing = make_backing(vm, name, SIZE)
+    fd, traits = backing.fd, backing.traits
+    reading, writing = os.pipe()
+    file = os.memfd_create("file")
+
+    assert allowed(lambda: os.pread(fd, 16, 0)) == traits.pread
+    assert allowed(lambda: os.pwrite(fd, b"x", 0)) == traits.pwrite
+    assert allowed(lambda: os.splice(fd, writing, 4096, offset_src=0)) == traits.splice
+    assert allowed(lambda: fdops.unmap(fdops.map_shared(fd, SIZE), SIZE)) == traits.mmap
+    assert bool(backing.hva) == traits.mmap
+    if traits.mmap:  # a system call: EFAULT stands for SIGBUS
+        reached = allowed(lambda: fdops.pwrite_from_address(file, backing.hva, 16, 0))
+        assert traits.private_access == ("allowed" if reached else "SIGBUS")
+    else:
+        assert traits.private_access == "no mapping"
+    backing.punch(0, traits.granule)
+    assert backing.resident_bytes(0, traits.granule) == 0
+    for opened in (reading, writing, file):
+        os.close(opened)
+    backing.close()

@@ -116,7 +116,7 @@ def test_socket_that_is_in_use_is_refused_before_anything_runs(
     done = command.run(*echoing, "--control", str(session.path))
 
     assert done.returncode == 2
-    assert re.fullmatch(rb"pyvmm: --control .* give another path\n", done.stderr)
+    assert re.fullmatch(rb"pyvmm: --control .* where nothing is yet\n", done.stderr)
     assert session.ask("status")["ok"]
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import subprocess
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,10 @@ from vmm.boot.kernel import load_kernel_image
 from vmm.core.ranges import Range
 from vmm.lab.machine import Lab
 from vmm.lab.run import LabRun
+from vmm.machine.replay import Replay
+from vmm.trace.cost import learn, requests_of
+from vmm.trace.reader import Trace
+from vmm.trace.summary import summarise
 
 PROMPT = b"/ # "
 BOOT_SECONDS = 240.0
@@ -80,13 +85,13 @@ def test_stock_kernel_boots_privately_and_its_disk_holds_what_it_wrote(
     ext4_image(disk, tmp_path / "root")
 
     run = lab_start(
-        [*linux(kernel), "--private-mem", "--disk", "disk.ext4", *REPORT],
+        [*linux(kernel), "--private-mem", "--disk", "disk.ext4", "--trace", "t", *REPORT],
     )
     shell = Shell(run)
     assert kernel.removeprefix("debian:") in shell.type("uname -r")
     assert "AMD SEV" in shell.type("dmesg | grep 'Memory Encryption'")
     assert "virtio" in shell.type("cat /proc/interrupts")
-    check_bounce_buffer(shell.type("dmesg | grep 'software IO TLB: mapped'"))
+    bounce_buffer = check_bounce_buffer(shell.type("dmesg | grep 'software IO TLB: mapped'"))
     shell.type("mount -t ext4 /dev/vda /mnt")
     read = shell.type("sha256sum /mnt/from-host")
     shell.type("dd if=/dev/urandom of=/mnt/from-guest bs=4096 count=700 2>/dev/null; sync")
@@ -108,15 +113,18 @@ def test_stock_kernel_boots_privately_and_its_disk_holds_what_it_wrote(
     assert copy.stat().st_size == 700 * 4096
     assert written.split()[0] == hashlib.sha256(copy.read_bytes()).hexdigest()
     check_report(report_of(tmp_path))
+    check_trace(tmp_path / "t", report_of(tmp_path), bounce_buffer)
 
 
-def check_bounce_buffer(message: str) -> None:
+def check_bounce_buffer(message: str) -> Range:
     """It is where we expected it: else prefaulting it was for nothing."""
     found = re.search(r"mapped \[mem (0x[0-9a-f]+)-(0x[0-9a-f]+)\]", message)
     assert found, message
     start, end = (int(number, 16) for number in found.groups())
     expected = early_allocations(ram_ranges(RAM_BYTES), initrd_bytes=0)
+    # Linux prints the first address past it.
     assert expected is not None and expected.contains(Range(start, end - start)), message
+    return Range(start, end - start)
 
 
 def check_report(report: dict[str, Any]) -> None:
@@ -140,6 +148,29 @@ def check_report(report: dict[str, Any]) -> None:
     disk = report["io"]["blk0"]
     assert disk["bytes_read"] > 3 * MIB and disk["bytes_written"] > 700 * 4096
     assert disk["errors"] == disk["refused"] == 0
+
+
+def check_trace(folder: Path, report: dict[str, Any], bounce_buffer: Range) -> None:
+    """The trace tells of the same run as the report, and a replay that allows all repeats it."""
+    trace = Trace(folder)
+    told = summarise(trace)
+    assert (told["complete"], told["torn_events"]) == (True, 0)
+    for kind in ("share", "unshare"):
+        counted = report["conversions"][kind]
+        assert told["conversions"][kind]["requests"] == counted["calls"]
+        assert told["conversions"][kind]["failed"] == 0
+    assert told["memory"]["shared_bytes_last"] == report["pages"]["shared_bytes"]
+    assert {name: exits["count"] for name, exits in told["exits"].items()} == report["exits"]
+    assert told["io"]["blk0"]["requests"] == report["io"]["blk0"]["requests"]
+    # What is a guess from the requests alone is what the guest said.
+    found = told["bounce_buffer"]
+    assert Range(found["gpa"], found["bytes"]) == bounce_buffer
+    requests = requests_of(trace)
+    with closing(Replay(trace, requests, [])) as replay:
+        replay.run(learn(trace, requests), round(told["seconds"] * 1e9))
+    converted = sum(report["conversions"][kind]["bytes"] for kind in ("share", "unshare"))
+    assert replay.converted_bytes == requests.changed.sum() == converted
+    assert replay.refused == []
 
 
 def test_bare_vmlinux_boots_with_memory_above_4_gib(

@@ -1,4 +1,4 @@
-"""A stock kernel with several processors, all of its RAM in private memory."""
+"""A stock kernel with several processors: its RAM in private memory, and its power button."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from pathlib import Path
 
 from tests.lab.conftest import Starter
 from tests.lab.test_linux import MIB, RAM_BYTES, Shell, linux, report_of
+from vmm.lab.cpio import CpioWriter
+from vmm.lab.kmodules import ModuleTree
+from vmm.lab.machine import Lab
 
 CPUS = 4
 
@@ -32,7 +35,11 @@ def test_four_processors_convert_at_once_while_a_disk_is_read(
     shell = Shell(run)
 
     assert shell.type("nproc") == str(CPUS)
-    assert shell.type("grep -c 'apicid' /proc/cpuinfo") == str(2 * CPUS)
+    ids = shell.type("grep '^apicid' /proc/cpuinfo").split("\n")
+    assert [line.split()[-1] for line in ids] == ["0", "1", "2", "3"]
+    # A message for each queue and one for the rest, written to a table in memory.
+    interrupts = shell.type("grep virtio /proc/interrupts")
+    assert interrupts.count("PCI-MSIX") == interrupts.count("\n") + 1 >= 2 * 4
     before = shell.type("dmesg | grep -c 'virtio_blk.*logical blocks'")
     shell.type(f"echo '{_REBIND}' >/tmp/rebind")
     loops = " ".join(f"taskset {1 << n:x} sh /tmp/rebind virtio{n} &" for n in (1, 2, 3))
@@ -49,4 +56,48 @@ def test_four_processors_convert_at_once_while_a_disk_is_read(
     pages = report["pages"]
     assert pages["private_bytes"] + pages["shared_bytes"] == RAM_BYTES
     assert share["bytes"] - unshare["bytes"] == pages["shared_bytes"]
-    print(report)
+
+
+_ORDERLY_INIT = """#!/bin/busybox sh
+export PATH=/bin
+mount -t proc none /proc
+mount -t sysfs none /sys
+insmod /modules/button.ko
+echo "guest: ready"
+until grep -q '^ *1 ' /sys/firmware/acpi/interrupts/ff_pwr_btn; do sleep 0.2; done
+echo "guest: the button was pressed"
+poweroff -f
+"""
+
+_PRESS = """
+python3 -sP /lab/project/pyvmm --cpus 2 "$@" >out 2>&1 &
+pid=$!
+until grep -q 'guest: ready' out; do sleep 0.2; done
+kill -TERM $pid
+wait $pid
+echo "status $?"
+cat out
+"""
+
+
+def test_sigterm_lets_a_stock_kernel_power_off(
+    lab: Lab, lab_start: Starter, tmp_path: Path
+) -> None:
+    kernel = lab.guest_kernel("debian:6.12")
+    assert kernel.modules is not None
+    # A second archive behind the first: its files win.
+    extra = CpioWriter()
+    for name, module in ModuleTree(kernel.modules).in_order(["button"]):
+        extra.file(f"modules/{name}.ko", module)
+    extra.file("init", _ORDERLY_INIT.encode(), 0o755)
+    initrd = tmp_path / "initrd"
+    initrd.write_bytes(lab.guest_initramfs(kernel).read_bytes() + extra.finish())
+    words = ["--kernel", str(kernel.image), "--initrd", str(initrd), "--append", "quiet"]
+
+    run = lab_start(["sh", "-c", _PRESS, "sh", *words], program=True, files=[kernel.image, initrd])
+    status = run.wait(180)
+
+    said = bytes(run.stdout.data).decode()
+    assert status == 0, said
+    assert "status 0" in said
+    assert "guest: the button was pressed" in said

@@ -18,15 +18,19 @@ COMMAND = (sys.executable, "-m", "vmm")
 
 
 class Session:
-    """A command whose stdin and stdout are a terminal (its master end is here), stderr a pipe."""
+    """A command whose stdin and stdout are a terminal (its master end is here), stderr a pipe.
 
-    def __init__(self, arguments: Sequence[str]) -> None:
+    With `controlling` the terminal controls the command's session, as a shell's does.
+    """
+
+    def __init__(self, arguments: Sequence[str], *, controlling: bool = False) -> None:
         self.master, self._slave = os.openpty()
         self.modes_before = self.modes()
         self.output = b""
         self.process = subprocess.Popen(
-            [*COMMAND, *arguments], cwd=ROOT, stdin=self._slave, stdout=self._slave,
-            stderr=subprocess.PIPE, start_new_session=True,
+            [*(["setsid", "--ctty"] if controlling else []), *COMMAND, *arguments],
+            cwd=ROOT, stdin=self._slave, stdout=self._slave,
+            stderr=subprocess.PIPE, start_new_session=not controlling,
         )  # fmt: skip
         self._watchdog = threading.Timer(TIME_LIMIT, self.process.kill)
         self._watchdog.start()
@@ -49,6 +53,11 @@ class Session:
         self.process.stderr.close()
         os.close(self.master)
         os.close(self._slave)
+
+    def wait_until_stopped(self) -> None:
+        """The command was sent a signal that stops it, and has stopped."""
+        _, status = os.waitpid(self.process.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status), f"it did not stop but ended: {status:#x}"
 
     def modes(self) -> list[Any]:
         """The terminal's modes, as tcgetattr gives them."""

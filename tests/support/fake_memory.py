@@ -65,3 +65,43 @@ class FakeMemory:
         wanted = Range(gpa, size)
         if any(wanted.overlaps(held) for held in self.private):
             raise PrivateAccess(f"{verb} of {size:#x} bytes at {gpa:#x}: private")
+
+
+class BatchingFakeMemory(FakeMemory):
+    """The same with verbs for many pieces, as GuestMemory has them."""
+
+    def read_many(self, pieces: list[int]) -> bytes:
+        self._check_many("read_many", pieces)
+        pairs = zip(pieces[::2], pieces[1::2], strict=True)
+        return b"".join([os.pread(self._fd, size, gpa) for gpa, size in pairs])
+
+    def write_many(self, pieces: list[int], data: bytes) -> None:
+        self._check_many("write_many", pieces)
+        done = 0
+        for gpa, size in zip(pieces[::2], pieces[1::2], strict=True):
+            os.pwrite(self._fd, data[done : done + size], gpa)
+            done += size
+
+    def move_in(self, src_fd: int, moves: list[int]) -> int:
+        self._check_many("move_in", [n for i, n in enumerate(moves) if i % 3])
+        return self._move(src_fd, self._fd, moves)
+
+    def move_out(self, moves: list[int], dst_fd: int) -> int:
+        self._check_many("move_out", [n for i, n in enumerate(moves) if i % 3 != 1])
+        return self._move(self._fd, dst_fd, moves)
+
+    def _move(self, src: int, dst: int, moves: list[int]) -> int:
+        total = 0
+        for start, end, size in zip(moves[::3], moves[1::3], moves[2::3], strict=True):
+            moved = os.pwrite(dst, os.pread(src, size, start), end)
+            total += moved
+            if moved < size:
+                break
+        return total
+
+    def _check_many(self, verb: str, pieces: list[int]) -> None:
+        calls = self.calls.copy()
+        for gpa, size in zip(pieces[::2], pieces[1::2], strict=True):
+            self._check(verb, size, gpa)
+        self.calls = calls
+        self.calls[verb] += 1

@@ -14,7 +14,7 @@ from vmm.arch.x86_64.msrs import MsrTable
 from vmm.conversion.schemes.cbit import CbitScheme
 from vmm.conversion.transaction import Converter
 from vmm.core.ranges import Range
-from vmm.devices.bus import PortBus
+from vmm.devices.bus import MemoryBus, PortBus
 from vmm.exits.handlers import ExitHandlers
 from vmm.exits.outcome import Outcome
 from vmm.memory.backings.memfd import MemfdBacking
@@ -39,6 +39,7 @@ class FakeVcpu:
         self.hypercalls: list[int] = []
         self.msrs: list[tuple[int | None, bool]] = []
         self.registers = {"rip": 0x1234}
+        self.told_stopped = 0
         self.idle = threading.Event()
         """Set once all steps are played and `run` waits."""
         self._steps = list(steps)
@@ -75,6 +76,11 @@ class FakeVcpu:
             self._kicked.set()
         else:
             self._kicked.clear()
+
+    def kvmclock_ctrl(self) -> bool:
+        """What a guest is told that was stopped; must not meet a KVM_RUN."""
+        self.told_stopped += 1
+        return True
 
     def answer_io(self, data: bytes) -> None:
         self.io.append(data)
@@ -128,10 +134,17 @@ class Rig:
         self.converter = Converter(self.memory, CbitScheme(38), policy or Policy())
         self.doorbell = PortDoorbell(2, conversions=private)
         self.ports = PortBus()
+        self.registers = MemoryBus()
         self.msrs = MsrTable(c_bit=private)
         self.outcomes: list[Outcome] = []
         self.handlers = ExitHandlers(
-            self.ports, self.msrs, self.memory, self.converter, self.doorbell, self.outcomes.append
+            self.ports,
+            self.registers,
+            self.msrs,
+            self.memory,
+            self.converter,
+            self.doorbell,
+            self.outcomes.append,
         )
 
     def handle(self, exit: Any, vcpu: FakeVcpu | None = None) -> FakeVcpu:

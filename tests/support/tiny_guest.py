@@ -19,14 +19,19 @@ WATCHDOG_SECONDS = 20.0
 
 
 class TinyGuest:
-    """A VM without interrupt controller, one vCPU, RAM in a memfd. A context manager."""
+    """A VM, by default without interrupt controller, one vCPU, RAM in a memfd. A context
+    manager."""
 
-    def __init__(self, system: System, code: bytes, **registers: int) -> None:
+    def __init__(
+        self, system: System, code: bytes, *, irqchip: bool = False, **registers: int
+    ) -> None:
         self.memfd = os.memfd_create("tiny guest")
         os.ftruncate(self.memfd, RAM)
         os.pwrite(self.memfd, code, CODE)
         self._hva = fdops.map_shared(self.memfd, RAM)
         self.vm = system.create_vm()
+        if irqchip:
+            self.vm.create_irqchip()
         self.vm.set_user_memory_region(0, 0, RAM, self._hva)
         self.vcpu = self.vm.create_vcpu(0)
         self.vcpu.update_sregs({"cs": {"base": 0, "selector": 0}})

@@ -45,12 +45,19 @@ class FakeLoop:
         if readable or writable:
             self.wanted[fd] = (callback, readable, writable)
 
-    def run_ready(self) -> bool:
-        """Call back what is ready now; whether anything was."""
+    def wait(self, seconds: float) -> bool:
+        """Wait until something is ready; False when nothing was for so long."""
+        return bool(self._poll(seconds))
+
+    def _poll(self, seconds: float) -> list[tuple[int, int]]:
         poll = select.poll()
         for fd, (_, readable, writable) in self.wanted.items():
             poll.register(fd, readable * select.POLLIN | writable * select.POLLOUT)
-        ready = [self.wanted[fd][0] for fd, events in poll.poll(0) if events != select.POLLNVAL]
+        return poll.poll(seconds * 1000)
+
+    def run_ready(self) -> bool:
+        """Call back what is ready now; whether anything was."""
+        ready = [self.wanted[fd][0] for fd, events in self._poll(0) if events != select.POLLNVAL]
         for callback in ready:
             callback()
         return bool(ready)
@@ -59,9 +66,10 @@ class FakeLoop:
 class VirtioMachine:
     """The device in slot 1. `queues` are the driver's, once it is up."""
 
-    def __init__(self, device: VirtioDevice, memory_size: int = MEMORY) -> None:
+    def __init__(self, device: VirtioDevice, memory: FakeMemory | None = None) -> None:
+        """`memory` may be anything with FakeMemory's verbs."""
         self.device = device
-        self.memory = FakeMemory(memory_size)
+        self.memory = FakeMemory(MEMORY) if memory is None else memory
         self.loop = FakeLoop()
         self.interrupts = 0
         self.rung: list[int] = []
@@ -84,6 +92,7 @@ class VirtioMachine:
         self._next = DATA
 
     def close(self) -> None:
+        self.driver.status = 0
         self.device.disconnect()
         self.device.close()
         self.memory.close()

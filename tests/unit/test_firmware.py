@@ -37,11 +37,18 @@ def test_payload_rebuilt_from_a_copy_is_the_committed_image(sources: Path) -> No
     assert image == firmware.payload_bytes()
 
 
+def test_bench_guest_rebuilt_from_a_copy_is_the_committed_image(sources: Path) -> None:
+    image = build.build_bench(sources)
+
+    assert image == firmware.bench_path().read_bytes()
+
+
+@pytest.mark.parametrize("file", ["console.S", "bench/main.S"])
 def test_check_with_a_changed_source_fails_and_says_what_to_run(
-    sources: Path, capsys: pytest.CaptureFixture[str]
+    sources: Path, file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    console = sources / "console.S"
-    console.write_text(console.read_text().replace('"not ok "', '"failed "'))
+    source = sources / file
+    source.write_text(source.read_text() + "    .section .rodata\n    .byte 1\n")
 
     status = build.main(["--check", "--source", str(sources)])
 
@@ -75,6 +82,11 @@ def test_payload_outgrowing_its_place_is_refused_by_the_linker(sources: Path) ->
 def test_payload_for_an_unknown_architecture_is_refused_by_name() -> None:
     with pytest.raises(LookupError, match="no embedded payload for vax"):
         firmware.payload_bytes("vax")
+
+
+def test_bench_guest_for_an_unknown_architecture_is_refused_by_name() -> None:
+    with pytest.raises(LookupError, match="no bench guest for vax"):
+        firmware.bench_path("vax")
 
 
 def test_addresses_the_loader_relies_on_are_those_of_the_sources() -> None:

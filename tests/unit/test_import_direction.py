@@ -21,12 +21,13 @@ LAYERS = (
     {"exits"},
     {"machine"},
     {"selftest"},
+    {"bench"},
     {"cli"},
 )
 # What is x86 lives in vmm/arch, and counts as a part of boot; `python -m vmm` is the command.
 ALIASES = {"arch": "boot", "__main__": "cli"}
-BINDINGS_USERS = {"conversion", "exits", "machine", "selftest", "cli"}
-FIRMWARE_USERS = {"machine", "cli"}
+BINDINGS_USERS = {"conversion", "exits", "machine", "selftest", "bench", "cli"}
+FIRMWARE_USERS = {"machine", "bench", "cli"}
 
 
 def level(room: str) -> int:
@@ -64,7 +65,7 @@ def objection(importer: str, name: str) -> str | None:
         return f"{top} imports nothing of ours" if target == "vmm" else None
     room = room_of(importer)
     if target == "kvm_bindings" and room not in BINDINGS_USERS:
-        if room == "memory" and name.startswith("kvm_bindings.fdops"):
+        if room == "memory" and name.startswith(("kvm_bindings.fdops", "kvm_bindings.datapath")):
             return None
         if importer == "vmm.memory.engines" and name.startswith("kvm_bindings.floors"):
             return None

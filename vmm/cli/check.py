@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 
+from vmm.cli.output import printing
 from vmm.core.errors import one_line
 from vmm.machine.check import HostCheck, Job, check_host
 
@@ -20,17 +20,13 @@ _HOST_ACCESS = {
 def run(*, as_json: bool) -> int:
     """Probe, print, and answer with the exit status."""
     found = check_host()
-    try:
+    with printing():
         if as_json:
             print(json.dumps(found.as_json(), indent=2))
         elif sys.stdout.isatty():
             _print_table(found)
         else:
             print("\n".join(plain_lines(found)))
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Nobody reads the rest; the interpreter's own flush at exit must not stumble over it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return found.exit_status
 
 

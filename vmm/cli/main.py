@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from vmm.cli.parser import Parser
-from vmm.core.errors import HostError, PyvmmError, UsageError, tell
+from vmm.cli.parser import Parser, add_policy_options
+from vmm.core.errors import HostError, PyvmmError, tell
 
 if TYPE_CHECKING:
     from vmm.machine.config import MachineConfig
@@ -32,33 +32,20 @@ examples:
   pyvmm ctl --help                            asking a running pyvmm (--control)
   pyvmm check                                 what this host can do, and what is missing
   pyvmm selftest                              whether its KVM and pyvmm do it right
+  pyvmm bench --quick                         how fast all of it is, beside QEMU and bare C
   pyvmm report DIR                            what a run with --trace DIR did
+  pyvmm replay DIR --policy MODULE:CLASS      what another policy would have made of it
 
 While the guest runs on a terminal, Ctrl-A x quits.
 exit status: 0 guest powered off, 1 guest failed, 2 bad usage or input, 3 the host cannot do it
 """
 
 
-class _PolicyArgument(argparse.Action):
-    """Hands NAME=VALUE to the --policy that came before it."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: object,
-        option_string: str | None = None,
-    ) -> None:
-        if not namespace.policy:
-            raise UsageError(f"--policy-arg {values} has no --policy before it; put it after one")
-        namespace.policy[-1][1].append(values)
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The options of `pyvmm [run]`."""
     parser = Parser(
         prog="pyvmm",
-        usage="pyvmm [run] [options]    or    pyvmm check|selftest|lab|report [options]",
+        usage="pyvmm [run] [options]   or   pyvmm check|selftest|bench|lab|report|replay [options]",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -142,22 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="how private and shared pages are told apart (default auto: the first of these that "
         "this host has and the guest can use; pyvmm check says why)",
     )
-    private.add_argument(
-        "--policy",
-        metavar="MODULE:CLASS|FILE.py:CLASS",
-        action="append",
-        default=[],
-        type=lambda spec: (spec, []),
-        help="a subclass of vmm.policy.Policy that decides about conversions; given several "
-        "times, all must allow (default: all conversions are allowed)",
-    )
-    private.add_argument(
-        "--policy-arg",
-        metavar="NAME=VALUE",
-        action=_PolicyArgument,
-        help="an argument for the constructor of the --policy before it; checked against the "
-        "type that the constructor declares; may be given several times",
-    )
+    add_policy_options(private)
     private.add_argument(
         "--debug-shell",
         action="store_true",
@@ -204,6 +176,10 @@ def main(arguments: Sequence[str]) -> int:
             from vmm.cli.selftest import run as selftest
 
             return selftest(arguments[1:])
+        if arguments and arguments[0] == "bench":
+            from vmm.cli.bench import run as bench
+
+            return bench(arguments[1:])
         if arguments and arguments[0] == "ctl":
             from vmm.cli.ctl import run as run_ctl
 
@@ -212,6 +188,10 @@ def main(arguments: Sequence[str]) -> int:
             from vmm.cli.report import run as report
 
             return report(arguments[1:])
+        if arguments and arguments[0] == "replay":
+            from vmm.cli.replay import run as replay
+
+            return replay(arguments[1:])
         return _run(arguments)
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in arguments:
@@ -231,6 +211,10 @@ def _refuse_early(arguments: Sequence[str]) -> None:
         from vmm.cli.selftest import parser
 
         parser().parse_args(arguments[1:])
+    elif arguments and arguments[0] == "bench":
+        from vmm.cli.bench import parser as bench_parser
+
+        bench_parser().parse_args(arguments[1:])
     else:
         _configuration(arguments)
 

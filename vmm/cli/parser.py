@@ -3,13 +3,64 @@
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Callable
 from typing import NoReturn
 
 from vmm.core.errors import UsageError
 
 
+def _width() -> int:
+    """Columns for help texts, as argparse finds them."""
+    try:
+        return int(os.environ.get("COLUMNS") or os.get_terminal_size(1).columns) - 2
+    except (OSError, ValueError):
+        return 78
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, with errors as one line and exit status 2."""
 
+    def _get_formatter(self) -> argparse.HelpFormatter:
+        # With a width, because finding one out imports shutil and all archive formats behind it,
+        # for each option that is added.
+        formatter: Callable[..., argparse.HelpFormatter] = self.formatter_class
+        return formatter(prog=self.prog, width=_width())
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see {self.prog} --help")
+
+
+def add_policy_options(options: argparse._ActionsContainer) -> None:
+    """--policy and --policy-arg; `policy` becomes a list of (spec, NAME=VALUE words)."""
+    options.add_argument(
+        "--policy",
+        metavar="MODULE:CLASS|FILE.py:CLASS",
+        action="append",
+        default=[],
+        type=lambda spec: (spec, []),
+        help="a subclass of vmm.policy.Policy that decides about conversions; given several "
+        "times, all must allow (default: all conversions are allowed)",
+    )
+    options.add_argument(
+        "--policy-arg",
+        metavar="NAME=VALUE",
+        action=_PolicyArgument,
+        help="an argument for the constructor of the --policy before it; checked against the "
+        "type that the constructor declares; may be given several times",
+    )
+
+
+class _PolicyArgument(argparse.Action):
+    """Hands NAME=VALUE to the --policy that came before it."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        if not namespace.policy:
+            raise UsageError(f"--policy-arg {values} has no --policy before it; put it after one")
+        namespace.policy[-1][1].append(values)

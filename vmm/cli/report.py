@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 
+from vmm.cli.output import aligned, printing
 from vmm.cli.parser import Parser
 from vmm.core.errors import UsageError, one_line
 from vmm.trace.reader import Trace
 from vmm.trace.summary import summarise
-from vmm.trace.views.tables import Summary, Table, refusal_lines, tables
+from vmm.trace.views.tables import Summary, refusal_lines, tables
 
 
 def parser() -> Parser:
@@ -42,42 +44,43 @@ def run(arguments: Sequence[str]) -> int:
         raise UsageError(f"{len(options.traces)} traces; pyvmm report compares two at most")
     if options.chrome and len(options.traces) > 1:
         raise UsageError("--chrome takes one trace; give a single DIR")
-    traces = [Trace(path) for path in options.traces]
-    summaries = [summarise(trace) for trace in traces]
-    try:
-        if options.html:
-            from vmm.trace.views.page import write_page
-
-            write_page(options.html, traces, summaries)
-        if options.plots:
-            from vmm.trace.views.plots import write_plots
-
-            write_plots(options.plots, traces, summaries)
-        if options.chrome:
-            from vmm.trace.views.chrome import write_chrome
-
-            write_chrome(options.chrome, traces[0])
-    except OSError as error:
-        raise UsageError(
-            f"{error.filename} cannot be written: {error.strerror}; give another path"
-        ) from None
+    with ExitStack() as opened:
+        traces = [opened.enter_context(closing(Trace(path))) for path in options.traces]
+        summaries = [summarise(trace) for trace in traces]
+        try:
+            _write_views(options, traces, summaries)
+        except OSError as error:
+            raise UsageError(
+                f"{error.filename} cannot be written: {error.strerror}; give another path"
+            ) from None
     show(summaries, as_json=options.json)
     return 0
 
 
+def _write_views(options: Namespace, traces: list[Trace], summaries: list[Summary]) -> None:
+    if options.html:
+        from vmm.trace.views.page import write_page
+
+        write_page(options.html, traces, summaries)
+    if options.plots:
+        from vmm.trace.views.plots import write_plots
+
+        write_plots(options.plots, traces, summaries)
+    if options.chrome:
+        from vmm.trace.views.chrome import write_chrome
+
+        write_chrome(options.chrome, traces[0])
+
+
 def show(summaries: list[Summary], *, as_json: bool) -> None:
     """Print to stdout; a reader that has seen enough is no error."""
-    try:
+    with printing():
         if as_json:
             print(json.dumps({"traces": summaries}, indent=2))
         elif sys.stdout.isatty():
             _print_rich(summaries)
         else:
             print("\n".join(plain_lines(summaries)))
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # The interpreter's own flush at exit must not stumble over it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def plain_lines(summaries: list[Summary]) -> list[str]:
@@ -86,20 +89,8 @@ def plain_lines(summaries: list[Summary]) -> list[str]:
     label = max(len(row.label) for table in made for row in table.rows) + 2
     lines: list[str] = []
     for table in made:
-        lines += [table.title, *_aligned(table, label), ""]
+        lines += [table.title, *aligned(table.rows, label), ""]
     return [one_line(line) for line in [*lines, *_refusals(summaries)]]
-
-
-def _aligned(table: Table, label: int) -> list[str]:
-    if not table.rows:
-        return []
-    columns = len(table.rows[0].cells)
-    widths = [max(len(row.cells[i]) for row in table.rows) for i in range(columns)]
-    lines = []
-    for row in table.rows:
-        cells = [cell.ljust(width) for cell, width in zip(row.cells, widths, strict=True)]
-        lines.append("  ".join([f"  {row.label}".ljust(label + 2), *cells, row.change]).rstrip())
-    return lines
 
 
 def _refusals(summaries: list[Summary]) -> list[str]:

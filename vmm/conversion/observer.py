@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from vmm.core.events import ConversionRequest
 from vmm.core.ranges import Range
@@ -11,19 +11,25 @@ from vmm.memory.guest_memory import PageState
 from vmm.policy import Decision
 
 
-class ConversionObserver(Protocol):
-    """Told of what has happened, with the converter's lock held; times are time.monotonic_ns."""
+class Answered(NamedTuple):
+    """A request that is over."""
 
-    def answered(
-        self,
-        request: ConversionRequest,
-        decision: Decision | None,
-        answer: int | None,
-        started: int,
-    ) -> None:
-        """A request is over. No decision: it was invalid; no answer: the run ends with it."""
-        ...
+    request: ConversionRequest
+    decision: Decision | None
+    """None: it was invalid, no policy was asked."""
+    decided_by: str | None
+    """The policy whose word the decision was; None where all simply allowed it."""
+    answer: int | None
+    """0, a negative errno, or None: the run ends with it."""
+    started: int
+    """When it came, time.monotonic_ns."""
+
+
+class ConversionObserver(Protocol):
+    """Told of what has happened, with the converter's lock held."""
+
+    def answered(self, what: Answered) -> None: ...
 
     def changed(self, areas: Sequence[Range], state: PageState, began: int) -> None:
-        """`areas` are in `state` now, and were being converted since `began`."""
+        """`areas` are in `state` now, and were being converted since `began` (monotonic_ns)."""
         ...

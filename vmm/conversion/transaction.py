@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from vmm.conversion.accounting import Accounting, Refinements
 from vmm.conversion.deferral import DueTimes
-from vmm.conversion.observer import ConversionObserver
+from vmm.conversion.observer import Answered, ConversionObserver
 from vmm.conversion.scheme import Scheme
 from vmm.conversion.view import GuestView
 from vmm.core.errors import HostError
@@ -97,6 +97,10 @@ class Converter:
         self._due: DueTimes | None = None  # made by the first Defer
         self._wake = math.inf
         self._fruitless: dict[int, tuple[ConversionRequest, int]] = {}
+        # Requests so far, those of each vCPU, and those of others at a vCPU's last fault.
+        self._requests = 0
+        self._requests_by: dict[int, int] = {}
+        self._others_seen: dict[int, int] = {}
 
     @property
     def undecided(self) -> str | None:
@@ -141,9 +145,13 @@ class Converter:
             return answer
         finally:
             if self._observer is not None:
-                self._observer.answered(request, self._decision, answer, started)
+                by = None if self._decision is None else self.hooks.decided_by
+                what = Answered(request, self._decision, by, answer, started)
+                self._observer.answered(what)
 
     def _convert(self, request: ConversionRequest) -> int:
+        self._requests += 1
+        self._requests_by[request.vcpu] = self._requests_by.get(request.vcpu, 0) + 1
         tally = self.accounting.of(request.kind)
         tally.calls += 1
         self._decision = None
@@ -152,8 +160,8 @@ class Converter:
             self._decision = decision = self.hooks.decide(
                 request.kind, area, request.vcpu, request.doorbell, self.view
             )
-            if decision.__class__ is Allow:
-                tally.bytes += self._carry_out(area, request.kind)
+            if isinstance(decision, Allow):
+                tally.bytes += self._carry_out(area, request.kind, patience=decision.patience)
                 return 0
             return self._refine(area, request.kind, decision)
         except Refused as refusal:
@@ -185,7 +193,19 @@ class Converter:
             self._fruitless[vcpu] = (request, count)
             return 0 if count <= FRUITLESS_FAULTS else -errno.EFAULT
         self._fruitless.pop(vcpu, None)
-        return self.convert(request)
+        started = time.monotonic_ns()
+        with self._lock:
+            if self._may_be_overtaken(vcpu):
+                return 0
+            return self._observed(request, started)
+
+    def _may_be_overtaken(self, vcpu: int) -> bool:
+        """Whether another vCPU's request may have changed the page since this one touched it: to
+        act on the fault would undo that. Who is let go on faults again if it meant it."""
+        by_others = self._requests - self._requests_by.get(vcpu, 0)
+        overtaken = by_others != self._others_seen.get(vcpu, 0)
+        self._others_seen[vcpu] = by_others
+        return overtaken
 
     def _validate(self, request: ConversionRequest) -> Range:
         if request.reserved:
@@ -238,10 +258,17 @@ class Converter:
                         f"has not asked to {kind.value} {run}, which is {state.value}"
                     )
 
-    def _carry_out(self, area: Range, kind: Kind, later: Defer | None = None) -> int:
+    def _carry_out(
+        self,
+        area: Range,
+        kind: Kind,
+        later: Defer | None = None,
+        patience: float | None = None,
+    ) -> int:
         """Convert `area`; the bytes whose state changed. Raises Refused or OSError, undone.
 
-        With `later` the discard waits, and what changes is deferred.
+        With `later` the discard waits, and what changes is deferred. `patience`: seconds to wait
+        for host accesses under way.
         """
         memory, observer = self._memory, self._observer
         settled = _SETTLED[kind]
@@ -257,7 +284,7 @@ class Converter:
         applied = False
         gone: list[Range] = []
         try:
-            if not memory.quiesce(area, self._quiesce_timeout):
+            if not memory.quiesce(area, self._quiesce_timeout if patience is None else patience):
                 raise Refused(errno.EBUSY, f"host accesses to {area} did not finish")
             if deferred and kind is Kind.SHARE:
                 self._discard_owed(area)

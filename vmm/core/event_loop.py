@@ -122,6 +122,7 @@ class EventLoop:
         now = time.monotonic()
         with self._timer_lock:
             due = [callback for callback, when in self._timers.items() if when <= now]
+            due.sort(key=self._timers.__getitem__)
             for callback in due:
                 del self._timers[callback]
         for callback in due:

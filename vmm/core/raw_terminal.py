@@ -16,6 +16,7 @@ class RawTerminal:
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._saved: list[Any] | None = None
+        self._wanted = False
 
     @property
     def is_raw(self) -> bool:
@@ -24,12 +25,34 @@ class RawTerminal:
 
     def enter(self) -> None:
         """Make the terminal raw; anything else is left as it is."""
-        if self._saved is None and os.isatty(self._fd):
-            self._saved = termios.tcgetattr(self._fd)
+        if os.isatty(self._fd):
+            self._wanted = True
+            if self._saved is None:
+                self._saved = termios.tcgetattr(self._fd)
             tty.setraw(self._fd, termios.TCSANOW)
+
+    def suspend(self) -> None:
+        """The process is about to be stopped: give the terminal back until `resume`."""
+        self._give_back()
+
+    def resume(self) -> None:
+        """The process goes on: make it raw again if it was, whatever was done to it meanwhile;
+        not for a job in the background, which would be stopped for that."""
+        if self._wanted and self._is_ours():
+            self.enter()
+
+    def _is_ours(self) -> bool:
+        try:
+            return os.tcgetpgrp(self._fd) == os.getpgrp()
+        except OSError:
+            return True  # not the terminal that our jobs are controlled by
 
     def restore(self) -> None:
         """Give the terminal back as it was; any number of times."""
+        self._wanted = False
+        self._give_back()
+
+    def _give_back(self) -> None:
         if self._saved is not None:
             # At once: waiting for output to drain may take for ever.
             with contextlib.suppress(termios.error):  # the terminal is gone

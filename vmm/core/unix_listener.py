@@ -6,6 +6,7 @@ import contextlib
 import os
 import socket
 import stat
+from collections.abc import Iterator
 
 from vmm.core.errors import UsageError
 
@@ -13,14 +14,16 @@ from vmm.core.errors import UsageError
 class UnixListener:
     """Listens at `path`, without ever blocking; `close` removes the socket."""
 
-    def __init__(self, option: str, path: str) -> None:
+    def __init__(self, option: str, path: str, *, owner_only: bool = False) -> None:
         """Raises UsageError, which names `option`. A socket left behind there by a process that
-        has ended is replaced."""
+        has ended is replaced. `owner_only`: nobody else may connect (mode 0600)."""
         self.path = path
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             _remove_stale(path)
-            self._socket.bind(path)
+            with _umask(0o177) if owner_only else contextlib.nullcontext():
+                self._socket.bind(path)
+            self._inode = os.lstat(path).st_ino
             self._socket.listen(16)
         except (OSError, ValueError) as error:
             self._socket.close()
@@ -45,7 +48,18 @@ class UnixListener:
         if self._socket.fileno() >= 0:
             self._socket.close()
             with contextlib.suppress(OSError):
-                os.unlink(self.path)
+                if os.lstat(self.path).st_ino == self._inode:  # else somebody else's by now
+                    os.unlink(self.path)
+
+
+@contextlib.contextmanager
+def _umask(mask: int) -> Iterator[None]:
+    """What is made within the block never has the permissions in `mask`, not for a moment."""
+    former = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(former)
 
 
 def _remove_stale(path: str) -> None:

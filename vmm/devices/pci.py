@@ -1,7 +1,7 @@
-"""PCI configuration space of bus 0: type-0 functions, I/O BARs that follow the guest, capabilities.
+"""PCI configuration space of bus 0: type-0 functions, BARs that follow the guest, capabilities.
 
 How the guest reaches it (0xcf8/0xcfc, a memory window) is the architecture's business. A BAR is
-on the port bus exactly while its command bit is set and its ports are there and free; a value
+on its bus exactly while its command bit is set and its place is there and free; a value
 that makes no sense maps nothing, and is tried again when another function moves away.
 Layout: PCI Local Bus 3.0, section 6.1.
 """
@@ -11,8 +11,18 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from threading import RLock
+from typing import NamedTuple
 
-from vmm.devices.bus import PORT_SPACE, PortBus, PortConflict, PortDevice, all_ones
+from vmm.devices.bus import (
+    MEMORY_PAGE,
+    MEMORY_SPACE,
+    PORT_SPACE,
+    BusConflict,
+    MemoryBus,
+    PortBus,
+    PortDevice,
+    all_ones,
+)
 
 CONFIG_SIZE = 256
 SLOTS = 32
@@ -31,23 +41,35 @@ _FIRST_CAPABILITY = 0x40
 _HEADER = struct.Struct("<HHHHBBBB")
 
 
-class _IoBar:
-    """One I/O BAR: what the guest sizes, and where it is on the bus now (None: nowhere)."""
+class _Bar:
+    """One BAR: what the guest sizes, and where it is on its bus now (None: nowhere)."""
 
-    __slots__ = ("device", "mapped", "moved", "register", "size")
+    __slots__ = ("device", "is_io", "mapped", "moved", "register", "size")
 
     def __init__(
         self,
         register: int,
+        is_io: bool,
         size: int,
         device: PortDevice,
         moved: Callable[[int | None], None] | None,
     ) -> None:
         self.register = register
+        self.is_io = is_io
         self.size = size
         self.device = device
         self.moved = moved
         self.mapped: int | None = None
+
+
+class _Buses(NamedTuple):
+    """Where BARs can be mapped."""
+
+    ports: PortBus
+    memory: MemoryBus
+
+    def of(self, bar: _Bar) -> PortBus | MemoryBus:
+        return self.ports if bar.is_io else self.memory
 
 
 class PciFunction:
@@ -68,7 +90,7 @@ class PciFunction:
     ) -> None:
         self._config = bytearray(CONFIG_SIZE)
         self._writable = bytearray(CONFIG_SIZE)
-        self._bars: list[_IoBar] = []
+        self._bars: list[_Bar] = []
         self._next_capability = _FIRST_CAPABILITY
         self._last_link = CAPABILITY_POINTER
         _HEADER.pack_into(
@@ -130,8 +152,20 @@ class PciFunction:
         register = BAR0 + 4 * index
         struct.pack_into("<I", self._config, register, base | BAR_IO)
         self.set_writable(register, struct.pack("<I", ~(size - 1) & 0xFFFF_FFFC))
-        self._bars.append(_IoBar(register, size, device, moved))
+        self._bars.append(_Bar(register, True, size, device, moved))
         self._allow_command(COMMAND_IO)
+
+    def add_memory_bar(self, index: int, base: int, size: int, device: PortDevice) -> None:
+        """Give 32-bit BAR `index` `size` bytes of memory (a power of two, a page or more) that
+        `device` answers; `base` and the mapping as for add_io_bar, by the memory bit."""
+        aligned = not size & (size - 1) and size >= MEMORY_PAGE and not base % size
+        if not aligned or base + size > MEMORY_SPACE or not 0 <= index < 6:
+            raise ValueError(f"no memory BAR {index} of {size} bytes at {base:#x}")
+        register = BAR0 + 4 * index
+        struct.pack_into("<I", self._config, register, base)
+        self.set_writable(register, struct.pack("<I", ~(size - 1) & 0xFFFF_FFF0))
+        self._bars.append(_Bar(register, False, size, device, None))
+        self._allow_command(COMMAND_MEMORY)
 
     def _allow_command(self, bits: int) -> None:
         """Command bits that the function implements; the others read as zero."""
@@ -175,41 +209,44 @@ class PciFunction:
         """Whether the guest lets the function assert its INTx."""
         return not self.command & COMMAND_INTX_DISABLE
 
-    # --- BARs on the port bus ---
+    # --- BARs on their buses ---
 
-    def unmap_changed(self, bus: PortBus) -> bool:
-        """Take BARs off the bus that are not where the registers say now; True when any was."""
+    def unmap_changed(self, buses: _Buses) -> bool:
+        """Take BARs off their buses that are not where the registers say now; True when any was."""
         changed = False
         for bar in self._bars:
             if bar.mapped is not None and bar.mapped != self._wanted(bar):
-                bus.remove(bar.mapped)
+                buses.of(bar).remove(bar.mapped)
                 bar.mapped = None
                 changed = True
                 if bar.moved is not None:
                     bar.moved(None)
         return changed
 
-    def map_missing(self, bus: PortBus) -> None:
-        """Put BARs on the bus that should be there and find their ports free."""
+    def map_missing(self, buses: _Buses) -> None:
+        """Put BARs on their buses that should be there and find their place free."""
         for bar in self._bars:
             base = self._wanted(bar)
             if bar.mapped is not None or base is None:
                 continue
             try:
-                bus.add(base, bar.size, bar.device)
-            except PortConflict:
-                continue  # somebody else's ports: the BAR decodes nothing until they are free
+                buses.of(bar).add(base, bar.size, bar.device)
+            except BusConflict:
+                continue  # somebody else's place: the BAR decodes nothing until it is free
             bar.mapped = base
             if bar.moved is not None:
                 bar.moved(base)
 
-    def _wanted(self, bar: _IoBar) -> int | None:
+    def _wanted(self, bar: _Bar) -> int | None:
         """Where the command register and the BAR ask for it; None where that is no place."""
-        if not self.command & COMMAND_IO:
+        enabled, flags, space = (
+            (COMMAND_IO, 0x3, PORT_SPACE) if bar.is_io else (COMMAND_MEMORY, 0xF, MEMORY_SPACE)
+        )
+        if not self.command & enabled:
             return None
         (value,) = struct.unpack_from("<I", self._config, bar.register)
-        base = int(value) & ~0x3
-        return base if 0 < base <= PORT_SPACE - bar.size else None
+        base = int(value) & ~flags
+        return base if 0 < base <= space - bar.size else None
 
 
 def host_bridge() -> PciFunction:
@@ -220,8 +257,9 @@ def host_bridge() -> PciFunction:
 class PciBus:
     """Bus 0 with one function per slot. Everything that is not there reads as ones."""
 
-    def __init__(self, ports: PortBus) -> None:
-        self._ports = ports
+    def __init__(self, ports: PortBus, memory: MemoryBus | None = None) -> None:
+        """BARs go to `ports` and `memory`; without the latter memory BARs answer nobody."""
+        self._buses = _Buses(ports, memory or MemoryBus())
         self._functions: dict[int, PciFunction] = {}
         self._lock = RLock()
 
@@ -248,8 +286,8 @@ class PciBus:
             return
         with self._lock:
             target.write_config(register, size, value)
-            vacated = target.unmap_changed(self._ports)
-            target.map_missing(self._ports)
+            vacated = target.unmap_changed(self._buses)
+            target.map_missing(self._buses)
             if vacated:
                 for other in self._functions.values():
-                    other.map_missing(self._ports)
+                    other.map_missing(self._buses)

@@ -56,6 +56,12 @@ class Ports(Protocol):
     def find(self, port: int) -> tuple[Any, int] | None: ...
 
 
+class Registers(Protocol):
+    """A memory bus: the device at a GPA with the address' offset in it, or None."""
+
+    def find(self, gpa: int) -> tuple[Any, int] | None: ...
+
+
 class Msrs(Protocol):
     """Model-specific registers that KVM leaves to user space."""
 
@@ -69,6 +75,7 @@ class ExitHandlers:
     def __init__(
         self,
         ports: Ports,
+        registers: Registers,
         msrs: Msrs,
         memory: GuestMemory,
         converter: Converter,
@@ -76,6 +83,7 @@ class ExitHandlers:
         stop: Callable[[Outcome], None],
     ) -> None:
         self._ports = ports
+        self._registers = registers
         self._msrs = msrs
         self._memory = memory
         self._converter = converter
@@ -180,9 +188,17 @@ class ExitHandlers:
     # -- other exits that a guest causes in the course of things ------------------------------
 
     def mmio(self, vcpu: AnsweringVcpu, exit: exits.MmioExit) -> None:
-        """No device has memory-mapped registers: reads answer all ones, writes vanish."""
-        if not exit.is_write:
+        """Registers in memory; where there are none, reads answer all ones, writes vanish."""
+        found = self._registers.find(exit.gpa)
+        if exit.is_write:
+            if found is not None:
+                device, offset = found
+                device.write(offset, exit.size, int.from_bytes(exit.data, "little"))
+        elif found is None:
             vcpu.answer_mmio(b"\xff" * exit.size)
+        else:
+            device, offset = found
+            vcpu.answer_mmio(device.read(offset, exit.size).to_bytes(exit.size, "little"))
 
     def hypercall(self, vcpu: AnsweringVcpu, exit: exits.HypercallExit) -> None:
         if exit.number != KVM_HC_MAP_GPA_RANGE:

@@ -77,6 +77,11 @@ class VcpuRunner:
         if self.in_guest:
             self._kick()
 
+    def tell_stopped(self) -> None:
+        """Have the guest know that it was stopped for a while; the vCPU is parked."""
+        if self._looping:
+            self._vcpu.kvmclock_ctrl()
+
     def may_enter(self) -> bool:
         """The gate is open (its lock held): whether the vCPU may enter the guest again."""
         # First both flags, then the question: `stop` does it the other way round, without lock.

@@ -89,7 +89,19 @@ class VcpuGroup:
             if not self._paused:
                 return
             self._paused = False
-        self._release()
+        try:
+            self._tell_stopped()
+        finally:
+            self._release()
+
+    def process_continued(self) -> None:
+        """The whole process was stopped by a signal, and its vCPUs with it."""
+        with self.parked():
+            self._tell_stopped()
+
+    def _tell_stopped(self) -> None:
+        for runner in self.runners:
+            runner.tell_stopped()
 
     @property
     def paused(self) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from types import FrameType
 
 from vmm.core.ending_signals import on_ending_signal
+from vmm.core.job_control import on_stop_and_continue
 from vmm.core.raw_terminal import RawTerminal
 from vmm.lab import terminal
 from vmm.lab.machine import Lab
@@ -75,7 +76,7 @@ def _drive(machine: LabRun, has_terminal: bool, progress: Progress) -> int:
         machine.errors.sink = _writer(2)
     if not has_terminal:
         _feed_input(machine)
-    with RawTerminal(0) as raw:
+    with RawTerminal(0) as raw, on_stop_and_continue(raw.suspend, raw.resume):
         while machine.pump():
             if machine.running:
                 progress.done()

@@ -17,8 +17,17 @@ from vmm.lab.kmodules import ModuleTree, without_signature
 
 # Loaded before anything can be mounted, and while the mounts are being made.
 _FILE_SYSTEMS = ("ext4", "overlay")
-_KVM_MODULES = ("irqbypass", "kvm", "kvm-amd")
+# tun is for pyvmm's --net tap=.
+_KVM_MODULES = ("irqbypass", "kvm", "kvm-amd", "tun")
 _GUEST_MODULES = ("virtio_pci", "virtio_blk", "ext4")
+# Loaded where a device of that PCI id is there: each costs a boot some time.
+_GUEST_DEVICES = {
+    "0x1041": "virtio_net",
+    "0x1043": "virtio_console",
+    "0x1044": "virtio_rng",
+    "0x1045": "virtio_balloon",
+    "0x1053": "vmw_vsock_virtio_transport",
+}
 
 _HOST_INIT = """\
 #!/bin/sh
@@ -60,8 +69,15 @@ _GUEST_INIT = """\
 mount -t devtmpfs none /dev
 mount -t proc none /proc
 mount -t sysfs none /sys
-for module in {modules}; do
-    insmod "/modules/$module.ko"
+load() {{
+    for module in "$@"; do
+        [ -e "/sys/module/$module" ] || insmod "/modules/$module.ko"
+    done
+}}
+load {modules}
+for id in $(cat /sys/bus/pci/devices/*/device); do
+    case $id in
+{devices}    esac
 done
 mkdir -p /dev/pts /mnt /tmp /root
 mount -t devpts none /dev/pts
@@ -74,7 +90,7 @@ setsid -c sh <"$tty" >"$tty" 2>&1
 poweroff -f
 """
 # What a cached archive depends on besides its files.
-SCRIPTS = f"{_HOST_INIT}{_GUEST_INIT}{_FILE_SYSTEMS}{_KVM_MODULES}{_GUEST_MODULES}"
+SCRIPTS = f"{_HOST_INIT}{_GUEST_INIT}{_FILE_SYSTEMS}{_KVM_MODULES}{_GUEST_MODULES}{_GUEST_DEVICES}"
 
 
 def host_initramfs(
@@ -100,9 +116,17 @@ def host_initramfs(
 
 def guest_initramfs(busybox: Path, modules: Path | None) -> bytes:
     """A guest's: to a shell on ttyS0, with its kernel's own virtio modules when they are given."""
-    found = [] if modules is None else ModuleTree(modules).in_order(_GUEST_MODULES)
-    script = _GUEST_INIT.format(modules=" ".join(name for name, _ in found), count=len(found))
-    return _archive(busybox, script, found)
+    tree = None if modules is None else ModuleTree(modules)
+    found = {} if tree is None else dict(tree.in_order(_GUEST_MODULES))
+    script_modules, devices = " ".join(found), ""
+    for identity, module in _GUEST_DEVICES.items():
+        needed = {} if tree is None else dict(tree.in_order([module]))
+        devices += f"    {identity}) load {' '.join(needed)} ;;\n" if needed else ""
+        found |= needed
+    script = _GUEST_INIT.format(
+        modules=script_modules, devices=devices, count=len(script_modules.split())
+    )
+    return _archive(busybox, script, found.items())
 
 
 def _archive(busybox: Path, script: str, modules: Iterable[tuple[str, bytes]]) -> bytes:

@@ -28,7 +28,7 @@ RESULTS_BYTES = 8 << 30  # sparse: costs what is written
 
 _INPUT_OPTIONS = ("--kernel", "--initrd")
 _OUTPUT_OPTIONS = ("--report", "--trace")
-_SELFTEST_OUTPUT = "--json"  # of `pyvmm selftest`; elsewhere it takes no file
+_OUTPUTS_OF = {"selftest": ("--json",), "bench": ("--json", "--html")}  # of these commands only
 # Directories that the kernel makes inside too: what lies there is not carried.
 _NOT_CARRIED = ("/dev", "/proc", "/sys")
 
@@ -69,7 +69,7 @@ def job_from_arguments(
     Of a program's words nothing is known, so there only existing files are taken along.
     """
     job = Job([], directory, first_drive=first_drive)
-    outputs = (*_OUTPUT_OPTIONS, *([_SELFTEST_OUTPUT] if words[:1] == ["selftest"] else []))
+    outputs = (*_OUTPUT_OPTIONS, *_OUTPUTS_OF.get(words[0] if words else "", ()))
     option = ""
     for word in words:
         name, equals, value = word.partition("=")
@@ -94,6 +94,9 @@ def _take(job: Job, option: str, value: str, outputs: Sequence[str]) -> str:
         return attach(job, value, option)
     if option in outputs:
         job.outputs.append(_absolute(job, value))
+        return value
+    if option == "--console" and value.startswith("file="):
+        job.outputs.append(_absolute(job, value.removeprefix("file=").split(",")[0]))
         return value
     if option in _INPUT_OPTIONS:
         path = _absolute(job, value)

@@ -134,6 +134,14 @@ class Console:
         """The guest has read what it had: more input may go in (called on any thread)."""
         os.eventfd_write(self._room, 1)
 
+    def suspend(self) -> None:
+        """The process is about to be stopped: the terminal is somebody else's (from a handler)."""
+        self._terminal.suspend()
+
+    def resume(self) -> None:
+        """The process was stopped and goes on: take the terminal again."""
+        self._terminal.resume()
+
     def restore(self) -> None:
         """Give the terminal back as it was; any number of times."""
         self._terminal.restore()

@@ -10,16 +10,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import os
 import socket
 import time
 from collections.abc import Callable
 from typing import Any
 
-from vmm.core.errors import UsageError
 from vmm.core.event_loop import EventLoop
 from vmm.core.events import Kind
 from vmm.core.ranges import PAGE_SIZE
+from vmm.core.unix_listener import UnixListener
 from vmm.machine.operations import Operations
 
 COMMANDS = ("status", "pause", "resume", "dump-state", "convert", "quit")
@@ -38,21 +37,7 @@ class ControlSocket:
 
     def __init__(self, path: str) -> None:
         """Raises UsageError when nothing can listen at `path`."""
-        if not path:  # the kernel would pick a name in no directory
-            raise UsageError("--control wants the path of a socket, and got an empty one")
-        self._path = path
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        mask = os.umask(0o177)  # born with mode 0600: nobody else gets in between
-        try:
-            self._listener.bind(path)
-        except (OSError, ValueError) as error:
-            self._listener.close()
-            raise UsageError(f"--control {path}: {_why_not(path, error)}") from None
-        finally:
-            os.umask(mask)
-        self._listener.listen(MOST_CLIENTS)
-        self._listener.setblocking(False)
-        self._inode = os.lstat(path).st_ino
+        self._listener = UnixListener("--control ", path, owner_only=True)
         self._clients: set[_Client] = set()
         self._loop: EventLoop | None = None
 
@@ -63,19 +48,18 @@ class ControlSocket:
 
     def _listen(self) -> None:
         assert self._loop is not None
-        self._loop.add(self._listener.fileno(), self._accept, unheld=True)
+        self._loop.add(self._listener.fd, self._accept, unheld=True)
 
     def _accept(self) -> None:
         assert self._loop is not None
         try:
-            connection, _ = self._listener.accept()
-        except BlockingIOError:
-            return
+            connection = self._listener.accept()
         except OSError:  # no fd is free: trying at once would not help
-            self._loop.remove(self._listener.fileno())
+            self._loop.remove(self._listener.fd)
             self._loop.set_timer(time.monotonic() + _ACCEPT_AGAIN_SECONDS, self._listen)
             return
-        connection.setblocking(False)
+        if connection is None:
+            return
         client = _Client(connection, self._loop, self._answer, self._clients.discard)
         if len(self._clients) >= MOST_CLIENTS:
             client.say({"ok": False, "error": f"{MOST_CLIENTS} clients are connected already"})
@@ -98,7 +82,8 @@ class ControlSocket:
             case "dump-state":
                 return operations.dump_state()
             case "pause":
-                operations.pause()
+                if not operations.pause():
+                    raise BadRequest("a device does not come to rest; the guest runs on")
             case "resume":
                 operations.resume()
             case "convert":
@@ -113,14 +98,10 @@ class ControlSocket:
         """Hang up on everybody and remove the socket's file; any number of times."""
         for client in list(self._clients):
             client.close()
-        if self._listener.fileno() < 0:
-            return
         if self._loop is not None:
-            self._loop.remove(self._listener.fileno())
+            self._loop.remove(self._listener.fd)
+            self._loop = None
         self._listener.close()
-        with contextlib.suppress(OSError):
-            if os.lstat(self._path).st_ino == self._inode:  # else somebody put another one there
-                os.unlink(self._path)
 
 
 class _Client:
@@ -225,18 +206,3 @@ def _number(request: dict[str, Any], name: str) -> int:
         if type(number) is int and 0 <= number < 1 << 64:
             return number
     raise BadRequest(f'convert needs "{name}": a number of bytes, or text as in "0x1000"')
-
-
-def _why_not(path: str, error: OSError | ValueError) -> str:
-    if not isinstance(error, OSError) or error.errno is None:
-        return f"{error}; give a shorter path"
-    if error.errno != errno.EADDRINUSE:
-        return f"{os.strerror(error.errno)}; give a path in a directory that you may write to"
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            return "is left of a pyvmm that was killed, or is no socket; remove it"
-        except OSError:
-            pass
-    return "exists already, and somebody listens there; give another path"

@@ -7,28 +7,40 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from kvm_bindings import Vm
+from kvm_bindings import Vm, ioctls
 from vmm.arch.x86_64 import layout
 from vmm.arch.x86_64.devices.acpi_pm import AcpiPm
 from vmm.arch.x86_64.devices.cmos import Cmos
 from vmm.arch.x86_64.devices.i8042 import I8042
 from vmm.arch.x86_64.devices.pci_conf1 import PciConf1
 from vmm.core.event_loop import EventLoop
-from vmm.devices.bus import PortBus
+from vmm.devices.bus import MemoryBus, PortBus
+from vmm.devices.msix import MAX_VECTORS, MsixTable
 from vmm.devices.pci import PciBus, host_bridge
 from vmm.devices.serial16550 import Serial16550
-from vmm.devices.virtio.device import DeviceObserver, VirtioDevice
-from vmm.devices.virtio.device import GuestMemory as GuestMemoryOfDevice
-from vmm.devices.virtio.pci_transport import VirtioPciTransport
-from vmm.devices.virtio.queue import SplitQueue
 from vmm.machine.console import Console
-from vmm.machine.doorbell import Doorbell, ThreadedDoorbell
-from vmm.machine.interrupts import EdgeLine, LevelLine
-from vmm.memory.engines import Engine, make_engine
+from vmm.machine.interrupts import EdgeLine, LevelLine, MessageRoutes, MsixMessages
 from vmm.memory.guest_memory import GuestMemory
 
 if TYPE_CHECKING:
+    from vmm.devices.virtio.device import DeviceObserver, VirtioDevice
+    from vmm.devices.virtio.device import GuestMemory as GuestMemoryOfDevice
+    from vmm.devices.virtio.pci_transport import VirtioPciTransport
+    from vmm.devices.virtio.queue import SplitQueue
     from vmm.devices.virtio.watched import Announce
+    from vmm.machine.doorbell import Doorbell
+    from vmm.memory.engines import Engine
+
+
+def _can_use_messages(vm: Vm, memory: GuestMemory) -> bool:
+    """Whether functions get MSI-X, besides the INTx that all of them have.
+
+    The guest writes the table, which PCI wants in memory, with ordinary instructions that KVM
+    has to fetch and decode: it reads guest code through the memslots' addresses, where it
+    finds nothing of private pages that the host cannot reach.
+    """
+    readable = memory.private is None or memory.private.traits.private_access == "allowed"
+    return readable and bool(vm.check_extension(ioctls.KVM_CAP_IRQ_ROUTING))
 
 
 class Devices:
@@ -53,6 +65,7 @@ class Devices:
         """`watch(device)` is what is told of that device's accesses to guest memory, if any;
         `observer_of(device)` of the requests on its queues."""
         self.ports = PortBus()
+        self.registers = MemoryBus()
         self._watch = watch
         self._observer_of = observer_of
         self._vm = vm
@@ -63,7 +76,8 @@ class Devices:
         self._virtio = virtio
         self._doorbells: list[Doorbell] = []
         self._engines: dict[str, Engine] = {}
-        self._pci = PciBus(self.ports)
+        self._pci = PciBus(self.ports, self.registers)
+        self._routes = MessageRoutes(vm) if _can_use_messages(vm, memory) else None
         self._pci.add(0, host_bridge())
         with ExitStack() as self._opened:
             self._connect(console, power_off, reset)
@@ -81,8 +95,11 @@ class Devices:
         self.ports.add(layout.COM1_PORT, layout.COM1_PORTS, self.serial)
         self.ports.add(layout.I8042_PORT, layout.I8042_PORTS, I8042(reset))
         self.ports.add(layout.CMOS_PORT, layout.CMOS_PORTS, Cmos(time.time_ns))
-        pm = AcpiPm(time.monotonic_ns, power_off, reset)
+        sci = self._level_line(layout.SCI_IRQ)
+        pm = AcpiPm(time.monotonic_ns, power_off, reset, sci)
+        sci.add_source(pm.interrupt_pending)
         self.ports.add(layout.ACPI_PM_PORT, layout.ACPI_PM_PORTS, pm)
+        self.press_power_button = pm.press_power_button
         self.ports.add(layout.PCI_CONFIG_PORT, layout.PCI_CONFIG_PORTS, PciConf1(self._pci))
         # Index registers: a write means nothing before the data register is accessed.
         for port, size in ((layout.PCI_CONFIG_PORT, 4), (layout.CMOS_PORT, 1)):
@@ -91,6 +108,10 @@ class Devices:
             self._add_virtio(slot, name, device)
 
     def _add_virtio(self, slot: int, name: str, device: VirtioDevice) -> None:
+        # A machine without devices starts sooner.
+        from vmm.devices.virtio.pci_transport import VirtioPciTransport
+        from vmm.machine.doorbell import Doorbell, ThreadedDoorbell
+
         gsi = layout.pci_intx_gsi(slot)
         line = self._level_line(gsi)
         kind = ThreadedDoorbell if device.concurrent else Doorbell
@@ -108,6 +129,8 @@ class Devices:
             ring=doorbell.ring,
             observer=self._observer_of(name),
             make_queue=make_queue,
+            msix=self._msix_table(len(device.queue_sizes) + 1),
+            msix_base=layout.msix_bar_gpa(slot),
         )
         device.watch = self._loop.watch
         self._opened.callback(device.disconnect)
@@ -117,12 +140,24 @@ class Devices:
         self._pci.add(slot, transport.function)
         self._transports.append(transport)
 
+    def _msix_table(self, vectors: int) -> MsixTable | None:
+        """A function's table, one vector for each queue and one for changes of configuration."""
+        if self._routes is None:
+            return None
+        messages = MsixMessages(self._vm, self._routes)
+        self._opened.callback(messages.close)
+        return MsixTable(min(vectors, MAX_VECTORS), messages)
+
     def _memory_of(
         self, device: str, engine_name: str | None
     ) -> tuple[GuestMemoryOfDevice, Callable[..., SplitQueue]]:
         """Guest memory as `device` gets to see it, and what makes its queues."""
+        from vmm.devices.virtio.queue import SplitQueue
+
         memory: GuestMemoryOfDevice = self._memory
         if engine_name is not None:
+            from vmm.memory.engines import make_engine
+
             engine = make_engine(engine_name, self._memory.shared)
             self._opened.callback(engine.close)
             self._engines[device] = engine
@@ -141,11 +176,14 @@ class Devices:
             self._opened.callback(self._lines[gsi].close)
         return self._lines[gsi]
 
-    def hold(self) -> ExitStack:
-        """Until what is returned is closed, by this thread, devices leave guest memory alone."""
+    def hold(self, timeout: float) -> ExitStack:
+        """Until what is returned is closed, by this thread, devices leave guest memory alone.
+
+        Raises TimeoutError when one takes longer to come to rest (seconds).
+        """
         with ExitStack() as held:
             for transport in self._transports:
-                held.enter_context(transport.held())
+                held.enter_context(transport.held(timeout))
             return held.pop_all()
 
     def end(self, timeout: float) -> bool:

@@ -1,12 +1,15 @@
-"""Interrupt lines behind eventfds: a device raises one by a call, KVM does the rest."""
+"""Interrupts behind eventfds: a device raises a line or sends a message by a call, KVM the rest."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
+from threading import Lock
 
 from kvm_bindings import Vm
+from vmm.arch.x86_64 import layout
+from vmm.core.errors import tell
 from vmm.core.event_loop import EventLoop, drain
 
 
@@ -57,3 +60,57 @@ class LevelLine:
         drain(self._resamplefd)
         if any(pending() for pending in self._pending):
             os.eventfd_write(self._eventfd, 1)
+
+
+class MessageRoutes:
+    """KVM's routing table: the PC's interrupt lines, and a GSI for each message in use."""
+
+    def __init__(self, vm: Vm) -> None:
+        self._vm = vm
+        self._messages: dict[int, tuple[int, int]] = {}
+        self._lock = Lock()
+
+    def set(self, gsi: int | None, address: int, data: int) -> int:
+        """Have `gsi` (None: a new one) send the message; the GSI. Raises KvmError, unchanged."""
+        with self._lock:
+            used = layout.FIRST_MESSAGE_GSI + len(self._messages)
+            number = used if gsi is None else gsi
+            messages = {**self._messages, number: (address, data)}
+            self._vm.set_gsi_routing(
+                layout.interrupt_pins(), [(each, *message) for each, message in messages.items()]
+            )
+            self._messages = messages
+            return number
+
+
+class MsixMessages:
+    """The messages of one function by vector, each with an eventfd from its first use on."""
+
+    def __init__(self, vm: Vm, routes: MessageRoutes) -> None:
+        self._vm = vm
+        self._routes = routes
+        self._eventfds: dict[int, int] = {}
+        self._gsis: dict[int, int] = {}
+        self._told = False
+        self._opened = ExitStack()
+        self.close = self._opened.close
+
+    def route(self, vector: int, address: int, data: int) -> None:
+        """From now on the vector's message is that one; the old one, where KVM has no room."""
+        try:
+            gsi = self._routes.set(self._gsis.get(vector), address, data)
+            if vector not in self._gsis:
+                self._gsis[vector] = gsi
+                eventfd = open_eventfd(self._opened)
+                self._vm.irqfd(eventfd, gsi)
+                self._eventfds[vector] = eventfd
+        except OSError as error:  # KvmError is one
+            if not self._told:  # the guest may make it happen as often as it likes
+                tell(f"interrupt message {vector} of a PCI function is lost: {error}")
+            self._told = True
+
+    def signal(self, vector: int) -> None:
+        """Send the vector's message; dropped while it has none."""
+        eventfd = self._eventfds.get(vector)
+        if eventfd is not None:
+            os.eventfd_write(eventfd, 1)

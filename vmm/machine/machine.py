@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from contextlib import ExitStack
 from functools import partial
@@ -21,7 +20,6 @@ from vmm.arch.x86_64.msrs import MsrTable
 from vmm.conversion.scheme import Scheme
 from vmm.conversion.schemes.plain import PlainScheme
 from vmm.conversion.transaction import Converter
-from vmm.core.ending_signals import on_ending_signal
 from vmm.core.errors import HostError, tell
 from vmm.core.event_loop import EventLoop
 from vmm.core.ranges import Range, page_align_down, page_align_up
@@ -49,6 +47,7 @@ from vmm.machine.operations import Operations
 from vmm.machine.peripherals import open_devices
 from vmm.machine.report import ReportFile, build_report
 from vmm.machine.schemes import Chosen, Wanted, choose, make_scheme
+from vmm.machine.signals import SignalReactions
 from vmm.memory.backings.memfd import MemfdBacking
 from vmm.memory.guest_memory import GuestMemory, LaunchMemory, PageState
 from vmm.policy import End, Policy, PolicyError, PolicyKill
@@ -319,6 +318,7 @@ class Machine:
         doorbell = PortDoorbell(self._config.cpus, conversions=self._is_private)
         self._handlers = ExitHandlers(
             self._devices.ports,
+            self._devices.registers,
             MsrTable(self._is_private),
             self._memory,
             self._converter,
@@ -343,11 +343,19 @@ class Machine:
         install_kick_handler()
         for vcpu in self._processors:
             self._vcpus.add(vcpu, self._handlers, self.stop)
+        signals = SignalReactions(
+            self._loop,
+            end=self._end,
+            press_power_button=self._press_power_button,
+            suspend=self._console.suspend,
+            continued=self._continued,
+            is_stuck=lambda: self._converter.hooks.is_this_thread_in_one,
+        )
         operations = Operations(
             self._memory, self._converter, self._vcpus, self._devices, self._loop, self.stop
         )
         with (
-            on_ending_signal(self._signalled),
+            signals.installed(),
             live_view(self._loop, operations, self._status_line, self._control),
         ):
             try:
@@ -357,7 +365,7 @@ class Machine:
             except PolicyKill as kill:
                 self.stop(Outcome(KILLED, str(kill)))
             except KeyboardInterrupt:
-                pass  # `_signalled` raised it
+                pass  # `_end` raised it
             finally:
                 self.stop(Outcome(STOPPED, "the device loop failed"))
                 operations.resume()  # no vCPU enters the guest, but one may wait for a device
@@ -441,8 +449,17 @@ class Machine:
         """A reset ends the run; after a kernel panic (panic=-1) it is a failure."""
         self.stop(reset_outcome(self._console.tail()))
 
-    def _signalled(self, number: int, frame: object) -> None:
-        self.stop(Outcome(STOPPED, f"received {signal.Signals(number).name}"))
+    def _press_power_button(self) -> bool:
+        return not self._vcpus.paused and self._devices.press_power_button()
+
+    def _continued(self) -> None:
+        """The process was stopped, as by Ctrl-Z in a shell, and goes on."""
+        self._console.resume()
+        self._vcpus.process_continued()
+
+    def _end(self, reason: str) -> None:
+        """Somebody asked for the end by a signal; called in its handler, or later."""
+        self.stop(Outcome(STOPPED, reason))
         if self._converter.hooks.is_this_thread_in_one:
             raise KeyboardInterrupt  # else a hook that never returns would keep the run going
 

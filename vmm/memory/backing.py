@@ -85,6 +85,8 @@ class Backing(Protocol):
     def pwrite(self, data: Buffer, offset: int) -> None: ...
     def preadv(self, buffers: Sequence[bytearray | memoryview], offset: int) -> None: ...
     def pwritev(self, buffers: Sequence[Buffer], offset: int) -> None: ...
+    def read_many(self, pieces: list[int]) -> bytes | bytearray: ...
+    def write_many(self, pieces: list[int], data: bytes) -> None: ...
     def transfer_in(self, src_fd: int, src_offset: int, offset: int, size: int) -> int: ...
     def transfer_out(self, offset: int, size: int, dst_fd: int, dst_offset: int) -> int: ...
     def punch(self, offset: int, size: int) -> None: ...
@@ -114,6 +116,24 @@ class FdBacking:
     def host_access(self) -> str:
         allowed = self.traits.private_access == "allowed"
         return "policy-refused" if allowed else "kernel-refused"
+
+    def pread(self, size: int, offset: int) -> bytes:
+        raise NotImplementedError
+
+    def pwrite(self, data: Buffer, offset: int) -> None:
+        raise NotImplementedError
+
+    def read_many(self, pieces: list[int]) -> bytes | bytearray:
+        """The bytes of all pieces (offset, size, offset, size...), one after the other."""
+        pairs = zip(pieces[::2], pieces[1::2], strict=True)
+        return b"".join([self.pread(size, offset) for offset, size in pairs])
+
+    def write_many(self, pieces: list[int], data: bytes) -> None:
+        """Write `data` over the pieces (offset, size, offset, size...) in their order."""
+        done = 0
+        for offset, size in zip(pieces[::2], pieces[1::2], strict=True):
+            self.pwrite(data[done : done + size], offset)
+            done += size
 
     def punch(self, offset: int, size: int) -> None:
         """Give the pages back; they read as zeros afterwards. Raises KvmError."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 from kvm_bindings import fdops, floors
@@ -34,6 +35,14 @@ class Engine(Protocol):
 
     def transfer_out(self, offset: int, size: int, dst_fd: int, dst_offset: int) -> int: ...
 
+    def move_in(self, src_fd: int, moves: list[int]) -> int:
+        """Many at once: file offset, guest offset, size, file offset...; total bytes moved."""
+        ...
+
+    def move_out(self, moves: list[int], dst_fd: int) -> int:
+        """Many at once: guest offset, file offset, size, guest offset..."""
+        ...
+
     def as_dict(self) -> dict[str, Any]: ...
 
     def close(self) -> None: ...
@@ -54,6 +63,10 @@ def make_engine(name: str, side: Backing) -> Engine:
     if name == "mmap":
         return MappedEngine(side)
     return CopyingEngine(name, side)
+
+
+def _triples(moves: list[int]) -> Iterator[tuple[int, int, int]]:
+    return zip(moves[::3], moves[1::3], moves[2::3], strict=True)
 
 
 def _as_dict(engine: Engine) -> dict[str, Any]:
@@ -82,6 +95,12 @@ class CopyingEngine:
     def transfer_out(self, offset: int, size: int, dst_fd: int, dst_offset: int) -> int:
         return self._copier.copy(self._side.fd, offset, dst_fd, dst_offset, size)
 
+    def move_in(self, src_fd: int, moves: list[int]) -> int:
+        return self._copier.copy_many(src_fd, self._side.fd, moves)
+
+    def move_out(self, moves: list[int], dst_fd: int) -> int:
+        return self._copier.copy_many(self._side.fd, dst_fd, moves)
+
     def as_dict(self) -> dict[str, Any]:
         return _as_dict(self)
 
@@ -104,6 +123,14 @@ class BackingsOwnEngine:
 
     def transfer_out(self, offset: int, size: int, dst_fd: int, dst_offset: int) -> int:
         return self._count(self._side.transfer_out(offset, size, dst_fd, dst_offset))
+
+    def move_in(self, src_fd: int, moves: list[int]) -> int:
+        return sum([self.transfer_in(src_fd, *move) for move in _triples(moves)])
+
+    def move_out(self, moves: list[int], dst_fd: int) -> int:
+        return sum(
+            [self.transfer_out(gpa, size, dst_fd, offset) for gpa, offset, size in _triples(moves)]
+        )
 
     def _count(self, moved: int) -> int:
         self.bytes_by[self._side.access] += moved
@@ -129,7 +156,7 @@ class MappedEngine:
     def __init__(self, side: Backing) -> None:
         self._side = side
         self._memory = fdops.map_shared(side.fd, side.size)
-        self._disks: dict[int, tuple[int, int]] = {}
+        self._disks: dict[tuple[int, bool], tuple[int, int]] = {}
         self.bytes_by: dict[str, int] = {"memcpy": 0}
         self.fallbacks = 0
 
@@ -143,6 +170,14 @@ class MappedEngine:
             raise OSError(errno.ENOSPC, f"the file ends before {dst_offset + size:#x}")
         return self._copy(address, self._memory + offset, size)
 
+    def move_in(self, src_fd: int, moves: list[int]) -> int:
+        return sum([self.transfer_in(src_fd, *move) for move in _triples(moves)])
+
+    def move_out(self, moves: list[int], dst_fd: int) -> int:
+        return sum(
+            [self.transfer_out(gpa, size, dst_fd, offset) for gpa, offset, size in _triples(moves)]
+        )
+
     def _copy(self, target: int, source: int, size: int) -> int:
         floors.copy_memory(target, source, size)
         self.bytes_by["memcpy"] += size
@@ -151,11 +186,11 @@ class MappedEngine:
     def _disk(self, fd: int, offset: int, size: int, *, writable: bool) -> tuple[int, int]:
         """Where the disk's `offset` is mapped, and how many of `size` bytes there are."""
         end = os.lseek(fd, 0, os.SEEK_END)
-        mapped = self._disks.get(fd)
+        mapped = self._disks.get((fd, writable))
         if mapped is None:
             protection = fdops.PROT_READ | (fdops.PROT_WRITE if writable else 0)
             mapped = fdops.map_shared(fd, end, protection=protection), end
-            self._disks[fd] = mapped
+            self._disks[fd, writable] = mapped
         return mapped[0] + offset, max(0, min(size, min(end, mapped[1]) - offset))
 
     def as_dict(self) -> dict[str, Any]:

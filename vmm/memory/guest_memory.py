@@ -7,7 +7,7 @@ as a whole, before a byte moves, unless every page of it is shared RAM.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -133,6 +133,22 @@ class GuestMemory:
         finally:
             self._leave()
 
+    def read_many(self, pieces: list[int]) -> bytes | bytearray:
+        """The bytes of all pieces (gpa, size, gpa, size...) in their order, one after the other."""
+        self._enter_many(pieces)
+        try:
+            return self.shared.read_many(pieces)
+        finally:
+            self._leave()
+
+    def write_many(self, pieces: list[int], data: bytes) -> None:
+        """Write `data` over the pieces (gpa, size, gpa, size...), in their order."""
+        self._enter_many(pieces)
+        try:
+            self.shared.write_many(pieces, data)
+        finally:
+            self._leave()
+
     def discard(self, gpa: int, size: int) -> None:
         """Give pages that the guest does without back to the host's kernel, whatever their state:
         the side that the guest uses is punched, and reads as zeros from then on.
@@ -168,6 +184,20 @@ class GuestMemory:
             self._require_shared(gpa, size)
             self._in_flight[threading.get_ident()] = (gpa, gpa + size)
 
+    def _enter_many(self, pieces: list[int]) -> None:
+        """As `_enter`, for gpa, size, gpa, size...: all of them, or none."""
+        if len(pieces) == 2:
+            self._enter(*pieces)
+            return
+        starts, sizes = pieces[::2], pieces[1::2]
+        start, end = min(starts), max(starts) + max(sizes)
+        with self._lock:
+            # Most often all memory that a device uses is one shared run, with room to spare.
+            if not self._is_shared(start, end):
+                for gpa, size in zip(starts, sizes, strict=True):
+                    self._require_shared(gpa, size)
+            self._in_flight[threading.get_ident()] = (start, end)
+
     def _leave(self) -> None:
         with self._lock:
             del self._in_flight[threading.get_ident()]
@@ -177,10 +207,7 @@ class GuestMemory:
     def _require_shared(self, gpa: int, size: int) -> None:
         if size < 0 or not self._in_span(gpa, size):
             raise UnmappedAccess(f"host access to {size} bytes at {gpa:#x} is outside guest RAM")
-        converting = self._converting
-        if self._states.is_uniform(gpa, gpa + size, PageState.SHARED) and (
-            converting is None or converting.end <= gpa or gpa + size <= converting.start
-        ):
+        if self._is_shared(gpa, gpa + size):
             return
         for area, state in self._runs(Range(gpa, max(size, 1))):
             if state is None:
@@ -191,6 +218,16 @@ class GuestMemory:
                 raise PrivateAccess(
                     f"host access to {size} bytes at {gpa:#x}: {area} is {state.value}"
                 )
+
+    def _is_shared(self, start: int, end: int) -> bool:
+        """Whether [start, end) is shared RAM, and no part of it is being converted; lock held."""
+        converting = self._converting
+        return (
+            start >= 0
+            and end <= self._states.span.end
+            and self._states.is_uniform(start, end, PageState.SHARED)
+            and (converting is None or converting.end <= start or end <= converting.start)
+        )
 
     def _in_span(self, gpa: int, size: int) -> bool:
         return gpa >= 0 and gpa + max(size, 1) <= self._states.span.end
@@ -232,7 +269,8 @@ class GuestMemory:
         with self._lock:
             if self._converting is not None:
                 raise RuntimeError(f"{area}: {self._converting} is being converted already")
-            before = self._states_in(area)
+            inside = self._states.span.contains(area)
+            before = self._states_in(area) if inside else []
             if sum(run.size for run, _ in before) != area.size:
                 raise UnmappedAccess(f"{area} is not wholly guest RAM")
             self._converting = area
@@ -313,6 +351,28 @@ class MemoryThrough:
         self._memory = memory
         self._engine = engine
         self.pread, self.pwrite, self.discard = memory.pread, memory.pwrite, memory.discard
+        self.read_many, self.write_many = memory.read_many, memory.write_many
+
+    def move_in(self, src_fd: int, moves: list[int]) -> int:
+        """Move bytes of a file into guest memory: file offset, gpa, size, file offset...
+
+        All of it is refused before a byte moves (GuestMemoryError), or the number of bytes is
+        what was asked for, unless the file ends. Raises OSError with some of it moved.
+        """
+        return self._move(moves, 1, lambda: self._engine.move_in(src_fd, moves))
+
+    def move_out(self, moves: list[int], dst_fd: int) -> int:
+        """Move guest memory into a file: gpa, file offset, size, gpa... As `move_in`."""
+        return self._move(moves, 0, lambda: self._engine.move_out(moves, dst_fd))
+
+    def _move(self, moves: list[int], gpas: int, move: Callable[[], int]) -> int:
+        pieces = [0] * (len(moves) // 3 * 2)
+        pieces[::2], pieces[1::2] = moves[gpas::3], moves[2::3]
+        self._memory._enter_many(pieces)
+        try:
+            return move()
+        finally:
+            self._memory._leave()
 
     def transfer_in(self, src_fd: int, src_offset: int, gpa: int, size: int) -> int:
         self._memory._enter(gpa, size)

@@ -11,6 +11,8 @@ import fcntl
 import os
 import threading
 
+from kvm_bindings import datapath
+
 ENGINES = ("auto", "pread", "fd2fd", "mmap")
 """What `vmm.memory.engines` makes: the ways a disk's bytes may go."""
 
@@ -26,7 +28,7 @@ class _Scratch(threading.local):
 
     def __init__(self) -> None:
         self.pipe: tuple[int, int] | None = None
-        self.buffer: memoryview | None = None
+        self.buffer: datapath.Buffer | None = None
 
     def pipe_ends(self) -> tuple[int, int]:
         if self.pipe is None:
@@ -44,9 +46,9 @@ class _Scratch(threading.local):
             os.close(self.pipe[1])
             self.pipe = None
 
-    def bounce(self) -> memoryview:
+    def bounce(self) -> datapath.Buffer:
         if self.buffer is None:
-            self.buffer = memoryview(bytearray(_CHUNK))
+            self.buffer = datapath.Buffer(_CHUNK)
         return self.buffer
 
     def __del__(self) -> None:
@@ -59,7 +61,7 @@ _scratch = _Scratch()
 def copy_through_buffer(src: int, src_offset: int, dst: int, dst_offset: int, size: int) -> int:
     """preadv and pwrite through one reused buffer; bytes moved, short only at end of file."""
     done = 0
-    buffer = _scratch.bounce()
+    buffer = memoryview(_scratch.bounce().bytes)
     while done < size:
         want = min(size - done, _CHUNK)
         got = os.preadv(src, [buffer[:want]], src_offset + done)
@@ -130,6 +132,40 @@ class FdCopier:
         if moved is None:
             moved = copy_through_buffer(src, src_offset, dst, dst_offset, size)
             self._count("buffer", moved, fell_back=inside)
+        return moved
+
+    def copy_many(self, src: int, dst: int, moves: list[int]) -> int:
+        """As `copy`, for source offset, target offset, size, source offset...: bytes moved.
+
+        Raises OSError, with some of it moved.
+        """
+        sizes = moves[2::3]
+        splice_from = datapath.NEVER
+        if self._splice_from is not None and max(sizes) >= self._splice_from:
+            between = (os.fstat(src).st_dev, os.fstat(dst).st_dev)
+            if between not in self._no_splice:
+                splice_from = self._splice_from
+        try:
+            moved = datapath.move_many(
+                src, dst, moves, _scratch.bounce(), _scratch.pipe_ends(), splice_from
+            )
+        except OSError as error:
+            _scratch.drop_pipe()  # it may hold bytes
+            if error.errno not in _NOT_THIS_WAY or splice_from == datapath.NEVER:
+                raise
+            self._no_splice.add(between)
+            return self.copy_many(src, dst, moves)
+        if moved != sum(sizes):
+            return moved  # the caller will find out by `copy` which one is short
+        inside, fell_back = 0, 0
+        if splice_from != datapath.NEVER:
+            inside = sum([size for size in sizes if size >= splice_from])
+        elif self._splice_from is not None:
+            fell_back = sum([size >= self._splice_from for size in sizes])
+        with self._counting:
+            self.bytes_by["splice"] += inside
+            self.bytes_by["buffer"] += moved - inside
+            self.fallbacks += fell_back
         return moved
 
     def _inside_kernel(

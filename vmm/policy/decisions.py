@@ -30,9 +30,23 @@ class Decision:
 
 
 class Allow(Decision):
-    """Carry the request out."""
+    """Carry the request out.
 
-    __slots__ = ()
+    A device may be at the pages just then: the conversion waits `patience` seconds for it at
+    most (None: as long as pyvmm does by itself), and is refused with EBUSY after that.
+    """
+
+    __slots__ = ("patience",)
+
+    def __init__(self, patience: float | None = None) -> None:
+        if patience is not None and not (
+            isinstance(patience, int | float) and 0 <= patience < math.inf
+        ):
+            raise ValueError(f"Allow(patience={patience!r}): a number of seconds, 0 or more")
+        self.patience = patience
+
+    def __repr__(self) -> str:
+        return "Allow()" if self.patience is None else super().__repr__()
 
 
 class Deny(Decision):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
@@ -36,6 +37,8 @@ class Hooks:
         self._io = tuple(_overridden(policies, "on_io"))
         self._boot = tuple(_overridden(policies, "on_boot"))
         self._exit = tuple(_overridden(policies, "on_exit"))
+        self.decided_by: str | None = None
+        """The policy whose word the last decision was; None where all simply allowed it."""
         self._called: dict[int, tuple[Hook, tuple[Any, ...]]] = {}
 
     @property
@@ -50,25 +53,38 @@ class Hooks:
         """Whether the calling thread is inside a hook (asked by a signal handler)."""
         return threading.get_ident() in self._called
 
+    @property
+    def asks_about_io(self) -> bool:
+        """Whether a policy wants to know of a device's accesses."""
+        return bool(self._io)
+
     def decide(self, kind: Kind, area: Range, vcpu: int, doorbell: str, view: View) -> Decision:
         """What the policies say to a request. Raises PolicyError when one of them breaks."""
+        self.decided_by = None
         hooks = (self._faults if doorbell == FAULT else self._asked)[kind]
         if not hooks:
             return _ALLOW
         result: Decision = _ALLOW
+        patience = math.inf
         for hook in hooks:
             event = Event(kind, area, vcpu, doorbell)
             decision = self._ask(hook, event, view)
-            if decision.__class__ is Allow:
+            if isinstance(decision, Allow):
+                if decision.patience is not None:
+                    patience = min(patience, decision.patience)
                 continue
             if isinstance(decision, (Deny, Kill)):
+                self.decided_by = type(_policy_of(hook)).__name__
                 return decision
             _require_fitting(hook, event, view, decision)
             if isinstance(decision, Partial):
                 area = decision.area
-                result = decision
-            elif result.__class__ is Allow:
-                result = decision
+            elif result.__class__ is not Allow:
+                continue
+            result = decision
+            self.decided_by = type(_policy_of(hook)).__name__
+        if patience < math.inf and result.__class__ is Allow:
+            return Allow(patience)
         return result
 
     def watcher(self, view: View, device: str) -> Callable[[Range, bool, str | None], None] | None:
@@ -170,13 +186,11 @@ def _policy_of(hook: Hook) -> Any:
 
 
 def _overridden(policies: Sequence[Policy], *names: str) -> Iterator[Hook]:
-    """Each policy's bound hook of the first of `names` that is not Policy's own, which allows
-    everything."""
+    """Each policy's bound hook of the first of `names` that it wants to be called."""
     for policy in policies:
         for name in names:
-            hook = getattr(policy, name)
-            if getattr(hook, "__func__", None) is not getattr(Policy, name):
-                yield hook
+            if policy.wants(name):
+                yield getattr(policy, name)
                 break
 
 

@@ -98,6 +98,14 @@ class Policy:
     that is not overridden costs nothing.
     """
 
+    def wants(self, hook: str) -> bool:
+        """Whether the hook of that name is to be called: by default one that is overridden.
+
+        For a policy that wraps another and has the hooks that the other one wants.
+        """
+        own = getattr(getattr(self, hook), "__func__", None)
+        return own is not getattr(Policy, hook)
+
     def on_share(self, event: Event, view: View) -> Decision:
         """The guest asks to make `event.area` shared."""
         return Allow()

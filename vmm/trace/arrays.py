@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Integers = NDArray[np.integer[Any]]
+Floats = NDArray[np.floating[Any]]
 Booleans = NDArray[np.bool_]
 
-__all__ = ["Booleans", "Integers", "NDArray", "mmap_ninja", "np"]
+__all__ = ["Booleans", "Floats", "Integers", "NDArray", "mmap_ninja", "np"]

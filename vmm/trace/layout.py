@@ -51,7 +51,7 @@ class Kind(IntEnum):
     """What happened. In brackets: the high half of `detail`; the low half is a name's number."""
 
     SHARE = 1
-    """The guest's request, as it put it: name = doorbell [number of the policy that decided]."""
+    """The guest's request, as it put it: name = doorbell [name of the policy whose word it was]."""
     UNSHARE = 2
     STATE = 3
     """Pages that are in another state now, converting for `latency_ns` before: name = state."""

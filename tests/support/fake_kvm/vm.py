@@ -48,7 +48,8 @@ class FakeVm:
         self.slots = SlotTable(kernel.memslots)
         self.attributes: RangeMap[int] = RangeMap(Range(0, GPA_SPACE), 0)
         self._guest_memfds: list[FakeGuestMemfd] = []
-        self._mmio: set[int] = set()
+        self._mmio: dict[int, int] = {}
+        self._generation = 0
         self.vcpus: list[FakeVcpu] = []
         self._memory = os.open("/proc/self/mem", os.O_RDWR | os.O_CLOEXEC)
 
@@ -116,7 +117,7 @@ class FakeVm:
             raise refuse(name, EINVAL, words)
         try:
             if self.slots.set(slot, gpa, size, hva, flags, guest_memfd, offset):
-                self._mmio.clear()
+                self._generation += 1
         except Refusal as refusal:
             raise refuse(name, refusal.number, words) from None
 
@@ -202,22 +203,32 @@ class FakeVm:
         return bool(self.attributes.get(gpa) & PRIVATE)
 
     def _resolve(self, gpa: int) -> _Place | MemoryFaultExit | None:
-        """Where the page's bytes are; None where there is no memory."""
-        slot = self.slots.at(gpa)
+        """Where the page's bytes are; None where there is no memory.
+
+        An access without memory leaves an MMIO entry in KVM's page table: good for MMIO,
+        attributes or not, until a memslot changes, and an access through an entry that has gone
+        stale counts as shared, whatever the attribute says ("emulated MMIO is shared-only",
+        kvm_mmu_page_fault; seen on Linux 7.3).
+        """
+        page, slot = page_align_down(gpa), self.slots.at(gpa)
         private = self.is_private(gpa, slot)
+        cached = self._mmio.get(page)
+        if cached == self._generation:
+            return None
+        if cached is not None and private:
+            return self._fault(gpa, private=False)
         if slot is None:
-            # An access without memory is remembered as MMIO, attributes or not, until the next
-            # change of a memslot (seen on Linux 7.3: it finds the cached MMIO page table entry).
-            page = page_align_down(gpa)
-            if private and page not in self._mmio:
+            if private:
                 return self._fault(gpa, private)
-            self._mmio.add(page)
+            self._mmio[page] = self._generation
             return None
         if not private and not slot.gmem_only:
+            self._mmio.pop(page, None)
             return _Place(self._memory, slot.hva + gpa - slot.area.start, slot)
         gmem = slot.guest_memfd
         if gmem is None or not gmem.alive:
             return self._fault(gpa, private)
+        self._mmio.pop(page, None)
         offset = slot.offset + gpa - slot.area.start
         gmem.populate(offset)
         return _Place(gmem.pages, offset, slot)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from datetime import UTC, datetime
 
 import pytest
@@ -180,3 +181,25 @@ def test_any_register_writes_leave_a_readable_clock(writes: list[tuple[int, int,
         guest.put(register, value)
         guest.ns += passed
         assert all(0 <= byte <= 255 for byte in guest.time())
+
+
+def test_one_vcpu_at_a_time_is_served() -> None:
+    inside: list[bool] = []
+
+    def clock() -> int:
+        if not inside:
+            inside.append(True)
+            other = threading.Thread(target=cmos.read, args=(1, 1))
+            other.start()
+            other.join(0.05)
+            inside.append(other.is_alive())
+            waiting.append(other)
+        return 1_800_000_000 * 10**9
+
+    waiting: list[threading.Thread] = []
+    cmos = Cmos(clock)
+
+    cmos.read(1, 1)
+
+    assert inside == [True, True]
+    waiting[0].join()

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vmm.arch.x86_64.devices.acpi_pm import AcpiPm
+from vmm.arch.x86_64.devices.acpi_pm import POWER_BUTTON, AcpiPm
 from vmm.arch.x86_64.devices.cmos import Cmos
 from vmm.arch.x86_64.devices.i8042 import I8042
 from vmm.arch.x86_64.devices.pci_conf1 import PciConf1
@@ -101,7 +101,8 @@ class Pm:
 
     def __init__(self) -> None:
         self.clock, self.power_off, self.reset = Clock(10**12), Calls(), Calls()
-        self.device = AcpiPm(self.clock, self.power_off, self.reset)
+        self.interrupt = Calls()
+        self.device = AcpiPm(self.clock, self.power_off, self.reset, self.interrupt)
 
 
 def test_pm_control_reports_acpi_mode() -> None:
@@ -160,6 +161,54 @@ def test_pm_enable_bits_read_back() -> None:
     assert pm.device.read(2, 2) == 0x4721
     assert pm.device.read(0, 4) == 0x4721 << 16
     assert pm.device.read(0, 2) == 0
+
+
+def test_pm_power_button_interrupts_a_guest_that_enabled_it() -> None:
+    pm = Pm()
+    pm.device.write(2, 2, POWER_BUTTON)
+
+    assert pm.device.press_power_button()
+
+    assert pm.interrupt.count == 1
+    assert pm.device.interrupt_pending()
+    assert pm.device.read(0, 4) == POWER_BUTTON << 16 | POWER_BUTTON
+
+
+def test_pm_power_button_that_nobody_listens_to_does_nothing() -> None:
+    pm = Pm()
+    pm.device.write(2, 2, 0xFFFF & ~POWER_BUTTON)
+
+    assert not pm.device.press_power_button()
+
+    assert pm.interrupt.count == 0
+    assert pm.device.read(0, 2) == 0
+
+
+@pytest.mark.parametrize(("offset", "size"), [(0, 2), (1, 1), (0, 4)])
+def test_pm_status_is_cleared_by_writing_ones(offset: int, size: int) -> None:
+    pm = Pm()
+    pm.device.write(2, 2, POWER_BUTTON)
+    pm.device.press_power_button()
+    pm.device.write(offset, size, 0)
+    assert pm.device.read(0, 2) == POWER_BUTTON
+
+    pm.device.write(offset, size, (POWER_BUTTON << 16 | POWER_BUTTON) >> 8 * offset & 0xFFFFFFFF)
+
+    assert pm.device.read(0, 2) == 0
+    assert not pm.device.interrupt_pending()
+
+
+def test_pm_event_that_is_disabled_and_enabled_again_interrupts_again() -> None:
+    pm = Pm()
+    pm.device.write(2, 2, POWER_BUTTON)
+    pm.device.press_power_button()
+    pm.device.write(2, 2, 0)
+    assert not pm.device.interrupt_pending()
+
+    pm.device.write(2, 2, POWER_BUTTON)
+
+    assert pm.device.interrupt_pending()
+    assert pm.interrupt.count == 2
 
 
 def test_pm_timer_counts_at_its_frequency() -> None:

@@ -94,6 +94,26 @@ def test_selftest_json_has_every_result_and_the_sum(
     }
 
 
+def test_selftest_only_runs_the_cells_named(
+    outcomes: dict[str, tuple[Status, str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["selftest", "--only", "remap/memfd", "--only=remap/memfd"]) == 0
+
+    output = capsys.readouterr().out
+    assert output.startswith("   1  remap/memfd\n\n")
+    assert "1 passed, 0 failed, 0 skipped" in output
+
+
+def test_selftest_only_an_unknown_cell_is_refused_with_those_that_exist(
+    outcomes: dict[str, tuple[Status, str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["selftest", "--only", "cbit/paper"]) == 2
+
+    assert "--only cbit/paper: no such cell; there are cbit/memfd, remap/memfd" in (
+        capsys.readouterr().err
+    )
+
+
 def test_selftest_json_into_no_folder_is_refused_before_anything_runs(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

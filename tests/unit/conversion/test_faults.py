@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.conversion import Answering, RecordingScheme, tally
+from tests.support.conversion import Answering, RecordingScheme, share, tally
 from tests.support.memory import guest_memory, page, pages
 from vmm.conversion.transaction import FRUITLESS_FAULTS, Converter
 from vmm.core.events import FAULT, Kind
@@ -133,3 +133,36 @@ def test_fruitless_faults_count_in_a_row_and_for_each_vcpu(memory: GuestMemory) 
         vcpu = number % 2
         first = number // 2 % 2  # never the same page twice in a row
         assert made.fault(Kind.SHARE, page(first), PAGE_SIZE, vcpu) == 0
+
+
+def test_fault_that_another_vcpu_has_overtaken_does_not_undo_its_conversion(
+    memory: GuestMemory,
+) -> None:
+    """vCPU 1 touches a private page; before its exit arrives, vCPU 0 has shared the page."""
+    made = converter(memory)
+    made.convert(share(40, 1))
+
+    assert made.fault(Kind.UNSHARE, page(40), PAGE_SIZE, 1) == 0
+    assert memory.states(pages(40, 1)) == [(pages(40, 1), PageState.SHARED)]
+
+    # It touches the page again, and means it.
+    assert made.fault(Kind.UNSHARE, page(40), PAGE_SIZE, 1) == 0
+    assert memory.states(pages(40, 1)) == [(pages(40, 1), PageState.PRIVATE)]
+
+
+def test_own_conversions_do_not_overtake_a_vcpus_fault(memory: GuestMemory) -> None:
+    made = converter(memory)
+    made.convert(share(40, 1))
+
+    assert made.fault(Kind.UNSHARE, page(40), PAGE_SIZE, 0) == 0
+
+    assert memory.states(pages(40, 1)) == [(pages(40, 1), PageState.PRIVATE)]
+
+
+def test_each_conversion_of_another_vcpu_makes_a_fault_doubtful_again(memory: GuestMemory) -> None:
+    made = converter(memory)
+    for number in (40, 41):
+        made.convert(share(number, 1))
+        made.fault(Kind.UNSHARE, page(number), PAGE_SIZE, 1)
+
+    assert memory.states(pages(40, 2)) == [(pages(40, 2), PageState.SHARED)]

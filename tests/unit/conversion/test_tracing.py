@@ -17,6 +17,7 @@ from vmm.conversion.tracing import ConversionTrace
 from vmm.conversion.transaction import Converter
 from vmm.policy import Allow, Convert, Decision, Defer, Deny, Kill, Partial, PolicyKill
 from vmm.trace.layout import DECISIONS, NO_ANSWER
+from vmm.trace.reader import Trace
 
 
 class Bench:
@@ -107,6 +108,27 @@ def test_trace_of_a_decision_has_what_was_asked_and_what_was_done(
 
     assert requests(bench, tmp_path)[1:] == [("unshare", 40, 4, word, answer)]
     assert changes(bench, tmp_path)[1:] == changed
+
+
+def test_trace_names_the_policy_whose_word_it_was(bench: Bench, tmp_path: Path) -> None:
+    bench.convert(share(40, 4))
+    bench.answer(Deny())
+    bench.convert(unshare(40, 4))
+    bench.convert(unshare(40, 1 << 40))  # invalid: nobody's word
+    bench.close()  # type: ignore[attr-defined]
+
+    names = Trace(tmp_path / "t").names
+    by = [names[row["detail"] >> 16] for row in rows_of(tmp_path / "t") if row["kind"] != "state"]
+    assert by == ["", "Answering", ""]
+
+
+def test_trace_of_a_deferral_has_only_what_changed(bench: Bench, tmp_path: Path) -> None:
+    bench.convert(share(40, 2))
+    bench.answer(Defer(9.0))
+
+    bench.convert(unshare(40, 4))
+
+    assert changes(bench, tmp_path)[1:] == [("deferred", 40, 2)]
 
 
 def test_trace_has_the_late_discard_of_deferred_pages(bench: Bench, tmp_path: Path) -> None:

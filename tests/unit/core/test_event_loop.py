@@ -205,14 +205,34 @@ def test_timer_set_from_another_thread_wakes_an_idle_loop(loop: EventLoop) -> No
     thread.join()
 
 
-def test_timer_far_away_does_not_fire_and_a_later_one_replaces_it(loop: EventLoop) -> None:
+def test_timer_far_away_does_not_fire_and_a_callback_has_one_timer(loop: EventLoop) -> None:
     fired: list[str] = []
 
+    def stop() -> None:
+        fired.append("near")
+        loop.stop()
+
     loop.set_timer(1e12, lambda: fired.append("far"))
-    loop.set_timer(0.0, loop.stop)
+    loop.set_timer(1e12, stop)
+    loop.set_timer(0.0, stop)
     loop.run()
 
-    assert fired == []
+    assert fired == ["near"]
+
+
+def test_timers_fire_in_turn_each_at_its_time(loop: EventLoop) -> None:
+    fired: list[str] = []
+    now = time.monotonic()
+
+    def last() -> None:
+        fired.append("second")
+        loop.stop()
+
+    loop.set_timer(now + 0.002, last)
+    loop.set_timer(now + 0.001, lambda: fired.append("first"))
+    loop.run()
+
+    assert fired == ["first", "second"]
 
 
 def test_timer_that_has_fired_does_not_fire_with_the_next_event(

@@ -55,3 +55,46 @@ def test_what_is_no_terminal_is_left_alone() -> None:
 
     os.close(read_end)
     os.close(write_end)
+
+
+def test_terminal_is_given_back_while_suspended_and_raw_again_when_resumed(
+    pty: tuple[int, int],
+) -> None:
+    before = termios.tcgetattr(pty[1])
+    terminal = RawTerminal(pty[1])
+    terminal.enter()
+
+    terminal.suspend()
+    assert termios.tcgetattr(pty[1]) == before
+    terminal.resume()
+
+    assert is_raw(pty[1])
+    terminal.restore()
+    assert termios.tcgetattr(pty[1]) == before
+
+
+def test_resumed_terminal_that_a_shell_changed_is_raw_again_and_restored_as_at_first(
+    pty: tuple[int, int],
+) -> None:
+    before = termios.tcgetattr(pty[1])
+    terminal = RawTerminal(pty[1])
+    terminal.enter()
+    termios.tcsetattr(pty[1], termios.TCSANOW, before)  # after a SIGSTOP, which nobody sees coming
+
+    terminal.resume()
+
+    assert is_raw(pty[1])
+    terminal.restore()
+    assert termios.tcgetattr(pty[1]) == before
+
+
+def test_terminal_that_is_not_raw_stays_so_when_resumed(pty: tuple[int, int]) -> None:
+    terminal = RawTerminal(pty[1])
+    terminal.resume()
+    assert not is_raw(pty[1])
+
+    terminal.enter()
+    terminal.restore()
+    terminal.resume()
+
+    assert not is_raw(pty[1])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.disk_machine import BAR, DiskMachine, MakeMachine, pattern
-from tests.support.fake_memory import FakeMemory
+from tests.support.fake_memory import BatchingFakeMemory, FakeMemory
 from tests.support.virtio_driver import VirtioPciDriver
 from vmm.devices.bus import PortBus
 from vmm.devices.pci import PciBus, host_bridge
@@ -34,12 +34,13 @@ def make_machine(tmp_path: Path) -> Iterator[MakeMachine]:
         ring: Callable[[int], None] | None = None,
         observer: DeviceObserver | None = None,
         announce: Announce | None = None,
+        batching: bool = False,
     ) -> DiskMachine:
         path = tmp_path / f"disk{len(made)}.img"
         path.write_bytes(pattern(512 * min(sectors, 4096)))
         os.truncate(path, 512 * sectors)
         disk = open_disk(str(path) + options)
-        memory = FakeMemory(memory_size)
+        memory = (BatchingFakeMemory if batching else FakeMemory)(memory_size)
         made.append((memory, disk.fd))
         ports = PortBus()
         pci = PciBus(ports)

@@ -1,10 +1,10 @@
-"""The port bus: placement is checked once, lookups never fail."""
+"""The buses: placement is checked once, lookups never fail."""
 
 from __future__ import annotations
 
 import pytest
 
-from vmm.devices.bus import PortBus, PortConflict
+from vmm.devices.bus import BusConflict, MemoryBus, PortBus
 
 
 class Recorder:
@@ -53,7 +53,7 @@ def test_bus_add_overlapping_is_refused_and_changes_nothing(base: int, length: i
     bus, first = PortBus(), Recorder()
     bus.add(0x3F8, 8, first)
 
-    with pytest.raises(PortConflict, match="Recorder has port 0x3f"):
+    with pytest.raises(BusConflict, match="Recorder has port 0x3f"):
         bus.add(base, length, Recorder())
 
     assert [port for port in range(0x10000) if bus.find(port)] == list(range(0x3F8, 0x400))
@@ -61,7 +61,7 @@ def test_bus_add_overlapping_is_refused_and_changes_nothing(base: int, length: i
 
 @pytest.mark.parametrize(("base", "length"), [(0xFFFF, 2), (-1, 1), (0x10000, 1), (5, 0), (5, -1)])
 def test_bus_add_outside_port_space_is_refused(base: int, length: int) -> None:
-    with pytest.raises(PortConflict, match="port space"):
+    with pytest.raises(BusConflict, match="port space"):
         PortBus().add(base, length, Recorder())
 
 
@@ -75,3 +75,37 @@ def test_bus_remove_frees_exactly_the_device() -> None:
     assert bus.find(0x103) is None
     assert bus.find(0x104) == (kept, 0)
     bus.add(0x100, 4, kept)
+
+
+def test_memory_bus_finds_a_device_by_any_address_of_its_pages() -> None:
+    bus, device = MemoryBus(), Recorder()
+    bus.add(0xE000_1000, 0x2000, device)
+
+    assert bus.find(0xE000_0FFF) is None
+    assert bus.find(0xE000_1000) == (device, 0)
+    assert bus.find(0xE000_2FFF) == (device, 0x1FFF)
+    assert bus.find(0xE000_3000) is None
+    assert bus.find(1 << 38 | 0xE000_1000) is None
+
+    bus.remove(0xE000_1000)
+    assert bus.find(0xE000_1000) is None
+
+
+@pytest.mark.parametrize(
+    ("base", "size"),
+    [(0x800, 0x1000), (0x1000, 0x800), (0, 0), (-0x1000, 0x1000), (0xFFFF_F000, 0x2000)],
+)
+def test_memory_bus_takes_whole_pages_below_4_gib(base: int, size: int) -> None:
+    with pytest.raises(BusConflict, match="4 GiB"):
+        MemoryBus().add(base, size, Recorder())
+
+
+@pytest.mark.parametrize("base", [0x2000, 0x3000, 0x1000])
+def test_memory_bus_add_overlapping_is_refused_and_changes_nothing(base: int) -> None:
+    bus, first = MemoryBus(), Recorder()
+    bus.add(0x2000, 0x2000, first)
+
+    with pytest.raises(BusConflict, match="taken"):
+        bus.add(base, 0x2000, Recorder())
+
+    assert [page for page in range(8) if bus.find(page << 12)] == [2, 3]

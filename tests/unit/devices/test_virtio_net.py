@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import struct
 from collections.abc import Iterator
@@ -309,3 +310,19 @@ def test_net_many_frames_cost_few_reads_of_the_rings(network: Network) -> None:
     assert len(network.sent()) == 64
     # Per batch of 32: index, entries, table; then the frames, and once for the event indexes.
     assert machine.memory.calls["pread"] <= 64 + 3 * 3 + 4
+
+
+def test_net_backend_that_cannot_do_the_offloads_stops_the_device(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guest's write to the status register must not raise in its vCPU's thread."""
+
+    def refuse(backend: Passt, features: int) -> None:
+        raise OSError(errno.EINVAL, "TUNSETOFFLOAD")
+
+    monkeypatch.setattr(Passt, "set_offloads", refuse)
+
+    network.machine.up()
+
+    assert network.machine.driver.status & NEEDS_RESET
+    assert network.machine.loop.wanted == {}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.virtio_driver import NEEDS_RESET, Piece
+from tests.support.virtio_driver import NEEDS_RESET, Piece, VirtioQueueDriver
 from tests.support.virtio_machine import VirtioMachine
 from vmm.core.errors import UsageError
 from vmm.core.ranges import Range
@@ -164,6 +164,15 @@ def test_vsock_bytes_behind_the_connect_line_are_the_guests(guest: Guest) -> Non
         guest.say(Op.RESPONSE, host_port=header.src_port)
 
         assert [data for _, data in guest.heard()] == [b"hello"]
+
+
+def test_vsock_caller_that_speaks_slowly_costs_nothing_meanwhile(guest: Guest) -> None:
+    with dial(guest.path) as client:
+        for piece in (b"CONN", b"ECT 12", b"34", b"\nhel"):
+            client.sendall(piece)
+            guest.machine.settle()
+
+        assert guest.ops() == [Op.REQUEST]
 
 
 @pytest.mark.parametrize(
@@ -448,6 +457,26 @@ def test_vsock_reset_hangs_up_and_a_new_driver_starts_afresh(
     guest.up()
     with dial(guest.path) as client:
         guest.called_by(client)
+
+
+@pytest.mark.parametrize("queue", [RX, TX])
+def test_vsock_driver_with_one_queue_only_serves_nobody_and_costs_nothing(
+    guest: Guest, server: socket.socket, queue: int
+) -> None:
+    driver = guest.machine.driver
+    driver.negotiate(driver.offered_features())
+    rings = VirtioQueueDriver(guest.machine.memory, 0x1000, 16)
+    guest.machine.queues[queue] = rings
+    driver.set_queue(queue, rings.desc, rings.avail, rings.used, 16)
+    driver.start()
+    with dial(guest.path) as client:
+        client.sendall(b"CONNECT 1\n")
+        guest.machine.settle()
+        if queue == TX:
+            guest.say(Op.REQUEST)
+            guest.say(Op.RST)
+        guest.machine.settle()
+        assert guest.machine.loop.wanted == {}
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,12 @@ import pytest
 
 from kvm_bindings import exits
 from tests.support.conversion import Answering
-from tests.support.fake_vcpu import PRIVATE_START, RAM, FakeVcpu, Rig
+from tests.support.fake_vcpu import PRIVATE_START, RAM, FakeVcpu, RecordingDevice, Rig
 from vmm.conversion.schemes.cbit import CbitScheme
 from vmm.core.ranges import PAGE_SIZE
 from vmm.exits import outcome as words
 from vmm.memory.guest_memory import PageState
-from vmm.policy import Deny, Event, Policy, View
+from vmm.policy import Deny, Event, Policy, PolicyError, View
 
 MAP_GPA_RANGE = 12
 PRIVATE = 1 << 4
@@ -131,11 +131,34 @@ def test_mmio_read_where_nothing_is_gives_all_ones(rig: Rig, size: int) -> None:
     assert rig.handle(exits.MmioExit(0xD000_0000, size, False, b"")).mmio == [b"\xff" * size]
 
 
+def test_mmio_reaches_the_device_with_offset_and_size(rig: Rig) -> None:
+    device = RecordingDevice([0x1122_3344_5566_7788])
+    rig.registers.add(0xE000_0000, 0x1000, device)
+
+    vcpu = rig.handle(exits.MmioExit(0xE000_0010, 8, False, b""))
+    rig.handle(exits.MmioExit(0xE000_0FFC, 4, True, b"\1\2\3\4"))
+
+    assert vcpu.mmio == [bytes.fromhex("8877665544332211")]
+    assert device.reads == [(0x10, 8)]
+    assert device.writes == [(0xFFC, 4, 0x0403_0201)]
+
+
 def test_mmio_write_where_nothing_is_vanishes(rig: Rig) -> None:
     vcpu = rig.handle(exits.MmioExit(0xD000_0000, 4, True, b"abcd"))
 
     assert vcpu.mmio == []
     assert rig.outcomes == []
+
+
+def test_policy_that_raises_leaves_the_hypercall_unanswered() -> None:
+    """The guest must not run on with an answer that nobody gave."""
+    rig, vcpu = Rig(policy=Answering(ZeroDivisionError())), FakeVcpu()
+
+    with pytest.raises(PolicyError, match=r"on_share.*raised ZeroDivisionError"):
+        rig.handle(call(MAP_GPA_RANGE, PRIVATE_START, 4, 0), vcpu)
+
+    rig.close()
+    assert vcpu.hypercalls == []
 
 
 # -- implicit conversions -------------------------------------------------------------------------

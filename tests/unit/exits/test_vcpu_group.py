@@ -10,7 +10,7 @@ from typing import cast
 
 import pytest
 
-from kvm_bindings import Vcpu
+from kvm_bindings import KvmError, Vcpu
 from kvm_bindings.exits import Exit, HypercallExit, InterruptedExit, IoExit, ShutdownExit
 from tests.support.fake_vcpu import FakeVcpu, Rig
 from vmm.exits.outcome import Outcome
@@ -43,6 +43,10 @@ class WatchedVcpu(FakeVcpu):
         assert self.idle.wait(SECONDS)
         while self.entered.acquire(blocking=False):
             pass
+
+    def kvmclock_ctrl(self) -> bool:
+        assert not self.inside
+        return super().kvmclock_ctrl()
 
 
 class BusyVcpu(WatchedVcpu):
@@ -360,3 +364,38 @@ def test_nobody_is_ever_inside_while_several_threads_park_at_random(guest: Guest
     assert len(seen) == 2000
     assert not any(seen)
     assert all(runner.exit_counts["io"] > 0 for runner in guest.group.runners[:3])
+
+
+def test_resumed_and_continued_guests_are_told_that_they_were_stopped(guest: Guest) -> None:
+    vcpus = [WatchedVcpu(index=0), WatchedVcpu(index=1)]
+    guest.add(*vcpus)
+    guest.group.start()
+    for vcpu in vcpus:
+        vcpu.wait_until_idle()
+
+    guest.group.pause()
+    assert [vcpu.told_stopped for vcpu in vcpus] == [0, 0]
+    guest.group.resume()
+    assert [vcpu.told_stopped for vcpu in vcpus] == [1, 1]
+    guest.group.process_continued()
+
+    assert [vcpu.told_stopped for vcpu in vcpus] == [2, 2]
+    for vcpu in vcpus:
+        assert vcpu.entered.acquire(timeout=SECONDS)
+
+
+def test_guest_that_cannot_be_told_is_resumed_all_the_same(guest: Guest) -> None:
+    class Deaf(WatchedVcpu):
+        def kvmclock_ctrl(self) -> bool:
+            raise KvmError("KVM_KVMCLOCK_CTRL", errno.EIO)
+
+    vcpu = Deaf()
+    guest.add(vcpu)
+    guest.group.start()
+    vcpu.wait_until_idle()
+    guest.group.pause()
+
+    with pytest.raises(KvmError):
+        guest.group.resume()
+
+    assert vcpu.entered.acquire(timeout=SECONDS)

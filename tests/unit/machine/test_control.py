@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import socket
 import stat
 import threading
 from collections.abc import Iterator
@@ -70,6 +71,14 @@ def test_refused_conversion_names_the_errno(server: Server) -> None:
     (answer,) = server.ask(line("convert", kind="unshare", gpa=0, size=4096))
 
     assert answer == {"ok": False, "error": "unshare [0x0, 0x1000): EACCES"}
+
+
+def test_pause_that_a_device_keeps_from_happening_is_said(server: Server) -> None:
+    server.operations.can_pause = False
+
+    (answer,) = server.ask(line("pause"))
+
+    assert answer["ok"] is False and "runs on" in answer["error"]
 
 
 # -- clients that don't mean well -----------------------------------------------------------------
@@ -187,7 +196,7 @@ def test_path_that_exists_is_refused_and_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("mine")
 
-    with pytest.raises(UsageError, match=f"--control {path}: .*remove it"):
+    with pytest.raises(UsageError, match=f"--control {path}: .*in use.*where nothing is yet"):
         ControlSocket(str(path))
 
     assert path.read_text() == "mine"
@@ -197,18 +206,28 @@ def test_path_that_is_listened_at_is_refused(tmp_path: Path) -> None:
     path = str(tmp_path / "control")
     first = ControlSocket(path)
 
-    with pytest.raises(UsageError, match=r"somebody listens there; give another path"):
+    with pytest.raises(UsageError, match=r"in use.*where nothing is yet"):
         ControlSocket(path)
 
     first.close()
+
+
+def test_socket_of_a_run_that_was_killed_is_replaced(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as dead:
+        dead.bind(str(tmp_path / "control"))
+
+    control = ControlSocket(str(tmp_path / "control"))
+
+    control.close()
+    assert not (tmp_path / "control").exists()
 
 
 @pytest.mark.parametrize(
     ("path", "why"),
     [
         ("/nowhere/at/all", "No such file.*directory that you may write to"),
-        ("/" + "x" * 200, "too long.*shorter path"),
-        ("", "--control wants the path"),
+        ("/" + "x" * 200, "too long.*107 bytes"),
+        ("", "--control : "),
     ],
 )
 def test_path_that_cannot_be_a_socket_is_refused(path: str, why: str) -> None:

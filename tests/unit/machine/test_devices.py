@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import threading
 from collections.abc import Iterator
 from typing import cast
 
@@ -10,7 +11,8 @@ import pytest
 
 from kvm_bindings import KvmError, Vm
 from vmm.core.event_loop import EventLoop
-from vmm.machine.doorbell import Doorbell
+from vmm.machine.doorbell import Doorbell, ThreadedDoorbell
+from vmm.policy import PolicyKill
 
 
 class FakeVm:
@@ -94,3 +96,62 @@ def test_doorbell_rung_by_hand_notifies_its_queue_on_the_loop(
     loop.run()
 
     assert notified == [1]
+
+
+# --- a thread for each queue ---
+
+
+@pytest.fixture
+def threaded(vm: FakeVm, loop: EventLoop) -> Iterator[ThreadedDoorbell]:
+    made = ThreadedDoorbell(cast(Vm, vm), loop, 2)
+    yield made
+    made.close()
+
+
+def test_threaded_doorbell_serves_queues_at_the_same_time(threaded: ThreadedDoorbell) -> None:
+    both = threading.Barrier(2)
+    served: list[int] = []
+    done = threading.Semaphore(0)
+
+    def notify(queue: int) -> None:
+        both.wait(30)  # nobody passes before both are here
+        served.append(queue)
+        done.release()
+
+    threaded.serve(notify)
+    threaded.ring(0)
+    threaded.ring(1)
+
+    assert done.acquire(timeout=30) and done.acquire(timeout=30)
+    assert sorted(served) == [0, 1]
+
+
+def test_threaded_doorbell_raises_what_a_queue_fails_with_on_the_loop(
+    threaded: ThreadedDoorbell, loop: EventLoop
+) -> None:
+    def notify(queue: int) -> None:
+        raise PolicyKill("enough")
+
+    threaded.serve(notify)
+    threaded.ring(1)
+
+    with pytest.raises(PolicyKill, match="enough"):
+        loop.run()
+
+
+def test_threaded_doorbell_does_not_wait_for_ever_for_a_request(
+    threaded: ThreadedDoorbell,
+) -> None:
+    at_it, go_on = threading.Event(), threading.Event()
+
+    def notify(queue: int) -> None:
+        at_it.set()
+        assert go_on.wait(30)
+
+    threaded.serve(notify)
+    threaded.ring(0)
+    assert at_it.wait(30)
+
+    assert not threaded.end(0)
+    go_on.set()
+    assert threaded.end(30)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from typing import cast
 
 import pytest
 
-from kvm_bindings import Vm
+from kvm_bindings import KvmError, Vm
 from vmm.core.event_loop import EventLoop
-from vmm.machine.interrupts import EdgeLine, LevelLine
+from vmm.machine.interrupts import EdgeLine, LevelLine, MessageRoutes, MsixMessages
 
 
 class FakeVm:
@@ -18,6 +19,16 @@ class FakeVm:
 
     def __init__(self) -> None:
         self.irqfds: list[tuple[int, int, int | None]] = []
+        self.pins: list[tuple[int, int, int]] = []
+        self.messages: list[tuple[int, int, int]] = []
+        self.refuses = False
+
+    def set_gsi_routing(
+        self, pins: list[tuple[int, int, int]], messages: list[tuple[int, int, int]]
+    ) -> None:
+        if self.refuses:
+            raise KvmError("KVM_SET_GSI_ROUTING", errno.ENOMEM)
+        self.pins, self.messages = pins, messages
 
     def irqfd(self, eventfd: int, gsi: int, resamplefd: int | None = None) -> None:
         self.irqfds.append((eventfd, gsi, resamplefd))
@@ -101,3 +112,64 @@ def test_level_line_goes_up_again_after_the_eoi_while_a_source_is_pending(
     assert pulses(eventfd) == raised
     assert pulses(resamplefd) == 0
     line.close()
+
+
+@pytest.fixture
+def messages(vm: FakeVm) -> Iterator[tuple[MsixMessages, MsixMessages]]:
+    """Two functions' messages over one table."""
+    routes = MessageRoutes(cast(Vm, vm))
+    made = MsixMessages(cast(Vm, vm), routes), MsixMessages(cast(Vm, vm), routes)
+    yield made
+    for each in made:
+        each.close()
+
+
+def test_message_gets_a_gsi_and_an_irqfd_at_its_first_route_and_keeps_them(
+    vm: FakeVm, messages: tuple[MsixMessages, MsixMessages]
+) -> None:
+    first, second = messages
+    first.route(1, 0xFEE0_0000, 0x41)
+    second.route(0, 0xFEE0_1000, 0x42)
+    first.route(1, 0xFEE0_2000, 0x43)
+
+    assert vm.messages == [(24, 0xFEE0_2000, 0x43), (25, 0xFEE0_1000, 0x42)]
+    assert [(gsi, resample) for _, gsi, resample in vm.irqfds] == [(24, None), (25, None)]
+    first.signal(1)
+    assert [pulses(eventfd) for eventfd, _, _ in vm.irqfds] == [1, 0]
+
+
+def test_message_without_a_route_is_dropped(messages: tuple[MsixMessages, MsixMessages]) -> None:
+    messages[0].signal(0)
+
+
+def test_routes_leave_the_lines_where_kvm_has_them(
+    vm: FakeVm, messages: tuple[MsixMessages, MsixMessages]
+) -> None:
+    messages[0].route(0, 0xFEE0_0000, 0x41)
+
+    assert set(vm.pins) == {
+        *((gsi, 2, gsi) for gsi in range(24)),
+        *((gsi, 0, gsi) for gsi in range(8)),
+        *((gsi + 8, 1, gsi) for gsi in range(8)),
+    }
+
+
+def test_message_that_kvm_refuses_leaves_the_old_one_and_says_so(
+    vm: FakeVm,
+    messages: tuple[MsixMessages, MsixMessages],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    messages[0].route(0, 0xFEE0_0000, 0x41)
+    vm.refuses = True
+
+    messages[0].route(0, 0xFEE0_1000, 0x42)
+    messages[1].route(3, 0xFEE0_1000, 0x42)
+    messages[1].route(3, 0xFEE0_1000, 0x43)
+    vm.refuses = False
+    messages[1].route(2, 0xFEE0_3000, 0x44)
+
+    assert vm.messages == [(24, 0xFEE0_0000, 0x41), (25, 0xFEE0_3000, 0x44)]
+    said = capsys.readouterr().err
+    assert said.count("pyvmm: interrupt message") == 2
+    assert "KVM_SET_GSI_ROUTING" in said
+    messages[1].signal(3)

@@ -113,6 +113,14 @@ def drawn(line: module.StatusLine, monkeypatch: pytest.MonkeyPatch, updates: int
     loop.close()
 
 
+def read_exactly(terminal: int, size: int) -> bytes:
+    """A terminal hands over what has come so far."""
+    seen = b""
+    while len(seen) < size:
+        seen += os.read(terminal, size - len(seen))
+    return seen
+
+
 def never(data: bytes) -> bool:
     raise AssertionError("the guest's terminal is not to be touched")
 
@@ -125,8 +133,8 @@ def test_stderr_on_a_terminal_of_its_own_is_one_line_updated_and_removed(
     drawn(choose_status_line(never, {}, stdout, stderr), monkeypatch)
 
     line = b"\rshared 0.0 MiB, private 0.0 MiB, 0 conversions/s, 0 refused, 100 exits/s"
-    seen = os.read(master, 4096)
-    assert seen == (line[:80] + b"\x1b[K") * 2 + b"\r\x1b[K"
+    expected = (line[:80] + b"\x1b[K") * 2 + b"\r\x1b[K"
+    assert read_exactly(master, len(expected)) == expected
 
 
 def test_line_is_no_longer_than_the_terminal_is_wide(
@@ -139,7 +147,8 @@ def test_line_is_no_longer_than_the_terminal_is_wide(
     drawn(choose_status_line(never, {}, null, stderr), monkeypatch, updates=1)
     os.close(null)
 
-    assert os.read(master, 4096) == b"\rshared 0.0 MiB, pri\x1b[K\r\x1b[K"
+    expected = b"\rshared 0.0 MiB, pri\x1b[K\r\x1b[K"
+    assert read_exactly(master, len(expected)) == expected
 
 
 def test_guests_own_terminal_gets_a_title_and_has_its_old_one_back(

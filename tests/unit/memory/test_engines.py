@@ -6,10 +6,11 @@ import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from kvm_bindings import fdops
+from kvm_bindings import KvmError, datapath, fdops
 from tests.support.memory import guest_memory, page, pages, pattern
 from vmm.core.errors import HostError, PrivateAccess
 from vmm.memory import transfer
@@ -65,6 +66,48 @@ def test_engine_writes_the_disk(memory: GuestMemory, disk: int, engine: Engine) 
     assert os.pread(disk, SIZE + 60, 0) == pattern(50) + data + pattern(page(30))[50 + SIZE :][:10]
 
 
+def test_engine_reads_and_then_writes_the_same_disk(
+    memory: GuestMemory, disk: int, engine: Engine
+) -> None:
+    memory.through(engine).transfer_in(disk, 0, 0, page(2))
+    memory.through(engine).transfer_out(0, page(2), disk, page(5))
+
+    assert os.pread(disk, page(2), page(5)) == pattern(page(2))
+
+
+def test_engine_moves_many_pieces(memory: GuestMemory, disk: int, engine: Engine) -> None:
+    seen = memory.through(engine)
+
+    assert seen.move_in(disk, [50, 7, 600, 9000, 5000, page(16)]) == 600 + page(16)
+    assert seen.move_out([5000, 0, page(16), 7, page(20), 600], disk) == 600 + page(16)
+
+    content = pattern(page(30))
+    assert memory.pread(600, 7) == content[50:650]
+    assert memory.pread(page(16), 5000) == content[9000 : 9000 + page(16)]
+    assert os.pread(disk, page(16), 0) == content[9000 : 9000 + page(16)]
+    assert os.pread(disk, 600, page(20)) == content[50:650]
+    assert sum(engine.bytes_by.values()) == 2 * (600 + page(16))
+
+
+def test_engine_moves_nothing_where_one_of_many_pieces_is_private(
+    memory: GuestMemory, disk: int, engine: Engine
+) -> None:
+    with pytest.raises(PrivateAccess):
+        memory.through(engine).move_in(disk, [0, 0, 512, 512, page(32), 512])
+
+    assert memory.shared.resident_bytes() == 0
+
+
+def test_pieces_around_private_memory_are_read_and_written(memory: GuestMemory) -> None:
+    with guest_memory(pages(10, 1)) as split:
+        split.write_many([0, 2, page(11), 3], b"abcde")
+
+        assert split.read_many([page(11), 3, 0, 2]) == b"cdeab"
+        with pytest.raises(PrivateAccess):
+            split.write_many([0, 1, page(10) + 5, 1], b"xy")
+        assert split.pread(1, 0) == b"a"
+
+
 def test_engine_is_short_at_the_disks_end(memory: GuestMemory, disk: int, engine: Engine) -> None:
     assert memory.through(engine).transfer_in(disk, page(29), 0, page(3)) == page(1)
     assert memory.through(engine).transfer_in(disk, page(31), 0, page(3)) == 0
@@ -115,12 +158,37 @@ def test_fd2fd_that_is_refused_falls_back_and_says_so(
 
     for _ in range(2):
         memory.through(engine).transfer_in(disk, 0, 0, 512)
+    memory.through(engine).move_in(disk, [0, 0, 512, 0, 512, 512])
 
     assert engine.as_dict() == {
         "name": "fd2fd",
-        "bytes": {"copy_file_range": 0, "splice": 0, "buffer": 1024},
-        "fallbacks": 2,
+        "bytes": {"copy_file_range": 0, "splice": 0, "buffer": 2048},
+        "fallbacks": 4,
     }
+
+
+def test_fd2fd_that_is_refused_for_many_pieces_falls_back_and_says_so(
+    memory: GuestMemory, disk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+    real = datapath.move_many
+
+    def move_many(*arguments: Any) -> int:
+        tried.append(arguments[-1])
+        if arguments[-1] == 0:
+            raise KvmError("copy", errno.EINVAL)
+        return int(real(*arguments))
+
+    monkeypatch.setattr(datapath, "move_many", move_many)
+    engine = make_engine("fd2fd", memory.shared)
+
+    for _ in range(2):
+        assert memory.through(engine).move_in(disk, [0, 0, 512, 0, 512, 512]) == 1024
+
+    never = datapath.NEVER
+    assert tried == [0, never, never]
+    assert engine.bytes_by["buffer"] == 2048
+    assert engine.fallbacks == 4
 
 
 @pytest.mark.parametrize(

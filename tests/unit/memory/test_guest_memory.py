@@ -329,6 +329,16 @@ def test_begin_conversion_over_a_hole_changes_nothing(split: GuestMemory) -> Non
     assert split.states() == before
 
 
+def test_begin_conversion_past_the_end_of_ram_is_refused(mixed: GuestMemory) -> None:
+    before = mixed.states()
+
+    for area in (Range(mixed.ram[-1].end, PAGE_SIZE), Range(1 << 44, PAGE_SIZE)):
+        with pytest.raises(UnmappedAccess, match="not wholly guest RAM"):
+            mixed.begin_conversion(area)
+
+    assert mixed.states() == before
+
+
 def test_begin_conversion_of_converting_pages_is_a_programming_error(mixed: GuestMemory) -> None:
     mixed.begin_conversion(pages(0, 2))
 

@@ -199,7 +199,7 @@ FORBIDDEN_NAMES = {
     "ffi",
 }
 # The vCPU's kvm_run page and the CPUID buffer are no guest memory.
-BINDINGS_WITH_POINTERS = {"system.py", "vcpu.py"}
+BINDINGS_WITH_POINTERS = {"system.py", "vcpu.py", "datapath.py"}  # the last: its callers' buffers
 POINTER_CALLS = {"cast", "buffer", "from_buffer", "memmove", "string", "unpack"}
 
 

@@ -228,10 +228,42 @@ def test_audit_writes_what_the_wrapped_policy_decides(memory: GuestMemory, tmp_p
     lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
     assert [line.get("decision") for line in lines] == ["Allow()", "Deny(errno=1)", None]
     assert lines[1] == {
-        "s": 0.0, "kind": "share", "gpa": "0x28000", "bytes": 8192, "vcpu": 0,
+        "s": 0.0, "kind": "share", "doorbell": "test", "gpa": "0x28000", "bytes": 8192, "vcpu": 0,
         "decision": "Deny(errno=1)",
     }  # fmt: skip
     assert lines[2] == {"s": 1.5, "exit": "poweroff", "reason": ""}
+
+
+class Refusing(Policy):
+    def on_fault(self, event: Event, view: View) -> Deny:
+        return Deny(errno.EPERM)
+
+
+def test_audit_has_the_hooks_that_the_wrapped_policy_has(
+    memory: GuestMemory, tmp_path: Path
+) -> None:
+    plain = Run(memory, Audit(tmp_path / "plain"))
+    least = Run(memory, Audit(tmp_path / "least", LeastPrivilege()))
+    refusing = Run(memory, Audit(tmp_path / "refusing", Refusing()))
+
+    assert plain.converter.hooks.watcher(plain.converter.view, "blk0") is None
+    ask = least.converter.hooks.watcher(least.converter.view, "blk0")
+    assert ask is not None
+    with pytest.raises(AccessDenied):
+        ask(Range(0x10, 5), True, None)
+    assert plain.converter.fault(Kind.SHARE, page(40), page(1), 0) == 0
+    assert refusing.converter.fault(Kind.SHARE, page(41), page(1), 0) == -errno.EPERM
+    for run in (plain, least, refusing):
+        run.converter.hooks.exit(End("poweroff", ""), run.converter.view)
+
+    io, _ = (json.loads(line) for line in (tmp_path / "least").read_text().splitlines())
+    assert io == {
+        "s": 0.0, "kind": "io", "gpa": "0x10", "bytes": 5, "device": "blk0", "named": None,
+        "write": True, "decision": "Deny(errno=13)",
+    }  # fmt: skip
+    for name, decision in (("plain", "Allow()"), ("refusing", "Deny(errno=1)")):
+        noted, _ = (json.loads(line) for line in (tmp_path / name).read_text().splitlines())
+        assert (noted["doorbell"], noted["decision"]) == ("fault", decision)
 
 
 @pytest.mark.parametrize(

@@ -42,11 +42,51 @@ def decide(*answers: object) -> Decision:
     return Hooks(policies).decide(Kind.UNSHARE, AREA, 0, "test", VIEW)
 
 
+class First(Answering):
+    """Told apart from Second by its name."""
+
+
+class Second(Answering):
+    """Told apart from First by its name."""
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "by"),
+    [
+        (Allow(), Allow(), None),
+        (Allow(), Deny(), "Second"),
+        (Deny(), Allow(), "First"),
+        (LATER, Deny(), "Second"),
+        (LATER, MORE, "First"),
+        (LATER, Partial(pages(0, 4)), "Second"),
+    ],
+    ids=repr,
+)
+def test_decision_is_somebodys_word(first: Decision, second: Decision, by: str | None) -> None:
+    hooks = Hooks([First(first), Second(second)])
+    hooks.decide(Kind.UNSHARE, AREA, 0, "test", VIEW)
+
+    assert hooks.decided_by == by
+
+
+def test_decision_of_the_next_request_is_nobodys_word_again() -> None:
+    first = First(Deny())
+    hooks = Hooks([first])
+    hooks.decide(Kind.UNSHARE, AREA, 0, "test", VIEW)
+    first.answer = Allow()
+    hooks.decide(Kind.UNSHARE, AREA, 0, "test", VIEW)
+
+    assert hooks.decided_by is None
+
+
 @pytest.mark.parametrize(
     ("answers", "result"),
     [
         ((), Allow()),
         ((Allow(), Allow()), Allow()),
+        ((Allow(2.0), Allow(), Allow(3.0)), Allow(2.0)),
+        ((Allow(0), Deny()), Deny()),
+        ((Allow(0), LATER), LATER),
         ((Allow(), Deny(errno.EBUSY), Deny()), Deny(errno.EBUSY)),
         ((LATER, Deny()), Deny()),
         ((Partial(pages(0, 4)), Kill("x")), Kill("policy Answering: x")),
@@ -159,6 +199,9 @@ def test_hook_is_named_while_it_is_being_waited_for_and_no_longer() -> None:
         (lambda: Partial(pages(0, 1), cast(Any, 1.5)), "errno"),
         (lambda: Convert(Range(0, 0)), "whole 4 KiB pages"),
         (lambda: Defer(float("nan")), "time in seconds"),
+        (lambda: Allow(-1), "number of seconds"),
+        (lambda: Allow(float("nan")), "number of seconds"),
+        (lambda: Allow(cast(Any, "long")), "number of seconds"),
         (lambda: Defer(cast(Any, "soon")), "time in seconds"),
     ],
 )
@@ -170,7 +213,7 @@ def test_senseless_decision_cannot_be_made(make: Any, word: str) -> None:
 def test_decisions_are_equal_when_they_say_the_same() -> None:
     assert Deny() == Deny(errno.EACCES)
     assert Deny() != Deny(errno.EPERM)
-    assert Allow() != Deny()
+    assert Allow() != Deny() and Allow() != Allow(0)
     assert len({Allow(), Allow(), LATER, Defer(5.0), Defer(5.0, keep=True)}) == 3
     assert repr(Deny(13)) == "Deny(errno=13)"
 

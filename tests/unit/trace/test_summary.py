@@ -44,18 +44,20 @@ def test_summary_counts_requests_by_what_came_of_them(events: Events, tmp_path: 
 
 
 def test_summary_lists_refusals_like_with_like(events: Events, tmp_path: Path) -> None:
+    number = len(events.names)
+    events.names.append("Quota")
     for at in range(3):
-        events.request(Kind.SHARE, at, at, 2, decision="deny", errno=errno.EACCES)
+        events.request(Kind.SHARE, at, at, 2, decision="deny", errno=errno.EACCES, high=number)
     events.request(Kind.UNSHARE, 9, 0, 1, decision="none", errno=errno.EINVAL)
     events.add(Kind.IO_REFUSED, 11, "blk0", errno=errno.EACCES, vcpu=HOST)
     events.convert(Kind.SHARE, 12, 0, 1)
 
     found = summary_of(events, tmp_path)["refusals"]
 
-    assert [(r["kind"], r["from"], r["errno"], r["count"], r["bytes"]) for r in found] == [
-        ("share", "hypercall", "EACCES", 3, 6 * PAGE),
-        ("unshare", "hypercall", "EINVAL", 1, PAGE),
-        ("io-refused", "blk0", "EACCES", 1, 0),
+    assert [(r["kind"], r["from"], r["by"], r["errno"], r["count"], r["bytes"]) for r in found] == [
+        ("share", "hypercall", "Quota", "EACCES", 3, 6 * PAGE),
+        ("unshare", "hypercall", "", "EINVAL", 1, PAGE),
+        ("io-refused", "blk0", "", "EACCES", 1, 0),
     ]
     assert found[0]["first_s"] == 0.0
 
@@ -119,7 +121,8 @@ def test_summary_has_shared_bytes(events: Events, tmp_path: Path) -> None:
 def test_bounce_buffer_is_the_longest_area_shared_in_equal_pieces(
     events: Events, tmp_path: Path
 ) -> None:
-    events.convert(Kind.SHARE, 1, 0, 8 * MIB_PAGES)  # large, but a single piece
+    # Larger and right before it, but a single piece.
+    events.convert(Kind.SHARE, 1, 80 * MIB_PAGES, 20 * MIB_PAGES)
     for piece in range(8):
         events.convert(Kind.SHARE, 2 + piece, (100 + 2 * piece) * MIB_PAGES, 2 * MIB_PAGES)
     events.convert(Kind.SHARE, 20, 900 * MIB_PAGES, 2 * MIB_PAGES)
@@ -127,6 +130,12 @@ def test_bounce_buffer_is_the_longest_area_shared_in_equal_pieces(
     found = summary_of(events, tmp_path)["bounce_buffer"]
 
     assert found == {"gpa": 100 << 20, "bytes": 16 << 20, "pieces": 8}
+
+
+def test_bounce_buffer_shared_in_one_piece_is_none(events: Events, tmp_path: Path) -> None:
+    events.convert(Kind.SHARE, 1, 0, 64 * MIB_PAGES)
+
+    assert summary_of(events, tmp_path)["bounce_buffer"] is None
 
 
 def test_bounce_buffer_of_single_pages_is_none(events: Events, tmp_path: Path) -> None:

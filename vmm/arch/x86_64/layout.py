@@ -31,6 +31,8 @@ PAYLOAD_PRIVATE_START = 0x200000  # the payload's first private byte; all below 
 
 RAM_HOLE_START = 0xC000_0000  # RAM stops here: the last GiB below 4 GiB belongs to devices
 RAM_HOLE_END = FOUR_GIB  # and goes on here
+PCI_MEMORY_START = 0xE000_0000  # the PCI root's memory window, up to the IOAPIC
+PCI_MEMORY_END = 0xFEC0_0000
 IOAPIC_GPA = 0xFEC0_0000  # fixed by KVM's in-kernel irqchip
 LAPIC_GPA = 0xFEE0_0000  # the reset value of IA32_APIC_BASE
 IDENTITY_MAP_GPA = 0xFFFB_C000  # one page for KVM (Intel without unrestricted guest)
@@ -58,6 +60,7 @@ PCI_CONFIG_PORTS = 8
 PCI_IO_START = 0xC000  # the PCI root's I/O window: nothing else lives above it
 PCI_IO_END = 0x10000
 PCI_BAR_SIZE = 0x100  # one BAR per virtio function holds all of its registers
+MSIX_BAR_SIZE = 0x1000  # and one in memory its MSI-X table
 
 # --- interrupts (GSI numbers) --------------------------------------------------------------------
 
@@ -65,6 +68,7 @@ TIMER_IRQ = 0  # the PIT's line; on IOAPIC pin 0, where KVM's default routing pu
 COM1_IRQ = 4
 RTC_IRQ = 8
 SCI_IRQ = 9  # ACPI's own interrupt
+FIRST_MESSAGE_GSI = 24  # past the IOAPIC's pins: names for messages, which no guest sees
 PCI_INTX_GSIS = (5, 10, 11)  # below 16, so that they work through the 8259 pair (acpi=off) too
 
 S5_SLEEP_TYPE = 5  # SLP_TYP of soft-off in PM1a control and in the DSDT's \_S5
@@ -83,6 +87,18 @@ def ram_ranges(size: int) -> list[Range]:
 def pci_intx_gsi(device: int) -> int:
     """The GSI of INTA of the PCI device with this number on bus 0."""
     return PCI_INTX_GSIS[device % len(PCI_INTX_GSIS)]
+
+
+def msix_bar_gpa(device: int) -> int:
+    """Where the memory BAR with the MSI-X table of the function in this PCI slot starts out."""
+    return PCI_MEMORY_START + (device - 1) * MSIX_BAR_SIZE
+
+
+def interrupt_pins() -> list[tuple[int, int, int]]:
+    """What GSIs below FIRST_MESSAGE_GSI lead to, as (gsi, irqchip, pin): KVM's own default, the
+    same line on the IOAPIC (irqchip 2) and on one of the two 8259s (0 and 1)."""
+    pins = [(gsi, 2, gsi) for gsi in range(FIRST_MESSAGE_GSI)]
+    return pins + [(gsi, gsi // 8, gsi % 8) for gsi in range(16)]
 
 
 def virtio_bar_port(device: int) -> int:

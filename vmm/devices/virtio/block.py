@@ -12,9 +12,10 @@ import struct
 from collections.abc import Callable
 
 from vmm.core.errors import GuestMemoryError
+from vmm.devices.virtio.block_batch import Batch, serve_together
 from vmm.devices.virtio.block_file import SECTOR, SERIAL_BYTES, DiskFile
 from vmm.devices.virtio.device import GuestMemory, VirtioDevice
-from vmm.devices.virtio.queue import Chain, QueueError, Segment
+from vmm.devices.virtio.queue import Chain, QueueError, Segment, SplitQueue
 from vmm.devices.virtio.segments import gather, merged, take_front, total
 
 F_SEG_MAX, F_RO, F_BLK_SIZE, F_FLUSH = 1 << 2, 1 << 5, 1 << 6, 1 << 9
@@ -107,18 +108,54 @@ class VirtioBlock(VirtioDevice):
         used: list[tuple[int, int]] = []
         try:
             chains = queue.take()
+            batch = self._together(memory, chains)
+            if batch is not None:
+                used = batch.used
+                self._leave(queue, len(chains) - len(used))
+                return queue.publish(used, batch.statuses, bytes(len(used)))
             moved = 0
             for chain in chains:
                 used.append((chain.head, self._serve(memory, chain)))
                 moved += total(chain.readable) + total(chain.writable)
                 if moved >= TURN_BYTES:
-                    queue.put_back(len(chains) - len(used))
-                    queue.more = queue.more or len(chains) > len(used)
+                    self._leave(queue, len(chains) - len(used))
                     break
         except (QueueError, GuestMemoryError):
             queue.publish(used)  # those were carried out; the bad one stops the device
             raise
         return queue.publish(used)
+
+    def _leave(self, queue: SplitQueue, count: int) -> None:
+        """The turn is over: the last `count` chains taken are for the next one."""
+        if count:
+            queue.put_back(count)
+            queue.more = True
+
+    def _together(self, memory: GuestMemory, chains: list[Chain]) -> Batch | None:
+        """All chains at once, if they are plain reads and writes and nothing is in their way."""
+        # One alone is served quicker the simple way.
+        if len(chains) < 2 or not hasattr(memory, "move_in"):
+            return None
+        disk = self._disk
+        batch = serve_together(
+            memory,  # type: ignore[arg-type]  # it has been asked
+            chains,
+            disk.fd,
+            disk.sectors,
+            may_write=not disk.read_only,
+            most_bytes=TURN_BYTES,
+        )
+        if batch is None:
+            return None
+        if batch.bytes_written and not self._agreed & F_FLUSH:
+            try:
+                os.fdatasync(disk.fd)
+            except OSError:
+                return None
+        self.statistics.add("requests", len(batch.used))
+        self.statistics.add("bytes_read", batch.bytes_read)
+        self.statistics.add("bytes_written", batch.bytes_written)
+        return batch
 
     # --- one request ---
 

@@ -10,11 +10,14 @@ import struct
 from collections.abc import Callable
 from typing import Protocol
 
+from vmm.devices import msix
+from vmm.devices.msix import MsixTable
 from vmm.devices.pci import COMMAND, COMMAND_INTX_DISABLE, PciFunction
 
 VENDOR = 0x1AF4
 MODERN_DEVICE_BASE = 0x1040
 BAR_SIZE = 0x100
+MSIX_BAR = 1
 
 # Where the structures are in BAR 0. Reads of device configuration may run into the notify
 # register, which is write-only: virtio-blk's structure is 60 bytes long.
@@ -45,7 +48,8 @@ class BarRegisters(Protocol):
 
 
 class VirtioPciFunction(PciFunction):
-    """Type-0 header of a modern virtio device with everything in I/O BAR 0.
+    """Type-0 header of a modern virtio device with everything in I/O BAR 0, except for the MSI-X
+    table, which PCI wants in memory: BAR 1, where the function has one.
 
     `moved(first port or None)` follows the BAR, for whoever listens on the notify port.
     """
@@ -60,6 +64,8 @@ class VirtioPciFunction(PciFunction):
         bar_base: int,
         interrupt_line: int,
         moved: Callable[[int | None], None],
+        msix_table: MsixTable | None = None,
+        msix_base: int = 0,
     ) -> None:
         # 4.1.2.1: revision 1 or higher and a subsystem id of 0x40 or higher: not transitional.
         super().__init__(
@@ -74,6 +80,14 @@ class VirtioPciFunction(PciFunction):
         self._registers = registers
         self.add_io_bar(0, bar_base, BAR_SIZE, registers, moved)
         self.set_interrupt(interrupt_line)
+        self._msix = msix_table
+        self._msix_control = 0
+        if msix_table is not None:
+            self.add_memory_bar(MSIX_BAR, msix_base, msix.BAR_SIZE, msix_table)
+            at = self.add_capability(msix.CAPABILITY, msix_table.capability(MSIX_BAR))
+            self._msix_control = at + _CAP_HEADER
+            writable = msix.CONTROL_ENABLE | msix.CONTROL_MASK_ALL
+            self.set_writable(self._msix_control, writable.to_bytes(2, "little"))
         multiplier = NOTIFY_MULTIPLIER.to_bytes(4, "little")
         self._add_structure(_CAP_COMMON, COMMON_CFG, COMMON_CFG_SIZE)
         self._add_structure(_CAP_ISR, ISR_STATUS, ISR_SIZE)
@@ -105,6 +119,9 @@ class VirtioPciFunction(PciFunction):
             if access is not None:
                 written = self._config[data : data + access[1]]
                 self._registers.write(*access, int.from_bytes(written, "little"))
+        elif self._msix and self._msix_control - size < register < self._msix_control + 2:
+            control = self._config[self._msix_control : self._msix_control + 2]
+            self._msix.control(int.from_bytes(control, "little"))
         elif was_silent and register <= COMMAND + 1 and not self.command & COMMAND_INTX_DISABLE:
             self._registers.interrupts_enabled()
 

@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from threading import Lock, RLock
 
 from vmm.core.errors import GuestMemoryError, PyvmmError
+from vmm.devices.msix import MsixTable
 from vmm.devices.virtio.device import DeviceObserver, GuestMemory, VirtioDevice
 from vmm.devices.virtio.pci_function import (
     COMMON_CFG_SIZE,
@@ -46,10 +47,11 @@ _WORD = 0xFFFF_FFFF
 class _QueueSettings:
     """What the driver wrote for one queue."""
 
-    __slots__ = ("desc", "device", "driver", "enabled", "size")
+    __slots__ = ("desc", "device", "driver", "enabled", "size", "vector")
 
     def __init__(self, size: int) -> None:
         self.size = size
+        self.vector = NO_VECTOR
         self.enabled = False
         self.desc = 0
         self.driver = 0
@@ -81,8 +83,10 @@ class VirtioPciTransport:
     """Registers, status machine and interrupt of one device.
 
     `interrupt()` raises the function's INTx line, which whoever owns the line lowers at the
-    guest's EOI and raises again while `interrupt_pending()`. `moved(port or None)` names the
-    port whose 16-bit writes are to be turned into `notify(value)`, whenever it changes.
+    guest's EOI and raises again while `interrupt_pending()`. With `msix`, whose table is mapped
+    at `msix_base`, the guest may have a message for each queue and one for the rest instead.
+    `moved(port or None)` names the port whose 16-bit writes are to be turned into
+    `notify(value)`, whenever it changes.
     `ring(queue index)` has `notify` called soon, on the thread that serves requests (default: at
     once): for notifies that come as port accesses, and when a device has more to do.
     Configuration has a lock, each queue another one (all queues of a device that isn't
@@ -103,6 +107,8 @@ class VirtioPciTransport:
         ring: Callable[[int], None] | None = None,
         observer: DeviceObserver | None = None,
         make_queue: Callable[..., SplitQueue] = SplitQueue,
+        msix: MsixTable | None = None,
+        msix_base: int = 0,
     ) -> None:
         self._device = device
         self._make_queue = make_queue
@@ -121,6 +127,7 @@ class VirtioPciTransport:
         self._lock = RLock()
         self._isr_lock = Lock()
         self._isr = 0
+        self._msix = msix
         self.notify_port: int | None = None
         self.failure: str | None = None
         self._clear()
@@ -132,6 +139,8 @@ class VirtioPciTransport:
             bar_base=bar_base,
             interrupt_line=interrupt_line,
             moved=self._bar_moved,
+            msix_table=msix,
+            msix_base=msix_base,
         )
 
     def _clear(self) -> None:
@@ -140,6 +149,7 @@ class VirtioPciTransport:
         self._driver_feature_select = 0
         self._driver_features = 0
         self._queue_select = 0
+        self._config_vector = NO_VECTOR
         self._queues = [_QueueSettings(size) for size in self._device.queue_sizes]
         self._active: dict[int, _ActiveQueue] = {}
         # Those in use since the last reset; a failure empties `_active` but not this.
@@ -158,7 +168,7 @@ class VirtioPciTransport:
                 return  # reset, or stopped, while this thread waited
             try:
                 if self._device.process(queue_index):
-                    self._raise(ISR_QUEUE)
+                    self._raise(ISR_QUEUE, self._queues[queue_index].vector)
             except (QueueError, GuestMemoryError, OSError) as error:
                 failure = error
         if failure is not None:
@@ -167,13 +177,15 @@ class VirtioPciTransport:
             self._ring(queue_index)
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self, timeout: float) -> Iterator[None]:
         """Within the block the device touches no guest memory; whoever wants something of it
-        waits. The calling thread must not serve it meanwhile."""
+        waits. The calling thread must not serve it meanwhile. Raises TimeoutError when what is
+        under way takes longer than `timeout` (seconds)."""
         with ExitStack() as locks:
-            locks.enter_context(self._lock)
-            for active in self._started:
-                locks.enter_context(active.lock)
+            for lock in (self._lock, *(active.lock for active in self._started)):
+                if not lock.acquire(timeout=timeout):
+                    raise TimeoutError
+                locks.callback(lock.release)
             yield
 
     def config_changed(self) -> None:
@@ -182,11 +194,11 @@ class VirtioPciTransport:
             self._config = self._device.config()
             self._generation = (self._generation + 1) & 0xFF
             if self._status & STATUS_DRIVER_OK:
-                self._raise(ISR_CONFIG)
+                self._raise(ISR_CONFIG, self._config_vector)
 
     def interrupt_pending(self) -> bool:
         """After the guest's EOI: whether the line has to go up again."""
-        return self._isr != 0 and self.function.intx_enabled
+        return self._isr != 0 and self._uses_intx and self.function.intx_enabled
 
     # --- the BAR ---
 
@@ -221,6 +233,12 @@ class VirtioPciTransport:
                 self._queue_select = value
             elif (offset, size) == (0x0C, 4):
                 self._write_features(value)
+            elif (offset, size) == (0x10, 2):
+                self._config_vector = self._vector(value)
+            elif (offset, size) == (0x1A, 2):
+                queue = self._selected()
+                if queue is not None:
+                    queue.vector = self._vector(value)
             elif DEVICE_CFG <= offset < DEVICE_CFG + len(self._config):
                 self._device.write_config(offset - DEVICE_CFG, value.to_bytes(size, "little"))
                 self._config = self._device.config()
@@ -233,7 +251,7 @@ class VirtioPciTransport:
 
     def interrupts_enabled(self) -> None:
         """The guest cleared the command register's INTx disable bit."""
-        if self._isr:
+        if self._isr and self._uses_intx:
             self._interrupt()
 
     # --- what follows is called with the lock held ---
@@ -249,13 +267,13 @@ class VirtioPciTransport:
             offered,
             self._driver_feature_select,
             accepted,
-            NO_VECTOR,
+            self._config_vector,
             len(self._queues),
             self._status,
             self._generation,
             self._queue_select,
             queue.size if queue else 0,
-            NO_VECTOR,
+            queue.vector if queue else NO_VECTOR,
             queue.enabled if queue else 0,
             0,
             queue.desc if queue else 0,
@@ -265,6 +283,14 @@ class VirtioPciTransport:
 
     def _selected(self) -> _QueueSettings | None:
         return self._queues[self._queue_select] if self._queue_select < len(self._queues) else None
+
+    @property
+    def _uses_intx(self) -> bool:
+        return self._msix is None or not self._msix.enabled
+
+    def _vector(self, value: int) -> int:
+        """4.1.5.1.2: what reads back after a vector is written; NO_VECTOR if it doesn't exist."""
+        return value if self._msix is not None and value < self._msix.vectors else NO_VECTOR
 
     def _write_features(self, value: int) -> None:
         select = self._driver_feature_select
@@ -315,13 +341,13 @@ class VirtioPciTransport:
                 for index, q in enumerate(self._queues)
                 if q.enabled
             }
-        except QueueError as error:
+            if self._observer is not None:
+                for index, queue in queues.items():
+                    queue.observer = self._observer.queue(index)
+            self._device.activate(self._memory, queues, self._driver_features)
+        except (QueueError, OSError) as error:
             self._fail(error)
             return
-        if self._observer is not None:
-            for index, queue in queues.items():
-                queue.observer = self._observer.queue(index)
-        self._device.activate(self._memory, queues, self._driver_features)
         shared = RLock()
         active = {
             index: _ActiveQueue(queue, RLock() if self._device.concurrent else shared)
@@ -333,6 +359,8 @@ class VirtioPciTransport:
     def _reset(self) -> None:
         self._halt()
         self._clear()
+        if self._msix is not None:
+            self._msix.forget_pending()
         with self._isr_lock:
             self._isr = 0
 
@@ -361,9 +389,12 @@ class VirtioPciTransport:
         self._halt()  # also what it waits for on the host: nobody would serve it
         self._status |= STATUS_NEEDS_RESET
         if self._status & STATUS_DRIVER_OK:
-            self._raise(ISR_CONFIG)
+            self._raise(ISR_CONFIG, self._config_vector)
 
-    def _raise(self, cause: int) -> None:
+    def _raise(self, cause: int, vector: int) -> None:
+        if self._msix is not None and not self._uses_intx:
+            self._msix.interrupt(vector)  # 4.1.4.5: the ISR is INTx' business
+            return
         with self._isr_lock:
             self._isr |= cause
         if self.function.intx_enabled:

@@ -2,13 +2,15 @@
 
 One batch costs a pread of the available index, one of the new entries, one of the descriptor
 table, one pwrite of used elements and one of the used index, however many chains it has (an
-indirect chain adds a pread of its table). All that is in there was written by a hostile guest:
-what does not add up raises QueueError.
+indirect chain adds a pread of its table); where the memory takes batches, entries and table come
+by one call, elements, index and the device's own last words go by another. All that is in there
+was written by a hostile guest: what does not add up raises QueueError.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from vmm.core.errors import PyvmmError
@@ -44,6 +46,17 @@ class RingMemory(Protocol):
     def pwrite(self, data: bytes, gpa: int) -> None: ...
 
 
+class BatchMemory(RingMemory, Protocol):
+    """Memory with verbs for many pieces at once: gpa, size, gpa, size..., in this order.
+
+    They are refused as a whole (GuestMemoryError), before a byte moves.
+    """
+
+    def read_many(self, pieces: list[int]) -> bytes | bytearray: ...
+
+    def write_many(self, pieces: list[int], data: bytes) -> None: ...
+
+
 class QueueObserver(Protocol):
     """Told of each request that the device takes, and of those that go back to the guest."""
 
@@ -70,6 +83,7 @@ class SplitQueue:
     __slots__ = (
         "_armed",
         "_avail",
+        "_batch",
         "_desc",
         "_event_index",
         "_indirect",
@@ -95,6 +109,8 @@ class SplitQueue:
             if gpa % alignment or gpa + length > ADDRESS_SPACE:
                 raise QueueError(f"{name} at {gpa:#x} is misaligned or leaves the address space")
         self._memory = memory
+        # Not every memory has these verbs: one that announces each access does without.
+        self._batch: BatchMemory | None = memory if hasattr(memory, "read_many") else None  # type: ignore[assignment]
         self.size = size
         self._desc = desc
         self._avail = avail
@@ -127,8 +143,7 @@ class SplitQueue:
         count = min(available, most)
         chains = []
         if count:
-            heads = self._read_heads(count)
-            table = self._memory.pread(16 * self.size, self._desc)
+            heads, table = self._read_entries(count)
             chains = [self._chain(table, head) for head in heads]
             self._next_avail = (self._next_avail + count) & 0xFFFF
             if self.observer is not None:
@@ -148,8 +163,14 @@ class SplitQueue:
         index: int = _RING_HEADER.unpack(self._memory.pread(4, self._avail))[1]
         return index
 
-    def publish(self, used: list[tuple[int, int]]) -> bool:
-        """Return chains as (head, bytes written); True when the driver wants an interrupt."""
+    def publish(
+        self, used: list[tuple[int, int]], before: Sequence[int] = (), data: bytes = b""
+    ) -> bool:
+        """Return chains as (head, bytes written); True when the driver wants an interrupt.
+
+        `before`: pieces (gpa, size, gpa, size...) that `data` goes to first, where the memory
+        takes batches.
+        """
         if not used:
             return False
         if self.observer is not None:
@@ -158,11 +179,12 @@ class SplitQueue:
         slot = self._next_used % self.size
         ring = self._used + 4
         until_wrap = 8 * (self.size - slot)
-        self._memory.pwrite(elements[:until_wrap], ring + 8 * slot)
+        pieces = [*before, ring + 8 * slot, min(len(elements), until_wrap)]
         if len(elements) > until_wrap:
-            self._memory.pwrite(elements[until_wrap:], ring)
+            pieces += (ring, len(elements) - until_wrap)
         self._next_used = (self._next_used + len(used)) & 0xFFFF
-        self._memory.pwrite(_INDEX.pack(self._next_used), self._used + 2)
+        pieces += (self._used + 2, 2)  # the index last: by then the driver may see the rest
+        self._write(pieces, data + elements + _INDEX.pack(self._next_used))
         # After the index: the driver sets flag or event, then looks at the index once more.
         if self._event_index:
             (event,) = _INDEX.unpack(self._memory.pread(2, self._avail + 4 + 2 * self.size))
@@ -170,16 +192,33 @@ class SplitQueue:
         (flags,) = _INDEX.unpack(self._memory.pread(2, self._avail))
         return not flags & AVAIL_NO_INTERRUPT
 
-    def _read_heads(self, count: int) -> tuple[int, ...]:
+    def _read_entries(self, count: int) -> tuple[tuple[int, ...], bytes | bytearray]:
+        """The next `count` entries of the available ring, then the whole descriptor table."""
         slot = self._next_avail % self.size
         ring = self._avail + 4
         first = min(count, self.size - slot)
-        data = self._memory.pread(2 * first, ring + 2 * slot)
+        pieces = [ring + 2 * slot, 2 * first]
         if count > first:
-            data += self._memory.pread(2 * (count - first), ring)
-        return struct.unpack(f"<{count}H", data)
+            pieces += (ring, 2 * (count - first))
+        data = self._read([*pieces, self._desc, 16 * self.size])
+        return struct.unpack_from(f"<{count}H", data), data[2 * count :]
 
-    def _chain(self, table: bytes, head: int) -> Chain:
+    def _read(self, pieces: list[int]) -> bytes | bytearray:
+        if self._batch is not None:
+            return self._batch.read_many(pieces)
+        pairs = zip(pieces[::2], pieces[1::2], strict=True)
+        return b"".join([self._memory.pread(size, gpa) for gpa, size in pairs])
+
+    def _write(self, pieces: list[int], data: bytes) -> None:
+        if self._batch is not None:
+            self._batch.write_many(pieces, data)
+            return
+        done = 0
+        for gpa, size in zip(pieces[::2], pieces[1::2], strict=True):
+            self._memory.pwrite(data[done : done + size], gpa)
+            done += size
+
+    def _chain(self, table: bytes | bytearray, head: int) -> Chain:
         """Follow one chain through the copied table, which the guest can't change under us."""
         readable: list[Segment] = []
         writable: list[Segment] = []

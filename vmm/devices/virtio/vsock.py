@@ -54,13 +54,14 @@ class VirtioVsock(VirtioDevice):
         self._listener = listener
         self._connections: dict[_Key, Connection] = {}
         self._links: dict[int, Connection] = {}  # the same by fd
-        # Host programs that haven't said yet which port they want, by fd.
-        self._callers: dict[int, socket.socket] = {}
-        self._events: deque[int] = deque()  # fds that the loop has found ready
+        # Host programs that haven't said yet which port they want, by fd, and what they have said.
+        self._callers: dict[int, tuple[socket.socket, bytearray]] = {}
+        self._events: dict[int, None] = {}  # fds that the loop has found ready
         self._resets: deque[Header] = deque()
         self._ready: dict[_Key, None] = {}  # connections that may have something for the guest
         self._next_port = _FIRST_HOST_PORT
         self._hungry = True  # the guest has buffers for more packets
+        self._served = False  # the driver has enabled both queues
 
     def config(self) -> bytes:
         """struct virtio_vsock_config (5.10.4)."""
@@ -71,11 +72,13 @@ class VirtioVsock(VirtioDevice):
     ) -> None:
         super().activate(memory, queues, features)
         self._hungry = True
-        if {RX, TX} <= queues.keys():
+        self._served = {RX, TX} <= queues.keys()
+        if self._served:
             self._listen()
 
     def reset(self) -> None:
         super().reset()
+        self._served = False
         self.watch(self._listener.fd, self._no_more)
         for connection in list(self._connections.values()):
             self._drop(connection)
@@ -91,6 +94,8 @@ class VirtioVsock(VirtioDevice):
 
     def process(self, queue_index: int) -> bool:
         queue = self._queues[queue_index]
+        if not self._served:
+            return False  # one way only: there could be no connection
         if queue_index == RX:
             self._look_around()
             return self._send_packets(queue)
@@ -274,7 +279,7 @@ class VirtioVsock(VirtioDevice):
 
     def _happened(self, fd: int) -> None:
         """An fd is ready (on the loop's thread): looked after where the queues are locked."""
-        self._events.append(fd)
+        self._events[fd] = None
         self.serve(RX)
 
     @staticmethod
@@ -284,7 +289,7 @@ class VirtioVsock(VirtioDevice):
     def _look_around(self) -> None:
         """What has happened at the sockets."""
         while self._events:
-            fd = self._events.popleft()
+            fd, _ = self._events.popitem()
             if fd == self._listener.fd:
                 self._accept()
             elif fd in self._callers:
@@ -316,32 +321,32 @@ class VirtioVsock(VirtioDevice):
             return
         if caller is None:
             return
-        self._callers[caller.fileno()] = caller
+        self._callers[caller.fileno()] = caller, bytearray()
         self.watch(caller.fileno(), partial(self._happened, caller.fileno()), readable=True)
         self._listen()
 
     def _hear(self, fd: int) -> None:
         """A caller says which port it wants; what follows that line is for the guest."""
-        caller = self._callers[fd]
+        caller, said = self._callers[fd]
         try:
-            said = caller.recv(_LONGEST_LINE, socket.MSG_PEEK)
+            ahead = caller.recv(_LONGEST_LINE, socket.MSG_PEEK)
+            said += caller.recv(ahead.find(b"\n") + 1 or len(ahead)) if ahead else b""
         except BlockingIOError:
             return
         except OSError:
-            said = b""
-        match = re.fullmatch(rb"CONNECT ([0-9]{1,10})", said.partition(b"\n")[0])
-        if b"\n" in said and match is not None and int(match[1]) < 1 << 32:
-            caller.recv(said.index(b"\n") + 1)
+            ahead = b""
+        match = re.fullmatch(rb"CONNECT ([0-9]{1,10})\n", said)
+        if match is not None and int(match[1]) < 1 << 32:
             del self._callers[fd]
             self.watch(fd, self._no_more)  # until the guest has taken the call
             connection = self._add(caller, int(match[1]), self._free_port(int(match[1])))
             connection.answers.append(Op.REQUEST)
-        elif b"\n" in said or not said or len(said) == _LONGEST_LINE:
+        elif said.endswith(b"\n") or not ahead or len(said) >= _LONGEST_LINE:
             self._hang_up(fd)
 
     def _hang_up(self, fd: int) -> None:
         self.watch(fd, self._no_more)
-        self._callers.pop(fd).close()
+        self._callers.pop(fd)[0].close()
         self._listen_again()
 
     def _free_port(self, guest_port: int) -> int:
@@ -366,7 +371,7 @@ class VirtioVsock(VirtioDevice):
             self._listen_again()
 
     def _listen_again(self) -> None:
-        if self._memory is not None:  # else the device is being reset
+        if self._served:  # else the device is being reset
             self._listen()
 
     def _watch_link(self, connection: Connection) -> None:

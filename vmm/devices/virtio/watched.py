@@ -6,7 +6,7 @@ Only runs that want it have this between a device and its memory; the others pay
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from weakref import WeakSet
 
 from vmm.core.ranges import Range
@@ -115,11 +115,13 @@ class WatchedQueue(SplitQueue):
             for head in list(self._held)[len(self._held) - count :]:
                 del self._held[head]
 
-    def publish(self, used: list[tuple[int, int]]) -> bool:
+    def publish(
+        self, used: list[tuple[int, int]], before: Sequence[int] = (), data: bytes = b""
+    ) -> bool:
         with self._watch.lock:
             for head, _ in used:
                 self._held.pop(head, None)
-        return super().publish(used)
+        return super().publish(used, before, data)
 
 
 class _RingMemory:

@@ -6,7 +6,7 @@ import errno
 import os
 from collections.abc import Sequence
 
-from kvm_bindings import fdops
+from kvm_bindings import datapath, fdops
 from vmm.core.ranges import PAGE_SIZE
 from vmm.memory.backing import Buffer, FdBacking, Traits, byte_count, fill, write_all
 from vmm.memory.transfer import FdCopier
@@ -66,6 +66,12 @@ class MemfdBacking(FdBacking):
         for buffer in buffers:
             write_all(self.fd, buffer, offset)
             offset += byte_count(buffer)
+
+    def read_many(self, pieces: list[int]) -> bytes | bytearray:
+        return datapath.pread_many(self.fd, pieces, sum(pieces[1::2]))
+
+    def write_many(self, pieces: list[int], data: bytes) -> None:
+        datapath.pwrite_many(self.fd, pieces, data)
 
     def transfer_in(self, src_fd: int, src_offset: int, offset: int, size: int) -> int:
         return self._copier.copy(src_fd, src_offset, self.fd, offset, size)

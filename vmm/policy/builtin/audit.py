@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from vmm.policy import Decision, End, Event, Policy, View
+from vmm.policy import Decision, End, Event, IoEvent, Policy, View
 
 
 class Audit(Policy):
@@ -21,6 +21,9 @@ class Audit(Policy):
         self._file = file.open("w", buffering=1, encoding="utf-8")
         self._started = 0.0
 
+    def wants(self, hook: str) -> bool:
+        return hook not in ("on_fault", "on_io") or self._of.wants(hook)
+
     def on_boot(self, view: View) -> Decision:
         self._started = view.now
         return self._of.on_boot(view)
@@ -31,6 +34,16 @@ class Audit(Policy):
     def on_unshare(self, event: Event, view: View) -> Decision:
         return self._noted(event, view, self._of.on_unshare(event, view))
 
+    def on_fault(self, event: Event, view: View) -> Decision:
+        return self._noted(event, view, self._of.on_fault(event, view))
+
+    def on_io(self, event: IoEvent, view: View) -> Decision:
+        decision = self._of.on_io(event, view)
+        start, size = event.area
+        what = {"device": event.device, "named": event.named, "write": event.is_write}
+        self._write(view, kind="io", gpa=f"{start:#x}", bytes=size, **what, decision=repr(decision))
+        return decision
+
     def on_exit(self, end: End, view: View) -> None:
         with self._file:
             self._write(view, exit=end.exit, reason=end.reason)
@@ -40,6 +53,7 @@ class Audit(Policy):
         self._write(
             view,
             kind=event.kind.value,
+            doorbell=event.doorbell,
             gpa=f"{event.area.start:#x}",
             bytes=event.area.size,
             vcpu=event.vcpu,

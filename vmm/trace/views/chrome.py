@@ -81,6 +81,8 @@ def _of_row(trace: Trace, number: int, row: Row) -> list[Event]:
     where = {"gpa": f"{row['gpa']:#x}", "bytes": row["bytes"]}
     if kind in (Kind.SHARE, Kind.UNSHARE):
         where |= {"decision": DECISIONS[row["decision"]], "doorbell": name}
+        if row["detail"] >> 16:
+            where["by"] = trace.name(row["detail"] >> 16)
         if row["errno"]:
             where["answer"] = errno_name(row["errno"])
         return [_complete(word, "conversion", row["vcpu"], begin, span, where)]

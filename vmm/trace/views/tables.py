@@ -184,8 +184,9 @@ def refusal_lines(summary: Summary) -> list[str]:
     """One line for each kind of refusal."""
     lines = []
     for found in summary["refusals"]:
-        why = {"none": "invalid", "deny": "refused by a policy"}.get(
-            found["decision"], found["decision"]
+        by = found["by"] or "a policy"
+        why = {"none": "invalid", "deny": f"refused by {by}", "allow": "failed on the host"}.get(
+            found["decision"], f"{found['decision']} by {by}"
         )
         if found["kind"] == "io-refused":
             why = "stopped: bad rings, or memory that is private or not there"

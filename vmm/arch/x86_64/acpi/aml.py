@@ -117,6 +117,19 @@ def _word_space(kind: int, type_flags: int, first: int, last: int) -> bytes:
     )
 
 
+def memory_window(first: int, last: int) -> bytes:
+    """DWordMemory (ResourceProducer, PosDecode, MinFixed, MaxFixed, NonCacheable, ReadWrite, ...)
+
+    6.4.3.5.2, with 32-bit numbers.
+    """
+    memory, read_write = 0, 1
+    return struct.pack(
+        "<BHBBBIIIII",
+        *(0x87, 23, memory, _FIXED_PRODUCER, read_write),
+        *(0, first, last, 0, last - first + 1),
+    )
+
+
 def bus_numbers(first: int, last: int) -> bytes:
     """WordBusNumber (ResourceProducer, MinFixed, MaxFixed, PosDecode, 0, first, last, 0, n)"""
     return _word_space(2, 0, first, last)

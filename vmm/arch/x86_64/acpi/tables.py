@@ -25,7 +25,7 @@ FADT_SIZE, FADT_MINOR = 276, 3
 # 5.2.9.3, IA-PC boot flags: devices on fixed ports, no VGA, and by its absence no 8042.
 BOOT_LEGACY_DEVICES, BOOT_NO_VGA = 1 << 0, 1 << 2
 # 5.2.9, fixed feature flags
-WBINVD, PROC_C1, PWR_BUTTON, SLP_BUTTON = 1 << 0, 1 << 2, 1 << 4, 1 << 5
+WBINVD, PROC_C1, SLP_BUTTON = 1 << 0, 1 << 2, 1 << 5
 FIX_RTC, TMR_VAL_EXT, RESET_REG_SUP = 1 << 6, 1 << 8, 1 << 10
 NO_C2, NO_C3 = 101, 1001  # latencies past 100 and 1000 microseconds: the state does not exist
 ENTERPRISE_SERVER = 4
@@ -85,8 +85,9 @@ def facs() -> bytes:
 def fadt(facs_gpa: int, dsdt_gpa: int) -> bytes:
     """Fixed ACPI Description Table (5.2.9): where the registers of `AcpiPm` are.
 
-    SMI_CMD is 0: there is no legacy mode to switch from. Power and sleep buttons are declared as
-    control-method devices, of which there are none; the RTC cannot wake the machine.
+    SMI_CMD is 0: there is no legacy mode to switch from. The power button is fixed hardware, the
+    sleep button declared as a control-method device, of which there is none; the RTC cannot wake
+    the machine.
     """
     data = bytearray(FADT_SIZE - HEADER_SIZE)
 
@@ -102,7 +103,7 @@ def fadt(facs_gpa: int, dsdt_gpa: int) -> bytes:
     put(96, "HH", NO_C2, NO_C3)
     put(108, "B", 0x32)  # the clock's century register
     put(109, "H", BOOT_LEGACY_DEVICES | BOOT_NO_VGA)
-    features = WBINVD | PROC_C1 | PWR_BUTTON | SLP_BUTTON
+    features = WBINVD | PROC_C1 | SLP_BUTTON  # without PWR_BUTTON: the fixed one is there
     put(112, "I", features | FIX_RTC | TMR_VAL_EXT | RESET_REG_SUP)
     put(116, "12sB", GenericAddress(layout.RESET_PORT, 1).pack(), layout.RESET_VALUE)
     put(131, "B", FADT_MINOR)

@@ -1,4 +1,5 @@
-"""ACPI's fixed hardware: PM1a event and control registers, the PM timer, the reset register.
+"""ACPI's fixed hardware: PM1a event and control registers, the power button among them, the PM
+timer, the reset register.
 
 ACPI 6.5, 4.8.3. There is no SMI_CMD: the machine is always in ACPI mode, so SCI_EN reads 1.
 """
@@ -6,6 +7,7 @@ ACPI 6.5, 4.8.3. There is no SMI_CMD: the machine is always in ACPI mode, so SCI
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import Lock
 
 from vmm.arch.x86_64 import layout
 
@@ -22,7 +24,9 @@ STATUS, ENABLE, CONTROL, TIMER, RESET = (
 )
 
 # PM1 enable: timer, global lock, power button, sleep button, RTC, PCI Express wake.
+POWER_BUTTON = 1 << 8
 ENABLE_MASK = 1 << 0 | 1 << 5 | 1 << 8 | 1 << 9 | 1 << 10 | 1 << 14
+ENABLE_BYTES = frozenset((ENABLE, ENABLE + 1))
 SCI_EN, BM_RLD = 1 << 0, 1 << 1
 SLP_TYP_SHIFT, SLP_TYP_MASK = 10, 7 << 10
 
@@ -32,24 +36,53 @@ class AcpiPm:
 
     `power_off` is called when the guest sets SLP_EN with the S5 type of our \\_S5 object, `reset`
     when it writes RESET_VALUE to the reset register. `clock` counts nanoseconds and never goes
-    back. No event source exists yet, so status bits stay 0; enable bits are kept, because ACPI
-    drivers read back what they enabled.
+    back. `interrupt` raises the SCI, which stays up while `interrupt_pending`. The power button
+    is the only event source; the other enable bits are kept, because ACPI drivers read back what
+    they enabled. Safe to use from several threads.
     """
 
-    __slots__ = ("_clock", "_control", "_enable", "_power_off", "_reset", "_start")
+    __slots__ = (
+        "_clock",
+        "_control",
+        "_enable",
+        "_interrupt",
+        "_lock",
+        "_power_off",
+        "_reset",
+        "_start",
+        "_status",
+    )
 
     def __init__(
         self,
         clock: Callable[[], int],
         power_off: Callable[[], None],
         reset: Callable[[], None],
+        interrupt: Callable[[], None] = lambda: None,
     ) -> None:
         self._clock = clock
         self._power_off = power_off
         self._reset = reset
+        self._interrupt = interrupt
+        self._lock = Lock()
         self._start = clock()
+        self._status = 0
         self._enable = 0
         self._control = SCI_EN
+
+    def press_power_button(self) -> bool:
+        """Tell the guest's driver that the power button was pressed; False when it has none,
+        which is when nobody has enabled the event."""
+        with self._lock:
+            if not self._enable & POWER_BUTTON:
+                return False
+            self._status |= POWER_BUTTON
+        self._interrupt()
+        return True
+
+    def interrupt_pending(self) -> bool:
+        """Whether an enabled event is there, for which the SCI is to be up."""
+        return bool(self._status & self._enable)
 
     def timer(self) -> int:
         """The free-running 32-bit counter, 3.579545 MHz."""
@@ -59,7 +92,7 @@ class AcpiPm:
     def read(self, offset: int, size: int) -> int:
         """`size` bytes from `offset`; all ones where there is no register."""
         block = (
-            bytes(2)
+            self._status.to_bytes(2, "little")
             + self._enable.to_bytes(2, "little")
             + self._control.to_bytes(2, "little")
             + b"\xff\xff"
@@ -71,8 +104,13 @@ class AcpiPm:
     def write(self, offset: int, size: int, value: int) -> None:
         """Take a write of any size; bytes outside the writable registers are dropped."""
         written = {offset + i: value >> 8 * i & 0xFF for i in range(size)}
-        if ENABLE in written or ENABLE + 1 in written:
-            self._enable = _merge(self._enable, ENABLE, written) & ENABLE_MASK
+        with self._lock:
+            self._status &= ~_merge(0, STATUS, written)  # 4.8.3.1.1: writing ones clears
+            if ENABLE in written or ENABLE + 1 in written:
+                self._enable = _merge(self._enable, ENABLE, written) & ENABLE_MASK
+            raised = self.interrupt_pending()
+        if raised and ENABLE_BYTES & written.keys():
+            self._interrupt()
         if CONTROL in written or CONTROL + 1 in written:
             self._write_control(_merge(self._control, CONTROL, written))
         if written.get(RESET) == layout.RESET_VALUE:

@@ -1,0 +1,270 @@
+# Reads the tests from the command line, runs them, prints a line for each, powers off.
+#
+# After "-- " come words: PATTERN SIZE x DEPTH n COUNT without blanks, as in rr4096x32n8000:
+# r or w (read, write), r or s (random, sequential); or eCOUNT: so many port writes that exit.
+# Answers, one line each:
+#   result <word>: <ticks> ticks, <notifications> notifications
+#   error <what>
+#   done
+.include "bench.inc"
+
+.equ EXIT_PORT,         0x80
+.equ ACPI_CONTROL_PORT, 0x604               # the same in all machines that this knows
+.equ SLEEP_VALUES,      0x20003400          # pyvmm's word for power-off, QEMU's behind it
+.equ DEBUG_EXIT_PORT,   0xf4                # QEMU's isa-debug-exit
+
+    .text
+    .globl main
+main:
+    mov     [rip + next_word], rdi
+    call    skip_to_tests
+    PRINT   " bench guest"
+    call    end_line
+.Lnext:
+    mov     rbx, [rip + next_word]
+.Lskip_blanks:
+    mov     al, [rbx]
+    inc     rbx
+    cmp     al, ' '
+    je      .Lskip_blanks
+    dec     rbx
+    mov     [rip + next_word], rbx
+    mov     [rip + word_start], rbx
+    test    al, al
+    jz      .Ldone
+    cmp     al, 'e'
+    je      .Lexits
+    call    parse_disk_test
+    cmp     dword ptr [rip + device_found], 0
+    jne     .Lfound
+    call    find_device
+    call    start_device
+    mov     dword ptr [rip + device_found], 1
+.Lfound:
+    call    disk_test
+    call    put_result
+    jmp     .Lnext
+.Ldone:
+    PRINT   "done"
+    call    end_line
+    # falls through
+
+power_off:
+    mov     edx, ACPI_CONTROL_PORT
+    mov     eax, SLEEP_VALUES
+    out     dx, ax
+    shr     eax, 16
+    out     dx, ax
+    mov     edx, DEBUG_EXIT_PORT
+    out     dx, al
+    pause
+    jmp     power_off
+
+    .globl fail
+fail:
+    call    end_line
+    jmp     power_off
+
+.Lexits:
+    inc     qword ptr [rip + next_word]
+    call    parse_number
+    mov     ebx, eax
+    call    ticks
+    mov     r8, rax
+    mov     edx, EXIT_PORT
+    xor     eax, eax
+.Lexit:
+    out     dx, al
+    dec     ebx
+    jnz     .Lexit
+    call    ticks
+    sub     rax, r8
+    mov     dword ptr [rip + notifications], 0
+    call    put_result
+    jmp     .Lnext
+
+# The tests begin behind the word "--"; without it there are none.
+skip_to_tests:
+    mov     rbx, [rip + next_word]
+.Lscan:
+    mov     eax, [rbx]
+    test    al, al
+    jz      .Lnothing
+    inc     rbx
+    and     eax, 0xffffff
+    cmp     eax, 0x202d2d                   # "-- "
+    jne     .Lscan
+    add     rbx, 2
+.Lnothing:
+    mov     [rip + next_word], rbx
+    ret
+
+# op pattern size x depth n count
+parse_disk_test:
+    mov     rbx, [rip + next_word]
+    movzx   eax, byte ptr [rbx]
+    xor     ecx, ecx
+    cmp     al, 'r'
+    je      .Lop_known
+    inc     ecx                             # VIRTIO_BLK_T_OUT
+    cmp     al, 'w'
+    jne     .Lbad_word
+.Lop_known:
+    mov     [rip + test_type], ecx
+    movzx   eax, byte ptr [rbx + 1]
+    xor     ecx, ecx
+    cmp     al, 's'
+    je      .Lpattern_known
+    inc     ecx
+    cmp     al, 'r'
+    jne     .Lbad_word
+.Lpattern_known:
+    mov     [rip + test_random], ecx
+    add     qword ptr [rip + next_word], 2
+    call    parse_number
+    mov     [rip + test_size], eax
+    test    eax, 511
+    jnz     .Lbad_word
+    mov     al, 'x'
+    call    expect_letter
+    call    parse_number
+    mov     [rip + test_depth], eax
+    cmp     eax, MAX_DEPTH
+    ja      .Lbad_word
+    mul     dword ptr [rip + test_size]
+    shl     rdx, 32
+    or      rax, rdx
+    cmp     rax, MAX_BUFFERS
+    ja      .Lbad_word
+    mov     al, 'n'
+    call    expect_letter
+    call    parse_number
+    mov     [rip + test_count], eax
+    cmp     eax, [rip + test_depth]
+    jb      .Lbad_word
+    ret
+
+expect_letter:
+    mov     rbx, [rip + next_word]
+    cmp     [rbx], al
+    jne     .Lbad_word
+    inc     qword ptr [rip + next_word]
+    ret
+
+# A decimal number that is not 0: eax.
+parse_number:
+    mov     rbx, [rip + next_word]
+    xor     eax, eax
+.Ldigit:
+    movzx   ecx, byte ptr [rbx]
+    sub     ecx, '0'
+    cmp     ecx, 9
+    ja      .Lnumber_ends
+    imul    eax, eax, 10
+    add     eax, ecx
+    inc     rbx
+    jmp     .Ldigit
+.Lnumber_ends:
+    mov     [rip + next_word], rbx
+    test    eax, eax
+    jz      .Lbad_word
+    ret
+
+.Lbad_word:
+    FAIL    "a test that makes no sense"
+
+# rax = time stamp counter.
+    .globl ticks
+ticks:
+    rdtsc
+    shl     rdx, 32
+    or      rax, rdx
+    ret
+
+# rax = ticks that the test took.
+put_result:
+    push    rax
+    PRINT   "result "
+    mov     rsi, [rip + word_start]
+    mov     rdx, [rip + next_word]
+    sub     rdx, rsi
+    lea     rdi, [rip + line]
+    mov     ecx, [rip + line_length]
+.Lcopy_word:
+    mov     al, [rsi]
+    mov     [rdi + rcx], al
+    inc     rsi
+    inc     ecx
+    dec     edx
+    jnz     .Lcopy_word
+    mov     [rip + line_length], ecx
+    PRINT   ": "
+    pop     rax
+    call    put_decimal
+    PRINT   " ticks, "
+    mov     eax, [rip + notifications]
+    call    put_decimal
+    PRINT   " notifications"
+    # falls through
+
+# Sends the line.
+    .globl end_line
+end_line:
+    lea     rsi, [rip + line]
+    mov     ecx, [rip + line_length]
+    mov     byte ptr [rsi + rcx], 10
+    inc     ecx
+    mov     dword ptr [rip + line_length], 0
+    mov     edx, SERIAL_PORT
+    cld
+    rep outsb
+    ret
+
+# rsi = NUL-terminated text, added to the line.
+    .globl put_text
+put_text:
+    lea     rdi, [rip + line]
+    mov     ecx, [rip + line_length]
+.Lcharacter:
+    mov     al, [rsi]
+    test    al, al
+    jz      .Ltext_ends
+    mov     [rdi + rcx], al
+    inc     rsi
+    inc     ecx
+    jmp     .Lcharacter
+.Ltext_ends:
+    mov     [rip + line_length], ecx
+    ret
+
+# rax = number, added to the line.
+    .globl put_decimal
+put_decimal:
+    lea     rsi, [rip + digits_end]
+    mov     byte ptr [rsi], 0
+    mov     ecx, 10
+.Lnext_digit:
+    xor     edx, edx
+    div     rcx
+    add     dl, '0'
+    dec     rsi
+    mov     [rsi], dl
+    test    rax, rax
+    jnz     .Lnext_digit
+    jmp     put_text
+
+    .bss
+    .globl test_type, test_random, test_size, test_depth, test_count, notifications
+next_word:      .skip 8
+word_start:     .skip 8
+test_type:      .skip 4
+test_random:    .skip 4
+test_size:      .skip 4
+test_depth:     .skip 4
+test_count:     .skip 4
+notifications:  .skip 4
+device_found:   .skip 4
+line_length:    .skip 4
+line:           .skip 4200                  # a command line has at most 4096 characters
+digits:         .skip 24
+digits_end:     .skip 8

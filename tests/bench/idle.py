@@ -1,0 +1,125 @@
+"""What an idle guest costs the host: pyvmm and QEMU, one after the other, in one lab machine.
+
+    python tests/bench/idle.py [--kernel debian:6.12] [--cpus 1 4] [--seconds 20]
+
+Each boots a stock kernel to its shell's prompt, waits until it has settled, and is then looked at
+for some seconds: processor time of the whole process (in percent of one of the lab machine's
+processors, the guest's own work included), and how often its threads woke up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+PROMPT = b"/ # "
+LIMIT = 180.0
+SETTLE_SECONDS = 10.0
+
+
+def measure(words: list[str], seconds: float) -> dict[str, float]:
+    """Percent of a processor and wake-ups per second of the guest that `words` start."""
+    process = subprocess.Popen(
+        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert process.stdout is not None
+    try:
+        seen, started = b"", time.monotonic()
+        while PROMPT not in seen:
+            left = LIMIT - (time.monotonic() - started)
+            ready, _, _ = select.select([process.stdout], [], [], max(left, 0))
+            data = os.read(process.stdout.fileno(), 65536) if ready else b""
+            if not data:
+                raise SystemExit(f"{words[0]} did not boot to a prompt:\n{seen.decode()}")
+            seen = seen[-4096:] + data
+        time.sleep(SETTLE_SECONDS)
+        before, began = usage(process.pid), time.monotonic()
+        time.sleep(seconds)
+        after, elapsed = usage(process.pid), time.monotonic() - began
+    finally:
+        process.kill()
+        process.wait(30)
+    busy, switches = (later - earlier for later, earlier in zip(after, before, strict=True))
+    return {
+        "percent": 100 * busy / os.sysconf("SC_CLK_TCK") / elapsed,
+        "wakeups_per_s": switches / elapsed,
+    }
+
+
+def usage(pid: int) -> tuple[int, int]:
+    """Clock ticks that a process has used, and how often its threads slept of their own will."""
+    ticks = switches = 0
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        fields = (task / "stat").read_text().rsplit(")", 1)[1].split()
+        ticks += int(fields[11]) + int(fields[12])  # utime, stime: proc(5) 14 and 15
+        status = (task / "status").read_text()
+        switches += int(status.split("\nvoluntary_ctxt_switches:")[1].split()[0])
+    return ticks, switches
+
+
+def inner(kernel: str, initrd: str, seconds: float, counts: list[str]) -> None:
+    """Runs inside the lab machine; a JSON line with all figures goes to stdout."""
+    qemu = "qemu-system-x86_64 -M pc -accel kvm -cpu host -m 512 -nodefaults -no-user-config"
+    figures = {}
+    for cpus in counts:
+        pyvmm = [sys.executable, "-sP", "/lab/project/pyvmm", "--kernel", kernel]
+        pyvmm += ["--initrd", initrd, "--append", "quiet", "--cpus", cpus]
+        yardstick = [*f"{qemu} -display none -serial stdio -no-reboot -smp {cpus}".split()]
+        yardstick += ["-kernel", kernel, "-initrd", initrd, "-append", "console=ttyS0 quiet"]
+        for name, words in {
+            f"pyvmm --private-mem --cpus {cpus}": [*pyvmm, "--private-mem"],
+            f"pyvmm --cpus {cpus}": pyvmm,
+            f"QEMU -smp {cpus}": yardstick,
+        }.items():
+            figures[name] = measure(words, seconds)
+            print(name, figures[name], file=sys.stderr)
+    print(json.dumps(figures))
+
+
+def outer(kernel_name: str, seconds: float, counts: list[str]) -> None:
+    """Runs on the host: boots the lab machine, prints the table."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    from vmm.lab.interpreter import executable
+    from vmm.lab.machine import Lab
+    from vmm.lab.options import LabOptions
+    from vmm.lab.progress import Reporter
+
+    lab = Lab(LabOptions(with_qemu=True), Reporter())
+    kernel = lab.guest_kernel(kernel_name)
+    initrd = lab.guest_initramfs(kernel)
+    words = [str(executable()), str(Path(__file__).resolve()), "--inner"]
+    words += [str(kernel.image), str(initrd), str(seconds), *counts]
+    with lab.start(words, program=True) as run:
+        run.errors.sink = lambda data: print(data.decode(), end="", file=sys.stderr, flush=True)
+        status = run.wait()
+        output = bytes(run.stdout.data).decode()
+    if status:
+        raise SystemExit(f"the lab's command ended with status {status}:\n{output}")
+    print(f"{kernel_name}, idle at its prompt inside the lab:")
+    for name, figures in json.loads(output.splitlines()[-1]).items():
+        print(
+            f"  {name:32} {figures['percent']:5.1f}% of a processor, "
+            f"{figures['wakeups_per_s']:6.1f} wake-ups a second"
+        )
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--inner"]:
+        inner(sys.argv[2], sys.argv[3], float(sys.argv[4]), sys.argv[5:])
+        return
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kernel", default="debian:6.12")
+    parser.add_argument("--cpus", nargs="+", default=["1", "4"])
+    parser.add_argument("--seconds", type=float, default=20.0)
+    options = parser.parse_args()
+    outer(options.kernel, options.seconds, options.cpus)
+
+
+if __name__ == "__main__":
+    main()

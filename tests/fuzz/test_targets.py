@@ -1,0 +1,63 @@
+"""The fuzz targets on their corpus, and for a moment beyond it (PYVMM_FUZZ makes it longer)."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import strategies as st
+
+from tests.fuzz.guided import search
+from tests.fuzz.targets import TARGETS, corpus
+from vmm.conversion.transaction import Converter
+from vmm.core.ranges import Range
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_corpus_inputs_are_survived(name: str) -> None:
+    for data in corpus(name):
+        TARGETS[name](data)
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", TARGETS)
+def test_generated_inputs_are_survived(name: str, fuzz_seed: int, fuzz_factor: int) -> None:
+    lines = search(name, 150 * fuzz_factor, fuzz_seed)
+
+    assert len(lines.all) > 100, "the target has to get somewhere for this to mean anything"
+
+
+@pytest.mark.parametrize("name", ["hypercall", "fault", "doorbell"])
+def test_target_notices_a_request_that_is_not_validated(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trust(converter: Converter, request: object) -> Range:
+        return Range(request.gpa, request.pages * 4096)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(Converter, "_validate", trust)
+
+    with pytest.raises(Exception) as caught:
+        for data in corpus(name):
+            TARGETS[name](data)
+    assert not isinstance(caught.value, ValueError) or "range" in str(caught.value)
+
+
+def test_image_target_notices_an_unforeseen_exception(monkeypatch: pytest.MonkeyPatch) -> None:
+    def careless(*arguments: object) -> None:
+        raise IndexError("out of range")
+
+    monkeypatch.setattr("vmm.boot.kernel.parse_elf", careless)
+
+    with pytest.raises(IndexError):
+        TARGETS["image"](corpus("image")[0])
+
+
+def test_finding_comes_with_its_line_for_the_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(data: bytes) -> None:
+        raise AssertionError("found")
+
+    monkeypatch.setitem(TARGETS, "fault", broken)
+    monkeypatch.setattr("tests.fuzz.guided.inputs", lambda name: st.binary(max_size=9))
+    monkeypatch.setattr("tests.fuzz.guided.corpus", lambda name: [])
+
+    with pytest.raises(AssertionError, match="found") as caught:
+        search("fault", 5, 1)
+    assert any(note.startswith("for the corpus:") for note in caught.value.__notes__)

@@ -1,0 +1,73 @@
+"""The bench guest on this machine's KVM: every engine serves it, and says which way bytes went."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import firmware
+
+pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("usable_kvm")]
+
+ROOT = Path(__file__).resolve().parents[2]
+KIB = 1 << 10
+READS, WRITES = "rr4096x8n64 rs131072x4n16", "wr4096x8n64 ws131072x4n16"
+BYTES = 64 * 4096 + 16 * 128 * KIB
+
+
+def run(tmp_path: Path, tests: str, engine: str, *options: str) -> tuple[int, str, dict[str, Any]]:
+    """Status, output and report of a run of the bench guest with a disk of 4 MiB."""
+    disk, report = tmp_path / "disk", tmp_path / "report.json"
+    disk.write_bytes(os.urandom(4 << 20))
+    done = subprocess.run(
+        [sys.executable, "-m", "vmm", "--kernel", str(firmware.bench_path()), "--mem", "128M",
+         "--append", f"-- {tests}", "--disk", f"{disk},io={engine}", "--report", str(report),
+         *options],
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    return done.returncode, done.stdout, json.loads(report.read_text())
+
+
+@pytest.mark.parametrize(
+    ("engine", "ways"),
+    [
+        ("pread", {"buffer": 2 * BYTES}),
+        ("fd2fd", {"splice": 2 * BYTES}),
+        ("mmap", {"memcpy": 2 * BYTES}),
+    ],
+)
+def test_bench_guest_is_served_the_engines_way(
+    tmp_path: Path, engine: str, ways: dict[str, int]
+) -> None:
+    status, output, report = run(tmp_path, f"{READS} {WRITES}", engine, "--allow-mapped-io")
+
+    assert status == 0
+    assert output.splitlines()[-1] == "done"
+    results = re.findall(r"^result (\S+): \d+ ticks, \d+ notifications$", output, re.MULTILINE)
+    assert results == [*READS.split(), *WRITES.split()]
+    counts = report["io"]["blk0"]
+    assert counts["requests"] == 160
+    assert (counts["bytes_read"], counts["bytes_written"]) == (BYTES, BYTES)
+    assert {way: moved for way, moved in counts["engine"]["bytes"].items() if moved} == ways
+    assert counts["engine"]["fallbacks"] == 0
+
+
+def test_bench_guest_told_nonsense_says_so_and_ends(tmp_path: Path) -> None:
+    status, output, _ = run(tmp_path, "rr4095x8n64", "auto")
+
+    assert status == 0
+    assert "error a test that makes no sense" in output
+
+
+def test_bench_guest_exits_as_often_as_it_is_told(tmp_path: Path) -> None:
+    _, output, report = run(tmp_path, "e1234", "auto")
+
+    assert "result e1234: " in output
+    assert report["io_ports"]["0x80"] == 1234

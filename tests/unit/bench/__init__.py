@@ -1,0 +1,1 @@
+"""Tests of vmm.cli: bad input, help, exit statuses."""

@@ -1,0 +1,1 @@
+"""Measurements: `pyvmm bench`. Nothing that runs guests imports this."""

@@ -1,0 +1,90 @@
+"""(b) Sharing and unsharing: the transaction against the bare system calls, alone and crowded."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from kvm_bindings import System
+from vmm.bench.accessors import size_name
+from vmm.bench.series import Series, interleaved
+from vmm.core.errors import HostError
+from vmm.core.events import ConversionRequest, Kind
+from vmm.core.ranges import PAGE_SIZE
+from vmm.selftest.entries import Combination, combinations
+from vmm.selftest.platform import KvmPlatform
+from vmm.selftest.rig import Rig
+
+SIZES = (4 << 10, 64 << 10, 2 << 20, 64 << 20)
+QUICK_SIZES = (4 << 10, 2 << 20)
+THREADS = 4
+
+
+def measure(system: System, rounds: int, sizes: tuple[int, ...]) -> Iterator[Series]:
+    """Every scheme with every backing that this host has."""
+    platform = KvmPlatform(system)
+    for combination in combinations():
+        pages = max(sizes) // PAGE_SIZE
+        try:
+            rig = Rig(platform, combination, pages=pages * THREADS, vcpus=0)
+        except (HostError, OSError, ValueError):
+            continue
+        with rig:
+            for size in sizes:
+                yield from _one_size(rig, combination, size, rounds)
+
+
+def _one_size(rig: Rig, combination: Combination, size: int, rounds: int) -> Iterator[Series]:
+    pages = size // PAGE_SIZE
+    crowd = [rig.gpa(pages * number) for number in range(THREADS)]
+    subjects: dict[str, Callable[[], float]] = {
+        "share and unshare": lambda: _pair(rig, crowd[:1], pages),
+        f"the same, {THREADS} threads": lambda: _pair(rig, crowd, pages),
+    }
+    if combination.scheme == "cbit":
+        subjects["bare holes"] = lambda: _bare(rig, crowd[0], size)
+    case = f"{combination} {size_name(size)}"
+    yield from interleaved("conversions", case, "us", subjects, rounds)
+
+
+def _pair(rig: Rig, gpas: list[int], pages: int) -> float:
+    """Microseconds for a share and an unshare of touched pages, for each of the threads."""
+    repeats = max(1, 64 // pages)
+    failures: list[int] = []
+
+    def convert(gpa: int) -> None:
+        for kind in (Kind.SHARE, Kind.UNSHARE) * repeats:
+            answer = rig.converter.convert(ConversionRequest(kind, gpa, pages, 0, "bench"))
+            if answer:
+                failures.append(answer)
+            elif kind is Kind.SHARE:
+                rig.memory.pwrite(bytes(pages * PAGE_SIZE), gpa)
+
+    # The writes between the calls are part of what is measured, and of the bare variant too.
+    started = time.perf_counter_ns()
+    if len(gpas) == 1:
+        convert(gpas[0])
+    else:
+        threads = [threading.Thread(target=convert, args=(gpa,)) for gpa in gpas]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    elapsed = time.perf_counter_ns() - started
+    if failures:
+        raise HostError(f"a conversion was refused: errno {-failures[0]}")
+    return elapsed / repeats / len(gpas) / 1000
+
+
+def _bare(rig: Rig, gpa: int, size: int) -> float:
+    """The system calls that a pair comes down to: two holes, and the write in between."""
+    shared, private = rig.memory.shared, rig.private
+    repeats = max(1, 64 * PAGE_SIZE // size)
+    data = bytes(size)
+    started = time.perf_counter_ns()
+    for _ in range(repeats):
+        private.punch(gpa, size)
+        shared.pwrite(data, gpa)
+        shared.punch(gpa, size)
+    return (time.perf_counter_ns() - started) / repeats / 1000

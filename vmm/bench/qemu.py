@@ -1,0 +1,37 @@
+"""QEMU as the yardstick: the fastest that it can be made for the same guest, KVM and disk file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+COMMON = ["-accel", "kvm", "-cpu", "host", "-nodefaults", "-no-user-config", "-display", "none"]
+COMMON += ["-serial", "stdio", "-no-reboot"]
+
+
+def disk_guest(qemu: list[str], kernel: Path, disk: str, append: str) -> list[str]:
+    """A PC with a modern virtio-blk disk whose queue is notified by port, not by memory."""
+    return [
+        *qemu, "-M", "pc", *COMMON, "-m", "256", "-device", "isa-debug-exit",
+        "-drive", f"file={disk.replace(',', ',,')},format=raw,if=none,id=d",
+        "-device", "virtio-blk-pci,drive=d,disable-legacy=on,modern-pio-notify=on",
+        "-kernel", str(kernel), "-append", append,
+    ]  # fmt: skip
+
+
+def quickest_guest(qemu: list[str], kernel: Path) -> list[str]:
+    """A microvm without anything that takes time to set up."""
+    machine = "microvm,acpi=off,pit=off,pic=off,rtc=off"
+    return [
+        *qemu, "-M", machine, *COMMON, "-m", "256",
+        "-device", "isa-debug-exit,iobase=0xf4", "-kernel", str(kernel),
+    ]  # fmt: skip
+
+
+def linux_guest(qemu: list[str], kernel: str, initrd: str, append: str, disk: str) -> list[str]:
+    """A PC that boots Linux, as `pyvmm --kernel` does."""
+    return [
+        *qemu, "-M", "pc", *COMMON, "-m", "512",
+        "-drive", f"file={disk.replace(',', ',,')},format=raw,if=none,id=d",
+        "-device", "virtio-blk-pci,drive=d,disable-legacy=on",
+        "-kernel", kernel, "-initrd", initrd, "-append", f"console=ttyS0 panic=-1 {append}",
+    ]  # fmt: skip

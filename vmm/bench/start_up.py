@@ -1,0 +1,77 @@
+"""(f) Start-up: from exec to the guest's first instruction, which puts a byte on the serial line.
+(g) Memory: what pyvmm takes for itself, and what both sides of private memory hold.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import firmware
+from vmm.bench import qemu as yardstick
+from vmm.bench.processes import environment, pyvmm, seconds_to_first_byte
+from vmm.bench.series import Series, interleaved
+from vmm.core.errors import HostError
+
+
+def measure(rounds: int, qemu: list[str] | None) -> Iterator[Series]:
+    """Milliseconds; an interpreter that prints a byte is the floor for anything in Python."""
+    kernel = firmware.bench_path()
+    commands = {
+        "python, one byte": [sys.executable, "-c", "print(1)"],
+        "pyvmm": pyvmm("--kernel", str(kernel), "--mem", "256M"),
+    }
+    if qemu is not None:
+        commands["QEMU microvm"] = yardstick.quickest_guest(qemu, kernel)
+    subjects = {
+        name: lambda words=words: seconds_to_first_byte(words) * 1000
+        for name, words in commands.items()
+    }
+    yield from interleaved("start-up", "exec to first instruction", "ms", subjects, rounds)
+
+
+def measure_memory(rounds: int) -> Iterator[Series]:
+    """MiB: pyvmm's own at its peak, and at the payload's end what either side still holds."""
+    taken: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        for name, mib in _payload_memory().items():
+            taken.setdefault(name, []).append(mib)
+    for name, samples in taken.items():
+        yield Series("memory", "embedded payload, --mem 512M --private-mem", name, "MiB", samples)
+
+
+def _payload_memory() -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as scratch:
+        report = Path(scratch) / "report.json"
+        with subprocess.Popen(
+            pyvmm("--private-mem", "--report", str(report)), env=environment(),
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        ) as process:  # fmt: skip
+            assert process.stdout is not None
+            own = 0
+            while process.stdout.readline():
+                own = max(own, _own_kib(process.pid))
+        if process.returncode != 0:
+            raise HostError(f"the embedded payload ended with status {process.returncode}")
+        held = json.loads(report.read_text())["residency"]
+    mib = {name: bytes_held / (1 << 20) for name, bytes_held in held.items()}
+    return {
+        "pyvmm's own, at most": own / 1024,
+        "private side": mib["private_bytes"],
+        "shared side": mib["shared_bytes"],
+        "both sides together": mib["private_bytes"] + mib["shared_bytes"],
+    }
+
+
+def _own_kib(pid: int) -> int:
+    """RssAnon + RssFile: resident without guest memory."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return 0
+    return sum(int(kib) for kib in re.findall(r"^Rss(?:Anon|File):\s+(\d+) kB", status, re.M))

@@ -1,0 +1,230 @@
+"""`pyvmm bench`: measures this host and pyvmm on it, and shows two runs side by side."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Any
+
+from kvm_bindings import System
+from vmm.bench import accessors, conversions, disk, exits, linux, results, start_up
+from vmm.bench.host import host_facts
+from vmm.bench.series import Series
+from vmm.cli.output import printing
+from vmm.cli.parser import Parser
+from vmm.core.errors import HostError, PyvmmError, UsageError, tell
+from vmm.exits.run_loop import install_kick_handler
+from vmm.machine.host import open_kvm
+
+SECTIONS = ("accessors", "conversions", "exits", "disk", "start-up", "memory", "linux")
+QEMU = "qemu-system-x86_64"
+
+
+def parser() -> Parser:
+    """The options of `pyvmm bench`."""
+    made = Parser(
+        prog="pyvmm bench",
+        description="Measures ways to reach guest memory, conversions, exits, disks, start-up and "
+        "memory, on this host and beside QEMU where there is one, in turns; prints medians with "
+        "their quartiles. Takes some ten minutes, with --quick less than two.",
+        epilog="exit status: 0 all that could be measured was, 1 something failed, 2 bad usage, "
+        "3 there is nothing to measure with",
+        allow_abbrev=False,
+    )
+    made.add_argument("--quick", action="store_true", help="fewer sizes and rounds")
+    made.add_argument(
+        "--only",
+        metavar="SECTION",
+        action="append",
+        choices=SECTIONS,
+        help=f"one of {', '.join(SECTIONS)}; may be given several times (default: all but linux)",
+    )
+    made.add_argument("--rounds", metavar="N", type=int, help="how often each subject has its turn")
+    made.add_argument("--json", metavar="FILE", help="write all samples to FILE")
+    made.add_argument("--html", metavar="FILE", help="write a page with bars to FILE")
+    made.add_argument(
+        "--compare", metavar=("A", "B"), nargs=2, help="measure nothing: compare two --json files"
+    )
+    made.add_argument("--qemu", metavar="FILE", help=f"a {QEMU} (default: the one on PATH, if any)")
+    made.add_argument(
+        "--disk-dir",
+        metavar="DIR",
+        help="where disk images are made (default: for temporary files)",
+    )
+    made.add_argument("--kernel", metavar="FILE", help="for linux: a stock kernel")
+    made.add_argument("--initrd", metavar="FILE", help="for linux: an initrd that ends in a shell")
+    made.add_argument("--debug", action="store_true", help="show a traceback for errors")
+    return made
+
+
+class _Run:
+    """What is to be measured, and with what."""
+
+    def __init__(self, options: Any, opened: ExitStack) -> None:
+        self.quick: bool = options.quick
+        self._rounds: int | None = options.rounds
+        self._options = options
+        self._opened = opened
+        self.qemu = _qemu(options.qemu)
+        directory = options.disk_dir
+        self.directory = Path(
+            opened.enter_context(tempfile.TemporaryDirectory(prefix="pyvmm-bench-", dir=directory))
+        )
+        self._system: System | None = None
+
+    def rounds(self, quick: int, full: int) -> int:
+        return self._rounds or (quick if self.quick else full)
+
+    def system(self) -> System:
+        """KVM. Raises HostError where there is none."""
+        if self._system is None:
+            self._system = self._opened.enter_context(open_kvm(complete=False))
+        return self._system
+
+    def _system_or_none(self) -> System | None:
+        try:
+            return self.system()
+        except HostError:
+            return None
+
+    def measure(self, section: str) -> Iterator[Series]:
+        """One section's series. Raises HostError for what can't be measured here."""
+        sections: dict[str, Callable[[], Iterator[Series]]] = {
+            "accessors": self._accessors,
+            "conversions": self._conversions,
+            "exits": lambda: exits.measure(
+                self.system(), self.rounds(5, 15), 3000 if self.quick else 20000
+            ),
+            "disk": self._disk,
+            "start-up": lambda: start_up.measure(self.rounds(7, 25), self.qemu),
+            "memory": lambda: start_up.measure_memory(self.rounds(1, 3)),
+            "linux": self._linux,
+        }
+        return sections[section]()
+
+    def _accessors(self) -> Iterator[Series]:
+        sizes = accessors.QUICK_SIZES if self.quick else accessors.SIZES
+        return accessors.measure(self._system_or_none(), self.rounds(5, 15), sizes)
+
+    def _conversions(self) -> Iterator[Series]:
+        sizes = conversions.QUICK_SIZES if self.quick else conversions.SIZES
+        return conversions.measure(self.system(), self.rounds(3, 9), sizes)
+
+    def _disk(self) -> Iterator[Series]:
+        self.system()
+        image = self.directory / "disk.img"
+        disk.fill(image)
+        tests = disk.QUICK_TESTS if self.quick else disk.TESTS
+        return disk.measure(image, tests, self.rounds(3, 7), self.qemu)
+
+    def _linux(self) -> Iterator[Series]:
+        options = self._options
+        if options.kernel is None or options.initrd is None:
+            raise UsageError(
+                "--only linux needs --kernel and --initrd; in the lab: pyvmm lab --lab-with-qemu "
+                "bench --only linux --kernel debian:6.12"
+            )
+        image = self.directory / "linux.img"
+        with open(image, "wb") as file:
+            file.write(os.urandom(1 << 20) * (linux.DISK_BYTES >> 20))
+        return linux.measure(options.kernel, options.initrd, image, self.rounds(1, 3), self.qemu)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Measure and print; the exit status. Raises UsageError and HostError."""
+    options = parser().parse_args(arguments)
+    if options.rounds is not None and options.rounds < 1:
+        raise UsageError(f"--rounds {options.rounds} is no number of rounds; use 1 or more")
+    if options.compare is not None:
+        (_, before), (_, after) = map(results.load, options.compare)
+        with printing():
+            print(results.compared(before, after))
+        return 0
+    sections = options.only or [name for name in SECTIONS if name != "linux"]
+    outputs = {name: _output(name, getattr(options, name)) for name in ("json", "html")}
+    install_kick_handler()
+    with ExitStack() as opened:
+        measuring = _Run(options, opened)
+        host = host_facts(measuring.qemu, str(measuring.directory))
+        series, failed = _all(measuring, sections)
+    if not series:
+        raise HostError("nothing could be measured here; pyvmm check says what this host lacks")
+    facts = {"quick": options.quick, "sections": sections}
+    if outputs["json"] is not None:
+        with outputs["json"] as file:
+            json.dump(results.as_json(host, facts, series), file, indent=1)
+    if outputs["html"] is not None:
+        with outputs["html"] as file:
+            file.write(results.page(host, series))
+    with printing():
+        print(results.text(host, series))
+    return 1 if failed else 0
+
+
+def _all(measuring: _Run, sections: Sequence[str]) -> tuple[list[Series], bool]:
+    """Every section's series, and whether one of them broke off."""
+    series: list[Series] = []
+    failed = False
+    started = time.monotonic()
+    for section in sections:
+        try:
+            for one in measuring.measure(section):
+                series.append(one)
+                _progress(f"{section}: {one.case}", time.monotonic() - started)
+        except UsageError:
+            raise
+        except (PyvmmError, OSError) as error:
+            _progress("", 0)
+            tell(f"bench: {section} broke off: {error}")
+            failed = True
+    _progress("", 0)
+    return series, failed
+
+
+def _progress(what: str, seconds: float) -> None:
+    """On a terminal a line that is rewritten, elsewhere one for each series' case."""
+    if not sys.stderr.isatty():
+        if what:
+            print(f"bench: {seconds:4.0f} s {what}", file=sys.stderr, flush=True)
+        return
+    line = f"{seconds:4.0f} s  {what}"[:100] if what else ""
+    print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+
+
+def _qemu(given: str | None) -> list[str] | None:
+    """The words that start QEMU: the one given, on PATH, or in the lab's cache, if any.
+
+    Raises UsageError for one that isn't there.
+    """
+    if given is not None:
+        if shutil.which(given) is None:
+            raise UsageError(f"--qemu {given}: no such program")
+        return [given]
+    on_path = shutil.which(QEMU)
+    if on_path is not None:
+        return [on_path]
+    from vmm.lab.machine import Lab
+    from vmm.lab.options import LabOptions
+    from vmm.lab.progress import Silent
+
+    try:
+        return Lab(LabOptions(offline=True), Silent()).packages.qemu(None).command()
+    except HostError:
+        return None
+
+
+def _output(name: str, path: str | None) -> IO[str] | None:
+    """Opened before anything is measured, so that a bad path costs nothing. Raises UsageError."""
+    if path is None:
+        return None
+    try:
+        return open(path, "w")
+    except OSError as error:
+        raise UsageError(f"--{name} {path} cannot be written: {error.strerror}") from error

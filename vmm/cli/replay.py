@@ -1,0 +1,219 @@
+"""`pyvmm replay`: what other policies would have made of a trace's requests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import closing
+from typing import Any
+
+from vmm.cli.output import aligned, printing
+from vmm.cli.parser import Parser, add_policy_options
+from vmm.core.errors import one_line
+from vmm.machine.replay import Refusal, Replay
+from vmm.policy.loader import load_policy
+from vmm.trace.arrays import np
+from vmm.trace.cost import CostModel, Line, Requests, learn, requests_of
+from vmm.trace.layout import DECISIONS, NO_ANSWER, Kind
+from vmm.trace.reader import Trace
+from vmm.trace.states import bytes_over_time, initial_states, state_rows
+from vmm.trace.summary import duration_ns, errno_name
+from vmm.trace.views.tables import Row
+from vmm.trace.views.units import bytes_text, count_text, time_text
+
+Numbers = dict[str, float]
+
+_SHOWN_REFUSALS = 10
+_LISTED_REFUSALS = 1000
+
+
+def parser() -> Parser:
+    """The options of `pyvmm replay`."""
+    made = Parser(
+        prog="pyvmm replay",
+        description="Puts the share and unshare requests of a run with --trace DIR to other "
+        "policies, offline: what they would have refused, put off or joined, and what it would "
+        "have cost by a model learnt from the trace's own latencies. The guest does not react: it "
+        "asks for what it asked for, when it did.",
+        epilog="Without --policy everything is allowed.",
+        allow_abbrev=False,
+    )
+    made.add_argument("trace", metavar="DIR", help="the trace")
+    add_policy_options(made)
+    made.add_argument("--json", action="store_true", help="print JSON, whose keys are stable")
+    made.add_argument("--debug", action="store_true", help="show a traceback for errors")
+    return made
+
+
+def run(arguments: Sequence[str]) -> int:
+    """The whole command; raises UsageError, PolicyError."""
+    options = parser().parse_args(arguments)
+    policies = [load_policy(spec, words) for spec, words in options.policy]
+    with closing(Trace(options.trace)) as trace:
+        requests = requests_of(trace)
+        model = learn(trace, requests)
+        with closing(Replay(trace, requests, policies)) as replay:
+            replay.run(model, duration_ns(trace))
+            found = _found(trace, requests, model, replay)
+    found["policies"] = [[spec, *words] for spec, words in options.policy]
+    with printing():
+        if options.json:
+            print(json.dumps(found, indent=2))
+        else:
+            print("\n".join(map(one_line, _lines(found, model, replay.refused))))
+    return 0
+
+
+def _found(trace: Trace, requests: Requests, model: CostModel, replay: Replay) -> dict[str, Any]:
+    """Everything that is said, JSON-ready."""
+    until = duration_ns(trace)
+    ended = replay.ended
+    return {
+        "trace": str(trace.path),
+        "model": _model_facts(model),
+        "recorded": _recorded(trace, requests, model, until),
+        "replayed": _replayed(replay, until),
+        "ended": None if ended is None else {"s": ended[0], "why": ended[1]},
+        "refused": [refusal._asdict() for refusal in replay.refused[:_LISTED_REFUSALS]],
+        "notes": _notes(trace, replay),
+    }
+
+
+def _model_facts(model: CostModel) -> dict[str, Any]:
+    return {
+        "share": model.share._asdict(),
+        "unshare": model.unshare._asdict(),
+        "nothing_ns": model.nothing,
+        "nothing_requests": model.idle,
+    }
+
+
+def _recorded(trace: Trace, requests: Requests, model: CostModel, until: int) -> Numbers:
+    """What happened, in the terms of the replay; `waited_ns` is what was measured."""
+    rows, changed, late = requests
+    kind, answer = trace["kind"][rows], trace["errno"][rows]
+    decision = trace["decision"][rows]
+    over_time = bytes_over_time(state_rows(trace), initial_states(trace))
+    is_share = kind == Kind.SHARE
+    modelled = sum(
+        line.cost(size)
+        for line, way in ((model.share, is_share), (model.unshare, ~is_share))
+        for size in changed[way & (changed > 0)].tolist()
+    )
+    return {
+        "requests": len(rows),
+        "denied": _count((decision == DECISIONS.index("deny")) | (answer == NO_ANSWER)),
+        "partial": _count((decision == DECISIONS.index("partial")) & (answer != 0)),
+        "invalid": _count(decision == 0),
+        "deferred": _count(decision == DECISIONS.index("defer")),
+        "joined": _count(decision == DECISIONS.index("convert")),
+        "conversions": _count(changed > 0),
+        "converted_bytes": int(changed.sum()),
+        "late_discards": len(late),
+        "shared_bytes_peak": over_time.peak[0],
+        "shared_bytes_mean": round(over_time.mean_shared(until)),
+        "guest_ns": modelled + model.nothing * _count(changed == 0),
+        "host_ns": sum(map(model.late_discard, late.tolist())),
+        "waited_ns": int(trace["latency_ns"][rows].sum(dtype=np.uint64)),
+    }
+
+
+def _count(which: Any) -> int:
+    return int(np.count_nonzero(which))
+
+
+def _replayed(replay: Replay, until: int) -> Numbers:
+    over_time = bytes_over_time(replay.state_rows(), replay.initial)
+    decisions = replay.decisions
+    return {
+        "requests": sum(decisions.values()),
+        "denied": decisions["deny"] + decisions["kill"],
+        "partial": sum(refusal.decision == "partial" for refusal in replay.refused),
+        "invalid": decisions["none"],
+        "deferred": decisions["defer"],
+        "joined": decisions["convert"],
+        "conversions": replay.conversions,
+        "converted_bytes": replay.converted_bytes,
+        "late_discards": replay.late_discards,
+        "shared_bytes_peak": over_time.peak[0],
+        "shared_bytes_mean": round(over_time.mean_shared(until)),
+        "guest_ns": replay.guest_ns,
+        "host_ns": replay.host_ns,
+    }
+
+
+_LABELS = {
+    "requests": ("requests", count_text),
+    "denied": ("  refused by a policy", count_text),
+    "partial": ("  granted in part", count_text),
+    "invalid": ("  invalid", count_text),
+    "deferred": ("  put off", count_text),
+    "joined": ("  joined with others", count_text),
+    "conversions": ("conversions while the guest waits", count_text),
+    "converted_bytes": ("  bytes", bytes_text),
+    "late_discards": ("discards later, by the host", count_text),
+    "shared_bytes_peak": ("shared at most", bytes_text),
+    "shared_bytes_mean": ("shared on average", bytes_text),
+    "guest_ns": ("the guest waits, by the model", time_text),
+    "host_ns": ("the host works besides, by the model", time_text),
+    "waited_ns": ("the guest waited, measured", time_text),
+}
+
+
+def _lines(found: dict[str, Any], model: CostModel, refused: Sequence[Refusal]) -> list[str]:
+    policies = ", ".join(" ".join(words) for words in found["policies"]) or "everything allowed"
+    rows = [Row("", ["recorded", "replayed"])]
+    for key, (label, show) in _LABELS.items():
+        before, after = found["recorded"].get(key), found["replayed"].get(key)
+        if before or after:
+            cells = ["-" if value is None else show(value) for value in (before, after)]
+            change = f"{after / before:.3g}x" if before and after is not None else ""
+            rows.append(Row(label, cells, change))
+    lines = [f"{found['trace']} against {policies}", "", *aligned(rows), ""]
+    lines += ["the model, learnt from this trace:", *_model_lines(model)]
+    if found["ended"] is not None:
+        lines += ["", f"the run would have ended at {found['ended']['s']:.3f} s: "
+                      f"{found['ended']['why']}; what came after is not replayed"]  # fmt: skip
+    lines += ["", f"refused: {count_text(len(refused)) if refused else 'none'}"]
+    for each in refused[:_SHOWN_REFUSALS]:
+        by = f" by {each.by}" if each.by else ""
+        lines.append(
+            f"  {each.time_ns / 1e9:.3f} s  {each.kind} {bytes_text(each.bytes)} at "
+            f"{each.gpa:#x}: {each.decision}{by}, {errno_name(each.errno)}"
+        )
+    if len(refused) > _SHOWN_REFUSALS:
+        lines.append("  ... (--json lists them)")
+    return [*lines, *(f"note: {note}" for note in found["notes"])]
+
+
+def _model_lines(model: CostModel) -> list[str]:
+    if not model.share.requests and not model.unshare.requests:
+        return ["  no conversion was carried out in it: there is nothing to learn costs from"]
+    source = f"median of {model.idle}" if model.idle else "none in the trace: the quickest request"
+    return [
+        f"  share    {_line_text(model.share)}",
+        f"  unshare  {_line_text(model.unshare)}",
+        f"  a request that changes nothing  {time_text(model.nothing)} ({source})",
+    ]
+
+
+def _line_text(line: Line) -> str:
+    slope = f" + {time_text(line.per_byte * 2**20)} per MiB" if line.per_byte else ""
+    return f"{time_text(line.fixed)}{slope} ({line.requests} requests of {line.sizes} lengths)"
+
+
+def _notes(trace: Trace, replay: Replay) -> list[str]:
+    notes = ["the guest does not react to other answers: it asks for what it asked for then"]
+    if replay.failed_on_host:
+        notes.append(
+            f"{replay.failed_on_host} requests failed on the host; here they are taken to succeed"
+        )
+    if replay.residency_asked:
+        notes.append(
+            "a policy asked for residency, which a trace does not have: every page counted as there"
+        )
+    if replay.converter.hooks.asks_about_io:
+        notes.append("on_io was not asked: a trace has requests, not a device's single accesses")
+    if not trace.complete:
+        notes.append("the trace is incomplete: its run was killed, or is still going on")
+    return notes

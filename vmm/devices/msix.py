@@ -1,0 +1,116 @@
+"""MSI-X: a function's table of message interrupts and its pending bits, in a memory BAR.
+
+PCI Local Bus Specification 3.0, 6.8.2. A table entry is four dwords: message address, upper
+address, data, vector control (bit 0: masked). Software accesses whole dwords or quadwords.
+"""
+
+from __future__ import annotations
+
+import struct
+from threading import Lock
+from typing import Protocol
+
+BAR_SIZE = 0x1000
+TABLE, PENDING = 0x000, 0x800  # where the table and the pending bit array are in the BAR
+MAX_VECTORS = (PENDING - TABLE) // 16
+
+CAPABILITY = 0x11
+CONTROL_ENABLE, CONTROL_MASK_ALL = 1 << 15, 1 << 14
+
+_ENTRY = struct.Struct("<QII")
+_VECTOR_CONTROL = 12
+_MASKED = 1
+
+
+class MessageLines(Protocol):
+    """Where messages go. Neither method raises for what a guest can write."""
+
+    def route(self, vector: int, address: int, data: int) -> None:
+        """From now on the vector's message is a write of `data` to `address`."""
+        ...
+
+    def signal(self, vector: int) -> None:
+        """Send the vector's message; dropped while it has no route."""
+        ...
+
+
+class MsixTable:
+    """The registers of one function, as a device on the memory bus.
+
+    A vector whose message is held back, by its own mask or the function's, becomes pending, and
+    its message is sent when it can be.
+    """
+
+    def __init__(self, vectors: int, lines: MessageLines) -> None:
+        """Raises ValueError for more vectors than the BAR has room for."""
+        if not 0 < vectors <= MAX_VECTORS:
+            raise ValueError(f"{vectors} MSI-X vectors; 1 to {MAX_VECTORS} fit into the BAR")
+        self.vectors = vectors
+        self._lines = lines
+        self._table = bytearray(16 * vectors)
+        for vector in range(vectors):
+            self._table[16 * vector + _VECTOR_CONTROL] = _MASKED  # 6.8.2.9: the reset state
+        self._routes: list[tuple[int, int] | None] = [None] * vectors
+        self._pending = 0
+        self._masked_all = False
+        self.enabled = False
+        """Whether the function interrupts by messages, and not by INTx."""
+        self._lock = Lock()
+
+    def capability(self, bar: int) -> bytes:
+        """The capability's body, for the table in BAR `bar`: control, table, pending bits."""
+        return struct.pack("<HII", self.vectors - 1, TABLE | bar, PENDING | bar)
+
+    def control(self, value: int) -> None:
+        """The capability's message control register now holds `value`."""
+        with self._lock:
+            self.enabled = bool(value & CONTROL_ENABLE)
+            self._masked_all = bool(value & CONTROL_MASK_ALL)
+            for vector in range(self.vectors):
+                self._settle(vector)
+
+    def interrupt(self, vector: int) -> None:
+        """The function has something to tell by that vector; unknown ones are dropped."""
+        if vector >= self.vectors:
+            return
+        with self._lock:
+            self._pending |= 1 << vector
+            self._settle(vector)
+
+    def forget_pending(self) -> None:
+        """The function was reset: what it had to tell is nobody's business any more."""
+        with self._lock:
+            self._pending = 0
+
+    # --- the BAR ---
+
+    def read(self, offset: int, size: int) -> int:
+        """`size` bytes (1 to 8) at `offset`; what is neither table nor pending bits is zero."""
+        with self._lock:
+            if offset < PENDING:
+                data = bytes(self._table[offset : offset + size])
+            else:
+                bits = self._pending.to_bytes((MAX_VECTORS + 7) // 8, "little")
+                data = bits[offset - PENDING : offset - PENDING + size]
+        return int.from_bytes(data, "little")
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """Aligned dwords and quadwords inside the table; anything else is dropped."""
+        if size not in (4, 8) or offset % size or offset + size > len(self._table):
+            return
+        with self._lock:
+            self._table[offset : offset + size] = value.to_bytes(size, "little")
+            self._settle(offset // 16)
+
+    def _settle(self, vector: int) -> None:
+        """Route a live vector's message to where the table says, and send it if it is pending;
+        lock held."""
+        address, data, control = _ENTRY.unpack_from(self._table, 16 * vector)
+        if not self.enabled or self._masked_all or control & _MASKED:
+            return
+        if self._routes[vector] != (address, data):
+            self._lines.route(vector, address, data)
+            self._routes[vector] = (address, data)
+        if self._pending & 1 << vector:
+            self._pending &= ~(1 << vector)
+            self._lines.signal(vector)

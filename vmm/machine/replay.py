@@ -1,0 +1,227 @@
+"""A trace's requests against other policies: the converter that runs guests, over memory that is
+only a model. No KVM, no guest.
+
+What is replayed is what the guest asked for, when it asked: it does not react to other answers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from vmm.conversion.observer import Answered
+from vmm.conversion.schemes.plain import PlainScheme
+from vmm.conversion.transaction import Converter
+from vmm.core.errors import UsageError
+from vmm.core.events import ConversionRequest, Kind
+from vmm.core.ranges import PAGE_SIZE, Range
+from vmm.memory.backings.memfd import MemfdBacking
+from vmm.memory.guest_memory import GuestMemory, PageState
+from vmm.policy import End, Policy, PolicyKill
+from vmm.trace.arrays import np
+from vmm.trace.cost import CostModel, Requests
+from vmm.trace.layout import DECISIONS
+from vmm.trace.layout import Kind as Traced
+from vmm.trace.reader import Trace
+from vmm.trace.states import STATES, StateRows, initial_states
+
+_BATCH = 1 << 14
+_CARRIED_OUT = [DECISIONS.index(word) for word in ("allow", "defer", "convert")]
+
+
+class ModelBacking(MemfdBacking):
+    """A side of memory that holds nothing. Every page is taken to be there, as no trace says which
+    are."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size, "replay")
+        self.memory: GuestMemory | None = None
+        self.state = PageState.SHARED
+        self.asked = False
+        """Whether a policy wanted to know the residency."""
+
+    def punch(self, offset: int, size: int) -> None:
+        """There is nothing to give back."""
+
+    def resident_bytes(self, offset: int = 0, size: int = 0) -> int:
+        self.asked = True
+        return 0 if self.memory is None else self.memory.bytes_in(self.state)
+
+
+class Refusal(NamedTuple):
+    """A request that the guest would not have got; times in ns since the guest's start."""
+
+    time_ns: int
+    kind: str
+    gpa: int
+    bytes: int
+    decision: str
+    by: str | None
+    """The policy that had it so; None for what is invalid."""
+    errno: int
+
+
+class Replay:
+    """One pass of a trace's requests through policies; `run` may be called once."""
+
+    def __init__(self, trace: Trace, requests: Requests, policies: Sequence[Policy]) -> None:
+        """Raises UsageError for a trace that doesn't say what memory its guest had."""
+        initial = initial_states(trace)
+        if not any(state for _, _, state in initial):
+            raise UsageError(
+                f"{trace.path} does not say how the guest's memory began: it ended before the "
+                "guest ran, and there is nothing to replay"
+            )
+        self.initial = initial
+        self._trace = trace
+        self._requests = requests
+        self._now = 0.0
+        self._wake = math.inf
+        self._memory = _model_memory(initial)
+        self.converter = Converter(
+            self._memory,
+            PlainScheme(),
+            *policies,
+            clock=lambda: self._now,
+            wake_at=self._wake_at,
+            observer=self,
+        )
+        self.refused: list[Refusal] = []
+        self.decisions = dict.fromkeys(DECISIONS, 0)
+        self.changes: list[tuple[int, int, int, int]] = []
+        """(time in ns, gpa, bytes, state) of every change."""
+        self.conversions = 0
+        self.converted_bytes = 0
+        self.late_discards = 0
+        self.late_bytes = 0
+        self.guest_ns = 0.0
+        """What the guest would have waited, by the model."""
+        self.host_ns = 0.0
+        """What late discards would have cost besides."""
+        self.ended: tuple[float, str] | None = None
+        """When (s) and why a policy would have ended the run."""
+        self._model: CostModel | None = None
+        self._changed = 0
+        self._settling = False
+
+    # -- the converter's side -----------------------------------------------------------------
+
+    def _wake_at(self, due: float) -> None:
+        self._wake = due
+
+    def answered(self, what: Answered) -> None:
+        """Part of being a ConversionObserver."""
+        request, decision, by, answer, _ = what
+        word = "none" if decision is None else type(decision).__name__.lower()
+        self.decisions[word] += 1
+        if answer:
+            size = request.pages * PAGE_SIZE
+            now = round(self._now * 1e9)
+            kind = request.kind.value
+            self.refused.append(Refusal(now, kind, request.gpa, size, word, by, -answer))
+        assert self._model is not None
+        if self._changed:
+            self.conversions += 1
+            self.converted_bytes += self._changed
+            line = self._model.share if request.kind is Kind.SHARE else self._model.unshare
+            self.guest_ns += line.cost(self._changed)
+        else:
+            self.guest_ns += self._model.nothing
+
+    def changed(self, areas: Sequence[Range], state: PageState, began: int) -> None:
+        """Part of being a ConversionObserver."""
+        now, number = round(self._now * 1e9), STATES.index(state.value)
+        self.changes += [(now, area.start, area.size, number) for area in areas]
+        size = sum(area.size for area in areas)
+        if self._settling:
+            assert self._model is not None
+            self.late_discards += len(areas)
+            self.late_bytes += size
+            self.host_ns += self._model.late_discard(size)
+        elif state is not PageState.DEFERRED:  # what is put off costs the guest nothing
+            self._changed += size
+
+    # -- the replay ---------------------------------------------------------------------------
+
+    def run(self, model: CostModel, until_ns: int) -> None:
+        """Replay everything, and what falls due up to `until_ns`. Raises PolicyError."""
+        self._model = model
+        hooks, view = self.converter.hooks, self.converter.view
+        try:
+            hooks.boot(view)
+            for at, request in self._recorded():
+                self._settle_until(at)
+                # A vCPU that waited for another's conversion came before it.
+                self._now = max(self._now, at)
+                self._changed = 0
+                self.converter.convert(request)
+            self._settle_until(until_ns / 1e9)
+        except PolicyKill as kill:
+            self.ended = (self._now, str(kill))
+        told = self._trace.facts.get("guest") or {}
+        hooks.exit(End(str(told.get("exit")), str(told.get("reason"))), view)
+
+    def _settle_until(self, limit: float) -> None:
+        """Carry out late discards when they are due, as the event loop's timer does."""
+        while self._wake <= limit:
+            self._now, self._wake = max(self._now, self._wake), math.inf
+            self._settling = True
+            self.converter.settle()
+            self._settling = False
+
+    def _recorded(self) -> Any:
+        """(seconds, request) in the order in which the converter took them."""
+        trace, rows = self._trace, self._requests.rows
+        none = DECISIONS.index("none")
+        names = ("time_ns", "kind", "gpa", "bytes", "vcpu", "detail", "decision")
+        for start in range(0, len(rows), _BATCH):
+            columns = [trace[name][rows[start : start + _BATCH]].tolist() for name in names]
+            for at, kind, gpa, size, vcpu, detail, decision in zip(*columns, strict=True):
+                way = Kind.SHARE if kind == Traced.SHARE else Kind.UNSHARE
+                doorbell = trace.name(detail & 0xFFFF)
+                # What was invalid stays so, whatever it was: attribute bits are not recorded.
+                invalid = int(decision == none)
+                yield (
+                    at / 1e9,
+                    ConversionRequest(way, gpa, size // PAGE_SIZE, vcpu, doorbell, invalid),
+                )
+
+    def state_rows(self) -> StateRows:
+        """The changes in the form in which a trace has them."""
+        rows = np.array(self.changes, np.uint64).reshape(len(self.changes), 4)
+        time, gpa, size, state = rows.T
+        return StateRows(time, time, gpa, size, state)
+
+    @property
+    def failed_on_host(self) -> int:
+        """Requests that the policies had allowed, and a step failed."""
+        rows = self._requests.rows
+        allowed = np.isin(self._trace["decision"][rows], _CARRIED_OUT)
+        return int(np.count_nonzero(allowed & (self._trace["errno"][rows] != 0)))
+
+    @property
+    def residency_asked(self) -> bool:
+        """Whether a policy asked for what the model has no answer to."""
+        sides = (self._memory.shared, self._memory.private)
+        return any(isinstance(side, ModelBacking) and side.asked for side in sides)
+
+    def close(self) -> None:
+        self._memory.close()
+
+
+def _model_memory(initial: Sequence[tuple[int, int, int]]) -> GuestMemory:
+    ram = [Range(gpa, size) for gpa, size, state in sorted(initial) if state]
+    joined: list[Range] = []
+    for area in ram:
+        if joined and joined[-1].end == area.start:
+            joined[-1] = Range(joined[-1].start, joined[-1].size + area.size)
+        else:
+            joined.append(area)
+    private = [Range(gpa, size) for gpa, size, state in initial if STATES[state] == "private"]
+    size = joined[-1].end
+    shared_side, private_side = ModelBacking(size), ModelBacking(size)
+    memory = GuestMemory(joined, shared_side, private_side, private)
+    private_side.state = PageState.PRIVATE
+    shared_side.memory = private_side.memory = memory
+    return memory
