@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvm_bindings import KvmError, System, Vm, ioctls
 from vmm.arch.x86_64.cpuid import choose_c_bit
 from vmm.conversion.scheme import Scheme
-from vmm.conversion.schemes.remap import Parking
 from vmm.core.errors import HostError
 from vmm.core.ranges import PAGE_SIZE
 from vmm.machine.matrix import (
@@ -23,6 +22,9 @@ from vmm.machine.matrix import (
 )
 from vmm.memory.backing import Backing
 from vmm.memory.backings.memfd import MemfdBacking
+
+if TYPE_CHECKING:
+    from vmm.conversion.schemes.remap import Parking
 
 _LABEL = "pyvmm-private"
 _MMAP, _INIT_SHARED = ioctls.GUEST_MEMFD_FLAG_MMAP, ioctls.GUEST_MEMFD_FLAG_INIT_SHARED
