@@ -18,18 +18,18 @@ from vmm.devices.bus import MemoryBus, PortBus
 from vmm.devices.msix import MAX_VECTORS, MsixTable
 from vmm.devices.pci import PciBus, host_bridge
 from vmm.devices.serial16550 import Serial16550
-from vmm.devices.virtio.device import DeviceObserver, VirtioDevice
-from vmm.devices.virtio.device import GuestMemory as GuestMemoryOfDevice
-from vmm.devices.virtio.pci_transport import VirtioPciTransport
-from vmm.devices.virtio.queue import SplitQueue
 from vmm.machine.console import Console
-from vmm.machine.doorbell import Doorbell, ThreadedDoorbell
 from vmm.machine.interrupts import EdgeLine, LevelLine, MessageRoutes, MsixMessages
-from vmm.memory.engines import Engine, make_engine
 from vmm.memory.guest_memory import GuestMemory
 
 if TYPE_CHECKING:
+    from vmm.devices.virtio.device import DeviceObserver, VirtioDevice
+    from vmm.devices.virtio.device import GuestMemory as GuestMemoryOfDevice
+    from vmm.devices.virtio.pci_transport import VirtioPciTransport
+    from vmm.devices.virtio.queue import SplitQueue
     from vmm.devices.virtio.watched import Announce
+    from vmm.machine.doorbell import Doorbell
+    from vmm.memory.engines import Engine
 
 
 def _can_use_messages(vm: Vm, memory: GuestMemory) -> bool:
@@ -108,6 +108,10 @@ class Devices:
             self._add_virtio(slot, name, device)
 
     def _add_virtio(self, slot: int, name: str, device: VirtioDevice) -> None:
+        # A machine without devices starts sooner.
+        from vmm.devices.virtio.pci_transport import VirtioPciTransport
+        from vmm.machine.doorbell import Doorbell, ThreadedDoorbell
+
         gsi = layout.pci_intx_gsi(slot)
         line = self._level_line(gsi)
         kind = ThreadedDoorbell if device.concurrent else Doorbell
@@ -148,8 +152,12 @@ class Devices:
         self, device: str, engine_name: str | None
     ) -> tuple[GuestMemoryOfDevice, Callable[..., SplitQueue]]:
         """Guest memory as `device` gets to see it, and what makes its queues."""
+        from vmm.devices.virtio.queue import SplitQueue
+
         memory: GuestMemoryOfDevice = self._memory
         if engine_name is not None:
+            from vmm.memory.engines import make_engine
+
             engine = make_engine(engine_name, self._memory.shared)
             self._opened.callback(engine.close)
             self._engines[device] = engine
@@ -168,11 +176,14 @@ class Devices:
             self._opened.callback(self._lines[gsi].close)
         return self._lines[gsi]
 
-    def hold(self) -> ExitStack:
-        """Until what is returned is closed, by this thread, devices leave guest memory alone."""
+    def hold(self, timeout: float) -> ExitStack:
+        """Until what is returned is closed, by this thread, devices leave guest memory alone.
+
+        Raises TimeoutError when one takes longer to come to rest (seconds).
+        """
         with ExitStack() as held:
             for transport in self._transports:
-                held.enter_context(transport.held())
+                held.enter_context(transport.held(timeout))
             return held.pop_all()
 
     def end(self, timeout: float) -> bool:
