@@ -125,6 +125,7 @@ class HostileDriver:
         self._places = [0] * self._queues
         # How often a move breaks a rule in this life: some get far, some not beyond hello.
         self._harm = 0.0
+        self.kicks = 0.7  # how often a chain is served at once
         self._work: list[Callable[[], None]] = [self._offer, self._offer, self._notify,
                                                 self._at_the_host]  # fmt: skip
         self._mischief: list[Callable[[], None]] = [
@@ -147,6 +148,13 @@ class HostileDriver:
                 self._bring_up()
         self.machine.settle()
         self.memory.check()
+
+    def leave_work(self, chains: int) -> None:
+        """A new driver that does no harm, and requests that nobody was told of."""
+        self._harm = self.kicks = 0.0
+        self._bring_up()
+        for _ in range(chains):
+            self._offer()
 
     # --- moves ---
 
@@ -257,7 +265,7 @@ class HostileDriver:
         slot = avail + 4 + 2 * (available % self._size)
         self.memory.poke(struct.pack("<H", head), slot)
         self.memory.poke(struct.pack("<HH", flags, (available + 1) & 0xFFFF), avail)
-        if rng.random() < 0.7:
+        if rng.random() < self.kicks:
             self.machine.driver.notify(index)
             self.machine.settle()
 

@@ -12,6 +12,7 @@ import os
 import random
 import socket
 import struct
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -380,3 +381,57 @@ def test_device_that_reads_private_pages_would_be_found(
                     driver.episode(STEPS)
                     assert CANARY[2:8] not in target.came_out(), "private memory came out"
     assert "private" in str(caught.value) or "past RAM" in str(caught.value)
+
+
+def test_queues_served_by_threads_survive_resets_and_conversions(
+    fuzz_seed: int, fuzz_factor: int, tmp_path: Path
+) -> None:
+    """A device that reads as reset touches guest memory no more, whichever thread was at it."""
+    rng = random.Random(f"threads {fuzz_seed}")
+    failures: list[BaseException] = []
+    is_down = stopping = False
+    at_it = threading.Event()
+    rings, done = [threading.Semaphore(0) for _ in range(4)], threading.Semaphore(0)
+    with attacked("blk-mq", rng, tmp_path) as (target, driver):
+        transport, memory = driver.machine.transport, driver.memory
+        enter = memory.guest._enter
+
+        def watched_enter(gpa: int, size: int) -> None:
+            at_it.set()
+            if is_down:
+                failures.append(AssertionError(f"access to {gpa:#x} after a reset"))
+            enter(gpa, size)
+
+        memory.guest._enter = watched_enter  # type: ignore[method-assign]
+
+        def serve(queue: int) -> None:
+            while rings[queue].acquire() and not stopping:
+                try:
+                    transport.notify(queue)
+                except BaseException as error:
+                    failures.append(error)
+                done.release()
+
+        threads = [threading.Thread(target=serve, args=(queue,)) for queue in range(4)]
+        for thread in threads:
+            thread.start()
+        for _ in range(50 * fuzz_factor):
+            driver.leave_work(30)
+            driver.memory.convert(rng.randrange(32, 64))
+            at_it.clear()
+            for ring in rings:
+                ring.release()
+            assert at_it.wait(30)  # a thread is in the middle of something
+            driver.machine.driver.status = 0
+            is_down = True
+            for _ in rings:
+                assert done.acquire(timeout=30)
+            is_down = False
+        stopping = True
+        for ring in rings:
+            ring.release()
+        for thread in threads:
+            thread.join()
+        assert not failures, f"PYVMM_FUZZ_SEED={fuzz_seed}: {failures[0]!r}"
+        assert driver.machine.device.statistics.requests > 5
+        assert CANARY not in target.came_out()

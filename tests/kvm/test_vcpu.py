@@ -194,3 +194,17 @@ def test_pre_fault_brings_the_pages_into_being(kvm: System) -> None:
 
         assert fdops.cached_pages(guest.memfd) == before + 3
         assert guest.run() == HltExit()
+
+
+def test_guest_with_a_kvmclock_is_told_that_it_was_stopped(kvm: System) -> None:
+    kvmclock, clock_at, guest_stopped = 0x4B56_4D01, 0x3000, 1 << 1
+    with TinyGuest(kvm, HLT) as guest:
+        guest.vcpu.set_cpuid2(kvm.supported_cpuid())
+        assert not guest.vcpu.kvmclock_ctrl()
+
+        guest.vcpu.set_msrs({kvmclock: clock_at | 1})
+
+        assert guest.vcpu.kvmclock_ctrl()
+        guest.run()
+        flags = guest.pread(1, clock_at + 29)[0]  # struct pvclock_vcpu_time_info, msr.rst
+        assert flags & guest_stopped

@@ -20,6 +20,7 @@ class FakeOperations:
     def __init__(self) -> None:
         self.calls: list[object] = []
         self.answer = 0
+        self.can_pause = True
         self.pages = [[4096 * n, 4096, "private"] for n in range(3)]
 
     def status(self) -> Any:
@@ -28,8 +29,9 @@ class FakeOperations:
     def dump_state(self) -> dict[str, Any]:
         return {"pages": self.pages}
 
-    def pause(self) -> None:
+    def pause(self) -> bool:
         self.calls.append("pause")
+        return self.can_pause
 
     def resume(self) -> None:
         self.calls.append("resume")

@@ -89,8 +89,10 @@ class VcpuGroup:
             if not self._paused:
                 return
             self._paused = False
-        self._tell_stopped()
-        self._release()
+        try:
+            self._tell_stopped()
+        finally:
+            self._release()
 
     def process_continued(self) -> None:
         """The whole process was stopped by a signal, and its vCPUs with it."""

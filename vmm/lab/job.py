@@ -104,6 +104,9 @@ def _take(job: Job, option: str, value: str, outputs: Sequence[str]) -> str:
     if option in outputs:
         job.outputs.append(_absolute(job, value))
         return value
+    if option == "--console" and value.startswith("file="):
+        job.outputs.append(_absolute(job, value.removeprefix("file=").split(",")[0]))
+        return value
     if option in _INPUT_OPTIONS:
         path = _absolute(job, value)
         if not path.exists():

@@ -82,7 +82,8 @@ class ControlSocket:
             case "dump-state":
                 return operations.dump_state()
             case "pause":
-                operations.pause()
+                if not operations.pause():
+                    raise BadRequest("a device does not come to rest; the guest runs on")
             case "resume":
                 operations.resume()
             case "convert":

@@ -176,11 +176,14 @@ class Devices:
             self._opened.callback(self._lines[gsi].close)
         return self._lines[gsi]
 
-    def hold(self) -> ExitStack:
-        """Until what is returned is closed, by this thread, devices leave guest memory alone."""
+    def hold(self, timeout: float) -> ExitStack:
+        """Until what is returned is closed, by this thread, devices leave guest memory alone.
+
+        Raises TimeoutError when one takes longer to come to rest (seconds).
+        """
         with ExitStack() as held:
             for transport in self._transports:
-                held.enter_context(transport.held())
+                held.enter_context(transport.held(timeout))
             return held.pop_all()
 
     def end(self, timeout: float) -> bool:

@@ -91,6 +91,7 @@ class MsixMessages:
         self._routes = routes
         self._eventfds: dict[int, int] = {}
         self._gsis: dict[int, int] = {}
+        self._told = False
         self._opened = ExitStack()
         self.close = self._opened.close
 
@@ -104,7 +105,9 @@ class MsixMessages:
                 self._vm.irqfd(eventfd, gsi)
                 self._eventfds[vector] = eventfd
         except OSError as error:  # KvmError is one
-            tell(f"interrupt message {vector} of a PCI function is lost: {error}")
+            if not self._told:  # the guest may make it happen as often as it likes
+                tell(f"interrupt message {vector} of a PCI function is lost: {error}")
+            self._told = True
 
     def signal(self, vector: int) -> None:
         """Send the vector's message; dropped while it has none."""

@@ -14,11 +14,14 @@ from vmm.exits.outcome import QUIT, Outcome
 from vmm.exits.vcpu_group import VcpuGroup
 from vmm.memory.guest_memory import GuestMemory, PageState
 
+REST_SECONDS = 5.0
+"""How long each device may take to finish what it is doing, when the guest is paused."""
+
 
 class HeldDevices(Protocol):
     """The machine's devices, as far as operations need them."""
 
-    def hold(self) -> ExitStack: ...
+    def hold(self, timeout: float) -> ExitStack: ...
     def io_statistics(self) -> dict[str, dict[str, Any]]: ...
 
 
@@ -88,13 +91,21 @@ class Operations:
                 "exits": [dict(runner.exit_counts) for runner in self._vcpus.runners],
             }
 
-    def pause(self) -> None:
-        """The guest stands still: vCPUs are out of it, devices don't touch its memory."""
+    def pause(self) -> bool:
+        """The guest stands still: vCPUs are out of it, devices don't touch its memory.
+
+        False, and it runs on, where a device does not come to rest: a disk may hang.
+        """
         if self._held is None:
             self._vcpus.pause()
+            try:
+                self._held = self._devices.hold(REST_SECONDS)
+            except TimeoutError:
+                self._vcpus.resume()
+                return False
             # Else what waits for them, a tap's packets perhaps, would be reported again and again.
             self._loop.hold()
-            self._held = self._devices.hold()
+        return True
 
     def resume(self) -> None:
         """The guest goes on, and is served what came meanwhile; nothing where it wasn't paused."""

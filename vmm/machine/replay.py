@@ -152,7 +152,8 @@ class Replay:
             hooks.boot(view)
             for at, request in self._recorded():
                 self._settle_until(at)
-                self._now = at
+                # A vCPU that waited for another's conversion came before it.
+                self._now = max(self._now, at)
                 self._changed = 0
                 self.converter.convert(request)
             self._settle_until(until_ns / 1e9)
@@ -170,9 +171,8 @@ class Replay:
             self._settling = False
 
     def _recorded(self) -> Any:
-        """(seconds, request) in the order in which the guest asked."""
+        """(seconds, request) in the order in which the converter took them."""
         trace, rows = self._trace, self._requests.rows
-        rows = rows[np.argsort(trace["time_ns"][rows], kind="stable")]
         none = DECISIONS.index("none")
         names = ("time_ns", "kind", "gpa", "bytes", "vcpu", "detail", "decision")
         for start in range(0, len(rows), _BATCH):

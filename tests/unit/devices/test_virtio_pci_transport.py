@@ -401,7 +401,7 @@ def test_transport_that_is_held_serves_nothing_until_it_is_released(machine: Dis
         machine.transport.notify(0)
 
     loop = Thread(target=serve)
-    with machine.transport.held():
+    with machine.transport.held(10):
         calls = machine.memory.calls.copy()
         loop.start()
         assert started.wait(10)
@@ -411,6 +411,32 @@ def test_transport_that_is_held_serves_nothing_until_it_is_released(machine: Dis
         assert machine.memory.calls == calls
     loop.join(10)
 
+    assert machine.memory.peek(1, status)[0] == S_OK
+
+
+def test_transport_that_takes_too_long_is_not_held(machine: DiskMachine) -> None:
+    queue = machine.up()
+    pieces, status = machine.request(T_IN, 0, Piece(DATA, 512, True))
+    queue.offer(queue.chain(pieces))
+    moving, go_on = Event(), Event()
+
+    def pause(verb: str, _gpa: int) -> None:
+        if verb == "transfer_in":
+            moving.set()
+            assert go_on.wait(10)
+
+    machine.memory.before = pause
+    loop = Thread(target=machine.transport.notify, args=(0,))
+    loop.start()
+    assert moving.wait(10)
+
+    with pytest.raises(TimeoutError), machine.transport.held(0.001):
+        raise AssertionError("held though it is at work")
+
+    machine.driver.isr()
+    assert machine.driver.status  # the lock of the registers is free again
+    go_on.set()
+    loop.join(10)
     assert machine.memory.peek(1, status)[0] == S_OK
 
 
@@ -429,7 +455,7 @@ def test_transport_is_held_only_when_what_it_serves_is_done(machine: DiskMachine
 
     def hold() -> None:
         go_on.set()
-        with machine.transport.held():
+        with machine.transport.held(10):
             order.append("held")
 
     machine.memory.before = pause

@@ -10,7 +10,7 @@ from typing import cast
 
 import pytest
 
-from kvm_bindings import Vcpu
+from kvm_bindings import KvmError, Vcpu
 from kvm_bindings.exits import Exit, HypercallExit, InterruptedExit, IoExit, ShutdownExit
 from tests.support.fake_vcpu import FakeVcpu, Rig
 from vmm.exits.outcome import Outcome
@@ -382,3 +382,20 @@ def test_resumed_and_continued_guests_are_told_that_they_were_stopped(guest: Gue
     assert [vcpu.told_stopped for vcpu in vcpus] == [2, 2]
     for vcpu in vcpus:
         assert vcpu.entered.acquire(timeout=SECONDS)
+
+
+def test_guest_that_cannot_be_told_is_resumed_all_the_same(guest: Guest) -> None:
+    class Deaf(WatchedVcpu):
+        def kvmclock_ctrl(self) -> bool:
+            raise KvmError("KVM_KVMCLOCK_CTRL", errno.EIO)
+
+    vcpu = Deaf()
+    guest.add(vcpu)
+    guest.group.start()
+    vcpu.wait_until_idle()
+    guest.group.pause()
+
+    with pytest.raises(KvmError):
+        guest.group.resume()
+
+    assert vcpu.entered.acquire(timeout=SECONDS)

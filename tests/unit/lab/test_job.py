@@ -66,6 +66,15 @@ def test_report_and_trace_come_back_and_are_not_taken_along(files: Path) -> None
     assert job.inputs == []
 
 
+def test_console_output_comes_back(files: Path) -> None:
+    words = ["--console", "file=out,name=x", "--console=pty"]
+
+    job = job_from_arguments(words, files)
+
+    assert job.words == words
+    assert job.outputs == [files / "out"]
+
+
 def test_programs_words_are_left_alone_but_for_their_files(files: Path) -> None:
     words = ["cat", "kernel", "--disk", "disk.img", "--trace", "--x=initrd"]
 

@@ -73,6 +73,14 @@ def test_refused_conversion_names_the_errno(server: Server) -> None:
     assert answer == {"ok": False, "error": "unshare [0x0, 0x1000): EACCES"}
 
 
+def test_pause_that_a_device_keeps_from_happening_is_said(server: Server) -> None:
+    server.operations.can_pause = False
+
+    (answer,) = server.ask(line("pause"))
+
+    assert answer["ok"] is False and "runs on" in answer["error"]
+
+
 # -- clients that don't mean well -----------------------------------------------------------------
 
 NONSENSE = [

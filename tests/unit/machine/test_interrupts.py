@@ -164,6 +164,7 @@ def test_message_that_kvm_refuses_leaves_the_old_one_and_says_so(
 
     messages[0].route(0, 0xFEE0_1000, 0x42)
     messages[1].route(3, 0xFEE0_1000, 0x42)
+    messages[1].route(3, 0xFEE0_1000, 0x43)
     vm.refuses = False
     messages[1].route(2, 0xFEE0_3000, 0x44)
 

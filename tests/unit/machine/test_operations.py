@@ -21,8 +21,11 @@ class FakeDevices:
     def __init__(self, vcpus: VcpuGroup) -> None:
         self.vcpus = vcpus
         self.log: list[str] = []
+        self.busy = False
 
-    def hold(self) -> ExitStack:
+    def hold(self, timeout: float) -> ExitStack:
+        if self.busy:
+            raise TimeoutError
         self.log.append(f"held, vCPUs paused: {self.vcpus.paused}")
         stack = ExitStack()
         stack.callback(lambda: self.log.append(f"released, vCPUs paused: {self.vcpus.paused}"))
@@ -67,6 +70,16 @@ def test_devices_are_held_while_no_vcpu_is_in_the_guest_and_only_once(bench: Ben
     assert bench.devices.log == ["held, vCPUs paused: True", "released, vCPUs paused: True"]
     assert not bench.vcpus.paused
     assert bench.operations.status().state == "running"
+
+
+def test_guest_runs_on_where_a_device_does_not_come_to_rest(bench: Bench) -> None:
+    bench.devices.busy = True
+    assert not bench.operations.pause()
+    assert not bench.vcpus.paused
+
+    bench.devices.busy = False
+    assert bench.operations.pause()
+    bench.operations.resume()
 
 
 def test_status_counts_conversions_and_states(bench: Bench) -> None:

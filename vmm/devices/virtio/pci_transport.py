@@ -177,13 +177,15 @@ class VirtioPciTransport:
             self._ring(queue_index)
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self, timeout: float) -> Iterator[None]:
         """Within the block the device touches no guest memory; whoever wants something of it
-        waits. The calling thread must not serve it meanwhile."""
+        waits. The calling thread must not serve it meanwhile. Raises TimeoutError when what is
+        under way takes longer than `timeout` (seconds)."""
         with ExitStack() as locks:
-            locks.enter_context(self._lock)
-            for active in self._started:
-                locks.enter_context(active.lock)
+            for lock in (self._lock, *(active.lock for active in self._started)):
+                if not lock.acquire(timeout=timeout):
+                    raise TimeoutError
+                locks.callback(lock.release)
             yield
 
     def config_changed(self) -> None:
