@@ -7,6 +7,7 @@ everywhere; the only addresses are those of buffers that the caller owns.
 
 from __future__ import annotations
 
+import os
 import struct
 
 from kvm_bindings._kvm import ffi, lib
@@ -59,7 +60,7 @@ def move_many(
 
     Moves of `splice_from` bytes or more go through `pipe` (read end, write end) inside the
     kernel, the others through `buffer`. The number of bytes, short at the source's end.
-    Raises KvmError: the pipe may hold bytes then.
+    Raises OSError: the pipe may hold bytes then.
     """
     table = struct.pack(f"{len(moves)}Q", *moves)
     moved = int(
@@ -75,5 +76,5 @@ def move_many(
         )
     )
     if moved < 0:
-        fail("copy", moved, f"{source=}, {target=}, {len(moves) // 3} moves")
+        raise OSError(-moved, f"copying from {source=} to {target=}: {os.strerror(-moved)}")
     return moved

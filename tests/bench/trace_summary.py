@@ -101,7 +101,7 @@ def main() -> None:
         folder = options.keep or Path(made) / "trace"
         write_trace(folder, options.events)
         page = str(Path(made) / "page.html")
-        for name, words in (("text", ()), ("JSON", ("--json",))):
+        for name, words in (("text", ()), ("JSON", ("--json",)), ("page", ("--html", page))):
             seconds, mib = measure(folder, *words)
             size = f", {os.path.getsize(page) / 1e6:.1f} MB" if words[:1] == ("--html",) else ""
             print(f"{options.events:,} events, {name}: {seconds:.1f} s, {mib:.0f} MiB{size}")

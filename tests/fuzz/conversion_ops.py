@@ -62,11 +62,18 @@ class HostWrite(NamedTuple):
     word: int
 
 
+class Peek(NamedTuple):
+    """The host reads any bytes, from `start` past the first page's; RAM or not."""
+
+    start: int
+    size: int
+
+
 class Look(NamedTuple):
     """States and residency."""
 
 
-Op = Convert | Fault | Settle | GuestRead | GuestWrite | HostRead | HostWrite | Look
+Op = Convert | Fault | Settle | GuestRead | GuestWrite | HostRead | HostWrite | Peek | Look
 Program = list[Op]
 
 
@@ -79,7 +86,10 @@ def _random_op(chance: random.Random) -> Op:
     first = chance.randrange(PAGES)
     count = chance.randint(1, min(6, PAGES - first))
     word = chance.getrandbits(63) | 1
-    match chance.randrange(21):
+    match chance.randrange(22):
+        case 21:
+            start = page_edge(chance, first)
+            return Peek(start, chance.choice((0, 1, 8, PAGE_SIZE, chance.randrange(3 * PAGE_SIZE))))
         case 20:
             return Fault(chance.choice((SHARE, UNSHARE)), first)
         case 0 | 1 | 2 | 3 | 4 | 5 | 6:
@@ -95,6 +105,12 @@ def _random_op(chance: random.Random) -> Op:
         case 17 | 18:
             return HostWrite(first, count, word)
     return Look()
+
+
+def page_edge(chance: random.Random, page: int) -> int:
+    """An offset at, before or behind a page's start, or somewhere in it."""
+    within = chance.choice((0, -1, -8, 1, PAGE_SIZE - 8, chance.randrange(PAGE_SIZE)))
+    return page * PAGE_SIZE + within
 
 
 def _random_conversion(chance: random.Random, first: int, count: int) -> Convert:

@@ -13,7 +13,7 @@ from tests.fuzz import conversion_ops as ops
 from tests.fuzz.reference import SHARE, Reference, Request, Side
 from tests.support.fake_platform import FakePlatform
 from vmm.conversion.transaction import FRUITLESS_FAULTS
-from vmm.core.errors import PrivateAccess
+from vmm.core.errors import PrivateAccess, UnmappedAccess
 from vmm.core.events import Kind
 from vmm.core.ranges import PAGE_SIZE, Range
 from vmm.memory.backing import Backing
@@ -135,6 +135,8 @@ class World:
                 return self._host_read(first, count)
             case ops.HostWrite(first, count, word):
                 return self._host_write(first, count, word)
+            case ops.Peek(start, size):
+                return self._peek(start, size)
         return self._look()
 
     # -- conversions --------------------------------------------------------------------------
@@ -259,6 +261,31 @@ class World:
         for each in self.reference.pages[first : first + count]:
             each.shared.touch(word)
         return "written"
+
+    def _peek(self, start: int, size: int) -> str:
+        """Any bytes; an access of no bytes counts as one to the byte that it names."""
+        last = start + max(size, 1) - 1
+        inside = start >= 0 and last < ops.PAGES * PAGE_SIZE
+        first, count = start // PAGE_SIZE, last // PAGE_SIZE - start // PAGE_SIZE + 1
+        allowed = inside and self.reference.host_may(first, count)
+        try:
+            data = self.rig.memory.pread(size, self.rig.gpa(0) + start)
+        except (PrivateAccess, UnmappedAccess) as refusal:
+            self._expect("host access allowed", False, allowed)
+            self._expect("refused as unmapped", isinstance(refusal, UnmappedAccess), not inside)
+            return "refused"
+        self._expect("host access allowed", True, allowed)
+        pages = self.reference.pages[first : first + count] if size else []
+        if any(page.shared.word is None for page in pages):
+            return "unknown"
+        words = [(page.shared.word or 0).to_bytes(8, "little") for page in pages]
+        whole = b"".join(word + bytes(PAGE_SIZE - 8) for word in words)
+        expected = whole[start % PAGE_SIZE :][:size]
+        self._expect(f"{size} bytes at {start:#x}", data.hex(), expected.hex())
+        if self.reference.in_place:
+            for page in pages:
+                page.shared.touch(page.shared.word)
+        return "read"
 
     # -- looks --------------------------------------------------------------------------------
 

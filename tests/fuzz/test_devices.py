@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from kvm_bindings import datapath
 from tests.fuzz.hostile_driver import CANARY, HostileDriver
 from vmm.core.errors import UnmappedAccess
 from vmm.devices.virtio.balloon_control import open_balloon
@@ -264,6 +265,10 @@ TARGETS: dict[str, Callable[[], Target]] = {
 _NUMBERS = (errno.EIO, errno.ENOSPC, errno.ENOMEM, errno.EAGAIN, errno.EPIPE, errno.EMFILE)
 
 
+_WHOLE = ("fdatasync", "preadv", "pwritev", "pread_many", "pwrite_many", "move_many")
+"""What fails as a whole or not at all; the last three are kvm_bindings.datapath's."""
+
+
 class FailingHost:
     """The system calls of the data path; `on` makes some of them fail or stop half way."""
 
@@ -272,14 +277,16 @@ class FailingHost:
         self.failed = 0
         self._rng = rng
         for name in ("pread", "pwrite", "read", "write", "preadv", "pwritev", "splice",
-                     "copy_file_range", "fdatasync", "getrandom"):  # fmt: skip
+                     "fdatasync", "getrandom"):  # fmt: skip
             patch.setattr(os, name, self._failing(getattr(os, name), name))
+        for name in _WHOLE[3:]:
+            patch.setattr(datapath, name, self._failing(getattr(datapath, name), name))
 
     def _failing(self, call: Callable[..., Any], name: str) -> Callable[..., Any]:
         def wrapped(*arguments: Any, **keywords: Any) -> Any:
             if self.on and self._rng.random() < 0.03:
                 self.failed += 1
-                if self._rng.random() < 0.7 or name in ("fdatasync", "preadv", "pwritev"):
+                if self._rng.random() < 0.7 or name in _WHOLE:
                     number = self._rng.choice(_NUMBERS)
                     raise OSError(number, os.strerror(number))
                 arguments = self._shortened(name, arguments)
@@ -290,7 +297,7 @@ class FailingHost:
     def _shortened(self, name: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         """Fewer bytes than were asked for: a short read or write."""
         words = list(arguments)
-        at = {"splice": 2, "copy_file_range": 2, "getrandom": 0}.get(name, 1)
+        at = {"splice": 2, "getrandom": 0}.get(name, 1)
         if at < len(words):
             what = words[at]
             words[at] = max(what // 2, 1) if isinstance(what, int) else memoryview(what)[:1]

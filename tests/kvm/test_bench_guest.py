@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -71,3 +72,37 @@ def test_bench_guest_exits_as_often_as_it_is_told(tmp_path: Path) -> None:
 
     assert "result e1234: " in output
     assert report["io_ports"]["0x80"] == 1234
+
+
+CALLS = "read,readv,pread64,preadv,preadv2,write,writev,pwrite64,pwritev,pwritev2"
+
+
+def bytes_through_user_space(tmp_path: Path, engine: str) -> int:
+    """What system calls moved between the disk or guest memory and pyvmm's own memory while the
+    guest read 8 MiB, by strace's account."""
+    disk, log = tmp_path / "disk", tmp_path / "strace.log"
+    disk.write_bytes(os.urandom(4 << 20))
+    subprocess.run(
+        ["strace", "-f", "-y", "-e", f"trace={CALLS}", "-e", "signal=none", "-o", str(log),
+         sys.executable, "-m", "vmm", "--kernel", str(firmware.bench_path()), "--mem", "128M",
+         "--append", "-- rs131072x8n64", "--disk", f"{disk},io={engine}"],
+        cwd=ROOT, stdout=subprocess.DEVNULL, timeout=60, check=True,
+    )  # fmt: skip
+    moved = re.findall(
+        rf"\(\d+<(?:/memfd:pyvmm-shared[^>]*|{re.escape(str(disk))})>.*= (\d+)$",
+        log.read_text(),
+        re.MULTILINE,
+    )
+    return sum(map(int, moved))
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace, to count what it says")
+def test_fd2fd_keeps_guest_data_out_of_user_space(tmp_path: Path) -> None:
+    data = 64 * 128 * KIB
+
+    through_buffer = bytes_through_user_space(tmp_path, "pread")
+    inside_kernel = bytes_through_user_space(tmp_path, "fd2fd")
+
+    # Both load the guest and look at rings and headers; one of them reads and writes the data.
+    assert inside_kernel < data // 16
+    assert 0 <= through_buffer - 2 * data < data // 16

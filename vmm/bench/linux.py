@@ -24,6 +24,8 @@ WORK = {
     "iflag=direct",
     "write 16 MiB, 1 MiB at a time, and sync": "dd if=/dev/zero of=/dev/vda bs=1M count=16 "
     "conv=fsync",
+    "ext4: 200 files of 4 KiB, and sync": "mke2fs -F /dev/vda >/dev/null && mount -t ext4 /dev/vda "
+    "/mnt && (for i in $(seq 200); do head -c 4096 /dev/zero >/mnt/$i; done; sync; umount /mnt)",
 }
 DISK_BYTES = 64 << 20
 
@@ -67,10 +69,10 @@ def _session(words: list[str]) -> list[float]:
             taken.append(time.monotonic() - started)
             for command in WORK.values():
                 started = time.monotonic()
-                os.write(process.stdin.fileno(), command.encode() + b"\n")
+                os.write(process.stdin.fileno(), command.encode() + b" && echo $((40 + 2))\n")
                 said = _until_prompt(process.stdout.fileno())
                 taken.append(time.monotonic() - started)
-                if b"records out" not in said:
+                if b"\n42\r" not in said:
                     raise HostError(f"the guest's shell did not do {command!r}: {said!r}")
         finally:
             process.kill()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,14 +19,22 @@ TIME_LIMIT = 120.0
 _ROOT = str(Path(vmm.__file__).resolve().parents[1])
 
 
+_SCRIPT = "from vmm.cli.main import entry_point; entry_point()"
+
+
 def pyvmm(*options: str) -> list[str]:
-    """The words that start this very pyvmm."""
-    return [sys.executable, "-m", "vmm", *options]
+    """The words that start this very pyvmm, as its console script does."""
+    return [sys.executable, "-c", _SCRIPT, *options]
 
 
+@functools.cache
 def environment() -> dict[str, str]:
-    """Ours, with pyvmm where Python finds it."""
-    return {**os.environ, "PYTHONPATH": _ROOT}
+    """Ours, with pyvmm where Python finds it, and compiled as an installation is: what a run
+    compiles is kept for those after it, whatever is set here and whoever owns the source."""
+    kept = tempfile.TemporaryDirectory(prefix="pyvmm-bench-")
+    atexit.register(kept.cleanup)
+    inherited = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    return {**inherited, "PYTHONPATH": _ROOT, "PYTHONPYCACHEPREFIX": kept.name}
 
 
 def output_of(words: Sequence[str]) -> str:

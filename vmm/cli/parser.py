@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Callable
 from typing import NoReturn
 
 from vmm.core.errors import UsageError
 
 
+def _width() -> int:
+    """Columns for help texts, as argparse finds them."""
+    try:
+        return int(os.environ.get("COLUMNS") or os.get_terminal_size(1).columns) - 2
+    except (OSError, ValueError):
+        return 78
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, with errors as one line and exit status 2."""
+
+    def _get_formatter(self) -> argparse.HelpFormatter:
+        # With a width, because finding one out imports shutil and all archive formats behind it,
+        # for each option that is added.
+        formatter: Callable[..., argparse.HelpFormatter] = self.formatter_class
+        return formatter(prog=self.prog, width=_width())
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see {self.prog} --help")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Sequence
 from contextlib import closing
 from typing import Any
@@ -50,31 +49,34 @@ def run(arguments: Sequence[str]) -> int:
     """The whole command; raises UsageError, PolicyError."""
     options = parser().parse_args(arguments)
     policies = [load_policy(spec, words) for spec, words in options.policy]
-    trace = Trace(options.trace)
-    requests = requests_of(trace)
-    model = learn(trace, requests)
-    until = duration_ns(trace)
-    started = time.monotonic()
-    with closing(Replay(trace, requests, policies)) as replay:
-        replay.run(model, until)
-        found: dict[str, Any] = {
-            "trace": str(trace.path),
-            "policies": [[spec, *words] for spec, words in options.policy],
-            "model": _model_facts(model),
-            "recorded": _recorded(trace, requests, model, until),
-            "replayed": _replayed(replay, until),
-            "ended": None if replay.ended is None else dict(zip(("s", "why"), replay.ended,
-                                                                strict=True)),
-            "refused": [refusal._asdict() for refusal in replay.refused[:_LISTED_REFUSALS]],
-            "notes": _notes(trace, replay),
-            "wall_s": round(time.monotonic() - started, 3),
-        }  # fmt: skip
-        with printing():
-            if options.json:
-                print(json.dumps(found, indent=2))
-            else:
-                print("\n".join(map(one_line, _lines(found, model, replay.refused))))
+    with closing(Trace(options.trace)) as trace:
+        requests = requests_of(trace)
+        model = learn(trace, requests)
+        with closing(Replay(trace, requests, policies)) as replay:
+            replay.run(model, duration_ns(trace))
+            found = _found(trace, requests, model, replay)
+    found["policies"] = [[spec, *words] for spec, words in options.policy]
+    with printing():
+        if options.json:
+            print(json.dumps(found, indent=2))
+        else:
+            print("\n".join(map(one_line, _lines(found, model, replay.refused))))
     return 0
+
+
+def _found(trace: Trace, requests: Requests, model: CostModel, replay: Replay) -> dict[str, Any]:
+    """Everything that is said, JSON-ready."""
+    until = duration_ns(trace)
+    ended = replay.ended
+    return {
+        "trace": str(trace.path),
+        "model": _model_facts(model),
+        "recorded": _recorded(trace, requests, model, until),
+        "replayed": _replayed(replay, until),
+        "ended": None if ended is None else {"s": ended[0], "why": ended[1]},
+        "refused": [refusal._asdict() for refusal in replay.refused[:_LISTED_REFUSALS]],
+        "notes": _notes(trace, replay),
+    }
 
 
 def _model_facts(model: CostModel) -> dict[str, Any]:

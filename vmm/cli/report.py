@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 
 from vmm.cli.output import aligned, printing
 from vmm.cli.parser import Parser
@@ -42,27 +44,32 @@ def run(arguments: Sequence[str]) -> int:
         raise UsageError(f"{len(options.traces)} traces; pyvmm report compares two at most")
     if options.chrome and len(options.traces) > 1:
         raise UsageError("--chrome takes one trace; give a single DIR")
-    traces = [Trace(path) for path in options.traces]
-    summaries = [summarise(trace) for trace in traces]
-    try:
-        if options.html:
-            from vmm.trace.views.page import write_page
-
-            write_page(options.html, traces, summaries)
-        if options.plots:
-            from vmm.trace.views.plots import write_plots
-
-            write_plots(options.plots, traces, summaries)
-        if options.chrome:
-            from vmm.trace.views.chrome import write_chrome
-
-            write_chrome(options.chrome, traces[0])
-    except OSError as error:
-        raise UsageError(
-            f"{error.filename} cannot be written: {error.strerror}; give another path"
-        ) from None
+    with ExitStack() as opened:
+        traces = [opened.enter_context(closing(Trace(path))) for path in options.traces]
+        summaries = [summarise(trace) for trace in traces]
+        try:
+            _write_views(options, traces, summaries)
+        except OSError as error:
+            raise UsageError(
+                f"{error.filename} cannot be written: {error.strerror}; give another path"
+            ) from None
     show(summaries, as_json=options.json)
     return 0
+
+
+def _write_views(options: Namespace, traces: list[Trace], summaries: list[Summary]) -> None:
+    if options.html:
+        from vmm.trace.views.page import write_page
+
+        write_page(options.html, traces, summaries)
+    if options.plots:
+        from vmm.trace.views.plots import write_plots
+
+        write_plots(options.plots, traces, summaries)
+    if options.chrome:
+        from vmm.trace.views.chrome import write_chrome
+
+        write_chrome(options.chrome, traces[0])
 
 
 def show(summaries: list[Summary], *, as_json: bool) -> None:

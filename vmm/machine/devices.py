@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from kvm_bindings import Vm, ioctls
+from kvm_bindings import Vm
 from vmm.arch.x86_64 import layout
 from vmm.arch.x86_64.devices.acpi_pm import AcpiPm
 from vmm.arch.x86_64.devices.cmos import Cmos
@@ -18,29 +18,24 @@ from vmm.devices.bus import MemoryBus, PortBus
 from vmm.devices.msix import MAX_VECTORS, MsixTable
 from vmm.devices.pci import PciBus, host_bridge
 from vmm.devices.serial16550 import Serial16550
-from vmm.devices.virtio.device import DeviceObserver, VirtioDevice
-from vmm.devices.virtio.device import GuestMemory as GuestMemoryOfDevice
-from vmm.devices.virtio.pci_transport import VirtioPciTransport
-from vmm.devices.virtio.queue import SplitQueue
 from vmm.machine.console import Console
-from vmm.machine.doorbell import Doorbell, ThreadedDoorbell
-from vmm.machine.interrupts import EdgeLine, LevelLine, MessageRoutes, MsixMessages
-from vmm.memory.engines import Engine, make_engine
+from vmm.machine.interrupts import (
+    EdgeLine,
+    LevelLine,
+    MessageRoutes,
+    MsixMessages,
+    can_use_messages,
+)
 from vmm.memory.guest_memory import GuestMemory
 
 if TYPE_CHECKING:
+    from vmm.devices.virtio.device import DeviceObserver, VirtioDevice
+    from vmm.devices.virtio.device import GuestMemory as GuestMemoryOfDevice
+    from vmm.devices.virtio.pci_transport import VirtioPciTransport
+    from vmm.devices.virtio.queue import SplitQueue
     from vmm.devices.virtio.watched import Announce
-
-
-def _can_use_messages(vm: Vm, memory: GuestMemory) -> bool:
-    """Whether functions get MSI-X, besides the INTx that all of them have.
-
-    The guest writes the table, which PCI wants in memory, with ordinary instructions that KVM
-    has to fetch and decode: it reads guest code through the memslots' addresses, where it
-    finds nothing of private pages that the host cannot reach.
-    """
-    readable = memory.private is None or memory.private.traits.private_access == "allowed"
-    return readable and bool(vm.check_extension(ioctls.KVM_CAP_IRQ_ROUTING))
+    from vmm.machine.doorbell import Doorbell
+    from vmm.memory.engines import Engine
 
 
 class Devices:
@@ -77,7 +72,7 @@ class Devices:
         self._doorbells: list[Doorbell] = []
         self._engines: dict[str, Engine] = {}
         self._pci = PciBus(self.ports, self.registers)
-        self._routes = MessageRoutes(vm) if _can_use_messages(vm, memory) else None
+        self._routes = MessageRoutes(vm) if can_use_messages(vm, memory.private) else None
         self._pci.add(0, host_bridge())
         with ExitStack() as self._opened:
             self._connect(console, power_off, reset)
@@ -108,6 +103,10 @@ class Devices:
             self._add_virtio(slot, name, device)
 
     def _add_virtio(self, slot: int, name: str, device: VirtioDevice) -> None:
+        # A machine without devices starts sooner.
+        from vmm.devices.virtio.pci_transport import VirtioPciTransport
+        from vmm.machine.doorbell import Doorbell, ThreadedDoorbell
+
         gsi = layout.pci_intx_gsi(slot)
         line = self._level_line(gsi)
         kind = ThreadedDoorbell if device.concurrent else Doorbell
@@ -148,8 +147,12 @@ class Devices:
         self, device: str, engine_name: str | None
     ) -> tuple[GuestMemoryOfDevice, Callable[..., SplitQueue]]:
         """Guest memory as `device` gets to see it, and what makes its queues."""
+        from vmm.devices.virtio.queue import SplitQueue
+
         memory: GuestMemoryOfDevice = self._memory
         if engine_name is not None:
+            from vmm.memory.engines import make_engine
+
             engine = make_engine(engine_name, self._memory.shared)
             self._opened.callback(engine.close)
             self._engines[device] = engine

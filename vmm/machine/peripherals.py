@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 from kvm_bindings import fdops
 from vmm.core.errors import UsageError
-from vmm.devices.virtio.device import VirtioDevice
 from vmm.machine.config import MachineConfig
+
+if TYPE_CHECKING:
+    from vmm.devices.virtio.device import VirtioDevice
 
 MOST_DEVICES = 31
 """PCI slots of bus 0 besides the host bridge's."""

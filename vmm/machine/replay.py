@@ -10,7 +10,6 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from vmm.conversion.observer import Answered
 from vmm.conversion.schemes.plain import PlainScheme
 from vmm.conversion.transaction import Converter
 from vmm.core.errors import UsageError
@@ -18,7 +17,7 @@ from vmm.core.events import ConversionRequest, Kind
 from vmm.core.ranges import PAGE_SIZE, Range
 from vmm.memory.backings.memfd import MemfdBacking
 from vmm.memory.guest_memory import GuestMemory, PageState
-from vmm.policy import End, Policy, PolicyKill
+from vmm.policy import Decision, End, Policy, PolicyKill
 from vmm.trace.arrays import np
 from vmm.trace.cost import CostModel, Requests
 from vmm.trace.layout import DECISIONS
@@ -110,16 +109,22 @@ class Replay:
     def _wake_at(self, due: float) -> None:
         self._wake = due
 
-    def answered(self, what: Answered) -> None:
+    def answered(
+        self,
+        request: ConversionRequest,
+        decision: Decision | None,
+        decided_by: str | None,
+        answer: int | None,
+        started: int,
+    ) -> None:
         """Part of being a ConversionObserver."""
-        request, decision, by, answer, _ = what
         word = "none" if decision is None else type(decision).__name__.lower()
         self.decisions[word] += 1
         if answer:
             size = request.pages * PAGE_SIZE
             now = round(self._now * 1e9)
             kind = request.kind.value
-            self.refused.append(Refusal(now, kind, request.gpa, size, word, by, -answer))
+            self.refused.append(Refusal(now, kind, request.gpa, size, word, decided_by, -answer))
         assert self._model is not None
         if self._changed:
             self.conversions += 1
@@ -152,7 +157,8 @@ class Replay:
             hooks.boot(view)
             for at, request in self._recorded():
                 self._settle_until(at)
-                self._now = at
+                # A vCPU that waited for another's conversion came before it.
+                self._now = max(self._now, at)
                 self._changed = 0
                 self.converter.convert(request)
             self._settle_until(until_ns / 1e9)
@@ -170,9 +176,8 @@ class Replay:
             self._settling = False
 
     def _recorded(self) -> Any:
-        """(seconds, request) in the order in which the guest asked."""
+        """(seconds, request) in the order in which the converter took them."""
         trace, rows = self._trace, self._requests.rows
-        rows = rows[np.argsort(trace["time_ns"][rows], kind="stable")]
         none = DECISIONS.index("none")
         names = ("time_ns", "kind", "gpa", "bytes", "vcpu", "detail", "decision")
         for start in range(0, len(rows), _BATCH):

@@ -13,9 +13,10 @@ from vmm.memory.backing import Backing
 from vmm.memory.guest_memory import GuestMemory, PageState
 
 KERNEL_ENFORCED = (
-    "kernel-enforced: the host's kernel refuses every host access to private pages (SIGBUS); "
+    "kernel-enforced: the host's kernel refuses every host access to private pages ({how}); "
     "the host's kernel itself is trusted"
 )
+_HOW = {"SIGBUS": "SIGBUS", "no mapping": "nobody can map them"}
 POLICY_ENFORCED = (
     "policy-enforced rehearsal: the VMM refuses every access of its own to private pages, "
     "but the host's kernel would allow it; no protection from a malicious host"
@@ -27,7 +28,9 @@ def isolation_of(private: Backing | None, common_end: int = 0) -> str:
     """The sentence that says how strong the isolation of the private side is."""
     if private is None:
         return NO_ISOLATION
-    strength = KERNEL_ENFORCED if private.host_access == "kernel-refused" else POLICY_ENFORCED
+    strength = POLICY_ENFORCED
+    if private.host_access == "kernel-refused":
+        strength = KERNEL_ENFORCED.format(how=_HOW[private.traits.private_access])
     if common_end:
         strength += (
             f"; the first {common_end >> 10} KiB, where processors start without paging, are one "

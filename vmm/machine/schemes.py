@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvm_bindings import KvmError, System, Vm, ioctls
 from vmm.arch.x86_64.cpuid import choose_c_bit
 from vmm.conversion.scheme import Scheme
-from vmm.conversion.schemes.remap import Parking
 from vmm.core.errors import HostError
 from vmm.core.ranges import PAGE_SIZE
 from vmm.machine.matrix import (
@@ -24,6 +23,9 @@ from vmm.machine.matrix import (
 from vmm.memory.backing import Backing
 from vmm.memory.backings.memfd import MemfdBacking
 
+if TYPE_CHECKING:
+    from vmm.conversion.schemes.remap import Parking
+
 _LABEL = "pyvmm-private"
 _MMAP, _INIT_SHARED = ioctls.GUEST_MEMFD_FLAG_MMAP, ioctls.GUEST_MEMFD_FLAG_INIT_SHARED
 GUEST_MEMFD_FLAGS = {
@@ -31,12 +33,6 @@ GUEST_MEMFD_FLAGS = {
     "guest_memfd": _MMAP,
     "guest_memfd-mmap": _MMAP | _INIT_SHARED,
     "guest_memfd-in-place": _MMAP | _INIT_SHARED,
-}
-VM_TYPES = {
-    "attributes": ioctls.KVM_X86_SW_PROTECTED_VM,
-    "in-place": ioctls.KVM_X86_SW_PROTECTED_VM,
-    "cbit": ioctls.KVM_X86_DEFAULT_VM,
-    "remap": ioctls.KVM_X86_DEFAULT_VM,
 }
 _NOT_THERE = (errno.EINVAL, errno.ENOTTY, errno.EOPNOTSUPP, errno.ENOSYS)
 """What KVM answers to something that it doesn't know; all else is a failure of its own."""
@@ -100,7 +96,7 @@ def try_scheme(system: System, scheme: str, wanted: Wanted) -> tuple[Vm, Backing
     try:
         if scheme == "cbit":
             choose_c_bit(system.supported_cpuid(), wanted.size)
-        vm = system.create_vm(VM_TYPES[scheme])
+        vm = system.create_vm(scheme_class(scheme).vm_type)
     except HostError as error:
         return str(error)
     except KvmError as error:
@@ -163,24 +159,32 @@ def make_backing(vm: Vm, name: str, size: int) -> Backing:
     return MemfdBacking(size, _LABEL)
 
 
-def make_scheme(name: str, c_bit: Callable[[], int], parked: Parking) -> Scheme:
-    """The scheme of that name; `c_bit` is asked for where there is one, `parked` keeps vCPUs out
-    of the guest."""
+def scheme_class(name: str) -> type[Scheme]:
+    """The class of the scheme with that name."""
     if name == "attributes":
         from vmm.conversion.schemes.attributes import AttributesScheme
 
-        return AttributesScheme()
+        return AttributesScheme
     if name == "in-place":
         from vmm.conversion.schemes.in_place import InPlaceScheme
 
-        return InPlaceScheme()
+        return InPlaceScheme
     if name == "remap":
         from vmm.conversion.schemes.remap import RemapScheme
 
-        return RemapScheme(parked)
+        return RemapScheme
     from vmm.conversion.schemes.cbit import CbitScheme
 
-    return CbitScheme(c_bit())
+    return CbitScheme
+
+
+def make_scheme(name: str, c_bit: Callable[[], int], parked: Parking) -> Scheme:
+    """The scheme of that name; `c_bit` is asked for where there is one, `parked` keeps vCPUs out
+    of the guest."""
+    made: Callable[..., Scheme] = scheme_class(name)
+    if name == "remap":
+        return made(parked)
+    return made(c_bit()) if name == "cbit" else made()
 
 
 # -- does it behave? ------------------------------------------------------------------------------

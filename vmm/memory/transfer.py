@@ -1,7 +1,8 @@
 """Moves bytes from one fd to another at explicit offsets, without user space where possible.
 
-The kernel offers three ways, none of which works between every two files: copy_file_range(2)
-(same kind of file system only), splice(2) through a pipe, and read and write through a buffer.
+The kernel offers two ways: splice(2) through a pipe, which some files refuse, and read and write
+through a buffer. copy_file_range(2) would be a third one, but a memfd's file system has none of
+its own: between file systems it is refused, within shared memory it is a splice.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ ENGINES = ("auto", "pread", "fd2fd", "mmap")
 """What `vmm.memory.engines` makes: the ways a disk's bytes may go."""
 
 _CHUNK = 1 << 20
+_UNINTERRUPTED = 16 << 20
 # Below this size one pread and one pwrite are as quick as two splices and touch fewer pages.
 SPLICE_FROM = 64 << 10
 
@@ -59,51 +61,43 @@ _scratch = _Scratch()
 
 
 def copy_through_buffer(src: int, src_offset: int, dst: int, dst_offset: int, size: int) -> int:
-    """preadv and pwrite through one reused buffer; bytes moved, short only at end of file."""
-    done = 0
-    buffer = memoryview(_scratch.bounce().bytes)
-    while done < size:
-        want = min(size - done, _CHUNK)
-        got = os.preadv(src, [buffer[:want]], src_offset + done)
-        if got == 0:
-            break
-        written = 0
-        while written < got:
-            written += os.pwrite(dst, buffer[written:got], dst_offset + done + written)
-        done += got
-    return done
+    """pread and pwrite through one reused buffer; bytes moved, short only at end of file."""
+    return _copy(src, src_offset, dst, dst_offset, size, (-1, -1), datapath.NEVER)
 
 
 def copy_by_splice(src: int, src_offset: int, dst: int, dst_offset: int, size: int) -> int:
     """splice(2) through this thread's pipe; bytes moved, short only at end of file."""
-    read_end, write_end = _scratch.pipe_ends()
-    done = 0
-    held = 0
     try:
-        while done < size:
-            held = os.splice(src, write_end, min(size - done, _CHUNK), offset_src=src_offset + done)
-            if held == 0:
-                break
-            while held:
-                moved = os.splice(read_end, dst, held, offset_dst=dst_offset + done)
-                held -= moved
-                done += moved
-    except BaseException:  # also an interrupt: the next transfer must not find these bytes
-        if held:
-            _scratch.drop_pipe()
+        return _copy(src, src_offset, dst, dst_offset, size, _scratch.pipe_ends(), 0)
+    except OSError:
+        _scratch.drop_pipe()  # the next transfer must not find these bytes
         raise
-    return done
 
 
-def copy_by_copy_file_range(src: int, src_offset: int, dst: int, dst_offset: int, size: int) -> int:
-    """copy_file_range(2); bytes moved, short only at end of file."""
+def _copy(
+    src: int,
+    src_offset: int,
+    dst: int,
+    dst_offset: int,
+    size: int,
+    pipe: tuple[int, int],
+    splice_from: int,
+) -> int:
     done = 0
-    while done < size:
-        moved = os.copy_file_range(src, dst, size - done, src_offset + done, dst_offset + done)
-        if moved == 0:
-            break
+    buffer = _scratch.bounce()
+    while True:
+        # In parts, because no signal's handler runs while C copies.
+        part = min(size - done, _UNINTERRUPTED)
+        moves = [src_offset + done, dst_offset + done, part]
+        moved = datapath.move_many(src, dst, moves, buffer, pipe, splice_from)
         done += moved
-    return done
+        if moved < part or done == size:
+            return done
+
+
+def _between(src: int, dst: int) -> tuple[int, int]:
+    """The two files' file systems."""
+    return os.fstat(src).st_dev, os.fstat(dst).st_dev
 
 
 class FdCopier:
@@ -116,10 +110,9 @@ class FdCopier:
 
     def __init__(self, splice_from: int | None = SPLICE_FROM) -> None:
         self._splice_from = splice_from
-        self._no_copy_file_range: set[tuple[int, int]] = set()
         self._no_splice: set[tuple[int, int]] = set()
         self._counting = threading.Lock()
-        self.bytes_by = {"copy_file_range": 0, "splice": 0, "buffer": 0}
+        self.bytes_by = {"splice": 0, "buffer": 0}
         self.fallbacks = 0
 
     def copy(self, src: int, src_offset: int, dst: int, dst_offset: int, size: int) -> int:
@@ -141,10 +134,10 @@ class FdCopier:
         """
         sizes = moves[2::3]
         splice_from = datapath.NEVER
-        if self._splice_from is not None and max(sizes) >= self._splice_from:
-            between = (os.fstat(src).st_dev, os.fstat(dst).st_dev)
-            if between not in self._no_splice:
-                splice_from = self._splice_from
+        wanted = self._splice_from is not None and max(sizes) >= self._splice_from
+        if wanted and not self._is_refused(src, dst):
+            assert self._splice_from is not None
+            splice_from = self._splice_from
         try:
             moved = datapath.move_many(
                 src, dst, moves, _scratch.bounce(), _scratch.pipe_ends(), splice_from
@@ -153,7 +146,7 @@ class FdCopier:
             _scratch.drop_pipe()  # it may hold bytes
             if error.errno not in _NOT_THIS_WAY or splice_from == datapath.NEVER:
                 raise
-            self._no_splice.add(between)
+            self._no_splice.add(_between(src, dst))
             return self.copy_many(src, dst, moves)
         if moved != sum(sizes):
             return moved  # the caller will find out by `copy` which one is short
@@ -171,24 +164,21 @@ class FdCopier:
     def _inside_kernel(
         self, src: int, src_offset: int, dst: int, dst_offset: int, size: int
     ) -> int | None:
-        """As `copy`, or None where no way works between these two files."""
-        between = (os.fstat(src).st_dev, os.fstat(dst).st_dev)
-        for refused, name, way in (
-            (self._no_copy_file_range, "copy_file_range", copy_by_copy_file_range),
-            (self._no_splice, "splice", copy_by_splice),
-        ):
-            if between in refused:
-                continue
-            try:
-                moved = way(src, src_offset, dst, dst_offset, size)
-            except OSError as error:
-                if error.errno not in _NOT_THIS_WAY:
-                    raise
-                refused.add(between)
-            else:
-                self._count(name, moved)
-                return moved
-        return None
+        """As `copy`, or None where splice doesn't work between these two files."""
+        if self._is_refused(src, dst):
+            return None
+        try:
+            moved = copy_by_splice(src, src_offset, dst, dst_offset, size)
+        except OSError as error:
+            if error.errno not in _NOT_THIS_WAY:
+                raise
+            self._no_splice.add(_between(src, dst))
+            return None
+        self._count("splice", moved)
+        return moved
+
+    def _is_refused(self, src: int, dst: int) -> bool:
+        return bool(self._no_splice) and _between(src, dst) in self._no_splice
 
     def _count(self, way: str, moved: int, *, fell_back: bool = False) -> None:
         with self._counting:

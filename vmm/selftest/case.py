@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from kvm_bindings import Vm, ioctls
 from vmm.core.ranges import Range
-from vmm.machine.schemes import VM_TYPES, make_backing
+from vmm.machine.schemes import make_backing, scheme_class
 from vmm.memory.backing import Backing
 from vmm.selftest.entries import Combination
 from vmm.selftest.platform import Platform
@@ -40,7 +40,7 @@ class Cell:
 
     def vm(self) -> Vm:
         """A bare VM of the scheme's type."""
-        vm = self.platform.system.create_vm(VM_TYPES[self.combination.scheme])
+        vm = self.platform.system.create_vm(scheme_class(self.combination.scheme).vm_type)
         return self._opened.enter_context(vm)
 
     @property

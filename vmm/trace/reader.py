@@ -16,7 +16,8 @@ class Trace:
     """A trace's columns by name, all of `rows` events, in the order in which they ended.
 
     `torn`: events at the end that a killed run had not written completely; they are left out.
-    `complete`: the run has ended its trace itself.
+    `complete`: the run has ended its trace itself. Mapped files, one per column, are held until
+    `close`.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -34,6 +35,10 @@ class Trace:
         self.rows = min(rows for rows, _, _ in columns.values())
         self.torn = max(max(rows, held) for rows, held, _ in columns.values()) - self.rows
         self._cells = {name: cells[: self.rows] for name, (_, _, cells) in columns.items()}
+
+    def close(self) -> None:
+        """Let go of the mapped files; the columns are gone then."""
+        self._cells = {}
 
     def __getitem__(self, column: str) -> Integers:
         return self._cells[column]

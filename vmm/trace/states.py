@@ -27,17 +27,15 @@ class StateRows(NamedTuple):
 
 
 def state_rows(trace: Trace) -> StateRows:
-    """The trace's state rows, sorted."""
+    """The trace's state rows: the converter's lock was held, so that they are in order."""
     rows = np.flatnonzero(trace["kind"] == Kind.STATE)
     began = trace["time_ns"][rows]
     end = began + trace["latency_ns"][rows]
-    order = np.argsort(end, kind="stable")
-    rows = rows[order]
     numbers = np.zeros(1 << 16, np.uint8)
     for number, name in enumerate(trace.names):
         numbers[number] = _NUMBERS.get(name, NONE)
     state = numbers[trace["detail"][rows] & 0xFFFF]
-    return StateRows(began[order], end[order], trace["gpa"][rows], trace["bytes"][rows], state)
+    return StateRows(began, end, trace["gpa"][rows], trace["bytes"][rows], state)
 
 
 def initial_states(trace: Trace) -> list[tuple[int, int, int]]:

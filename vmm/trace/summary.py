@@ -105,7 +105,7 @@ def refusals(trace: Trace) -> list[dict[str, Any]]:
         size = int(sizes[inverse.ravel() == index].sum(dtype=np.float64))
         result.append(
             {
-                "kind": KIND_NAMES[Kind(kind)],
+                "kind": KIND_NAMES[kind],
                 "from": trace.name(detail & 0xFFFF),
                 "decision": DECISIONS[decision],
                 "by": trace.name(detail >> 16) if kind != Kind.IO_REFUSED else "",
@@ -138,8 +138,8 @@ def _memory(trace: Trace, over_time: BytesOverTime) -> dict[str, Any]:
 
 
 def bounce_buffer(trace: Trace) -> dict[str, int] | None:
-    """Where the guest's swiotlb seems to be: the longest area shared piece after piece of equal
-    size, at least 4 MiB in all. A guess from how Linux asks (2 MiB at a time)."""
+    """Where the guest's swiotlb seems to be: the longest area shared in two or more neighbouring
+    pieces of equal size, at least 4 MiB in all. A guess from how Linux asks (2 MiB at a time)."""
     kind, answer, size = trace["kind"], trace["errno"], trace["bytes"]
     rows = np.flatnonzero((kind == Kind.SHARE) & (answer == 0) & (size >= 1 << 18))
     if not len(rows):
@@ -147,12 +147,17 @@ def bounce_buffer(trace: Trace) -> dict[str, int] | None:
     gpa, length = trace["gpa"][rows], size[rows]
     # A run ends where the next piece isn't the neighbour, or has another size.
     breaks = (gpa[1:] != gpa[:-1] + length[:-1]) | (length[1:] != length[:-1])
-    runs = np.split(np.arange(len(rows)), np.flatnonzero(breaks) + 1)
-    longest = max(runs, key=lambda run: int(length[run].sum()))
-    total = int(length[longest].sum())
-    if len(longest) < 2 or total < 4 << 20:
+    starts = np.concatenate([[0], np.flatnonzero(breaks) + 1])
+    pieces = np.diff(np.append(starts, len(rows)))
+    totals = np.where(pieces > 1, pieces * length[starts].astype(np.int64), 0)
+    longest = int(np.argmax(totals))
+    if totals[longest] < 4 << 20:
         return None
-    return {"gpa": int(gpa[longest[0]]), "bytes": total, "pieces": len(longest)}
+    return {
+        "gpa": int(gpa[starts[longest]]),
+        "bytes": int(totals[longest]),
+        "pieces": int(pieces[longest]),
+    }
 
 
 def _devices(trace: Trace) -> dict[str, dict[str, Any]]:

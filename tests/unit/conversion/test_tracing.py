@@ -122,6 +122,15 @@ def test_trace_names_the_policy_whose_word_it_was(bench: Bench, tmp_path: Path) 
     assert by == ["", "Answering", ""]
 
 
+def test_trace_of_a_deferral_has_only_what_changed(bench: Bench, tmp_path: Path) -> None:
+    bench.convert(share(40, 2))
+    bench.answer(Defer(9.0))
+
+    bench.convert(unshare(40, 4))
+
+    assert changes(bench, tmp_path)[1:] == [("deferred", 40, 2)]
+
+
 def test_trace_has_the_late_discard_of_deferred_pages(bench: Bench, tmp_path: Path) -> None:
     bench.convert(share(40, 4))
     bench.answer(Defer(9.0))

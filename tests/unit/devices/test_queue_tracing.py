@@ -9,6 +9,7 @@ from tests.support.disk_machine import DATA, DiskMachine, MakeMachine
 from tests.support.trace import now, rows_of, start_recorder
 from tests.support.virtio_driver import Piece
 from vmm.devices.virtio.block import T_IN, T_OUT
+from vmm.devices.virtio.queue import Chain
 from vmm.trace.queues import DeviceTrace
 
 
@@ -65,6 +66,18 @@ def test_request_put_back_is_traced_once(
         machine.driver.notify()
 
     assert len(rows_after(make_machine, tmp_path, read_three)) == 3
+
+
+def test_request_on_another_queue_says_which_and_counts_once(tmp_path: Path) -> None:
+    recorder = start_recorder(tmp_path / "t")
+    queue = DeviceTrace(recorder, "net0").queue(3)
+
+    queue.taken([Chain(7, [(DATA, 60)], [])])
+    queue.returned([(7, 0)])
+    queue.returned([(7, 0)])  # no honest device does that
+    recorder.close()
+
+    assert [(r["name"], r["detail"] >> 16) for r in rows_of(tmp_path / "t")] == [("net0", 3)]
 
 
 def test_device_stopped_by_a_bad_ring_is_traced(make_machine: MakeMachine, tmp_path: Path) -> None:

@@ -44,10 +44,10 @@ def events() -> Events:
 
 
 def replayed(made: Events, folder: Path, *policies: Policy, until_ms: float = 100) -> Replay:
-    trace = Trace(made.write(folder / "t"))
-    requests = requests_of(trace)
-    with closing(Replay(trace, requests, policies)) as replay:
-        replay.run(learn(trace, requests), round(until_ms * MILLISECOND))
+    with closing(Trace(made.write(folder / "t"))) as trace:
+        requests = requests_of(trace)
+        with closing(Replay(trace, requests, policies)) as replay:
+            replay.run(learn(trace, requests), round(until_ms * MILLISECOND))
     return replay
 
 
@@ -111,6 +111,48 @@ def test_replay_carries_out_late_discards_when_they_are_due(tmp_path: Path) -> N
     ]  # fmt: skip
     assert (replay.conversions, replay.late_discards, replay.late_bytes) == (1, 1, 2 * PAGE)
     assert replay.host_ns > 0
+
+
+def test_replay_carries_out_late_discards_before_the_requests_after_them(tmp_path: Path) -> None:
+    made = events()
+    made.convert(Kind.SHARE, 30, 50, 1)
+
+    replay = replayed(made, tmp_path, PutOff(0.025))
+
+    assert [(at // MILLISECOND, state) for at, _, _, state in replay.changes] == [
+        (10, 1), (20, 3), (25, 2), (30, 1),
+    ]  # fmt: skip
+
+
+def test_replay_takes_requests_in_the_converters_order_and_time_never_goes_back(
+    tmp_path: Path,
+) -> None:
+    times: list[float] = []
+
+    class Looking(Policy):
+        def on_share(self, event: Event, view: View) -> Decision:
+            times.append(view.now)
+            return Allow()
+
+    made = events()
+    made.convert(Kind.SHARE, 40, 50, 1, took=1.0)
+    made.convert(Kind.SHARE, 39, 51, 1, took=9.0)  # waited for the one before
+
+    replay = replayed(made, tmp_path, Looking())
+
+    assert [gpa // PAGE for _, gpa, _, _ in replay.changes[2:]] == [50, 51]
+    assert times == sorted(times)
+
+
+def test_replay_asks_before_the_guest_boots(tmp_path: Path) -> None:
+    class Unwilling(Policy):
+        def on_boot(self, view: View) -> Decision:
+            return Kill("not today")
+
+    replay = replayed(events(), tmp_path, Unwilling())
+
+    assert replay.ended == (0.0, "policy Unwilling: not today")
+    assert sum(replay.decisions.values()) == 0
 
 
 def test_replay_ends_where_the_run_ended(tmp_path: Path) -> None:
@@ -232,6 +274,17 @@ def test_cost_model_never_goes_below_zero(tmp_path: Path) -> None:
     assert model.share.fixed == 0.0
     assert model.share.cost(100 * PAGE) == pytest.approx(1.0 * MILLISECOND, rel=0.01)
     assert model.unshare == model.share  # there was none
+
+
+def test_cost_model_of_larger_ranges_that_were_quicker_is_flat(tmp_path: Path) -> None:
+    made = Events((0, 4096, "private"))
+    for number, (pages, took) in enumerate(((1, 3.0), (100, 1.0))):
+        made.convert(Kind.SHARE, 10 * number, 200 * number, pages, took=took)
+    trace = Trace(made.write(tmp_path / "t"))
+
+    model = learn(trace, requests_of(trace))
+
+    assert (model.share.fixed, model.share.per_byte) == (2.0 * MILLISECOND, 0.0)
 
 
 def test_cost_model_of_a_trace_without_conversions_is_nothing(tmp_path: Path) -> None:

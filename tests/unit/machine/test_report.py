@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
@@ -24,6 +24,11 @@ from vmm.machine.report import (
     isolation_of,
 )
 from vmm.memory.backing import Backing
+from vmm.memory.backings.guest_memfd import (
+    GuestMemfdBacking,
+    MappedGuestMemfdBacking,
+    PlainGuestMemfdBacking,
+)
 from vmm.memory.backings.memfd import MemfdBacking
 from vmm.memory.guest_memory import GuestMemory
 
@@ -63,19 +68,36 @@ def test_report_names_the_disk_that_maps_guest_memory() -> None:
 
 
 @pytest.mark.parametrize(
-    ("host_access", "sentence", "claims", "admits"),
+    ("backing", "sentence", "claims", "admits"),
     [
-        ("kernel-refused", KERNEL_ENFORCED, "kernel-enforced", "the host's kernel itself"),
-        ("policy-refused", POLICY_ENFORCED, "rehearsal", "no protection from a malicious host"),
+        (
+            GuestMemfdBacking,
+            KERNEL_ENFORCED.format(how="SIGBUS"),
+            "kernel-enforced",
+            "the host's kernel itself",
+        ),
+        (
+            PlainGuestMemfdBacking,
+            KERNEL_ENFORCED.format(how="nobody can map them"),
+            "kernel-enforced",
+            "the host's kernel itself",
+        ),
+        (
+            MappedGuestMemfdBacking,
+            POLICY_ENFORCED,
+            "rehearsal",
+            "no protection from a malicious host",
+        ),
         (None, NO_ISOLATION, "none", "all memory is shared"),
     ],
 )
 def test_isolation_says_how_strong_it_is_and_what_it_is_not(
-    host_access: str | None, sentence: str, claims: str, admits: str
+    backing: Callable[[int, int], Backing] | None, sentence: str, claims: str, admits: str
 ) -> None:
-    backing = None if host_access is None else SimpleNamespace(host_access=host_access)
-
-    said = isolation_of(cast(Backing | None, backing))
+    made = None if backing is None else backing(os.memfd_create("guest_memfd"), 4096)
+    said = isolation_of(made)
+    if made is not None:
+        made.close()
 
     assert said == sentence
     assert said.startswith((claims, "policy-enforced " + claims))

@@ -1,4 +1,4 @@
-"""fd-to-fd copies by copy_file_range, splice and buffer: short sources, errors, fallback."""
+"""fd-to-fd copies by splice and buffer: short sources, errors, fallback."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ from vmm.memory import transfer
 from vmm.memory.transfer import (
     SPLICE_FROM,
     FdCopier,
-    copy_by_copy_file_range,
     copy_by_splice,
     copy_through_buffer,
 )
 
 Way = Callable[[int, int, int, int, int], int]
 
-WAYS = [copy_by_copy_file_range, copy_by_splice, copy_through_buffer]
+WAYS = [copy_by_splice, copy_through_buffer]
 LARGE = (2 << 20) + 12345  # more than a pipe and a buffer hold, and no multiple of a page
 
 
@@ -137,16 +136,9 @@ class Recorder:
         return copy_through_buffer(src, src_offset, dst, dst_offset, size)
 
 
-def record_ways(
-    monkeypatch: pytest.MonkeyPatch, range_error: int | None, splice_error: int | None
-) -> list[str]:
+def record_ways(monkeypatch: pytest.MonkeyPatch, splice_error: int | None) -> list[str]:
     tried: list[str] = []
-    ways = (
-        ("copy_by_copy_file_range", range_error),
-        ("copy_by_splice", splice_error),
-        ("copy_through_buffer", None),
-    )
-    for name, error in ways:
+    for name, error in (("copy_by_splice", splice_error), ("copy_through_buffer", None)):
         monkeypatch.setattr(transfer, name, Recorder(name, tried, error))
     return tried
 
@@ -157,7 +149,7 @@ def record_ways(
 def test_copier_falls_back_from_a_way_that_does_not_work_here_and_remembers(
     number: int, memfd: Callable[[bytes], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tried = record_ways(monkeypatch, number, number)
+    tried = record_ways(monkeypatch, number)
     content = pattern(SPLICE_FROM)
     source, target = memfd(content), memfd(bytes(SPLICE_FROM))
     copier = FdCopier()
@@ -168,65 +160,63 @@ def test_copier_falls_back_from_a_way_that_does_not_work_here_and_remembers(
 
     assert first == SPLICE_FROM
     assert os.pread(target, SPLICE_FROM, 0) == content
-    assert attempts == ["copy_by_copy_file_range", "copy_by_splice", "copy_through_buffer"]
+    assert attempts == ["copy_by_splice", "copy_through_buffer"]
     assert tried == [*attempts, "copy_through_buffer"]
 
 
-def test_copier_prefers_copy_file_range_and_leaves_small_copies_to_the_buffer(
+def test_copier_prefers_splice_and_leaves_small_copies_to_the_buffer(
     memfd: Callable[[bytes], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tried = record_ways(monkeypatch, None, None)
+    tried = record_ways(monkeypatch, None)
     source, target = memfd(bytes(SPLICE_FROM)), memfd(bytes(SPLICE_FROM))
     copier = FdCopier()
 
     copier.copy(source, 0, target, 0, SPLICE_FROM)
     copier.copy(source, 0, target, 0, SPLICE_FROM - 1)
 
-    assert tried == ["copy_by_copy_file_range", "copy_through_buffer"]
+    assert tried == ["copy_by_splice", "copy_through_buffer"]
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EFBIG])
 def test_copier_reports_a_real_error_instead_of_trying_on(
     number: int, memfd: Callable[[bytes], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tried = record_ways(monkeypatch, number, None)
+    tried = record_ways(monkeypatch, number)
 
     with pytest.raises(OSError, match=os.strerror(number)):
         FdCopier().copy(memfd(bytes(SPLICE_FROM)), 0, memfd(b""), 0, SPLICE_FROM)
 
-    assert tried == ["copy_by_copy_file_range"]
+    assert tried == ["copy_by_splice"]
 
 
-def fail_second_half(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
-    """Every splice out of the pipe moves a little and the second one fails."""
-    real_splice = os.splice
-    outward: list[int] = []
-
-    def splice(src: int, dst: int, count: int, **offsets: int) -> int:
-        if "offset_dst" in offsets:
-            outward.append(count)
-            if len(outward) == 2:
-                raise error
-            count = min(count, 1000)
-        return real_splice(src, dst, count, **offsets)
-
-    monkeypatch.setattr(os, "splice", splice)
-
-
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "no space"), KeyboardInterrupt()])
 def test_splice_that_fails_half_way_leaves_no_bytes_for_the_next_transfer(
-    error: BaseException, memfd: Callable[[bytes], int], monkeypatch: pytest.MonkeyPatch
+    memfd: Callable[[bytes], int],
 ) -> None:
     source, target = memfd(b"old!" * 50_000), memfd(bytes(LARGE))
-    with monkeypatch.context() as broken:
-        fail_second_half(broken, error)
-        with pytest.raises(type(error)):
-            copy_by_splice(source, 0, target, 0, 200_000)
+    sealed = os.memfd_create("sealed", os.MFD_ALLOW_SEALING)
+    fcntl.fcntl(sealed, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)  # found with the pipe full
 
+    with pytest.raises(PermissionError):
+        copy_by_splice(source, 0, sealed, 0, 200_000)
+
+    os.close(sealed)
     assert bytes_in_pipe() == 0
     content = pattern(LARGE)
     assert copy_by_splice(memfd(content), 0, target, 0, LARGE) == LARGE
     assert os.pread(target, LARGE, 0) == content
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_large_copy_is_made_in_parts_between_which_signals_are_seen(
+    way: Way, memfd: Callable[[bytes], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfer, "_UNINTERRUPTED", 1000)
+    content = pattern(3500)
+    source, target = memfd(content), memfd(b"")
+
+    assert way(source, 0, target, 5, 3000) == 3000
+    assert way(source, 3000, target, 3005, 3000) == 500
+    assert os.pread(target, 4000, 5) == content
 
 
 def test_splice_whose_target_refuses_it_falls_back_with_nothing_lost(

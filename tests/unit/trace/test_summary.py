@@ -121,7 +121,8 @@ def test_summary_has_shared_bytes(events: Events, tmp_path: Path) -> None:
 def test_bounce_buffer_is_the_longest_area_shared_in_equal_pieces(
     events: Events, tmp_path: Path
 ) -> None:
-    events.convert(Kind.SHARE, 1, 0, 8 * MIB_PAGES)  # large, but a single piece
+    # Larger and right before it, but a single piece.
+    events.convert(Kind.SHARE, 1, 80 * MIB_PAGES, 20 * MIB_PAGES)
     for piece in range(8):
         events.convert(Kind.SHARE, 2 + piece, (100 + 2 * piece) * MIB_PAGES, 2 * MIB_PAGES)
     events.convert(Kind.SHARE, 20, 900 * MIB_PAGES, 2 * MIB_PAGES)
@@ -129,6 +130,12 @@ def test_bounce_buffer_is_the_longest_area_shared_in_equal_pieces(
     found = summary_of(events, tmp_path)["bounce_buffer"]
 
     assert found == {"gpa": 100 << 20, "bytes": 16 << 20, "pieces": 8}
+
+
+def test_bounce_buffer_shared_in_one_piece_is_none(events: Events, tmp_path: Path) -> None:
+    events.convert(Kind.SHARE, 1, 0, 64 * MIB_PAGES)
+
+    assert summary_of(events, tmp_path)["bounce_buffer"] is None
 
 
 def test_bounce_buffer_of_single_pages_is_none(events: Events, tmp_path: Path) -> None:

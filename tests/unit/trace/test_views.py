@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import re
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +39,15 @@ def boot_like(seed: int = 0) -> Events:
 
 
 @pytest.fixture
-def trace(tmp_path: Path) -> Trace:
-    return Trace(boot_like().write(tmp_path / "first"))
+def trace(tmp_path: Path) -> Iterator[Trace]:
+    with closing(Trace(boot_like().write(tmp_path / "first"))) as opened:
+        yield opened
 
 
 @pytest.fixture
-def other(tmp_path: Path) -> Trace:
-    return Trace(boot_like(seed=3).write(tmp_path / "second"))
+def other(tmp_path: Path) -> Iterator[Trace]:
+    with closing(Trace(boot_like(seed=3).write(tmp_path / "second"))) as opened:
+        yield opened
 
 
 def test_page_asks_for_nothing_outside_itself(trace: Trace) -> None:

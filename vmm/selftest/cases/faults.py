@@ -6,6 +6,7 @@ What Linux' private_mem_kvm_exits_test checks, and the same for guest_memfds tha
 from __future__ import annotations
 
 import errno
+import threading
 
 from kvm_bindings import Vm
 from kvm_bindings.exits import MemoryFaultExit
@@ -20,6 +21,7 @@ from vmm.selftest.guest import CODE_SIZE, Gate, GuestCpu, GuestStopped
 AREA = Range(CODE_SIZE, 4 * PAGE_SIZE)
 POISON = 0xAAAA_6661_756C_7400
 SLOT = 10
+DEADLINE = 30.0
 
 
 def bare(cell: Cell) -> tuple[Vm, GuestCpu, MemfdBacking]:
@@ -68,6 +70,35 @@ def private_page_without_memslot(cell: Cell) -> None:
     faults_privately(cpu, AREA.start)
     set_slot(vm, SLOT, AREA.start, AREA, memfd, private)
     expect("word after the memslot came back", cpu.read(AREA.start), POISON)
+
+
+@case("a memslot deleted under a guest that reads its private page is a memory fault at once")
+def memslot_deleted_while_guest_reads(cell: Cell) -> None:
+    vm, cpu, memfd = bare(cell)
+    private = guest_memfd(cell, vm)
+    set_slot(vm, SLOT, AREA.start, AREA, memfd, private)
+    cell.make_private(vm, AREA)
+    reading = threading.Event()
+    stopped: list[GuestStopped] = []
+
+    def read_for_ever() -> None:
+        try:
+            while True:
+                cpu.read(AREA.start)
+                reading.set()
+        except GuestStopped as stop:
+            stopped.append(stop)
+
+    reader = threading.Thread(target=read_for_ever, daemon=True)
+    reader.start()
+    if not reading.wait(DEADLINE):
+        raise Failed("the guest's first read did not come to an end")
+    vm.set_user_memory_region(SLOT, 0, 0, 0)
+    reader.join(DEADLINE)
+    if not stopped:
+        raise Failed("the guest reads on, or its thread failed")
+    wanted = MemoryFaultExit(1 << 3, AREA.start, PAGE_SIZE, errno.EFAULT)
+    expect("exit", stopped[0].exit, wanted)
 
 
 @case("a private page whose guest_memfd has been closed is a memory fault")

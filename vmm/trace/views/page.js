@@ -345,7 +345,7 @@ function exitsChart() {
 // ---- the page ---------------------------------------------------------------------------------
 function headLine(trace) {
   const { summary } = trace, run = summary.run, backings = run.backings || {};
-  const guest = summary.complete ? (summary.guest || {}).exit : "unknown";
+  const guest = (summary.complete && (summary.guest || {}).exit) || "unknown";
   const facts = [`guest: ${guest}`, `scheme ${run.scheme}`, `doorbell ${run.doorbell}`, `private side ${backings.private || "unknown"}`,
     `policies: ${(run.policies || []).map((words) => words.join(" ")).join(", ") || "none"}`];
   const made = make("p", { class: "note" }, `${summary.path}: ${facts.join(" · ")}`);
