@@ -14,7 +14,7 @@ echo 48 > /proc/sys/vm/nr_hugepages
 pyvmm check --json > /tmp/check
 tr -d '\n' < /tmp/check; echo
 while read -r options; do
-    pyvmm --mem 32M --disk /tmp/disk --report /tmp/report $options > /tmp/out 2>&1
+    pyvmm --mem 32M --disk /tmp/disk --report /tmp/report $options < /dev/null > /tmp/out 2>&1
     echo "$options|$(tail -n 1 /tmp/out | tr -d '\r')|$(tr -d '\n' < /tmp/report)"
     rm -f /tmp/report
 done <<END

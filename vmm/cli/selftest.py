@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import IO
 
+from vmm.cli.output import printing
 from vmm.cli.parser import Parser
 from vmm.core.errors import UsageError, tell
 from vmm.exits.run_loop import install_kick_handler
@@ -62,10 +63,9 @@ def run(arguments: Sequence[str]) -> int:
         with output:
             json.dump(as_json(results), output, indent=2)
             output.write("\n")
-    if sys.stdout.isatty():
-        _print_table(cases, cells, results)
-    else:
-        print("\n".join(plain_lines(cases, cells, results)), flush=True)
+    with printing():
+        if not (sys.stdout.isatty() and _print_table(cases, cells, results)):
+            print("\n".join(plain_lines(cases, cells, results)))
     return 1 if any(result.status == "fail" for result in results) else 0
 
 
@@ -155,12 +155,16 @@ def plain_lines(
 
 def _print_table(
     cases: Sequence[Case], cells: Sequence[Combination], results: Sequence[Result]
-) -> None:
+) -> bool:
+    """A table in colours; False, and nothing, where the terminal is too narrow for it."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    console = Console(highlight=False)
+    if console.width < 40 + sum(_column_width(cell) + 2 for cell in cells):
+        return False
     matrix = Matrix(results)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("case", overflow="fold")
@@ -169,7 +173,11 @@ def _print_table(
     for case in cases:
         found = [matrix.at(case, cell).status for cell in cells]
         table.add_row(case.title, *(Text(_MARKS[word], style=_COLOURS[word]) for word in found))
-    console = Console(highlight=False)
     console.print(table)
     for note in notes(results):
         console.print(Text(note, style="bold red" if note.startswith("FAIL") else ""))
+    return True
+
+
+def _column_width(cell: Combination) -> int:
+    return max(len(cell.scheme), len(cell.backing))

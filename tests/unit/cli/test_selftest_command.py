@@ -140,3 +140,22 @@ def test_selftest_with_bad_words_exits_2(
 ) -> None:
     assert main(["selftest", *words]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("columns", "is_table"), [(120, True), (50, False)])
+def test_selftest_on_a_terminal_shows_titles_where_they_fit(
+    columns: int,
+    is_table: bool,
+    outcomes: dict[str, tuple[Status, str]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+
+    assert main(["selftest"]) == 0
+
+    output = capsys.readouterr().out
+    assert ("title of a.good" in output) == is_table
+    assert ("   1  cbit/memfd" in output) != is_table
+    assert "2 passed, 0 failed, 0 skipped" in output
