@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import termios
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -61,7 +62,7 @@ def test_command_in_a_pipe_is_transparent(lab: Lab, tmp_path: Path) -> None:
     assert result.stderr.endswith(b"oops\n")
 
 
-def test_command_on_a_terminal_passes_it_on_and_restores_it(
+def test_command_on_a_terminal_passes_it_on_and_gives_it_back(
     lab: Lab, terminal: tuple[int, int]
 ) -> None:
     ours, theirs = terminal
@@ -73,13 +74,19 @@ def test_command_on_a_terminal_passes_it_on_and_restores_it(
     ) as process:
         read_until(ours, b"30 90\r\n")
         during = termios.tcgetattr(theirs)
+        process.send_signal(signal.SIGTSTP)
+        assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])
+        stopped = termios.tcgetattr(theirs)
+        process.send_signal(signal.SIGCONT)
+        while termios.tcgetattr(theirs) != during:
+            time.sleep(0.01)
         os.write(ours, b"word\r")
         read_until(ours, b"got word\r\n")
         status = process.wait()
 
     assert status == 12
     assert not during[3] & (termios.ICANON | termios.ECHO | termios.ISIG)
-    assert termios.tcgetattr(theirs) == before
+    assert stopped == termios.tcgetattr(theirs) == before
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

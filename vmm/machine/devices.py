@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from kvm_bindings import Vm, ioctls
+from kvm_bindings import Vm
 from vmm.arch.x86_64 import layout
 from vmm.arch.x86_64.devices.acpi_pm import AcpiPm
 from vmm.arch.x86_64.devices.cmos import Cmos
@@ -19,7 +19,13 @@ from vmm.devices.msix import MAX_VECTORS, MsixTable
 from vmm.devices.pci import PciBus, host_bridge
 from vmm.devices.serial16550 import Serial16550
 from vmm.machine.console import Console
-from vmm.machine.interrupts import EdgeLine, LevelLine, MessageRoutes, MsixMessages
+from vmm.machine.interrupts import (
+    EdgeLine,
+    LevelLine,
+    MessageRoutes,
+    MsixMessages,
+    can_use_messages,
+)
 from vmm.memory.guest_memory import GuestMemory
 
 if TYPE_CHECKING:
@@ -30,17 +36,6 @@ if TYPE_CHECKING:
     from vmm.devices.virtio.watched import Announce
     from vmm.machine.doorbell import Doorbell
     from vmm.memory.engines import Engine
-
-
-def _can_use_messages(vm: Vm, memory: GuestMemory) -> bool:
-    """Whether functions get MSI-X, besides the INTx that all of them have.
-
-    The guest writes the table, which PCI wants in memory, with ordinary instructions that KVM
-    has to fetch and decode: it reads guest code through the memslots' addresses, where it
-    finds nothing of private pages that the host cannot reach.
-    """
-    readable = memory.private is None or memory.private.traits.private_access == "allowed"
-    return readable and bool(vm.check_extension(ioctls.KVM_CAP_IRQ_ROUTING))
 
 
 class Devices:
@@ -77,7 +72,7 @@ class Devices:
         self._doorbells: list[Doorbell] = []
         self._engines: dict[str, Engine] = {}
         self._pci = PciBus(self.ports, self.registers)
-        self._routes = MessageRoutes(vm) if _can_use_messages(vm, memory) else None
+        self._routes = MessageRoutes(vm) if can_use_messages(vm, memory.private) else None
         self._pci.add(0, host_bridge())
         with ExitStack() as self._opened:
             self._connect(console, power_off, reset)

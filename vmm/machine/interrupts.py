@@ -7,10 +7,11 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from threading import Lock
 
-from kvm_bindings import Vm
+from kvm_bindings import Vm, ioctls
 from vmm.arch.x86_64 import layout
 from vmm.core.errors import tell
 from vmm.core.event_loop import EventLoop, drain
+from vmm.memory.backing import Backing
 
 
 def open_eventfd(owner: ExitStack) -> int:
@@ -60,6 +61,17 @@ class LevelLine:
         drain(self._resamplefd)
         if any(pending() for pending in self._pending):
             os.eventfd_write(self._eventfd, 1)
+
+
+def can_use_messages(vm: Vm, private: Backing | None) -> bool:
+    """Whether functions get MSI-X, besides the INTx that all of them have.
+
+    The guest writes the table, which PCI wants in memory, with ordinary instructions that KVM
+    has to fetch and decode: it reads guest code through the memslots' addresses, where it
+    finds nothing of private pages that the host cannot reach.
+    """
+    readable = private is None or private.traits.private_access == "allowed"
+    return readable and bool(vm.check_extension(ioctls.KVM_CAP_IRQ_ROUTING))
 
 
 class MessageRoutes:

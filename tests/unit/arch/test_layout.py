@@ -62,6 +62,16 @@ def test_virtio_bars_of_all_slots_stay_in_the_pci_window() -> None:
     assert not any(a.overlaps(b) for a, b in combinations(bars, 2))
 
 
+def test_msix_bars_of_all_slots_stay_in_the_memory_window_which_no_ram_reaches() -> None:
+    window = Range(layout.PCI_MEMORY_START, layout.PCI_MEMORY_END - layout.PCI_MEMORY_START)
+    bars = [Range(layout.msix_bar_gpa(slot), layout.MSIX_BAR_SIZE) for slot in range(1, 32)]
+
+    assert all(window.contains(bar) for bar in bars)
+    assert not any(a.overlaps(b) for a, b in combinations(bars, 2))
+    assert window.start >= layout.RAM_HOLE_START
+    assert window.end <= layout.IOAPIC_GPA
+
+
 def test_pci_interrupts_stay_off_the_fixed_devices() -> None:
     fixed = {layout.TIMER_IRQ, layout.COM1_IRQ, layout.RTC_IRQ, layout.SCI_IRQ}
 

@@ -5,13 +5,21 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
 
-from kvm_bindings import KvmError, Vm
+from kvm_bindings import KvmError, Vm, ioctls
 from vmm.core.event_loop import EventLoop
-from vmm.machine.interrupts import EdgeLine, LevelLine, MessageRoutes, MsixMessages
+from vmm.machine.interrupts import (
+    EdgeLine,
+    LevelLine,
+    MessageRoutes,
+    MsixMessages,
+    can_use_messages,
+)
+from vmm.memory.backing import Backing, Traits
 
 
 class FakeVm:
@@ -22,6 +30,10 @@ class FakeVm:
         self.pins: list[tuple[int, int, int]] = []
         self.messages: list[tuple[int, int, int]] = []
         self.refuses = False
+        self.capabilities: dict[int, int] = {}
+
+    def check_extension(self, capability: int) -> int:
+        return self.capabilities[capability]
 
     def set_gsi_routing(
         self, pins: list[tuple[int, int, int]], messages: list[tuple[int, int, int]]
@@ -173,3 +185,25 @@ def test_message_that_kvm_refuses_leaves_the_old_one_and_says_so(
     assert said.count("pyvmm: interrupt message") == 2
     assert "KVM_SET_GSI_ROUTING" in said
     messages[1].signal(3)
+
+
+@pytest.mark.parametrize(
+    ("access", "routing", "offered"),
+    [
+        (None, 1, True),  # an ordinary VM
+        ("allowed", 1, True),
+        ("SIGBUS", 1, False),  # KVM can't read the guest's instructions there
+        ("no mapping", 1, False),
+        ("allowed", 0, False),
+    ],
+)
+def test_messages_are_offered_where_kvm_can_decode_accesses_to_their_table(
+    vm: FakeVm, access: str | None, routing: int, offered: bool
+) -> None:
+    vm.capabilities[ioctls.KVM_CAP_IRQ_ROUTING] = routing
+    private = None
+    if access is not None:
+        traits = Traits(False, False, False, False, private_access=access)
+        private = cast(Backing, SimpleNamespace(traits=traits))
+
+    assert can_use_messages(cast(Vm, vm), private) is offered
