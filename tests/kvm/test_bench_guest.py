@@ -103,6 +103,6 @@ def test_fd2fd_keeps_guest_data_out_of_user_space(tmp_path: Path) -> None:
     through_buffer = bytes_through_user_space(tmp_path, "pread")
     inside_kernel = bytes_through_user_space(tmp_path, "fd2fd")
 
-    # Both load the guest and read rings and headers; one of them reads and writes the data.
-    assert through_buffer - inside_kernel == 2 * data
+    # Both load the guest and look at rings and headers; one of them reads and writes the data.
     assert inside_kernel < data // 16
+    assert 0 <= through_buffer - 2 * data < data // 16

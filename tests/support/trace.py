@@ -20,7 +20,7 @@ def start_recorder(path: Path, **facts: Any) -> Recorder:
     return recorder
 
 
-def rows_of(path: Path, *kinds: Kind) -> list[dict[str, Any]]:
+def rows_of(path: Path, *kinds: int) -> list[dict[str, Any]]:
     """All events (of these kinds), by column name; the kind and the name in words."""
     trace = Trace(path)
     cells = {column.name: trace[column.name].tolist() for column in COLUMNS}
@@ -55,7 +55,7 @@ class Events:
 
     def add(
         self,
-        kind: Kind,
+        kind: int,
         at: float,
         name: str = "",
         *,
@@ -76,7 +76,7 @@ class Events:
             )
         )  # fmt: skip
 
-    def request(self, kind: Kind, at: float, first: int, pages: int, **about: Any) -> None:
+    def request(self, kind: int, at: float, first: int, pages: int, **about: Any) -> None:
         """A share or an unshare of pages; allowed unless it is said otherwise."""
         about.setdefault("decision", "allow")
         self.add(kind, at, "hypercall", gpa=first * PAGE, size=pages * PAGE, **about)
@@ -85,7 +85,7 @@ class Events:
         gpa, size = first * PAGE, pages * PAGE
         self.add(Kind.STATE, at, state, took=took, vcpu=HOST, gpa=gpa, size=size)
 
-    def convert(self, kind: Kind, at: float, first: int, pages: int, took: float = 1.0) -> None:
+    def convert(self, kind: int, at: float, first: int, pages: int, took: float = 1.0) -> None:
         """A request that is carried out."""
         self.state(at, first, pages, "shared" if kind == Kind.SHARE else "private", took)
         self.request(kind, at, first, pages, took=took)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from vmm.core.events import ConversionRequest
 from vmm.core.ranges import Range
@@ -11,25 +11,24 @@ from vmm.memory.guest_memory import PageState
 from vmm.policy import Decision
 
 
-class Answered(NamedTuple):
-    """A request that is over."""
-
-    request: ConversionRequest
-    decision: Decision | None
-    """None: it was invalid, no policy was asked."""
-    decided_by: str | None
-    """The policy whose word the decision was; None where all simply allowed it."""
-    answer: int | None
-    """0, a negative errno, or None: the run ends with it."""
-    started: int
-    """When it came, time.monotonic_ns."""
-
-
 class ConversionObserver(Protocol):
-    """Told of what has happened, with the converter's lock held."""
+    """Told of what has happened, with the converter's lock held; times are time.monotonic_ns."""
 
-    def answered(self, what: Answered) -> None: ...
+    def answered(
+        self,
+        request: ConversionRequest,
+        decision: Decision | None,
+        decided_by: str | None,
+        answer: int | None,
+        started: int,
+    ) -> None:
+        """A request that came at `started` is over.
+
+        No decision: it was invalid. `decided_by`: the policy whose word the decision was; None
+        where all simply allowed it. No answer: the run ends with it.
+        """
+        ...
 
     def changed(self, areas: Sequence[Range], state: PageState, began: int) -> None:
-        """`areas` are in `state` now, and were being converted since `began` (monotonic_ns)."""
+        """`areas` are in `state` now, and were being converted since `began`."""
         ...

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vmm.conversion.observer import Answered
-from vmm.core.events import Kind
+from vmm.core.events import ConversionRequest, Kind
 from vmm.core.ranges import PAGE_SIZE, Range
 from vmm.memory.guest_memory import PageState
-from vmm.trace.layout import DECISIONS, HOST, NO_ANSWER
+from vmm.policy import Decision
+from vmm.trace.layout import DECISIONS, HOST, LARGEST, NO_ANSWER
 from vmm.trace.layout import Kind as Traced
 from vmm.trace.recorder import Recorder
 
@@ -19,18 +19,25 @@ class ConversionTrace:
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
 
-    def answered(self, what: Answered) -> None:
-        request, decision, by, answer, started = what
+    def answered(
+        self,
+        request: ConversionRequest,
+        decision: Decision | None,
+        decided_by: str | None,
+        answer: int | None,
+        started: int,
+    ) -> None:
         word = "none" if decision is None else type(decision).__name__.lower()
         detail = self._recorder.name(request.doorbell)
-        if by is not None:
-            detail |= self._recorder.name(by) << 16
+        if decided_by is not None:
+            detail |= self._recorder.name(decided_by) << 16
         self._recorder.record(
             Traced.SHARE if request.kind is Kind.SHARE else Traced.UNSHARE,
             min(request.vcpu, HOST),
             started,
-            request.gpa,
-            max(request.pages, 0) * PAGE_SIZE,
+            # The guest may ask for ranges of any length.
+            min(request.gpa, LARGEST),
+            min(max(request.pages, 0) * PAGE_SIZE, LARGEST),
             detail,
             NO_ANSWER if answer is None else -answer,
             DECISIONS.index(word),

@@ -12,10 +12,10 @@ import math
 import threading
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from vmm.conversion.accounting import Accounting, Refinements
 from vmm.conversion.deferral import DueTimes
-from vmm.conversion.observer import Answered, ConversionObserver
 from vmm.conversion.scheme import Scheme
 from vmm.conversion.view import GuestView
 from vmm.core.errors import HostError
@@ -35,6 +35,9 @@ from vmm.policy import (
     PolicyKill,
 )
 from vmm.policy.hooks import Hooks
+
+if TYPE_CHECKING:
+    from vmm.conversion.observer import ConversionObserver  # most runs do without
 
 _SETTLED = {
     Kind.SHARE: frozenset({PageState.SHARED}),
@@ -146,8 +149,7 @@ class Converter:
         finally:
             if self._observer is not None:
                 by = None if self._decision is None else self.hooks.decided_by
-                what = Answered(request, self._decision, by, answer, started)
-                self._observer.answered(what)
+                self._observer.answered(request, self._decision, by, answer, started)
 
     def _convert(self, request: ConversionRequest) -> int:
         self._requests += 1

@@ -14,14 +14,14 @@ from vmm.trace.recorder import Recorder
 Handler = Callable[[Any, Any], None]
 Table = dict[type[Any], tuple[str, Handler]]
 
-_ADDRESSES: dict[type[Any], str] = {
-    exits.IoExit: "port",
-    exits.MmioExit: "gpa",
-    exits.HypercallExit: "number",
-    exits.RdmsrExit: "msr",
-    exits.WrmsrExit: "msr",
-}
-"""The field of an exit that says where."""
+_WITH_ADDRESS = (
+    exits.IoExit,
+    exits.MmioExit,
+    exits.HypercallExit,
+    exits.RdmsrExit,
+    exits.WrmsrExit,
+)
+"""Exits whose first field says where: port, GPA, hypercall's number, MSR."""
 
 
 def traced(table: Table, recorder: Recorder) -> Table:
@@ -36,16 +36,15 @@ def _traced_handler(
     exit_class: type[Any], name: str, handler: Handler, recorder: Recorder
 ) -> Handler:
     number = recorder.name(name)
-    field = _ADDRESSES.get(exit_class)
-    now, record, kind = time.monotonic_ns, recorder.record, int(Kind.EXIT)
+    has_address = exit_class in _WITH_ADDRESS
+    now, record, kind = time.monotonic_ns, recorder.record, Kind.EXIT
 
     def handle(vcpu: AnsweringVcpu, exit: Any) -> None:
         started = now()
         try:
             handler(vcpu, exit)
         finally:
-            address = 0 if field is None else getattr(exit, field)
-            record(kind, vcpu.index, started, address, 0, number)
+            record(kind, vcpu.index, started, exit[0] if has_address else 0, 0, number)
 
     def handle_fault(vcpu: AnsweringVcpu, exit: exits.MemoryFaultExit) -> None:
         started = now()

@@ -1,10 +1,11 @@
-"""The machines that the lab can be: which KVM their Linux has, and what emulates them."""
+"""The machines that the lab can be: what emulates them, and which KVM their Linux has."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from vmm.core.errors import UsageError
+from vmm.lab.devices import PC, VIRTIO, Devices
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,15 +15,32 @@ class Host:
     name: str
     summary: str
     sw_protected: bool = False  # its KVM is compiled anew, with KVM_X86_SW_PROTECTED_VM
+    bochs: bool = False  # emulated by Bochs, else by QEMU
+    cpus: int = 2
+    devices: Devices = VIRTIO
 
 
-STOCK = Host("stock", "Debian's kernel as it is, under QEMU (the default)")
-SW_PROTECTED = Host(
-    "sw-protected",
-    "the same, KVM compiled with KVM_X86_SW_PROTECTED_VM (once, a minute)",
-    sw_protected=True,
-)
-HOSTS = {host.name: host for host in (STOCK, SW_PROTECTED)}
+HOSTS = {
+    host.name: host
+    for host in (
+        Host("stock", "Debian's kernel as it is, under QEMU (the default)"),
+        Host(
+            "sw-protected",
+            "KVM compiled with KVM_X86_SW_PROTECTED_VM (once, half a minute)",
+            sw_protected=True,
+        ),
+        # QEMU's emulated SVM has no nrip-save: KVM there reads each instruction that it emulates.
+        Host(
+            "bochs",
+            "sw-protected under Bochs: guests' code may be private; slow, 1 CPU, no disks",
+            sw_protected=True,
+            bochs=True,
+            cpus=1,
+            devices=PC,
+        ),
+    )
+}
+DEFAULT = HOSTS["stock"]
 
 
 def named(name: str) -> Host:

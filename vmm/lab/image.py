@@ -23,6 +23,7 @@ from vmm.core.errors import HostError
 from vmm.lab import initramfs, interpreter
 from vmm.lab.cache import Cache, remove_tree
 from vmm.lab.closure import libraries_of
+from vmm.lab.devices import VIRTIO, Devices
 from vmm.lab.packages import QEMU_PROGRAM, Qemu
 from vmm.lab.progress import Progress
 
@@ -235,9 +236,11 @@ def _file_key(path: Path) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def initramfs_key(busybox: Path, modules: Path | None, kvm: Path | None = None) -> str:
+def initramfs_key(
+    busybox: Path, modules: Path | None, kvm: Path | None = None, devices: Devices = VIRTIO
+) -> str:
     """Packages are unpacked once and never change, so their paths stand for them."""
-    text = f"{_file_key(busybox)} {modules} {initramfs.SCRIPTS}"
+    text = f"{_file_key(busybox)} {modules} {initramfs.SCRIPTS} {devices}"
     for folder in (modules, kvm):
         if folder is not None:
             text += f" {folder.resolve()} {folder.resolve().stat().st_mtime_ns}"

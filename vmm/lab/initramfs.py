@@ -12,10 +12,11 @@ from pathlib import Path
 
 from vmm.core.errors import HostError
 from vmm.lab.cpio import CpioWriter
+from vmm.lab.devices import VIRTIO, Devices
 from vmm.lab.kmodules import ModuleTree, without_signature
 
 # Loaded before anything can be mounted, and while the mounts are being made.
-_STORAGE_MODULES = ("virtio_pci", "virtio_blk", "virtio_console", "ext4", "overlay")
+_FILE_SYSTEMS = ("ext4", "overlay")
 # tun is for pyvmm's --net tap=.
 _KVM_MODULES = ("irqbypass", "kvm", "kvm-amd", "tun")
 _GUEST_MODULES = ("virtio_pci", "virtio_blk", "ext4")
@@ -45,16 +46,17 @@ mount -t proc none /proc
 mount -t sysfs none /sys
 load {storage}
 load {kvm} &
+until [ -b {drives}c ]; do usleep 10000; done
 mkdir -p /lower /project /writes /root
-mount -t ext4 -o ro,noatime /dev/vda /lower || fail "mounting the root image"
+mount -t ext4 -o ro,noatime {drives}a /lower || fail "mounting the root image"
 mount -t tmpfs -o size=75% none /writes
 mkdir /writes/upper /writes/work /writes/project-upper /writes/project-work
 mount -t overlay -o lowerdir=/lower,upperdir=/writes/upper,workdir=/writes/work none /root \\
     || fail "mounting the writable layer"
-mount -t ext4 -o ro,noatime /dev/vdb /project || fail "mounting the project image"
+mount -t ext4 -o ro,noatime {drives}b /project || fail "mounting the project image"
 mount -t overlay -o lowerdir=/project,upperdir=/writes/project-upper,workdir=/writes/project-work \\
     none /root/lab/project || fail "mounting the project's writable layer"
-mount -t ext4 -o ro,noatime /dev/vdc /root/lab/job || fail "mounting the job image"
+mount -t ext4 -o ro,noatime {drives}c /root/lab/job || fail "mounting the job image"
 mount -o move /dev /root/dev
 mount -o move /proc /root/proc
 mount -o move /sys /root/sys
@@ -88,23 +90,25 @@ setsid -c sh <"$tty" >"$tty" 2>&1
 poweroff -f
 """
 # What a cached archive depends on besides its files.
-SCRIPTS = (
-    f"{_HOST_INIT}{_GUEST_INIT}{_STORAGE_MODULES}{_KVM_MODULES}{_GUEST_MODULES}{_GUEST_DEVICES}"
-)
+SCRIPTS = f"{_HOST_INIT}{_GUEST_INIT}{_FILE_SYSTEMS}{_KVM_MODULES}{_GUEST_MODULES}{_GUEST_DEVICES}"
 
 
-def host_initramfs(busybox: Path, modules: Path, kvm_modules: Path | None = None) -> bytes:
+def host_initramfs(
+    busybox: Path, modules: Path, kvm_modules: Path | None = None, devices: Devices = VIRTIO
+) -> bytes:
     """The lab machine's: `modules` is lib/modules/RELEASE of its kernel, `kvm_modules`
     a directory with other KVM modules for it.
     """
     tree = ModuleTree(modules, instead=kvm_modules)
-    storage = tree.in_order(_STORAGE_MODULES)
+    storage = tree.in_order((*devices.modules, *_FILE_SYSTEMS))
     loaded = {name for name, _ in storage}
     kvm = [(name, data) for name, data in tree.in_order(_KVM_MODULES) if name not in loaded]
     if not any(name == "kvm_amd" for name, _ in kvm):
         raise HostError(f"no module kvm-amd below {modules}; the lab's kernel needs it")
     script = _HOST_INIT.format(
-        storage=" ".join(name for name, _ in storage), kvm=" ".join(name for name, _ in kvm)
+        storage=" ".join(name for name, _ in storage),
+        kvm=" ".join(name for name, _ in kvm),
+        drives=devices.drives,
     )
     loaded_bare = [(name, without_signature(data)) for name, data in [*storage, *kvm]]
     return _archive(busybox, script, loaded_bare)

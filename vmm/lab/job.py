@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from vmm.core.errors import UsageError
+from vmm.lab.devices import VIRTIO, Devices
 
 # Drives in front of the user's disks: root, project, job, results.
 FIXED_DRIVES = 4
@@ -53,17 +54,7 @@ class Job:
 
     def devices(self) -> list[str]:
         """The block devices that the disks are inside, in their order."""
-        return [drive_name(self.first_drive + i) for i in range(len(self.drives))]
-
-
-def drive_name(index: int) -> str:
-    """virtio-blk's naming in Linux: vda ... vdz, vdaa ..."""
-    name = ""
-    index += 1
-    while index:
-        index, letter = divmod(index - 1, 26)
-        name = chr(ord("a") + letter) + name
-    return f"/dev/vd{name}"
+        return [VIRTIO.drive(self.first_drive + i) for i in range(len(self.drives))]
 
 
 def job_from_arguments(
@@ -160,6 +151,7 @@ class Surroundings:
     token: str  # ends the output streams; must not occur in the output
     terminal: tuple[int, int] | None = None  # rows, columns
     qemu_drive: str | None = None
+    names: Devices = VIRTIO
 
 
 def lay_out(job: Job, surroundings: Surroundings, folder: Path) -> None:
@@ -179,6 +171,7 @@ def lay_out(job: Job, surroundings: Surroundings, folder: Path) -> None:
 
 def _script(job: Job, surroundings: Surroundings, links: list[tuple[str, str]]) -> str:
     quote = shlex.quote
+    devices = surroundings.names
     lines = [f"export PATH={quote(surroundings.path)}"]
     lines += [f"export {name}={quote(value)}" for name, value in surroundings.environment.items()]
     lines.append(f"TOKEN={quote(surroundings.token)}")
@@ -194,14 +187,21 @@ def _script(job: Job, surroundings: Surroundings, links: list[tuple[str, str]]) 
     words = " ".join(quote(word) for word in job.words)
     if surroundings.terminal is not None:
         rows, columns = surroundings.terminal
-        lines.append(_ON_TERMINAL.format(words=words, rows=rows, columns=columns))
+        lines.append(
+            _ON_TERMINAL.format(words=words, rows=rows, columns=columns, device=devices.console)
+        )
     else:
-        lines.append(_ON_PORTS.format(words=words))
+        script = _ON_SERIAL_LINES if devices.is_serial else _ON_PORTS
+        lines.append(
+            script.format(
+                words=words, input=devices.input, output=devices.output, error=devices.error
+            )
+        )
     names = " ".join(quote(f"./{str(p).lstrip('/')}") for p in job.outputs)
     lines.append(
         _FINISH.format(
             names=names,
-            device=drive_name(FIXED_DRIVES - 1),
+            device=devices.drive(FIXED_DRIVES - 1),
             status=_STATUS,
         )
     )
@@ -215,23 +215,38 @@ mount -t tmpfs none /dev/shm
 ip link set lo up
 hostname lab
 """
-_WAIT_FOR = "while [ ! -c {device} ]; do usleep 20000; done"
-_ON_PORTS = (
-    _WAIT_FOR.format(device="/dev/vport0p3")
-    + """
-exec 5</dev/vport0p1 6>/dev/vport0p2 7>/dev/vport0p3
+_ON_PORTS = """\
+while [ ! -c {error} ]; do usleep 20000; done
+exec 5<{input} 6>{output} 7>{error}
 echo pyvmm-lab: running >/dev/console
 {words} <&5 >&6 2>&7 5<&- 6>&- 7>&-
 echo $? >/lab/status
 printf %s "$TOKEN" >&6
 printf %s "$TOKEN" >&7
 """
-)
+# The command gets pipes, not terminals. Input comes in pieces, each asked for and with its length
+# in front (vmm.lab.streams.Pieces).
+_ON_SERIAL_LINES = """\
+for line in {input} {output} {error}; do stty -F $line raw -echo 115200; done
+exec 5<>{input} 6>{output} 7>{error}
+echo pyvmm-lab: running >/dev/console
+mkfifo /lab/input /lab/output /lab/error
+cat </lab/output >&6 & output=$!
+cat </lab/error >&7 & error=$!
+while printf . >&5 && read -r count <&5 && [ "$count" -gt 0 ]; do
+    dd bs=1 count="$count" <&5 2>/dev/null
+done >/lab/input & input=$!
+{words} </lab/input >/lab/output 2>/lab/error 5<&- 6>&- 7>&-
+echo $? >/lab/status
+kill $input 2>/dev/null
+wait $output $error
+printf %s "$TOKEN" >&6
+printf %s "$TOKEN" >&7
+"""
 # The shell in between is the session's leader: when a leader ends, its terminal is hung up and
 # what wasn't sent yet is lost. stty waits until everything is (it sets with TCSADRAIN).
-_ON_TERMINAL = (
-    _WAIT_FOR.format(device="/dev/hvc0")
-    + """
+_ON_TERMINAL = """\
+while [ ! -c {device} ]; do usleep 20000; done
 echo pyvmm-lab: running >/dev/console
 setsid -c sh -c '
     trap : INT QUIT HUP
@@ -243,9 +258,8 @@ setsid -c sh -c '
     stty raw -echo
     printf %s "$token"
     stty raw -echo
-' sh "$TOKEN" {words} </dev/hvc0 >/dev/hvc0 2>&1
+' sh "$TOKEN" {words} <{device} >{device} 2>&1
 """
-)
 # The token tells the host that a stream is complete; the host's answer, that it has read it.
 _FINISH = """\
 cd /

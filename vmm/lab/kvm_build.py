@@ -21,6 +21,7 @@ from pathlib import Path
 
 from vmm.core.errors import HostError
 from vmm.lab.closure import is_elf
+from vmm.lab.programs import libraries_of_tree
 from vmm.lab.progress import Progress
 from vmm.lab.tied import tied
 
@@ -107,7 +108,7 @@ class KvmBuild:
         command = [str(tree / "usr" / "bin" / "make"), f"-j{len(os.sched_getaffinity(0))}"]
         command += ["-C", str(self._headers(tree)), f"M={sources}"]
         command += [f"{symbol}=y" for symbol in _SYMBOLS] + list(_SETTINGS)
-        # The debugging information would be stripped, and costs most of the time.
+        # Debugging information would be stripped, and takes a third more time.
         command += [f"KCFLAGS={defined} -g0", "modules"]
         environment = {"PATH": f"{tree}/usr/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
         output = []
@@ -157,12 +158,8 @@ def _first_error(output: list[str]) -> str:
 
 
 def run_by_own_loader(tree: Path) -> None:
-    """Makes the unpacked programs run as they lie, by the C library that came with them.
-
-    Each becomes a script that calls it by way of its loader. A chroot would do the same, but
-    needs root, or user namespaces, which containers and some distributions don't allow.
-    """
-    libraries = tree / "usr" / "lib" / "x86_64-linux-gnu"
+    """Makes the unpacked programs run each other: each becomes a script that starts it."""
+    libraries = libraries_of_tree(tree)
     loader = libraries / "ld-linux-x86-64.so.2"
     for folder in tree.glob("usr/lib/linux-kbuild-*"):
         for name, chosen in _CHOOSERS:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
 
 from vmm.core.errors import HostError, UsageError
-from vmm.lab import hosts, image
+from vmm.lab import bochs, hosts, image
 from vmm.lab.apt import Apt
 from vmm.lab.cache import Cache, default_directory
+from vmm.lab.devices import VIRTIO, Devices
+from vmm.lab.emulator import Assets
 from vmm.lab.initramfs import guest_initramfs, host_initramfs
 from vmm.lab.interpreter import executable
 from vmm.lab.job import FIXED_DRIVES, attach, job_from_arguments
 from vmm.lab.options import LabOptions
-from vmm.lab.packages import Kernel, Packages, Qemu, Wants, modules_beside
+from vmm.lab.packages import Bochs, Kernel, Packages, Qemu, Wants, modules_beside
 from vmm.lab.progress import Progress, Silent
-from vmm.lab.qemu import Assets
 from vmm.lab.run import LabRun
 
 
@@ -41,41 +43,59 @@ class Lab:
             return self._assets
         options = self.options
         wants = Wants()
-        qemu = wants.gather(lambda: self.packages.qemu(options.qemu))
+        host = hosts.named(options.host)
+        emulator: Qemu | Bochs | None
+        if host.bochs:
+            emulator = wants.gather(self._bochs)
+        else:
+            emulator = wants.gather(lambda: self.packages.qemu(options.qemu))
         busybox = wants.gather(lambda: self.packages.busybox(options.busybox))
         kernel = wants.gather(
             lambda: self.packages.host_kernel(options.host_kernel, options.host_modules)
         )
         wants.settle(self.cache.root)
-        assert qemu is not None and busybox is not None and kernel is not None
-        host = hosts.named(options.host)
+        assert emulator is not None and busybox is not None and kernel is not None
         kvm = self.packages.sw_protected_kvm(kernel) if host.sw_protected else None
         assets = Assets(
-            qemu=qemu,
+            host=host,
+            emulator=emulator,
             kernel=kernel.image,
-            initramfs=self._initramfs("host", busybox, kernel.modules, kvm),
+            initramfs=self._initramfs("host", busybox, kernel.modules, kvm, host.devices),
             root=image.root_image(self.cache, self.progress, busybox),
             project=image.project_image(self.cache, self.progress),
-            inner_qemu=self._inner_qemu(qemu) if options.with_qemu else None,
+            inner_qemu=self._inner_qemu() if options.with_qemu else None,
         )
         self._assets = assets
         return assets
 
-    def _inner_qemu(self, qemu: Qemu) -> Path:
-        return image.qemu_image(self.cache, self.progress, qemu)
+    def _inner_qemu(self) -> Path:
+        return image.qemu_image(self.cache, self.progress, self.packages.qemu(self.options.qemu))
+
+    def _bochs(self) -> Bochs:
+        tree = self.packages.bochs_tree()
+        key = hashlib.sha256(bochs.LOADER_SCRIPT.encode()).hexdigest()[:12]
+        floppy = self.cache.entry(
+            f"images/floppy-{key}.img", lambda path: bochs.build_floppy(tree, path)
+        )
+        return Bochs(tree, floppy)
 
     def _initramfs(
-        self, kind: str, busybox: Path, modules: Path | None, kvm: Path | None = None
+        self,
+        kind: str,
+        busybox: Path,
+        modules: Path | None,
+        kvm: Path | None = None,
+        devices: Devices = VIRTIO,
     ) -> Path:
         def build(path: Path) -> None:
             self.progress.step(f"building the {kind} initramfs")
             if kind == "host":
                 assert modules is not None
-                path.write_bytes(host_initramfs(busybox, modules, kvm))
+                path.write_bytes(host_initramfs(busybox, modules, kvm, devices))
             else:
                 path.write_bytes(guest_initramfs(busybox, modules))
 
-        key = image.initramfs_key(busybox, modules, kvm)
+        key = image.initramfs_key(busybox, modules, kvm, devices)
         entry = self.cache.entry(f"images/{kind}-{key}.cpio", build)
         self.cache.prune(f"images/{kind}-", keep=8)
         return entry
@@ -125,6 +145,8 @@ class Lab:
         )
         for disk in self.options.disks:
             attach(job, disk, "--lab-disk")
+        if assets.host.bochs:
+            bochs.refuse(job, self.options)
         if not program:
             job.words = [str(executable()), "-sP", "/lab/project/pyvmm", *job.words]
         job.inputs += [p.absolute() for p in self.options.files]

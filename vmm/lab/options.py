@@ -27,7 +27,7 @@ Without --initrd a guest gets a busybox shell.
 {_HOSTS}
   --exec PROGRAM ...       run this instead of pyvmm; takes the rest of the line
   --lab-mem SIZE           the lab machine's memory (default 2048M)
-  --lab-cpus N             its processors (default 2)
+  --lab-cpus N             its processors (default 2; bochs has 1)
   --lab-time-limit SECONDS end it after that long (default: no limit)
   --lab-file PATH          take this file or directory along, at its own path
   --lab-out PATH           bring this file or directory back at the end
@@ -69,9 +69,9 @@ _VALUES = (
 class LabOptions:
     """How the lab machine is made; sizes in MiB, times in seconds."""
 
-    host: str = hosts.STOCK.name
+    host: str = hosts.DEFAULT.name
     memory_mib: int = 2048
-    cpus: int = 2
+    cpus: int | None = None  # as many as the host has by itself
     time_limit: float | None = None
     files: list[Path] = field(default_factory=list)
     outputs: list[Path] = field(default_factory=list)

@@ -88,6 +88,14 @@ class Qemu:
 
 
 @dataclass(frozen=True, slots=True)
+class Bochs:
+    """Bochs unpacked with all that it needs, and a floppy image that boots the lab's kernel."""
+
+    tree: Path
+    floppy: Path
+
+
+@dataclass(frozen=True, slots=True)
 class Kernel:
     """A bootable image and, where known, the modules that were built with it."""
 
@@ -128,6 +136,17 @@ class Packages:
             program=tree / "usr" / "bin" / QEMU_PROGRAM,
             libraries=tree / "usr" / "lib" / "x86_64-linux-gnu",
             data=(share / "qemu", share / "seabios"),
+        )
+
+    def bochs_tree(self) -> Path:
+        """Debian's Bochs, and the boot loader for it, unpacked with all of their libraries."""
+        return self._tree(
+            "bochs",
+            f"downloading Bochs (Debian {QEMU_SUITE}) into the cache",
+            lambda path: self.apt.download_closure(
+                ["bochs", "bochs-term", "grub-pc-bin", "ncurses-base"], QEMU_SUITE, path
+            ),
+            "Debian's Bochs for --host bochs",
         )
 
     def busybox(self, given: str | None) -> Path:

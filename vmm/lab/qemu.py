@@ -4,38 +4,46 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
+from vmm.lab.emulator import COMMAND_LINE, Assets, Launch
 from vmm.lab.job import Drive
 from vmm.lab.options import LabOptions
 from vmm.lab.packages import Qemu
-
-_COMMAND_LINE = "console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable"
-
-
-@dataclass(frozen=True, slots=True)
-class Assets:
-    """Everything but the job, ready to boot."""
-
-    qemu: Qemu
-    kernel: Path
-    initramfs: Path
-    root: Path
-    project: Path
-    inner_qemu: Path | None
+from vmm.lab.streams import stream_pair
 
 
-def qemu_command(
-    assets: Assets, options: LabOptions, drives: Sequence[Drive], fds: dict[str, int]
+def launch(
+    qemu: Qemu, assets: Assets, options: LabOptions, drives: Sequence[Drive], streams: list[str]
+) -> Launch:
+    """How QEMU is started, with a socket for each of the streams."""
+    pairs = {name: stream_pair(name) for name in streams}
+    fds = {name: theirs.fileno() for name, (_, theirs) in pairs.items()}
+    return Launch(
+        _command(qemu, assets, options, drives, fds),
+        {name: ours for name, (ours, _) in pairs.items()},
+        _complaint,
+        inherited=[theirs for _, theirs in pairs.values()],
+    )
+
+
+def _complaint(output: str) -> str | None:
+    lines = [line for line in output.splitlines() if "warning: TCG doesn't support" not in line]
+    return f"QEMU said: {lines[-1]}" if lines else None
+
+
+def _command(
+    qemu: Qemu,
+    assets: Assets,
+    options: LabOptions,
+    drives: Sequence[Drive],
+    fds: dict[str, int],
 ) -> list[str]:
-    """QEMU's command line; `fds` are the sockets it inherits, by stream name."""
-    words = assets.qemu.command()
+    words = qemu.command()
     words += ["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]
     words += ["-accel", "tcg,thread=multi", "-machine", "pc", "-cpu", "EPYC,+svm"]
-    words += ["-smp", str(options.cpus), "-m", str(options.memory_mib)]
+    words += ["-smp", str(options.cpus or assets.host.cpus), "-m", str(options.memory_mib)]
     words += ["-kernel", str(assets.kernel), "-initrd", str(assets.initramfs)]
-    words += ["-append", _COMMAND_LINE]
+    words += ["-append", COMMAND_LINE]
     for name, fd in fds.items():
         words += ["-chardev", f"socket,id={name},fd={fd}"]
     words += ["-serial", "chardev:serial", "-device", "virtio-serial-pci"]

@@ -19,20 +19,20 @@ from types import TracebackType
 from typing import Self
 
 from vmm.core.errors import GuestFailure, HostError
-from vmm.lab import image
+from vmm.lab import bochs, image, qemu
+from vmm.lab.emulator import Assets
 from vmm.lab.job import (
     FIXED_DRIVES,
     RESULTS_BYTES,
     Drive,
     Job,
     Surroundings,
-    drive_name,
     lay_out,
     unpack_results,
 )
 from vmm.lab.options import LabOptions
-from vmm.lab.qemu import Assets, qemu_command
-from vmm.lab.streams import EndMark, Pump, stream_pair
+from vmm.lab.packages import Bochs
+from vmm.lab.streams import EndMark, Pump
 from vmm.lab.tied import tied
 
 _RUNNING = b"pyvmm-lab: running"
@@ -97,12 +97,8 @@ class LabRun:
         self._results = self.folder / "results"
         with open(self._results, "wb") as file:
             file.truncate(RESULTS_BYTES)
-        job_image = self._job_image(options, terminal, assets.inner_qemu)
+        job_image = self._job_image(options, terminal, assets)
         names = ["serial", "console"] if terminal is not None else ["serial", "in", "out", "error"]
-        pairs = {name: stream_pair(name) for name in names}
-        self._streams = {name: ours for name, (ours, _) in pairs.items()}
-        fds = {name: theirs.fileno() for name, (_, theirs) in pairs.items()}
-        self._connect()
         fixed = [
             Drive(assets.root, True),
             Drive(assets.project, True),
@@ -111,24 +107,30 @@ class LabRun:
         ]
         if assets.inner_qemu is not None:
             fixed.append(Drive(assets.inner_qemu, True))
-        command = qemu_command(assets, options, [*fixed, *self.job.drives], fds)
-        with open(self.folder / "qemu.log", "wb") as log:
+        drives = [*fixed, *self.job.drives]
+        if isinstance(assets.emulator, Bochs):
+            launch = bochs.launch(assets.emulator, options, drives, names, self.folder)
+        else:
+            launch = qemu.launch(assets.emulator, assets, options, drives, names)
+        self._streams, self._complaint = launch.streams, launch.complaint
+        self._connect()
+        with open(self.folder / "output", "wb") as output:
             process = subprocess.Popen(
-                tied(command),
+                tied(launch.command),
                 stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                pass_fds=list(fds.values()),
-                env=_plain_environment(),
+                stdout=output,
+                stderr=output,
+                pass_fds=[theirs.fileno() for theirs in launch.inherited],
+                env={**_plain_environment(), **launch.environment},
                 start_new_session=True,  # the terminal's Ctrl-C is for the guest, or for us
             )
-        for _, theirs in pairs.values():
+        for theirs in launch.inherited:
             theirs.close()
         self._process_fd = os.pidfd_open(process.pid)
         return process, Pump(list(self._streams.values()), self._process_fd)
 
     def _job_image(
-        self, options: LabOptions, terminal: tuple[int, int] | None, inner_qemu: Path | None
+        self, options: LabOptions, terminal: tuple[int, int] | None, assets: Assets
     ) -> Path:
         path = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin:/lab/bin"
         environment = {
@@ -143,8 +145,12 @@ class LabRun:
         }
         stage = self.folder / "job"
         stage.mkdir()
-        mount = drive_name(FIXED_DRIVES) if inner_qemu is not None else None
-        lay_out(self.job, Surroundings(environment, path, self._token, terminal, mount), stage)
+        devices = assets.host.devices
+        mount = devices.drive(FIXED_DRIVES) if assets.inner_qemu is not None else None
+        surroundings = Surroundings(environment, path, self._token, terminal, mount, devices)
+        lay_out(self.job, surroundings, stage)
+        if isinstance(assets.emulator, Bochs):
+            bochs.add_boot_files(assets, stage)
         job_image = self.folder / "job.ext4"
         image.make_ext4(stage, job_image)
         return job_image
@@ -243,7 +249,7 @@ class LabRun:
             if results.status is None:
                 raise HostError(
                     "the lab machine ended before the command did"
-                    f"{self._qemu_words() if self._process.returncode else self._last_words()}"
+                    f"{self._emulators_words() or self._last_words()}"
                 )
             self._status = results.status
         return self._status
@@ -287,15 +293,17 @@ class LabRun:
     def _last_words(self) -> str:
         lines = self.log.decode(errors="replace").split("\n")
         text = " | ".join(line.strip() for line in lines if line.strip())
-        return f"; its kernel's last messages: {text[-600:]}" if text else self._qemu_words()
-
-    def _qemu_words(self) -> str:
-        lines = (self.folder / "qemu.log").read_text(errors="replace").splitlines()
-        errors = [line for line in lines if "warning: TCG doesn't support" not in line]
-        if errors:
-            return f"; QEMU said: {errors[-1]}"
+        if text:
+            return f"; its kernel's last messages: {text[-600:]}"
         status = self._process.poll()
-        return f"; QEMU ended with status {status} and said nothing" if status else ""
+        return self._emulators_words() or (f"; it ended with status {status}" if status else "")
+
+    def _emulators_words(self) -> str:
+        """Of an emulator that gave up; those of one that still runs or ended well say nothing."""
+        if not self._process.poll():
+            return ""
+        complaint = self._complaint((self.folder / "output").read_text(errors="replace"))
+        return f"; {complaint}" if complaint is not None else ""
 
 
 def _plain_environment() -> dict[str, str]:

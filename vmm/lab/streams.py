@@ -1,7 +1,8 @@
 """The byte streams between the lab machine and its host, and the machine's end.
 
-Each stream is a socket pair with QEMU at the other end. One thread, no callbacks: whoever waits
-for something calls `pump` until it is there; nobody waiting means that the guest waits.
+Each stream is a socket pair with QEMU at the other end, or a pseudo-terminal with Bochs. One
+thread, no callbacks: whoever waits for something calls `pump` until it is there; nobody waiting
+means that the guest waits.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ import contextlib
 import os
 import selectors
 import socket
+import tty
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 _CHUNK = 1 << 16
+_PIECE = 1 << 10
 
 
 Sink = Callable[[bytes], None]  # takes what a stream delivers
@@ -47,16 +51,90 @@ class EndMark:
 
 
 @dataclass(slots=True)
+class Pieces:
+    """Input for a line that loses what isn't read in time, and that has no end of its own.
+
+    The reader asks for each piece with a byte; a piece is its length, a newline and the bytes, one
+    of length 0 is the end.
+    """
+
+    waiting: bytearray = field(default_factory=bytearray)
+    ended: bool = False
+    _asked: bool = False
+
+    def ask(self) -> None:
+        self._asked = True
+
+    def next(self) -> bytes:
+        """What can be sent now, if anything."""
+        if not self._asked or not (self.waiting or self.ended):
+            return b""
+        self._asked = False
+        piece = bytes(self.waiting[:_PIECE])
+        del self.waiting[:_PIECE]
+        return b"%d\n%b" % (len(piece), piece)
+
+
+class End(Protocol):
+    """What a stream needs of a socket."""
+
+    def fileno(self) -> int: ...
+
+    def recv(self, size: int, /) -> bytes: ...
+
+    def send(self, data: bytearray, /) -> int: ...
+
+    def shutdown(self, how: int, /) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TerminalEnd:
+    """Our end of a pseudo-terminal, in the manner of a socket; the other end is opened by name.
+
+    That end is held open here as well: without, ours would be hung up until it is opened.
+    """
+
+    def __init__(self) -> None:
+        self._ours, self._theirs = os.openpty()
+        os.set_blocking(self._ours, False)
+        tty.setraw(self._theirs)
+        self.name = os.ttyname(self._theirs)
+
+    def fileno(self) -> int:
+        return self._ours
+
+    def recv(self, size: int, /) -> bytes:
+        return os.read(self._ours, size)
+
+    def send(self, data: bytearray, /) -> int:
+        return os.write(self._ours, data)
+
+    def shutdown(self, how: int, /) -> None:
+        """A line has no end."""
+
+    def close(self) -> None:
+        os.close(self._ours)
+        os.close(self._theirs)
+
+
+@dataclass(slots=True)
 class Stream:
     """The host's end of one stream."""
 
     name: str
-    socket: socket.socket
+    socket: End
     sink: Sink | None = None
     mark: EndMark | None = None
     outgoing: bytearray = field(default_factory=bytearray)
     closing: bool = False  # the writing side is shut down once `outgoing` is sent
     open: bool = True
+    pieces: Pieces | None = None  # how the input goes, unless just so
+
+    @property
+    def backlog(self) -> int:
+        """Bytes given to it that the other end hasn't taken."""
+        return len(self.outgoing) + (len(self.pieces.waiting) if self.pieces is not None else 0)
 
 
 def stream_pair(name: str) -> tuple[Stream, socket.socket]:
@@ -85,11 +163,18 @@ class Pump:
         self._input = (fd, stream)
 
     def send(self, stream: Stream, data: bytes) -> None:
+        if stream.pieces is not None:
+            stream.pieces.waiting += data
+            data = stream.pieces.next()
         stream.outgoing += data
         self._flush(stream)
 
     def close_sending(self, stream: Stream) -> None:
-        stream.closing = True
+        if stream.pieces is not None:
+            stream.pieces.ended = True
+            stream.outgoing += stream.pieces.next()
+        else:
+            stream.closing = True
         self._flush(stream)
 
     def pump(self, timeout: float) -> None:
@@ -128,7 +213,7 @@ class Pump:
             return
         fd, stream = self._input
         watched = fd in self._selector.get_map()
-        wanted = len(stream.outgoing) < _CHUNK and stream.open
+        wanted = stream.backlog < _CHUNK and stream.open
         if wanted and not watched:
             self._selector.register(fd, selectors.EVENT_READ)
         elif watched and not wanted:
@@ -176,6 +261,10 @@ class Pump:
             data = stream.mark.rest() if stream.mark is not None else b""
         elif stream.mark is not None:
             data = stream.mark.feed(data)
+        elif stream.pieces is not None:
+            stream.pieces.ask()
+            stream.outgoing += stream.pieces.next()
+            self._flush(stream)
         if data and stream.sink is not None:
             stream.sink(data)
         return stream.open

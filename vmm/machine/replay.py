@@ -10,7 +10,6 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from vmm.conversion.observer import Answered
 from vmm.conversion.schemes.plain import PlainScheme
 from vmm.conversion.transaction import Converter
 from vmm.core.errors import UsageError
@@ -18,7 +17,7 @@ from vmm.core.events import ConversionRequest, Kind
 from vmm.core.ranges import PAGE_SIZE, Range
 from vmm.memory.backings.memfd import MemfdBacking
 from vmm.memory.guest_memory import GuestMemory, PageState
-from vmm.policy import End, Policy, PolicyKill
+from vmm.policy import Decision, End, Policy, PolicyKill
 from vmm.trace.arrays import np
 from vmm.trace.cost import CostModel, Requests
 from vmm.trace.layout import DECISIONS
@@ -110,16 +109,22 @@ class Replay:
     def _wake_at(self, due: float) -> None:
         self._wake = due
 
-    def answered(self, what: Answered) -> None:
+    def answered(
+        self,
+        request: ConversionRequest,
+        decision: Decision | None,
+        decided_by: str | None,
+        answer: int | None,
+        started: int,
+    ) -> None:
         """Part of being a ConversionObserver."""
-        request, decision, by, answer, _ = what
         word = "none" if decision is None else type(decision).__name__.lower()
         self.decisions[word] += 1
         if answer:
             size = request.pages * PAGE_SIZE
             now = round(self._now * 1e9)
             kind = request.kind.value
-            self.refused.append(Refusal(now, kind, request.gpa, size, word, by, -answer))
+            self.refused.append(Refusal(now, kind, request.gpa, size, word, decided_by, -answer))
         assert self._model is not None
         if self._changed:
             self.conversions += 1

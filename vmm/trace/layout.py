@@ -7,7 +7,6 @@ u16 errno; u8 vcpu, kind, decision; }, padded to 48 bytes so that each field is 
 from __future__ import annotations
 
 import struct
-from enum import IntEnum
 from typing import Literal, NamedTuple
 
 FORMAT = "pyvmm-trace"
@@ -47,8 +46,11 @@ LARGEST = (1 << 64) - 1
 """Guests ask for ranges of any length: what does not fit 64 bits is cut to this."""
 
 
-class Kind(IntEnum):
-    """What happened. In brackets: the high half of `detail`; the low half is a name's number."""
+class Kind:
+    """What happened; plain numbers, as rows are packed on hot paths.
+
+    In brackets: the high half of `detail`; the low half is a name's number.
+    """
 
     SHARE = 1
     """The guest's request, as it put it: name = doorbell [name of the policy whose word it was]."""

@@ -105,7 +105,7 @@ def refusals(trace: Trace) -> list[dict[str, Any]]:
         size = int(sizes[inverse.ravel() == index].sum(dtype=np.float64))
         result.append(
             {
-                "kind": KIND_NAMES[Kind(kind)],
+                "kind": KIND_NAMES[kind],
                 "from": trace.name(detail & 0xFFFF),
                 "decision": DECISIONS[decision],
                 "by": trace.name(detail >> 16) if kind != Kind.IO_REFUSED else "",

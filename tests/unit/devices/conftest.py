@@ -35,6 +35,7 @@ def make_machine(tmp_path: Path) -> Iterator[MakeMachine]:
         observer: DeviceObserver | None = None,
         announce: Announce | None = None,
         batching: bool = False,
+        patience: int = 0,
     ) -> DiskMachine:
         path = tmp_path / f"disk{len(made)}.img"
         path.write_bytes(pattern(512 * min(sectors, 4096)))
@@ -44,7 +45,7 @@ def make_machine(tmp_path: Path) -> Iterator[MakeMachine]:
         made.append((memory, disk.fd))
         ports = PortBus()
         pci = PciBus(ports)
-        block = VirtioBlock(disk, punch)
+        block = VirtioBlock(disk, punch, patience)
         interrupts: list[None] = []
         notify_ports: list[int | None] = []
         watched = WatchedMemory(memory, announce) if announce else None

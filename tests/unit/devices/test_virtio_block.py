@@ -495,6 +495,38 @@ def test_block_turn_that_ends_with_the_batch_asks_for_no_other(
     assert rung == []
 
 
+def test_block_patience_serves_what_comes_soon_without_a_notify(make_machine: MakeMachine) -> None:
+    rung: list[int] = []
+    machine = make_machine(ring=rung.append, patience=3)
+    queue = machine.up()
+    first = offer_reads(machine, queue, 1)
+    asked_before = queue.notify_event()
+
+    machine.transport.notify(0)  # serves it, and will look again
+    machine.transport.notify(rung.pop())  # in vain
+    second = offer_reads(machine, queue, 1)
+    machine.transport.notify(rung.pop())
+
+    assert [head for head, _ in queue.collect()] == first + second
+    assert queue.notify_event() == asked_before  # not asked for by the event index
+
+
+def test_block_out_of_patience_asks_for_a_notify(make_machine: MakeMachine) -> None:
+    rung: list[int] = []
+    machine = make_machine(ring=rung.append, patience=3)
+    queue = machine.up()
+    offer_reads(machine, queue, 1)
+
+    machine.transport.notify(0)
+    looks = 0
+    while rung:
+        looks += 1
+        machine.transport.notify(rung.pop())
+
+    assert looks == 3
+    assert queue.notify_event() == 1
+
+
 def test_block_notify_by_port_write_rings_and_moves_nothing_itself(
     make_machine: MakeMachine,
 ) -> None:

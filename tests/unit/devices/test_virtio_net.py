@@ -134,10 +134,47 @@ def test_net_frame_is_spread_over_buffers_if_that_was_agreed(network: Network) -
     assert written + machine.text(buffers[2], 15) == HEADER[:10] + b"\3\0" + frame
 
 
-@pytest.mark.parametrize("refuse", [0, F_MRG_RXBUF])
-def test_net_frame_that_no_buffer_holds_is_dropped(network: Network, refuse: int) -> None:
+def test_net_frame_waits_for_as_many_buffers_as_it_takes(network: Network) -> None:
     machine = network.machine
-    machine.up(refuse=refuse)
+    machine.up()
+    buffers = [machine.blank(100) for _ in range(3)]
+    machine.give(RX, buffers[0])
+    machine.kick(RX)
+    network.arrive(bytes(200), b"next")
+    assert machine.queues[RX].collect() == []
+    assert machine.loop.wanted == {}
+
+    machine.give(RX, buffers[1])
+    machine.give(RX, buffers[2])
+    machine.kick(RX)
+
+    assert [size for _, size in machine.queues[RX].collect()] == [100, 100, 12]
+    last = machine.blank(100)
+    machine.give(RX, last)
+    machine.kick(RX)
+    assert machine.text(last, 16) == PLAIN + b"next"
+    assert machine.device.statistics.errors == 0
+
+
+def test_net_frame_that_all_buffers_of_a_full_ring_do_not_hold_is_dropped(
+    network: Network,
+) -> None:
+    machine = network.machine
+    machine.up(size=2)
+    buffers = [machine.blank(100) for _ in range(2)]
+    for buffer in buffers:
+        machine.give(RX, buffer)
+    machine.kick(RX)
+
+    network.arrive(bytes(300), b"small")
+
+    assert machine.text(buffers[0], 17) == PLAIN + b"small"
+    assert machine.device.statistics.errors == 1
+
+
+def test_net_frame_that_a_single_buffer_does_not_hold_is_dropped(network: Network) -> None:
+    machine = network.machine
+    machine.up(refuse=F_MRG_RXBUF)
     buffer = machine.blank(100)
     head = machine.give(RX, buffer)
     machine.kick(RX)

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from vmm.core.errors import UsageError
+from vmm.lab.devices import VIRTIO
 from vmm.lab.job import (
     Drive,
     Surroundings,
-    drive_name,
     job_from_arguments,
     lay_out,
     unpack_results,
@@ -112,7 +112,7 @@ def test_missing_file_is_refused_before_anything_boots(
     ("index", "name"), [(0, "/dev/vda"), (25, "/dev/vdz"), (26, "/dev/vdaa"), (701, "/dev/vdzz")]
 )
 def test_drive_names_follow_linux(index: int, name: str) -> None:
-    assert drive_name(index) == name
+    assert VIRTIO.drive(index) == name
 
 
 def test_script_quotes_words_and_links_files(files: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def test_exec_takes_the_rest_even_what_looks_like_the_labs() -> None:
 
     assert command.is_program and command.options.with_qemu
     assert command.arguments == ["sh", "-c", "x", "--lab-cpus", "9"]
-    assert command.options.cpus == 2
+    assert command.options.cpus is None
 
 
 def test_environment_and_time_limit_are_parsed() -> None:

@@ -15,7 +15,7 @@ import pytest
 from tests.support.trace import now, rows_of, start_recorder
 from vmm.core.errors import UsageError
 from vmm.trace.arrays import mmap_ninja
-from vmm.trace.layout import COLUMNS, LARGEST, Kind
+from vmm.trace.layout import COLUMNS, Kind
 from vmm.trace.reader import Trace
 from vmm.trace.recorder import Recorder
 from vmm.trace.store import TraceStore
@@ -47,15 +47,6 @@ def test_column_written_is_what_mmap_ninja_opens(tmp_path: Path) -> None:
     assert {name: str(cells.dtype) for name, cells in opened.items()} == {
         c.name: c.dtype for c in COLUMNS
     }
-
-
-def test_range_past_64_bits_is_cut(tmp_path: Path) -> None:
-    recorder = start_recorder(tmp_path / "t")
-
-    recorder.record(Kind.SHARE, 0, now(), LARGEST, LARGEST * 4096)
-    recorder.close()
-
-    assert rows_of(tmp_path / "t")[0]["bytes"] == LARGEST
 
 
 def test_buffer_full_many_times_and_many_threads_lose_nothing(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from vmm.core.errors import GuestMemoryError
 from vmm.devices.virtio.block_batch import Batch, serve_together
@@ -33,6 +33,8 @@ _ZEROES = bytes(1 << 18)
 # The event loop has other things to do, an end of the run among them; a batch may be 256 requests
 # of 4 GiB each.
 TURN_BYTES = 64 << 20
+# Some tens of microseconds, in which a driver that keeps its queue full has its next request there.
+PATIENCE = 4
 
 _HEADER = struct.Struct("<IIQ")
 _RANGE = struct.Struct("<QII")
@@ -56,9 +58,13 @@ class VirtioBlock(VirtioDevice):
     pci_class = 0x018000  # mass storage, other
 
     def __init__(
-        self, disk: DiskFile, punch: Callable[[int, int, int], None] | None = None
+        self,
+        disk: DiskFile,
+        punch: Callable[[int, int, int], None] | None = None,
+        patience: int = PATIENCE,
     ) -> None:
         super().__init__()
+        self._patience = patience
         self._disk = disk
         self._punch = punch
         self.queue_sizes = (QUEUE_SIZE,) * disk.queues
@@ -96,6 +102,13 @@ class VirtioBlock(VirtioDevice):
             MAX_ZERO_RANGES,
             1 if self._punch else 0,
         )
+
+    def activate(
+        self, memory: GuestMemory, queues: Mapping[int, SplitQueue], features: int
+    ) -> None:
+        super().activate(memory, queues, features)
+        for queue in queues.values():
+            queue.patience = self._patience
 
     def close(self) -> None:
         self._disk.close()

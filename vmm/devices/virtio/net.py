@@ -74,6 +74,7 @@ class VirtioNet(VirtioDevice):
         self._mac = mac
         self._link_up = True
         self._receiving = self._waiting_for_room = False
+        self._held: bytes | None = None  # a frame that waits for more buffers
         self.features = F_MAC | F_STATUS | F_MRG_RXBUF | backend.features
 
     def config(self) -> bytes:
@@ -91,6 +92,7 @@ class VirtioNet(VirtioDevice):
     def reset(self) -> None:
         super().reset()
         self._receiving = self._waiting_for_room = False
+        self._held = None
         self._watch_backend()
 
     def close(self) -> None:
@@ -140,7 +142,9 @@ class VirtioNet(VirtioDevice):
                 frame = self._next_frame()
                 if frame is None:
                     break
-                self._deliver(queue, chains, used, frame)
+                if not self._deliver(queue, chains, used, frame):
+                    self._held, self._receiving = frame, False
+                    break
         except (QueueError, GuestMemoryError, OSError):
             queue.publish(used)
             raise
@@ -149,6 +153,9 @@ class VirtioNet(VirtioDevice):
         return queue.publish(used)
 
     def _next_frame(self) -> bytes | None:
+        if self._held is not None:
+            frame, self._held = self._held, None
+            return frame
         try:
             return self._backend.receive() if self._link_up else None
         except OSError:
@@ -157,8 +164,11 @@ class VirtioNet(VirtioDevice):
 
     def _deliver(
         self, queue: SplitQueue, chains: list[Chain], used: list[tuple[int, int]], frame: bytes
-    ) -> None:
-        """Write one frame over the next buffers; without F_MRG_RXBUF over the next one only."""
+    ) -> bool:
+        """Write one frame over the next buffers; without F_MRG_RXBUF over the next one only.
+
+        False where it takes more buffers than there are now; one that can never fit is dropped.
+        """
         assert self._memory is not None
         chain = chains[len(used)]
         room = total(chain.writable)
@@ -173,8 +183,10 @@ class VirtioNet(VirtioDevice):
             taken.append(chains[len(used) + len(taken)])
             room += total(taken[-1].writable)
         if room < len(frame):
-            self.statistics.errors += 1  # dropped, like a frame that is too long for a cable
-            return
+            if self._agreed & F_MRG_RXBUF and len(taken) < queue.size:
+                return False
+            self.statistics.errors += 1
+            return True
         count = _NUM_BUFFERS.pack(len(taken))
         data = memoryview(frame[:_NUM_BUFFERS_AT] + count + frame[HEADER_SIZE:])
         done = 0
@@ -184,6 +196,7 @@ class VirtioNet(VirtioDevice):
             done += written
         self.statistics.requests += 1
         self.statistics.bytes_read += len(frame) - HEADER_SIZE
+        return True
 
     # --- from the guest to the backend ---
 

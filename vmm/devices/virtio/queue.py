@@ -87,12 +87,14 @@ class SplitQueue:
         "_desc",
         "_event_index",
         "_indirect",
+        "_looks",
         "_memory",
         "_next_avail",
         "_next_used",
         "_used",
         "more",
         "observer",
+        "patience",
         "size",
     )
 
@@ -124,6 +126,10 @@ class SplitQueue:
         """Whether there is more to take without another notify: the device's word for what it
         left, or the driver was quicker than the request to be notified."""
         self.observer: QueueObserver | None = None
+        self.patience = 0
+        """How often the queue is looked at in vain, after something was taken, before the driver
+        is asked to notify: a notify costs a busy driver an exit, and the device a wake-up."""
+        self._looks = 0
 
     def take(self, most: int = MAX_QUEUE_SIZE) -> list[Chain]:
         """The chains that became available since the last call, in the driver's order.
@@ -149,6 +155,12 @@ class SplitQueue:
             if self.observer is not None:
                 self.observer.taken(chains)
         if count == available and self._event_index and self._armed != index:
+            if count:
+                self._looks = self.patience
+            if self._looks:
+                self._looks -= 1
+                self.more = True
+                return chains
             # 2.7.10: ask for a notify, then look once more: the driver may not have seen it.
             self._memory.pwrite(_INDEX.pack(index), self._used + 4 + 8 * self.size)
             self._armed = index

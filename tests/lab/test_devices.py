@@ -1,0 +1,133 @@
+"""All virtio devices at once under a stock kernel, with traffic on each of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from tests.lab.conftest import Starter
+from tests.lab.test_linux import MIB, Shell, ext4_image, report_of
+from tests.support import vsock_program
+from tests.support.lab_peers import BLOB_BYTES, blob
+from vmm.lab.interpreter import executable
+from vmm.lab.machine import Lab
+
+SEED = 20
+
+# Takes the random number device away from its driver and gives it back, for ever: each time the
+# rings of its queue are shared and unshared, whatever else is going on.
+CONVERT = (
+    "(cd /sys/bus/virtio/drivers/virtio_rng; d=$(ls -d virtio*); n=0; while [ -e /tmp/go ]; do "
+    "echo $d >unbind; echo $d >bind; n=$((n+1)); echo $n >/tmp/rounds; done) &"
+)
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def start(lab: Lab, lab_start: Starter, tmp_path: Path, options: list[str]) -> Shell:
+    kernel = lab.guest_kernel("debian:6.12")
+    words = [str(executable()), "-m", "tests.support.lab_peers"]
+    words += [str(tmp_path / "peers.json"), str(SEED)]
+    words += ["--kernel", str(kernel.image), "--initrd", str(lab.guest_initramfs(kernel))]
+    words += ["--append", "quiet", "--report", str(tmp_path / "report.json"), *options]
+    run = lab_start(
+        words,
+        program=True,
+        disks=["disk0.ext4", "disk1.ext4"],
+        outputs=[tmp_path / "peers.json", tmp_path / "report.json"],
+    )
+    return Shell(run)
+
+
+def test_stock_kernel_with_private_memory_moves_files_over_every_device(
+    lab: Lab, lab_start: Starter, tmp_path: Path
+) -> None:
+    content = os.urandom(2 * MIB + 4321)
+    disks = []
+    for number in range(2):
+        folder = tmp_path / f"root{number}"
+        folder.mkdir()
+        disks.append(tmp_path / f"disk{number}.ext4")
+        if number == 0:
+            (folder / "file").write_bytes(content)
+            vsock_program.build(folder / "vs")
+        ext4_image(disks[number], folder)
+    shell = start(
+        lab,
+        lab_start,
+        tmp_path,
+        [
+            "--private-mem", "--cpus", "4", "--disk", "/dev/vde,queues=4", "--disk", "/dev/vdf",
+            "--net", "tap=tap0,mac=02:00:00:00:00:02", "--vsock", "path=/tmp/v,cid=7",
+            "--console", "socket=/tmp/c", "--console", "socket=/tmp/p,name=test.port", "--rng",
+        ],
+    )  # fmt: skip
+
+    assert "AMD SEV" in shell.type("dmesg | grep 'Memory Encryption'")
+    shell.type("mount -t ext4 /dev/vda /mnt; mkdir /two; mount -t ext4 /dev/vdb /two")
+    shell.type("ip addr add 192.0.2.2/24 dev eth0; ip link set eth0 up; touch /tmp/go")
+    shell.type(CONVERT)
+    said = {
+        "net taken": shell.type("nc 192.0.2.1 5000 </mnt/file"),
+        "net given": shell.type("nc 192.0.2.1 5001 </dev/null | sha256sum"),
+        "vsock taken": shell.type("/mnt/vs connect 5000 </mnt/file"),
+        "vsock given": shell.type("/mnt/vs connect 5001 </dev/null | sha256sum"),
+        "vsock called": shell.type("/mnt/vs listen 6000 </mnt/file | sha256sum"),
+    }
+    name = shell.type("grep -l test.port /sys/class/virtio-ports/*/name | cut -d/ -f5")
+    port = f"/dev/{name}"
+    said["port given"] = shell.type(f"head -c {BLOB_BYTES} {port} | sha256sum")
+    shell.type(f"cat /mnt/file >{port}")
+    shell.type("echo hello from hvc0 >/dev/hvc0")
+    random = shell.type("rm /tmp/go; wait; head -c 4096 /dev/hwrng | wc -c; cat /tmp/rounds")
+    assert "virtio_rng" in shell.type("cat /sys/class/misc/hw_random/rng_current")
+    queues = shell.type("ls /sys/block/vda/mq | wc -l")
+    for mount in ("/mnt", "/two"):
+        shell.type(f"cp /mnt/file {mount}/copy; mkdir {mount}/many")
+        shell.type(f"(cd {mount}/many; for i in $(seq 200); do echo $i >$i; done; rm *5); sync")
+    shell.type("echo 3 >/proc/sys/vm/drop_caches")
+    copies = shell.type("sha256sum /mnt/copy /two/copy").split()
+    shell.type("umount /mnt /two")
+    status = shell.leave("poweroff -f")
+
+    assert status == 0, bytes(shell._run.stderr.data)
+    peers = json.loads((tmp_path / "peers.json").read_text())
+    ours, theirs = sha256(content), sha256(blob(SEED))
+    assert {name: text.split()[0] for name, text in said.items()} == {
+        "net taken": ours, "net given": theirs, "vsock taken": ours, "vsock given": theirs,
+        "vsock called": theirs, "port given": theirs,
+    }  # fmt: skip
+    assert peers == {
+        "net take": ours, "vsock take": ours, "vsock from guest's port": ours, "port": ours,
+        "console": "hello from hvc0\r\n",
+    }  # fmt: skip
+    assert random.split()[0] == "4096"
+    assert queues == "4"
+    assert copies[::2] == [ours, ours]
+    for disk in disks:
+        subprocess.run(["e2fsck", "-fn", str(disk)], check=True, timeout=60, capture_output=True)
+    report = report_of(tmp_path)
+    check_devices(report)
+    rounds = int(random.split()[1])
+    assert rounds > 3
+    assert report["conversions"]["unshare"]["calls"] > rounds
+
+
+def check_devices(report: dict[str, Any]) -> None:
+    assert report["guest"]["exit"] == "poweroff"
+    for kind in ("share", "unshare"):
+        assert report["conversions"][kind]["failed"] == 0
+    io = report["io"]
+    assert set(io) == {"blk0", "blk1", "net0", "vsock", "console", "rng"}
+    for name, device in io.items():
+        assert device["refused"] == 0, name
+        # A frame may be lost on a network, and is sent again.
+        assert device["errors"] == 0 or name == "net0", name
+    for name in ("net0", "vsock"):
+        assert io[name]["bytes_read"] > BLOB_BYTES and io[name]["bytes_written"] > 2 * MIB

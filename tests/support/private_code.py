@@ -1,0 +1,96 @@
+"""A guest whose code the host cannot read, and what its instructions do there.
+
+Run as a program in the lab (on a VM type with memory attributes): one JSON object on stdout, what
+each of EXPECTED's instructions did. KVM that needs to read the instruction, in order to step over
+it or to emulate it, finds the shared side at its address, which holds something else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from contextlib import ExitStack
+
+from kvm_bindings import System, ioctls
+from kvm_bindings.exits import HypercallExit, IoExit
+from vmm.arch.x86_64 import layout
+from vmm.machine.probes.cpu import seen
+from vmm.machine.probes.micro_guest import (
+    AREA_GPA,
+    AREA_SIZE,
+    DONE_PORT,
+    MicroGuest,
+    mapped,
+    memory_file,
+)
+
+_OUT_EAX = b"\xe7" + bytes([DONE_PORT])  # out DONE_PORT, eax
+_MAP_GPA_RANGE, _ATTRIBUTES = 12, 0x10  # KVM_HC_MAP_GPA_RANGE, "encrypted"
+_CODE = {
+    # xor eax, eax; cpuid; mov eax, ebx
+    "cpuid": b"\x31\xc0\x0f\xa2\x89\xd8",
+    # mov ecx, 0xc0000080 (EFER); rdmsr; and eax, 0x500 (LMA, LME)
+    "rdmsr": b"\xb9\x80\x00\x00\xc0\x0f\x32\x25\x00\x05\x00\x00",
+    # mov eax, 12; mov ebx, AREA_GPA; mov ecx, 1; mov edx, 0x10; vmmcall
+    "vmmcall": struct.pack(
+        "<BIBIBIBI3s",
+        0xB8,
+        _MAP_GPA_RANGE,
+        0xBB,
+        AREA_GPA,
+        0xB9,
+        1,
+        0xBA,
+        _ATTRIBUTES,
+        b"\x0f\x01\xd9",
+    ),
+}
+_ANSWER = 77
+EXPECTED = {
+    "cpuid": int.from_bytes(b"Auth", "little"),
+    "rdmsr": 0x500,
+    "vmmcall": [[_MAP_GPA_RANGE, AREA_GPA, 1, _ATTRIBUTES], _ANSWER],
+}
+"""On hosts where KVM need not read the instructions: AMD's name, long mode, the call's answer."""
+
+# rep movsb; mov eax, AREA_GPA; jmp rax
+_COPY_AND_GO = b"\xf3\xa4\xb8" + AREA_GPA.to_bytes(4, "little") + b"\xff\xe0"
+
+
+def in_private_memory(system: System, code: bytes) -> object:
+    """What the guest's `out` says; before it, a hypercall's arguments. Else what came instead."""
+    code += _OUT_EAX
+    start = _COPY_AND_GO.ljust(16, b"\x90") + code
+    registers = {"rsi": layout.PAYLOAD_GPA + 16, "rdi": AREA_GPA, "rcx": len(code)}
+    with (
+        ExitStack() as opened,
+        MicroGuest(system, start, "kernel", registers=registers, vm_type=1, seconds=30.0) as guest,
+    ):
+        # PUSH ES, which long mode doesn't have: who reads the code here can do nothing with it.
+        shared = memory_file(opened, AREA_SIZE)
+        os.pwrite(shared, b"\x06" * 4096, 0)
+        private = opened.enter_context(guest.vm.create_guest_memfd(AREA_SIZE))
+        hva = mapped(opened, shared, AREA_SIZE)
+        guest.vm.set_user_memory_region2(1, AREA_GPA, AREA_SIZE, hva, private.fd, 0)
+        guest.vm.set_memory_attributes(AREA_GPA, AREA_SIZE, ioctls.KVM_MEMORY_ATTRIBUTE_PRIVATE)
+        guest.vm.enable_cap(ioctls.KVM_CAP_EXIT_HYPERCALL, 1 << _MAP_GPA_RANGE)
+        exit = guest.run()
+        called = None
+        if isinstance(exit, HypercallExit):
+            called = [exit.number, *exit.args[:3]]
+            guest.vcpu.answer_hypercall(_ANSWER)
+            exit = guest.run()
+        if not isinstance(exit, IoExit) or exit.port != DONE_PORT:
+            return seen(exit)
+        value = int.from_bytes(exit.data, "little")
+        return value if called is None else [called, value]
+
+
+def main() -> None:
+    with System() as system:
+        print(json.dumps({name: in_private_memory(system, code) for name, code in _CODE.items()}))
+
+
+if __name__ == "__main__":
+    main()

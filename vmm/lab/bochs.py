@@ -1,0 +1,147 @@
+"""How Bochs is started: a PC with ATA disks, four serial lines, and a floppy that boots from them.
+
+Slower than QEMU, but its SVM has nrip-save: KVM on it need not read the guest's instructions to
+step over them, so guests run whose code KVM cannot read.
+Configuration: bochsrc(5).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from vmm.core.errors import HostError, UsageError
+from vmm.lab.emulator import COMMAND_LINE, Assets, Launch
+from vmm.lab.job import Drive, Job
+from vmm.lab.options import LabOptions
+from vmm.lab.packages import Bochs
+from vmm.lab.programs import run_unpacked, unpacked_command
+from vmm.lab.streams import Pieces, Stream, TerminalEnd
+
+# The job's image carries them: the loader reads ext4 by the BIOS, from the third disk.
+KERNEL_INSIDE, INITRAMFS_INSIDE = "boot/vmlinuz", "boot/initrd"
+LOADER_SCRIPT = f"""\
+set root=(hd2)
+linux /{KERNEL_INSIDE} {COMMAND_LINE}
+initrd /{INITRAMFS_INSIDE}
+boot
+"""
+_LOADER_MODULES = ("biosdisk", "ext2", "linux", "boot")
+_SECTOR = 512
+_FLOPPY_BYTES = 1440 * 1024
+_DISKS = ("ata0-master", "ata0-slave", "ata1-master", "ata1-slave")
+
+# The processor is AMD's, with SVM, nested paging and nrip-save. Guest time follows the number of
+# instructions, and never runs ahead of ours: time-outs inside mean what they say.
+_CONFIGURATION = """\
+config_interface: textconfig
+display_library: term
+cpu: model=ryzen, count=1, ips=100000000, reset_on_triple_fault=0, ignore_bad_msrs=1
+clock: sync=slowdown, time0=utc
+memory: guest={memory_mib}, host={memory_mib}
+romimage: file="{share}/BIOS-bochs-latest", options=fastboot
+vgaromimage: file="{share}/VGABIOS-lgpl-latest"
+vga: extension=vbe, update_freq=1
+pci: enabled=1, chipset=i440fx
+speaker: enabled=0
+boot: floppy
+floppya: 1_44="{floppy}", status=inserted, write_protected=1
+ata0: enabled=1, ioaddr1=0x1f0, ioaddr2=0x3f0, irq=14
+ata1: enabled=1, ioaddr1=0x170, ioaddr2=0x370, irq=15
+log: "{log}"
+panic: action=fatal
+error: action=ignore
+info: action=ignore
+debug: action=ignore
+"""
+
+
+def refuse(job: Job, options: LabOptions) -> None:
+    """Raises UsageError for what this machine has no place for."""
+    if job.drives:
+        raise UsageError(
+            f"{job.drives[0].path}: the bochs host has no place for disks (its four are the lab's "
+            "own); leave --disk and --lab-disk out"
+        )
+    if options.with_qemu:
+        raise UsageError("--lab-with-qemu: the bochs host has no place for it")
+    if options.cpus not in (None, 1):
+        raise UsageError(f"--lab-cpus {options.cpus}: the bochs host has one processor")
+
+
+def launch(
+    bochs: Bochs, options: LabOptions, drives: Sequence[Drive], streams: list[str], folder: Path
+) -> Launch:
+    """How Bochs is started, with a serial line for each of the streams."""
+    ends = {name: TerminalEnd() for name in streams}
+    configuration = _CONFIGURATION.format(
+        memory_mib=options.memory_mib,
+        share=bochs.tree / "usr" / "share" / "bochs",
+        floppy=bochs.floppy,
+        log=folder / "bochs.log",
+    )
+    for number, (place, drive) in enumerate(zip(_DISKS, drives, strict=True)):
+        mode = "flat"
+        if drive.read_only:
+            # Bochs opens flat images for writing, and would lock what several runs share.
+            mode = f'volatile, journal="{folder / f"journal{number}"}"'
+        configuration += f'{place}: type=disk, path="{drive.path}", mode={mode}\n'
+    for number, end in enumerate(ends.values(), start=1):
+        configuration += f"com{number}: enabled=1, mode=term, dev={end.name}\n"
+    file = folder / "bochsrc"
+    file.write_text(configuration)
+    program = bochs.tree / "usr" / "bin" / "bochs-bin"
+    libraries = bochs.tree / "usr" / "lib" / "x86_64-linux-gnu"
+    return Launch(
+        [*unpacked_command(bochs.tree, program), "-q", "-f", str(file)],
+        {name: _stream(name, end) for name, end in ends.items()},
+        _complaint,
+        environment={
+            "LTDL_LIBRARY_PATH": str(libraries / "bochs" / "plugins"),
+            "TERM": "vt100",
+            "TERMINFO_DIRS": ":".join(
+                str(bochs.tree / place / "terminfo") for place in ("lib", "usr/lib", "usr/share")
+            ),
+        },
+    )
+
+
+def _stream(name: str, end: TerminalEnd) -> Stream:
+    return Stream(name, end, pieces=Pieces() if name == "in" else None)
+
+
+def _complaint(output: str) -> str | None:
+    """What Bochs says as it gives up; that the guest switched it off is said the same way."""
+    _, found, rest = output.partition("exiting with the following message:")
+    message = rest.strip().split("\n", 1)[0].strip()
+    return f"Bochs said: {message}" if found and "soft power off" not in message else None
+
+
+def add_boot_files(assets: Assets, stage: Path) -> None:
+    """Kernel and initramfs to where the loader looks for them in the job's image."""
+    for source, inside in ((assets.kernel, KERNEL_INSIDE), (assets.initramfs, INITRAMFS_INSIDE)):
+        (stage / inside).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source, stage / inside)
+
+
+def build_floppy(tree: Path, image: Path) -> None:
+    """A floppy image with GRUB on it, which does LOADER_SCRIPT.
+
+    GRUB's boot sector loads the next one, which loads the rest by a list of blocks in its last 12
+    bytes (first sector, count, segment; grub-core/boot/i386/pc/diskboot.S): grub-mkimage writes
+    it for an image that begins at sector 1, as it does here.
+    """
+    modules = tree / "usr" / "lib" / "grub" / "i386-pc"
+    script = image.with_name("loader.cfg")
+    script.write_text(LOADER_SCRIPT)
+    core = image.with_name("core.img")
+    arguments = ["-d", str(modules), "-O", "i386-pc", "-p", "/", "-c", str(script)]
+    arguments += ["-o", str(core), *_LOADER_MODULES]
+    run_unpacked(tree, tree / "usr" / "bin" / "grub-mkimage", arguments)
+    content = (modules / "boot.img").read_bytes() + core.read_bytes()
+    if len(content) > _FLOPPY_BYTES or (modules / "boot.img").stat().st_size != _SECTOR:
+        raise HostError(f"GRUB of {tree} does not fit a floppy ({len(content)} bytes)")
+    image.write_bytes(content)
+    os.truncate(image, _FLOPPY_BYTES)
