@@ -28,7 +28,7 @@ from typing import Any
 PROMPT = b"/ # "
 BOOT_LIMIT = 90.0
 COMMAND_LIMIT = 15.0
-MOST_CHURNS = 10
+MOST_CHURNS = 20
 CYCLES = 20
 DISK_BYTES = 4 << 20
 
@@ -47,7 +47,7 @@ DISK = (
 POLICIES = {
     "no policy": "",
     "AllowAll": "AllowAll",
-    "DenyAfterBoot": "DenyAfterBoot seconds=25",
+    "DenyAfterBoot": "DenyAfterBoot seconds=30",
     "Quota 80M": "Quota limit=80M",
     "Quota 32M": "Quota limit=32M",
     "RateLimit 400": "RateLimit per_second=20 burst=400",

@@ -152,3 +152,20 @@ def test_status_on_the_guests_terminal_is_its_title(
 
         session.expect(b"\x1b[23;2t")  # the title of before
         assert session.wait() == (0, "")
+
+
+def test_sigusr1_before_and_after_the_guest_runs_does_no_harm(tmp_path: Path) -> None:
+    (tmp_path / "p.py").write_text(
+        "import os, signal\n"
+        "from vmm.policy import Allow, Policy\n"
+        "class Asking(Policy):\n"
+        "    def on_boot(self, view):\n"
+        "        os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "        return Allow()\n"
+        "    def on_exit(self, end, view):\n"
+        "        os.kill(os.getpid(), signal.SIGUSR1)\n"
+    )
+
+    done = command.run("--private-mem", "--policy", f"{tmp_path / 'p.py'}:Asking")
+
+    assert (done.returncode, done.stderr) == (0, b"")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
@@ -287,6 +288,8 @@ def _run(arguments: Sequence[str]) -> int:
     config = _configuration(arguments)
     from vmm.machine.images import OpenedImages
 
+    # It asks a running guest's machine for its pages; before and after that it must do no harm.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     # A kernel is uncompressed by a child process while this one imports the rest.
     with contextlib.closing(OpenedImages(config)) as images:
         from vmm.machine.machine import Machine
