@@ -69,11 +69,17 @@ class Peek(NamedTuple):
     size: int
 
 
+class Hold(NamedTuple):
+    """Somebody takes references to a page, or (None) all are given back; in place only."""
+
+    page: int | None
+
+
 class Look(NamedTuple):
     """States and residency."""
 
 
-Op = Convert | Fault | Settle | GuestRead | GuestWrite | HostRead | HostWrite | Peek | Look
+Op = Convert | Fault | Settle | GuestRead | GuestWrite | HostRead | HostWrite | Peek | Hold | Look
 Program = list[Op]
 
 
@@ -86,7 +92,9 @@ def _random_op(chance: random.Random) -> Op:
     first = chance.randrange(PAGES)
     count = chance.randint(1, min(6, PAGES - first))
     word = chance.getrandbits(63) | 1
-    match chance.randrange(22):
+    match chance.randrange(23):
+        case 22:
+            return Hold(first if chance.random() < 0.6 else None)
         case 21:
             start = page_edge(chance, first)
             return Peek(start, chance.choice((0, 1, 8, PAGE_SIZE, chance.randrange(3 * PAGE_SIZE))))

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import errno
 from contextlib import ExitStack
+from typing import cast
 
 from kvm_bindings import KvmError
 from tests.fuzz import conversion_ops as ops
-from tests.fuzz.reference import SHARE, Reference, Request, Side
+from tests.fuzz.reference import SHARE, Reference, Request, Side, State
+from tests.support.fake_kvm import FakeVm
 from tests.support.fake_platform import FakePlatform
 from vmm.conversion.transaction import FRUITLESS_FAULTS
 from vmm.core.errors import PrivateAccess, UnmappedAccess
@@ -137,6 +139,8 @@ class World:
                 return self._host_write(first, count, word)
             case ops.Peek(start, size):
                 return self._peek(start, size)
+            case ops.Hold(page):
+                return self._hold(page)
         return self._look()
 
     # -- conversions --------------------------------------------------------------------------
@@ -160,6 +164,8 @@ class World:
             self._expect("answer", answer, -INJECTED)
             applied = self.failures.where == "fallocate"
             reference.failed(done, self._states(), applied=applied)
+        elif reference.needs_work(done, defer=defer) and reference.is_held(done):
+            self._expect("answer", answer, -errno.EAGAIN)
         else:
             if reference.needs_work(done, defer=defer):
                 reference.convert(done, defer=defer, keep=op.policy == "defer-keep")
@@ -190,6 +196,9 @@ class World:
             self._expect("answer to a fault for nothing", answer, wanted)
             return "nothing to do"
         self._fruitless = (None, 0)
+        if self.reference.is_held(request):
+            self._expect("answer to a fault", answer, -errno.EAGAIN)
+            return f"{answer}"
         self._expect("answer to a fault", answer, 0)
         self.reference.convert(request)
         return f"{answer}"
@@ -261,6 +270,18 @@ class World:
         for each in self.reference.pages[first : first + count]:
             each.shared.touch(word)
         return "written"
+
+    def _hold(self, page: int | None) -> str:
+        if not self.reference.in_place:
+            return "two sides"
+        gmem = cast(FakeVm, self.rig.vm).guest_memfd(self.rig.private.fd)
+        if page is None:
+            gmem.unpin()
+            self.reference.held.clear()
+        elif self.reference.pages[page].state is State.SHARED:
+            gmem.pin(self.rig.gpa(page), PAGE_SIZE)
+            self.reference.held.add(page)
+        return f"{len(self.reference.held)} held"
 
     def _peek(self, start: int, size: int) -> str:
         """Any bytes; an access of no bytes counts as one to the byte that it names."""

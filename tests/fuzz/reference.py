@@ -71,6 +71,7 @@ class Reference:
         """`in_place`: both sides of a page are one, and a change of state empties it."""
         self.in_place = in_place
         self.pages = [Page() for _ in range(pages)]
+        self.held: set[int] = set()
         self.in_doubt = False
         """A failure left it open which discards were made: residency is not predicted then."""
 
@@ -105,6 +106,12 @@ class Reference:
         if request.kind == SHARE:
             return states != {State.SHARED}
         return State.SHARED in states or (not defer and State.DEFERRED in states)
+
+    def is_held(self, request: Request) -> bool:
+        """Whether a valid request that has something to do must fail: in place, pages that
+        somebody holds do not become private."""
+        area = range(request.first, request.first + request.count)
+        return request.kind == UNSHARE and not self.held.isdisjoint(area)
 
     def all_settled(self, request: Request) -> bool:
         """Whether all of a valid request's pages are as it wants them."""

@@ -106,6 +106,11 @@ class Conversions(RuleBasedStateMachine):
     def host_reads(self, area: tuple[int, int]) -> None:
         self.step(ops.HostRead(*area))
 
+    @precondition(lambda self: self.world is not None and self.world.reference.in_place)
+    @rule(page=st.none() | PAGE)
+    def somebody_holds_a_page(self, page: int | None) -> None:
+        self.step(ops.Hold(page))
+
     @rule(
         start=st.integers(-4096, 4096 * (ops.PAGES + 1)),
         size=st.integers(0, 3 * 4096),

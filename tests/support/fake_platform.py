@@ -11,6 +11,7 @@ from tests.support.fake_kvm import FakeKernel, FakeSystem, FakeVm
 from tests.support.fake_kvm.system import CPUID
 from vmm.arch.x86_64.cpuid import choose_c_bit
 from vmm.conversion.scheme import Scheme
+from vmm.conversion.schemes.in_place import InPlaceScheme
 from vmm.conversion.schemes.remap import Parking
 from vmm.core.ranges import PAGE_SIZE, Range, page_align_down
 from vmm.machine.schemes import make_scheme
@@ -75,6 +76,8 @@ class FakePlatform:
         self.system = FakeSystem(self.kernel).as_system()
 
     def scheme(self, name: str, parked: Parking) -> Scheme:
+        if name == "in-place":
+            return InPlaceScheme(patience=0.0)  # who holds a page here never lets go meanwhile
         return make_scheme(name, lambda: choose_c_bit(CPUID), parked)
 
     def guests(

@@ -55,7 +55,6 @@ def run(argv: list[str], check: Callable[[list[str]], object] | None = None) -> 
 def _run(command: LabCommand, progress: Progress) -> int:
     lab = Lab(command.options, progress)
     has_terminal = terminal.interactive()
-    lab.prepare()
     started = lab.start(
         command.arguments,
         program=command.is_program,

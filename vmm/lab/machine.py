@@ -137,21 +137,22 @@ class Lab:
         terminal: tuple[int, int] | None = None,
     ) -> LabRun:
         """Boots the machine with a job: pyvmm with `arguments`, or they are a program's words."""
-        assets = self.prepare()
-        first = FIXED_DRIVES + (assets.inner_qemu is not None)
+        # What the user named comes first: a mistake in it needs no download to be told.
+        first = FIXED_DRIVES + self.options.with_qemu
         words = list(arguments) if program else self.pyvmm_words(arguments)
         job = job_from_arguments(
             words, (directory or Path.cwd()).absolute(), first_drive=first, is_program=program
         )
         for disk in self.options.disks:
             attach(job, disk, "--lab-disk")
-        if assets.host.bochs:
+        if hosts.named(self.options.host).bochs:
             bochs.refuse(job, self.options)
         if not program:
             job.words = [str(executable()), "-sP", "/lab/project/pyvmm", *job.words]
         job.inputs += [p.absolute() for p in self.options.files]
         job.outputs += [p.absolute() for p in self.options.outputs]
         job.inputs = [p for p in job.inputs if p not in job.outputs]
+        assets = self.prepare()
         self.progress.step("booting the lab machine")
         return LabRun(assets, self.options, job, terminal)
 

@@ -15,7 +15,6 @@ from vmm.arch.x86_64.devices.i8042 import I8042
 from vmm.arch.x86_64.devices.pci_conf1 import PciConf1
 from vmm.core.event_loop import EventLoop
 from vmm.devices.bus import MemoryBus, PortBus
-from vmm.devices.msix import MAX_VECTORS, MsixTable
 from vmm.devices.pci import PciBus, host_bridge
 from vmm.devices.serial16550 import Serial16550
 from vmm.machine.console import Console
@@ -29,6 +28,7 @@ from vmm.machine.interrupts import (
 from vmm.memory.guest_memory import GuestMemory
 
 if TYPE_CHECKING:
+    from vmm.devices.msix import MsixTable
     from vmm.devices.virtio.device import DeviceObserver, VirtioDevice
     from vmm.devices.virtio.device import GuestMemory as GuestMemoryOfDevice
     from vmm.devices.virtio.pci_transport import VirtioPciTransport
@@ -139,6 +139,8 @@ class Devices:
         """A function's table, one vector for each queue and one for changes of configuration."""
         if self._routes is None:
             return None
+        from vmm.devices.msix import MAX_VECTORS, MsixTable  # a run without devices does without
+
         messages = MsixMessages(self._vm, self._routes)
         self._opened.callback(messages.close)
         return MsixTable(min(vectors, MAX_VECTORS), messages)

@@ -16,6 +16,7 @@ from vmm.lab.devices import PC
 from vmm.lab.emulator import Launch
 from vmm.lab.hosts import named
 from vmm.lab.job import Drive, Job, Surroundings, lay_out
+from vmm.lab.machine import Lab
 from vmm.lab.options import LabOptions, parse
 from vmm.lab.packages import Bochs
 from vmm.lab.streams import Pieces, Pump, Stream, TerminalEnd
@@ -85,6 +86,14 @@ def test_what_the_machine_has_no_place_for_is_refused(
 ) -> None:
     with pytest.raises(UsageError, match=named_in_it):
         bochs.refuse(job, options)
+
+
+def test_disk_is_refused_before_anything_is_downloaded(tmp_path: Path) -> None:
+    (tmp_path / "disk.img").touch()
+    lab = Lab(LabOptions(cache=tmp_path / "cache", offline=True, host="bochs"))
+
+    with pytest.raises(UsageError, match=r"disk\.img: the bochs host has no place for disks"):
+        lab.start(["--disk", "disk.img"], directory=tmp_path)
 
 
 def test_one_processor_and_no_disks_are_not_refused() -> None:
