@@ -74,7 +74,8 @@ static int64_t pyvmm_splice_some(int from, uint64_t from_offset, int to, uint64_
 }
 
 /* table: count triples of uint64_t, source offset, target offset and size. Those of splice_from bytes or more go
-   through the pipe, the others through the buffer. Bytes moved, short at the source's end, or -errno. */
+   through the pipe, the others through the buffer. Bytes moved, short at the source's end, or -errno;
+   -EINTR comes with the pipe empty, for the caller to let signals be handled and begin again. */
 static int64_t pyvmm_move_many(int from, int to, const void *table, uint32_t count, char *buffer, uint64_t buffer_size,
                                int pipe_out, int pipe_in, uint64_t splice_from)
 {
@@ -86,8 +87,6 @@ static int64_t pyvmm_move_many(int from, int to, const void *table, uint32_t cou
         while (left) {
             int64_t moved = inside ? pyvmm_splice_some(from, source, to, target, left, pipe_out, pipe_in)
                                    : pyvmm_copy_some(from, source, to, target, left, buffer, buffer_size);
-            if (moved == -EINTR)
-                continue;
             if (moved < 0)
                 return moved;
             if (moved == 0)

@@ -7,6 +7,7 @@ everywhere; the only addresses are those of buffers that the caller owns.
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 
@@ -63,18 +64,20 @@ def move_many(
     Raises OSError: the pipe may hold bytes then.
     """
     table = struct.pack(f"{len(moves)}Q", *moves)
-    moved = int(
-        lib.pyvmm_move_many(
-            source,
-            target,
-            table,
-            len(moves) // 3,
-            buffer.pointer,
-            len(buffer.bytes),
-            *pipe,
-            splice_from,
+    moved = -errno.EINTR
+    while moved == -errno.EINTR:  # handlers of signals run in between, as PEP 475 has it
+        moved = int(
+            lib.pyvmm_move_many(
+                source,
+                target,
+                table,
+                len(moves) // 3,
+                buffer.pointer,
+                len(buffer.bytes),
+                *pipe,
+                splice_from,
+            )
         )
-    )
     if moved < 0:
         raise OSError(-moved, f"copying from {source=} to {target=}: {os.strerror(-moved)}")
     return moved

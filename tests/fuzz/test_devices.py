@@ -262,11 +262,16 @@ TARGETS: dict[str, Callable[[], Target]] = {
 
 # --- a host that fails ---
 
+# No EINTR: Python's own calls are repeated by Python (PEP 475), fdops' by fdops.
 _NUMBERS = (errno.EIO, errno.ENOSPC, errno.ENOMEM, errno.EAGAIN, errno.EPIPE, errno.EMFILE)
 
-
-_WHOLE = ("fdatasync", "preadv", "pwritev", "pread_many", "pwrite_many", "move_many")
-"""What fails as a whole or not at all; the last three are kvm_bindings.datapath's."""
+_OS_CALLS = (
+    "pread", "pwrite", "read", "write", "preadv", "pwritev", "splice", "fdatasync", "getrandom",
+)  # fmt: skip
+_DATAPATH_CALLS = ("pread_many", "pwrite_many", "move_many")
+_SOCKET_CALLS = ("send", "recv", "accept", "connect")
+# What fails as a whole or not at all.
+_WHOLE = ("fdatasync", "preadv", "pwritev", "accept", "connect", *_DATAPATH_CALLS)
 
 
 class FailingHost:
@@ -276,11 +281,13 @@ class FailingHost:
         self.on = False
         self.failed = 0
         self._rng = rng
-        for name in ("pread", "pwrite", "read", "write", "preadv", "pwritev", "splice",
-                     "fdatasync", "getrandom"):  # fmt: skip
-            patch.setattr(os, name, self._failing(getattr(os, name), name))
-        for name in _WHOLE[3:]:
-            patch.setattr(datapath, name, self._failing(getattr(datapath, name), name))
+        for owner, names in (
+            (os, _OS_CALLS),
+            (datapath, _DATAPATH_CALLS),
+            (socket.socket, _SOCKET_CALLS),
+        ):
+            for name in names:
+                patch.setattr(owner, name, self._failing(getattr(owner, name), name))
 
     def _failing(self, call: Callable[..., Any], name: str) -> Callable[..., Any]:
         def wrapped(*arguments: Any, **keywords: Any) -> Any:

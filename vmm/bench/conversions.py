@@ -51,6 +51,7 @@ def _one_size(rig: Rig, combination: Combination, size: int, rounds: int) -> Ite
 def _pair(rig: Rig, gpas: list[int], pages: int) -> float:
     """Microseconds for a share and an unshare of touched pages, for each of the threads."""
     repeats = max(1, 64 // pages)
+    data = bytes(pages * PAGE_SIZE)
     failures: list[int] = []
 
     def convert(gpa: int) -> None:
@@ -59,7 +60,7 @@ def _pair(rig: Rig, gpas: list[int], pages: int) -> float:
             if answer:
                 failures.append(answer)
             elif kind is Kind.SHARE:
-                rig.memory.pwrite(bytes(pages * PAGE_SIZE), gpa)
+                rig.memory.pwrite(data, gpa)
 
     # The writes between the calls are part of what is measured, and of the bare variant too.
     started = time.perf_counter_ns()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,19 +39,51 @@ def environment() -> dict[str, str]:
     return {**inherited, "PYTHONPATH": _ROOT, "PYTHONPYCACHEPREFIX": kept.name}
 
 
-def output_of(words: Sequence[str]) -> str:
-    """Run to the end; stdout. Raises HostError with what it said when it fails."""
-    done = subprocess.run(
-        words, env=environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True,
-        timeout=TIME_LIMIT, check=False, errors="replace",
-    )  # fmt: skip
-    # isa-debug-exit ends QEMU with an odd status.
-    if done.returncode not in (0, 1, 105) or "done" not in done.stdout:
-        raise HostError(
-            f"{Path(words[0]).name} ended with status {done.returncode}: "
-            f"{done.stdout[-300:]} {done.stderr[-500:]}"
-        )
-    return done.stdout
+def results_of(words: Sequence[str]) -> list[tuple[str, int]]:
+    """The lines of a bench guest that begin with "result", each with the nanoseconds that the
+    host's threads, all but the vCPU's, were on a processor since the line before.
+
+    Raises HostError when the guest doesn't come to its end.
+    """
+    lines: list[str] = []
+    times: list[dict[str, int]] = []
+    with subprocess.Popen(
+        words, env=environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, errors="replace",
+    ) as process:  # fmt: skip
+        watchdog = threading.Timer(TIME_LIMIT, process.kill)
+        watchdog.start()
+        assert process.stdout is not None and process.stderr is not None
+        try:
+            for line in process.stdout:
+                lines.append(line.rstrip())
+                # A thread that has ended keeps what it had.
+                before = times[-1] if times else {}
+                times.append({**before, **_on_processor(process.pid)})
+        finally:
+            watchdog.cancel()
+        said = process.stderr.read()
+    if not lines or lines[-1] != "done":
+        raise HostError(f"{Path(words[0]).name} broke off: {lines[-3:]} {said[-500:]}")
+    last = times[-1]
+    vcpu = max(last, key=lambda thread: last[thread])  # it polls, and never sleeps
+    spent = [sum(ns for thread, ns in now.items() if thread != vcpu) for now in times]
+    return [
+        (line, spent[number] - spent[number - 1])
+        for number, line in enumerate(lines)
+        if line.startswith("result ")
+    ]
+
+
+def _on_processor(pid: int) -> dict[str, int]:
+    """Nanoseconds by thread (schedstat); threads that end just now are left out."""
+    found = {}
+    with contextlib.suppress(OSError):
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(OSError, ValueError):
+                stat = Path(f"/proc/{pid}/task/{thread}/schedstat").read_text()
+                found[thread] = int(stat.split()[0])
+    return found
 
 
 def seconds_to_first_byte(words: Sequence[str]) -> float:

@@ -21,6 +21,7 @@ TITLES = {
     "conversions": "A share and an unshare of touched pages",
     "exits": "One exit",
     "disk": "A virtio-blk request, as the bench guest sees it",
+    "disk-cpu": "Processor time of the host's side for that request",
     "start-up": "Start-up",
     "memory": "Memory",
     "linux": "A stock kernel",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import stat
@@ -34,19 +35,36 @@ class UnixListener:
             ) from error
         self._socket.setblocking(False)
         self.fd = self._socket.fileno()
+        # Given up for a moment to hang up on a caller for whom there is no fd: who is not taken
+        # would be announced for ever.
+        self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
     def accept(self) -> socket.socket | None:
-        """Who has come, non-blocking; None when nobody has. OSError: no more fds to be had."""
+        """Who has come, non-blocking; None when nobody has, or there was no fd left for them."""
         try:
             caller, _ = self._socket.accept()
-        except (BlockingIOError, ConnectionAbortedError):
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                self._turn_away()
             return None
         caller.setblocking(False)
         return caller
 
+    def _turn_away(self) -> None:
+        if self._spare >= 0:
+            os.close(self._spare)
+            self._spare = -1
+        with contextlib.suppress(OSError):
+            caller, _ = self._socket.accept()
+            caller.close()
+        with contextlib.suppress(OSError):
+            self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
     def close(self) -> None:
         if self._socket.fileno() >= 0:
             self._socket.close()
+            if self._spare >= 0:
+                os.close(self._spare)
             with contextlib.suppress(OSError):
                 if os.lstat(self.path).st_ino == self._inode:  # else somebody else's by now
                     os.unlink(self.path)

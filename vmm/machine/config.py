@@ -114,6 +114,6 @@ class MachineConfig(NamedTuple):
             takes = ", ".join(name for name, schemes in BACKINGS.items() if scheme in schemes)
             raise UsageError(
                 f"--scheme {scheme} does not take --private-mem={backing}; use "
-                f"--private-mem=auto (it takes {takes}), or one of the schemes "
-                f"{', '.join(BACKINGS[backing])}"
+                f"--private-mem=auto (it takes {takes}), or --scheme "
+                f"{' or '.join(BACKINGS[backing])}"
             )

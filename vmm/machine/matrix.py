@@ -30,11 +30,11 @@ TWO_ADDRESSES = ("cbit",)
 """Schemes for guests that pick the side by an address bit, as Linux does."""
 
 NEEDS = {
-    "attributes": "needs a kernel with CONFIG_KVM_SW_PROTECTED_VM",
+    "attributes": "needs a kernel with CONFIG_KVM_SW_PROTECTED_VM, as pyvmm lab --host "
+    "sw-protected has",
     "in-place": "needs a kernel with KVM_SET_MEMORY_ATTRIBUTES2, which none has yet",
     "guest_memfd": "Linux 6.18 or later has it",
     "guest_memfd-mmap": "Linux 6.18 or later has it",
-    "memfd-hugetlb": "needs huge pages of 2 MiB set aside",
 }
 """What is missing where KVM refuses a scheme or a backing."""
 

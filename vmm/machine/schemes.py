@@ -230,8 +230,9 @@ def _is_reached(backing: Backing) -> bool:
 
 
 def _lacks(name: str, error: OSError) -> str:
+    words = str(error) if isinstance(error, KvmError) else error.strerror or str(error)
     need = NEEDS.get(name)
-    return f"{error}; {need}" if need else str(error)
+    return f"{words}; {need}" if need else words
 
 
 def available(system: System, *, two_addresses: bool, host_loads: bool) -> dict[str, list[str]]:
@@ -256,7 +257,11 @@ def _refusal(system: System, wanted: Wanted, reasons: dict[str, str]) -> str:
     there = available(system, two_addresses=wanted.two_addresses, host_loads=wanted.host_loads)
     here = "; ".join(f"{scheme} with {', '.join(names)}" for scheme, names in there.items())
     takers = BACKINGS.get(wanted.backing, SCHEMES)
-    telling = [f"{scheme}: {why}" for scheme, why in reasons.items() if scheme in takers]
+    schemes_by_reason: dict[str, list[str]] = {}
+    for scheme, why in reasons.items():
+        if scheme in takers:
+            schemes_by_reason.setdefault(why, []).append(scheme)
+    telling = [f"{', '.join(schemes)}: {why}" for why, schemes in schemes_by_reason.items()]
     words = [f"--private-mem={wanted.backing}"]
     if wanted.scheme != "auto":
         words.insert(0, f"--scheme {wanted.scheme}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -80,3 +81,28 @@ def test_move_many_that_splice_refuses_is_an_error(memfd: int, pipe: tuple[int, 
 
     assert raised.value.errno in (errno.EINVAL, errno.ESPIPE)
     os.close(eventfd)
+
+
+def test_move_many_that_is_interrupted_lets_handlers_run_and_begins_again(
+    memfd: int, pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    answers = [-errno.EINTR, -errno.EINTR, 8]
+
+    class Interrupted:
+        """Stands for a file system that signals interrupt; one comes with each call."""
+
+        @staticmethod
+        def pyvmm_move_many(*_: object) -> int:
+            signal.raise_signal(signal.SIGUSR1)
+            return answers.pop(0)
+
+    monkeypatch.setattr(datapath, "lib", Interrupted)
+    former = signal.signal(signal.SIGUSR1, lambda number, _: seen.append(number))
+    try:
+        moved = datapath.move_many(memfd, memfd, [0, 8, 8], datapath.Buffer(8), pipe, 0)
+    finally:
+        signal.signal(signal.SIGUSR1, former)
+
+    assert moved == 8
+    assert seen == [signal.SIGUSR1] * 3

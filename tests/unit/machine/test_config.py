@@ -109,7 +109,7 @@ def test_sensible_configuration_is_accepted(config: MachineConfig) -> None:
         (
             PRIVATE._replace(private_memory="memfd", scheme="attributes"),
             "--scheme attributes does not take --private-mem=memfd; use --private-mem=auto .it "
-            "takes guest_memfd-plain., or one of the schemes cbit, remap",
+            "takes guest_memfd-plain., or --scheme cbit or remap",
         ),
         (MachineConfig(scheme="cbit"), "--scheme cbit needs --private-mem"),
         (MachineConfig(initrd="i"), "--initrd needs --kernel"),

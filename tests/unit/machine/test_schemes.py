@@ -173,6 +173,16 @@ def test_more_memory_than_the_address_bit_leaves_room_for_is_remapped() -> None:
     assert "the C-bit would be bit 38" in not_taken["cbit"]
 
 
+def test_reason_that_several_schemes_share_is_said_once() -> None:
+    kernel = FakeKernel()
+    kernel.inject(CREATE, errno.ENOTTY, times=100)
+
+    text = refusal(kernel, PAYLOAD._replace(backing="guest_memfd"))
+
+    assert "not on this host (cbit, remap: KVM_CREATE_GUEST_MEMFD" in text
+    assert text.count("Linux 6.18 or later has it") == 1
+
+
 def test_memory_that_runs_out_is_an_error_of_its_own_and_no_reason_for_less() -> None:
     kernel = FakeKernel()
     kernel.inject(CREATE, errno.ENOMEM)

@@ -143,8 +143,11 @@ def test_mean_is_weighted_by_time(tmp_path: Path) -> None:
 def test_points_of_a_large_trace_keep_the_peak(tmp_path: Path, top: int) -> None:
     events = Events((0, RAM, "private"))
     for number in range(4000):
-        state = "shared" if number % 2 == 0 else "private"
-        events.state(number, number % RAM // 2 * 2, 2 if number == top else 1, state)
+        first = number % RAM // 2 * 2
+        if number % 2:
+            events.state(number, first, 2, "private")
+        else:
+            events.state(number, first, 2 if number == top else 1, "shared")
     trace = Trace(events.write(tmp_path))
     over_time = over_time_of(trace)
 

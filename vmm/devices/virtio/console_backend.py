@@ -123,10 +123,7 @@ class SocketServer(_Stream):
 
     def connected(self) -> bool:
         if self.fd < 0:
-            try:
-                client = self._listener.accept()
-            except OSError:
-                client = None
+            client = self._listener.accept()
             if client is None:
                 return False
             self._watch(self._listener.fd, self._ready)

@@ -314,11 +314,7 @@ class VirtioVsock(VirtioDevice):
         )
 
     def _accept(self) -> None:
-        try:
-            caller = self._listener.accept()
-        except OSError:  # out of file descriptors: until a connection ends
-            self.watch(self._listener.fd, self._no_more)
-            return
+        caller = self._listener.accept()
         if caller is None:
             return
         self._callers[caller.fileno()] = caller, bytearray()

@@ -1,0 +1,49 @@
+"""Processes that are measured: what their output and threads come to, and how they may fail."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from vmm.bench import processes
+from vmm.core.errors import HostError
+
+# A "vCPU" that never sleeps, and a host's thread that works before the second result only.
+GUEST = """
+import threading, time
+def spin(seconds):
+    until = time.thread_time() + seconds
+    while time.thread_time() < until:
+        pass
+print("> bench guest", flush=True)
+vcpu = threading.Thread(target=spin, args=(0.5,))
+vcpu.start()
+print("result a: 1 ticks", flush=True)
+time.sleep(0.02)
+spin(0.1)
+print("result b: 2 ticks", flush=True)
+vcpu.join()
+print("done", flush=True)
+"""
+
+
+def test_results_come_with_the_host_threads_processor_time() -> None:
+    results = processes.results_of([sys.executable, "-c", GUEST])
+
+    assert [line for line, _ in results] == ["result a: 1 ticks", "result b: 2 ticks"]
+    first, second = (nanoseconds for _, nanoseconds in results)
+    assert 0 <= first < 50_000_000
+    assert 50_000_000 < second < 300_000_000
+
+
+def test_guest_that_breaks_off_is_no_result() -> None:
+    words = [sys.executable, "-c", "import sys; print('error no disk'); sys.exit('no such disk')"]
+
+    with pytest.raises(HostError, match=r"broke off: \['error no disk'\] no such disk"):
+        processes.results_of(words)
+
+
+def test_first_byte_of_a_process_without_output_is_an_error() -> None:
+    with pytest.raises(HostError, match="ended without a word"):
+        processes.seconds_to_first_byte([sys.executable, "-c", "pass"])
