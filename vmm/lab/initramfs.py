@@ -17,8 +17,8 @@ from vmm.lab.kmodules import ModuleTree, without_signature
 
 # Loaded before anything can be mounted, and while the mounts are being made.
 _FILE_SYSTEMS = ("ext4", "overlay")
-# tun is for pyvmm's --net tap=.
-_KVM_MODULES = ("irqbypass", "kvm", "kvm-amd", "tun")
+_KVM_MODULES = ("irqbypass", "kvm", "kvm-amd")
+_NET_MODULES = ("tun",)  # for pyvmm's --net tap=
 _GUEST_MODULES = ("virtio_pci", "virtio_blk", "ext4")
 # Loaded where a device of that PCI id is there: each costs a boot some time.
 _GUEST_DEVICES = {
@@ -46,6 +46,7 @@ mount -t proc none /proc
 mount -t sysfs none /sys
 load {storage}
 load {kvm} &
+load {net} &
 until [ -b {drives}c ]; do usleep 10000; done
 mkdir -p /lower /project /writes /root
 mount -t ext4 -o ro,noatime {drives}a /lower || fail "mounting the root image"
@@ -90,7 +91,10 @@ setsid -c sh <"$tty" >"$tty" 2>&1
 poweroff -f
 """
 # What a cached archive depends on besides its files.
-SCRIPTS = f"{_HOST_INIT}{_GUEST_INIT}{_FILE_SYSTEMS}{_KVM_MODULES}{_GUEST_MODULES}{_GUEST_DEVICES}"
+SCRIPTS = (
+    f"{_HOST_INIT}{_GUEST_INIT}{_FILE_SYSTEMS}{_KVM_MODULES}{_NET_MODULES}"
+    f"{_GUEST_MODULES}{_GUEST_DEVICES}"
+)
 
 
 def host_initramfs(
@@ -103,14 +107,16 @@ def host_initramfs(
     storage = tree.in_order((*devices.modules, *_FILE_SYSTEMS))
     loaded = {name for name, _ in storage}
     kvm = [(name, data) for name, data in tree.in_order(_KVM_MODULES) if name not in loaded]
+    net = [(name, data) for name, data in tree.in_order(_NET_MODULES) if name not in loaded]
     if not any(name == "kvm_amd" for name, _ in kvm):
         raise HostError(f"no module kvm-amd below {modules}; the lab's kernel needs it")
     script = _HOST_INIT.format(
         storage=" ".join(name for name, _ in storage),
         kvm=" ".join(name for name, _ in kvm),
+        net=" ".join(name for name, _ in net),
         drives=devices.drives,
     )
-    loaded_bare = [(name, without_signature(data)) for name, data in [*storage, *kvm]]
+    loaded_bare = [(name, without_signature(data)) for name, data in [*storage, *kvm, *net]]
     return _archive(busybox, script, loaded_bare)
 
 
