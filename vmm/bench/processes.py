@@ -36,7 +36,9 @@ def environment() -> dict[str, str]:
     kept = tempfile.TemporaryDirectory(prefix="pyvmm-bench-")
     atexit.register(kept.cleanup)
     inherited = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
-    return {**inherited, "PYTHONPATH": _ROOT, "PYTHONPYCACHEPREFIX": kept.name}
+    # All of our path: pyvmm and what it needs may come from where only this process was told.
+    path = os.pathsep.join([_ROOT, *filter(None, sys.path)])
+    return {**inherited, "PYTHONPATH": path, "PYTHONPYCACHEPREFIX": kept.name}
 
 
 def results_of(words: Sequence[str]) -> list[tuple[str, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import pytest
@@ -47,3 +48,12 @@ def test_guest_that_breaks_off_is_no_result() -> None:
 def test_first_byte_of_a_process_without_output_is_an_error() -> None:
     with pytest.raises(HostError, match="ended without a word"):
         processes.seconds_to_first_byte([sys.executable, "-c", "pass"])
+
+
+def test_children_find_what_only_this_process_was_told_of() -> None:
+    # Without site-packages, as in the lab, where pyvmm puts its requirements on the path itself.
+    words = [sys.executable, "-S", "-c", "import cffi, ioctl_opt, vmm.cli.main; print('found')"]
+
+    done = subprocess.run(words, env=processes.environment(), capture_output=True, check=False)
+
+    assert done.stdout == b"found\n", done.stderr
