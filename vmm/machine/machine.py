@@ -7,22 +7,13 @@ from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from kvm_bindings import KvmError, System, Vcpu, Vm, ioctls
-from vmm.arch.x86_64 import layout
-from vmm.arch.x86_64.cpuid import choose_c_bit, guest_cpuid, is_amd
 from vmm.arch.x86_64.doorbells import (
-    HYPERCALL_NAME,
-    KVM_HC_MAP_GPA_RANGE,
-    PORT_NAME,
     PortDoorbell,
 )
 from vmm.arch.x86_64.msrs import MsrTable
-from vmm.conversion.scheme import Scheme
-from vmm.conversion.schemes.plain import PlainScheme
 from vmm.conversion.transaction import Converter
 from vmm.core.errors import HostError, tell
 from vmm.core.event_loop import EventLoop
-from vmm.core.ranges import Range, page_align_down, page_align_up
 from vmm.exits.handlers import ExitHandlers
 from vmm.exits.outcome import (
     KILLED,
@@ -40,24 +31,20 @@ from vmm.machine.config import MachineConfig
 from vmm.machine.console import Console
 from vmm.machine.devices import Devices
 from vmm.machine.guest import Guest, make_guest
-from vmm.machine.host import SEE_CHECK, open_kvm, require_hypercall_exits
+from vmm.machine.guest_vm import GuestVm
 from vmm.machine.images import OpenedImages
 from vmm.machine.live import live_view
 from vmm.machine.operations import Operations
 from vmm.machine.peripherals import open_devices
 from vmm.machine.report import ReportFile, build_report
-from vmm.machine.schemes import Chosen, Wanted, choose, make_scheme
 from vmm.machine.signals import SignalReactions
-from vmm.memory.backings.memfd import MemfdBacking
-from vmm.memory.guest_memory import GuestMemory, LaunchMemory, PageState
+from vmm.memory.guest_memory import LaunchMemory
 from vmm.policy import End, Policy, PolicyError, PolicyKill
-
-if TYPE_CHECKING:
-    from vmm.machine.tracing import RunTrace
 
 if TYPE_CHECKING:
     from vmm.machine.control import ControlSocket
     from vmm.machine.status_line import StatusLine
+    from vmm.machine.tracing import RunTrace
 
 _PANIC_TEXT = b"Kernel panic - not syncing"
 _REBOOT_TEXT = b"reboot: Restarting system"
@@ -143,152 +130,25 @@ class Machine:
     def _set_up_vm(self) -> None:
         """All that needs no bytes of the guest yet, while its kernel is being uncompressed."""
         try:
-            self._create_vm()
-            self._lay_out_memory()
-            self._create_processors()
-            if self._is_private:
-                self._map_ahead(self._guest.early_private_writes(self._ram))
+            self._vm = GuestVm(self._config, self._guest, self._vcpus.parked, self._cleanup)
+            if self._vm.is_private:
+                self._vm.map_ahead(self._guest.early_private_writes(self._vm.ram))
         except (HostError, OSError):
             self._guest.finish_opening()  # where both are wrong, what the user gave comes first
             raise
         self._guest.finish_opening()
 
-    def _create_vm(self) -> None:
-        system = self._cleanup.enter_context(open_kvm())
-        self._system: System = system
-        self._supported_cpuid = system.supported_cpuid()
-        if self._is_private and self._guest.needs_hypercalls:
-            self._require_working_hypercalls()
-        self._ram: list[Range] = layout.ram_ranges(self._config.memory)
-        self._chosen = self._choose_scheme()
-        vm = system.create_vm() if self._chosen is None else self._chosen.vm
-        self._vm: Vm = self._cleanup.enter_context(vm)
-        if self._chosen is not None:
-            self._cleanup.callback(self._chosen.backing.close)
-        self._vm.set_identity_map_addr(layout.IDENTITY_MAP_GPA)
-        self._vm.set_tss_addr(layout.TSS_ADDRESS_GPA)
-        self._vm.create_irqchip()
-        self._vm.create_pit2()
-        if self._is_private:
-            self._pass_requests_on()
-
-    def _choose_scheme(self) -> Chosen | None:
-        """Scheme and private backing, in a VM of the kind that they need; None: nothing private."""
-        config, guest = self._config, self._guest
-        if config.private_memory is None:
-            return None
-        return choose(
-            self._system,
-            Wanted(
-                config.scheme,
-                config.private_memory,
-                self._ram[-1].end,
-                two_addresses=guest.two_addresses,
-                host_loads=guest.host_loads_private,
-            ),
-        )
-
-    def _pass_requests_on(self) -> None:
-        """Have KVM hand the guest's hypercalls and, for Linux, unknown MSRs to us."""
-        if self._guest.needs_hypercalls:
-            require_hypercall_exits(self._vm)
-            self._vm.enable_cap(
-                ioctls.KVM_CAP_X86_USER_SPACE_MSR,
-                ioctls.KVM_MSR_EXIT_REASON_INVAL
-                | ioctls.KVM_MSR_EXIT_REASON_UNKNOWN
-                | ioctls.KVM_MSR_EXIT_REASON_FILTER,
-            )
-        wanted = 1 << KVM_HC_MAP_GPA_RANGE
-        if self._vm.check_extension(ioctls.KVM_CAP_EXIT_HYPERCALL) & wanted:
-            self._vm.enable_cap(ioctls.KVM_CAP_EXIT_HYPERCALL, wanted)
-
-    @property
-    def _is_private(self) -> bool:
-        return self._config.private_memory is not None
-
-    @property
-    def _doorbell(self) -> str | None:
-        if not self._is_private:
-            return None
-        return HYPERCALL_NAME if self._guest.needs_hypercalls else PORT_NAME
-
-    def _require_working_hypercalls(self) -> None:
-        from vmm.machine.probes.hypercall import hypercall_behaviour
-
-        behaviour = hypercall_behaviour(self._system, amd=is_amd(self._supported_cpuid))
-        if behaviour == "exits":
-            return
-        what = {
-            "hangs": "never returns from a guest's hypercall (it interprets kernel-mode code)",
-            "returns": "answers a guest's share request itself instead of passing it on",
-        }[behaviour]
-        raise HostError(
-            f"this host's KVM {what}, so that a kernel cannot ask for conversions; use "
-            "pyvmm lab with the same options, or run without --kernel (the embedded payload "
-            f"asks through a port); {SEE_CHECK}"
-        )
-
-    def _lay_out_memory(self) -> None:
-        """Backings, GuestMemory and the scheme's memslots."""
-        chosen, size = self._chosen, self._ram[-1].end
-        self._scheme: Scheme = PlainScheme()
-        backing = None
-        private: list[Range] = []
-        if chosen is not None:
-            self._scheme = make_scheme(
-                chosen.scheme, lambda: choose_c_bit(self._supported_cpuid, size), self._vcpus.parked
-            )
-            backing = chosen.backing
-            private = self._guest.private_ranges(self._ram)
-        in_place = backing is not None and backing.traits.in_place
-        shared = backing if in_place and backing else MemfdBacking(size, "pyvmm-shared")
-        common_end = self._guest.unpaged_end if self._scheme.alias else 0
-        self._memory = GuestMemory(self._ram, shared, backing, private, common_end)
-        self._cleanup.callback(self._memory.close)
-        self._scheme.install(self._vm, self._memory)
-
-    def _create_processors(self) -> None:
-        self._processors: list[Vcpu] = []
-        count = self._config.cpus
-        limit = self._vm.check_extension(ioctls.KVM_CAP_MAX_VCPUS)
-        if count > limit > 0:
-            raise HostError(f"--cpus {count}: this host's KVM takes {limit} at most; use fewer")
-        announced = self._scheme.alias.bit_length() - 1 if self._guest.needs_hypercalls else -1
-        c_bit = announced if announced >= 0 else None
-        for index in range(count):
-            vcpu = self._vm.create_vcpu(index)
-            self._cleanup.callback(vcpu.close)
-            # Before registers: KVM refuses EFER.LME to a vCPU whose CPUID doesn't have long mode.
-            vcpu.set_cpuid2(guest_cpuid(self._supported_cpuid, index, count, c_bit=c_bit))
-            if self._guest.msrs:
-                vcpu.set_msrs(self._guest.msrs)
-            self._processors.append(vcpu)
-
     def _load_guest(self) -> None:
         """Memory contents by pwrite and fd-to-fd transfer, then registers."""
-        launch = LaunchMemory(self._memory)
-        state = self._guest.load(launch, self._ram, self._scheme.alias)
+        launch = LaunchMemory(self._vm.memory)
+        state = self._guest.load(launch, self._vm.ram, self._vm.scheme.alias)
         launch.seal()
         self._guest.close()  # the kernel's bytes are in guest memory now
         # The others stay as KVM made them, until the first one starts them (INIT, SIPI).
-        self._processors[0].update_sregs(state.sregs)  # type: ignore[arg-type]  # a TypedDict
-        self._processors[0].set_regs(state.regs)
-        self._map_ahead(launch.written)
-
-    def _map_ahead(self, areas: list[Range]) -> None:
-        """Map what the loader filled, or the guest is sure to write, in one go: each page would
-        cost the guest a fault. Nothing else, so that residency stays what the guest uses.
-        """
-        if not self._vm.check_extension(ioctls.KVM_CAP_PRE_FAULT_MEMORY):
-            return
-        for area in areas:
-            for run, state in self._memory.states(area):
-                alias = self._scheme.alias if state is PageState.PRIVATE else 0
-                start, end = page_align_down(run.start), page_align_up(run.end)
-                try:
-                    self._processors[0].pre_fault_memory(start | alias, end - start)
-                except KvmError:
-                    return  # shadow paging can't; the guest's faults do it one by one
+        first = self._vm.processors[0]
+        first.update_sregs(state.sregs)  # type: ignore[arg-type]  # a TypedDict
+        first.set_regs(state.regs)
+        self._vm.map_ahead(launch.written)
 
     def _connect_devices(self) -> None:
         trace = self._trace
@@ -297,15 +157,15 @@ class Machine:
         self._console = Console(on_quit=lambda: self.stop(Outcome(QUIT, "Ctrl-A x")))
         self._cleanup.callback(self._console.close)
         self._converter = Converter(
-            self._memory,
-            self._scheme,
+            self._vm.memory,
+            self._vm.scheme,
             *self._policies,
             wake_at=lambda due: self._loop.set_timer(due, self._converter.settle),
             observer=None if trace is None else trace.conversions,
         )
         self._devices = Devices(
-            self._vm,
-            self._memory,
+            self._vm.kvm,
+            self._vm.memory,
             self._loop,
             self._console,
             self._virtio,
@@ -315,12 +175,12 @@ class Machine:
             observer_of=(lambda device: None) if trace is None else trace.device,
         )
         self._cleanup.callback(self._devices.close)
-        doorbell = PortDoorbell(self._config.cpus, conversions=self._is_private)
+        doorbell = PortDoorbell(self._config.cpus, conversions=self._vm.is_private)
         self._handlers = ExitHandlers(
             self._devices.ports,
             self._devices.registers,
-            MsrTable(self._is_private),
-            self._memory,
+            MsrTable(self._vm.is_private),
+            self._vm.memory,
             self._converter,
             doorbell,
             self.stop,
@@ -339,9 +199,9 @@ class Machine:
     def _run_guest(self) -> Outcome:
         """vCPU threads run the guest, this thread runs the device loop, until `stop`."""
         if self._trace is not None:
-            self._trace.start(self._memory, self._scheme.name, self._doorbell)
+            self._trace.start(self._vm.memory, self._vm.scheme.name, self._vm.doorbell)
         install_kick_handler()
-        for vcpu in self._processors:
+        for vcpu in self._vm.processors:
             self._vcpus.add(vcpu, self._handlers, self.stop)
         signals = SignalReactions(
             self._loop,
@@ -352,7 +212,7 @@ class Machine:
             is_stuck=lambda: self._converter.hooks.is_this_thread_in_one,
         )
         operations = Operations(
-            self._memory, self._converter, self._vcpus, self._devices, self._loop, self.stop
+            self._vm.memory, self._converter, self._vcpus, self._devices, self._loop, self.stop
         )
         with (
             signals.installed(),
@@ -419,10 +279,10 @@ class Machine:
         if self._trace is not None:
             self._trace.end(outcome)
         self.report = build_report(
-            scheme=self._scheme.name,
-            not_taken={} if self._chosen is None else self._chosen.not_taken,
-            doorbell=self._doorbell,
-            memory=self._memory,
+            scheme=self._vm.scheme.name,
+            not_taken={} if self._vm.chosen is None else self._vm.chosen.not_taken,
+            doorbell=self._vm.doorbell,
+            memory=self._vm.memory,
             outcome=outcome,
             accounting=self._converter.accounting,
             refinements=self._converter.refinements,

@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.images import build_bzimage, build_elf, compress
 from vmm.core.errors import HostError, PyvmmError
-from vmm.machine import machine
+from vmm.machine import guest_vm
 from vmm.machine.config import MachineConfig
 from vmm.machine.machine import Machine
 
@@ -28,7 +28,7 @@ def test_damaged_kernel_on_a_host_without_kvm_is_told_of_the_kernel(
     payload = compress(build_elf(), "gzip")
     kernel = tmp_path / "vmlinuz"
     kernel.write_bytes(build_bzimage(payload[: len(payload) - damage]))
-    monkeypatch.setattr(machine, "open_kvm", no_kvm)
+    monkeypatch.setattr(guest_vm, "open_kvm", no_kvm)
 
     with pytest.raises(PyvmmError, match=message):
         Machine(MachineConfig(kernel=str(kernel))).run()
