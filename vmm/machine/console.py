@@ -17,6 +17,7 @@ from vmm.core.raw_terminal import RawTerminal
 ESCAPE = 0x01  # Ctrl-A
 _HELP = b"\r\nCtrl-A x  quit    Ctrl-A Ctrl-A  send Ctrl-A    Ctrl-A h  this help\r\n"
 _CHUNK = 4096
+_PATIENCE = 0.2  # seconds that a key's effect waits for the guest's output
 _TAIL = 8192
 
 _LONGEST_SEQUENCE = 256
@@ -83,13 +84,13 @@ class Console:
                 if error.errno not in (errno.EPIPE, errno.EIO):  # a closed pipe or terminal
                     tell(f"console output is lost from here on: {error.strerror}")
 
-    def interject(self, data: bytes) -> bool:
+    def interject(self, data: bytes, patience: float = 0.0) -> bool:
         """Write something of ours where that cannot garble the guest's output; whether it did.
 
         Not in the middle of an escape sequence or a character, and not where nobody reads: the
-        caller's thread must stay free.
+        caller's thread must stay free. `patience`: seconds to wait for output under way.
         """
-        if not self._output_lock.acquire(blocking=False):
+        if not self._output_lock.acquire(timeout=patience):
             return False
         try:
             fits = not _UNFINISHED.search(self._tail[-_LONGEST_SEQUENCE:])
@@ -231,7 +232,8 @@ class Console:
 
     def _help(self) -> None:
         """Help, where it fits and somebody reads it: this thread must stay free to end the run."""
-        self.interject(_HELP)
+        # A byte of the guest's that has just been written still holds the lock, mostly.
+        self.interject(_HELP, _PATIENCE)
 
 
 def _wait_writable(fd: int, milliseconds: int | None = None) -> bool:

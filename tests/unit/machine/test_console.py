@@ -571,6 +571,24 @@ def test_interjection_does_not_wait_for_output_under_way(fds: Fds, bench_on: Mak
     guest.join(10)
 
 
+def test_interjection_with_patience_follows_output_under_way(fds: Fds, bench_on: MakeBench) -> None:
+    read_end, write_end = fds.pipe()
+    size = fcntl.fcntl(write_end, fcntl.F_GETPIPE_SZ)
+    bench = bench_on(fds.pipe()[0], write_end)
+    guest = threading.Thread(target=bench.console.output, args=(bytes(size + 1),))
+    guest.start()
+    while len_in(read_end) < size:
+        pass
+    reader = threading.Timer(0.05, os.read, (read_end, size))
+    reader.start()
+
+    assert bench.console.interject(b"ours", patience=10) is True
+
+    reader.join()
+    guest.join(10)
+    assert os.read(read_end, 100) == b"\0ours"
+
+
 def len_in(fd: int) -> int:
     """How many bytes a pipe holds."""
     held = array("i", [0])
