@@ -1,16 +1,29 @@
-"""For all tests: the compiled extension must be what its sources say."""
+"""For all tests: the compiled extension must be what its sources say, and signals must work."""
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
 
 BINDINGS = Path(__file__).resolve().parents[1] / "kvm_bindings"
-SOURCES = ("kvm_abi.h", "bindings.c", "build.py")
+SOURCES = ("kvm_abi.h", "bindings.c", "datapath.c", "floors.c", "build.py")
 
 
 def pytest_configure() -> None:
+    _require_current_extension()
+    # nohup and a shell's & hand signals on as ignored, to every command that a test starts too.
+    for number, handler in (
+        (signal.SIGINT, signal.default_int_handler),
+        (signal.SIGQUIT, signal.SIG_DFL),
+        (signal.SIGHUP, signal.SIG_DFL),
+    ):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+def _require_current_extension() -> None:
     """An extension older than its sources fails in ways that say nothing of the cause."""
     newest = max((BINDINGS / name).stat().st_mtime for name in SOURCES)
     for extension in BINDINGS.glob("_kvm.*so"):  # beside the sources in an editable install only
