@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -100,3 +103,32 @@ def test_nothing_in_the_process_wakes_up_while_the_guest_idles(tmp_path: Path) -
         assert len(samples[-1]) == 5  # the loop's thread and the vCPUs'
         session.type(b"\x01x")
         assert session.wait()[0] == 0
+
+
+_SIGNALLED_AT_THE_END = """
+import os, signal, sys
+from vmm.cli.main import main
+from vmm.machine import machine
+build = machine.build_report
+def build_report(**what):
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+        os.kill(os.getpid(), number)
+    return build(**what)
+machine.build_report = build_report
+sys.exit(main(["--private-mem", "--mem", "16M", "--report", sys.argv[1]]))
+"""
+
+
+def test_signals_after_the_guests_end_cost_no_report(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+
+    done = subprocess.run(
+        [sys.executable, "-c", _SIGNALLED_AT_THE_END, str(report)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert json.loads(report.read_text())["guest"]["exit"] == "poweroff"

@@ -63,6 +63,7 @@ class Machine:
         self._config = config
         self._images = images
         self._cleanup = ExitStack()
+        self._signals = ExitStack()
         self._outcomes: list[Outcome] = []
         self._vcpus = VcpuGroup()
         self._abandoned = False
@@ -76,7 +77,7 @@ class Machine:
 
         Raises UsageError and HostError for what keeps the guest from starting.
         """
-        with self._cleanup:
+        with self._cleanup, self._signals:
             started = time.monotonic()
             self._open_inputs()
             try:
@@ -214,10 +215,9 @@ class Machine:
         operations = Operations(
             self._vm.memory, self._converter, self._vcpus, self._devices, self._loop, self.stop
         )
-        with (
-            signals.installed(),
-            live_view(self._loop, operations, self._status_line, self._control),
-        ):
+        # Beyond the guest's end: a signal must not cost the report.
+        self._signals.enter_context(signals.installed())
+        with live_view(self._loop, operations, self._status_line, self._control):
             try:
                 self._console.attach(self._loop, self._devices.serial)
                 self._vcpus.start()
@@ -269,6 +269,7 @@ class Machine:
         """No vCPU runs and the terminal is the user's again; memory is still there to look at."""
         from vmm.policy.failure import show
 
+        self._signals.close()  # Ctrl-C is the prompt's
         show(error, prompt=self._config.debug_shell)
 
     def _write_report(self, outcome: Outcome, wall_seconds: float) -> None:
