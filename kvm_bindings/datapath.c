@@ -2,13 +2,12 @@
    buffers; guest memory is an fd and an offset, as everywhere. */
 
 /* table: count pairs of uint64_t, offset and size; data: all of them, one after the other. 0 or -errno; EIO: short. */
-static int64_t pyvmm_pread_many(int fd, const void *table, uint32_t count, char *data)
+static int64_t move_many(int fd, const uint64_t *pieces, uint32_t count, char *data, int writing)
 {
-    const uint64_t *pieces = table;
     for (uint32_t i = 0; i < count; i++) {
         uint64_t offset = pieces[2 * i], left = pieces[2 * i + 1];
         while (left) {
-            ssize_t moved = pread(fd, data, left, (off_t)offset);
+            ssize_t moved = writing ? pwrite(fd, data, left, (off_t)offset) : pread(fd, data, left, (off_t)offset);
             if (moved < 0 && errno == EINTR)
                 continue;
             if (moved <= 0)
@@ -19,21 +18,14 @@ static int64_t pyvmm_pread_many(int fd, const void *table, uint32_t count, char 
     return 0;
 }
 
+static int64_t pyvmm_pread_many(int fd, const void *table, uint32_t count, char *data)
+{
+    return move_many(fd, table, count, data, 0);
+}
+
 static int64_t pyvmm_pwrite_many(int fd, const void *table, uint32_t count, const char *data)
 {
-    const uint64_t *pieces = table;
-    for (uint32_t i = 0; i < count; i++) {
-        uint64_t offset = pieces[2 * i], left = pieces[2 * i + 1];
-        while (left) {
-            ssize_t moved = pwrite(fd, data, left, (off_t)offset);
-            if (moved < 0 && errno == EINTR)
-                continue;
-            if (moved <= 0)
-                return moved < 0 ? -errno : -EIO;
-            data += moved, offset += moved, left -= moved;
-        }
-    }
-    return 0;
+    return move_many(fd, table, count, (char *)data, 1);
 }
 
 /* As much as one read of the source gives: bytes moved, 0 at its end, or -errno. */

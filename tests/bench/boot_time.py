@@ -13,17 +13,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import select
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-PROMPT = b"/ # "
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.bench.in_lab import at_prompt, run_in_lab
+
 LIMIT = 120.0
 COMMAND_LINE = "console=ttyS0 panic=-1 quiet"
 
@@ -31,25 +31,10 @@ COMMAND_LINE = "console=ttyS0 panic=-1 quiet"
 def boot_seconds(words: list[str], memory_of: list[float] | None = None) -> float:
     """Seconds from exec until the guest's prompt; the process is ended then."""
     started = time.monotonic()
-    process = subprocess.Popen(
-        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    assert process.stdout is not None
-    seen = b""
-    try:
-        while PROMPT not in seen:
-            left = LIMIT - (time.monotonic() - started)
-            ready, _, _ = select.select([process.stdout], [], [], max(left, 0))
-            data = os.read(process.stdout.fileno(), 65536) if ready else b""
-            if not data:
-                raise SystemExit(f"{words[0]} did not boot to a prompt:\n{seen.decode()}")
-            seen = seen[-4096:] + data
+    with at_prompt(words, LIMIT) as pid:
         elapsed = time.monotonic() - started
         if memory_of is not None:
-            memory_of.append(own_memory_mib(process.pid))
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(30)
+            memory_of.append(own_memory_mib(pid))
     return elapsed
 
 
@@ -99,24 +84,7 @@ def _pyvmm(kernel: str, initrd: str, disk: str) -> list[str]:
 
 def outer(kernel_name: str, rounds: int, json_file: Path | None) -> None:
     """Runs on the host: boots the lab machine, prints the table."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    from vmm.lab.interpreter import executable
-    from vmm.lab.machine import Lab
-    from vmm.lab.options import LabOptions
-    from vmm.lab.progress import Reporter
-
-    lab = Lab(LabOptions(with_qemu=True), Reporter())
-    kernel = lab.guest_kernel(kernel_name)
-    initrd = lab.guest_initramfs(kernel)
-    words = [str(executable()), str(Path(__file__).resolve()), "--inner", str(kernel.image)]
-    words += [str(initrd), str(rounds)]
-    with lab.start(words, program=True) as run:
-        run.errors.sink = lambda data: print(data.decode(), end="", file=sys.stderr, flush=True)
-        status = run.wait()
-        output = bytes(run.stdout.data).decode()
-    if status:
-        raise SystemExit(f"the lab's command ended with status {status}:\n{output}")
-    result = json.loads(output.splitlines()[-1])
+    result = run_in_lab("tests.bench.boot_time", kernel_name, rounds, with_qemu=True)
     report(kernel_name, result)
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=2) + "\n")

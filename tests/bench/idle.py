@@ -12,39 +12,26 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import select
-import subprocess
+import signal
 import sys
 import time
 from pathlib import Path
 
-PROMPT = b"/ # "
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.bench.in_lab import at_prompt, run_in_lab
+
 LIMIT = 180.0
 SETTLE_SECONDS = 10.0
 
 
 def measure(words: list[str], seconds: float) -> dict[str, float]:
     """Percent of a processor and wake-ups per second of the guest that `words` start."""
-    process = subprocess.Popen(
-        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    assert process.stdout is not None
-    try:
-        seen, started = b"", time.monotonic()
-        while PROMPT not in seen:
-            left = LIMIT - (time.monotonic() - started)
-            ready, _, _ = select.select([process.stdout], [], [], max(left, 0))
-            data = os.read(process.stdout.fileno(), 65536) if ready else b""
-            if not data:
-                raise SystemExit(f"{words[0]} did not boot to a prompt:\n{seen.decode()}")
-            seen = seen[-4096:] + data
+    with at_prompt(words, LIMIT, ending=signal.SIGKILL) as pid:
         time.sleep(SETTLE_SECONDS)
-        before, began = usage(process.pid), time.monotonic()
+        before, began = usage(pid), time.monotonic()
         time.sleep(seconds)
-        after, elapsed = usage(process.pid), time.monotonic() - began
-    finally:
-        process.kill()
-        process.wait(30)
+        after, elapsed = usage(pid), time.monotonic() - began
     busy, switches = (later - earlier for later, earlier in zip(after, before, strict=True))
     return {
         "percent": 100 * busy / os.sysconf("SC_CLK_TCK") / elapsed,
@@ -84,25 +71,9 @@ def inner(kernel: str, initrd: str, seconds: float, counts: list[str]) -> None:
 
 def outer(kernel_name: str, seconds: float, counts: list[str]) -> None:
     """Runs on the host: boots the lab machine, prints the table."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    from vmm.lab.interpreter import executable
-    from vmm.lab.machine import Lab
-    from vmm.lab.options import LabOptions
-    from vmm.lab.progress import Reporter
-
-    lab = Lab(LabOptions(with_qemu=True), Reporter())
-    kernel = lab.guest_kernel(kernel_name)
-    initrd = lab.guest_initramfs(kernel)
-    words = [str(executable()), str(Path(__file__).resolve()), "--inner"]
-    words += [str(kernel.image), str(initrd), str(seconds), *counts]
-    with lab.start(words, program=True) as run:
-        run.errors.sink = lambda data: print(data.decode(), end="", file=sys.stderr, flush=True)
-        status = run.wait()
-        output = bytes(run.stdout.data).decode()
-    if status:
-        raise SystemExit(f"the lab's command ended with status {status}:\n{output}")
+    result = run_in_lab("tests.bench.idle", kernel_name, seconds, *counts, with_qemu=True)
     print(f"{kernel_name}, idle at its prompt inside the lab:")
-    for name, figures in json.loads(output.splitlines()[-1]).items():
+    for name, figures in result.items():
         print(
             f"  {name:32} {figures['percent']:5.1f}% of a processor, "
             f"{figures['wakeups_per_s']:6.1f} wake-ups a second"

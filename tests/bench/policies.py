@@ -25,7 +25,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-PROMPT = b"/ # "
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.bench.in_lab import PROMPT, run_in_lab
+
 BOOT_LIMIT = 90.0
 COMMAND_LIMIT = 15.0
 MOST_CHURNS = 20
@@ -180,23 +183,7 @@ def arguments_of(kernel: str, initrd: str, rounds: int, names: list[str]) -> lis
 
 def outer(kernel_name: str, rounds: int, names: list[str], json_file: Path | None) -> None:
     """Runs on the host: boots the lab machine, prints the table."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    from vmm.lab.interpreter import executable
-    from vmm.lab.machine import Lab
-    from vmm.lab.options import LabOptions
-    from vmm.lab.progress import Reporter
-
-    lab = Lab(LabOptions(), Reporter())
-    kernel = lab.guest_kernel(kernel_name)
-    initrd = lab.guest_initramfs(kernel)
-    words = arguments_of(str(kernel.image), str(initrd), rounds, names)
-    with lab.start([str(executable()), *words], program=True) as run:
-        run.errors.sink = lambda data: print(data.decode(), end="", file=sys.stderr, flush=True)
-        status = run.wait()
-        output = bytes(run.stdout.data).decode()
-    if status:
-        raise SystemExit(f"the lab's command ended with status {status}:\n{output}")
-    result = json.loads(output.splitlines()[-1])
+    result = run_in_lab("tests.bench.policies", kernel_name, rounds, *names)
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=2) + "\n")
     print_table(kernel_name, result["runs"])

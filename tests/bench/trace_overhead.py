@@ -25,6 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests.bench.boot_time import boot_seconds
+from tests.bench.in_lab import run_in_lab
 
 UNTRACED, TRACED = "untraced", "traced"
 
@@ -90,23 +91,7 @@ def costs() -> dict[str, float]:
 
 def outer(kernel_name: str, rounds: int, json_file: Path | None) -> None:
     """Runs on the host: boots the lab machine, prints the table."""
-    from vmm.lab.interpreter import executable
-    from vmm.lab.machine import Lab
-    from vmm.lab.options import LabOptions
-    from vmm.lab.progress import Reporter
-
-    lab = Lab(LabOptions(), Reporter())
-    kernel = lab.guest_kernel(kernel_name)
-    initrd = lab.guest_initramfs(kernel)
-    words = [str(executable()), "-m", "tests.bench.trace_overhead", "--inner"]
-    words += [str(kernel.image), str(initrd), str(rounds)]
-    with lab.start(words, program=True) as run:
-        run.errors.sink = lambda data: print(data.decode(), end="", file=sys.stderr, flush=True)
-        status = run.wait()
-        output = bytes(run.stdout.data).decode()
-    if status:
-        raise SystemExit(f"the lab's command ended with status {status}:\n{output}")
-    result = json.loads(output.splitlines()[-1])
+    result = run_in_lab("tests.bench.trace_overhead", kernel_name, rounds)
     report(kernel_name, result)
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=2) + "\n")
