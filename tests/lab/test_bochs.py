@@ -12,8 +12,8 @@ from tests.support.private_code import EXPECTED
 
 _FORCE = "PYVMM_LAB_SLOW"
 _SCRIPT = """
-python3 -m tests.support.private_code
-pyvmm --private-mem --scheme attributes | tail -n 1
+python3 -m tests.support.private_code </dev/null
+pyvmm --private-mem --scheme attributes </dev/null | tail -n 1
 read -r line && echo "$line was read"
 """
 

@@ -25,13 +25,15 @@ from vmm.machine.probes.micro_guest import (
     memory_file,
 )
 
+_MARK = 0x0100_0000
+_ADD_MARK = b"\x05" + _MARK.to_bytes(4, "little")  # add eax, _MARK
 _OUT_EAX = b"\xe7" + bytes([DONE_PORT])  # out DONE_PORT, eax
 _MAP_GPA_RANGE, _ATTRIBUTES = 12, 0x10  # KVM_HC_MAP_GPA_RANGE, "encrypted"
 _CODE = {
     # xor eax, eax; cpuid; mov eax, ebx
     "cpuid": b"\x31\xc0\x0f\xa2\x89\xd8",
-    # mov ecx, 0xc0000080 (EFER); rdmsr; and eax, 0x500 (LMA, LME)
-    "rdmsr": b"\xb9\x80\x00\x00\xc0\x0f\x32\x25\x00\x05\x00\x00",
+    # mov ecx, 0xc0000080 (EFER); rdmsr
+    "rdmsr": b"\xb9\x80\x00\x00\xc0\x0f\x32",
     # mov eax, 12; mov ebx, AREA_GPA; mov ecx, 1; mov edx, 0x10; vmmcall
     "vmmcall": struct.pack(
         "<BIBIBIBI3s",
@@ -48,9 +50,9 @@ _CODE = {
 }
 _ANSWER = 77
 EXPECTED = {
-    "cpuid": int.from_bytes(b"Auth", "little"),
-    "rdmsr": 0x500,
-    "vmmcall": [[_MAP_GPA_RANGE, AREA_GPA, 1, _ATTRIBUTES], _ANSWER],
+    "cpuid": int.from_bytes(b"Auth", "little") + _MARK,
+    "rdmsr": 0x500 + _MARK,  # LMA, LME
+    "vmmcall": [[_MAP_GPA_RANGE, AREA_GPA, 1, _ATTRIBUTES], _ANSWER + _MARK],
 }
 """On hosts where KVM need not read the instructions: AMD's name, long mode, the call's answer."""
 
@@ -60,16 +62,16 @@ _COPY_AND_GO = b"\xf3\xa4\xb8" + AREA_GPA.to_bytes(4, "little") + b"\xff\xe0"
 
 def in_private_memory(system: System, code: bytes) -> object:
     """What the guest's `out` says; before it, a hypercall's arguments. Else what came instead."""
-    code += _OUT_EAX
+    code += _ADD_MARK + _OUT_EAX
     start = _COPY_AND_GO.ljust(16, b"\x90") + code
     registers = {"rsi": layout.PAYLOAD_GPA + 16, "rdi": AREA_GPA, "rcx": len(code)}
     with (
         ExitStack() as opened,
         MicroGuest(system, start, "kernel", registers=registers, vm_type=1, seconds=30.0) as guest,
     ):
-        # PUSH ES, which long mode doesn't have: who reads the code here can do nothing with it.
+        # IMUL with 7 bytes, wherever one begins: who reads the code here steps over _MARK too.
         shared = memory_file(opened, AREA_SIZE)
-        os.pwrite(shared, b"\x06" * 4096, 0)
+        os.pwrite(shared, b"\x69" * 4096, 0)
         private = opened.enter_context(guest.vm.create_guest_memfd(AREA_SIZE))
         hva = mapped(opened, shared, AREA_SIZE)
         guest.vm.set_user_memory_region2(1, AREA_GPA, AREA_SIZE, hva, private.fd, 0)
