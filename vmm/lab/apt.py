@@ -17,9 +17,10 @@ from pathlib import Path
 from vmm.core.errors import HostError
 from vmm.lab.sources import Source, debian_archive, read_sources
 
-# Suites that hold what the lab runs; `QEMU_SUITE` also gives busybox.
+# Suites that hold what the lab runs. All but kernels and QEMU is taken from `SUITE`.
 SUITES = ("bookworm", "trixie", "trixie-backports")
-QEMU_SUITE = "trixie"
+SUITE = "trixie"
+QEMU_SUITE = "trixie-backports"
 _TOOLS = ("apt-get", "apt-cache", "apt-config", "dpkg-deb")
 _ETC = Path("/etc/apt")
 
