@@ -71,7 +71,7 @@ def inner(kernel: str, initrd: str, seconds: float, counts: list[str]) -> None:
 
 def outer(kernel_name: str, seconds: float, counts: list[str]) -> None:
     """Runs on the host: boots the lab machine, prints the table."""
-    result = run_in_lab("tests.bench.idle", kernel_name, seconds, *counts, with_qemu=True)
+    result = run_in_lab("tests.bench.idle", kernel_name, seconds, *counts, with_qemu=True, cpus=1)
     print(f"{kernel_name}, idle at its prompt inside the lab:")
     for name, figures in result.items():
         print(

@@ -81,7 +81,7 @@ def test_stock_kernel_is_steered_from_outside(lab: Lab, lab_start: Starter) -> N
     script, console = Path(__file__).with_name("steer.py"), policies.__file__
 
     seen = result_of(
-        lab_start([str(executable()), str(script), console, *guest(lab)], program=True)
+        lab_start([str(executable()), str(script), console, *guest(lab)], program=True, cpus=1)
     )
 
     assert seen["booted"]

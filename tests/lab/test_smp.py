@@ -94,7 +94,8 @@ def test_sigterm_lets_a_stock_kernel_power_off(
     initrd.write_bytes(lab.guest_initramfs(kernel).read_bytes() + extra.finish())
     words = ["--kernel", str(kernel.image), "--initrd", str(initrd), "--append", "quiet"]
 
-    run = lab_start(["sh", "-c", _PRESS, "sh", *words], program=True, files=[kernel.image, initrd])
+    command = ["sh", "-c", _PRESS, "sh", *words]
+    run = lab_start(command, program=True, files=[kernel.image, initrd], cpus=1)
     status = run.wait(180)
 
     said = bytes(run.stdout.data).decode()

@@ -27,7 +27,8 @@ Without --initrd a guest gets a busybox shell.
 {_HOSTS}
   --exec PROGRAM ...       run this instead of pyvmm; takes the rest of the line
   --lab-mem SIZE           the lab machine's memory (default 2048M)
-  --lab-cpus N             its processors (default 2; bochs has 1)
+  --lab-cpus N             its processors (default 2, for guests with several vCPUs 1: under QEMU's
+                           emulation more are unreliable with them; bochs has 1)
   --lab-time-limit SECONDS end it after that long (default: no limit)
   --lab-file PATH          take this file or directory along, at its own path
   --lab-out PATH           bring this file or directory back at the end

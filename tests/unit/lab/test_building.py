@@ -12,13 +12,14 @@ import pytest
 from tests.unit.lab.test_cpio import entries
 from tests.unit.lab.test_kmodules import module, write
 from vmm.core.errors import HostError
-from vmm.lab import image, interpreter
+from vmm.lab import hosts, image, interpreter, machine, qemu
 from vmm.lab.cache import Cache
 from vmm.lab.closure import libraries_of, parse_listing
+from vmm.lab.emulator import Assets
 from vmm.lab.initramfs import guest_initramfs, host_initramfs
-from vmm.lab.machine import Lab
+from vmm.lab.machine import Lab, runs_several_vcpus
 from vmm.lab.options import LabOptions
-from vmm.lab.packages import Kernel
+from vmm.lab.packages import Kernel, Qemu
 
 
 @pytest.fixture
@@ -215,6 +216,40 @@ def test_pyvmm_words_get_an_initrd_for_a_kernel(
         "--initrd=x",
     ]
     assert lab.pyvmm_words(["check"]) == ["check"]
+
+
+@pytest.mark.parametrize(
+    ("words", "several"),
+    [
+        ("--kernel k --cpus 4", True),
+        ("--kernel k --cpus=2", True),
+        ("selftest --json r.json", True),
+        ("--kernel k --cpus 1", False),
+        ("--kernel selftest", False),
+        ("check", False),
+    ],
+)
+def test_several_vcpus_are_seen_in_the_command(words: str, several: bool) -> None:
+    assert runs_several_vcpus(words.split()) is several
+
+
+@pytest.mark.parametrize(
+    ("words", "given", "cpus"),
+    [("--cpus 4", None, "1"), ("--cpus 4", 2, "2"), ("check", None, "2")],
+)
+def test_guest_with_several_vcpus_gets_a_lab_machine_with_one(
+    words: str, given: int | None, cpus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[LabOptions] = []
+    monkeypatch.setattr(machine, "LabRun", lambda assets, options, *rest: started.append(options))
+    file = Path("f")
+    assets = Assets(hosts.DEFAULT, Qemu(file), file, file, file, file, None)
+    monkeypatch.setattr(Lab, "prepare", lambda self: assets)
+
+    Lab(LabOptions(cpus=given)).start(words.split())
+
+    command = qemu.launch(Qemu(file), assets, started[0], [], []).command
+    assert command[command.index("-smp") + 1] == cpus
 
 
 def test_compiled_files_are_taken_without_a_look_at_their_sources(tmp_path: Path) -> None:
