@@ -16,12 +16,12 @@ from vmm.core.ranges import Range, page_align_down, page_align_up
 from vmm.machine.config import MachineConfig
 from vmm.machine.guest import Guest
 from vmm.machine.host import SEE_CHECK, open_kvm, require_hypercall_exits
-from vmm.machine.schemes import Chosen, Wanted, choose, make_scheme
 from vmm.memory.backings.memfd import MemfdBacking
 from vmm.memory.guest_memory import GuestMemory, PageState
 
 if TYPE_CHECKING:
     from vmm.conversion.schemes.remap import Parking
+    from vmm.machine.schemes import Chosen
 
 
 class GuestVm:
@@ -74,6 +74,8 @@ class GuestVm:
         config, guest = self._config, self._guest
         if config.private_memory is None:
             return None
+        from vmm.machine.schemes import Wanted, choose  # an ordinary VM has none
+
         return choose(
             self._system,
             Wanted(
@@ -122,6 +124,8 @@ class GuestVm:
         backing = None
         private: list[Range] = []
         if chosen is not None:
+            from vmm.machine.schemes import make_scheme
+
             self.scheme = make_scheme(
                 chosen.scheme, lambda: choose_c_bit(self._supported_cpuid, size), self._parked
             )
