@@ -166,4 +166,6 @@ def entry_point() -> NoReturn:
     # objects would only delay the guest. Later collections are as much rarer as they are longer.
     gc.set_threshold(100_000)
     _open_standard_fds()
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    gc.freeze()  # the kernel takes all of it back faster than the interpreter looks through it
+    sys.exit(status)

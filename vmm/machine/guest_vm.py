@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,8 @@ class GuestVm:
     def __init__(
         self, config: MachineConfig, guest: Guest, parked: Parking, cleanup: ExitStack
     ) -> None:
-        """Opens and creates all of it; `cleanup` closes it again, also after a failure.
+        """Opens and creates all of it, except that memslots are under way still
+        (`finish_memslots`); `cleanup` closes it again, also after a failure.
 
         `parked` holds the vCPUs, for schemes that need it. Raises HostError, OSError.
         """
@@ -136,7 +138,26 @@ class GuestVm:
         common_end = self._guest.unpaged_end if self.scheme.alias else 0
         self.memory = GuestMemory(self.ram, shared, backing, private, common_end)
         self._cleanup.callback(self.memory.close)
-        self.scheme.install(self.kvm, self.memory)
+        # KVM waits for a grace period of its own with every memslot.
+        self._memslots = threading.Thread(target=self._make_memslots, name="memslots")
+        self._memslots_failure: BaseException | None = None
+        self._memslots.start()
+        self._cleanup.callback(self._memslots.join)
+
+    def _make_memslots(self) -> None:
+        try:
+            self.scheme.install(self.kvm, self.memory)
+        except BaseException as failure:
+            self._memslots_failure = failure
+
+    def finish_memslots(self) -> None:
+        """Wait until guest memory is KVM's, too; nothing may be done with it before.
+
+        Raises what Scheme.install does: HostError, OSError.
+        """
+        self._memslots.join()
+        if self._memslots_failure is not None:
+            raise self._memslots_failure
 
     def _create_processors(self) -> None:
         self.processors: list[Vcpu] = []

@@ -58,3 +58,27 @@ def test_start_up_imports_nothing_that_is_slow_to_import() -> None:
     slow |= {"vmm.machine.schemes"}  # for private memory
     slow |= {"vmm.devices.virtio.queue", "vmm.memory.engines", "vmm.conversion.schemes.remap"}
     assert slow.isdisjoint(done.stdout.split())
+
+
+COUNT_COLLECTIONS = """
+import atexit, gc
+from vmm.cli import main
+def collections():
+    return sum(generation["collections"] for generation in gc.get_stats())
+def start(arguments):
+    before = collections()
+    import vmm.machine.machine, vmm.conversion.transaction, vmm.machine.devices
+    print(collections() - before, gc.isenabled())
+main.main = start
+atexit.register(lambda: print(gc.get_freeze_count() > 10_000))
+main.entry_point()
+"""
+
+
+def test_garbage_is_looked_for_neither_on_the_way_to_the_guest_nor_at_the_end() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", COUNT_COLLECTIONS],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+
+    assert done.stdout.split() == ["0", "True", "True"]
