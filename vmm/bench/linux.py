@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from vmm.bench import network
 from vmm.bench import qemu as yardstick
-from vmm.bench.processes import TIME_LIMIT, environment, pyvmm
+from vmm.bench.processes import environment, pyvmm
 from vmm.bench.series import Series
 from vmm.core.errors import HostError
 
@@ -25,6 +25,7 @@ BOOT = "boot to the prompt"
 ENGINES = ("auto", "pread", "fd2fd", "mmap")
 DISK_BYTES = 64 << 20
 FIO_REQUESTS = 4000
+LONGEST = 60.0  # seconds for one piece of work: a guest that QEMU halts would wait for ever
 
 
 class Guest(NamedTuple):
@@ -91,11 +92,12 @@ def measure(
     """Milliseconds from exec to the shell's prompt, then for each piece of work in the shell.
 
     Network transfers don't depend on the engine: they are measured with one. `tell` is told who
-    has his turn. Raises HostError when a guest doesn't do as it should.
+    has his turn. Raises HostError after all series when a guest didn't do as it should, at once
+    when it didn't twice.
     """
     commands: dict[str, list[str]] = {}
     for engine in ENGINES:
-        words = _pyvmm(guest, engine)
+        words = pyvmm_words(guest, engine)
         commands[f"pyvmm {engine}"] = words
         commands[f"pyvmm --private-mem {engine}"] = [*words, "--private-mem"]
     if qemu is not None:
@@ -108,21 +110,38 @@ def measure(
     # Whoever comes first compiles pyvmm and reads kernel and libraries from the disk.
     tell("a boot that isn't counted")
     session(commands["pyvmm auto"], [])
+    broken: list[str] = []
     for number in range(rounds):
         order = list(commands)
         for name in order if number % 2 == 0 else reversed(order):
             tell(f"round {number + 1} of {rounds}, {name}")
             work = steps(guest, name == "QEMU" or name.endswith("auto"))
-            for case, taken in session(commands[name], work):
+            for case, taken in _session_or_another(commands[name], work, name, broken):
                 samples.setdefault((case, name), []).append(taken)
     cases = [BOOT, *(step.case for step in steps(guest, True))]
     for case in filter(None, cases):
         for name in commands:
             if (case, name) in samples:
                 yield Series("linux", case, name, "ms", samples[case, name])
+    if broken:
+        raise HostError(f"{len(broken)} session(s) had to be begun again: {'; '.join(broken)}")
 
 
-def _pyvmm(guest: Guest, engine: str) -> list[str]:
+def _session_or_another(
+    words: Sequence[str], work: Sequence[Step], name: str, broken: list[str]
+) -> list[tuple[str, float]]:
+    """A guest that crashes isn't worth all the others' turns: there's one more for it, and what
+    happened goes to `broken`.
+    """
+    try:
+        return session(words, work)
+    except HostError as error:
+        broken.append(f"{name}: {error}")
+        return session(words, work)
+
+
+def pyvmm_words(guest: Guest, engine: str) -> list[str]:
+    """The words that start pyvmm with this guest, as an ordinary VM."""
     words = ["--kernel", guest.kernel, "--initrd", guest.initrd, "--append", APPEND]
     words += ["--allow-mapped-io", "--disk", f"{guest.disk},io={engine}"]
     if guest.fio is not None:
@@ -169,7 +188,7 @@ def _by_fio(said: bytes) -> float:
 
 
 def _until_prompt(fd: int) -> bytes:
-    deadline = time.monotonic() + TIME_LIMIT
+    deadline = time.monotonic() + LONGEST
     seen = b""
     while PROMPT not in seen:
         ready, _, _ = select.select([fd], [], [], max(deadline - time.monotonic(), 0))

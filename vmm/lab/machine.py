@@ -73,7 +73,8 @@ class Lab:
     def _inner_qemu(self) -> Path:
         return image.qemu_image(self.cache, self.progress, self.packages.qemu(self.options.qemu))
 
-    def _fio_image(self) -> Path:
+    def fio_image(self) -> Path:
+        """A disk with fio, for guests (vmm.lab.image.fio_image)."""
         return image.fio_image(self.cache, self.progress, self.packages.fio_tree())
 
     def _bochs(self) -> Bochs:
@@ -133,7 +134,7 @@ class Lab:
             words += ["--initrd", str(self.guest_initramfs(kernel))]
         if measures_linux(words) and _value_of(words, "--fio") is None:
             try:
-                words += ["--fio", str(self._fio_image())]
+                words += ["--fio", str(self.fio_image())]
             except MissingFiles as error:
                 tell(f"the lab goes on without fio: not to be downloaded ({error.reason})")
         return words

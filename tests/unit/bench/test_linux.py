@@ -87,6 +87,30 @@ def test_measure_gives_every_monitor_its_turns_and_few_the_network(
     assert lines["QEMU"].count("nc 192.0.2.1 1111") == 2
 
 
+def test_guest_that_crashes_once_gets_another_turn_and_is_told_of(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    crash = f'("42\\r\\n" if len(open({str(log)!r}).readlines()) != 2 else sys.exit("crashed"))'
+    monkeypatch.setattr(linux, "pyvmm", lambda *options: shell(crash, log=str(log)))
+    monkeypatch.setattr(linux, "ENGINES", ("auto",))
+    series = []
+
+    with pytest.raises(HostError, match=r"1 session\(s\) had to be begun again: pyvmm auto: "):
+        for one in linux.measure(guest(), 2, None, lambda turn: None):
+            series.append(one)
+
+    assert {one.subject for one in series} == {"pyvmm auto", "pyvmm --private-mem auto"}
+    assert all(len(one.samples) == 2 for one in series)
+
+
+def test_guest_that_always_crashes_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linux, "pyvmm", lambda *options: shell('sys.exit("crashed")'))
+
+    with pytest.raises(HostError, match="did not come to a prompt"):
+        list(linux.measure(guest(), 1, None, lambda turn: None))
+
+
 def test_without_fio_or_network_neither_is_done() -> None:
     cases = [step.case for step in linux.steps(guest(fio=None), transfers=True)]
 

@@ -245,7 +245,7 @@ def test_bench_of_a_stock_kernel_gets_fio_where_it_is_to_be_had(
     assert lab.pyvmm_words(["bench", *only, *guest]) == ["bench", *only, *guest]
     assert "goes on without fio: not to be downloaded (--lab-offline)" in capsys.readouterr().err
 
-    monkeypatch.setattr(lab, "_fio_image", lambda: Path("/f"))
+    monkeypatch.setattr(lab, "fio_image", lambda: Path("/f"))
     for words, added in (
         (["bench", *only, *guest], ["--fio", "/f"]),
         (["bench", *only, *guest, "--fio", "mine"], []),
