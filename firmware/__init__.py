@@ -8,7 +8,7 @@ what it answers); pyvmm starts it as a kernel, QEMU by its PVH note.
 
 from __future__ import annotations
 
-from pathlib import Path
+import os  # pathlib would be a part of a start that can be felt
 
 LOAD_ADDRESS = 0x100000
 """GPA of the image's first byte, which is also where it is entered."""
@@ -20,22 +20,24 @@ MIN_RAM_BYTES = 16 << 20
 """The payload converts ranges at fixed addresses and needs RAM up to here."""
 
 
-def payload_path(architecture: str = "x86_64") -> Path:
+def payload_path(architecture: str = "x86_64") -> str:
     """Where the flat image of the embedded payload lies; raises LookupError if there is none."""
-    path = Path(__file__).resolve().parent / architecture / "payload.bin"
-    if not path.is_file():
-        raise LookupError(f"no embedded payload for {architecture}: {path} does not exist")
-    return path
+    return _path("embedded payload", architecture, "payload.bin")
 
 
 def payload_bytes(architecture: str = "x86_64") -> bytes:
     """The flat image of the embedded payload; raises LookupError if there is none."""
-    return payload_path(architecture).read_bytes()
+    with open(payload_path(architecture), "rb") as file:
+        return file.read()
 
 
-def bench_path(architecture: str = "x86_64") -> Path:
+def bench_path(architecture: str = "x86_64") -> str:
     """Where the ELF of the bench guest lies; raises LookupError if there is none."""
-    path = Path(__file__).resolve().parent / architecture / "bench" / "bench.elf"
-    if not path.is_file():
-        raise LookupError(f"no bench guest for {architecture}: {path} does not exist")
+    return _path("bench guest", architecture, os.path.join("bench", "bench.elf"))
+
+
+def _path(what: str, architecture: str, name: str) -> str:
+    path = os.path.join(os.path.dirname(os.path.realpath(__file__)), architecture, name)
+    if not os.path.isfile(path):
+        raise LookupError(f"no {what} for {architecture}: {path} does not exist")
     return path

@@ -28,7 +28,7 @@ def run(tmp_path: Path, tests: str, engine: str, *options: str) -> tuple[int, st
     disk, report = tmp_path / "disk", tmp_path / "report.json"
     disk.write_bytes(os.urandom(4 << 20))
     done = subprocess.run(
-        [sys.executable, "-m", "vmm", "--kernel", str(firmware.bench_path()), "--mem", "128M",
+        [sys.executable, "-m", "vmm", "--kernel", firmware.bench_path(), "--mem", "128M",
          "--append", f"-- {tests}", "--disk", f"{disk},io={engine}", "--report", str(report),
          *options],
         cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
@@ -84,7 +84,7 @@ def bytes_through_user_space(tmp_path: Path, engine: str) -> int:
     disk.write_bytes(os.urandom(4 << 20))
     subprocess.run(
         ["strace", "-f", "-y", "-e", f"trace={CALLS}", "-e", "signal=none", "-o", str(log),
-         sys.executable, "-m", "vmm", "--kernel", str(firmware.bench_path()), "--mem", "128M",
+         sys.executable, "-m", "vmm", "--kernel", firmware.bench_path(), "--mem", "128M",
          "--append", "-- rs131072x8n64", "--disk", f"{disk},io={engine}"],
         cwd=ROOT, stdout=subprocess.DEVNULL, timeout=60, check=True,
     )  # fmt: skip

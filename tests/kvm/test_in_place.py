@@ -12,7 +12,7 @@ import pytest
 from kvm_bindings import System
 from vmm.core.ranges import Range, RangeMap
 from vmm.exits.outcome import FAILED, POWEROFF, Outcome
-from vmm.machine import guest_vm
+from vmm.machine import schemes
 from vmm.machine.config import MachineConfig
 from vmm.machine.machine import Machine
 from vmm.machine.schemes import GUEST_MEMFD_FLAGS, Chosen, Wanted
@@ -53,7 +53,7 @@ def test_payload_finds_every_page_as_it_should_be_in_one_guest_memfd(
         made.append(Attributed(fd, wanted.size))
         return Chosen(vm, "in-place", InPlaceGuestMemfdBacking(made[0], wanted.size), {})
 
-    monkeypatch.setattr(guest_vm, "choose", choose)
+    monkeypatch.setattr(schemes, "choose", choose)
     report = tmp_path / "report.json"
     machine = Machine(
         MachineConfig(memory=MEMORY, private_memory="auto", scheme="in-place", report=str(report))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import subprocess
@@ -13,7 +14,8 @@ import pytest
 
 from tests.support.images import build_bzimage, build_elf
 from vmm.cli.main import main
-from vmm.core.errors import PyvmmError
+from vmm.conversion.schemes.plain import PlainScheme
+from vmm.core.errors import HostError, PyvmmError
 from vmm.exits.outcome import FAILED, POWEROFF, Outcome
 from vmm.machine.config import MachineConfig
 from vmm.machine.machine import Machine
@@ -99,6 +101,22 @@ def test_run_that_fails_at_any_open_leaves_no_fd_and_says_one_line(
 
     assert statuses[-1] == 0
     assert set(statuses[:-1]) <= {2, 3}
+
+
+def test_memslots_that_kvm_refuses_keep_the_guest_from_starting_and_leave_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(self: PlainScheme, vm: object, memory: object) -> None:
+        raise OSError(errno.ENOMEM, "no room for a memslot")
+
+    run_payload()  # everything is imported now
+    before = open_fds(), threading.active_count()
+    monkeypatch.setattr(PlainScheme, "install", refuse)
+
+    with pytest.raises(HostError, match="no room for a memslot"):
+        run_payload()
+
+    assert (open_fds(), threading.active_count()) == before
 
 
 def test_report_of_a_stopped_machine_is_written(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def test_payload_rebuilt_from_a_copy_is_the_committed_image(sources: Path) -> No
 def test_bench_guest_rebuilt_from_a_copy_is_the_committed_image(sources: Path) -> None:
     image = build.build_bench(sources)
 
-    assert image == firmware.bench_path().read_bytes()
+    assert image == Path(firmware.bench_path()).read_bytes()
 
 
 @pytest.mark.parametrize("file", ["console.S", "bench/main.S"])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vmm.cli.main import build_parser
+from vmm.cli.run_options import build_parser
 from vmm.policy import Policy
 from vmm.policy.loader import load_policy
 

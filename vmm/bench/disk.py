@@ -50,7 +50,7 @@ def measure(
     Raises HostError where a guest can't be run, or says something else than results.
     """
     append = f"-- {' '.join(tests)} {_BALLAST}"
-    kernel = firmware.bench_path()
+    kernel = Path(firmware.bench_path())
     commands = {
         f"pyvmm {engine}": pyvmm(
             "--kernel", str(kernel), "--mem", "256M", "--append", append,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 COMMON = ["-accel", "kvm", "-cpu", "host", "-nodefaults", "-no-user-config", "-display", "none"]
@@ -27,11 +28,28 @@ def quickest_guest(qemu: list[str], kernel: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def linux_guest(qemu: list[str], kernel: str, initrd: str, append: str, disk: str) -> list[str]:
-    """A PC that boots Linux, as `pyvmm --kernel` does."""
+def linux_guest(
+    qemu: list[str],
+    kernel: str,
+    initrd: str,
+    append: str,
+    disks: Sequence[str],
+    tap: tuple[str, str] | None,
+) -> list[str]:
+    """A PC that boots Linux, as `pyvmm --kernel` does. All disks but the first are only read;
+    `tap` is an interface, and the card's address.
+    """
+    devices = []
+    for number, disk in enumerate(disks):
+        drive = f"file={disk.replace(',', ',,')},format=raw,if=none,id=d{number}"
+        devices += ["-drive", drive + (",readonly=on" if number else "")]
+        devices += ["-device", f"virtio-blk-pci,drive=d{number},disable-legacy=on"]
+    if tap is not None:
+        interface, mac = tap
+        devices += ["-netdev", f"tap,id=n,ifname={interface},script=no,downscript=no"]
+        # Without a ROM there's nothing to boot from, which takes time.
+        devices += ["-device", f"virtio-net-pci,netdev=n,mac={mac},disable-legacy=on,romfile="]
     return [
-        *qemu, "-M", "pc", *COMMON, "-m", "512",
-        "-drive", f"file={disk.replace(',', ',,')},format=raw,if=none,id=d",
-        "-device", "virtio-blk-pci,drive=d,disable-legacy=on",
+        *qemu, "-M", "pc", *COMMON, "-m", "512", *devices,
         "-kernel", kernel, "-initrd", initrd, "-append", f"console=ttyS0 panic=-1 {append}",
     ]  # fmt: skip

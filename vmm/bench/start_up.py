@@ -22,7 +22,7 @@ from vmm.core.errors import HostError
 
 def measure(rounds: int, qemu: list[str] | None) -> Iterator[Series]:
     """Milliseconds; an interpreter that prints a byte is the floor for anything in Python."""
-    kernel = firmware.bench_path()
+    kernel = Path(firmware.bench_path())
     commands = {
         "python, one byte": [sys.executable, "-c", "print(1)"],
         "pyvmm": pyvmm("--kernel", str(kernel), "--mem", "256M"),

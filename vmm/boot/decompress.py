@@ -13,10 +13,9 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
 from vmm.boot.isolate import IsolatedWork
-from vmm.boot.source import Source
+from vmm.boot.source import DEFAULT_LIMIT, Source
 
 CHUNK = 1 << 20
-DEFAULT_LIMIT = 1 << 30
 # The kernel's build gives xz and zstd windows of up to 128 MiB; memory is touched only as far as
 # output goes. A stream that asks for more than this is refused before it gets any.
 MAX_WINDOW_LOG = 27

@@ -5,7 +5,6 @@ from __future__ import annotations
 from enum import Enum
 
 from vmm.boot.bzimage import is_bzimage
-from vmm.boot.decompress import find_codec
 from vmm.boot.elf import is_elf
 from vmm.boot.errors import ImageError
 from vmm.boot.source import Source
@@ -59,6 +58,8 @@ def identify(source: Source) -> Kind:
 
 def _describe(source: Source, prefix: bytes) -> tuple[str, str]:
     """(what is wrong, what to do) for a file that can't be booted."""
+    from vmm.boot.decompress import find_codec  # what can be booted may do without
+
     for magic, name in _IMAGE_MAGICS.items():
         if prefix[0x38:0x3C] == magic:
             return f"is {name}, not for x86-64", WANTED

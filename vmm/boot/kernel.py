@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from vmm.boot.bzimage import SetupHeader, parse_setup_header
-from vmm.boot.decompress import DEFAULT_LIMIT, Decompression
 from vmm.boot.elf import ElfImage, Segment, parse_elf
 from vmm.boot.errors import ImageError
 from vmm.boot.identify import Kind, identify
-from vmm.boot.source import PathOrFd, Source, open_source
+from vmm.boot.source import DEFAULT_LIMIT, PathOrFd, Source, open_source
 from vmm.core.ranges import Range, page_align_down, page_align_up
+
+if TYPE_CHECKING:
+    from vmm.boot.decompress import Decompression
 
 MIB = 1 << 20
 
@@ -154,6 +156,8 @@ class OpenedKernel:
             self._kind = identify(self._source)
             if self._kind is Kind.ELF:
                 return
+            from vmm.boot.decompress import Decompression  # a bare ELF does without
+
             self._header = parse_setup_header(self._source)
             # The kernel unpacks itself inside init_size bytes, so its payload can't be larger.
             self._decompression = Decompression(

@@ -17,6 +17,9 @@ from vmm.core.errors import one_line
 # bit); a larger request can only come from a number in the image that was not checked.
 MAX_READ = 16 << 20
 
+DEFAULT_LIMIT = 1 << 30
+"""The largest uncompressed kernel that is taken, in bytes."""
+
 PathOrFd = str | os.PathLike[str] | int
 
 

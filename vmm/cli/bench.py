@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from kvm_bindings import System
-from vmm.bench import accessors, conversions, disk, exits, linux, results, start_up
+from vmm.bench import accessors, conversions, disk, exits, linux, network, results, start_up
 from vmm.bench.host import host_facts
 from vmm.bench.series import Series
 from vmm.cli.output import printing
@@ -60,6 +60,9 @@ def parser() -> Parser:
     )
     made.add_argument("--kernel", metavar="FILE", help="for linux: a stock kernel")
     made.add_argument("--initrd", metavar="FILE", help="for linux: an initrd that ends in a shell")
+    made.add_argument(
+        "--fio", metavar="FILE", help="for linux: an image with fio in it; pyvmm lab has one"
+    )
     made.add_argument("--debug", action="store_true", help="show a traceback for errors")
     return made
 
@@ -131,10 +134,32 @@ class _Run:
                 "--only linux needs --kernel and --initrd; in the lab: pyvmm lab --lab-with-qemu "
                 "bench --only linux --kernel debian:6.12"
             )
+        for name in ("kernel", "initrd", "fio"):
+            path = getattr(options, name)
+            if path is not None and not Path(path).is_file():
+                raise UsageError(f"--{name} {path}: no such file")
         image = self.directory / "linux.img"
         with open(image, "wb") as file:
             file.write(os.urandom(1 << 20) * (linux.DISK_BYTES >> 20))
-        return linux.measure(options.kernel, options.initrd, image, self.rounds(1, 3), self.qemu)
+        if options.fio is None:
+            tell("bench: fio is left out: no --fio FILE")
+        guest = linux.Guest(
+            options.kernel, options.initrd, str(image), options.fio, self._peer_or_none()
+        )
+        started = time.monotonic()
+        return linux.measure(
+            guest,
+            self.rounds(1, 3),
+            self.qemu,
+            lambda turn: _progress(f"linux: {turn}", time.monotonic() - started),
+        )
+
+    def _peer_or_none(self) -> network.Peer | None:
+        try:
+            return self._opened.enter_context(network.peer())
+        except HostError as error:
+            tell(f"bench: the network is left out: {error}")
+            return None
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -174,10 +199,13 @@ def _all(measuring: _Run, sections: Sequence[str]) -> tuple[list[Series], bool]:
     failed = False
     started = time.monotonic()
     for section in sections:
+        case = None
         try:
             for one in measuring.measure(section):
                 series.append(one)
-                _progress(f"{section}: {one.case}", time.monotonic() - started)
+                if one.case != case:
+                    case = one.case
+                    _progress(f"{section}: {case}", time.monotonic() - started)
         except UsageError:
             raise
         except (PyvmmError, OSError) as error:

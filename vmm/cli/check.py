@@ -1,11 +1,15 @@
-"""How `pyvmm check` shows what it found: a table on a terminal, aligned lines elsewhere, JSON."""
+"""`pyvmm check`, and how it shows what it found: a table on a terminal, aligned lines elsewhere,
+JSON."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
+from collections.abc import Sequence
 
 from vmm.cli.output import printing
+from vmm.cli.parser import Parser
 from vmm.core.errors import one_line
 from vmm.machine.check import HostCheck, Job, check_host
 
@@ -17,11 +21,27 @@ _HOST_ACCESS = {
 }
 
 
-def run(*, as_json: bool) -> int:
+def parser() -> argparse.ArgumentParser:
+    """Its options."""
+    parser = Parser(
+        prog="pyvmm check",
+        description="Probes what this host can do: one line for each capability, with evidence, "
+        "what it enables and what to do without it, then which jobs can run.",
+        epilog="exit status: 0 a stock kernel with --private-mem can run here, 2 bad usage, "
+        "3 it cannot",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, whose keys are stable")
+    parser.add_argument("--debug", action="store_true", help="show a traceback for errors")
+    return parser
+
+
+def run(arguments: Sequence[str]) -> int:
     """Probe, print, and answer with the exit status."""
+    options = parser().parse_args(arguments)
     found = check_host()
     with printing():
-        if as_json:
+        if options.json:
             print(json.dumps(found.as_json(), indent=2))
         elif sys.stdout.isatty():
             _print_table(found)

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection
 
 from vmm.core.errors import UsageError
 
 _UNITS = {"": 1 << 20, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_MOST_DIGITS = 15
 
 
 def byte_size(text: str) -> int | None:
     """A size in bytes: a number with K, M, G or T, without a unit in MiB; None for all else."""
-    match = re.fullmatch(r"([0-9]{1,15})([KMGT]?)(i?B)?", text.strip(), re.IGNORECASE | re.ASCII)
-    return None if match is None else int(match[1]) * _UNITS[match[2].upper()]
+    word = text.strip()
+    if not word.isascii():
+        return None
+    word = word.upper()
+    if word.endswith("B"):
+        word = word[:-1].removesuffix("I")
+    digits = word.rstrip("KMGT")
+    unit = word[len(digits) :]
+    if not digits.isdigit() or len(digits) > _MOST_DIGITS or unit not in _UNITS:
+        return None
+    return int(digits) * _UNITS[unit]
 
 
 class Suboptions:

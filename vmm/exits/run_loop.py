@@ -6,13 +6,15 @@ import signal
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from kvm_bindings import KvmError, Vcpu
 from kvm_bindings.exits import InterruptedExit
-from vmm.exits.handlers import ExitHandlers
 from vmm.exits.outcome import INTERNAL_ERROR, KILLED, Outcome
 from vmm.policy import PolicyKill
+
+if TYPE_CHECKING:
+    from vmm.exits.handlers import ExitHandlers
 
 KICK_SIGNAL = signal.SIGRTMIN
 """Interrupts KVM_RUN; its handler does nothing."""

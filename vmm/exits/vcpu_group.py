@@ -6,11 +6,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from kvm_bindings import Vcpu
-from vmm.exits.handlers import ExitHandlers
 from vmm.exits.outcome import Outcome
 from vmm.exits.run_loop import VcpuRunner
+
+if TYPE_CHECKING:
+    from vmm.exits.handlers import ExitHandlers
 
 
 class VcpuGroup:

@@ -16,7 +16,7 @@ import py_compile
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from vmm.core.errors import HostError
@@ -101,6 +101,24 @@ def qemu_image(cache: Cache, progress: Progress, qemu: Qemu) -> Path:
     return image
 
 
+def fio_image(cache: Cache, progress: Progress, tree: Path) -> Path:
+    """Debian's fio, unpacked in `tree`, as a guest's disk: mounted at /fio, /fio/run starts it."""
+    program = tree / "usr" / "bin" / "fio"
+
+    def build(path: Path) -> None:
+        progress.step("building the fio image")
+        folder = tree / "usr" / "lib" / "x86_64-linux-gnu"
+        loader = folder / "ld-linux-x86-64.so.2"
+        lister = [str(loader), "--library-path", f"{folder}:{folder / 'ceph'}", "--list"]
+        with _staging(path) as stage:
+            lay_out_program(stage, program, lister, loader, "/fio")
+            make_ext4(stage, path)
+
+    image = cache.entry(f"images/fio-{_file_key(program)}-{_LAYOUT}.ext4", build)
+    cache.prune("images/fio-", keep=2)
+    return image
+
+
 def project_sources() -> list[Path]:
     """The project's packages, and its tests when it runs from a source tree."""
     found = []
@@ -180,18 +198,34 @@ def _lay_out_system(stage: Path, busybox: Path) -> None:
             shutil.copy2(Path("/") / name, stage / name)
 
 
-def _lay_out_qemu(stage: Path, qemu: Qemu) -> None:
+def lay_out_program(
+    stage: Path,
+    program: Path,
+    lister: Sequence[str],
+    loader: Path | None,
+    place: str,
+    arguments: str = "",
+) -> None:
+    """The program, its libraries, and a script `run` that starts it, once `stage` is at `place`."""
     libraries = stage / "lib"
     libraries.mkdir()
-    shutil.copy2(qemu.program, stage / qemu.program.name)
+    shutil.copy2(program, stage / program.name)
+    for library in {*libraries_of([program], lister), *filter(None, [loader])}:
+        shutil.copy2(library, libraries / library.name)
+    script = stage / "run"
+    script.write_text(
+        f"#!/bin/sh\nexec {place}/lib/ld-linux-x86-64.so.2 --library-path {place}/lib "
+        f'{place}/{program.name} {arguments}"$@"\n'
+    )
+    script.chmod(0o755)
+
+
+def _lay_out_qemu(stage: Path, qemu: Qemu) -> None:
     if qemu.loader is not None:
         lister = [str(qemu.loader), "--library-path", str(qemu.libraries), "--list"]
     else:
         lister = ["ldd"]
-    for library in libraries_of([qemu.program], lister):
-        shutil.copy2(library, libraries / library.name)
-    if qemu.loader is not None:
-        shutil.copy2(qemu.loader, libraries / qemu.loader.name)
+    lay_out_program(stage, qemu.program, lister, qemu.loader, "/lab/qemu", "-L /lab/qemu/data ")
     data = stage / "data"
     data.mkdir()
     folders = qemu.data or (Path("/usr/share/qemu"), Path("/usr/share/seabios"))
@@ -202,12 +236,6 @@ def _lay_out_qemu(stage: Path, qemu: Qemu) -> None:
                 target.parent.mkdir(exist_ok=True)
                 if file.is_file() and not target.exists():
                     shutil.copy2(file, target)
-    script = stage / "run"
-    script.write_text(
-        "#!/bin/sh\nexec /lab/qemu/lib/ld-linux-x86-64.so.2 --library-path /lab/qemu/lib "
-        f'/lab/qemu/{qemu.program.name} -L /lab/qemu/data "$@"\n'
-    )
-    script.chmod(0o755)
 
 
 def compile_tree(stage: Path) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import platform
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from vmm.core.errors import HostError, UsageError
+from vmm.core.errors import HostError, UsageError, tell
 from vmm.lab import bochs, hosts, image
 from vmm.lab.apt import Apt
 from vmm.lab.cache import Cache, default_directory
@@ -19,7 +20,7 @@ from vmm.lab.initramfs import guest_initramfs, host_initramfs
 from vmm.lab.interpreter import executable
 from vmm.lab.job import FIXED_DRIVES, attach, job_from_arguments
 from vmm.lab.options import LabOptions
-from vmm.lab.packages import Bochs, Kernel, Packages, Qemu, Wants, modules_beside
+from vmm.lab.packages import Bochs, Kernel, MissingFiles, Packages, Qemu, Wants, modules_beside
 from vmm.lab.progress import Progress, Silent
 from vmm.lab.run import LabRun
 
@@ -71,6 +72,10 @@ class Lab:
 
     def _inner_qemu(self) -> Path:
         return image.qemu_image(self.cache, self.progress, self.packages.qemu(self.options.qemu))
+
+    def fio_image(self) -> Path:
+        """A disk with fio, for guests (vmm.lab.image.fio_image)."""
+        return image.fio_image(self.cache, self.progress, self.packages.fio_tree())
 
     def _bochs(self) -> Bochs:
         tree = self.packages.bochs_tree()
@@ -127,6 +132,11 @@ class Lab:
         words[index] = words[index].replace(name, str(kernel.image))
         if _value_of(words, "--initrd") is None:
             words += ["--initrd", str(self.guest_initramfs(kernel))]
+        if measures_linux(words) and _value_of(words, "--fio") is None:
+            try:
+                words += ["--fio", str(self.fio_image())]
+            except MissingFiles as error:
+                tell(f"the lab goes on without fio: not to be downloaded ({error.reason})")
         return words
 
     def start(
@@ -172,6 +182,12 @@ def runs_several_vcpus(words: Sequence[str]) -> bool:
     """
     cpus = _value_of(words, "--cpus")
     return "selftest" in words[:1] or (cpus is not None and cpus[1] != "1")
+
+
+def measures_linux(words: Sequence[str]) -> bool:
+    """Whether pyvmm, given these words, measures a stock kernel, which takes fio."""
+    only = [value for option, value in itertools.pairwise(words) if option == "--only"]
+    return "bench" in words[:1] and ("linux" in only or "--only=linux" in words)
 
 
 def _value_of(words: Sequence[str], option: str) -> tuple[int, str] | None:

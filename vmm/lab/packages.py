@@ -178,6 +178,15 @@ class Packages:
         )
         return _one_of(tree, ("usr/bin/busybox", "bin/busybox"))
 
+    def fio_tree(self) -> Path:
+        """Debian's fio, unpacked with all of its libraries."""
+        return self._tree(
+            "fio",
+            f"downloading fio (Debian {SUITE}) into the cache",
+            lambda path: self.apt.download_closure(["fio"], SUITE, path),
+            "fio",
+        )
+
     def host_kernel(self, given: str | None, modules: str | None) -> Kernel:
         """The kernel whose KVM the lab offers."""
         if given is None:

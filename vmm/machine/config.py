@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import NamedTuple
 
 from vmm.core.errors import UsageError
@@ -33,9 +32,10 @@ def parse_size(text: str) -> int:
 
 def parse_count(text: str) -> int:
     """A number of vCPUs. Raises UsageError for anything but a few decimal digits."""
-    if not re.fullmatch(r"[0-9]{1,6}", text.strip()):
+    digits = text.strip()
+    if not (digits.isascii() and digits.isdigit() and len(digits) <= 6):
         raise UsageError(f"--cpus '{text}' is not a number of vCPUs; use 1 to {MAX_CPUS}")
-    return int(text)
+    return int(digits)
 
 
 class MachineConfig(NamedTuple):

@@ -172,10 +172,9 @@ class PayloadGuest:
         from vmm.arch.x86_64.page_tables import payload_tables
         from vmm.arch.x86_64.payload import PayloadInfo
 
-        path = payload_path()
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(payload_path(), os.O_RDONLY | os.O_CLOEXEC)
         try:
-            launch.transfer_in(fd, 0, layout.PAYLOAD_GPA, path.stat().st_size)
+            launch.transfer_in(fd, 0, layout.PAYLOAD_GPA, os.fstat(fd).st_size)
         finally:
             os.close(fd)
         info = PayloadInfo(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -16,12 +17,12 @@ from vmm.core.ranges import Range, page_align_down, page_align_up
 from vmm.machine.config import MachineConfig
 from vmm.machine.guest import Guest
 from vmm.machine.host import SEE_CHECK, open_kvm, require_hypercall_exits
-from vmm.machine.schemes import Chosen, Wanted, choose, make_scheme
 from vmm.memory.backings.memfd import MemfdBacking
 from vmm.memory.guest_memory import GuestMemory, PageState
 
 if TYPE_CHECKING:
     from vmm.conversion.schemes.remap import Parking
+    from vmm.machine.schemes import Chosen
 
 
 class GuestVm:
@@ -30,7 +31,8 @@ class GuestVm:
     def __init__(
         self, config: MachineConfig, guest: Guest, parked: Parking, cleanup: ExitStack
     ) -> None:
-        """Opens and creates all of it; `cleanup` closes it again, also after a failure.
+        """Opens and creates all of it, except that memslots are under way still
+        (`finish_memslots`); `cleanup` closes it again, also after a failure.
 
         `parked` holds the vCPUs, for schemes that need it. Raises HostError, OSError.
         """
@@ -74,6 +76,8 @@ class GuestVm:
         config, guest = self._config, self._guest
         if config.private_memory is None:
             return None
+        from vmm.machine.schemes import Wanted, choose  # an ordinary VM has none
+
         return choose(
             self._system,
             Wanted(
@@ -122,6 +126,8 @@ class GuestVm:
         backing = None
         private: list[Range] = []
         if chosen is not None:
+            from vmm.machine.schemes import make_scheme
+
             self.scheme = make_scheme(
                 chosen.scheme, lambda: choose_c_bit(self._supported_cpuid, size), self._parked
             )
@@ -132,7 +138,26 @@ class GuestVm:
         common_end = self._guest.unpaged_end if self.scheme.alias else 0
         self.memory = GuestMemory(self.ram, shared, backing, private, common_end)
         self._cleanup.callback(self.memory.close)
-        self.scheme.install(self.kvm, self.memory)
+        # KVM waits for a grace period of its own with every memslot.
+        self._memslots = threading.Thread(target=self._make_memslots, name="memslots")
+        self._memslots_failure: BaseException | None = None
+        self._memslots.start()
+        self._cleanup.callback(self._memslots.join)
+
+    def _make_memslots(self) -> None:
+        try:
+            self.scheme.install(self.kvm, self.memory)
+        except BaseException as failure:
+            self._memslots_failure = failure
+
+    def finish_memslots(self) -> None:
+        """Wait until guest memory is KVM's, too; nothing may be done with it before.
+
+        Raises what Scheme.install does: HostError, OSError.
+        """
+        self._memslots.join()
+        if self._memslots_failure is not None:
+            raise self._memslots_failure
 
     def _create_processors(self) -> None:
         self.processors: list[Vcpu] = []

@@ -7,14 +7,8 @@ from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from vmm.arch.x86_64.doorbells import (
-    PortDoorbell,
-)
-from vmm.arch.x86_64.msrs import MsrTable
-from vmm.conversion.transaction import Converter
 from vmm.core.errors import HostError, tell
 from vmm.core.event_loop import EventLoop
-from vmm.exits.handlers import ExitHandlers
 from vmm.exits.outcome import (
     KILLED,
     PANIC,
@@ -28,8 +22,6 @@ from vmm.exits.outcome import (
 from vmm.exits.run_loop import install_kick_handler
 from vmm.exits.vcpu_group import VcpuGroup
 from vmm.machine.config import MachineConfig
-from vmm.machine.console import Console
-from vmm.machine.devices import Devices
 from vmm.machine.guest import Guest, make_guest
 from vmm.machine.guest_vm import GuestVm
 from vmm.machine.images import OpenedImages
@@ -83,7 +75,6 @@ class Machine:
             try:
                 self._set_up_vm()
                 self._load_guest()
-                self._connect_devices()
             except OSError as error:  # KvmError is one
                 raise HostError(str(error)) from error
             outcome = None
@@ -132,6 +123,8 @@ class Machine:
         """All that needs no bytes of the guest yet, while its kernel is being uncompressed."""
         try:
             self._vm = GuestVm(self._config, self._guest, self._vcpus.parked, self._cleanup)
+            self._connect_devices()
+            self._vm.finish_memslots()
             if self._vm.is_private:
                 self._vm.map_ahead(self._guest.early_private_writes(self._vm.ram))
         except (HostError, OSError):
@@ -139,19 +132,15 @@ class Machine:
             raise
         self._guest.finish_opening()
 
-    def _load_guest(self) -> None:
-        """Memory contents by pwrite and fd-to-fd transfer, then registers."""
-        launch = LaunchMemory(self._vm.memory)
-        state = self._guest.load(launch, self._vm.ram, self._vm.scheme.alias)
-        launch.seal()
-        self._guest.close()  # the kernel's bytes are in guest memory now
-        # The others stay as KVM made them, until the first one starts them (INIT, SIPI).
-        first = self._vm.processors[0]
-        first.update_sregs(state.sregs)  # type: ignore[arg-type]  # a TypedDict
-        first.set_regs(state.regs)
-        self._vm.map_ahead(launch.written)
-
     def _connect_devices(self) -> None:
+        # Imported here, while KVM makes the memslots: it takes milliseconds, of mere waiting.
+        from vmm.arch.x86_64.doorbells import PortDoorbell
+        from vmm.arch.x86_64.msrs import MsrTable
+        from vmm.conversion.transaction import Converter
+        from vmm.exits.handlers import ExitHandlers
+        from vmm.machine.console import Console
+        from vmm.machine.devices import Devices
+
         trace = self._trace
         self._loop = EventLoop()
         self._cleanup.callback(self._loop.close)
@@ -188,6 +177,18 @@ class Machine:
         )
         if trace is not None:
             self._handlers.table = trace.exits(self._handlers.table)
+
+    def _load_guest(self) -> None:
+        """Memory contents by pwrite and fd-to-fd transfer, then registers."""
+        launch = LaunchMemory(self._vm.memory)
+        state = self._guest.load(launch, self._vm.ram, self._vm.scheme.alias)
+        launch.seal()
+        self._guest.close()  # the kernel's bytes are in guest memory now
+        # The others stay as KVM made them, until the first one starts them (INIT, SIPI).
+        first = self._vm.processors[0]
+        first.update_sregs(state.sregs)  # type: ignore[arg-type]  # a TypedDict
+        first.set_regs(state.regs)
+        self._vm.map_ahead(launch.written)
 
     def _refusal_to_boot(self) -> Outcome | None:
         """The policies' last word before the guest's first instruction."""

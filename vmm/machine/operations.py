@@ -5,14 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from vmm.conversion.transaction import Converter
 from vmm.core.event_loop import EventLoop
 from vmm.core.events import Kind
 from vmm.exits.outcome import QUIT, Outcome
 from vmm.exits.vcpu_group import VcpuGroup
 from vmm.memory.guest_memory import GuestMemory, PageState
+
+if TYPE_CHECKING:
+    from vmm.conversion.transaction import Converter
 
 REST_SECONDS = 5.0
 """How long each device may take to finish what it is doing, when the guest is paused."""

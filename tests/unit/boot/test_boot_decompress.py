@@ -16,11 +16,10 @@ from pathlib import Path
 import pytest
 
 from tests.support.images import CODECS, LZ4_BLOCK, compress, memfd
-from vmm.boot import decompress
 from vmm.boot.decompress import decompress_payload
 from vmm.boot.errors import ImageError
 from vmm.boot.isolate import IsolatedWork
-from vmm.boot.source import Source, open_source
+from vmm.boot.source import DEFAULT_LIMIT, Source, open_source
 from vmm.core.errors import HostError
 
 # Longer than a chunk, compressible, not periodic in any chunk size.
@@ -277,4 +276,4 @@ def test_payload_file_that_shrinks_is_refused() -> None:
 
 
 def test_default_limit_is_a_gibibyte() -> None:
-    assert decompress.DEFAULT_LIMIT == 1 << 30
+    assert DEFAULT_LIMIT == 1 << 30

@@ -12,6 +12,7 @@ import pytest
 
 from tests.unit.cli.conftest import Command
 from vmm.cli import main as cli
+from vmm.cli.run_options import build_parser
 from vmm.exits.outcome import Outcome
 from vmm.machine import host
 from vmm.machine.machine import Machine
@@ -38,7 +39,7 @@ def test_help_ends_with_status_0_and_mentions_every_option(
 
     text = capsys.readouterr().out
     assert ended.value.code == 0
-    options = {text for action in cli.build_parser()._actions for text in action.option_strings}
+    options = {text for action in build_parser()._actions for text in action.option_strings}
     assert {"--kernel", "--disk", "--report", "--debug"} <= options
     for option in options:
         assert re.search(rf"(?m)(^|[ ,]){option}\b", text), option

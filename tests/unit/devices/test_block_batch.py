@@ -74,6 +74,20 @@ def test_batch_of_neighbours_is_one_move(
     assert seen == [[DATA, 3 * 512, 2048, DATA + 2048, 9 * 512, 512]]
 
 
+def test_request_of_scattered_pages_is_one_move_too(batching: DiskMachine) -> None:
+    """As stock kernels read ahead: 128 KiB into 32 pages of their page cache."""
+    queue = batching.up()
+    pages = [Piece(DATA + 0x2000 * i, 1024, True) for i in range(4)]
+
+    (head,), statuses = offer(batching, queue, (T_IN, 8, pages))
+
+    assert queue.collect() == [(head, 4097)]
+    assert answers(batching, statuses) == [S_OK]
+    assert batching.memory.calls["move_in"] == 1
+    assert "transfer_in" not in batching.memory.calls
+    assert batching.memory.peek(1024, DATA + 0x4000) == batching.disk_bytes()[6144:7168]
+
+
 def test_batch_with_a_request_past_the_end_answers_each_for_itself(batching: DiskMachine) -> None:
     queue = batching.up()
     good = (T_IN, 5, [Piece(DATA, 512, True)])

@@ -190,6 +190,18 @@ def test_ext4_image_holds_the_folders_files(tmp_path: Path) -> None:
     assert b"x" * 4096 in (tmp_path / "image").read_bytes()
 
 
+def test_program_starts_with_the_libraries_beside_it(tmp_path: Path) -> None:
+    stage = tmp_path / "stage"
+    stage.mkdir()
+
+    image.lay_out_program(stage, Path("/bin/echo"), ["ldd"], None, str(stage), "-n ")
+
+    (loader,) = (stage / "lib").glob("ld-linux-*")
+    assert str(loader) in (stage / "run").read_text()
+    said = subprocess.run([stage / "run", "some words"], capture_output=True, check=True)
+    assert said.stdout == b"some words"
+
+
 def test_project_sources_name_the_running_package() -> None:
     names = [p.name for p in image.project_sources()]
 
@@ -216,6 +228,31 @@ def test_pyvmm_words_get_an_initrd_for_a_kernel(
         "--initrd=x",
     ]
     assert lab.pyvmm_words(["check"]) == ["check"]
+
+
+@pytest.mark.parametrize("only", [["--only", "linux"], ["--only=linux"]])
+def test_bench_of_a_stock_kernel_gets_fio_where_it_is_to_be_had(
+    only: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    kernel = tmp_path / "k"
+    kernel.touch()
+    lab = Lab(LabOptions(cache=tmp_path / "cache", offline=True))
+    guest = ["--kernel", str(kernel), "--initrd", "i"]
+
+    assert lab.pyvmm_words(["bench", *only, *guest]) == ["bench", *only, *guest]
+    assert "goes on without fio: not to be downloaded (--lab-offline)" in capsys.readouterr().err
+
+    monkeypatch.setattr(lab, "fio_image", lambda: Path("/f"))
+    for words, added in (
+        (["bench", *only, *guest], ["--fio", "/f"]),
+        (["bench", *only, *guest, "--fio", "mine"], []),
+        (["bench", "--only", "disk", *guest], []),
+        (guest, []),
+    ):
+        assert lab.pyvmm_words(words) == [*words, *added]
 
 
 @pytest.mark.parametrize(

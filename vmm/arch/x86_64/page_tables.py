@@ -66,8 +66,12 @@ class _Builder:
             address = page + offset
             pdpt = self._below(0, address >> 39 & 511)
             directory = self._below(pdpt, address >> 30 & 511)
-            self._tables[directory][address >> 21 & 511] = page | self._page_flags
-            page += LARGE_PAGE
+            first = address >> 21 & 511
+            count = min(ENTRIES - first, -(-(end - page) // LARGE_PAGE))
+            past = page + count * LARGE_PAGE
+            entries = range(page | self._page_flags, past | self._page_flags, LARGE_PAGE)
+            self._tables[directory][first : first + count] = entries
+            page = past
 
     def bytes(self) -> bytes:
         packer = struct.Struct(f"<{ENTRIES}Q")

@@ -7,7 +7,6 @@ wired: their enable bits do not stick and status C stays 0, so a guest sees that
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import UTC, datetime
 from threading import Lock
 
 from vmm.arch.x86_64.devices.byte_ports import ABSENT, BytePorts
@@ -28,7 +27,6 @@ PM = 0x80  # hours register in 12-hour mode
 
 NS_PER_SECOND = 1_000_000_000
 UPDATE_NS = 244_000
-EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 LAST_SECOND = 253_402_300_799  # 9999-12-31 23:59:59, where four year digits end
 
 
@@ -105,6 +103,8 @@ class Cmos(BytePorts):
         """The time of this moment, as the guest's choice of formats shows it."""
         if self._frozen is not None:
             return self._frozen
+        from datetime import UTC, datetime  # not on the start-up path
+
         seconds = self._host_seconds() + self._offset_seconds
         now = datetime.fromtimestamp(min(max(seconds, 0), LAST_SECOND), UTC)
         encode = self._encode
@@ -121,6 +121,8 @@ class Cmos(BytePorts):
 
     def _set_time(self, registers: dict[int, int]) -> None:
         """Make the clock go on from these registers; a time that does not exist is ignored."""
+        from datetime import UTC, datetime
+
         decode = self._decode
         try:
             wanted = datetime(
@@ -134,7 +136,7 @@ class Cmos(BytePorts):
             )
         except ValueError:
             return
-        self._offset_seconds = int((wanted - EPOCH).total_seconds()) - self._host_seconds()
+        self._offset_seconds = int(wanted.timestamp()) - self._host_seconds()
 
     def _encode(self, value: int) -> int:
         if self._bytes[STATUS_B] & BINARY:

@@ -1,0 +1,199 @@
+"""The options of `pyvmm [run]`: one table, which argparse reads for help and errors.
+
+A command line without any of that is read right here: importing argparse and filling it takes
+longer than KVM takes to make a VM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import argparse
+
+_DESCRIPTION = """\
+Runs a virtual machine whose memory is private: the guest decides page by page what the host may
+see, by sharing and unsharing, and a policy decides whether it may. Without --kernel the embedded
+payload runs, which tries all of this out and says what it saw.
+"""
+
+_EPILOG = """\
+examples:
+  pyvmm --private-mem                         try private memory on this host
+  pyvmm --kernel bzImage --private-mem        boot a stock kernel with private memory
+  pyvmm lab --kernel bzImage --private-mem    the same under full emulation, where the host's
+                                              KVM can't do it or there is none
+  pyvmm lab --help                            the lab's own options
+  pyvmm ctl --help                            asking a running pyvmm (--control)
+  pyvmm check                                 what this host can do, and what is missing
+  pyvmm selftest                              whether its KVM and pyvmm do it right
+  pyvmm bench --quick                         how fast all of it is, beside QEMU and bare C
+  pyvmm report DIR                            what a run with --trace DIR did
+  pyvmm replay DIR --policy MODULE:CLASS      what another policy would have made of it
+
+While the guest runs on a terminal, Ctrl-A x quits.
+exit status: 0 guest powered off, 1 guest failed, 2 bad usage or input, 3 the host cannot do it
+"""
+
+_FLAG = {"action": "store_const", "const": True, "default": False}
+_SEVERAL = {"action": "append", "default": []}
+_POLICIES = "policies"
+"""--policy and --policy-arg, which depend on each other, are argparse's business alone."""
+
+OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "the guest": {
+        "--kernel": {"metavar": "FILE", "help": "a Linux bzImage or vmlinux (x86-64)"},
+        "--initrd": {"metavar": "FILE", "help": "its initial RAM disk"},
+        "--append": {
+            "metavar": "TEXT",
+            "default": "",
+            "help": "more kernel command line, after 'console=ttyS0 panic=-1'",
+        },
+        "--mem": {
+            "metavar": "SIZE",
+            "default": "512M",
+            "help": "guest RAM, as in 512M or 2G (default 512M)",
+        },
+        "--cpus": {"metavar": "N", "default": "1", "help": "number of vCPUs (default 1)"},
+        "--disk": {
+            "metavar": "FILE[,ro][,serial=TEXT][,queues=N][,io=ENGINE]",
+            **_SEVERAL,
+            "help": "a raw disk image or block device as virtio-blk; with several queues each is "
+            "served by a thread of its own; may be given several times; ENGINE: auto (default), "
+            "pread (through a buffer), fd2fd (inside the kernel), mmap (memcpy)",
+        },
+        "--allow-mapped-io": {
+            **_FLAG,
+            "help": "let a disk have io=mmap, the yardstick that reads and writes guest memory "
+            "itself",
+        },
+    },
+    "more devices, all virtio over PCI": {
+        "--net": {
+            "metavar": "tap=NAME|passt=SOCKET[,mac=MAC]",
+            **_SEVERAL,
+            "help": "a network card on a tap interface, or behind a passt that runs already (passt "
+            "--socket SOCKET; needs no privileges); may be given several times",
+        },
+        "--vsock": {
+            "metavar": "path=PATH[,cid=N]",
+            "help": "sockets between guest and host: a program that connects to PATH and writes "
+            "'CONNECT PORT' reaches that port of the guest, the guest reaches who listens on "
+            "PATH_PORT by connecting to port PORT of CID 2 (the guest's own CID: 3)",
+        },
+        "--console": {
+            "metavar": "pty|file=FILE|socket=PATH[,name=TEXT]",
+            **_SEVERAL,
+            "help": "a console, hvc0 and so on; with name=, a plain port /dev/vport*: on a new "
+            "pseudo-terminal, a file for its output, or a socket that pyvmm listens on; may be "
+            "given several times",
+        },
+        "--rng": {**_FLAG, "help": "the host's random numbers"},
+        "--balloon": {
+            "nargs": "?",
+            "const": "",
+            "metavar": "size=SIZE,control=PATH",
+            "help": "a balloon that takes SIZE from the guest (default 0) and gives free memory "
+            "back to the host; the socket PATH takes 'size SIZE' and 'stats'",
+        },
+    },
+    "private memory": {
+        "--private-mem": {
+            "nargs": "?",
+            "const": "auto",
+            "metavar": "auto|guest_memfd|guest_memfd-mmap|memfd|...",
+            "help": "give the guest private memory; the value picks what stands behind it, for "
+            "experiments also guest_memfd-plain, guest_memfd-in-place, memfd-sealed, memfd-hugetlb "
+            "(default auto: the strongest that this host has and the guest can use)",
+        },
+        "--scheme": {
+            "metavar": "auto|attributes|in-place|cbit|remap",
+            "default": "auto",
+            "help": "how private and shared pages are told apart (default auto: the first of "
+            "these that this host has and the guest can use; pyvmm check says why)",
+        },
+    },
+    _POLICIES: {
+        "--debug-shell": {
+            **_FLAG,
+            "help": "when a policy raises, open a Python prompt with the event, the view, the "
+            "policy and the exception before the run ends",
+        },
+    },
+    "output": {
+        "--report": {
+            "metavar": "FILE",
+            "help": "write what happened to FILE as JSON when the run ends",
+        },
+        "--trace": {
+            "metavar": "DIR",
+            "help": "record conversions, faults, I/O and exits in a folder, for pyvmm report and "
+            "replay",
+        },
+        "--status": {
+            **_FLAG,
+            "help": "keep one line up to date: on stderr where that is a terminal of its own, "
+            "else as the title of the guest's terminal (SIGUSR1 prints the page states at any "
+            "time)",
+        },
+        "--control": {
+            "metavar": "PATH",
+            "help": "listen on a Unix socket for JSON lines: status, pause, resume, dump-state, "
+            "convert, quit; pyvmm ctl PATH COMMAND sends one",
+        },
+        "--debug": {**_FLAG, "help": "show a traceback for errors, for bug reports"},
+    },
+}
+"""By group and name, what argparse is told of each."""
+
+
+def parse(words: Sequence[str]) -> SimpleNamespace | argparse.Namespace:
+    """The options' values by argparse's names for them. Raises UsageError; ends after --help."""
+    return read_plain(words) or build_parser().parse_args(words)
+
+
+def read_plain(words: Sequence[str]) -> SimpleNamespace | None:
+    """What argparse makes of `words`; None where that is more than the table tells."""
+    options = {name: about for group in OPTIONS.values() for name, about in group.items()}
+    values: dict[str, Any] = {name: about.get("default") for name, about in options.items()}
+    rest = list(reversed(words))
+    while rest:
+        name, equals, given = rest.pop().partition("=")
+        about = options.get(name)
+        if about is None:
+            return None
+        is_flag = about.get("action") == "store_const"
+        value: object = given
+        if not equals:
+            has_value = not is_flag and rest and not rest[-1].startswith("-")
+            value = rest.pop() if has_value else about.get("const")
+        if value is None or (equals and (is_flag or given[:1] in ("", "-"))):
+            return None
+        values[name] = [*values[name], value] if about.get("action") == "append" else value
+    found = {name.lstrip("-").replace("-", "_"): value for name, value in values.items()}
+    return SimpleNamespace(**found, policy=[], policy_arg=None)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """argparse's parser of all options."""
+    import argparse
+
+    from vmm.cli.parser import Parser, add_policy_options
+
+    parser = Parser(
+        prog="pyvmm",
+        usage="pyvmm [run] [options]   or   pyvmm check|selftest|bench|lab|report|replay [options]",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    for title, options in OPTIONS.items():
+        group = parser.add_argument_group(title)
+        if title == _POLICIES:
+            add_policy_options(group)
+        for name, about in options.items():
+            group.add_argument(name, **about)
+    return parser
