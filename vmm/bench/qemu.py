@@ -8,13 +8,16 @@ from pathlib import Path
 COMMON = ["-accel", "kvm", "-cpu", "host", "-nodefaults", "-no-user-config", "-display", "none"]
 COMMON += ["-serial", "stdio", "-no-reboot"]
 
+# Queues are notified by port, as pyvmm's are: quicker than by memory, which KVM has to emulate.
+_MODERN = "disable-legacy=on,modern-pio-notify=on"
+
 
 def disk_guest(qemu: list[str], kernel: Path, disk: str, append: str) -> list[str]:
     """A PC with a modern virtio-blk disk whose queue is notified by port, not by memory."""
     return [
         *qemu, "-M", "pc", *COMMON, "-m", "256", "-device", "isa-debug-exit",
         "-drive", f"file={disk.replace(',', ',,')},format=raw,if=none,id=d",
-        "-device", "virtio-blk-pci,drive=d,disable-legacy=on,modern-pio-notify=on",
+        "-device", f"virtio-blk-pci,drive=d,{_MODERN}",
         "-kernel", str(kernel), "-append", append,
     ]  # fmt: skip
 
@@ -43,12 +46,12 @@ def linux_guest(
     for number, disk in enumerate(disks):
         drive = f"file={disk.replace(',', ',,')},format=raw,if=none,id=d{number}"
         devices += ["-drive", drive + (",readonly=on" if number else "")]
-        devices += ["-device", f"virtio-blk-pci,drive=d{number},disable-legacy=on"]
+        devices += ["-device", f"virtio-blk-pci,drive=d{number},{_MODERN}"]
     if tap is not None:
         interface, mac = tap
         devices += ["-netdev", f"tap,id=n,ifname={interface},script=no,downscript=no"]
         # Without a ROM there's nothing to boot from, which takes time.
-        devices += ["-device", f"virtio-net-pci,netdev=n,mac={mac},disable-legacy=on,romfile="]
+        devices += ["-device", f"virtio-net-pci,netdev=n,mac={mac},romfile=,{_MODERN}"]
     return [
         *qemu, "-M", "pc", *COMMON, "-m", "512", *devices,
         "-kernel", kernel, "-initrd", initrd, "-append", f"console=ttyS0 panic=-1 {append}",

@@ -96,7 +96,7 @@ def test_guest_that_crashes_once_gets_another_turn_and_is_told_of(
     monkeypatch.setattr(linux, "ENGINES", ("auto",))
     series = []
 
-    with pytest.raises(HostError, match=r"1 session\(s\) had to be begun again: pyvmm auto: "):
+    with pytest.raises(HostError, match=r"1 session\(s\) broke off: pyvmm auto: "):
         for one in linux.measure(guest(), 2, None, lambda turn: None):
             series.append(one)
 
@@ -104,11 +104,20 @@ def test_guest_that_crashes_once_gets_another_turn_and_is_told_of(
     assert all(len(one.samples) == 2 for one in series)
 
 
-def test_guest_that_always_crashes_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linux, "pyvmm", lambda *options: shell('sys.exit("crashed")'))
+def test_guest_that_always_crashes_loses_only_its_own_turns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    crash = shell('sys.exit("crashed")')
+    monkeypatch.setattr(linux, "pyvmm", lambda *options: shell())
+    monkeypatch.setattr("vmm.bench.qemu.linux_guest", lambda *options: crash)
+    monkeypatch.setattr(linux, "ENGINES", ("auto",))
+    series = []
 
-    with pytest.raises(HostError, match="did not come to a prompt"):
-        list(linux.measure(guest(), 1, None, lambda turn: None))
+    with pytest.raises(HostError, match=r"2 session\(s\) broke off: QEMU: .*QEMU: "):
+        for one in linux.measure(guest(), 1, ["qemu"], lambda turn: None):
+            series.append(one)
+
+    assert {one.subject for one in series} == {"pyvmm auto", "pyvmm --private-mem auto"}
 
 
 def test_without_fio_or_network_neither_is_done() -> None:
