@@ -17,7 +17,7 @@ from pathlib import Path
 from vmm.core.errors import HostError
 from vmm.lab.sources import Source, debian_archive, read_sources
 
-# Suites that hold what the lab runs; `QEMU_SUITE` also gives busybox.
+# Suites that hold what the lab runs; `QEMU_SUITE` also gives busybox, Bochs and fio.
 SUITES = ("bookworm", "trixie", "trixie-backports")
 QEMU_SUITE = "trixie"
 _TOOLS = ("apt-get", "apt-cache", "apt-config", "dpkg-deb")

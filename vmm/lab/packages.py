@@ -165,8 +165,8 @@ class Packages:
         """Debian's fio, unpacked with all of its libraries."""
         return self._tree(
             "fio",
-            f"downloading fio (Debian {SUITE}) into the cache",
-            lambda path: self.apt.download_closure(["fio"], SUITE, path),
+            f"downloading fio (Debian {QEMU_SUITE}) into the cache",
+            lambda path: self.apt.download_closure(["fio"], QEMU_SUITE, path),
             "fio",
         )
 
