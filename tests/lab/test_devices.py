@@ -43,6 +43,7 @@ def start(lab: Lab, lab_start: Starter, tmp_path: Path, options: list[str]) -> S
         program=True,
         disks=["disk0.ext4", "disk1.ext4"],
         outputs=[tmp_path / "peers.json", tmp_path / "report.json"],
+        cpus=1,
     )
     return Shell(run)
 

@@ -32,7 +32,8 @@ def test_private_memory_is_in_order_on_the_labs_kernel(
         f"python3 -m {CONVERSION} --kvm --count {programs} && "
         f"pyvmm selftest {only} --json m.json"
     )
-    run = lab_start(["sh", "-c", script], program=True, host=host, outputs=[tmp_path / "m.json"])
+    words = ["sh", "-c", script]
+    run = lab_start(words, program=True, host=host, outputs=[tmp_path / "m.json"], cpus=1)
 
     status = run.wait(SECONDS)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -36,7 +37,8 @@ def measure(rounds: int, qemu: list[str] | None) -> Iterator[Series]:
 
 
 def measure_memory(rounds: int) -> Iterator[Series]:
-    """MiB: pyvmm's own at its peak, and at the payload's end what either side still holds."""
+    """MiB: pyvmm's own at its peak, what both sides of private memory hold together at most while
+    the payload converts (looked at after each of its lines), and what either holds at its end."""
     taken: dict[str, list[float]] = {}
     for _ in range(rounds):
         for name, mib in _payload_memory().items():
@@ -47,25 +49,45 @@ def measure_memory(rounds: int) -> Iterator[Series]:
 
 def _payload_memory() -> dict[str, float]:
     with tempfile.TemporaryDirectory() as scratch:
-        report = Path(scratch) / "report.json"
+        report, control = Path(scratch) / "report.json", Path(scratch) / "control"
         with subprocess.Popen(
-            pyvmm("--private-mem", "--report", str(report)), env=environment(),
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            pyvmm("--private-mem", "--report", str(report), "--control", str(control)),
+            env=environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         ) as process:  # fmt: skip
             assert process.stdout is not None
-            own = 0
+            own = most = shared = 0
             while process.stdout.readline():
                 own = max(own, _own_kib(process.pid))
+                held = _held_now(control)
+                most = max(most, sum(held.values()))
+                shared = max(shared, held.get("shared_bytes", 0))
         if process.returncode != 0:
             raise HostError(f"the embedded payload ended with status {process.returncode}")
         held = json.loads(report.read_text())["residency"]
-    mib = {name: bytes_held / (1 << 20) for name, bytes_held in held.items()}
+    mib = 1 << 20
     return {
         "pyvmm's own, at most": own / 1024,
-        "private side": mib["private_bytes"],
-        "shared side": mib["shared_bytes"],
-        "both sides together": mib["private_bytes"] + mib["shared_bytes"],
+        "both sides together, at most": most / mib,
+        "shared side, at most": shared / mib,
+        "private side at the end": held["private_bytes"] / mib,
+        "shared side at the end": held["shared_bytes"] / mib,
+        "both sides together at the end": sum(held.values()) / mib,
     }
+
+
+def _held_now(control: Path) -> dict[str, int]:
+    """Bytes resident on either side, from a running pyvmm's control socket; none once it ends."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(10)
+        try:
+            connection.connect(str(control))
+            connection.sendall(b'{"command": "dump-state"}\n')
+            with connection.makefile("rb") as answers:
+                answer = json.loads(answers.readline() or b"{}")
+        except OSError:
+            return {}
+    held: dict[str, int] = answer.get("residency", {})
+    return held
 
 
 def _own_kib(pid: int) -> int:

@@ -17,10 +17,9 @@ from pathlib import Path
 from vmm.core.errors import HostError
 from vmm.lab.sources import Source, debian_archive, read_sources
 
-# Suites that hold what the lab runs. All but kernels and QEMU is taken from `SUITE`.
+# Suites that hold what the lab runs; `QEMU_SUITE` also gives busybox, Bochs and fio.
 SUITES = ("bookworm", "trixie", "trixie-backports")
-SUITE = "trixie"
-QEMU_SUITE = "trixie-backports"
+QEMU_SUITE = "trixie"
 _TOOLS = ("apt-get", "apt-cache", "apt-config", "dpkg-deb")
 _ETC = Path("/etc/apt")
 

@@ -8,23 +8,18 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from vmm.core.errors import HostError, UsageError, tell
+from vmm.core.errors import HostError, UsageError
 from vmm.lab import kvm_build
-from vmm.lab.apt import QEMU_SUITE, SUITE, Apt, PackagesUnavailable, newest
+from vmm.lab.apt import QEMU_SUITE, Apt, PackagesUnavailable, newest
 from vmm.lab.cache import Cache
 from vmm.lab.progress import Progress
 
 QEMU_PROGRAM = "qemu-system-x86_64"
-# Emulated processors of older ones lose interrupts that another one sends while a guest of theirs
-# is being entered: with several vCPUs one nested boot in three ended in a triple fault, or the
-# lab's own kernel crashed (10.0: 4 of 12; 11.1: none of 16).
-GOOD_QEMU = 11
 # guest_memfd with host mappings on ordinary VMs, the newest KVM that Debian builds.
 HOST_SERIES = "7.3"
 _DEBIAN = "debian:"
@@ -118,35 +113,23 @@ class Packages:
     offline: bool = False
 
     def qemu(self, given: str | None) -> Qemu:
-        """The one given, else one on PATH that is new enough, else Debian's, unpacked into the
-        cache. Where that can't be had an older one on PATH is better than none.
-        """
+        """The one given, else the one on PATH, else Debian's, unpacked into the cache."""
         if given is not None:
             return Qemu(_existing(given, "--lab-qemu"))
         on_path = shutil.which(QEMU_PROGRAM)
-        version = None if on_path is None else _qemu_version(on_path)
-        if on_path is not None and version is not None and version >= GOOD_QEMU:
+        if on_path is not None:
             return Qemu(Path(on_path))
-        try:
-            return self.unpacked_qemu()
-        except MissingFiles as error:
-            if on_path is None or version is None:
-                raise
-            tell(
-                f"the lab uses {on_path}, version {version}: guests with several vCPUs may crash "
-                f"there, version {GOOD_QEMU} is needed for them ({error.reason})"
-            )
-            return Qemu(Path(on_path))
+        return self.unpacked_qemu()
 
     def unpacked_qemu(self) -> Qemu:
         """Debian's QEMU with all of its libraries, from the cache."""
         tree = self._tree(
-            f"qemu-{QEMU_SUITE}",
+            "qemu",
             f"downloading QEMU (Debian {QEMU_SUITE}) into the cache",
             lambda path: self.apt.download_closure(
                 [f"qemu-system-x86/{QEMU_SUITE}"], QEMU_SUITE, path
             ),
-            f"{QEMU_PROGRAM} {GOOD_QEMU} or newer (--lab-qemu FILE, or put it on PATH)",
+            f"{QEMU_PROGRAM} (--lab-qemu FILE, or put it on PATH)",
         )
         share = tree / "usr" / "share"
         return Qemu(
@@ -159,9 +142,9 @@ class Packages:
         """Debian's Bochs, and the boot loader for it, unpacked with all of their libraries."""
         return self._tree(
             "bochs",
-            f"downloading Bochs (Debian {SUITE}) into the cache",
+            f"downloading Bochs (Debian {QEMU_SUITE}) into the cache",
             lambda path: self.apt.download_closure(
-                ["bochs", "bochs-term", "grub-pc-bin", "ncurses-base"], SUITE, path
+                ["bochs", "bochs-term", "grub-pc-bin", "ncurses-base"], QEMU_SUITE, path
             ),
             "Debian's Bochs for --host bochs",
         )
@@ -173,7 +156,7 @@ class Packages:
         tree = self._tree(
             "busybox",
             "downloading busybox-static into the cache",
-            lambda path: self.apt.download([f"busybox-static/{SUITE}"], path),
+            lambda path: self.apt.download([f"busybox-static/{QEMU_SUITE}"], path),
             "busybox, linked statically (--lab-busybox FILE)",
         )
         return _one_of(tree, ("usr/bin/busybox", "bin/busybox"))
@@ -182,8 +165,8 @@ class Packages:
         """Debian's fio, unpacked with all of its libraries."""
         return self._tree(
             "fio",
-            f"downloading fio (Debian {SUITE}) into the cache",
-            lambda path: self.apt.download_closure(["fio"], SUITE, path),
+            f"downloading fio (Debian {QEMU_SUITE}) into the cache",
+            lambda path: self.apt.download_closure(["fio"], QEMU_SUITE, path),
             "fio",
         )
 
@@ -233,7 +216,7 @@ class Packages:
             if self.offline:
                 raise PackagesUnavailable("--lab-offline")
             with self.cache.lock("apt"):
-                self.apt.download_closure(packages, SUITE, into)
+                self.apt.download_closure(packages, QEMU_SUITE, into)
 
         name = f"packages/kvm-sw-protected-{version}-{kvm_build.RECIPE}"
         build = kvm_build.KvmBuild(release, version, self.progress, download)
@@ -322,18 +305,6 @@ def _version_words(image: Path) -> list[str]:
         return []
     at = int.from_bytes(head[0x20E:0x210], "little") + 0x200
     return head[at : at + 256].split(b"\0", 1)[0].decode("ascii", "replace").split()
-
-
-def _qemu_version(program: str) -> int | None:
-    """The major version of a QEMU; None for what doesn't run, or doesn't say."""
-    try:
-        told = subprocess.run(
-            [program, "--version"], check=False, capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    match = re.match(r"QEMU emulator version (\d+)\.", told.stdout)
-    return None if match is None else int(match[1])
 
 
 def _existing(path: str, option: str) -> Path:

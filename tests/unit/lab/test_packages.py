@@ -47,11 +47,6 @@ class FakeApt(Apt):
         (into / "boot" / "vmlinuz-1").touch()
         (into / "lib" / "modules" / "1").mkdir(parents=True)
 
-    def download_closure(self, packages: Sequence[str], suite: str, into: Path) -> None:
-        assert suite == "trixie-backports"
-        self.asked += packages
-        into.mkdir(parents=True)
-
 
 @pytest.fixture
 def packages(tmp_path: Path) -> Packages:
@@ -112,44 +107,15 @@ def test_given_file_that_is_absent_is_named_with_its_option(packages: Packages) 
         packages.busybox("/nonexistent")
 
 
-def qemu_on_path(folder: Path, monkeypatch: pytest.MonkeyPatch, version: str) -> Path:
-    program = folder / "qemu-system-x86_64"
-    program.write_text(f"#!/bin/sh\necho 'QEMU emulator version {version} (Debian)'\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(folder))
-    return program
-
-
-def test_new_qemu_on_the_path_comes_before_a_download(
+def test_qemu_on_the_path_comes_before_a_download(
     packages: Packages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    program = qemu_on_path(tmp_path, monkeypatch, "11.0.50")
+    program = tmp_path / "qemu-system-x86_64"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
 
     assert packages.qemu(None).command() == [str(program)]
-
-
-@pytest.mark.parametrize("version", ["10.0.13", "9.2.0", "none"])
-def test_old_qemu_on_the_path_is_passed_over(
-    packages: Packages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
-) -> None:
-    qemu_on_path(tmp_path, monkeypatch, version)
-
-    qemu = packages.qemu(None)
-
-    assert asked(packages) == ["qemu-system-x86/trixie-backports"]
-    assert packages.cache.root in qemu.program.parents
-
-
-def test_old_qemu_on_the_path_serves_where_no_other_is_to_be_had(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    program = qemu_on_path(tmp_path, monkeypatch, "10.0.13")
-    packages = Packages(Cache(tmp_path / "cache"), Silent(), FakeApt(tmp_path / "apt"), True)
-
-    assert packages.qemu(None).command() == [str(program)]
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert str(program) in said and "version 10" in said and "--lab-offline" in said
 
 
 def test_offline_with_an_empty_cache_names_every_file_and_its_option(
