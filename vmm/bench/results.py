@@ -76,7 +76,7 @@ def number(value: float) -> str:
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def _sections(series: list[Series]) -> Iterator[tuple[str, list[str], list[list[Series | None]]]]:
+def sections(series: list[Series]) -> Iterator[tuple[str, list[str], list[list[Series | None]]]]:
     """Title, subjects, and for each case (first column its name) the series of each subject."""
     for section, members in itertools.groupby(series, lambda one: one.section):
         taken = list(members)
@@ -101,8 +101,8 @@ def _cell(one: Series | None) -> str:
 
 def text(host: dict[str, Any], series: list[Series]) -> str:
     """Tables: median and quartiles of each subject in each case."""
-    lines = [_machine(host)]
-    for title, subjects, rows in _sections(series):
+    lines = [machine(host)]
+    for title, subjects, rows in sections(series):
         unit = _case(rows[0]).unit
         table = [[f"{title}, {unit}", *subjects]]
         table += [[_case(row).case, *map(_cell, row)] for row in rows]
@@ -115,7 +115,8 @@ def text(host: dict[str, Any], series: list[Series]) -> str:
     return "\n".join(lines)
 
 
-def _machine(host: dict[str, Any]) -> str:
+def machine(host: dict[str, Any]) -> str:
+    """Where it was measured, in a line."""
     return (
         f"{host.get('processor')}, {host.get('cpus')} CPUs"
         f"{', itself a virtual machine' if host.get('hypervisor') else ''}, "
@@ -178,7 +179,7 @@ def page(host: dict[str, Any], series: list[Series]) -> str:
     """The same as one HTML file: each median with a bar, scaled to its case's largest."""
     escape = html.escape
     parts = [f"<!doctype html><title>pyvmm bench</title><style>{_STYLE}</style>"]
-    parts.append(f"<h1>pyvmm bench</h1><p>{escape(_machine(host))}</p>")
+    parts.append(f"<h1>pyvmm bench</h1><p>{escape(machine(host))}</p>")
     found = verdicts(series)
     if found:
         parts.append("<h2>Ratios of speeds</h2><table>")
@@ -186,7 +187,7 @@ def page(host: dict[str, Any], series: list[Series]) -> str:
             cells = "".join(f"<td>{escape(cell)}</td>" for cell in _verdict_cells(verdict))
             parts.append(f"<tr>{cells}</tr>")
         parts.append("</table>")
-    for title, _, rows in _sections(series):
+    for title, _, rows in sections(series):
         parts.append(f"<h2>{escape(title)}</h2><table>")
         for row in rows:
             largest = max(one.median for one in row if one is not None) or 1.0

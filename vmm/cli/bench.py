@@ -15,6 +15,7 @@ from typing import IO, Any
 
 from kvm_bindings import System
 from vmm.bench import accessors, conversions, disk, exits, linux, network, results, start_up
+from vmm.bench.chart import chart
 from vmm.bench.host import host_facts
 from vmm.bench.series import Series
 from vmm.cli.output import printing
@@ -49,6 +50,7 @@ def parser() -> Parser:
     made.add_argument("--rounds", metavar="N", type=int, help="how often each subject has its turn")
     made.add_argument("--json", metavar="FILE", help="write all samples to FILE")
     made.add_argument("--html", metavar="FILE", help="write a page with bars to FILE")
+    made.add_argument("--svg", metavar="FILE", help="write a chart to FILE")
     made.add_argument(
         "--compare", metavar=("A", "B"), nargs=2, help="measure nothing: compare two --json files"
     )
@@ -173,7 +175,7 @@ def run(arguments: Sequence[str]) -> int:
             print(results.compared(before, after))
         return 0
     sections = options.only or [name for name in SECTIONS if name != "linux"]
-    outputs = {name: _output(name, getattr(options, name)) for name in ("json", "html")}
+    outputs = {name: _output(name, getattr(options, name)) for name in ("json", "html", "svg")}
     install_kick_handler()
     with ExitStack() as opened:
         measuring = _Run(options, opened)
@@ -188,6 +190,9 @@ def run(arguments: Sequence[str]) -> int:
     if outputs["html"] is not None:
         with outputs["html"] as file:
             file.write(results.page(host, series))
+    if outputs["svg"] is not None:
+        with outputs["svg"] as file:
+            file.write(chart(host, series))
     with printing():
         print(results.text(host, series))
     return 1 if failed else 0

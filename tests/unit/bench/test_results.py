@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
 from vmm.bench import results
+from vmm.bench.chart import chart
 from vmm.bench.series import Series
 from vmm.bench.targets import TARGETS, verdicts
 from vmm.core.errors import UsageError
@@ -93,3 +95,16 @@ def test_page_escapes_what_the_host_says_of_itself() -> None:
     assert "&lt;b&gt;fast" in page
     assert "<b>" not in page
     assert page.count('class="bar"') == 4
+
+
+def test_chart_is_well_formed_and_has_a_bar_for_each_series() -> None:
+    picture = ElementTree.fromstring(chart(HOST, some_series()))
+
+    space = "{http://www.w3.org/2000/svg}"
+    bars = [float(bar.attrib["width"]) for bar in picture.iter(f"{space}rect") if "x" in bar.attrib]
+    said = " ".join(text.text or "" for text in picture.iter(f"{space}text"))
+    assert len(bars) == len(some_series())
+    assert bars[0] != bars[1]
+    assert "<b>fast" in said
+    for one in some_series():
+        assert f"{one.subject}: {results.number(one.median)} {one.unit}" in said
