@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("usable_kvm")]
         ("exits", {"C loop", "Vcpu.run", "run loop"}),
         ("disk", {"pyvmm auto", "pyvmm pread", "pyvmm fd2fd", "pyvmm mmap"}),
         ("start-up", {"python, one byte", "pyvmm"}),
-        ("memory", {"pyvmm's own, at most", "private side", "shared side"}),
+        ("memory", {"pyvmm's own, at most", "both sides together, at most"}),
     ],
 )
 def test_section_measures_all_its_subjects(
