@@ -30,24 +30,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from kvm_bindings._kvm import ffi, lib
 
 from kvm_bindings import System, Vcpu, ioctls
+from tests.support.x86 import X86, exit_handlers
 from vmm.arch.x86_64 import layout
 from vmm.arch.x86_64.cpuid import choose_c_bit
-from vmm.arch.x86_64.doorbells import PortDoorbell
 from vmm.arch.x86_64.msrs import MsrTable
 from vmm.arch.x86_64.page_tables import payload_tables
 from vmm.arch.x86_64.registers import payload_entry
+from vmm.conversion.making import make_scheme
+from vmm.conversion.matrix import SCHEMES
 from vmm.conversion.schemes.remap import RemapScheme
 from vmm.conversion.transaction import Converter
 from vmm.core.errors import HostError
 from vmm.core.events import ConversionRequest, Kind
 from vmm.core.ranges import PAGE_SIZE, Range
-from vmm.devices.bus import MemoryBus, PortBus
-from vmm.exits.handlers import ExitHandlers
+from vmm.devices.bus import PortBus
 from vmm.exits.outcome import Outcome
 from vmm.exits.run_loop import install_kick_handler
 from vmm.exits.vcpu_group import VcpuGroup
-from vmm.machine.matrix import SCHEMES
-from vmm.machine.schemes import Wanted, choose, make_scheme
+from vmm.host.choice import Wanted, choose
 from vmm.memory.backings.memfd import MemfdBacking
 from vmm.memory.guest_memory import GuestMemory
 
@@ -74,7 +74,7 @@ class Side:
 
     def __init__(self, opened: ExitStack, system: System, scheme: str, pages: int) -> None:
         wanted = Wanted(scheme, "auto", RAM.end, two_addresses=False, host_loads=False)
-        self.chosen = choose(system, wanted)
+        self.chosen = choose(X86, system, wanted)
         self.vm = opened.enter_context(self.chosen.vm)
         backing = self.chosen.backing
         shared = backing if backing.traits.in_place else MemfdBacking(RAM.end)
@@ -229,8 +229,8 @@ def measure(system: System, scheme: str, size: int, rounds: int) -> dict[str, fl
             problems.append(outcome)
             group.stop()
 
-        handlers = ExitHandlers(
-            ports, MemoryBus(), MsrTable(False), measured.memory, converter, PortDoorbell(1), stop
+        handlers = exit_handlers(
+            measured.memory, converter, stop, ports=ports, msrs=MsrTable(False)
         )
         group.add(measured.vcpu, handlers, stop)
         group.start()

@@ -8,6 +8,7 @@ import pytest
 
 from kvm_bindings import System
 from tests.kvm.conftest import kvm
+from vmm.arch import architecture
 from vmm.selftest.entries import Combination
 from vmm.selftest.platform import KvmPlatform
 from vmm.selftest.runner import lacking
@@ -17,7 +18,7 @@ __all__ = ["kvm"]
 
 @pytest.fixture(scope="session")
 def platform(kvm: System) -> KvmPlatform:
-    return KvmPlatform(kvm)
+    return KvmPlatform(architecture(), kvm)
 
 
 @functools.cache

@@ -22,6 +22,7 @@ from tests.fuzz.conversion_ops import Program, random_program
 from tests.fuzz.conversion_worlds import World
 from tests.support.fake_kvm import FakeKernel
 from tests.support.fake_platform import FakePlatform
+from vmm.arch import architecture
 from vmm.core.errors import HostError
 from vmm.exits.run_loop import install_kick_handler
 from vmm.selftest.entries import Combination, combinations
@@ -60,7 +61,7 @@ def fake_cells() -> list[Cell]:
 
 def kvm_cells(system: System) -> list[Cell]:
     """Every scheme and backing that this host's KVM has."""
-    return _working([KvmPlatform(system)])
+    return _working([KvmPlatform(architecture(), system)])
 
 
 def _working(platforms: Sequence[Platform]) -> list[Cell]:

@@ -14,6 +14,7 @@ from tests.fuzz import conversion_ops as ops
 from tests.fuzz.reference import SHARE, Reference, Request, Side, State
 from tests.support.fake_kvm import FakeVm
 from tests.support.fake_platform import FakePlatform
+from vmm.arch.guest_cpu import GuestStopped
 from vmm.conversion.transaction import FRUITLESS_FAULTS
 from vmm.core.errors import PrivateAccess, UnmappedAccess
 from vmm.core.events import Kind
@@ -21,7 +22,6 @@ from vmm.core.ranges import PAGE_SIZE, Range
 from vmm.memory.backing import Backing
 from vmm.policy import Allow, Convert, Decision, Defer, Deny, Event, Partial, Policy, View
 from vmm.selftest.entries import Combination
-from vmm.selftest.guest import GuestStopped
 from vmm.selftest.platform import Platform
 from vmm.selftest.rig import Rig
 

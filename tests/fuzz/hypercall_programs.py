@@ -20,10 +20,10 @@ from tests.support.fake_kvm import FakeSystem
 from tests.support.fake_kvm.vcpu import Hypercall
 from vmm.arch.x86_64.cpuid import is_amd
 from vmm.arch.x86_64.doorbells import KVM_HC_MAP_GPA_RANGE
+from vmm.arch.x86_64.micro_guest import OUT_DONE, MicroGuest
+from vmm.arch.x86_64.probes.cpu import is_done
+from vmm.arch.x86_64.probes.hypercall import hypercall_behaviour
 from vmm.core.ranges import PAGE_SIZE
-from vmm.machine.probes.cpu import is_done
-from vmm.machine.probes.hypercall import hypercall_behaviour
-from vmm.machine.probes.micro_guest import OUT_DONE, MicroGuest
 
 _U64 = (1 << 64) - 1
 _EXITS = 1 << KVM_HC_MAP_GPA_RANGE

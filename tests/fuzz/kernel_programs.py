@@ -17,6 +17,7 @@ from kvm_bindings import System
 from tests.fuzz.kernel_ops import Generator, Program
 from tests.fuzz.kernel_worlds import World, model_of
 from tests.support.fake_platform import FakePlatform
+from vmm.arch import architecture
 from vmm.exits.run_loop import install_kick_handler
 from vmm.selftest.platform import KvmPlatform
 
@@ -47,7 +48,7 @@ class Comparison:
     """Runs programs on a kernel and on its model."""
 
     def __init__(self, system: System) -> None:
-        self._kernel = KvmPlatform(system)
+        self._kernel = KvmPlatform(architecture(), system)
         self._model: FakePlatform = model_of(self._kernel)
         self.vm_types = sorted(self._model.kernel.vm_types)
 

@@ -16,9 +16,9 @@ from kvm_bindings.exits import MemoryFaultExit, MmioExit
 from tests.fuzz import kernel_ops as ops
 from tests.support.fake_kvm import FakeKernel, FakeVm, VmType
 from tests.support.fake_platform import FakePlatform
+from tests.support.x86 import X86
+from vmm.arch.guest_cpu import CODE_SIZE, WORD, Gate, GuestCpu, GuestStopped
 from vmm.core.ranges import PAGE_SIZE, Range
-from vmm.machine.probes.memory import VM_TYPES
-from vmm.selftest.guest import CODE_SIZE, WORD, Gate, GuestCpu, GuestStopped
 from vmm.selftest.platform import KvmPlatform, Platform
 
 AREA_GPA = CODE_SIZE
@@ -240,7 +240,7 @@ def model_of(platform: Platform) -> FakePlatform:
     """A model with the VM types, flags and errnos that a platform's KVM has."""
     types: dict[int, VmType] = {}
     model = FakeKernel(types)
-    for number in VM_TYPES:
+    for number in X86.vm_types:
         try:
             vm = platform.system.create_vm(number)
         except KvmError:

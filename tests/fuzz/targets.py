@@ -22,15 +22,14 @@ from tests.support.fake_platform import FakePlatform
 from tests.support.fake_vcpu import FakeVcpu
 from tests.support.images import CODECS, build_bzimage, build_elf, memfd
 from tests.support.images import FakeMemory as ImageMemory
+from tests.support.x86 import exit_handlers
 from vmm.arch.x86_64 import layout
-from vmm.arch.x86_64.doorbells import PortDoorbell
-from vmm.arch.x86_64.msrs import MsrTable
+from vmm.arch.x86_64.kernel import load_kernel_image
 from vmm.boot import decompress
 from vmm.boot.errors import ImageError
-from vmm.boot.kernel import load_kernel_image
 from vmm.core.ranges import PAGE_SIZE, Range
-from vmm.devices.bus import MemoryBus, PortBus
-from vmm.exits.handlers import ExitHandlers
+from vmm.devices.bus import PortBus, PortDevice
+from vmm.exits.handlers import bank_of
 from vmm.exits.outcome import Outcome
 from vmm.memory.guest_memory import PageState
 from vmm.selftest.entries import Combination
@@ -57,12 +56,10 @@ class Guest:
         self.rig = Rig(_PLATFORM, Combination("attributes", "guest_memfd-plain"), pages=PAGES,
                        private=[Range(RAM_GPA, PAGES // 2 * PAGE_SIZE)])  # fmt: skip
         self.outcomes: list[Outcome] = []
-        self.doorbell = PortDoorbell(2)
-        self.handlers = ExitHandlers(
-            PortBus(), MemoryBus(), MsrTable(c_bit=True), self.rig.memory,
-            self.rig.converter, self.doorbell,
-            self.outcomes.append,
-        )  # fmt: skip
+        self.ports = PortBus()
+        self.handlers = exit_handlers(
+            self.rig.memory, self.rig.converter, self.outcomes.append, ports=self.ports
+        )
         self.vcpus = [FakeVcpu(index=0), FakeVcpu(index=1)]
         self.start = self.rig.memory.bytes_in(PageState.SHARED)
 
@@ -147,8 +144,15 @@ def doorbell(data: bytes) -> None:
                 assert len(under_test.vcpus[vcpu].io.pop()) == width * count
             under_test.check()
         for vcpu in range(2):
-            result = under_test.doorbell.read(vcpu, 0x0C, 4)
+            result = doorbell_bank(under_test.ports, vcpu).read(0x0C, 4)
             assert result < 1 << 32 and is_answer(result - (1 << 32) if result >> 31 else -result)
+
+
+def doorbell_bank(ports: PortBus, vcpu: int) -> PortDevice:
+    """The registers as that vCPU sees them."""
+    found = ports.find(layout.DOORBELL_PORT)
+    assert found is not None
+    return bank_of(found[0], vcpu)
 
 
 class _Here:

@@ -10,12 +10,9 @@ from kvm_bindings import Vcpu, ioctls
 from tests.support.fake_kvm import FakeKernel, FakeVm
 from tests.support.fake_kvm.vcpu import FakeVcpu, Hypercall, In, Instruction, Load, Out, Store
 from tests.support.fake_platform import FakePlatform
+from tests.support.x86 import exit_handlers
 from vmm.arch.x86_64 import layout
-from vmm.arch.x86_64.doorbells import PortDoorbell
-from vmm.arch.x86_64.msrs import MsrTable
 from vmm.core.ranges import PAGE_SIZE
-from vmm.devices.bus import MemoryBus, PortBus
-from vmm.exits.handlers import ExitHandlers
 from vmm.exits.outcome import FAILED, Outcome
 from vmm.memory.guest_memory import PageState
 from vmm.selftest.entries import Combination
@@ -28,10 +25,7 @@ ALL_ONES = (1 << 64) - 1
 def run(rig: Rig, *script: Instruction) -> tuple[list[int], list[Outcome]]:
     """Exit after exit through the handlers, to the script's end (HLT); what the guest saw."""
     outcomes: list[Outcome] = []
-    handlers = ExitHandlers(
-        PortBus(), MemoryBus(), MsrTable(c_bit=True), rig.memory, rig.converter, PortDoorbell(1),
-        outcomes.append,
-    )  # fmt: skip
+    handlers = exit_handlers(rig.memory, rig.converter, outcomes.append)
     vcpu: FakeVcpu = cast(FakeVm, rig.vm).vcpus[0]
     vcpu.script = deque(script)
     while not outcomes:

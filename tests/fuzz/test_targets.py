@@ -44,7 +44,7 @@ def test_image_target_notices_an_unforeseen_exception(monkeypatch: pytest.Monkey
     def careless(*arguments: object) -> None:
         raise IndexError("out of range")
 
-    monkeypatch.setattr("vmm.boot.kernel.parse_elf", careless)
+    monkeypatch.setattr("vmm.arch.x86_64.kernel.parse_elf", careless)
 
     with pytest.raises(IndexError):
         TARGETS["image"](corpus("image")[0])

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import pytest
 
 from kvm_bindings import KvmError, System, ioctls
+from vmm.arch import architecture
 from vmm.core.errors import HostError
 from vmm.exits.run_loop import install_kick_handler
-from vmm.machine.host import open_kvm
+from vmm.host.kvm import open_kvm
 
 
 @pytest.fixture(scope="session")
@@ -50,6 +51,6 @@ def guest_memfd_flags(kvm: System) -> int:
 def usable_kvm(kvm: System) -> None:
     """Skips a test when KVM lacks what a run of the command needs."""
     try:
-        open_kvm().close()
+        open_kvm(architecture()).close()
     except HostError as error:
         pytest.skip(f"needs a usable /dev/kvm: {error}")

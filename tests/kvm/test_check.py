@@ -13,9 +13,11 @@ from kvm_bindings import System
 from kvm_bindings.exits import InternalErrorExit
 from tests.support import command, guests
 from tests.support.tiny_guest import TinyGuest
+from vmm.arch import architecture
+from vmm.arch.x86_64.capabilities import capabilities
 from vmm.arch.x86_64.cpuid import is_amd
-from vmm.machine.check import CAPABILITIES, check_host
-from vmm.machine.probes.hypercall import hypercall_behaviour
+from vmm.arch.x86_64.probes.hypercall import hypercall_behaviour
+from vmm.host.check import check_host
 
 pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("usable_kvm")]
 
@@ -36,7 +38,7 @@ def found(checked: tuple[int, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def test_every_capability_is_probed(found: dict[str, dict[str, Any]]) -> None:
-    assert list(found) == [each.key for each in CAPABILITIES]
+    assert list(found) == [each.key for each in capabilities(architecture())]
     assert {key for key, each in found.items() if each["status"] == "unknown"} <= {"memory_faults"}
 
 
@@ -140,9 +142,9 @@ def test_terminal_shows_the_table_and_is_left_as_it_was(
 
 
 def test_check_leaves_no_fd_behind(kvm: System) -> None:
-    check_host()
+    check_host(architecture())
     before = sorted(os.listdir("/proc/self/fd"))
 
-    check_host()
+    check_host(architecture())
 
     assert sorted(os.listdir("/proc/self/fd")) == before

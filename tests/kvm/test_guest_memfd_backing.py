@@ -11,8 +11,8 @@ from kvm_bindings import System, Vm, fdops, ioctls
 from kvm_bindings.exits import HltExit
 from tests.support.memory import pattern
 from tests.support.tiny_guest import CODE, RAM, TinyGuest
+from vmm.conversion.making import GUEST_MEMFD_FLAGS, make_backing
 from vmm.core.ranges import PAGE_SIZE
-from vmm.machine.schemes import GUEST_MEMFD_FLAGS, make_backing
 from vmm.memory.backings.guest_memfd import MappedGuestMemfdBacking
 
 pytestmark = pytest.mark.kvm

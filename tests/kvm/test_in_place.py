@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 from kvm_bindings import System
+from vmm.conversion.making import GUEST_MEMFD_FLAGS
 from vmm.core.ranges import Range, RangeMap
 from vmm.exits.outcome import FAILED, POWEROFF, Outcome
-from vmm.machine import schemes
+from vmm.host import choice as schemes
+from vmm.host.choice import Chosen, Wanted
 from vmm.machine.config import MachineConfig
 from vmm.machine.machine import Machine
-from vmm.machine.schemes import GUEST_MEMFD_FLAGS, Chosen, Wanted
 from vmm.memory.backings.guest_memfd import InPlaceGuestMemfdBacking
 from vmm.memory.guest_memory import PageState
 
@@ -47,7 +48,7 @@ def test_payload_finds_every_page_as_it_should_be_in_one_guest_memfd(
         pytest.skip(f"KVM_CAP_GUEST_MEMFD_FLAGS = {guest_memfd_flags:#x}: no INIT_SHARED")
     made: list[Attributed] = []
 
-    def choose(system: System, wanted: Wanted) -> Chosen:
+    def choose(arch: object, system: System, wanted: Wanted) -> Chosen:
         vm = system.create_vm()
         fd = vm.create_guest_memfd(wanted.size, GUEST_MEMFD_FLAGS[NAME]).fd
         made.append(Attributed(fd, wanted.size))

@@ -12,7 +12,7 @@ from kvm_bindings import System
 from kvm_bindings.exits import IoExit
 from tests.support.tiny_guest import CODE, TinyGuest
 from vmm.arch.x86_64 import layout
-from vmm.machine.interrupts import EdgeLine, MessageRoutes, MsixMessages
+from vmm.wiring.interrupts import EdgeLine, MessageRoutes, MsixMessages
 
 pytestmark = pytest.mark.kvm
 
@@ -36,7 +36,9 @@ def guest(kvm: System) -> Iterator[TinyGuest]:
 def test_message_reaches_the_vcpu(kvm: System, guest: TinyGuest) -> None:
     guest.vcpu.set_cpuid2(kvm.supported_cpuid())
     guest.vcpu.set_msrs({APIC_BASE: layout.LAPIC_GPA | X2APIC_ON, X2APIC_SVR: 0x1FF})
-    messages = MsixMessages(guest.vm, MessageRoutes(guest.vm))
+    messages = MsixMessages(
+        guest.vm, MessageRoutes(guest.vm, layout.interrupt_pins(), layout.FIRST_MESSAGE_GSI)
+    )
     messages.route(0, layout.LAPIC_GPA, MESSAGE)
 
     messages.signal(0)
@@ -52,7 +54,9 @@ def test_line_still_leads_to_the_8259_once_there_is_a_message(guest: TinyGuest) 
     setup = bytes.fromhex("b011 e620 b008 e621 b004 e621 b001 e621 b0ef e621 e611 fb f4 ebfd")
     guest.pwrite(setup, CODE)
     guest.pwrite(struct.pack("<HH", HANDLER, 0), 4 * 12)
-    messages = MsixMessages(guest.vm, MessageRoutes(guest.vm))
+    messages = MsixMessages(
+        guest.vm, MessageRoutes(guest.vm, layout.interrupt_pins(), layout.FIRST_MESSAGE_GSI)
+    )
     messages.route(0, layout.LAPIC_GPA, MESSAGE)
     line = EdgeLine(guest.vm, layout.COM1_IRQ)
     ready = guest.run()
@@ -69,7 +73,9 @@ def test_line_still_leads_to_the_8259_once_there_is_a_message(guest: TinyGuest) 
 
 def test_closed_messages_leave_no_eventfd(guest: TinyGuest) -> None:
     before = sorted(os.listdir("/proc/self/fd"))
-    messages = MsixMessages(guest.vm, MessageRoutes(guest.vm))
+    messages = MsixMessages(
+        guest.vm, MessageRoutes(guest.vm, layout.interrupt_pins(), layout.FIRST_MESSAGE_GSI)
+    )
     messages.route(0, layout.LAPIC_GPA, MESSAGE)
     messages.route(1, layout.LAPIC_GPA, MESSAGE)
     assert len(os.listdir("/proc/self/fd")) == len(before) + 2

@@ -11,16 +11,15 @@ import pytest
 
 from kvm_bindings import System
 from kvm_bindings.exits import MmioExit
+from tests.support.x86 import exit_handlers
 from vmm.arch.x86_64 import layout
-from vmm.arch.x86_64.doorbells import PortDoorbell
 from vmm.arch.x86_64.msrs import MsrTable
 from vmm.arch.x86_64.page_tables import payload_tables
 from vmm.arch.x86_64.registers import payload_entry
 from vmm.conversion.schemes.remap import RemapScheme
 from vmm.conversion.transaction import Converter
 from vmm.core.ranges import PAGE_SIZE, Range
-from vmm.devices.bus import MemoryBus, PortBus
-from vmm.exits.handlers import ExitHandlers
+from vmm.devices.bus import PortBus
 from vmm.exits.outcome import Outcome
 from vmm.exits.vcpu_group import VcpuGroup
 from vmm.memory.backings.memfd import MemfdBacking
@@ -105,9 +104,7 @@ def run_counters(
     answers = Answers(conversions, group.stop)
     ports = PortBus()
     ports.add(COUNT_PORT, 4, answers)
-    handlers = ExitHandlers(
-        ports, MemoryBus(), MsrTable(False), memory, converter, PortDoorbell(2), stop
-    )
+    handlers = exit_handlers(memory, converter, stop, ports=ports, msrs=MsrTable(False))
     # A lost access ends the run.
     handlers.table[MmioExit] = ("mmio", lambda vcpu, exit: group.stop())
     tables = payload_tables([RAM])

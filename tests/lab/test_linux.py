@@ -15,12 +15,12 @@ import pytest
 
 from tests.lab.conftest import Starter
 from vmm.arch.x86_64.bounce_buffer import early_allocations
+from vmm.arch.x86_64.kernel import load_kernel_image
 from vmm.arch.x86_64.layout import ram_ranges
-from vmm.boot.kernel import load_kernel_image
 from vmm.core.ranges import Range
 from vmm.lab.machine import Lab
 from vmm.lab.run import LabRun
-from vmm.machine.replay import Replay
+from vmm.replay.replay import Replay
 from vmm.trace.cost import learn, requests_of
 from vmm.trace.reader import Trace
 from vmm.trace.summary import summarise
@@ -177,8 +177,8 @@ def test_bare_vmlinux_boots_with_memory_above_4_gib(
     lab: Lab, lab_start: Starter, tmp_path: Path
 ) -> None:
     with load_kernel_image(lab.guest_kernel("debian:6.1").image) as image:
-        size = os.fstat(image.source_fd).st_size
-        (tmp_path / "vmlinux").write_bytes(os.pread(image.source_fd, size, 0))
+        size = os.fstat(image.source.fd).st_size
+        (tmp_path / "vmlinux").write_bytes(os.pread(image.source.fd, size, 0))
 
     run = lab_start([*linux(str(tmp_path / "vmlinux")), "--private-mem", "--mem", "3200M", *REPORT])
     shell = Shell(run)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.status import status
+from vmm.control.control_socket import ControlSocket
 from vmm.core.event_loop import EventLoop
 from vmm.core.events import Kind
-from vmm.machine.control import ControlSocket
 
 
 class FakeOperations:

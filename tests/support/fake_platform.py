@@ -9,13 +9,14 @@ from typing import cast
 from kvm_bindings import Vcpu, Vm
 from tests.support.fake_kvm import FakeKernel, FakeSystem, FakeVm
 from tests.support.fake_kvm.system import CPUID
+from tests.support.x86 import X86
+from vmm.arch.guest_cpu import WORD, Gate, GuestCpu, GuestStopped
 from vmm.arch.x86_64.cpuid import choose_c_bit
+from vmm.conversion.making import make_scheme
 from vmm.conversion.scheme import Scheme
 from vmm.conversion.schemes.in_place import InPlaceScheme
 from vmm.conversion.schemes.remap import Parking
 from vmm.core.ranges import PAGE_SIZE, Range, page_align_down
-from vmm.machine.schemes import make_scheme
-from vmm.selftest.guest import WORD, Gate, GuestCpu, GuestStopped
 
 
 class FakeGuestCpu:
@@ -74,6 +75,9 @@ class FakePlatform:
     def __init__(self, kernel: FakeKernel | None = None) -> None:
         self.kernel = kernel or FakeKernel()
         self.system = FakeSystem(self.kernel).as_system()
+
+    def vm_type(self, scheme: str) -> int:
+        return X86.vm_type(scheme)
 
     def scheme(self, name: str, parked: Parking) -> Scheme:
         if name == "in-place":

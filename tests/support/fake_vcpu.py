@@ -9,13 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvm_bindings.exits import Exit, InterruptedExit, IoExit
-from vmm.arch.x86_64.doorbells import PortDoorbell
+from tests.support.x86 import exit_handlers
 from vmm.arch.x86_64.msrs import MsrTable
 from vmm.conversion.schemes.cbit import CbitScheme
 from vmm.conversion.transaction import Converter
 from vmm.core.ranges import Range
 from vmm.devices.bus import MemoryBus, PortBus
-from vmm.exits.handlers import ExitHandlers
 from vmm.exits.outcome import Outcome
 from vmm.memory.backings.memfd import MemfdBacking
 from vmm.memory.guest_memory import GuestMemory
@@ -132,19 +131,18 @@ class Rig:
         areas = [Range(PRIVATE_START, RAM - PRIVATE_START)] if private else []
         self.memory = GuestMemory([Range(0, RAM)], MemfdBacking(RAM), backing, areas)
         self.converter = Converter(self.memory, CbitScheme(38), policy or Policy())
-        self.doorbell = PortDoorbell(2, conversions=private)
         self.ports = PortBus()
         self.registers = MemoryBus()
         self.msrs = MsrTable(c_bit=private)
         self.outcomes: list[Outcome] = []
-        self.handlers = ExitHandlers(
-            self.ports,
-            self.registers,
-            self.msrs,
+        self.handlers = exit_handlers(
             self.memory,
             self.converter,
-            self.doorbell,
             self.outcomes.append,
+            ports=self.ports,
+            registers=self.registers,
+            msrs=self.msrs,
+            private=private,
         )
 
     def handle(self, exit: Any, vcpu: FakeVcpu | None = None) -> FakeVcpu:

@@ -15,15 +15,8 @@ from contextlib import ExitStack
 from kvm_bindings import System, ioctls
 from kvm_bindings.exits import HypercallExit, IoExit
 from vmm.arch.x86_64 import layout
-from vmm.machine.probes.cpu import seen
-from vmm.machine.probes.micro_guest import (
-    AREA_GPA,
-    AREA_SIZE,
-    DONE_PORT,
-    MicroGuest,
-    mapped,
-    memory_file,
-)
+from vmm.arch.x86_64.micro_guest import AREA_GPA, DONE_PORT, MicroGuest
+from vmm.host.probes.micro_guest import AREA_SIZE, mapped, memory_file, seen
 
 _MARK = 0x0100_0000
 _ADD_MARK = b"\x05" + _MARK.to_bytes(4, "little")  # add eax, _MARK

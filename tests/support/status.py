@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vmm.machine.operations import Status
+from vmm.control.operations import Status
 
 _ZERO = Status("running", 0.0, 0, 0, 0, 0, 0, 0)
 

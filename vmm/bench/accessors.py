@@ -11,8 +11,8 @@ from contextlib import ExitStack, contextmanager
 
 from kvm_bindings import System, fdops, floors
 from vmm.bench.series import Series, interleaved
+from vmm.conversion.making import make_backing
 from vmm.core.ranges import Range
-from vmm.machine.schemes import make_backing
 from vmm.memory.backing import Backing
 from vmm.memory.backings.memfd import MemfdBacking
 from vmm.memory.engines import make_engine

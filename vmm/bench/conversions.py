@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from kvm_bindings import System
+from vmm.arch import architecture
 from vmm.bench.accessors import size_name
 from vmm.bench.series import Series, interleaved
 from vmm.core.errors import HostError
@@ -23,7 +24,7 @@ THREADS = 4
 
 def measure(system: System, rounds: int, sizes: tuple[int, ...]) -> Iterator[Series]:
     """Every scheme with every backing that this host has."""
-    platform = KvmPlatform(system)
+    platform = KvmPlatform(architecture(), system)
     for combination in combinations():
         pages = max(sizes) // PAGE_SIZE
         try:

@@ -5,22 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import Any
 
 from kvm_bindings import System, floors, ioctls
+from vmm.arch import architecture
 from vmm.bench.series import Series, interleaved
-from vmm.devices.bus import PortBus
-from vmm.exits.handlers import ExitHandlers
 from vmm.exits.run_loop import VcpuRunner
-from vmm.machine.probes.micro_guest import MicroGuest
-
-PORT = 0x80
-LOOP = b"\xe6\x80\xeb\xfc"
-"""out 0x80, al; jmp back"""
+from vmm.host.probes.micro_guest import Verb
 
 
 class _Ending:
-    """A port device that ends the loop after so many writes."""
+    """A device that ends the loop after so many writes."""
 
     def __init__(self) -> None:
         self.left = 0
@@ -49,12 +44,10 @@ class _OpenGate:
 
 def measure(system: System, rounds: int, exits: int) -> Iterator[Series]:
     """Guests in user mode where the host interprets kernel mode: the exit itself is what counts."""
-    with MicroGuest(system, LOOP, "user", seconds=600.0) as guest:
+    arch = architecture()
+    with arch.micro_guest(system, Verb.DONE_FOR_EVER, seconds=600.0) as guest:
         device = _Ending()
-        ports = PortBus()
-        ports.add(PORT, 1, device)
-        unused = cast(Any, None)
-        handlers = ExitHandlers(ports, unused, unused, unused, unused, unused, lambda outcome: None)
+        handlers = arch.handlers_of_done(device)
 
         def ours() -> float:
             runner = VcpuRunner(guest.vcpu, handlers, lambda outcome: None, _OpenGate())

@@ -1,17 +1,11 @@
-"""Names what a file is, from its first bytes: what we boot, and what people give by mistake."""
+"""Names what a file is, from its first bytes: what people give by mistake instead of a kernel."""
 
 from __future__ import annotations
 
-from enum import Enum
-
-from vmm.boot.bzimage import is_bzimage
-from vmm.boot.elf import is_elf
 from vmm.boot.errors import ImageError
 from vmm.boot.source import Source
 
 PREFIX = 0x400
-
-WANTED = "give an x86-64 bzImage or ELF vmlinux"
 
 # Magics at offset 0x38 of the EFI-bootable Image that these machines share, and the zImage's.
 _IMAGE_MAGICS = {
@@ -39,37 +33,23 @@ _OTHERS = (
 )
 
 
-class Kind(Enum):
-    """The images that can be booted."""
+def describe(source: Source, prefix: bytes, machine: str, wanted: str) -> tuple[str, str]:
+    """(what is wrong, what to do) for a file that can't be booted on `machine`.
 
-    BZIMAGE = "bzImage"
-    ELF = "elf"
-
-
-def identify(source: Source) -> Kind:
-    """Which bootable kind the file is; ImageError that names it where it is none."""
-    prefix = source.prefix(PREFIX)
-    if is_elf(prefix):
-        return Kind.ELF
-    if is_bzimage(prefix):
-        return Kind.BZIMAGE
-    raise source.error(*_describe(source, prefix))
-
-
-def _describe(source: Source, prefix: bytes) -> tuple[str, str]:
-    """(what is wrong, what to do) for a file that can't be booted."""
+    `prefix` are its first PREFIX bytes, `wanted` what to give instead.
+    """
     from vmm.boot.decompress import find_codec  # what can be booted may do without
 
     for magic, name in _IMAGE_MAGICS.items():
         if prefix[0x38:0x3C] == magic:
-            return f"is {name}, not for x86-64", WANTED
+            return f"is {name}, not for {machine}", wanted
     if prefix[0x24:0x28] == _ARM_ZIMAGE:
-        return "is a 32-bit ARM zImage, not for x86-64", WANTED
+        return f"is a 32-bit ARM zImage, not for {machine}", wanted
     if prefix[:2] == b"MZ":
-        return _describe_pe(source, prefix), WANTED
+        return _describe_pe(source, prefix), wanted
     for magic, name in _OTHERS:
         if prefix.startswith(magic):
-            return f"is {name}, not a kernel", WANTED
+            return f"is {name}, not a kernel", wanted
     codec = find_codec(prefix)
     if codec is not None:
         return (
@@ -77,10 +57,10 @@ def _describe(source: Source, prefix: bytes) -> tuple[str, str]:
             "uncompress it first if a vmlinux is in it, or give the bzImage",
         )
     if prefix[0x1FE:0x200] == b"\x55\xaa":
-        return "is a boot sector without a Linux setup header (HdrS)", WANTED
+        return "is a boot sector without a Linux setup header (HdrS)", wanted
     if len(prefix) < PREFIX and b"MZ".startswith(prefix[:2]):
         return f"has only {source.size} bytes", "the file is truncated, get a fresh copy"
-    return f"is no known kernel image (it starts with {prefix[:8].hex(' ')})", WANTED
+    return f"is no known kernel image (it starts with {prefix[:8].hex(' ')})", wanted
 
 
 def _describe_pe(source: Source, prefix: bytes) -> str:

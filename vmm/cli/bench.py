@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from kvm_bindings import System
+from vmm.arch import architecture
 from vmm.bench import accessors, conversions, disk, exits, linux, network, results, start_up
 from vmm.bench.chart import chart
 from vmm.bench.host import host_facts
@@ -22,7 +23,7 @@ from vmm.cli.output import printing
 from vmm.cli.parser import Parser
 from vmm.core.errors import HostError, PyvmmError, UsageError, tell
 from vmm.exits.run_loop import install_kick_handler
-from vmm.machine.host import open_kvm
+from vmm.host.kvm import open_kvm
 
 SECTIONS = ("accessors", "conversions", "exits", "disk", "start-up", "memory", "linux")
 QEMU = "qemu-system-x86_64"
@@ -90,7 +91,7 @@ class _Run:
     def system(self) -> System:
         """KVM. Raises HostError where there is none."""
         if self._system is None:
-            self._system = self._opened.enter_context(open_kvm(complete=False))
+            self._system = self._opened.enter_context(open_kvm(architecture(), complete=False))
         return self._system
 
     def _system_or_none(self) -> System | None:

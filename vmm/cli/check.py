@@ -8,10 +8,11 @@ import json
 import sys
 from collections.abc import Sequence
 
+from vmm.arch import architecture
 from vmm.cli.output import printing
 from vmm.cli.parser import Parser
 from vmm.core.errors import one_line
-from vmm.machine.check import HostCheck, Job, check_host
+from vmm.host.check import HostCheck, Job, check_host
 
 _COLOURS = {"yes": "green", "no": "yellow", "broken": "red", "unknown": "dim"}
 _HEADINGS = ("status", "capability", "result", "evidence", "enables", "what to do")
@@ -39,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
 def run(arguments: Sequence[str]) -> int:
     """Probe, print, and answer with the exit status."""
     options = parser().parse_args(arguments)
-    found = check_host()
+    found = check_host(architecture())
     with printing():
         if options.json:
             print(json.dumps(found.as_json(), indent=2))

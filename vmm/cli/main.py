@@ -93,6 +93,7 @@ def _configuration(arguments: Sequence[str]) -> MachineConfig:
     """What `pyvmm [run] OPTIONS` asks for. Raises UsageError; looks at no file, nor at the host."""
     words = arguments[1:] if arguments and arguments[0] == "run" else arguments
     options = parse(words)
+    from vmm.arch import architecture
     from vmm.machine.config import MachineConfig, parse_count, parse_size
 
     config = MachineConfig(
@@ -117,18 +118,19 @@ def _configuration(arguments: Sequence[str]) -> MachineConfig:
         status=options.status,
         control=options.control,
     )
-    config.validate()
+    config.validate(architecture().largest_memory)
     return config
 
 
 def _run(arguments: Sequence[str]) -> int:
     config = _configuration(arguments)
+    from vmm.arch import architecture
     from vmm.machine.images import OpenedImages
 
     # It asks a running guest's machine for its pages; before and after that it must do no harm.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     # A kernel is uncompressed by a child process while this one imports the rest.
-    with contextlib.closing(OpenedImages(config)) as images:
+    with contextlib.closing(OpenedImages(architecture(), config)) as images:
         from vmm.machine.machine import Machine
 
         outcome = Machine(config, images).run()

@@ -10,8 +10,8 @@ from typing import Any
 from vmm.cli.output import aligned, printing
 from vmm.cli.parser import Parser, add_policy_options
 from vmm.core.errors import one_line
-from vmm.machine.replay import Refusal, Replay
 from vmm.policy.loader import load_policy
+from vmm.replay.replay import Refusal, Replay
 from vmm.trace.arrays import np
 from vmm.trace.cost import CostModel, Line, Requests, learn, requests_of
 from vmm.trace.layout import DECISIONS, NO_ANSWER, Kind

@@ -7,11 +7,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import IO
 
+from vmm.arch import architecture
 from vmm.cli.output import printing
 from vmm.cli.parser import Parser
 from vmm.core.errors import UsageError, tell
 from vmm.exits.run_loop import install_kick_handler
-from vmm.machine.host import open_kvm
+from vmm.host.kvm import open_kvm
 from vmm.selftest.case import Case
 from vmm.selftest.cases.all_cases import all_cases
 from vmm.selftest.entries import Combination, combinations
@@ -54,8 +55,9 @@ def run(arguments: Sequence[str]) -> int:
     cases = all_cases()
     results: list[Result] = []
     install_kick_handler()
-    with open_kvm(complete=False) as system:
-        for result in run_matrix(KvmPlatform(system), cases, cells):
+    arch = architecture()
+    with open_kvm(arch, complete=False) as system:
+        for result in run_matrix(KvmPlatform(arch, system), cases, cells):
             results.append(result)
             _show_progress(len(results), len(cases) * len(cells), result)
     _show_progress(0, 0, None)

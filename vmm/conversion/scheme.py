@@ -22,8 +22,6 @@ class Scheme(Protocol):
     """
 
     name: str
-    vm_type: int
-    """The type of VM that it needs, for KVM_CREATE_VM."""
     alias: int
     """The bit of a guest-physical address that picks the private side; 0: one address for both."""
     converts_on_fault: bool

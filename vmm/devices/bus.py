@@ -6,6 +6,7 @@ after that a lookup is one dict access and cannot fail on anything the guest doe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from threading import Lock
 from typing import Protocol
 
@@ -25,6 +26,26 @@ class PortDevice(Protocol):
     def read(self, offset: int, size: int) -> int: ...
 
     def write(self, offset: int, size: int, value: int) -> None: ...
+
+
+class Banked:
+    """A device with a bank of registers for each vCPU at the same place, as a GIC has them.
+
+    The bus knows nothing of it: who carries an access out picks the bank (`bank_of`).
+    """
+
+    __slots__ = ("banks",)
+
+    def __init__(self, banks: Sequence[PortDevice]) -> None:
+        """`banks` by vCPU index."""
+        self.banks = banks
+
+    def read(self, offset: int, size: int) -> int:
+        """An access by no vCPU, as by another device: there is no register for it."""
+        return all_ones(size)
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """Dropped, see `read`."""
 
 
 class BusConflict(PyvmmError):

@@ -155,16 +155,23 @@ class PciFunction:
         self._bars.append(_Bar(register, True, size, device, moved))
         self._allow_command(COMMAND_IO)
 
-    def add_memory_bar(self, index: int, base: int, size: int, device: PortDevice) -> None:
+    def add_memory_bar(
+        self,
+        index: int,
+        base: int,
+        size: int,
+        device: PortDevice,
+        moved: Callable[[int | None], None] | None = None,
+    ) -> None:
         """Give 32-bit BAR `index` `size` bytes of memory (a power of two, a page or more) that
-        `device` answers; `base` and the mapping as for add_io_bar, by the memory bit."""
+        `device` answers; `base`, `moved` and the mapping as for add_io_bar, by the memory bit."""
         aligned = not size & (size - 1) and size >= MEMORY_PAGE and not base % size
         if not aligned or base + size > MEMORY_SPACE or not 0 <= index < 6:
             raise ValueError(f"no memory BAR {index} of {size} bytes at {base:#x}")
         register = BAR0 + 4 * index
         struct.pack_into("<I", self._config, register, base)
         self.set_writable(register, struct.pack("<I", ~(size - 1) & 0xFFFF_FFF0))
-        self._bars.append(_Bar(register, False, size, device, None))
+        self._bars.append(_Bar(register, False, size, device, moved))
         self._allow_command(COMMAND_MEMORY)
 
     def _allow_command(self, bits: int) -> None:

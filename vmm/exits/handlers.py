@@ -1,38 +1,21 @@
 """One handler per exit class: what the guest asked for, handed to the room that knows.
 
-Handlers can be called with hand-made exits and anything that answers like a vCPU.
+Here is what every architecture has. An architecture's own exits (port I/O, MSRs, hypercalls) are
+handled by its subclass. Handlers can be called with hand-made exits and anything that answers
+like a vCPU.
 """
 
 from __future__ import annotations
 
 import errno
-import threading
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from kvm_bindings import exits
-from vmm.arch.x86_64 import layout
-from vmm.arch.x86_64.doorbells import (
-    KVM_HC_MAP_GPA_RANGE,
-    Failure,
-    HostCheck,
-    PortDoorbell,
-    decode_map_gpa_range,
-)
-from vmm.conversion.transaction import Converter
-from vmm.core.events import Kind
-from vmm.exits.host_check import host_check
-from vmm.exits.outcome import (
-    FAILED,
-    INTERNAL_ERROR,
-    PANIC,
-    POWEROFF,
-    RESET,
-    TRIPLE_FAULT,
-    Outcome,
-)
-from vmm.memory.guest_memory import GuestMemory
+from vmm.core.events import ConversionRequest, Kind
+from vmm.devices.bus import Banked, PortDevice
+from vmm.exits.outcome import FAILED, INTERNAL_ERROR, PANIC, POWEROFF, RESET, Outcome
 
 _SYSTEM_EVENTS = {1: "shutdown", 2: "reset", 3: "crash"}
 
@@ -42,150 +25,78 @@ class AnsweringVcpu(Protocol):
 
     index: int
 
-    def coalesced_writes(self) -> Iterator[exits.IoExit]: ...
-    def answer_io(self, data: bytes) -> None: ...
     def answer_mmio(self, data: bytes) -> None: ...
-    def answer_hypercall(self, result: int) -> None: ...
-    def answer_msr(self, value: int | None, *, known: bool) -> None: ...
-    def get_regs(self) -> dict[str, int]: ...
-
-
-class Ports(Protocol):
-    """A port bus: the device at a port with the port's offset in it, or None."""
-
-    def find(self, port: int) -> tuple[Any, int] | None: ...
 
 
 class Registers(Protocol):
     """A memory bus: the device at a GPA with the address' offset in it, or None."""
 
-    def find(self, gpa: int) -> tuple[Any, int] | None: ...
+    def find(self, gpa: int, /) -> tuple[PortDevice, int] | None: ...
 
 
-class Msrs(Protocol):
-    """Model-specific registers that KVM leaves to user space."""
+class Conversions(Protocol):
+    """The part of the converter that handlers use; both answer 0 or a negative errno."""
 
-    def read(self, index: int) -> int | None: ...
-    def write(self, index: int, value: int) -> bool: ...
+    def convert(self, request: ConversionRequest, /) -> int: ...
+    def fault(self, kind: Kind, gpa: int, size: int, vcpu: int, /) -> int: ...
 
 
-class ExitHandlers:
+Stop = Callable[[Outcome], None]
+"""Ends the run; the first outcome counts."""
+Handler = Callable[[Any, Any], None]
+Table = dict[type[Any], tuple[str, Handler]]
+"""What is called for each class of exit, and the name under which it is counted."""
+
+
+def bank_of(device: PortDevice, vcpu: int) -> PortDevice:
+    """What answers that vCPU at a device's place: its bank, where the device has such."""
+    return device.banks[vcpu] if device.__class__ is Banked else device
+
+
+class ExitHandlers(ABC):
     """Dispatches exits; shared by all vCPUs of a machine, called on their threads."""
 
-    def __init__(
-        self,
-        ports: Ports,
-        registers: Registers,
-        msrs: Msrs,
-        memory: GuestMemory,
-        converter: Converter,
-        doorbell: PortDoorbell,
-        stop: Callable[[Outcome], None],
-    ) -> None:
-        self._ports = ports
+    def __init__(self, registers: Registers, converter: Conversions, stop: Stop) -> None:
+        """`registers` are those in memory; `stop` ends the run."""
         self._registers = registers
-        self._msrs = msrs
-        self._memory = memory
         self._converter = converter
-        self._doorbell = doorbell
         self._stop = stop
-        self._ring_lock = threading.Lock()
-        # By vCPU, because two threads must not count in one place.
-        self._port_counts: defaultdict[int, dict[int, int]] = defaultdict(dict)
-        self.table: dict[type[Any], tuple[str, Callable[[Any, Any], None]]] = {
-            exits.IoExit: ("io", self.io),
+        self.table: Table = {
             exits.MmioExit: ("mmio", self.mmio),
-            exits.HypercallExit: ("hypercall", self.hypercall),
-            exits.RdmsrExit: ("rdmsr", self.rdmsr),
-            exits.WrmsrExit: ("wrmsr", self.wrmsr),
             exits.MemoryFaultExit: ("memory_fault", self.memory_fault),
             exits.SystemEventExit: ("system_event", self.system_event),
-            exits.ShutdownExit: ("shutdown", self.shutdown),
-            exits.HltExit: ("hlt", self.hlt),
             exits.FailEntryExit: ("fail_entry", self.fail_entry),
             exits.InternalErrorExit: ("internal_error", self.internal_error),
             exits.UnknownExit: ("unknown", self.unknown),
         }
 
-    # -- port I/O -----------------------------------------------------------------------------
+    # -- what an architecture adds ------------------------------------------------------------
 
-    def io(self, vcpu: AnsweringVcpu, exit: exits.IoExit) -> None:
-        port, counts = exit.port, self._port_counts[vcpu.index]
-        counts[port] = counts.get(port, 0) + 1
-        self._port_io(vcpu, exit)
+    @abstractmethod
+    def where(self, vcpu: Any) -> str:
+        """The vCPU's program counter, for a sentence: "RIP 0x1000"."""
+
+    def tell_stopped(self, vcpu: Any) -> None:
+        """Have the guest know that it was stopped for a while, where there is a way to."""
+        del vcpu
+
+    def coalesced(self, vcpu: Any) -> None:
+        """Carry out the writes that KVM kept back, before the exit that came after them.
+
+        Called only where the vCPU has such.
+        """
+        del vcpu
 
     def port_counts(self) -> dict[int, int]:
-        """Exits per I/O port, for the report: where a slow boot spends its time."""
-        total: Counter[int] = Counter()
-        for counts in self._port_counts.values():
-            total.update(counts)
-        return dict(total)
+        """Exits per I/O port, for the report; empty where there are no ports."""
+        return {}
 
-    def coalesced(self, vcpu: AnsweringVcpu) -> None:
-        """Carry out the port writes that KVM kept back, before the exit that came after them.
+    def not_emulated(self, exit: exits.InternalErrorExit, where: str) -> str:
+        """The sentence for an instruction that KVM could not emulate."""
+        code = exit.instruction.hex(" ") or "unknown bytes"
+        return f"KVM could not emulate the instruction at {where} ({code})"
 
-        Under a lock from taking to carrying out: the ring is the VM's, and another vCPU's exit
-        must not overtake the writes that it relies on.
-        """
-        with self._ring_lock:
-            for write in vcpu.coalesced_writes():
-                self._port_io(vcpu, write)
-
-    def _port_io(self, vcpu: AnsweringVcpu, exit: exits.IoExit) -> None:
-        port, size = exit.port, exit.size
-        found = self._ports.find(port)
-        if found is None:
-            self._io_elsewhere(vcpu, exit)
-            return
-        device, offset = found
-        if exit.times == 1:
-            if exit.is_write:
-                device.write(offset, size, int.from_bytes(exit.data, "little"))
-            else:
-                vcpu.answer_io(device.read(offset, size).to_bytes(size, "little"))
-        elif exit.is_write:
-            self._string_write(device, offset, exit)
-        else:
-            # String I/O advances the data, never the port.
-            words = (device.read(offset, size) for _ in range(exit.times))
-            vcpu.answer_io(b"".join(word.to_bytes(size, "little") for word in words))
-
-    def _string_write(self, device: Any, offset: int, exit: exits.IoExit) -> None:
-        size, data = exit.size, exit.data
-        write_bytes = getattr(device, "write_bytes", None)
-        if write_bytes is not None and offset == 0 and size == 1:
-            write_bytes(data)
-            return
-        for start in range(0, len(data), size):
-            device.write(offset, size, int.from_bytes(data[start : start + size], "little"))
-
-    def _io_elsewhere(self, vcpu: AnsweringVcpu, exit: exits.IoExit) -> None:
-        """The doorbell, whose latches are per vCPU, and ports that nobody answers."""
-        offset = exit.port - layout.DOORBELL_PORT
-        inside = 0 <= offset < layout.DOORBELL_PORTS
-        if not exit.is_write:
-            if not inside:
-                vcpu.answer_io(b"\xff" * (exit.size * exit.times))
-                return
-            value = self._doorbell.read(vcpu.index, offset, exit.size)
-            vcpu.answer_io(value.to_bytes(exit.size, "little") * exit.times)
-        elif inside:
-            for start in range(0, len(exit.data), exit.size):
-                value = int.from_bytes(exit.data[start : start + exit.size], "little")
-                self._ring(vcpu, offset, exit.size, value)
-
-    def _ring(self, vcpu: AnsweringVcpu, offset: int, size: int, value: int) -> None:
-        command = self._doorbell.write(vcpu.index, offset, size, value)
-        if command is None:
-            return
-        if isinstance(command, Failure):
-            self._stop(Outcome(FAILED, f"the guest reported failure code {command.code}"))
-        elif isinstance(command, HostCheck):
-            self._doorbell.answer(vcpu.index, host_check(self._memory, command.gpa, command.size))
-        else:
-            self._doorbell.answer(vcpu.index, self._converter.convert(command))
-
-    # -- other exits that a guest causes in the course of things ------------------------------
+    # -- exits that a guest causes in the course of things ------------------------------------
 
     def mmio(self, vcpu: AnsweringVcpu, exit: exits.MmioExit) -> None:
         """Registers in memory; where there are none, reads answer all ones, writes vanish."""
@@ -193,26 +104,14 @@ class ExitHandlers:
         if exit.is_write:
             if found is not None:
                 device, offset = found
-                device.write(offset, exit.size, int.from_bytes(exit.data, "little"))
+                value = int.from_bytes(exit.data, "little")
+                bank_of(device, vcpu.index).write(offset, exit.size, value)
         elif found is None:
             vcpu.answer_mmio(b"\xff" * exit.size)
         else:
             device, offset = found
-            vcpu.answer_mmio(device.read(offset, exit.size).to_bytes(exit.size, "little"))
-
-    def hypercall(self, vcpu: AnsweringVcpu, exit: exits.HypercallExit) -> None:
-        if exit.number != KVM_HC_MAP_GPA_RANGE:
-            vcpu.answer_hypercall(-errno.ENOSYS)
-            return
-        request = decode_map_gpa_range(exit.args, vcpu.index)
-        vcpu.answer_hypercall(self._converter.convert(request))
-
-    def rdmsr(self, vcpu: AnsweringVcpu, exit: exits.RdmsrExit) -> None:
-        value = self._msrs.read(exit.msr)
-        vcpu.answer_msr(value, known=value is not None)
-
-    def wrmsr(self, vcpu: AnsweringVcpu, exit: exits.WrmsrExit) -> None:
-        vcpu.answer_msr(None, known=self._msrs.write(exit.msr, exit.value))
+            value = bank_of(device, vcpu.index).read(offset, exit.size)
+            vcpu.answer_mmio(value.to_bytes(exit.size, "little"))
 
     def memory_fault(self, vcpu: AnsweringVcpu, exit: exits.MemoryFaultExit) -> None:
         """An implicit conversion, where the scheme has those: KVM_RUN tries the access again."""
@@ -238,27 +137,17 @@ class ExitHandlers:
         word = {1: POWEROFF, 2: RESET, 3: PANIC}.get(exit.type, FAILED)
         self._stop(Outcome(word, f"KVM system event: {name}"))
 
-    def shutdown(self, vcpu: AnsweringVcpu, exit: exits.ShutdownExit) -> None:
-        self._stop(Outcome(TRIPLE_FAULT, f"triple fault on vCPU {vcpu.index}"))
-
-    def hlt(self, vcpu: AnsweringVcpu, exit: exits.HltExit) -> None:
-        self._stop(Outcome(FAILED, f"vCPU {vcpu.index} halted with nothing that could wake it"))
-
     def fail_entry(self, vcpu: AnsweringVcpu, exit: exits.FailEntryExit) -> None:
         reason = f"the processor refused vCPU {vcpu.index}'s state ({exit.hardware_reason:#x})"
         self._stop(Outcome(INTERNAL_ERROR, reason))
 
     def internal_error(self, vcpu: AnsweringVcpu, exit: exits.InternalErrorExit) -> None:
-        rip = vcpu.get_regs()["rip"]
+        where = self.where(vcpu)
         if exit.suberror == 1:
-            code = exit.instruction.hex(" ") or "unknown bytes"
-            reason = (
-                f"KVM could not emulate the instruction at RIP {rip:#x} ({code}); where KVM "
-                "interprets kernel-mode code a stock kernel does not run: use pyvmm lab"
-            )
+            reason = self.not_emulated(exit, where)
         else:
             data = ", ".join(f"{word:#x}" for word in exit.data)
-            reason = f"KVM internal error {exit.suberror} at RIP {rip:#x}, data [{data}]"
+            reason = f"KVM internal error {exit.suberror} at {where}, data [{data}]"
         self._stop(Outcome(INTERNAL_ERROR, reason))
 
     def unknown(self, vcpu: AnsweringVcpu, exit: exits.UnknownExit) -> None:

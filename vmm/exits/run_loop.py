@@ -82,7 +82,7 @@ class VcpuRunner:
     def tell_stopped(self) -> None:
         """Have the guest know that it was stopped for a while; the vCPU is parked."""
         if self._looping:
-            self._vcpu.kvmclock_ctrl()
+            self._handlers.tell_stopped(self._vcpu)
 
     def may_enter(self) -> bool:
         """The gate is open (its lock held): whether the vCPU may enter the guest again."""

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 from kvm_bindings import exits
-from vmm.exits.handlers import AnsweringVcpu
+from vmm.exits.handlers import AnsweringVcpu, Handler, Table
 from vmm.trace.layout import HOST, Kind
 from vmm.trace.recorder import Recorder
-
-Handler = Callable[[Any, Any], None]
-Table = dict[type[Any], tuple[str, Handler]]
 
 _WITH_ADDRESS = (
     exits.IoExit,

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from vmm.conversion import matrix
+from vmm.conversion.matrix import BACKINGS, LOADABLE, TWO_ADDRESSES
 from vmm.core.errors import UsageError
 from vmm.core.ranges import PAGE_SIZE
 from vmm.core.suboptions import byte_size
-from vmm.machine import matrix
-from vmm.machine.matrix import BACKINGS, LOADABLE, TWO_ADDRESSES
+
+if TYPE_CHECKING:
+    from vmm.arch.protocol import GuestOptions
 
 PRIVATE_BACKINGS = ("auto", *BACKINGS)
 SCHEMES = ("auto", *matrix.SCHEMES)
 SMALLEST_MEMORY = 4 << 20
-LARGEST_MEMORY = 1 << 38  # the C-bit is bit 38 where the processor has that many address bits
 MAX_CPUS = 64
 
 
@@ -65,14 +67,25 @@ class MachineConfig(NamedTuple):
     status: bool = False
     control: str | None = None
 
-    def validate(self) -> None:
-        """Raises UsageError with the value and the remedy."""
+    def guest_options(self) -> GuestOptions:
+        """What the guest's architecture has to know of it."""
+        from vmm.arch.protocol import GuestOptions
+
+        return GuestOptions(
+            self.memory, self.cpus, self.append, is_private=self.private_memory is not None
+        )
+
+    def validate(self, largest_memory: int = 1 << 38) -> None:
+        """Raises UsageError with the value and the remedy.
+
+        `largest_memory` is the architecture's bound, in bytes.
+        """
         if self.memory % PAGE_SIZE:
             raise UsageError(f"--mem {self.memory} bytes is not a multiple of {PAGE_SIZE}")
-        if not SMALLEST_MEMORY <= self.memory <= LARGEST_MEMORY:
+        if not SMALLEST_MEMORY <= self.memory <= largest_memory:
             raise UsageError(
                 f"--mem {self.memory >> 20}M is out of range; "
-                f"use {SMALLEST_MEMORY >> 20}M to {LARGEST_MEMORY >> 30}G"
+                f"use {SMALLEST_MEMORY >> 20}M to {largest_memory >> 30}G"
             )
         if not 1 <= self.cpus <= MAX_CPUS:
             raise UsageError(f"--cpus {self.cpus} is out of range; use 1 to {MAX_CPUS}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vmm.boot.kernel import OpenedKernel
+    from vmm.arch.protocol import Architecture, OpenedKernel
     from vmm.boot.source import Source
     from vmm.machine.config import MachineConfig
 
@@ -17,19 +17,18 @@ if TYPE_CHECKING:
 class OpenedImages:
     """A kernel on its way to be uncompressed, and its initrd; both None for the payload."""
 
-    def __init__(self, config: MachineConfig) -> None:
+    def __init__(self, architecture: Architecture, config: MachineConfig) -> None:
         """Raises ImageError (a UsageError) for what can be told from the files' headers."""
         self.kernel: OpenedKernel | None = None
         self.initrd: Source | None = None
         if config.kernel is None:
             return
-        from vmm.boot.kernel import OpenedKernel  # not on the payload's start-up path
-        from vmm.boot.source import open_source
+        from vmm.boot.source import open_source  # not on the payload's start-up path
 
         try:
             if config.initrd is not None:
                 self.initrd = open_source(config.initrd, "initrd")
-            self.kernel = OpenedKernel(config.kernel)
+            self.kernel = architecture.open_kernel(config.kernel)
         except BaseException:
             self.close()
             raise

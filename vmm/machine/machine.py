@@ -7,6 +7,10 @@ from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from vmm.arch import architecture
+from vmm.control.live import live_view
+from vmm.control.operations import Operations
+from vmm.control.signals import SignalReactions
 from vmm.core.errors import HostError, tell
 from vmm.core.event_loop import EventLoop
 from vmm.exits.outcome import (
@@ -22,20 +26,17 @@ from vmm.exits.outcome import (
 from vmm.exits.run_loop import install_kick_handler
 from vmm.exits.vcpu_group import VcpuGroup
 from vmm.machine.config import MachineConfig
-from vmm.machine.guest import Guest, make_guest
 from vmm.machine.guest_vm import GuestVm
 from vmm.machine.images import OpenedImages
-from vmm.machine.live import live_view
-from vmm.machine.operations import Operations
 from vmm.machine.peripherals import open_devices
 from vmm.machine.report import ReportFile, build_report
-from vmm.machine.signals import SignalReactions
 from vmm.memory.guest_memory import LaunchMemory
 from vmm.policy import End, Policy, PolicyError, PolicyKill
 
 if TYPE_CHECKING:
-    from vmm.machine.control import ControlSocket
-    from vmm.machine.status_line import StatusLine
+    from vmm.arch.protocol import Architecture, Guest
+    from vmm.control.control_socket import ControlSocket
+    from vmm.control.status_line import StatusLine
     from vmm.machine.tracing import RunTrace
 
 _PANIC_TEXT = b"Kernel panic - not syncing"
@@ -50,8 +51,16 @@ _LAST_WORK_SECONDS = 2.0
 class Machine:
     """One VM with its vCPUs and devices; `run` may be called once."""
 
-    def __init__(self, config: MachineConfig, images: OpenedImages | None = None) -> None:
-        """`images` are the configuration's, where the caller has opened them already."""
+    def __init__(
+        self,
+        config: MachineConfig,
+        images: OpenedImages | None = None,
+        arch: Architecture | None = None,
+    ) -> None:
+        """`images` are the configuration's, where the caller has opened them already; `arch` is
+        the guest's architecture, by default this machine's. Raises HostError for a machine of
+        an architecture that pyvmm doesn't know."""
+        self._architecture = architecture() if arch is None else arch
         self._config = config
         self._images = images
         self._cleanup = ExitStack()
@@ -95,9 +104,9 @@ class Machine:
     def _open_inputs(self) -> None:
         """Everything the user named, before the host is asked for anything."""
         config = self._config
-        images = self._images or OpenedImages(config)
+        images = self._images or OpenedImages(self._architecture, config)
         self._cleanup.callback(images.close)
-        self._guest: Guest = make_guest(config, images)
+        self._guest = self._make_guest(images)
         self._cleanup.callback(self._guest.close)
         self._policies = _load_policies(config)
         self._virtio = open_devices(config, self._cleanup)
@@ -106,12 +115,12 @@ class Machine:
             self._cleanup.callback(self._trace.close)
         self._status_line: StatusLine | None = None
         if config.status:
-            from vmm.machine.status_line import choose_status_line  # most runs do without
+            from vmm.control.status_line import choose_status_line  # most runs do without
 
             self._status_line = choose_status_line(self._interject)
         self._control: ControlSocket | None = None
         if config.control is not None:
-            from vmm.machine.control import ControlSocket
+            from vmm.control.control_socket import ControlSocket
 
             self._control = ControlSocket(config.control)
             self._cleanup.callback(self._control.close)
@@ -119,10 +128,22 @@ class Machine:
         if self._report_file is not None:
             self._cleanup.callback(self._report_file.close)
 
+    def _make_guest(self, images: OpenedImages) -> Guest:
+        options = self._config.guest_options()
+        if images.kernel is None:
+            return self._architecture.payload_guest(options)
+        return self._architecture.linux_guest(options, images.kernel, images.initrd)
+
     def _set_up_vm(self) -> None:
         """All that needs no bytes of the guest yet, while its kernel is being uncompressed."""
         try:
-            self._vm = GuestVm(self._config, self._guest, self._vcpus.parked, self._cleanup)
+            self._vm = GuestVm(
+                self._architecture,
+                self._config,
+                self._guest,
+                self._vcpus.parked,
+                self._cleanup,
+            )
             self._connect_devices()
             self._vm.finish_memslots()
             if self._vm.is_private:
@@ -134,12 +155,9 @@ class Machine:
 
     def _connect_devices(self) -> None:
         # Imported here, while KVM makes the memslots: it takes milliseconds, of mere waiting.
-        from vmm.arch.x86_64.doorbells import PortDoorbell
-        from vmm.arch.x86_64.msrs import MsrTable
+        from vmm.control.console import Console
         from vmm.conversion.transaction import Converter
-        from vmm.exits.handlers import ExitHandlers
-        from vmm.machine.console import Console
-        from vmm.machine.devices import Devices
+        from vmm.wiring.devices import Devices
 
         trace = self._trace
         self._loop = EventLoop()
@@ -157,23 +175,18 @@ class Machine:
             self._vm.kvm,
             self._vm.memory,
             self._loop,
-            self._console,
             self._virtio,
+            self._vm.platform.make_board,
+            output=self._console.output,
+            room=self._console.room,
             power_off=lambda: self.stop(Outcome(POWEROFF)),
             reset=self._guest_reset,
             watch=partial(self._converter.hooks.watcher, self._converter.view),
             observer_of=(lambda device: None) if trace is None else trace.device,
         )
         self._cleanup.callback(self._devices.close)
-        doorbell = PortDoorbell(self._config.cpus, conversions=self._vm.is_private)
-        self._handlers = ExitHandlers(
-            self._devices.ports,
-            self._devices.registers,
-            MsrTable(self._vm.is_private),
-            self._vm.memory,
-            self._converter,
-            doorbell,
-            self.stop,
+        self._handlers = self._vm.platform.exit_handlers(
+            self._devices.board, self._vm.memory, self._converter, self.stop
         )
         if trace is not None:
             self._handlers.table = trace.exits(self._handlers.table)
@@ -181,13 +194,10 @@ class Machine:
     def _load_guest(self) -> None:
         """Memory contents by pwrite and fd-to-fd transfer, then registers."""
         launch = LaunchMemory(self._vm.memory)
-        state = self._guest.load(launch, self._vm.ram, self._vm.scheme.alias)
+        platform = self._vm.platform
+        platform.load(launch, self._vm.ram, self._vm.scheme.alias, list(self._virtio))
         launch.seal()
         self._guest.close()  # the kernel's bytes are in guest memory now
-        # The others stay as KVM made them, until the first one starts them (INIT, SIPI).
-        first = self._vm.processors[0]
-        first.update_sregs(state.sregs)  # type: ignore[arg-type]  # a TypedDict
-        first.set_regs(state.regs)
         self._vm.map_ahead(launch.written)
 
     def _refusal_to_boot(self) -> Outcome | None:
@@ -203,7 +213,7 @@ class Machine:
         if self._trace is not None:
             self._trace.start(self._vm.memory, self._vm.scheme.name, self._vm.doorbell)
         install_kick_handler()
-        for vcpu in self._vm.processors:
+        for vcpu in self._vm.platform.vcpus:
             self._vcpus.add(vcpu, self._handlers, self.stop)
         signals = SignalReactions(
             self._loop,
@@ -220,7 +230,7 @@ class Machine:
         self._signals.enter_context(signals.installed())
         with live_view(self._loop, operations, self._status_line, self._control):
             try:
-                self._console.attach(self._loop, self._devices.serial)
+                self._console.attach(self._loop, self._devices.board.serial)
                 self._vcpus.start()
                 self._loop.run()
             except PolicyKill as kill:
@@ -312,7 +322,7 @@ class Machine:
         self.stop(reset_outcome(self._console.tail()))
 
     def _press_power_button(self) -> bool:
-        return not self._vcpus.paused and self._devices.press_power_button()
+        return not self._vcpus.paused and self._devices.board.press_power_button()
 
     def _continued(self) -> None:
         """The process was stopped, as by Ctrl-Z in a shell, and goes on."""

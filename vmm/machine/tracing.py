@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 
 from vmm.conversion.tracing import ConversionTrace
+from vmm.exits.handlers import Table
 from vmm.exits.outcome import Outcome
-from vmm.exits.tracing import Table, traced
+from vmm.exits.tracing import traced
 from vmm.machine.config import MachineConfig
 from vmm.memory.guest_memory import GuestMemory
 from vmm.trace.queues import DeviceTrace

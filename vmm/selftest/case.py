@@ -7,8 +7,8 @@ from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 from kvm_bindings import Vm, ioctls
+from vmm.conversion.making import make_backing
 from vmm.core.ranges import Range
-from vmm.machine.schemes import make_backing, scheme_class
 from vmm.memory.backing import Backing
 from vmm.selftest.entries import Combination
 from vmm.selftest.platform import Platform
@@ -40,7 +40,7 @@ class Cell:
 
     def vm(self) -> Vm:
         """A bare VM of the scheme's type."""
-        vm = self.platform.system.create_vm(scheme_class(self.combination.scheme).vm_type)
+        vm = self.platform.system.create_vm(self.platform.vm_type(self.combination.scheme))
         return self._opened.enter_context(vm)
 
     @property

@@ -1,13 +1,13 @@
 """The matrix's rows and columns: every scheme, with each backing that it takes.
 
-They are vmm.machine.matrix's: a scheme or backing that has its entry there is tested.
+They are vmm.conversion.matrix's: a scheme or backing that has its entry there is tested.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from vmm.machine.matrix import BACKINGS, SCHEMES
+from vmm.conversion.matrix import BACKINGS, SCHEMES
 
 
 class Combination(NamedTuple):

@@ -8,16 +8,16 @@ from contextlib import ExitStack
 from typing import Self
 
 from kvm_bindings import Vm
+from vmm.arch.guest_cpu import CODE_SIZE, WORD, Gate, GuestCpu
+from vmm.conversion.making import make_backing
 from vmm.conversion.transaction import Converter
 from vmm.core.events import ConversionRequest, Kind
 from vmm.core.ranges import PAGE_SIZE, Range
-from vmm.machine.schemes import make_backing
 from vmm.memory.backing import Backing
 from vmm.memory.backings.memfd import MemfdBacking
 from vmm.memory.guest_memory import GuestMemory, PageState
 from vmm.policy import Policy
 from vmm.selftest.entries import Combination
-from vmm.selftest.guest import CODE_SIZE, WORD, Gate, GuestCpu
 from vmm.selftest.platform import Platform
 
 RAM_GPA = CODE_SIZE
@@ -50,7 +50,9 @@ class Rig:
         gate = Gate()
         self.scheme = platform.scheme(combination.scheme, gate.closed)
         with ExitStack() as opened:
-            self.vm: Vm = opened.enter_context(platform.system.create_vm(self.scheme.vm_type))
+            self.vm: Vm = opened.enter_context(
+                platform.system.create_vm(platform.vm_type(combination.scheme))
+            )
             size = self.ram[-1].end
             behind = wrap(make_backing(self.vm, combination.backing, size))
             opened.callback(behind.close)
@@ -63,7 +65,7 @@ class Rig:
             )
             self.scheme.install(self.vm, self.memory)
             self.converter = Converter(self.memory, self.scheme, *policies, clock=clock)
-            self.guests: list[GuestCpu] = platform.guests(
+            self.guests: Sequence[GuestCpu] = platform.guests(
                 opened, self.vm, vcpus, self.ram, self.scheme.alias, gate
             )
             self._opened = opened.pop_all()

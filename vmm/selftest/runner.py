@@ -9,8 +9,8 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
+from vmm.conversion.matrix import NEEDS
 from vmm.core.errors import HostError, one_line
-from vmm.machine.matrix import NEEDS
 from vmm.selftest.case import Case, Cell, Failed, Skipped
 from vmm.selftest.entries import Combination, combinations
 from vmm.selftest.platform import Platform

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.images import build_bzimage, patch
-from vmm.boot.bzimage import SetupHeader, parse_setup_header
+from vmm.arch.x86_64.bzimage import SetupHeader, parse_setup_header
 from vmm.boot.errors import ImageError
 from vmm.boot.source import open_source
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.images import KERNEL_BASE, Part, build_elf, patch
-from vmm.boot.elf import ElfImage, parse_elf
+from vmm.arch.x86_64.elf import ElfImage, parse_elf
 from vmm.boot.errors import ImageError
 from vmm.boot.source import open_source
 

@@ -25,9 +25,9 @@ from tests.support.images import (
     memfd,
     patch,
 )
+from vmm.arch.x86_64.kernel import load_kernel_image
 from vmm.boot import decompress
 from vmm.boot.errors import ImageError
-from vmm.boot.kernel import load_kernel_image
 from vmm.core.ranges import Range
 
 BOUNDED = settings(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -19,13 +20,24 @@ from tests.support.images import (
     memfd,
     patch,
 )
+from vmm.arch.x86_64.kernel import Kind, load_kernel_image
 from vmm.boot.errors import ImageError
-from vmm.boot.identify import Kind
-from vmm.boot.kernel import load_initrd, load_kernel_image
+from vmm.boot.kernel import place_initrd, transfer_exactly
+from vmm.boot.source import open_source
 from vmm.core.errors import UsageError
 from vmm.core.ranges import Range
 
 MIB = 1 << 20
+
+
+def load_initrd(
+    path: Path, memory: FakeMemory, ram: Range, limit: int, occupied: Sequence[Range] = ()
+) -> Range:
+    """As a guest does it: find a place, then move the bytes there."""
+    with open_source(path, "initrd") as source:
+        place = place_initrd(source, ram, limit, occupied)
+        transfer_exactly(source, memory, 0, place.start, place.size)
+        return place
 
 
 @pytest.fixture
@@ -64,7 +76,7 @@ def test_kernel_bare_elf_is_loaded_from_the_file_itself(image_path: Path) -> Non
 
         assert kernel.kind is Kind.ELF
         assert kernel.setup_header is None
-        assert os.path.samestat(os.fstat(kernel.source_fd), image_path.stat())
+        assert os.path.samestat(os.fstat(kernel.source.fd), image_path.stat())
         assert kernel.memory_end == KERNEL_BASE + 0x7000
     assert_loaded(memory)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vmm.cli.main import main
-from vmm.machine import host
+from vmm.host import kvm as host
 
 
 @dataclass(frozen=True)

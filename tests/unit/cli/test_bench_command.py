@@ -55,7 +55,7 @@ def test_bad_usage_is_one_line_and_status_2(
 
 @pytest.fixture
 def without_kvm(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(**_: object) -> None:
+    def refuse(*_: object, **named: object) -> None:
         raise HostError("/dev/kvm: no such device")
 
     monkeypatch.setattr(bench, "open_kvm", refuse)

@@ -12,14 +12,17 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.x86 import X86
 from tests.unit.cli.conftest import Command
 from vmm.cli import check as shown
 from vmm.cli.main import main
+from vmm.host.capability import MAIN_JOB
+from vmm.host.check import Choice, HostCheck, Row, judge
+from vmm.host.probes.finding import broken, yes
 from vmm.lab import command as lab_command
-from vmm.machine.check import CAPABILITIES, MAIN_JOB, Choice, HostCheck, Row, judge
-from vmm.machine.probes.finding import broken, yes
 
 ROOT = Path(__file__).resolve().parents[3]
+CAPABILITIES = X86.capabilities()
 FINE = yes("works", "seen it")
 CHOICES = {
     MAIN_JOB: Choice("cbit", "memfd", "policy-refused", {}),
@@ -32,7 +35,9 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the host one where everything works but hypercalls, which never return."""
     hang = broken("never return", "tried [red]it[/red]\x1b[2J")
     rows = tuple(Row(e, hang if e.key == "hypercall_exits" else FINE) for e in CAPABILITIES)
-    monkeypatch.setattr(shown, "check_host", lambda: HostCheck(rows, judge(rows, CHOICES), None))
+    monkeypatch.setattr(
+        shown, "check_host", lambda arch: HostCheck(rows, judge(rows, CHOICES), None)
+    )
 
 
 def test_host_without_kvm_gets_the_whole_table_and_status_3(command: Command) -> None:
@@ -136,24 +141,24 @@ def test_reader_that_goes_away_is_no_error() -> None:
 
 def test_way_to_a_guest_imports_nothing_of_it() -> None:
     script = (
-        "import sys, vmm.cli.main, vmm.machine.machine, vmm.machine.probes.hypercall\n"
+        "import sys, vmm.cli.main, vmm.machine.machine, vmm.arch.x86_64.probes.hypercall\n"
         "print([n for n in sys.modules if n in ('rich', 'statistics')"
-        " or n.startswith(('vmm.machine.check', 'vmm.cli.check', 'vmm.machine.probes'))])"
+        " or '.probes' in n or n.startswith(('vmm.host.check', 'vmm.cli.check'))])"
     )
 
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     )
 
-    allowed = {"vmm.machine.probes", "vmm.machine.probes.hypercall",
-               "vmm.machine.probes.micro_guest"}  # fmt: skip
+    allowed = {"vmm.host.probes", "vmm.arch.x86_64.probes", "vmm.arch.x86_64.probes.hypercall",
+               "vmm.host.probes.micro_guest"}  # fmt: skip
     assert set(ast.literal_eval(done.stdout)) <= allowed
 
 
 NOBODY = """
 import contextlib, io, os, sys
 from vmm.cli import main
-from vmm.machine import host
+from vmm.host import kvm as host
 host.open_kvm.__defaults__ = (sys.argv[1],)
 with contextlib.redirect_stdout(io.StringIO()):
     main.main(["check", "--json"])  # imports everything, which a user without rights may not read

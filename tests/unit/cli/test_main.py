@@ -14,7 +14,7 @@ from tests.unit.cli.conftest import Command
 from vmm.cli import main as cli
 from vmm.cli.run_options import build_parser
 from vmm.exits.outcome import Outcome
-from vmm.machine import host
+from vmm.host import kvm as host
 from vmm.machine.machine import Machine
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -78,7 +78,7 @@ def test_device_that_is_no_kvm_ends_with_status_3(
 NOBODY = """
 import os, sys
 from vmm.cli import main
-from vmm.machine import host
+from vmm.host import kvm as host
 host.open_kvm.__defaults__ = (sys.argv[1],)
 errors, sys.stderr = sys.stderr, open(os.devnull, "w")
 main.main(sys.argv[2:])  # imports everything, which a user without rights may not read here

@@ -40,7 +40,7 @@ def outcomes(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Status, str]]:
     monkeypatch.setattr(
         command, "all_cases", lambda: [Case(name, f"title of {name}", nothing) for name in found]
     )
-    monkeypatch.setattr(command, "open_kvm", lambda complete: FakeHost())
+    monkeypatch.setattr(command, "open_kvm", lambda arch, complete: FakeHost())
     return found
 
 
@@ -125,7 +125,7 @@ def test_selftest_json_into_no_folder_is_refused_before_anything_runs(
 def test_selftest_without_kvm_exits_3(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def refuse(complete: bool) -> None:
+    def refuse(arch: object, complete: bool) -> None:
         raise HostError("/dev/kvm does not exist")
 
     monkeypatch.setattr(command, "open_kvm", refuse)

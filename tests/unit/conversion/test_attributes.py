@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from kvm_bindings import KvmError
+from kvm_bindings import KvmError, ioctls
 from tests.support.conversion import share, tally, unshare
 from tests.support.fake_kvm import FakeKernel, FakeSystem, FakeVm
 from tests.support.memory import page, pages
@@ -41,7 +41,7 @@ class Rig:
     def __init__(self) -> None:
         self.kernel = FakeKernel.sw_protected()
         self.system = FakeSystem(self.kernel)
-        self.vm: FakeVm = self.system.create_vm(AttributesScheme.vm_type)
+        self.vm: FakeVm = self.system.create_vm(ioctls.KVM_X86_SW_PROTECTED_VM)
         size = RAM[-1].end
         self.private = CountingPlain(self.vm.create_guest_memfd(size).fd, size)
         self.private.holes = []

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from kvm_bindings import KvmError
+from kvm_bindings import KvmError, ioctls
 from tests.support.conversion import Answering, share, tally, unshare
 from tests.support.fake_kvm import FakeKernel, FakeSystem, FakeVm
 from tests.support.memory import page, pages
@@ -33,7 +33,7 @@ class Rig:
     def __init__(self, *policies: Policy, patience: float = 0.0) -> None:
         self.kernel = FakeKernel.with_in_place()
         self.system = FakeSystem(self.kernel)
-        self.vm: FakeVm = self.system.create_vm(InPlaceScheme.vm_type)
+        self.vm: FakeVm = self.system.create_vm(ioctls.KVM_X86_SW_PROTECTED_VM)
         self.guest_memfd = self.vm.create_guest_memfd(SIZE, MMAP_INIT_SHARED)
         self.backing = InPlaceGuestMemfdBacking(self.guest_memfd, SIZE)
         half = Range(page(32), page(32))

@@ -228,15 +228,15 @@ def test_transport_intx_disable_holds_the_interrupt_back(machine: DiskMachine) -
 
 
 def test_transport_notify_port_follows_the_bar(machine: DiskMachine) -> None:
-    assert machine.transport.notify_port is None
+    assert machine.transport.notify_address is None
     machine.driver.enable()
-    assert machine.transport.notify_port == BAR + 0x80
+    assert machine.transport.notify_address == BAR + 0x80
 
     machine.driver.set_config(0x10, 4, 0xD000)
     machine.driver.set_config(0x04, 2, 0)
 
     assert machine.notify_ports == [BAR + 0x80, None, 0xD080, None]
-    assert machine.transport.notify_port is None
+    assert machine.transport.notify_address is None
 
 
 def test_transport_reset_forgets_everything_and_can_start_again(machine: DiskMachine) -> None:

@@ -9,7 +9,7 @@ import pytest
 from kvm_bindings.exits import IoExit
 from tests.support.fake_vcpu import PRIVATE_START, RAM, FakeVcpu, Rig
 from vmm.core.ranges import PAGE_SIZE, Range
-from vmm.exits.host_check import GUEST_PATTERN, HOST_PATTERN, LARGEST_CHECK, host_check, pattern
+from vmm.devices.host_check import GUEST_PATTERN, HOST_PATTERN, LARGEST_CHECK, host_check, pattern
 from vmm.exits.outcome import FAILED, Outcome
 from vmm.memory.backings.memfd import MemfdBacking
 from vmm.memory.guest_memory import GuestMemory, PageState

@@ -18,7 +18,7 @@ from vmm.machine.machine import Machine
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def no_kvm() -> None:
+def no_kvm(architecture: object) -> None:
     raise HostError("no KVM here")
 
 
@@ -38,9 +38,10 @@ def test_damaged_kernel_on_a_host_without_kvm_is_told_of_the_kernel(
 CONFIGURE_AND_IMPORT = """
 import sys
 from vmm.cli.main import _configuration
+from vmm.arch import architecture
 from vmm.machine.images import OpenedImages
-OpenedImages(_configuration(["--kernel", sys.argv[1], "--mem", "256M"])).close()
-import firmware, vmm.machine.machine
+OpenedImages(architecture(), _configuration(["--kernel", sys.argv[1], "--mem", "256M"])).close()
+import firmware, vmm.machine.machine, vmm.arch.x86_64.platform
 print(*sys.modules)
 """
 
@@ -55,7 +56,7 @@ def test_start_up_imports_nothing_that_is_slow_to_import() -> None:
     slow |= {"argparse", "gettext", "locale", "shutil", "pathlib", "subprocess", "tempfile"}
     slow |= {"datetime", "logging", "selectors", "bz2", "lzma", "zlib", "vmm.boot.decompress"}
     slow |= {"vmm.machine.tracing", "vmm.trace.recorder"}  # for those who trace
-    slow |= {"vmm.machine.schemes"}  # for private memory
+    slow |= {"vmm.host.choice"}  # for private memory
     slow |= {"vmm.devices.virtio.queue", "vmm.memory.engines", "vmm.conversion.schemes.remap"}
     assert slow.isdisjoint(done.stdout.split())
 
@@ -67,7 +68,8 @@ def collections():
     return sum(generation["collections"] for generation in gc.get_stats())
 def start(arguments):
     before = collections()
-    import vmm.machine.machine, vmm.conversion.transaction, vmm.machine.devices
+    import vmm.machine.machine, vmm.conversion.transaction, vmm.wiring.devices
+    import vmm.arch.x86_64.platform, vmm.arch.x86_64.board
     print(collections() - before, gc.isenabled())
 main.main = start
 atexit.register(lambda: print(gc.get_freeze_count() > 10_000))

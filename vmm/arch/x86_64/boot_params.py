@@ -11,7 +11,7 @@ from enum import IntEnum
 from typing import NamedTuple
 
 from vmm.arch.x86_64 import layout
-from vmm.boot.bzimage import HEADER_LIMIT, HEADER_START, LOADED_HIGH, XLF_KERNEL_64
+from vmm.arch.x86_64.bzimage import HEADER_LIMIT, HEADER_START, LOADED_HIGH, XLF_KERNEL_64
 from vmm.core.errors import UsageError
 from vmm.core.ranges import PAGE_SIZE, Range
 

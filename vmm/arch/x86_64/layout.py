@@ -29,6 +29,7 @@ HIGH_RAM_START = 0x100000  # RAM from here on is one run up to the hole below 4 
 PAYLOAD_GPA = 0x100000  # the embedded payload is linked here
 PAYLOAD_PRIVATE_START = 0x200000  # the payload's first private byte; all below starts shared
 
+LARGEST_MEMORY = 1 << 38  # the C-bit is bit 38 where the processor has that many address bits
 RAM_HOLE_START = 0xC000_0000  # RAM stops here: the last GiB below 4 GiB belongs to devices
 RAM_HOLE_END = FOUR_GIB  # and goes on here
 PCI_MEMORY_START = 0xE000_0000  # the PCI root's memory window, up to the IOAPIC

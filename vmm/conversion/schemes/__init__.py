@@ -1,1 +1,1 @@
-"""The schemes, one file each. vmm.machine.schemes says which comes first, and when it serves."""
+"""The schemes, one file each. vmm.host.choice says which comes first, and when it serves."""

@@ -20,7 +20,6 @@ class AttributesScheme:
     """
 
     name = "attributes"
-    vm_type = ioctls.KVM_X86_SW_PROTECTED_VM
     alias = 0
     converts_on_fault = True
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvm_bindings import Vm, ioctls
+from kvm_bindings import Vm
 from vmm.conversion.scheme import private_side, set_slot
 from vmm.core.events import Kind
 from vmm.core.ranges import Range
@@ -19,7 +19,6 @@ class CbitScheme:
     """
 
     name = "cbit"
-    vm_type = ioctls.KVM_X86_DEFAULT_VM
     converts_on_fault = False
 
     def __init__(self, c_bit: int) -> None:

@@ -27,7 +27,6 @@ class InPlaceScheme:
     """
 
     name = "in-place"
-    vm_type = ioctls.KVM_X86_SW_PROTECTED_VM
     alias = 0
     converts_on_fault = True
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvm_bindings import Vm, ioctls
+from kvm_bindings import Vm
 from vmm.conversion.scheme import set_slot
 from vmm.core.events import Kind
 from vmm.core.ranges import Range
@@ -13,7 +13,6 @@ class PlainScheme:
     """All memory is shared, and nothing can be converted."""
 
     name = "none"
-    vm_type = ioctls.KVM_X86_DEFAULT_VM
     alias = 0
     converts_on_fault = False
 

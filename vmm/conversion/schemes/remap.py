@@ -36,7 +36,6 @@ class RemapScheme:
     """
 
     name = "remap"
-    vm_type = ioctls.KVM_X86_DEFAULT_VM
     alias = 0
     converts_on_fault = False
 

@@ -1,4 +1,4 @@
-"""A virtio device's PCI face: identity, the I/O BAR and the capabilities that describe it.
+"""A virtio device's PCI face: identity, the register BAR and the capabilities that describe it.
 
 struct virtio_pci_cap (virtio 1.2, 4.1.4): u8 cap_vndr, cap_next, cap_len, cfg_type, bar, id,
 padding[2]; le32 offset, length; then what the type adds.
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from vmm.devices import msix
+from vmm.devices.bus import MEMORY_PAGE
 from vmm.devices.msix import MsixTable
 from vmm.devices.pci import COMMAND, COMMAND_INTX_DISABLE, PciFunction
 
@@ -25,7 +26,7 @@ COMMON_CFG, COMMON_CFG_SIZE = 0x00, 0x38
 ISR_STATUS, ISR_SIZE = 0x40, 0x01
 DEVICE_CFG, DEVICE_CFG_MAX = 0x48, BAR_SIZE - 0x48
 NOTIFY, NOTIFY_SIZE = 0x80, 0x04
-NOTIFY_MULTIPLIER = 0  # every queue is notified at the same port, by its index as the value
+NOTIFY_MULTIPLIER = 0  # every queue is notified at the same place, by its index as the value
 
 _CAP_VENDOR = 0x09
 _CAP_COMMON, _CAP_NOTIFY, _CAP_ISR, _CAP_DEVICE, _CAP_PCI_CFG = 1, 2, 3, 4, 5
@@ -48,10 +49,10 @@ class BarRegisters(Protocol):
 
 
 class VirtioPciFunction(PciFunction):
-    """Type-0 header of a modern virtio device with everything in I/O BAR 0, except for the MSI-X
-    table, which PCI wants in memory: BAR 1, where the function has one.
+    """Type-0 header of a modern virtio device with its registers in BAR 0, of I/O ports or of
+    memory (a page then), and in BAR 1 the MSI-X table, where the function has one.
 
-    `moved(first port or None)` follows the BAR, for whoever listens on the notify port.
+    `moved(first port or address, or None)` follows BAR 0, for whoever listens to notifies.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class VirtioPciFunction(PciFunction):
         pci_class: int,
         config_size: int,
         bar_base: int,
+        bar_in_io: bool,
         interrupt_line: int,
         moved: Callable[[int | None], None],
         msix_table: MsixTable | None = None,
@@ -78,7 +80,10 @@ class VirtioPciFunction(PciFunction):
         if config_size > DEVICE_CFG_MAX:
             raise ValueError(f"device configuration of {config_size} bytes: no room in the BAR")
         self._registers = registers
-        self.add_io_bar(0, bar_base, BAR_SIZE, registers, moved)
+        if bar_in_io:
+            self.add_io_bar(0, bar_base, BAR_SIZE, registers, moved)
+        else:
+            self.add_memory_bar(0, bar_base, MEMORY_PAGE, registers, moved)
         self.set_interrupt(interrupt_line)
         self._msix = msix_table
         self._msix_control = 0

@@ -85,8 +85,9 @@ class VirtioPciTransport:
     `interrupt()` raises the function's INTx line, which whoever owns the line lowers at the
     guest's EOI and raises again while `interrupt_pending()`. With `msix`, whose table is mapped
     at `msix_base`, the guest may have a message for each queue and one for the rest instead.
-    `moved(port or None)` names the port whose 16-bit writes are to be turned into
-    `notify(value)`, whenever it changes.
+    The registers are in a BAR at `bar_base`, of I/O ports or (`bar_in_io` False) in memory.
+    `moved(address or None)` names the port, or the address, whose 16-bit writes are to be turned
+    into `notify(value)`, whenever it changes.
     `ring(queue index)` has `notify` called soon, on the thread that serves requests (default: at
     once): for notifies that come as port accesses, and when a device has more to do.
     Configuration has a lock, each queue another one (all queues of a device that isn't
@@ -102,6 +103,7 @@ class VirtioPciTransport:
         interrupt: Callable[[], None],
         *,
         bar_base: int,
+        bar_in_io: bool = True,
         interrupt_line: int,
         moved: Callable[[int | None], None] | None = None,
         ring: Callable[[int], None] | None = None,
@@ -128,7 +130,7 @@ class VirtioPciTransport:
         self._isr_lock = Lock()
         self._isr = 0
         self._msix = msix
-        self.notify_port: int | None = None
+        self.notify_address: int | None = None
         self.failure: str | None = None
         self._clear()
         self.function = VirtioPciFunction(
@@ -137,6 +139,7 @@ class VirtioPciTransport:
             pci_class=device.pci_class,
             config_size=len(self._config),
             bar_base=bar_base,
+            bar_in_io=bar_in_io,
             interrupt_line=interrupt_line,
             moved=self._bar_moved,
             msix_table=msix,
@@ -401,6 +404,6 @@ class VirtioPciTransport:
             self._interrupt()
 
     def _bar_moved(self, base: int | None) -> None:
-        self.notify_port = None if base is None else base + NOTIFY
+        self.notify_address = None if base is None else base + NOTIFY
         if self._moved is not None:
-            self._moved(self.notify_port)
+            self._moved(self.notify_address)

@@ -6,12 +6,12 @@ import random
 import threading
 from functools import partial
 
+from vmm.arch.guest_cpu import WORD, WORDS_A_PAGE
 from vmm.core.errors import PrivateAccess
 from vmm.core.ranges import PAGE_SIZE
 from vmm.memory.guest_memory import PageState
 from vmm.selftest.case import Cell, Failed, case, expect
 from vmm.selftest.cases.patterns import together
-from vmm.selftest.guest import WORD, WORDS_A_PAGE
 from vmm.selftest.rig import Rig
 
 VCPUS, ROUNDS, PAGES = 4, 60, 24

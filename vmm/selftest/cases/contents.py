@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from vmm.arch.guest_cpu import WORD
 from vmm.core.errors import PrivateAccess
 from vmm.core.ranges import PAGE_SIZE
 from vmm.memory.guest_memory import PageState
 from vmm.selftest.case import Cell, Failed, Skipped, case, expect
-from vmm.selftest.guest import WORD
 from vmm.selftest.rig import Rig
 
 GUEST, HOST, OTHER = 0x1111_6775_6573_7400, 0x2222_686F_7374_0000, 0x3333_6F74_6865_7200

@@ -10,13 +10,13 @@ import threading
 
 from kvm_bindings import Vm
 from kvm_bindings.exits import MemoryFaultExit
+from vmm.arch.guest_cpu import CODE_SIZE, Gate, GuestCpu, GuestStopped
+from vmm.conversion.making import make_backing
 from vmm.conversion.scheme import set_slot
 from vmm.core.ranges import PAGE_SIZE, Range
-from vmm.machine.schemes import make_backing
 from vmm.memory.backing import Backing
 from vmm.memory.backings.memfd import MemfdBacking
 from vmm.selftest.case import Cell, Failed, Skipped, case, expect
-from vmm.selftest.guest import CODE_SIZE, Gate, GuestCpu, GuestStopped
 
 AREA = Range(CODE_SIZE, 4 * PAGE_SIZE)
 POISON = 0xAAAA_6661_756C_7400

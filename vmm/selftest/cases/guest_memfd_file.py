@@ -10,11 +10,11 @@ from collections.abc import Callable
 from functools import partial
 
 from kvm_bindings import GuestMemfd, Vm, fdops, ioctls
+from vmm.arch.guest_cpu import CODE_SIZE, Gate, GuestStopped
+from vmm.conversion.making import GUEST_MEMFD_FLAGS
 from vmm.core.ranges import PAGE_SIZE, Range
-from vmm.machine.probes.memory import FLAG_NAMES
-from vmm.machine.schemes import GUEST_MEMFD_FLAGS
+from vmm.host.probes.memory import FLAG_NAMES
 from vmm.selftest.case import Cell, Failed, Skipped, case, expect, expect_error
-from vmm.selftest.guest import CODE_SIZE, Gate, GuestStopped
 
 SIZE = 4 * PAGE_SIZE
 KEEP, PUNCH = fdops.FALLOC_FL_KEEP_SIZE, fdops.FALLOC_FL_PUNCH_HOLE

@@ -7,10 +7,10 @@ from functools import partial
 
 from kvm_bindings import KvmError, ioctls
 from kvm_bindings.exits import MmioExit
+from vmm.arch.guest_cpu import CODE_SIZE, WORD, Gate, GuestStopped
 from vmm.conversion.scheme import set_slot
 from vmm.core.ranges import PAGE_SIZE, Range
 from vmm.selftest.case import Cell, Failed, Skipped, case, expect, expect_error
-from vmm.selftest.guest import CODE_SIZE, WORD, Gate, GuestStopped
 from vmm.selftest.rig import RAM_GPA
 
 MANY = 16_000

@@ -1,0 +1,257 @@
+"""The control socket: its file, its commands, and clients that don't mean well."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import socket
+import stat
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.control import Server, line
+from vmm.control import control_socket as module
+from vmm.control.control_socket import LONGEST_LINE, MOST_CLIENTS, ControlSocket
+from vmm.core.errors import UsageError
+from vmm.core.events import Kind
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    made = Server(tmp_path / "control")
+    yield made
+    made.stop()
+
+
+# -- commands -------------------------------------------------------------------------------------
+
+
+def test_each_command_does_what_it_says_in_order(server: Server) -> None:
+    answers = server.ask(
+        line("status"), line("pause"), line("dump-state"), line("resume"), line("quit")
+    )
+
+    assert [answer["ok"] for answer in answers] == [True] * 5
+    assert answers[0]["state"] == "running" and answers[0]["exits"] == 7
+    assert answers[2]["pages"] == server.operations.pages
+    assert server.operations.calls == ["pause", "resume", "quit"]
+
+
+def test_last_line_may_lack_its_end(server: Server) -> None:
+    assert server.ask(line("status").rstrip())[0]["ok"]
+
+
+def test_line_may_come_in_pieces_and_is_answered_once(server: Server) -> None:
+    connection = server.connect()
+    whole = line("pause")
+
+    for byte in whole:
+        connection.sendall(bytes((byte,)))
+
+    assert json.loads(connection.makefile("rb").readline()) == {"ok": True}
+    assert server.operations.calls == ["pause"]
+
+
+@pytest.mark.parametrize("gpa", [8192, "8192", "0x2000"])
+def test_convert_takes_numbers_and_text(server: Server, gpa: object) -> None:
+    (answer,) = server.ask(line("convert", kind="share", gpa=gpa, size=4096))
+
+    assert answer == {"ok": True}
+    assert server.operations.calls == [(Kind.SHARE, 8192, 4096)]
+
+
+def test_refused_conversion_names_the_errno(server: Server) -> None:
+    server.operations.answer = -errno.EACCES
+
+    (answer,) = server.ask(line("convert", kind="unshare", gpa=0, size=4096))
+
+    assert answer == {"ok": False, "error": "unshare [0x0, 0x1000): EACCES"}
+
+
+def test_pause_that_a_device_keeps_from_happening_is_said(server: Server) -> None:
+    server.operations.can_pause = False
+
+    (answer,) = server.ask(line("pause"))
+
+    assert answer["ok"] is False and "runs on" in answer["error"]
+
+
+# -- clients that don't mean well -----------------------------------------------------------------
+
+NONSENSE = [
+    (b"\n", "not a line of JSON"),
+    (b"\xff\xfe\x00\n", "not a line of JSON"),
+    (b"{\n", "not a line of JSON"),
+    (b"[" * 60000 + b"\n", "not a line of JSON"),
+    (b"9" * 5000 + b"\n", "not a line of JSON"),
+    (b"[]\n", "not a JSON object"),
+    (b"null\n", "not a JSON object"),
+    (b"{}\n", "command None is unknown"),
+    (line("reboot"), "command 'reboot' is unknown; use status"),
+    (b'{"command": ["status"]}\n', "unknown"),
+    (b'{"command": "' + b"x" * 60000 + b'"}\n', "unknown"),
+    (line("convert"), "kind"),
+    (line("convert", kind=["share"], gpa=0, size=4096), "kind"),
+    (line("convert", kind="share", gpa=None, size=4096), "gpa"),
+    (line("convert", kind="share", gpa=True, size=4096), "gpa"),
+    (line("convert", kind="share", gpa=-4096, size=4096), "gpa"),
+    (line("convert", kind="share", gpa=1 << 64, size=4096), "gpa"),
+    (line("convert", kind="share", gpa=0.5, size=4096), "gpa"),
+    (line("convert", kind="share", gpa="1e3", size=4096), "gpa"),
+    (line("convert", kind="share", gpa=0, size="4K"), "size"),
+    (line("convert", kind="share", gpa=0, size=0), "whole pages"),
+    (line("convert", kind="share", gpa=1, size=4096), "whole pages"),
+    (line("convert", kind="share", gpa=0, size=100), "whole pages"),
+]
+
+
+@pytest.mark.parametrize(("sent", "error"), NONSENSE, ids=range(len(NONSENSE)))
+def test_nonsense_gets_an_error_line_and_the_next_line_its_answer(
+    server: Server, sent: bytes, error: str
+) -> None:
+    refused, answered = server.ask(sent, line("status"))
+
+    assert refused["ok"] is False and error in refused["error"]
+    assert len(refused["error"]) < 300
+    assert answered["ok"] is True
+    assert server.operations.calls == []
+
+
+def test_line_without_end_is_cut_off(server: Server) -> None:
+    connection = server.connect()
+    connection.sendall(b"x" * (LONGEST_LINE + 1))
+
+    answer = json.loads(connection.makefile("rb").read())
+
+    assert answer == {"ok": False, "error": f"a line is at most {LONGEST_LINE} bytes long"}
+    assert server.ask(line("status"))[0]["ok"]
+
+
+def test_client_that_takes_no_answers_is_not_read_from_and_holds_nobody_up(server: Server) -> None:
+    server.operations.pages = [[4096 * n, 4096, "private"] for n in range(50_000)]
+    stuck = server.connect()
+    stuck.sendall(line("dump-state") * 100)
+
+    assert server.ask(line("status"))[0]["ok"]
+
+    answers = stuck.makefile("rb")
+    assert [len(json.loads(answers.readline())["pages"]) for _ in range(3)] == [50_000] * 3
+
+
+def test_client_that_hangs_up_at_once_harms_nothing(server: Server) -> None:
+    server.operations.pages = [[4096 * n, 4096, "private"] for n in range(50_000)]
+    for _ in range(5):
+        connection = server.connect()
+        connection.sendall(line("dump-state") * 3)
+        connection.close()
+
+    assert server.ask(line("status"))[0]["ok"]
+
+
+def test_clients_beyond_the_limit_are_told_so(server: Server) -> None:
+    for _ in range(MOST_CLIENTS):
+        connection = server.connect()
+        connection.sendall(line("status"))
+        assert json.loads(connection.makefile("rb").readline())["ok"]
+
+    refused = json.loads(server.connect().makefile("rb").read())
+    server.connections[0].close()
+
+    assert refused["ok"] is False and "clients" in refused["error"]
+
+
+# -- the file -------------------------------------------------------------------------------------
+
+
+def test_file_is_its_owners_alone_and_goes_with_the_run(tmp_path: Path) -> None:
+    path = tmp_path / "control"
+    before = os.umask(0)
+    try:
+        control = ControlSocket(str(path))
+    finally:
+        assert os.umask(before) == 0
+
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    control.close()
+    control.close()
+    assert not path.exists()
+
+
+def test_file_that_somebody_put_in_its_place_stays(tmp_path: Path) -> None:
+    control = ControlSocket(str(tmp_path / "control"))
+    (tmp_path / "other").write_text("mine")
+    (tmp_path / "other").rename(tmp_path / "control")
+
+    control.close()
+
+    assert (tmp_path / "control").read_text() == "mine"
+
+
+def test_path_that_exists_is_refused_and_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("mine")
+
+    with pytest.raises(UsageError, match=f"--control {path}: .*in use.*where nothing is yet"):
+        ControlSocket(str(path))
+
+    assert path.read_text() == "mine"
+
+
+def test_path_that_is_listened_at_is_refused(tmp_path: Path) -> None:
+    path = str(tmp_path / "control")
+    first = ControlSocket(path)
+
+    with pytest.raises(UsageError, match=r"in use.*where nothing is yet"):
+        ControlSocket(path)
+
+    first.close()
+
+
+def test_socket_of_a_run_that_was_killed_is_replaced(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as dead:
+        dead.bind(str(tmp_path / "control"))
+
+    control = ControlSocket(str(tmp_path / "control"))
+
+    control.close()
+    assert not (tmp_path / "control").exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [
+        ("/nowhere/at/all", "No such file.*directory that you may write to"),
+        ("/" + "x" * 200, "too long.*107 bytes"),
+        ("", "--control : "),
+    ],
+)
+def test_path_that_cannot_be_a_socket_is_refused(path: str, why: str) -> None:
+    with pytest.raises(UsageError, match=why):
+        ControlSocket(path)
+
+
+def test_lack_of_fds_is_survived(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = threading.Event()
+    listener = server.control._listener
+    accept = listener.accept
+
+    class NoFds:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(listener, name)
+
+        def accept(self) -> Any:
+            if not failed.is_set():
+                failed.set()
+                raise OSError(errno.EMFILE, "too many open files")
+            return accept()
+
+    monkeypatch.setattr(module, "_ACCEPT_AGAIN_SECONDS", 0.001)
+    server.control._listener = NoFds()  # type: ignore[assignment]
+
+    assert server.ask(line("status"))[0]["ok"]
+    assert failed.is_set()

@@ -1,0 +1,58 @@
+"""The PC around the guest: serial port, RTC, power management, i8042, PCI by ports 0xcf8/0xcfc."""
+
+from __future__ import annotations
+
+import time
+
+from vmm.arch.x86_64 import layout
+from vmm.arch.x86_64.devices.acpi_pm import AcpiPm
+from vmm.arch.x86_64.devices.cmos import Cmos
+from vmm.arch.x86_64.devices.i8042 import I8042
+from vmm.arch.x86_64.devices.pci_conf1 import PciConf1
+from vmm.devices.bus import MemoryBus, PortBus
+from vmm.devices.pci import PciBus, host_bridge
+from vmm.devices.serial16550 import Serial16550
+from vmm.wiring.board import BoardParts, Slot
+from vmm.wiring.interrupts import MessageRoutes
+
+
+class PcBoard:
+    """See vmm.wiring.board.Board."""
+
+    def __init__(self, parts: BoardParts) -> None:
+        """Raises KvmError."""
+        self._vm = parts.vm
+        self.ports = PortBus()
+        self.registers = MemoryBus()
+        self.pci = PciBus(self.ports, self.registers)
+        self.pci.add(0, host_bridge())
+        line = parts.lines.edge(layout.COM1_IRQ)
+        self.serial = Serial16550(parts.output, line, parts.room)
+        self.ports.add(layout.COM1_PORT, layout.COM1_PORTS, self.serial)
+        self.ports.add(layout.I8042_PORT, layout.I8042_PORTS, I8042(parts.reset))
+        self.ports.add(layout.CMOS_PORT, layout.CMOS_PORTS, Cmos(time.time_ns))
+        sci = parts.lines.level(layout.SCI_IRQ)
+        pm = AcpiPm(time.monotonic_ns, parts.power_off, parts.reset, sci)
+        sci.add_source(pm.interrupt_pending)
+        self.ports.add(layout.ACPI_PM_PORT, layout.ACPI_PM_PORTS, pm)
+        self._pm = pm
+        self.ports.add(layout.PCI_CONFIG_PORT, layout.PCI_CONFIG_PORTS, PciConf1(self.pci))
+        # Index registers: a write means nothing before the data register is accessed.
+        for port, size in ((layout.PCI_CONFIG_PORT, 4), (layout.CMOS_PORT, 1)):
+            self._vm.coalesce_port_writes(port, size)
+
+    def press_power_button(self) -> bool:
+        return self._pm.press_power_button()
+
+    def slot(self, number: int) -> Slot:
+        gsi = layout.pci_intx_gsi(number)
+        return Slot(
+            gsi,
+            interrupt_line=gsi,
+            registers_in_io=True,
+            registers_base=layout.virtio_bar_port(number),
+            msix_base=layout.msix_bar_gpa(number),
+        )
+
+    def message_routes(self) -> MessageRoutes:
+        return MessageRoutes(self._vm, layout.interrupt_pins(), layout.FIRST_MESSAGE_GSI)

@@ -1,0 +1,190 @@
+"""The two kinds of guest: a Linux kernel, or the embedded payload. What to load, how to enter."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from vmm.arch.protocol import Guest, GuestOptions, OpenedKernel
+from vmm.arch.x86_64 import layout
+from vmm.arch.x86_64.doorbells import HYPERCALL_NAME, PORT_NAME
+from vmm.arch.x86_64.msrs import LINUX_ENTRY_MSRS
+from vmm.arch.x86_64.registers import InitialState, linux64_entry, payload_entry
+from vmm.core.errors import UsageError
+from vmm.core.ranges import Range
+from vmm.memory.guest_memory import LaunchMemory
+
+if TYPE_CHECKING:
+    from vmm.arch.x86_64 import kernel as x86
+    from vmm.boot.source import Source
+
+DEFAULT_COMMAND_LINE = "console=ttyS0 panic=-1"
+"""Before --append: console on the serial line; a panic ends the run at once."""
+
+
+class X86Guest(Guest, Protocol):
+    """What x86's platform needs of a guest besides."""
+
+    msrs: Mapping[int, int]
+    """Model-specific registers that it expects to find set."""
+
+    def load(
+        self, launch: LaunchMemory, ram: list[Range], alias: int, functions: Sequence[str]
+    ) -> InitialState:
+        """See Platform.load; the first vCPU's state."""
+        ...
+
+
+class LinuxGuest:
+    """A bzImage or vmlinux, entered at the uncompressed kernel's 64-bit entry."""
+
+    host_loads_private = True
+    doorbell = HYPERCALL_NAME
+    two_addresses = True
+    msrs: Mapping[int, int] = LINUX_ENTRY_MSRS
+
+    def __init__(self, options: GuestOptions, kernel: OpenedKernel, initrd: Source | None) -> None:
+        """Takes over the images, of which the kernel may still be on its way."""
+        self._options = options
+        # Linux starts every processor but the first in real mode, somewhere in low RAM.
+        self.unpaged_end = layout.EBDA_END if options.cpus > 1 else 0
+        self._opened: x86.OpenedKernel = kernel  # type: ignore[assignment]  # X86.open_kernel's
+        self._initrd = initrd
+        self._image: x86.KernelImage | None = None
+        self._command_line = b""
+        self._initrd_place: Range | None = None
+
+    def finish_opening(self) -> None:
+        from vmm.arch.x86_64.boot_params import command_line
+        from vmm.boot.kernel import place_initrd
+
+        self._image = image = self._opened.finish()
+        ram = layout.ram_ranges(self._options.memory)
+        image.check_fits(ram, reserved=_BOOT_MEMORY)
+        text = f"{DEFAULT_COMMAND_LINE} {self._options.append}".strip()
+        header = image.setup_header
+        if self._initrd is not None:
+            limit = layout.FOUR_GIB if header is None else header.initrd_addr_max + 1
+            occupied = [*_BOOT_MEMORY, image.memory]
+            self._initrd_place = place_initrd(self._initrd, ram[0], limit, occupied)
+        self._command_line = (
+            command_line(text) if header is None else command_line(text, header.cmdline_size)
+        )
+
+    def private_ranges(self, ram: list[Range]) -> list[Range]:
+        """All of RAM: Linux shares what it wants shared."""
+        return ram
+
+    def early_private_writes(self, ram: list[Range]) -> list[Range]:
+        from vmm.arch.x86_64.bounce_buffer import early_allocations
+
+        expected = early_allocations(ram, 0 if self._initrd is None else self._initrd.size)
+        return [] if expected is None else [expected]
+
+    def load(
+        self, launch: LaunchMemory, ram: list[Range], alias: int, functions: Sequence[str]
+    ) -> InitialState:
+        from vmm.arch.x86_64.acpi.tables import RSDP_GPA, acpi_tables
+        from vmm.arch.x86_64.boot_params import boot_params
+        from vmm.arch.x86_64.page_tables import identity_tables
+        from vmm.boot.kernel import transfer_exactly
+
+        image, initrd = self._image, self._initrd_place
+        assert image is not None
+        header = image.setup_header
+        if self._initrd is not None and initrd is not None:
+            transfer_exactly(self._initrd, launch, 0, initrd.start, initrd.size)
+        image.load(launch)
+        tables = acpi_tables(self._options.cpus, _pci_interrupts(len(functions)))
+        page_tables = identity_tables(alias)
+        state = linux64_entry(image.entry, page_tables.cr3)
+        params = boot_params(
+            ram,
+            setup_header=None if header is None else header.raw,
+            initrd=initrd,
+            rsdp_gpa=RSDP_GPA,
+        )
+        writes = [(layout.CMDLINE_GPA, self._command_line), (layout.BOOT_PARAMS_GPA, params)]
+        for gpa, data in [*writes, *tables, *page_tables.writes, *state.writes]:
+            launch.pwrite(data, gpa)
+        return state
+
+    def close(self) -> None:
+        self._opened.close()
+        if self._image is not None:
+            self._image.close()
+        if self._initrd is not None:
+            self._initrd.close()
+
+
+class PayloadGuest:
+    """The embedded payload: shared code, private data from 2 MiB up."""
+
+    host_loads_private = False
+    doorbell = PORT_NAME
+    two_addresses = False
+    msrs: Mapping[int, int] = {}
+    unpaged_end = 0  # it never starts another processor
+
+    def __init__(self, options: GuestOptions) -> None:
+        """Raises UsageError when the payload would not fit."""
+        from firmware import MIN_RAM_BYTES
+
+        if options.memory < MIN_RAM_BYTES:
+            raise UsageError(
+                f"--mem {options.memory >> 20}M: the embedded payload needs "
+                f"{MIN_RAM_BYTES >> 20}M or more"
+            )
+        self._options = options
+
+    def finish_opening(self) -> None:
+        """Everything is there."""
+
+    def private_ranges(self, ram: list[Range]) -> list[Range]:
+        start = layout.PAYLOAD_PRIVATE_START
+        return [Range(start, ram[0].end - start), *ram[1:]]
+
+    def early_private_writes(self, ram: list[Range]) -> list[Range]:
+        """It has little memory and touches it bit by bit."""
+        return []
+
+    def load(
+        self, launch: LaunchMemory, ram: list[Range], alias: int, functions: Sequence[str]
+    ) -> InitialState:
+        from firmware import payload_path
+        from vmm.arch.x86_64.page_tables import payload_tables
+        from vmm.arch.x86_64.payload import PayloadInfo
+
+        fd = os.open(payload_path(), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            launch.transfer_in(fd, 0, layout.PAYLOAD_GPA, os.fstat(fd).st_size)
+        finally:
+            os.close(fd)
+        info = PayloadInfo(
+            ram_bytes=ram[0].end,
+            c_bit_mask=alias,
+            doorbell_port=layout.DOORBELL_PORT if self._options.is_private else 0,
+            has_disk=bool(functions) and functions[0].startswith("blk"),
+        )
+        page_tables = payload_tables(ram, alias)
+        state = payload_entry(layout.PAYLOAD_GPA, page_tables.cr3)
+        for gpa, data in [
+            (layout.BOOT_PARAMS_GPA, info.page()),
+            *page_tables.writes,
+            *state.writes,
+        ]:
+            launch.pwrite(data, gpa)
+        return state
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+_BOOT_MEMORY = (Range(0, layout.HIGH_RAM_START),)
+"""The low megabyte holds boot_params, command line, page tables and ACPI tables."""
+
+
+def _pci_interrupts(functions: int) -> dict[int, int]:
+    """PCI device number -> GSI of its INTA; functions are devices 1, 2, ... of bus 0."""
+    return {device: layout.pci_intx_gsi(device) for device in range(1, functions + 1)}

@@ -1,0 +1,120 @@
+"""x86's share of one VM: the interrupt controllers, CPUID and MSRs, the PC around it, its exits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from kvm_bindings import System, Vcpu, Vm, ioctls
+from vmm.arch.x86_64 import layout
+from vmm.arch.x86_64.cpuid import guest_cpuid
+from vmm.arch.x86_64.doorbells import HYPERCALL_NAME, KVM_HC_MAP_GPA_RANGE, PORT_NAME
+from vmm.core.errors import HostError
+from vmm.host.kvm import LAB, SEE_CHECK
+
+if TYPE_CHECKING:
+    from vmm.arch.protocol import Guest, GuestOptions
+    from vmm.arch.x86_64.board import PcBoard
+    from vmm.arch.x86_64.exits import X86ExitHandlers
+    from vmm.arch.x86_64.guests import X86Guest
+    from vmm.conversion.transaction import Converter
+    from vmm.core.ranges import Range
+    from vmm.exits.outcome import Outcome
+    from vmm.memory.guest_memory import GuestMemory, LaunchMemory
+    from vmm.wiring.board import Board, BoardParts
+
+
+class X86Platform:
+    """See vmm.arch.protocol.Platform."""
+
+    def __init__(self, system: System, vm: Vm, guest: Guest, options: GuestOptions) -> None:
+        """Creates what KVM wants before memory and vCPUs. Raises KvmError, HostError."""
+        self._guest: X86Guest = guest  # type: ignore[assignment]  # x86's own, see X86.linux_guest
+        self._vm = vm
+        self._options = options
+        self._supported_cpuid = system.supported_cpuid()
+        self._hypercalls = guest.doorbell == HYPERCALL_NAME
+        self.vcpus: list[Vcpu] = []
+        vm.set_identity_map_addr(layout.IDENTITY_MAP_GPA)
+        vm.set_tss_addr(layout.TSS_ADDRESS_GPA)
+        vm.create_irqchip()
+        vm.create_pit2()
+        if options.is_private:
+            self._pass_requests_on()
+
+    def _pass_requests_on(self) -> None:
+        """Have KVM hand the guest's hypercalls and, for Linux, unknown MSRs to us."""
+        if self._hypercalls:
+            _require_exits(self._vm)
+            self._vm.enable_cap(
+                ioctls.KVM_CAP_X86_USER_SPACE_MSR,
+                ioctls.KVM_MSR_EXIT_REASON_INVAL
+                | ioctls.KVM_MSR_EXIT_REASON_UNKNOWN
+                | ioctls.KVM_MSR_EXIT_REASON_FILTER,
+            )
+        wanted = 1 << KVM_HC_MAP_GPA_RANGE
+        if self._vm.check_extension(ioctls.KVM_CAP_EXIT_HYPERCALL) & wanted:
+            self._vm.enable_cap(ioctls.KVM_CAP_EXIT_HYPERCALL, wanted)
+
+    def create_vcpus(self, count: int, alias: int, opened: ExitStack) -> None:
+        announced = alias.bit_length() - 1 if self._hypercalls else -1
+        c_bit = announced if announced >= 0 else None
+        for index in range(count):
+            vcpu = self._vm.create_vcpu(index)
+            opened.callback(vcpu.close)
+            # Before registers: KVM refuses EFER.LME to a vCPU whose CPUID doesn't have long mode.
+            vcpu.set_cpuid2(guest_cpuid(self._supported_cpuid, index, count, c_bit=c_bit))
+            if self._guest.msrs:
+                vcpu.set_msrs(self._guest.msrs)
+            self.vcpus.append(vcpu)
+
+    def make_board(self, parts: BoardParts) -> PcBoard:
+        from vmm.arch.x86_64.board import PcBoard
+
+        return PcBoard(parts)
+
+    def exit_handlers(
+        self,
+        board: Board,
+        memory: GuestMemory,
+        converter: Converter,
+        stop: Callable[[Outcome], None],
+    ) -> X86ExitHandlers:
+        from vmm.arch.x86_64.exits import X86ExitHandlers
+        from vmm.arch.x86_64.msrs import MsrTable
+        from vmm.devices.doorbell import doorbell
+        from vmm.exits.doorbell import doorbell_actions
+
+        is_private = self._options.is_private
+        actions = doorbell_actions(memory, converter if is_private else None, stop)
+        ports = board.ports
+        ports.add(
+            layout.DOORBELL_PORT,
+            layout.DOORBELL_PORTS,
+            doorbell(self._options.cpus, PORT_NAME, actions),
+        )
+        return X86ExitHandlers(ports, board.registers, MsrTable(is_private), converter, stop)
+
+    def load(
+        self, launch: LaunchMemory, ram: list[Range], alias: int, functions: Sequence[str]
+    ) -> None:
+        state = self._guest.load(launch, ram, alias, functions)
+        # The others stay as KVM made them, until the first one starts them (INIT, SIPI).
+        first = self.vcpus[0]
+        first.update_sregs(state.sregs)  # type: ignore[arg-type]  # a TypedDict
+        first.set_regs(state.regs)
+
+
+def _require_exits(vm: Vm) -> None:
+    """Raises HostError unless KVM hands KVM_HC_MAP_GPA_RANGE to user space (says its word)."""
+    offered = vm.check_extension(ioctls.KVM_CAP_EXIT_HYPERCALL)
+    if not offered & 1 << KVM_HC_MAP_GPA_RANGE:
+        raise HostError(
+            f"this host's KVM does not pass share requests on (KVM_CAP_EXIT_HYPERCALL = "
+            f"{offered:#x}, Linux 5.15 or later is needed); {LAB}; {SEE_CHECK}"
+        )
+    if not vm.check_extension(ioctls.KVM_CAP_X86_USER_SPACE_MSR):
+        raise HostError(
+            f"this host's KVM does not pass MSR accesses on (KVM_CAP_X86_USER_SPACE_MSR); {LAB}"
+        )

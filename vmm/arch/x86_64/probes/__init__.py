@@ -1,0 +1,1 @@
+"""Behaviour probes of what only x86 has, see vmm.host.probes."""

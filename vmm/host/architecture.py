@@ -1,0 +1,58 @@
+"""What the rooms about the host need of an architecture; vmm.arch.Architecture is the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from kvm_bindings import System
+    from vmm.host.capability import Capability
+    from vmm.host.probes.micro_guest import MicroGuest, Verb
+
+
+class HostArchitecture(Protocol):
+    """An architecture as the host's KVM shows it."""
+
+    name: str
+    """As `uname -m` says it."""
+
+    @property
+    def vm_types(self) -> Mapping[int, str]:
+        """KVM_CREATE_VM's arguments that make sense here, with their names; 0 is "default"."""
+        ...
+
+    @property
+    def needed(self) -> Sequence[tuple[str, int]]:
+        """The capabilities that every run needs besides vmm.host.kvm.NEEDED: (name, number)."""
+        ...
+
+    def open_system(self, path: str) -> System:
+        """Open the device file of KVM. Raises OSError."""
+        ...
+
+    def vm_type(self, scheme: str) -> int:
+        """KVM_CREATE_VM's argument for a VM under the scheme ("none": an ordinary VM)."""
+        ...
+
+    def private_bit(self, system: System, ram_end: int) -> int:
+        """The number of the address bit that picks the private side for guests whose RAM ends
+        there (bytes), under schemes with two addresses. Raises HostError where there is none."""
+        ...
+
+    def micro_guest(
+        self,
+        system: System,
+        verb: Verb,
+        *,
+        address: int = 0,
+        word: int = 0,
+        vm_type: int = 0,
+        seconds: float | None = None,
+    ) -> MicroGuest:
+        """A guest of a few instructions that does what the verb says. Raises KvmError."""
+        ...
+
+    def capabilities(self) -> Sequence[Capability]:
+        """The lines of `pyvmm check`, in order; the first is KVM itself."""
+        ...

@@ -1,0 +1,98 @@
+"""A line of `pyvmm check`: what is probed, what it is good for, and who needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from kvm_bindings import System
+from vmm.host.kvm import missing_basics
+from vmm.host.probes import files, memory
+from vmm.host.probes.finding import Finding, no, yes
+
+if TYPE_CHECKING:
+    from vmm.host.architecture import HostArchitecture
+
+LAB = "use pyvmm lab, which emulates a machine that has it"
+
+KERNEL_PRIVATE, PAYLOAD_PRIVATE, KERNEL = "kernel_private", "payload_private", "kernel"
+JOBS = {
+    KERNEL_PRIVATE: "a stock kernel with --private-mem",
+    PAYLOAD_PRIVATE: "the embedded payload with --private-mem",
+    KERNEL: "a stock kernel without --private-mem",
+}
+MAIN_JOB = KERNEL_PRIVATE
+ALL = tuple(JOBS)
+PRIVATE = (KERNEL_PRIVATE, PAYLOAD_PRIVATE)
+KERNELS = (KERNEL_PRIVATE, KERNEL)
+
+
+@dataclass(frozen=True, slots=True)
+class Capability:
+    """One line of the table but for the finding; `needed_by` names jobs."""
+
+    key: str
+    title: str
+    probe: Callable[[System], Finding]
+    enables: str
+    if_missing: str
+    needed_by: tuple[str, ...] = ()
+
+
+# -- lines that every architecture has ------------------------------------------------------------
+
+
+def kvm(architecture: HostArchitecture) -> Capability:
+    """KVM itself."""
+
+    def probe(system: System) -> Finding:
+        missing = missing_basics(system, architecture)
+        version = system.api_version()
+        if missing:
+            return no(f"lacks {', '.join(missing)}", f"API {version}, KVM_CHECK_EXTENSION")
+        return yes(f"API {version}", "opened; every capability that all runs need is there")
+
+    return Capability("kvm", "KVM", probe, "every run", LAB, ALL)
+
+
+def guest_memfd(
+    architecture: HostArchitecture, flags: int, enables: str, if_missing: str
+) -> Capability:
+    """A guest_memfd that is created with `flags`."""
+    key = {0: "", 1: "_mmap", 2: "_init_shared", 3: "_mmap_init_shared"}[flags]
+    return Capability(
+        f"guest_memfd{key}",
+        f"guest_memfd, {memory.FLAG_NAMES[flags]}",
+        partial(memory.guest_memfd, architecture, flags),
+        enables,
+        if_missing,
+    )
+
+
+def memfds(architecture: HostArchitecture) -> tuple[Capability, ...]:
+    """The memfds with something special about them."""
+    return (
+        Capability(
+            "memfd_sealed", "memfd, sealed", partial(files.sealed_memfd, architecture),
+            "--private-mem=memfd-sealed: nobody can truncate it", "--private-mem=memfd",
+        ),
+        Capability(
+            "memfd_hugetlb", "memfd, huge pages", partial(files.hugetlb_memfd, architecture),
+            "--private-mem=memfd-hugetlb: fewer faults",
+            "set some aside in /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages; "
+            "--private-mem=memfd needs none",
+        ),
+        Capability(
+            "memfd_secret", "memfd_secret", partial(files.secret_memfd, architecture),
+            "nothing yet: KVM would have to map it", "nothing: no backing is made of it",
+        ),
+    )  # fmt: skip
+
+
+def memslots() -> Capability:
+    """How many ranges of memory a VM takes."""
+    return Capability(
+        "memslots", "memslots", memory.memslots, "the number of ranges of memory", LAB
+    )

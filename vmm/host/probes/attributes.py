@@ -1,0 +1,123 @@
+"""Who keeps the state of a page: KVM's memory attributes, by VM or by guest_memfd, and the exits
+of guests that touch what is not there."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from kvm_bindings import KvmError, System, ioctls
+from kvm_bindings.exits import Exit, MemoryFaultExit
+from vmm.host.choice import Wanted, try_scheme
+from vmm.host.probes.finding import Finding, broken, no, unknown, yes
+from vmm.host.probes.micro_guest import (
+    AREA_SIZE,
+    WORD_AT,
+    Verb,
+    mapped,
+    memory_file,
+    seen,
+)
+
+if TYPE_CHECKING:
+    from vmm.host.architecture import HostArchitecture
+
+_PRIVATE = ioctls.KVM_MEMORY_ATTRIBUTE_PRIVATE
+_MARKER, _GUEST_WORD = 0x4452_4853, 0x5453_4547
+
+
+def memory_attributes(architecture: HostArchitecture, system: System) -> Finding:
+    """Whether a VM type has KVM_SET_MEMORY_ATTRIBUTES, and a guest then meets either side."""
+    words = []
+    for number, name in architecture.vm_types.items():
+        try:
+            vm = system.create_vm(number)
+        except KvmError:
+            continue
+        with vm:
+            offered = vm.check_extension(ioctls.KVM_CAP_MEMORY_ATTRIBUTES)
+        words.append(f"KVM_CAP_MEMORY_ATTRIBUTES = {offered:#x} on a {name} VM")
+        if offered & _PRIVATE:
+            return _two_sides(architecture, system, number, "; ".join(words))
+    return no("none", "; ".join(words) or "no VM can be created")
+
+
+def _two_sides(architecture: HostArchitecture, system: System, vm_type: int, word: str) -> Finding:
+    """A guest exchanges a word in a shared page, in the same page made private, and shared again:
+    it must find the file's word, nothing, and its own."""
+    with (
+        ExitStack() as opened,
+        architecture.micro_guest(system, Verb.EXCHANGE, word=_GUEST_WORD, vm_type=vm_type) as guest,
+    ):
+        shared = memory_file(opened, AREA_SIZE)
+        os.pwrite(shared, _MARKER.to_bytes(8, "little"), WORD_AT)
+        private = opened.enter_context(guest.vm.create_guest_memfd(AREA_SIZE))
+        hva = mapped(opened, shared, AREA_SIZE)
+        guest.vm.set_user_memory_region2(1, guest.area_gpa, AREA_SIZE, hva, private.fd, 0)
+        found: list[int] = []
+        for attribute in (0, _PRIVATE, 0):
+            guest.vm.set_memory_attributes(guest.area_gpa, AREA_SIZE, attribute)
+            exit = guest.run()
+            said = guest.word(exit)
+            if said is None:
+                evidence = f"{word}; a guest's access with attribute {attribute:#x}: {seen(exit)}"
+                return broken("faults", evidence, vm_type=vm_type)
+            found.append(said)
+    if found != [_MARKER, 0, _GUEST_WORD]:
+        evidence = f"{word}; a guest read {', '.join(map(hex, found))} from the two sides"
+        return broken("sides mix", evidence, vm_type=vm_type)
+    return yes(
+        f"on {architecture.vm_types[vm_type]} VMs",
+        f"{word}; a guest met the guest_memfd in private pages, the memfd in shared ones",
+        vm_type=vm_type,
+    )
+
+
+def in_place(architecture: HostArchitecture, system: System) -> Finding:
+    """Whether a guest_memfd keeps attributes itself (KVM_SET_MEMORY_ATTRIBUTES2)."""
+    wanted = Wanted("in-place", "auto", AREA_SIZE, two_addresses=False, host_loads=False)
+    opened = try_scheme(architecture, system, "in-place", wanted)
+    if isinstance(opened, str):
+        return no("none", opened)
+    vm, backing = opened
+    backing.close()
+    vm.close()
+    return yes("works", "a page made private was out of the host's reach, and back when shared")
+
+
+def memory_faults(architecture: HostArchitecture, system: System) -> Finding:
+    """KVM_EXIT_MEMORY_FAULT: a guest touches a page of a guest_memfd that is closed, and goes on
+    once there is memory."""
+    with (
+        ExitStack() as opened,
+        architecture.micro_guest(system, Verb.EXCHANGE, word=_GUEST_WORD) as guest,
+    ):
+        offered = guest.vm.check_extension(ioctls.KVM_CAP_MEMORY_FAULT_INFO)
+        word = f"KVM_CAP_MEMORY_FAULT_INFO = {offered}"
+        if not offered:
+            return no("not offered", word)
+        hva = mapped(opened, memory_file(opened, AREA_SIZE), AREA_SIZE)
+        try:
+            lost = guest.vm.create_guest_memfd(AREA_SIZE, ioctls.GUEST_MEMFD_FLAG_MMAP)
+        except KvmError as error:
+            evidence = f"{word}: KVM's word alone, as nothing here can provoke one ({error})"
+            return unknown(evidence, "offered, not tried", capability=offered)
+        with lost:
+            guest.vm.set_user_memory_region2(1, guest.area_gpa, AREA_SIZE, hva, lost.fd, 0)
+        try:
+            exit: Exit = guest.run()
+        except KvmError as error:
+            return broken("fail instead", f"{word}; {error}", capability=offered)
+        if not isinstance(exit, MemoryFaultExit):
+            evidence = f"{word}; an access to a closed guest_memfd: {seen(exit)}"
+            return broken("don't exit", evidence, capability=offered)
+        guest.vm.set_user_memory_region(1, 0, 0, 0)
+        guest.vm.set_user_memory_region(1, guest.area_gpa, AREA_SIZE, hva)
+        again = guest.run()
+        went_on = guest.word(again) is not None
+    what = f"{word}; an access to a closed guest_memfd exited with GPA {exit.gpa:#x}"
+    if not went_on:
+        evidence = f"{what}; with memory there: {seen(again)}"
+        return broken("can't be answered", evidence, capability=offered)
+    return yes("exit, and go on", f"{what}; with memory there it went on", capability=offered)

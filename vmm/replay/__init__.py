@@ -1,0 +1,1 @@
+"""A trace's requests put to other policies; no guest runs."""

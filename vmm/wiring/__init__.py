@@ -1,0 +1,1 @@
+"""Devices connected to KVM: interrupts and queue notifications behind eventfds, PCI slots."""

@@ -1,0 +1,156 @@
+"""The devices of a machine: the architecture's board, and virtio functions in its PCI slots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from kvm_bindings import Vm
+from vmm.core.event_loop import EventLoop
+from vmm.memory.guest_memory import GuestMemory
+from vmm.wiring.board import Board, BoardParts
+from vmm.wiring.interrupts import Lines, MsixMessages, can_use_messages
+
+if TYPE_CHECKING:
+    from vmm.devices.msix import MsixTable
+    from vmm.devices.virtio.device import DeviceObserver, VirtioDevice
+    from vmm.devices.virtio.device import GuestMemory as GuestMemoryOfDevice
+    from vmm.devices.virtio.pci_transport import VirtioPciTransport
+    from vmm.devices.virtio.queue import SplitQueue
+    from vmm.devices.virtio.watched import Announce
+    from vmm.memory.engines import Engine
+    from vmm.wiring.notifications import QueueNotifier
+
+
+class Devices:
+    """Everything on the buses; `close` closes its eventfds, not what devices have opened.
+
+    `virtio` are the devices of the PCI slots from 1 on, by the names that the report has.
+    """
+
+    def __init__(
+        self,
+        vm: Vm,
+        memory: GuestMemory,
+        loop: EventLoop,
+        virtio: Mapping[str, VirtioDevice],
+        make_board: Callable[[BoardParts], Board],
+        *,
+        output: Callable[[bytes], None],
+        room: Callable[[], None],
+        power_off: Callable[[], None],
+        reset: Callable[[], None],
+        watch: Callable[[str], Announce | None] = lambda device: None,
+        observer_of: Callable[[str], DeviceObserver | None] = lambda device: None,
+    ) -> None:
+        """`output`, `room`, `power_off` and `reset` as in BoardParts. `watch(device)` is what is
+        told of that device's accesses to guest memory, if any; `observer_of(device)` of the
+        requests on its queues."""
+        self._watch = watch
+        self._observer_of = observer_of
+        self._vm = vm
+        self._memory = memory
+        self._loop = loop
+        self._transports: list[VirtioPciTransport] = []
+        self._virtio = virtio
+        self._notifiers: list[QueueNotifier] = []
+        self._engines: dict[str, Engine] = {}
+        with ExitStack() as self._opened:
+            self._lines = Lines(vm, loop, self._opened)
+            parts = BoardParts(vm, loop, self._lines, self._opened, output, room, power_off, reset)
+            self.board = make_board(parts)
+            usable = bool(virtio) and can_use_messages(vm, memory.private)
+            self._routes = self.board.message_routes() if usable else None
+            for number, (name, device) in enumerate(virtio.items(), start=1):
+                self._add_virtio(number, name, device)
+            self.close = self._opened.pop_all().close
+
+    def _add_virtio(self, number: int, name: str, device: VirtioDevice) -> None:
+        # A machine without devices starts sooner.
+        from vmm.devices.virtio.pci_transport import VirtioPciTransport
+        from vmm.wiring.notifications import QueueNotifier, ThreadedQueueNotifier
+
+        slot = self.board.slot(number)
+        line = self._lines.level(slot.gsi)
+        kind = ThreadedQueueNotifier if device.concurrent else QueueNotifier
+        notifier = kind(self._vm, self._loop, len(device.queue_sizes), slot.registers_in_io)
+        self._opened.callback(notifier.close)
+        self._notifiers.append(notifier)
+        memory, make_queue = self._memory_of(name, device.engine)
+        transport = VirtioPciTransport(
+            device,
+            memory,
+            line,
+            bar_base=slot.registers_base,
+            bar_in_io=slot.registers_in_io,
+            interrupt_line=slot.interrupt_line,
+            moved=notifier.move,
+            ring=notifier.ring,
+            observer=self._observer_of(name),
+            make_queue=make_queue,
+            msix=self._msix_table(number, len(device.queue_sizes) + 1),
+            msix_base=slot.msix_base,
+        )
+        device.watch = self._loop.watch
+        self._opened.callback(device.disconnect)
+        line.add_source(transport.interrupt_pending)
+        notifier.serve(transport.notify)
+        device.start()
+        self.board.pci.add(number, transport.function)
+        self._transports.append(transport)
+
+    def _msix_table(self, slot: int, vectors: int) -> MsixTable | None:
+        """A function's table, one vector for each queue and one for changes of configuration."""
+        if self._routes is None:
+            return None
+        from vmm.devices.msix import MAX_VECTORS, MsixTable  # a run without devices does without
+
+        messages = MsixMessages(self._vm, self._routes)
+        self._opened.callback(messages.close)
+        return MsixTable(min(vectors, MAX_VECTORS), messages)
+
+    def _memory_of(
+        self, device: str, engine_name: str | None
+    ) -> tuple[GuestMemoryOfDevice, Callable[..., SplitQueue]]:
+        """Guest memory as `device` gets to see it, and what makes its queues."""
+        from vmm.devices.virtio.queue import SplitQueue
+
+        memory: GuestMemoryOfDevice = self._memory
+        if engine_name is not None:
+            from vmm.memory.engines import make_engine
+
+            engine = make_engine(engine_name, self._memory.shared)
+            self._opened.callback(engine.close)
+            self._engines[device] = engine
+            memory = self._memory.through(engine)
+        announce = self._watch(device)
+        if announce is None:
+            return memory, SplitQueue
+        from vmm.devices.virtio.watched import WatchedMemory  # most runs do without
+
+        watched = WatchedMemory(memory, announce)
+        return watched, watched.queue
+
+    def hold(self, timeout: float) -> ExitStack:
+        """Until what is returned is closed, by this thread, devices leave guest memory alone.
+
+        Raises TimeoutError when one takes longer to come to rest (seconds).
+        """
+        with ExitStack() as held:
+            for transport in self._transports:
+                held.enter_context(transport.held(timeout))
+            return held.pop_all()
+
+    def end(self, timeout: float) -> bool:
+        """No request is served any more; False when one under way takes longer (seconds)."""
+        return all(notifier.end(timeout) for notifier in self._notifiers)
+
+    def io_statistics(self) -> dict[str, dict[str, Any]]:
+        """Each device's counts by its name, for the report; a disk's engine with its own."""
+        counts: dict[str, dict[str, Any]] = {}
+        for name, device in self._virtio.items():
+            counts[name] = device.statistics.as_dict()
+            if name in self._engines:
+                counts[name]["engine"] = self._engines[name].as_dict()
+        return counts
