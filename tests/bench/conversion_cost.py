@@ -29,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from kvm_bindings._kvm import ffi, lib
 
-from kvm_bindings import System, Vcpu, ioctls
+from kvm_bindings import ioctls
+from kvm_bindings.x86_64 import System, Vcpu
 from vmm.arch.x86_64 import layout
 from vmm.arch.x86_64.cpuid import choose_c_bit
 from vmm.arch.x86_64.doorbells import PortDoorbell

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kvm_bindings import System
+from kvm_bindings.x86_64 import System
 from vmm.core.ranges import Range, RangeMap
 from vmm.exits.outcome import FAILED, POWEROFF, Outcome
 from vmm.machine import schemes

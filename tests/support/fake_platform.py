@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import cast
 
-from kvm_bindings import Vcpu, Vm
+from kvm_bindings.x86_64 import Vcpu, Vm
 from tests.support.fake_kvm import FakeKernel, FakeSystem, FakeVm
 from tests.support.fake_kvm.system import CPUID
 from vmm.arch.x86_64.cpuid import choose_c_bit

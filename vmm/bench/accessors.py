@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
-from kvm_bindings import System, fdops, floors
+from kvm_bindings import fdops, floors
+from kvm_bindings.x86_64 import System
 from vmm.bench.series import Series, interleaved
 from vmm.core.ranges import Range
 from vmm.machine.schemes import make_backing

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from kvm_bindings import System
+from kvm_bindings.x86_64 import System
 from vmm.bench.accessors import size_name
 from vmm.bench.series import Series, interleaved
 from vmm.core.errors import HostError

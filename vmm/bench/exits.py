@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
-from kvm_bindings import System, floors, ioctls
+from kvm_bindings import floors, ioctls
+from kvm_bindings.x86_64 import System
 from vmm.bench.series import Series, interleaved
 from vmm.devices.bus import PortBus
 from vmm.exits.handlers import ExitHandlers

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 
-from kvm_bindings import System
+from kvm_bindings.x86_64 import System
 from vmm.bench import accessors, conversions, disk, exits, linux, network, results, start_up
 from vmm.bench.chart import chart
 from vmm.bench.host import host_facts

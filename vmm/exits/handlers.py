@@ -42,7 +42,7 @@ class AnsweringVcpu(Protocol):
 
     index: int
 
-    def coalesced_writes(self) -> Iterator[exits.IoExit]: ...
+    def coalesced_writes(self) -> Iterator[exits.MmioExit | exits.IoExit]: ...
     def answer_io(self, data: bytes) -> None: ...
     def answer_mmio(self, data: bytes) -> None: ...
     def answer_hypercall(self, result: int) -> None: ...
@@ -122,14 +122,17 @@ class ExitHandlers:
         return dict(total)
 
     def coalesced(self, vcpu: AnsweringVcpu) -> None:
-        """Carry out the port writes that KVM kept back, before the exit that came after them.
+        """Carry out the writes that KVM kept back, before the exit that came after them.
 
         Under a lock from taking to carrying out: the ring is the VM's, and another vCPU's exit
         must not overtake the writes that it relies on.
         """
         with self._ring_lock:
             for write in vcpu.coalesced_writes():
-                self._port_io(vcpu, write)
+                if isinstance(write, exits.IoExit):
+                    self._port_io(vcpu, write)
+                else:
+                    self.mmio(vcpu, write)
 
     def _port_io(self, vcpu: AnsweringVcpu, exit: exits.IoExit) -> None:
         port, size = exit.port, exit.size

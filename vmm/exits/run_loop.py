@@ -8,8 +8,9 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
-from kvm_bindings import KvmError, Vcpu
+from kvm_bindings import KvmError
 from kvm_bindings.exits import InterruptedExit
+from kvm_bindings.x86_64 import Vcpu
 from vmm.exits.outcome import INTERNAL_ERROR, KILLED, Outcome
 from vmm.policy import PolicyKill
 

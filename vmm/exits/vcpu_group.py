@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from kvm_bindings import Vcpu
+from kvm_bindings.x86_64 import Vcpu
 from vmm.exits.outcome import Outcome
 from vmm.exits.run_loop import VcpuRunner
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
-from kvm_bindings import KvmError, System
+from kvm_bindings import KvmError
+from kvm_bindings.x86_64 import System
 from vmm.core.errors import HostError
 from vmm.machine.host import missing_basics, open_kvm
 from vmm.machine.probes import attributes, cpu, events, files, memory

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from kvm_bindings import Vm
+from kvm_bindings.x86_64 import Vm
 from vmm.arch.x86_64 import layout
 from vmm.arch.x86_64.devices.acpi_pm import AcpiPm
 from vmm.arch.x86_64.devices.cmos import Cmos

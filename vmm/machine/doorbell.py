@@ -61,7 +61,7 @@ class Doorbell:
     def _bind(self, port: int) -> bool:
         for index, eventfd in enumerate(self._eventfds):
             try:
-                self._vm.ioeventfd(eventfd, port, 2, index, deassign=False)
+                self._vm.ioeventfd(eventfd, port, 2, index, port=True)
             except KvmError:
                 self._unbind(port, index)
                 return False
@@ -69,7 +69,7 @@ class Doorbell:
 
     def _unbind(self, port: int, bound: int) -> None:
         for index, eventfd in enumerate(self._eventfds[:bound]):
-            self._vm.ioeventfd(eventfd, port, 2, index, deassign=True)
+            self._vm.ioeventfd(eventfd, port, 2, index, port=True, deassign=True)
 
 
 class ThreadedDoorbell(Doorbell):

@@ -6,7 +6,9 @@ import threading
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from kvm_bindings import KvmError, System, Vcpu, Vm, ioctls
+from kvm_bindings import KvmError, ioctls
+from kvm_bindings.x86_64 import System, Vcpu, Vm
+from kvm_bindings.x86_64 import ioctls as x86
 from vmm.arch.x86_64 import layout
 from vmm.arch.x86_64.cpuid import choose_c_bit, guest_cpuid, is_amd
 from vmm.arch.x86_64.doorbells import HYPERCALL_NAME, KVM_HC_MAP_GPA_RANGE, PORT_NAME
@@ -94,14 +96,14 @@ class GuestVm:
         if self._guest.needs_hypercalls:
             require_hypercall_exits(self.kvm)
             self.kvm.enable_cap(
-                ioctls.KVM_CAP_X86_USER_SPACE_MSR,
-                ioctls.KVM_MSR_EXIT_REASON_INVAL
-                | ioctls.KVM_MSR_EXIT_REASON_UNKNOWN
-                | ioctls.KVM_MSR_EXIT_REASON_FILTER,
+                x86.KVM_CAP_X86_USER_SPACE_MSR,
+                x86.KVM_MSR_EXIT_REASON_INVAL
+                | x86.KVM_MSR_EXIT_REASON_UNKNOWN
+                | x86.KVM_MSR_EXIT_REASON_FILTER,
             )
         wanted = 1 << KVM_HC_MAP_GPA_RANGE
-        if self.kvm.check_extension(ioctls.KVM_CAP_EXIT_HYPERCALL) & wanted:
-            self.kvm.enable_cap(ioctls.KVM_CAP_EXIT_HYPERCALL, wanted)
+        if self.kvm.check_extension(x86.KVM_CAP_EXIT_HYPERCALL) & wanted:
+            self.kvm.enable_cap(x86.KVM_CAP_EXIT_HYPERCALL, wanted)
 
     def _require_working_hypercalls(self) -> None:
         from vmm.machine.probes.hypercall import hypercall_behaviour

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from kvm_bindings import KvmError, System, Vm, ioctls
+from kvm_bindings import KvmError, Vm, ioctls
+from kvm_bindings.x86_64 import System
+from kvm_bindings.x86_64 import ioctls as x86
 from vmm.arch.x86_64.doorbells import KVM_HC_MAP_GPA_RANGE
 from vmm.core.errors import HostError
 
@@ -13,11 +15,11 @@ SEE_CHECK = "pyvmm check shows what this host can do"
 _NEEDED = (
     ("KVM_CAP_USER_MEMORY", ioctls.KVM_CAP_USER_MEMORY),
     ("KVM_CAP_IRQCHIP", ioctls.KVM_CAP_IRQCHIP),
-    ("KVM_CAP_PIT2", ioctls.KVM_CAP_PIT2),
+    ("KVM_CAP_PIT2", x86.KVM_CAP_PIT2),
     ("KVM_CAP_IRQFD", ioctls.KVM_CAP_IRQFD),
     ("KVM_CAP_IRQFD_RESAMPLE", ioctls.KVM_CAP_IRQFD_RESAMPLE),
     ("KVM_CAP_IOEVENTFD", ioctls.KVM_CAP_IOEVENTFD),
-    ("KVM_CAP_EXT_CPUID", ioctls.KVM_CAP_EXT_CPUID),
+    ("KVM_CAP_EXT_CPUID", x86.KVM_CAP_EXT_CPUID),
     ("KVM_CAP_IMMEDIATE_EXIT", ioctls.KVM_CAP_IMMEDIATE_EXIT),
 )
 
@@ -61,13 +63,13 @@ def missing_basics(system: System) -> list[str]:
 
 def require_hypercall_exits(vm: Vm) -> None:
     """Raises HostError unless KVM hands KVM_HC_MAP_GPA_RANGE to user space (says its word)."""
-    offered = vm.check_extension(ioctls.KVM_CAP_EXIT_HYPERCALL)
+    offered = vm.check_extension(x86.KVM_CAP_EXIT_HYPERCALL)
     if not offered & 1 << KVM_HC_MAP_GPA_RANGE:
         raise HostError(
             f"this host's KVM does not pass share requests on (KVM_CAP_EXIT_HYPERCALL = "
             f"{offered:#x}, Linux 5.15 or later is needed); {_LAB}; {SEE_CHECK}"
         )
-    if not vm.check_extension(ioctls.KVM_CAP_X86_USER_SPACE_MSR):
+    if not vm.check_extension(x86.KVM_CAP_X86_USER_SPACE_MSR):
         raise HostError(
             f"this host's KVM does not pass MSR accesses on (KVM_CAP_X86_USER_SPACE_MSR); {_LAB}"
         )

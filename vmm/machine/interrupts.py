@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from threading import Lock
 
-from kvm_bindings import Vm, ioctls
+from kvm_bindings import MessageRoute, Vm, ioctls
 from vmm.arch.x86_64 import layout
 from vmm.core.errors import tell
 from vmm.core.event_loop import EventLoop, drain
@@ -89,7 +89,8 @@ class MessageRoutes:
             number = used if gsi is None else gsi
             messages = {**self._messages, number: (address, data)}
             self._vm.set_gsi_routing(
-                layout.interrupt_pins(), [(each, *message) for each, message in messages.items()]
+                layout.interrupt_pins(),
+                [MessageRoute(each, *message) for each, message in messages.items()],
             )
             self._messages = messages
             return number

@@ -7,7 +7,8 @@ import errno
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
-from kvm_bindings import KvmError, System, Vm, ioctls
+from kvm_bindings import KvmError, ioctls
+from kvm_bindings.x86_64 import System, Vm
 from vmm.arch.x86_64.cpuid import choose_c_bit
 from vmm.conversion.scheme import Scheme
 from vmm.core.errors import HostError

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
-from kvm_bindings import Vm, ioctls
+from kvm_bindings import ioctls
+from kvm_bindings.x86_64 import Vm
 from vmm.core.ranges import Range
 from vmm.machine.schemes import make_backing, scheme_class
 from vmm.memory.backing import Backing

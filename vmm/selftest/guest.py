@@ -12,8 +12,9 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from kvm_bindings import KvmError, Vcpu
+from kvm_bindings import KvmError
 from kvm_bindings.exits import Exit, InterruptedExit, IoExit
+from kvm_bindings.x86_64 import Vcpu
 from vmm.arch.x86_64 import layout
 from vmm.arch.x86_64.page_tables import payload_tables
 from vmm.arch.x86_64.registers import payload_entry

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Protocol
 
-from kvm_bindings import System, Vm, ioctls
+from kvm_bindings import ioctls
+from kvm_bindings.x86_64 import System, Vm
 from vmm.arch.x86_64.cpuid import choose_c_bit
 from vmm.conversion.scheme import Scheme
 from vmm.conversion.schemes.remap import Parking

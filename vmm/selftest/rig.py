@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Self
 
-from kvm_bindings import Vm
+from kvm_bindings.x86_64 import Vm
 from vmm.conversion.transaction import Converter
 from vmm.core.events import ConversionRequest, Kind
 from vmm.core.ranges import PAGE_SIZE, Range

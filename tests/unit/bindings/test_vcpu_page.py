@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from kvm_bindings import KvmError, Vcpu
+from kvm_bindings import KvmError
 from kvm_bindings import vcpu as vcpu_module
 from kvm_bindings.exits import (
     EXIT_NAMES,
@@ -34,6 +34,7 @@ from kvm_bindings.exits import (
     UnknownExit,
     WrmsrExit,
 )
+from kvm_bindings.x86_64 import Vcpu
 
 EXIT_REASON, UNION = 8, 32
 SIZE = 3 * 4096

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from kvm_bindings import KvmError, System
+from kvm_bindings import KvmError
+from kvm_bindings.x86_64 import System
 from tests.support.fake_host import FakeHost
 from vmm.core.errors import HostError
 from vmm.machine import check, host

@@ -9,7 +9,8 @@ from typing import cast
 
 import pytest
 
-from kvm_bindings import KvmError, Vm
+from kvm_bindings import KvmError
+from kvm_bindings.x86_64 import Vm
 from vmm.core.event_loop import EventLoop
 from vmm.machine.doorbell import Doorbell, ThreadedDoorbell
 from vmm.policy import PolicyKill

@@ -8,7 +8,9 @@ from typing import cast
 
 import pytest
 
-from kvm_bindings import KvmError, Vm, ioctls
+from kvm_bindings import KvmError, ioctls
+from kvm_bindings.x86_64 import Vm
+from kvm_bindings.x86_64 import ioctls as x86
 from vmm.core.errors import HostError
 from vmm.machine import host
 from vmm.machine.host import open_kvm, require_hypercall_exits
@@ -77,7 +79,7 @@ def test_each_missing_capability_is_named(system: type[FakeSystem], name: str) -
 
 
 def test_all_missing_capabilities_are_named_at_once(system: type[FakeSystem]) -> None:
-    system.missing = {ioctls.KVM_CAP_PIT2, ioctls.KVM_CAP_IRQFD}
+    system.missing = {x86.KVM_CAP_PIT2, ioctls.KVM_CAP_IRQFD}
 
     assert "KVM_CAP_PIT2, KVM_CAP_IRQFD" in refusal()
 
@@ -147,7 +149,7 @@ def vm(fake: FakeVm) -> Vm:
     return cast(Vm, fake)
 
 
-HYPERCALL_EXITS = {ioctls.KVM_CAP_EXIT_HYPERCALL: 1 << 12, ioctls.KVM_CAP_X86_USER_SPACE_MSR: 7}
+HYPERCALL_EXITS = {x86.KVM_CAP_EXIT_HYPERCALL: 1 << 12, x86.KVM_CAP_X86_USER_SPACE_MSR: 7}
 
 
 def test_vm_that_passes_hypercalls_and_msrs_on_will_do() -> None:
@@ -158,8 +160,8 @@ def test_vm_that_passes_hypercalls_and_msrs_on_will_do() -> None:
     ("capabilities", "message"),
     [
         ({}, r"KVM_CAP_EXIT_HYPERCALL = 0x0, Linux 5.15.*pyvmm lab"),
-        ({ioctls.KVM_CAP_EXIT_HYPERCALL: 1 << 11}, r"KVM_CAP_EXIT_HYPERCALL = 0x800"),
-        ({ioctls.KVM_CAP_EXIT_HYPERCALL: 1 << 12}, r"KVM_CAP_X86_USER_SPACE_MSR.*pyvmm lab"),
+        ({x86.KVM_CAP_EXIT_HYPERCALL: 1 << 11}, r"KVM_CAP_EXIT_HYPERCALL = 0x800"),
+        ({x86.KVM_CAP_EXIT_HYPERCALL: 1 << 12}, r"KVM_CAP_X86_USER_SPACE_MSR.*pyvmm lab"),
     ],
 )
 def test_vm_that_does_not_is_refused_by_name(capabilities: dict[int, int], message: str) -> None:

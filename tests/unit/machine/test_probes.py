@@ -18,6 +18,7 @@ from kvm_bindings.exits import (
     RdmsrExit,
     ShutdownExit,
 )
+from kvm_bindings.x86_64 import ioctls as x86
 from tests.support.fake_host import DONE, FakeHost, FakeVm
 from vmm.core.errors import HostError
 from vmm.machine.probes import attributes, cpu, events, files, memory
@@ -28,7 +29,7 @@ from vmm.machine.probes.micro_guest import MicroGuest
 QUICK = 0.02
 NOT_EMULATED = InternalErrorExit(1, (), b"\x66\x0f\xd4\xc0")
 HYPERCALL = HypercallExit(12, (0, 1, 0, 0, 0, 0), 0)
-MAP_GPA_RANGE = {ioctls.KVM_CAP_EXIT_HYPERCALL: 1 << 12}
+MAP_GPA_RANGE = {x86.KVM_CAP_EXIT_HYPERCALL: 1 << 12}
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from kvm_bindings import PagesInUse, Vm, ioctls
+from kvm_bindings.x86_64 import ioctls as x86
 from vmm.conversion.scheme import private_side, set_slot
 from vmm.core.events import Kind
 from vmm.core.ranges import PAGE_SIZE, Range
@@ -27,7 +28,7 @@ class InPlaceScheme:
     """
 
     name = "in-place"
-    vm_type = ioctls.KVM_X86_SW_PROTECTED_VM
+    vm_type = x86.KVM_X86_SW_PROTECTED_VM
     alias = 0
     converts_on_fault = True
 

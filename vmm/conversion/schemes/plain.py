@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from kvm_bindings import Vm, ioctls
+from kvm_bindings import Vm
+from kvm_bindings.x86_64 import ioctls
 from vmm.conversion.scheme import set_slot
 from vmm.core.events import Kind
 from vmm.core.ranges import Range

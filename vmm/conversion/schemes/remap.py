@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 from kvm_bindings import KvmError, Vm, ioctls
+from kvm_bindings.x86_64 import ioctls as x86
 from vmm.conversion.scheme import private_side, set_slot
 from vmm.core.errors import HostError
 from vmm.core.events import Kind
@@ -36,7 +37,7 @@ class RemapScheme:
     """
 
     name = "remap"
-    vm_type = ioctls.KVM_X86_DEFAULT_VM
+    vm_type = x86.KVM_X86_DEFAULT_VM
     alias = 0
     converts_on_fault = False
 

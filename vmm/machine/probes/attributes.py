@@ -6,8 +6,9 @@ from __future__ import annotations
 import os
 from contextlib import ExitStack
 
-from kvm_bindings import KvmError, System, ioctls
+from kvm_bindings import KvmError, ioctls
 from kvm_bindings.exits import Exit, IoExit, MemoryFaultExit
+from kvm_bindings.x86_64 import System
 from vmm.machine.probes.cpu import is_done, seen
 from vmm.machine.probes.finding import Finding, broken, no, unknown, yes
 from vmm.machine.probes.memory import EXCHANGE, VM_TYPES, WORD_AT

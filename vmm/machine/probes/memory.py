@@ -7,8 +7,9 @@ import os
 from collections.abc import Callable
 from contextlib import ExitStack
 
-from kvm_bindings import KvmError, System, fdops, ioctls
+from kvm_bindings import KvmError, fdops, ioctls
 from kvm_bindings.exits import Exit, IoExit
+from kvm_bindings.x86_64 import System
 from vmm.machine.probes.cpu import is_done, seen
 from vmm.machine.probes.finding import Finding, broken, no, yes
 from vmm.machine.probes.micro_guest import (

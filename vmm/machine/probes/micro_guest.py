@@ -10,8 +10,9 @@ from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Literal
 
-from kvm_bindings import System, Vcpu, Vm, fdops
+from kvm_bindings import fdops
 from kvm_bindings.exits import Exit, InterruptedExit
+from kvm_bindings.x86_64 import System, Vcpu, Vm
 from vmm.exits.run_loop import KICK_SIGNAL, install_kick_handler
 
 WATCHDOG_SECONDS = 1.0

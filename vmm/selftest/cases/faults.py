@@ -8,8 +8,8 @@ from __future__ import annotations
 import errno
 import threading
 
-from kvm_bindings import Vm
 from kvm_bindings.exits import MemoryFaultExit
+from kvm_bindings.x86_64 import Vm
 from vmm.conversion.scheme import set_slot
 from vmm.core.ranges import PAGE_SIZE, Range
 from vmm.machine.schemes import make_backing

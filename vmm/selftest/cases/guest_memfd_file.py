@@ -9,7 +9,8 @@ import stat
 from collections.abc import Callable
 from functools import partial
 
-from kvm_bindings import GuestMemfd, Vm, fdops, ioctls
+from kvm_bindings import GuestMemfd, fdops, ioctls
+from kvm_bindings.x86_64 import Vm
 from vmm.core.ranges import PAGE_SIZE, Range
 from vmm.machine.probes.memory import FLAG_NAMES
 from vmm.machine.schemes import GUEST_MEMFD_FLAGS
