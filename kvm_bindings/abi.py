@@ -6,28 +6,30 @@ all the same, for tests and for tools that only read: their structures come from
 
 from __future__ import annotations
 
-import platform
+import os
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from kvm_bindings._kvm import ffi
 
-_HERE = Path(__file__).resolve().parent
+MACHINE = os.uname().machine
+"""The architecture that the extension is compiled for."""
 
 
 @cache
 def ffi_for(architecture: str) -> Any:
-    """cffi's view of that architecture's structures (the names are platform.machine()'s).
+    """cffi's view of that architecture's structures (the names are uname's).
 
     The compiled one on such a machine. Elsewhere the headers are parsed, with sizes and offsets
     by this machine's rules: all of ours are little-endian with 64-bit pointers.
     """
-    if platform.machine() == architecture:
+    if architecture == MACHINE:
         return ffi
+    from pathlib import Path
+
     from cffi import FFI
 
-    parsed = FFI()
-    for header in (_HERE / "kvm_abi.h", _HERE / architecture / "kvm_abi.h"):
+    parsed, here = FFI(), Path(__file__).parent
+    for header in (here / "kvm_abi.h", here / architecture / "kvm_abi.h"):
         parsed.cdef(header.read_text())
     return parsed

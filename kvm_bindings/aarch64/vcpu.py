@@ -26,7 +26,8 @@ class Vcpu(kvm_bindings.Vcpu):
         for feature in features:
             argument.features[feature // 32] |= 1 << feature % 32
         result = self._pointer(ioctls.KVM_ARM_VCPU_INIT, argument)
-        check("KVM_ARM_VCPU_INIT", result, "vcpu={}, {}, {}", self.index, target, features)
+        text = "vcpu={}, target={}, features={}"
+        check("KVM_ARM_VCPU_INIT", result, text, self.index, target, features)
 
     def _decoders(self) -> dict[int, Callable[[], exits.Exit]]:
         return {**super()._decoders(), exits.KVM_EXIT_ARM_NISV: self._decode_nisv}

@@ -104,6 +104,7 @@ class ExitHandlers:
             exits.HltExit: ("hlt", self.hlt),
             exits.FailEntryExit: ("fail_entry", self.fail_entry),
             exits.InternalErrorExit: ("internal_error", self.internal_error),
+            exits.ArmNisvExit: ("arm_nisv", self.arm_nisv),
             exits.UnknownExit: ("unknown", self.unknown),
         }
 
@@ -263,6 +264,10 @@ class ExitHandlers:
             data = ", ".join(f"{word:#x}" for word in exit.data)
             reason = f"KVM internal error {exit.suberror} at RIP {rip:#x}, data [{data}]"
         self._stop(Outcome(INTERNAL_ERROR, reason))
+
+    def arm_nisv(self, vcpu: AnsweringVcpu, exit: exits.ArmNisvExit) -> None:
+        reason = f"an access at {exit.gpa:#x} that the processor does not describe"
+        self._stop(Outcome(INTERNAL_ERROR, f"{reason} (ESR ISS {exit.esr_iss:#x})"))
 
     def unknown(self, vcpu: AnsweringVcpu, exit: exits.UnknownExit) -> None:
         self._stop(Outcome(INTERNAL_ERROR, f"KVM exit {exit.reason} ({exit.name}) has no handler"))

@@ -69,7 +69,9 @@ def test_kvm_with_everything_is_opened(system: type[FakeSystem]) -> None:
 
 @pytest.mark.parametrize("name", NEEDED)
 def test_each_missing_capability_is_named(system: type[FakeSystem], name: str) -> None:
-    system.missing = {getattr(ioctls, f"KVM_CAP_{name}")}
+    system.missing = {
+        getattr(x86 if hasattr(x86, f"KVM_CAP_{name}") else ioctls, f"KVM_CAP_{name}")
+    }
 
     text = refusal()
 
