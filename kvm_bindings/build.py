@@ -2,19 +2,34 @@
 
     python kvm_bindings/build.py
 
+It holds what every architecture has and what this machine's has. For another one:
+
+    python kvm_bindings/build.py --machine aarch64 --compiler aarch64-linux-gnu-gcc \\
+        --python-include DIR --output DIR
+
 The compilation happens in a temporary directory: in the project's root, whose layout is flat,
 setuptools would try to discover packages and give up.
 """
 
 from __future__ import annotations
 
+import argparse
+import platform
 import shutil
+import subprocess
+import sys
 import tempfile
+from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
+MACHINES = sorted(header.parent.name for header in HERE.glob("*/kvm_abi.h"))
+"""What there are declarations for, by platform.machine()'s names."""
+
+COMPILER_OPTIONS = ["-O2", "-Wall", "-Wextra", "-Wno-unused-parameter"]
 
 PRELUDE = """
 #ifndef _GNU_SOURCE
@@ -50,10 +65,10 @@ int64_t pyvmm_pread_many(int fd, const void *table, uint32_t count, char *data);
 int64_t pyvmm_pwrite_many(int fd, const void *table, uint32_t count, const char *data);
 int64_t pyvmm_move_many(int from, int to, const void *table, uint32_t count, char *buffer,
                         uint64_t buffer_size, int pipe_out, int pipe_in, uint64_t splice_from);
+void pyvmm_copy_memory(uint64_t target, uint64_t source, uint64_t size);
 """
 
 FLOORS = """
-void pyvmm_copy_memory(uint64_t target, uint64_t source, uint64_t size);
 int64_t pyvmm_floor_pread(int fd, uint64_t address, uint64_t size, uint64_t span, uint32_t count);
 int64_t pyvmm_floor_pwrite(int fd, uint64_t address, uint64_t size, uint64_t span, uint32_t count);
 int64_t pyvmm_floor_pread_mapped(int fd, uint64_t address, uint64_t size, uint64_t span,
@@ -67,32 +82,101 @@ int64_t pyvmm_floor_tick_rate(uint32_t milliseconds);
 """
 
 
-def compile_extension(destination: Path) -> Path:
-    """Compiles the extension and puts it into `destination`; returns the file's path.
+def _require_known(machine: str) -> None:
+    """Raises SystemExit with one line for a machine that there are no declarations for."""
+    if machine not in MACHINES:
+        raise SystemExit(
+            f"kvm_bindings: no KVM declarations for {machine}, only for {' and '.join(MACHINES)}; "
+            "pyvmm doesn't run there"
+        )
 
-    Raises cffi.VerificationError when there is no working C compiler.
-    """
-    abi = (HERE / "kvm_abi.h").read_text()
+
+def _interface(machine: str) -> FFI:
+    """What cffi makes the extension from: declarations, functions and their sources."""
+    _require_known(machine)
+    abi = (HERE / "kvm_abi.h").read_text() + (HERE / machine / "kvm_abi.h").read_text()
     ffi = FFI()
     ffi.cdef(abi + FUNCTIONS + DATAPATH + FLOORS)
-    parts = ("bindings.c", "datapath.c", "floors.c")
+    parts = ("bindings.c", f"{machine}/abi_sizes.c", "datapath.c", "floors.c")
     source = PRELUDE + abi + "".join((HERE / part).read_text() for part in parts)
     ffi.set_source(
-        "kvm_bindings._kvm",
-        source,
-        py_limited_api=True,
-        extra_compile_args=["-O2", "-Wall", "-Wextra", "-Wno-unused-parameter"],
+        "kvm_bindings._kvm", source, py_limited_api=True, extra_compile_args=COMPILER_OPTIONS
     )
+    return ffi
+
+
+def compile_extension(destination: Path) -> Path:
+    """Compiles the extension for this machine and puts it into `destination`; the file's path.
+
+    Raises cffi.VerificationError when there is no working C compiler, SystemExit for a machine
+    without declarations.
+    """
+    ffi = _interface(platform.machine())
     with tempfile.TemporaryDirectory(prefix="pyvmm-build-") as scratch:
-        built = Path(ffi.compile(tmpdir=scratch))
-        # Replaced, not rewritten: a running pyvmm may have the old file mapped.
-        target = destination / built.name
-        staging = destination / f".{built.name}.new"
-        shutil.copyfile(built, staging)
-        staging.chmod(0o755)
-        staging.replace(target)
+        return _put(Path(ffi.compile(tmpdir=scratch)), destination)
+
+
+def cross_compile(
+    machine: str, compiler: str, python_includes: Sequence[Path], destination: Path
+) -> Path:
+    """Compiles the extension for another machine, with a compiler that makes its code.
+
+    `python_includes` are the folders of Python.h and pyconfig.h; the machine's Python may be any
+    from 3.11 on (the limited API). Raises SystemExit with one line: an unknown machine, no such
+    compiler, or what it didn't like.
+    """
+    ffi = _interface(machine)
+    with tempfile.TemporaryDirectory(prefix="pyvmm-build-") as scratch:
+        source, built = Path(scratch, "_kvm.c"), Path(scratch, "_kvm.abi3.so")
+        with redirect_stdout(sys.stderr):  # cffi says what it does
+            ffi.emit_c_code(str(source))
+        includes = [f"-I{folder}" for folder in python_includes]
+        options = ["-shared", "-fPIC", *COMPILER_OPTIONS, *includes]
+        try:
+            subprocess.run([compiler, *options, "-o", str(built), str(source)], check=True)
+        except FileNotFoundError:
+            raise SystemExit(f"kvm_bindings: there is no compiler {compiler}") from None
+        except subprocess.CalledProcessError as error:
+            raise SystemExit(
+                f"kvm_bindings: {compiler} failed with status {error.returncode}; is Python.h of "
+                "Python 3.11 or later in the folder of --python-include?"
+            ) from None
+        return _put(built, destination)
+
+
+def _put(built: Path, destination: Path) -> Path:
+    """Replaced, not rewritten: a running pyvmm may have the old file mapped."""
+    target = destination / built.name
+    staging = destination / f".{built.name}.new"
+    shutil.copyfile(built, staging)
+    staging.chmod(0o755)
+    staging.replace(target)
     return target
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compiles kvm_bindings' extension.")
+    parser.add_argument("--machine", default=platform.machine(), help="what to compile for")
+    parser.add_argument("--compiler", help="a C compiler for that machine")
+    parser.add_argument(
+        "--python-include",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="where that machine's Python.h and pyconfig.h are; may be given several times",
+    )
+    parser.add_argument("--output", type=Path, default=HERE, metavar="DIR", help="where to put it")
+    given = parser.parse_args()
+    if given.compiler is not None:
+        built = cross_compile(given.machine, given.compiler, given.python_include, given.output)
+    elif given.machine == platform.machine():
+        built = compile_extension(given.output)
+    else:
+        _require_known(given.machine)
+        parser.error(f"--machine {given.machine} on a {platform.machine()} needs --compiler")
+    print(built)
+
+
 if __name__ == "__main__":
-    print(compile_extension(HERE))
+    main()

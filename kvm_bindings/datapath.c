@@ -1,5 +1,5 @@
 /* Many system calls for one call from Python, in order. Addresses here are those of the caller's own
-   buffers; guest memory is an fd and an offset, as everywhere. */
+   buffers; guest memory is an fd and an offset, as everywhere, but for pyvmm_copy_memory. */
 
 /* table: count pairs of uint64_t, offset and size; data: all of them, one after the other. 0 or -errno; EIO: short. */
 static int64_t move_many(int fd, const uint64_t *pieces, uint32_t count, char *data, int writing)
@@ -87,4 +87,10 @@ static int64_t pyvmm_move_many(int from, int to, const void *table, uint32_t cou
         }
     }
     return total;
+}
+
+/* Between two mappings: nothing but io=mmap may use it on guest memory. */
+static void pyvmm_copy_memory(uint64_t target, uint64_t source, uint64_t size)
+{
+    memcpy((void *)(uintptr_t)target, (const void *)(uintptr_t)source, size);
 }

@@ -2,7 +2,7 @@
 
 A batch of 32 small disk requests is some hundred system calls of half a microsecond each; made
 from Python one by one they cost several times that. Guest memory is an fd and an offset here, as
-everywhere; the only addresses are those of buffers that the caller owns.
+everywhere; the only addresses are those of buffers that the caller owns, but for `copy_memory`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import struct
 
 from kvm_bindings._kvm import ffi, lib
-from kvm_bindings.errors import fail
+from kvm_bindings.errors import check
 
 NEVER = (1 << 64) - 1
 """A `splice_from` that no move reaches."""
@@ -36,8 +36,7 @@ def pread_many(fd: int, pieces: list[int], size: int) -> bytearray:
     data = bytearray(size)
     table = struct.pack(f"{len(pieces)}Q", *pieces)
     result = lib.pyvmm_pread_many(fd, table, len(pieces) // 2, ffi.from_buffer(data))
-    if result < 0:
-        fail("pread", result, f"{fd=}, {len(pieces) // 2} pieces")
+    check("pread", result, "fd={}, {} pieces", fd, len(pieces) // 2)
     return data
 
 
@@ -45,8 +44,7 @@ def pwrite_many(fd: int, pieces: list[int], data: bytes) -> None:
     """Write `data` over all pieces in their order, one pwrite(2) each. Raises KvmError."""
     table = struct.pack(f"{len(pieces)}Q", *pieces)
     result = lib.pyvmm_pwrite_many(fd, table, len(pieces) // 2, data)
-    if result < 0:
-        fail("pwrite", result, f"{fd=}, {len(pieces) // 2} pieces")
+    check("pwrite", result, "fd={}, {} pieces", fd, len(pieces) // 2)
 
 
 def move_many(
@@ -81,3 +79,11 @@ def move_many(
     if moved < 0:
         raise OSError(-moved, f"copying from {source=} to {target=}: {os.strerror(-moved)}")
     return moved
+
+
+def copy_memory(target: int, source: int, size: int) -> None:
+    """memcpy(3) between two addresses: mapped and not overlapping, or the process dies.
+
+    Only for an engine that maps guest memory on purpose (`--disk ...,io=mmap`).
+    """
+    lib.pyvmm_copy_memory(target, source, size)

@@ -30,3 +30,13 @@ class KvmError(OSError):
 def fail(operation: str, result: int, arguments: str = "", hint: str = "") -> NoReturn:
     """Raise KvmError for a negative `result` (-errno) of `operation`."""
     raise KvmError(operation, -result, arguments, hint)
+
+
+def check(operation: str, result: int, template: str = "", *values: object) -> int:
+    """`result`, or KvmError for a negative one (-errno).
+
+    The arguments' text is `template`.format(*values), made only when it is needed.
+    """
+    if result < 0:
+        fail(operation, result, template.format(*values))
+    return result

@@ -8,14 +8,58 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-EXIT_NAMES = {
-    0: "unknown", 1: "exception", 2: "io", 3: "hypercall", 4: "debug", 5: "hlt", 6: "mmio",
-    7: "irq_window_open", 8: "shutdown", 9: "fail_entry", 10: "intr", 11: "set_tpr",
-    12: "tpr_access", 16: "nmi", 17: "internal_error", 18: "osi", 24: "system_event",
-    26: "ioapic_eoi", 27: "hyperv", 29: "x86_rdmsr", 30: "x86_wrmsr", 31: "dirty_ring_full",
-    32: "ap_reset_hold", 33: "x86_bus_lock", 34: "xen", 37: "notify", 39: "memory_fault",
-    40: "tdx",
-}  # fmt: skip
+# kvm_run.exit_reason, for all architectures (include/uapi/linux/kvm.h).
+KVM_EXIT_UNKNOWN = 0
+KVM_EXIT_EXCEPTION = 1
+KVM_EXIT_IO = 2
+KVM_EXIT_HYPERCALL = 3
+KVM_EXIT_DEBUG = 4
+KVM_EXIT_HLT = 5
+KVM_EXIT_MMIO = 6
+KVM_EXIT_IRQ_WINDOW_OPEN = 7
+KVM_EXIT_SHUTDOWN = 8
+KVM_EXIT_FAIL_ENTRY = 9
+KVM_EXIT_INTR = 10
+KVM_EXIT_SET_TPR = 11
+KVM_EXIT_TPR_ACCESS = 12
+KVM_EXIT_S390_SIEIC = 13
+KVM_EXIT_S390_RESET = 14
+KVM_EXIT_DCR = 15
+KVM_EXIT_NMI = 16
+KVM_EXIT_INTERNAL_ERROR = 17
+KVM_EXIT_OSI = 18
+KVM_EXIT_PAPR_HCALL = 19
+KVM_EXIT_S390_UCONTROL = 20
+KVM_EXIT_WATCHDOG = 21
+KVM_EXIT_S390_TSCH = 22
+KVM_EXIT_EPR = 23
+KVM_EXIT_SYSTEM_EVENT = 24
+KVM_EXIT_S390_STSI = 25
+KVM_EXIT_IOAPIC_EOI = 26
+KVM_EXIT_HYPERV = 27
+KVM_EXIT_ARM_NISV = 28
+KVM_EXIT_X86_RDMSR = 29
+KVM_EXIT_X86_WRMSR = 30
+KVM_EXIT_DIRTY_RING_FULL = 31
+KVM_EXIT_AP_RESET_HOLD = 32
+KVM_EXIT_X86_BUS_LOCK = 33
+KVM_EXIT_XEN = 34
+KVM_EXIT_RISCV_SBI = 35
+KVM_EXIT_RISCV_CSR = 36
+KVM_EXIT_NOTIFY = 37
+KVM_EXIT_LOONGARCH_IOCSR = 38
+KVM_EXIT_MEMORY_FAULT = 39
+KVM_EXIT_TDX = 40
+KVM_EXIT_ARM_SEA = 41
+KVM_EXIT_ARM_LDST64B = 42
+KVM_EXIT_SNP_REQ_CERTS = 43
+
+EXIT_NAMES: dict[int, str] = {
+    number: name.removeprefix("KVM_EXIT_").lower()
+    for name, number in list(globals().items())
+    if name.startswith("KVM_EXIT_")
+}
+"""What an exit is called in reports, by its number."""
 
 
 class _Bare:
@@ -76,6 +120,18 @@ class MemoryFaultExit(NamedTuple):
     def private(self) -> bool:
         """KVM_MEMORY_EXIT_FLAG_PRIVATE: the guest meant the private page."""
         return bool(self.flags & (1 << 3))
+
+
+class ArmNisvExit(NamedTuple):
+    """KVM_EXIT_ARM_NISV: an access outside all memslots by an instruction that the processor
+    doesn't describe (no valid syndrome), so that KVM can't say what it reads or writes.
+
+    `esr_iss` is ESR_EL2's ISS field, `gpa` the address. Only with KVM_CAP_ARM_NISV_TO_USER;
+    otherwise KVM_RUN fails with ENOSYS, or the guest of a protected VM is sent an abort.
+    """
+
+    esr_iss: int
+    gpa: int
 
 
 class RdmsrExit(NamedTuple):
@@ -147,6 +203,7 @@ Exit = (
     | MmioExit
     | HypercallExit
     | MemoryFaultExit
+    | ArmNisvExit
     | RdmsrExit
     | WrmsrExit
     | SystemEventExit

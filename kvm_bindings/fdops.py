@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 
 from kvm_bindings._kvm import lib
-from kvm_bindings.errors import KvmError, fail
+from kvm_bindings.errors import KvmError, check, fail
 
 PROT_NONE = 0
 PROT_READ = 1
@@ -28,6 +28,7 @@ _FALLOC_NAMES = {
     FALLOC_FL_PUNCH_HOLE: "PUNCH_HOLE",
     FALLOC_FL_ZERO_RANGE: "ZERO_RANGE",
 }
+_MOVE = "fd={}, address={:#x}, size={:#x}, offset={:#x}"
 
 
 def _uninterrupted(call: Callable[..., int], *arguments: int) -> int:
@@ -58,23 +59,19 @@ def map_copy_on_write(fd: int, size: int) -> int:
 
 def _map(fd: int, size: int, offset: int, protection: int, flags: int) -> int:
     address = int(lib.pyvmm_map(fd, offset, size, protection, flags))
-    if address < 0:
-        fail("mmap", address, f"fd={fd}, offset={offset:#x}, size={size:#x}, {flags=:#x}")
-    return address
+    text = "fd={}, offset={:#x}, size={:#x}, flags={:#x}"
+    return check("mmap", address, text, fd, offset, size, flags)
 
 
 def unmap(address: int, size: int) -> None:
     """munmap(2). Raises KvmError."""
-    result = lib.pyvmm_unmap(address, size)
-    if result < 0:
-        fail("munmap", result, f"address={address:#x}, size={size:#x}")
+    check("munmap", lib.pyvmm_unmap(address, size), "address={:#x}, size={:#x}", address, size)
 
 
 def protect(address: int, size: int, protection: int) -> None:
     """mprotect(2); PROT_NONE makes any dereference of a mapping fail. Raises KvmError."""
     result = lib.pyvmm_protect(address, size, protection)
-    if result < 0:
-        fail("mprotect", result, f"address={address:#x}, size={size:#x}, {protection}")
+    check("mprotect", result, "address={:#x}, size={:#x}, {}", address, size, protection)
 
 
 def fallocate(fd: int, mode: int, offset: int, size: int) -> None:
@@ -101,17 +98,13 @@ def zero_range(fd: int, offset: int, size: int) -> None:
 def pread_to_address(fd: int, address: int, size: int, offset: int) -> int:
     """pread(2) of a file straight into a mapping; the kernel copies. Bytes moved, or KvmError."""
     moved = _uninterrupted(lib.pyvmm_pread_to_address, fd, address, size, offset)
-    if moved < 0:
-        fail("pread", moved, f"fd={fd}, address={address:#x}, size={size:#x}, {offset=:#x}")
-    return moved
+    return check("pread", moved, _MOVE, fd, address, size, offset)
 
 
 def pwrite_from_address(fd: int, address: int, size: int, offset: int) -> int:
     """pwrite(2) to a file straight from a mapping; the kernel copies. Bytes moved, or KvmError."""
     moved = _uninterrupted(lib.pyvmm_pwrite_from_address, fd, address, size, offset)
-    if moved < 0:
-        fail("pwrite", moved, f"fd={fd}, address={address:#x}, size={size:#x}, {offset=:#x}")
-    return moved
+    return check("pwrite", moved, _MOVE, fd, address, size, offset)
 
 
 def cached_pages(fd: int, offset: int = 0, size: int = 0) -> int:
@@ -120,10 +113,7 @@ def cached_pages(fd: int, offset: int = 0, size: int = 0) -> int:
     `size` 0 is to the file's end. Raises KvmError: ENOSYS before Linux 6.5, EOPNOTSUPP for
     hugetlbfs.
     """
-    pages = int(lib.pyvmm_cached_pages(fd, offset, size))
-    if pages < 0:
-        fail("cachestat", pages, f"fd={fd}")
-    return pages
+    return check("cachestat", int(lib.pyvmm_cached_pages(fd, offset, size)), "fd={}", fd)
 
 
 def memfd_secret() -> int:
@@ -131,10 +121,7 @@ def memfd_secret() -> int:
 
     Raises KvmError: ENOSYS where the kernel was started without secretmem.
     """
-    fd = int(lib.pyvmm_memfd_secret(os.O_CLOEXEC))
-    if fd < 0:
-        fail("memfd_secret", fd)
-    return fd
+    return check("memfd_secret", int(lib.pyvmm_memfd_secret(os.O_CLOEXEC)))
 
 
 __all__ = [

@@ -1,24 +1,17 @@
 """What C does at best: the floors that `pyvmm bench` measures Python against.
 
-Nothing that runs guests uses this, but for `vmm.memory.engines.MappedEngine`, the comparator.
+Nothing that runs guests uses this.
 """
 
 from __future__ import annotations
 
 from kvm_bindings._kvm import lib
-from kvm_bindings.errors import fail
-
-
-def copy_memory(target: int, source: int, size: int) -> None:
-    """memcpy(3) between two addresses: mapped and not overlapping, or the process dies."""
-    lib.pyvmm_copy_memory(target, source, size)
+from kvm_bindings.errors import check
 
 
 def _checked(operation: str, nanoseconds: int, count: int) -> float:
     """Nanoseconds for one of `count`; KvmError for a negative error number."""
-    if nanoseconds < 0:
-        fail(operation, nanoseconds)
-    return nanoseconds / count
+    return check(operation, nanoseconds) / count
 
 
 def pread_ns(fd: int, address: int, size: int, span: int, count: int) -> float:

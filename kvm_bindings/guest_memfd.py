@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 
 from kvm_bindings import ioctls
-from kvm_bindings._kvm import ffi, lib
+from kvm_bindings._kvm import ffi
 from kvm_bindings.errors import KvmError, fail
 from kvm_bindings.owned_fd import OwnedFd
 
@@ -36,12 +36,7 @@ class GuestMemfd(OwnedFd):
             "struct kvm_memory_attributes2 *",
             {"offset": offset, "size": size, "attributes": attributes},
         )
-        while True:
-            result = int(
-                lib.pyvmm_ioctl_pointer(self.fd, ioctls.KVM_SET_MEMORY_ATTRIBUTES2, argument)
-            )
-            if result != -errno.EINTR:
-                break
+        result = self._pointer(ioctls.KVM_SET_MEMORY_ATTRIBUTES2, argument)
         if result < 0:
             name = "KVM_SET_MEMORY_ATTRIBUTES2"
             arguments = f"{offset=:#x}, {size=:#x}, {attributes=:#x}"

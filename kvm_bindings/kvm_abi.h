@@ -1,8 +1,9 @@
 /*
- * The part of the KVM user ABI that pyvmm uses, declared here so that the build needs no kernel headers (the newest of these
- * structures are younger than most distributions' headers). Read twice: by cffi as its cdef, and by the C compiler inside
- * bindings.c, which asserts every size and offset. Names are the kernel's (include/uapi/linux/kvm.h, arch/x86/include/uapi/asm/kvm.h).
- * Only what both readers understand may stand here: no preprocessor, no attributes.
+ * The part of the KVM user ABI that pyvmm uses and every architecture has, declared here so that the build needs no kernel headers
+ * (the newest of these structures are younger than most distributions' headers). Read twice: by cffi as its cdef, and by the C compiler
+ * inside bindings.c, which asserts every size and offset. Names are the kernel's (include/uapi/linux/kvm.h). A kvm_abi.h in each
+ * architecture's folder adds its own. Only what both readers understand may stand here: no preprocessor, no attributes.
+ * User-space addresses inside structures are void * where we fill them in, which is the kernel's __u64 on 64-bit machines.
  */
 
 struct kvm_userspace_memory_region {
@@ -59,11 +60,6 @@ struct kvm_enable_cap {
     uint32_t flags;
     uint64_t args[4];
     uint8_t pad[64];
-};
-
-struct kvm_irq_level {
-    uint32_t irq;
-    uint32_t level;
 };
 
 struct kvm_irqfd {
@@ -131,72 +127,23 @@ struct kvm_coalesced_mmio_ring {
     struct kvm_coalesced_mmio coalesced_mmio[];
 };
 
-struct kvm_pit_config {
+/* addr: the register's value, as many bytes as the size bits of its id say. */
+struct kvm_one_reg {
+    uint64_t id;
+    void *addr;
+};
+
+struct kvm_create_device {
+    uint32_t type;
+    uint32_t fd;
     uint32_t flags;
-    uint32_t pad[15];
 };
 
-struct kvm_regs {
-    uint64_t rax, rbx, rcx, rdx;
-    uint64_t rsi, rdi, rsp, rbp;
-    uint64_t r8, r9, r10, r11;
-    uint64_t r12, r13, r14, r15;
-    uint64_t rip, rflags;
-};
-
-struct kvm_segment {
-    uint64_t base;
-    uint32_t limit;
-    uint16_t selector;
-    uint8_t type;
-    uint8_t present, dpl, db, s, l, g, avl;
-    uint8_t unusable;
-    uint8_t padding;
-};
-
-struct kvm_dtable {
-    uint64_t base;
-    uint16_t limit;
-    uint16_t padding[3];
-};
-
-struct kvm_sregs {
-    struct kvm_segment cs, ds, es, fs, gs, ss;
-    struct kvm_segment tr, ldt;
-    struct kvm_dtable gdt, idt;
-    uint64_t cr0, cr2, cr3, cr4, cr8;
-    uint64_t efer;
-    uint64_t apic_base;
-    uint64_t interrupt_bitmap[4];
-};
-
-struct kvm_cpuid_entry2 {
-    uint32_t function;
-    uint32_t index;
+struct kvm_device_attr {
     uint32_t flags;
-    uint32_t eax;
-    uint32_t ebx;
-    uint32_t ecx;
-    uint32_t edx;
-    uint32_t padding[3];
-};
-
-struct kvm_cpuid2 {
-    uint32_t nent;
-    uint32_t padding;
-    struct kvm_cpuid_entry2 entries[];
-};
-
-struct kvm_msr_entry {
-    uint32_t index;
-    uint32_t reserved;
-    uint64_t data;
-};
-
-struct kvm_msrs {
-    uint32_t nmsrs;
-    uint32_t pad;
-    struct kvm_msr_entry entries[];
+    uint32_t group;
+    uint64_t attr;
+    void *addr;
 };
 
 struct kvm_run_io {
@@ -246,6 +193,11 @@ struct kvm_run_system_event {
     uint64_t data[16];
 };
 
+struct kvm_run_arm_nisv {
+    uint64_t esr_iss;
+    uint64_t fault_ipa;
+};
+
 struct kvm_run_msr {
     uint8_t error;
     uint8_t pad[7];
@@ -279,6 +231,7 @@ struct kvm_run {
         struct kvm_run_internal internal;
         struct kvm_run_emulation_failure emulation_failure;
         struct kvm_run_system_event system_event;
+        struct kvm_run_arm_nisv arm_nisv;
         struct kvm_run_msr msr;
         struct kvm_run_memory_fault memory_fault;
         uint64_t hardware_exit_reason;

@@ -1,10 +1,13 @@
-"""What all kinds of KVM fds have in common: somebody owns them and closes them once."""
+"""What all kinds of KVM fds have in common: ioctls, and an owner who closes them once."""
 
 from __future__ import annotations
 
+import errno
 import os
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
+
+from kvm_bindings._kvm import lib
 
 
 class OwnedFd:
@@ -12,6 +15,23 @@ class OwnedFd:
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
+
+    def _value(self, request: int, value: int = 0) -> int:
+        """An ioctl whose argument is a number; EINTR is retried, as everywhere but KVM_RUN.
+
+        0 or more, or -errno.
+        """
+        while True:
+            result = int(lib.pyvmm_ioctl_value(self.fd, request, value))
+            if result != -errno.EINTR:
+                return result
+
+    def _pointer(self, request: int, argument: Any) -> int:
+        """An ioctl whose argument is a structure, as `_value`."""
+        while True:
+            result = int(lib.pyvmm_ioctl_pointer(self.fd, request, argument))
+            if result != -errno.EINTR:
+                return result
 
     def close(self) -> None:
         """Close the fd; any number of times."""

@@ -5,14 +5,28 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterable
-from typing import Any
+from typing import NamedTuple
 
 from kvm_bindings import ioctls
-from kvm_bindings._kvm import ffi, lib
-from kvm_bindings.errors import fail
+from kvm_bindings._kvm import ffi
+from kvm_bindings.device import Device
+from kvm_bindings.errors import check, fail
 from kvm_bindings.guest_memfd import GuestMemfd
 from kvm_bindings.owned_fd import OwnedFd
 from kvm_bindings.vcpu import Vcpu
+
+
+class MessageRoute(NamedTuple):
+    """A message-signalled interrupt that a GSI sends.
+
+    `device_id` is who sends it, for an interrupt controller that asks (arm64's ITS does): there
+    the requester id of a PCI function.
+    """
+
+    gsi: int
+    address: int
+    data: int
+    device_id: int | None = None
 
 
 class Vm(OwnedFd):
@@ -22,63 +36,16 @@ class Vm(OwnedFd):
         super().__init__(fd)
         self._vcpu_mmap_size = vcpu_mmap_size
 
-    def _value(self, request: int, value: int) -> int:
-        """An ioctl whose argument is a number; EINTR is retried, as everywhere but KVM_RUN."""
-        while True:
-            result = int(lib.pyvmm_ioctl_value(self.fd, request, value))
-            if result != -errno.EINTR:
-                return result
-
-    def _pointer(self, request: int, argument: Any) -> int:
-        while True:
-            result = int(lib.pyvmm_ioctl_pointer(self.fd, request, argument))
-            if result != -errno.EINTR:
-                return result
-
     def check_extension(self, capability: int) -> int:
         """KVM_CHECK_EXTENSION for this VM: 0 when absent."""
         result = self._value(ioctls.KVM_CHECK_EXTENSION, capability)
-        if result < 0:
-            fail("KVM_CHECK_EXTENSION", result, f"{capability}")
-        return result
+        return check("KVM_CHECK_EXTENSION", result, "{}", capability)
 
     def enable_cap(self, capability: int, *args: int) -> None:
         """KVM_ENABLE_CAP with up to four arguments."""
         cap = ffi.new("struct kvm_enable_cap *", {"cap": capability, "args": list(args)})
         result = self._pointer(ioctls.KVM_ENABLE_CAP, cap)
-        if result < 0:
-            fail("KVM_ENABLE_CAP", result, f"cap={capability}, args={[hex(a) for a in args]}")
-
-    def set_tss_addr(self, gpa: int) -> None:
-        """KVM_SET_TSS_ADDR: three pages below 4 GiB that only Intel's KVM uses."""
-        result = self._value(ioctls.KVM_SET_TSS_ADDR, gpa)
-        if result < 0:
-            fail("KVM_SET_TSS_ADDR", result, f"{gpa:#x}")
-
-    def set_identity_map_addr(self, gpa: int) -> None:
-        """KVM_SET_IDENTITY_MAP_ADDR: one page below 4 GiB that only Intel's KVM uses."""
-        result = self._pointer(ioctls.KVM_SET_IDENTITY_MAP_ADDR, ffi.new("uint64_t *", gpa))
-        if result < 0:
-            fail("KVM_SET_IDENTITY_MAP_ADDR", result, f"{gpa:#x}")
-
-    def create_irqchip(self) -> None:
-        """KVM_CREATE_IRQCHIP: PIC, IOAPIC and a local APIC per vCPU, in the kernel."""
-        result = self._value(ioctls.KVM_CREATE_IRQCHIP, 0)
-        if result < 0:
-            fail("KVM_CREATE_IRQCHIP", result)
-
-    def create_pit2(self) -> None:
-        """KVM_CREATE_PIT2: the 8254 timer, in the kernel."""
-        result = self._pointer(ioctls.KVM_CREATE_PIT2, ffi.new("struct kvm_pit_config *"))
-        if result < 0:
-            fail("KVM_CREATE_PIT2", result)
-
-    def irq_line(self, gsi: int, level: int) -> None:
-        """KVM_IRQ_LINE: set the level of an interrupt line."""
-        line = ffi.new("struct kvm_irq_level *", {"irq": gsi, "level": level})
-        result = self._pointer(ioctls.KVM_IRQ_LINE, line)
-        if result < 0:
-            fail("KVM_IRQ_LINE", result, f"gsi={gsi}, level={level}")
+        check("KVM_ENABLE_CAP", result, "cap={}, args={}", capability, [hex(a) for a in args])
 
     def irqfd(self, eventfd: int, gsi: int, resamplefd: int | None = None) -> None:
         """KVM_IRQFD: a write to `eventfd` raises `gsi`.
@@ -91,18 +58,17 @@ class Vm(OwnedFd):
             irqfd.flags = ioctls.KVM_IRQFD_FLAG_RESAMPLE
             irqfd.resamplefd = resamplefd
         result = self._pointer(ioctls.KVM_IRQFD, irqfd)
-        if result < 0:
-            fail("KVM_IRQFD", result, f"{eventfd=}, {gsi=}, {resamplefd=}")
+        check("KVM_IRQFD", result, "eventfd={}, gsi={}, resamplefd={}", eventfd, gsi, resamplefd)
 
     def set_gsi_routing(
         self,
         pins: Iterable[tuple[int, int, int]],
-        messages: Iterable[tuple[int, int, int]] = (),
+        messages: Iterable[MessageRoute] = (),
     ) -> None:
         """KVM_SET_GSI_ROUTING: replace the whole table of what a GSI leads to.
 
-        `pins` are (gsi, irqchip, pin), of which a GSI may have several; `messages` are
-        (gsi, address, data) of message-signalled interrupts.
+        `pins` are (gsi, irqchip, pin), of which a GSI may have several. Raises KvmError (EINVAL:
+        a device id where KVM_CAP_MSI_DEVID is 0).
         """
         entries: list[dict[str, object]] = [
             {
@@ -116,54 +82,66 @@ class Vm(OwnedFd):
             {
                 "gsi": gsi,
                 "type": ioctls.KVM_IRQ_ROUTING_MSI,
+                "flags": 0 if device_id is None else ioctls.KVM_MSI_VALID_DEVID,
                 "u": {
                     "msi": {
                         "address_lo": address & 0xFFFF_FFFF,
                         "address_hi": address >> 32,
                         "data": data,
+                        "devid": device_id or 0,
                     }
                 },
             }
-            for gsi, address, data in messages
+            for gsi, address, data, device_id in messages
         ]
         table = ffi.new("struct kvm_irq_routing *", {"nr": len(entries), "entries": entries})
         result = self._pointer(ioctls.KVM_SET_GSI_ROUTING, table)
-        if result < 0:
-            fail("KVM_SET_GSI_ROUTING", result, f"nr={len(entries)}")
+        check("KVM_SET_GSI_ROUTING", result, "nr={}", len(entries))
 
     def ioeventfd(
         self,
         eventfd: int,
-        port: int,
+        address: int,
         size: int,
         datamatch: int | None = None,
         *,
+        port: bool,
         deassign: bool = False,
     ) -> None:
-        """KVM_IOEVENTFD: a write of `size` bytes to `port` (of the value `datamatch`, if given)
-        signals `eventfd` and doesn't exit to user space."""
-        event = ffi.new(
-            "struct kvm_ioeventfd *",
-            {"addr": port, "len": size, "fd": eventfd, "flags": ioctls.KVM_IOEVENTFD_FLAG_PIO},
-        )
+        """KVM_IOEVENTFD: a write of `size` bytes to a GPA, or to a `port` on architectures that
+        have them (of the value `datamatch`, if given) signals `eventfd` and doesn't exit."""
+        event = ffi.new("struct kvm_ioeventfd *", {"addr": address, "len": size, "fd": eventfd})
+        if port:
+            event.flags |= ioctls.KVM_IOEVENTFD_FLAG_PIO
         if datamatch is not None:
             event.flags |= ioctls.KVM_IOEVENTFD_FLAG_DATAMATCH
             event.datamatch = datamatch
         if deassign:
             event.flags |= ioctls.KVM_IOEVENTFD_FLAG_DEASSIGN
-        result = self._pointer(ioctls.KVM_IOEVENTFD, event)
-        if result < 0:
-            fail("KVM_IOEVENTFD", result, f"{eventfd=}, {port=:#x}, {size=}, {datamatch=}")
+        check(
+            "KVM_IOEVENTFD",
+            self._pointer(ioctls.KVM_IOEVENTFD, event),
+            "eventfd={}, {}={:#x}, size={}, datamatch={}",
+            *(eventfd, "port" if port else "gpa", address, size, datamatch),
+        )
 
-    def coalesce_port_writes(self, port: int, size: int) -> bool:
-        """KVM_REGISTER_COALESCED_MMIO for ports: writes to them wait in a ring instead of exiting,
-        and are found there (Vcpu.coalesced_writes) at the next exit. False where KVM can't."""
-        if not self.check_extension(ioctls.KVM_CAP_COALESCED_PIO):
+    def coalesce_mmio_writes(self, gpa: int, size: int) -> bool:
+        """KVM_REGISTER_COALESCED_MMIO: writes there wait in a ring instead of exiting, and are
+        found in it (Vcpu.coalesced_writes) at the next exit. False where KVM can't."""
+        return self._coalesce(ioctls.KVM_CAP_COALESCED_MMIO, gpa, size, is_port=False)
+
+    def _coalesce(self, capability: int, address: int, size: int, *, is_port: bool) -> bool:
+        if not self.check_extension(capability):
             return False
-        zone = ffi.new("struct kvm_coalesced_mmio_zone *", {"addr": port, "size": size, "pio": 1})
-        result = self._pointer(ioctls.KVM_REGISTER_COALESCED_MMIO, zone)
-        if result < 0:
-            fail("KVM_REGISTER_COALESCED_MMIO", result, f"{port=:#x}, {size=}")
+        zone = ffi.new(
+            "struct kvm_coalesced_mmio_zone *", {"addr": address, "size": size, "pio": is_port}
+        )
+        check(
+            "KVM_REGISTER_COALESCED_MMIO",
+            self._pointer(ioctls.KVM_REGISTER_COALESCED_MMIO, zone),
+            "{}={:#x}, size={}",
+            *("port" if is_port else "gpa", address, size),
+        )
         return True
 
     def set_user_memory_region(
@@ -180,13 +158,12 @@ class Vm(OwnedFd):
                 "userspace_addr": hva,
             },
         )
-        result = self._pointer(ioctls.KVM_SET_USER_MEMORY_REGION, region)
-        if result < 0:
-            fail(
-                "KVM_SET_USER_MEMORY_REGION",
-                result,
-                f"{slot=}, {gpa=:#x}, {size=:#x}, {hva=:#x}, {flags=:#x}",
-            )
+        check(
+            "KVM_SET_USER_MEMORY_REGION",
+            self._pointer(ioctls.KVM_SET_USER_MEMORY_REGION, region),
+            "slot={}, gpa={:#x}, size={:#x}, hva={:#x}, flags={:#x}",
+            *(slot, gpa, size, hva, flags),
+        )
 
     def set_user_memory_region2(
         self,
@@ -215,14 +192,13 @@ class Vm(OwnedFd):
                 "guest_memfd": guest_memfd,
             },
         )
-        result = self._pointer(ioctls.KVM_SET_USER_MEMORY_REGION2, region)
-        if result < 0:
-            fail(
-                "KVM_SET_USER_MEMORY_REGION2",
-                result,
-                f"{slot=}, {gpa=:#x}, {size=:#x}, {hva=:#x}, {guest_memfd=}, "
-                f"{guest_memfd_offset=:#x}, {flags=:#x}",
-            )
+        check(
+            "KVM_SET_USER_MEMORY_REGION2",
+            self._pointer(ioctls.KVM_SET_USER_MEMORY_REGION2, region),
+            "slot={}, gpa={:#x}, size={:#x}, hva={:#x}, guest_memfd={}, "
+            "guest_memfd_offset={:#x}, flags={:#x}",
+            *(slot, gpa, size, hva, guest_memfd, guest_memfd_offset, flags),
+        )
 
     def set_memory_attributes(self, gpa: int, size: int, attributes: int) -> None:
         """KVM_SET_MEMORY_ATTRIBUTES: make a range private (8) or shared (0)."""
@@ -251,17 +227,37 @@ class Vm(OwnedFd):
         """KVM_CREATE_GUEST_MEMFD. Raises KvmError (EINVAL: flags this VM doesn't take)."""
         argument = ffi.new("struct kvm_create_guest_memfd *", {"size": size, "flags": flags})
         result = self._pointer(ioctls.KVM_CREATE_GUEST_MEMFD, argument)
-        if result < 0:
-            fail("KVM_CREATE_GUEST_MEMFD", result, f"{size=:#x}, {flags=:#x}")
+        check("KVM_CREATE_GUEST_MEMFD", result, "size={:#x}, flags={:#x}", size, flags)
         # Unlike a VM's or vCPU's fd this one comes without close-on-exec (Linux 6.18): no
         # program that pyvmm starts may inherit the guest's memory.
         os.set_inheritable(result, False)
         return GuestMemfd(result, size, flags)
 
+    def create_device(self, device_type: int) -> Device:
+        """KVM_CREATE_DEVICE. Raises KvmError (ENODEV: not in this kernel or on this machine)."""
+        argument = ffi.new("struct kvm_create_device *", {"type": device_type})
+        check(
+            "KVM_CREATE_DEVICE",
+            self._pointer(ioctls.KVM_CREATE_DEVICE, argument),
+            "type={}",
+            device_type,
+        )
+        return Device(argument.fd, device_type)
+
+    def can_create_device(self, device_type: int) -> bool:
+        """KVM_CREATE_DEVICE with KVM_CREATE_DEVICE_TEST: asks, and creates nothing."""
+        argument = ffi.new(
+            "struct kvm_create_device *",
+            {"type": device_type, "flags": ioctls.KVM_CREATE_DEVICE_TEST},
+        )
+        return self._pointer(ioctls.KVM_CREATE_DEVICE, argument) == 0
+
     def create_vcpu(self, vcpu_id: int) -> Vcpu:
-        """KVM_CREATE_VCPU: the id is the local APIC's on x86."""
+        """KVM_CREATE_VCPU."""
+        return Vcpu(*self._create_vcpu(vcpu_id))
+
+    def _create_vcpu(self, vcpu_id: int) -> tuple[int, int, int, int]:
+        """What a Vcpu is made of, for each architecture's own."""
         ring_page = self.check_extension(ioctls.KVM_CAP_COALESCED_MMIO)
-        result = self._value(ioctls.KVM_CREATE_VCPU, vcpu_id)
-        if result < 0:
-            fail("KVM_CREATE_VCPU", result, f"{vcpu_id}")
-        return Vcpu(result, vcpu_id, self._vcpu_mmap_size, ring_page)
+        fd = check("KVM_CREATE_VCPU", self._value(ioctls.KVM_CREATE_VCPU, vcpu_id), "{}", vcpu_id)
+        return fd, vcpu_id, self._vcpu_mmap_size, ring_page

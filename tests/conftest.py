@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 BINDINGS = Path(__file__).resolve().parents[1] / "kvm_bindings"
-SOURCES = ("kvm_abi.h", "bindings.c", "datapath.c", "floors.c", "build.py")
+SOURCES = (*BINDINGS.rglob("*.h"), *BINDINGS.rglob("*.c"), BINDINGS / "build.py")
 
 
 def pytest_configure() -> None:
@@ -25,7 +25,7 @@ def pytest_configure() -> None:
 
 def _require_current_extension() -> None:
     """An extension older than its sources fails in ways that say nothing of the cause."""
-    newest = max((BINDINGS / name).stat().st_mtime for name in SOURCES)
+    newest = max(source.stat().st_mtime for source in SOURCES)
     for extension in BINDINGS.glob("_kvm.*so"):  # beside the sources in an editable install only
         if extension.stat().st_mtime < newest:
             pytest.exit(

@@ -23,13 +23,14 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from kvm_bindings._kvm import ffi, lib
 
-from kvm_bindings import System, Vcpu, ioctls
+from kvm_bindings import ioctls
+from kvm_bindings.x86_64 import System, Vcpu, Vm
 from tests.support.x86 import X86, exit_handlers
 from vmm.arch.x86_64 import layout
 from vmm.arch.x86_64.cpuid import choose_c_bit
@@ -75,7 +76,7 @@ class Side:
     def __init__(self, opened: ExitStack, system: System, scheme: str, pages: int) -> None:
         wanted = Wanted(scheme, "auto", RAM.end, two_addresses=False, host_loads=False)
         self.chosen = choose(X86, system, wanted)
-        self.vm = opened.enter_context(self.chosen.vm)
+        self.vm = opened.enter_context(cast(Vm, self.chosen.vm))
         backing = self.chosen.backing
         shared = backing if backing.traits.in_place else MemfdBacking(RAM.end)
         private = Range(PRIVATE_FROM, RAM.end - PRIVATE_FROM)

@@ -6,7 +6,7 @@ import functools
 
 import pytest
 
-from kvm_bindings import System
+from kvm_bindings.x86_64 import System
 from tests.kvm.conftest import kvm
 from vmm.arch import architecture
 from vmm.selftest.entries import Combination

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from kvm_bindings import System
+from kvm_bindings.x86_64 import System
 from tests.fuzz.conversion_ops import Program, random_program
 from tests.fuzz.conversion_worlds import World
 from tests.support.fake_kvm import FakeKernel

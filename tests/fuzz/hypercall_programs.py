@@ -14,8 +14,9 @@ import sys
 from collections import deque
 from typing import NamedTuple
 
-from kvm_bindings import System, ioctls
 from kvm_bindings.exits import HltExit, HypercallExit
+from kvm_bindings.x86_64 import System
+from kvm_bindings.x86_64 import ioctls as x86
 from tests.support.fake_kvm import FakeSystem
 from tests.support.fake_kvm.vcpu import Hypercall
 from vmm.arch.x86_64.cpuid import is_amd
@@ -56,7 +57,7 @@ class Kernel:
     def __init__(self, system: System) -> None:
         call = b"\x0f\x01\xd9" if is_amd(system.supported_cpuid()) else b"\x0f\x01\xc1"
         self._guest = MicroGuest(system, call + OUT_DONE, "kernel")
-        self._guest.vm.enable_cap(ioctls.KVM_CAP_EXIT_HYPERCALL, _EXITS)
+        self._guest.vm.enable_cap(x86.KVM_CAP_EXIT_HYPERCALL, _EXITS)
         self._start = self._guest.vcpu.get_regs()
 
     def make(self, call: Call) -> str:
@@ -83,7 +84,7 @@ class Model:
     def __init__(self) -> None:
         self._system = FakeSystem()
         vm = self._system.create_vm()
-        vm.enable_cap(ioctls.KVM_CAP_EXIT_HYPERCALL, _EXITS)
+        vm.enable_cap(x86.KVM_CAP_EXIT_HYPERCALL, _EXITS)
         self._vcpu = vm.create_vcpu(0)
 
     def make(self, call: Call) -> str:

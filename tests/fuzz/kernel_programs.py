@@ -13,7 +13,7 @@ import sys
 import time
 from typing import NamedTuple
 
-from kvm_bindings import System
+from kvm_bindings.x86_64 import System
 from tests.fuzz.kernel_ops import Generator, Program
 from tests.fuzz.kernel_worlds import World, model_of
 from tests.support.fake_platform import FakePlatform

@@ -6,7 +6,8 @@ import errno
 from collections import deque
 from typing import cast
 
-from kvm_bindings import Vcpu, ioctls
+from kvm_bindings.x86_64 import Vcpu
+from kvm_bindings.x86_64 import ioctls as x86
 from tests.support.fake_kvm import FakeKernel, FakeVm
 from tests.support.fake_kvm.vcpu import FakeVcpu, Hypercall, In, Instruction, Load, Out, Store
 from tests.support.fake_platform import FakePlatform
@@ -39,7 +40,7 @@ def rig() -> Rig:
     made = Rig(
         FakePlatform(FakeKernel.sw_protected()), Combination("attributes", "guest_memfd-plain")
     )
-    made.vm.enable_cap(ioctls.KVM_CAP_EXIT_HYPERCALL, 1 << 12)
+    made.vm.enable_cap(x86.KVM_CAP_EXIT_HYPERCALL, 1 << 12)
     return made
 
 

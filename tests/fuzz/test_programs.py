@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from kvm_bindings import System
+from kvm_bindings.x86_64 import System
 from tests.fuzz.conversion_programs import Cell, fake_cells, kvm_cells, run_many
 from tests.fuzz.kernel_programs import Comparison
 from tests.support.fake_kvm.guest_memfd import FakeGuestMemfd

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from kvm_bindings import System
 from kvm_bindings.exits import InternalErrorExit
+from kvm_bindings.x86_64 import System
 from tests.support import command, guests
 from tests.support.tiny_guest import TinyGuest
 from vmm.arch import architecture

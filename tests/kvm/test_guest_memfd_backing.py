@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from kvm_bindings import System, Vm, fdops, ioctls
+from kvm_bindings import fdops, ioctls
 from kvm_bindings.exits import HltExit
+from kvm_bindings.x86_64 import System, Vm
 from tests.support.memory import pattern
 from tests.support.tiny_guest import CODE, RAM, TinyGuest
 from vmm.conversion.making import GUEST_MEMFD_FLAGS, make_backing

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from kvm_bindings import System
 from kvm_bindings.exits import IoExit
+from kvm_bindings.x86_64 import System
 from tests.support.tiny_guest import CODE, TinyGuest
 from vmm.arch.x86_64 import layout
 from vmm.wiring.interrupts import EdgeLine, MessageRoutes, MsixMessages

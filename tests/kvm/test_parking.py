@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from kvm_bindings import System
+from kvm_bindings.x86_64 import System
 from tests.support.fake_vcpu import RecordingDevice, Rig
 from tests.support.tiny_guest import TinyGuest
 from vmm.exits.outcome import Outcome

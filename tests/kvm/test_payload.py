@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 
-from kvm_bindings import KvmError, System, ioctls
+from kvm_bindings import KvmError, ioctls
+from kvm_bindings.x86_64 import System
+from kvm_bindings.x86_64 import ioctls as x86
 
 pytestmark = pytest.mark.kvm
 
@@ -136,7 +138,7 @@ def test_default_scheme_says_why_a_stronger_one_is_not_taken(report: Path) -> No
 def test_scheme_that_this_host_lacks_ends_with_3_and_names_what_is_there(
     kvm: System, report: Path, scheme: str
 ) -> None:
-    with suppress(KvmError), kvm.create_vm(ioctls.KVM_X86_SW_PROTECTED_VM):
+    with suppress(KvmError), kvm.create_vm(x86.KVM_X86_SW_PROTECTED_VM):
         pytest.skip("this host makes VMs of the type that the scheme needs")
 
     run = pyvmm(report, "--private-mem", "--scheme", scheme)

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import pytest
 
-from kvm_bindings import System
 from kvm_bindings.exits import MmioExit
+from kvm_bindings.x86_64 import System
 from tests.support.x86 import exit_handlers
 from vmm.arch.x86_64 import layout
 from vmm.arch.x86_64.msrs import MsrTable

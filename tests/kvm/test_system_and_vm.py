@@ -8,8 +8,9 @@ import threading
 
 import pytest
 
-from kvm_bindings import KvmError, System, Vcpu, fdops, ioctls
+from kvm_bindings import KvmError, fdops, ioctls
 from kvm_bindings.exits import HltExit
+from kvm_bindings.x86_64 import System, Vcpu
 from tests.support.tiny_guest import TinyGuest
 
 pytestmark = pytest.mark.kvm
@@ -98,7 +99,7 @@ def test_write_to_an_ioeventfd_port_signals_and_does_not_exit(kvm: System) -> No
     eventfd = os.eventfd(0, os.EFD_NONBLOCK)
     # out dx, ax (matches); inc ax; out dx, ax (another value); hlt
     with TinyGuest(kvm, b"\xef\x40\xef\xf4", rdx=0xC080, rax=0) as guest:
-        guest.vm.ioeventfd(eventfd, 0xC080, 2, 0)
+        guest.vm.ioeventfd(eventfd, 0xC080, 2, 0, port=True)
 
         first = guest.run()
         count = os.eventfd_read(eventfd)
@@ -114,8 +115,8 @@ def test_write_to_an_ioeventfd_port_signals_and_does_not_exit(kvm: System) -> No
 def test_ioeventfd_taken_away_exits_again(kvm: System) -> None:
     eventfd = os.eventfd(0, os.EFD_NONBLOCK)
     with TinyGuest(kvm, b"\xef\xf4", rdx=0xC080) as guest:
-        guest.vm.ioeventfd(eventfd, 0xC080, 2, 0)
-        guest.vm.ioeventfd(eventfd, 0xC080, 2, 0, deassign=True)
+        guest.vm.ioeventfd(eventfd, 0xC080, 2, 0, port=True)
+        guest.vm.ioeventfd(eventfd, 0xC080, 2, 0, port=True, deassign=True)
 
         assert type(guest.run()).__name__ == "IoExit"
     os.close(eventfd)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kvm_bindings import System
+from kvm_bindings.x86_64 import System
 from tests.support.command import run
 from tests.support.trace import rows_of
 from vmm.trace.layout import DECISIONS, Kind

@@ -8,8 +8,9 @@ import threading
 
 import pytest
 
-from kvm_bindings import KvmError, System, fdops, ioctls
+from kvm_bindings import KvmError, fdops, ioctls
 from kvm_bindings.exits import HltExit, InterruptedExit, IoExit, MmioExit, ShutdownExit
+from kvm_bindings.x86_64 import System
 from tests.support.tiny_guest import CODE, TinyGuest
 from vmm.exits.run_loop import KICK_SIGNAL
 

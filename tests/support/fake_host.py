@@ -8,8 +8,9 @@ import signal
 from collections.abc import Iterator, Mapping
 from typing import Any, Self, cast
 
-from kvm_bindings import GuestMemfd, KvmError, System
+from kvm_bindings import GuestMemfd, KvmError
 from kvm_bindings.exits import Exit, InterruptedExit, IoExit
+from kvm_bindings.x86_64 import System
 
 DONE = IoExit(0x10, 1, 1, True, b"\0")
 """What a micro-guest's last instruction causes."""

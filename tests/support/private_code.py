@@ -12,8 +12,10 @@ import os
 import struct
 from contextlib import ExitStack
 
-from kvm_bindings import System, ioctls
+from kvm_bindings import ioctls
 from kvm_bindings.exits import HypercallExit, IoExit
+from kvm_bindings.x86_64 import System
+from kvm_bindings.x86_64 import ioctls as x86
 from vmm.arch.x86_64 import layout
 from vmm.arch.x86_64.micro_guest import AREA_GPA, DONE_PORT, MicroGuest
 from vmm.host.probes.micro_guest import AREA_SIZE, mapped, memory_file, seen
@@ -69,7 +71,7 @@ def in_private_memory(system: System, code: bytes) -> object:
         hva = mapped(opened, shared, AREA_SIZE)
         guest.vm.set_user_memory_region2(1, AREA_GPA, AREA_SIZE, hva, private.fd, 0)
         guest.vm.set_memory_attributes(AREA_GPA, AREA_SIZE, ioctls.KVM_MEMORY_ATTRIBUTE_PRIVATE)
-        guest.vm.enable_cap(ioctls.KVM_CAP_EXIT_HYPERCALL, 1 << _MAP_GPA_RANGE)
+        guest.vm.enable_cap(x86.KVM_CAP_EXIT_HYPERCALL, 1 << _MAP_GPA_RANGE)
         exit = guest.run()
         called = None
         if isinstance(exit, HypercallExit):

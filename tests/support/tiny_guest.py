@@ -7,8 +7,9 @@ import signal
 import threading
 from types import TracebackType
 
-from kvm_bindings import System, fdops
+from kvm_bindings import fdops
 from kvm_bindings.exits import Exit
+from kvm_bindings.x86_64 import System
 from vmm.exits.run_loop import KICK_SIGNAL
 
 CODE = 0x1000

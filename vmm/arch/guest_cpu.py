@@ -74,7 +74,10 @@ class GuestCpu(Protocol):
     Every verb raises GuestStopped, and may be repeated then.
     """
 
-    vcpu: Vcpu
+    @property
+    def vcpu(self) -> Vcpu:
+        """For what a test does to it besides."""
+        ...
 
     def read(self, address: int) -> int: ...
     def write(self, address: int, word: int) -> None: ...

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvm_bindings import System
 from vmm.host.kvm import missing_basics
@@ -35,7 +35,8 @@ class Capability:
 
     key: str
     title: str
-    probe: Callable[[System], Finding]
+    probe: Callable[[Any], Finding]
+    """Called with the architecture's System, open."""
     enables: str
     if_missing: str
     needed_by: tuple[str, ...] = ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvm_bindings import KvmError, System
 from vmm.core.errors import HostError
@@ -135,7 +135,7 @@ def _closed(capabilities: Sequence[Capability], reason: str) -> HostCheck:
     return HostCheck(rows, judge(rows, {}), reason)
 
 
-def probed(probe: Callable[[System], Finding], system: System) -> Finding:
+def probed(probe: Callable[[Any], Finding], system: System) -> Finding:
     """The probe's finding; what it raises about the host is one too."""
     try:
         return probe(system)

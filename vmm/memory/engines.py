@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-from kvm_bindings import fdops, floors
+from kvm_bindings import datapath, fdops
 from vmm.core.errors import HostError
 from vmm.memory import transfer
 from vmm.memory.backing import Backing
@@ -179,7 +179,7 @@ class MappedEngine:
         )
 
     def _copy(self, target: int, source: int, size: int) -> int:
-        floors.copy_memory(target, source, size)
+        datapath.copy_memory(target, source, size)
         self.bytes_by["memcpy"] += size
         return size
 

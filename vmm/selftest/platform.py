@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 class Platform(Protocol):
     """A KVM, or a model of one."""
 
-    system: System
+    @property
+    def system(self) -> System:
+        """The KVM, open."""
+        ...
+
     is_modelled: bool
 
     def vm_type(self, scheme: str) -> int:

@@ -48,6 +48,8 @@ class Slot(NamedTuple):
     """Whether the function's registers are in an I/O BAR; else in memory."""
     registers_base: int
     msix_base: int
+    requester_id: int | None = None
+    """The function's, where the interrupt controller wants to know who sends a message."""
 
 
 class Board(Protocol):

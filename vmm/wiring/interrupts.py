@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from threading import Lock
 
-from kvm_bindings import Vm, ioctls
+from kvm_bindings import MessageRoute, Vm, ioctls
 from vmm.core.errors import tell
 from vmm.core.event_loop import EventLoop, drain
 from vmm.memory.backing import Backing
@@ -104,18 +104,20 @@ class MessageRoutes:
         self._vm = vm
         self._pins = pins
         self._first_gsi = first_gsi
-        self._messages: dict[int, tuple[int, int]] = {}
+        self._messages: dict[int, MessageRoute] = {}
         self._lock = Lock()
 
-    def set(self, gsi: int | None, address: int, data: int) -> int:
-        """Have `gsi` (None: a new one) send the message; the GSI. Raises KvmError, unchanged."""
+    def set(self, gsi: int | None, address: int, data: int, requester_id: int | None = None) -> int:
+        """Have `gsi` (None: a new one) send the message; the GSI. Raises KvmError, unchanged.
+
+        `requester_id` is the PCI function's, where the interrupt controller wants to know.
+        """
         with self._lock:
             used = self._first_gsi + len(self._messages)
             number = used if gsi is None else gsi
-            messages = {**self._messages, number: (address, data)}
-            self._vm.set_gsi_routing(
-                self._pins, [(each, *message) for each, message in messages.items()]
-            )
+            message = MessageRoute(number, address, data, requester_id)
+            messages = {**self._messages, number: message}
+            self._vm.set_gsi_routing(self._pins, messages.values())
             self._messages = messages
             return number
 
@@ -123,9 +125,10 @@ class MessageRoutes:
 class MsixMessages:
     """The messages of one function by vector, each with an eventfd from its first use on."""
 
-    def __init__(self, vm: Vm, routes: MessageRoutes) -> None:
+    def __init__(self, vm: Vm, routes: MessageRoutes, requester_id: int | None = None) -> None:
         self._vm = vm
         self._routes = routes
+        self._requester_id = requester_id
         self._eventfds: dict[int, int] = {}
         self._gsis: dict[int, int] = {}
         self._told = False
@@ -135,7 +138,7 @@ class MsixMessages:
     def route(self, vector: int, address: int, data: int) -> None:
         """From now on the vector's message is that one; the old one, where KVM has no room."""
         try:
-            gsi = self._routes.set(self._gsis.get(vector), address, data)
+            gsi = self._routes.set(self._gsis.get(vector), address, data, self._requester_id)
             if vector not in self._gsis:
                 self._gsis[vector] = gsi
                 eventfd = open_eventfd(self._opened)

@@ -63,7 +63,7 @@ class QueueNotifier:
     def _bind(self, address: int) -> bool:
         for index, eventfd in enumerate(self._eventfds):
             try:
-                self._vm.ioeventfd(eventfd, address, 2, index)
+                self._vm.ioeventfd(eventfd, address, 2, index, port=self._in_io)
             except KvmError:
                 self._unbind(address, index)
                 return False
@@ -71,7 +71,7 @@ class QueueNotifier:
 
     def _unbind(self, address: int, bound: int) -> None:
         for index, eventfd in enumerate(self._eventfds[:bound]):
-            self._vm.ioeventfd(eventfd, address, 2, index, deassign=True)
+            self._vm.ioeventfd(eventfd, address, 2, index, port=self._in_io, deassign=True)
 
 
 class ThreadedQueueNotifier(QueueNotifier):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Self, cast
 
-from kvm_bindings import System, ioctls
-from kvm_bindings.system import CpuidTuple
+from kvm_bindings import ioctls
+from kvm_bindings.x86_64 import System
+from kvm_bindings.x86_64.system import CpuidTuple
 from tests.support.fake_kvm.kernel import EINVAL, FakeKernel, refuse
 from tests.support.fake_kvm.vm import FakeVm
 

@@ -7,8 +7,10 @@ import os
 from dataclasses import dataclass
 from typing import Self, cast
 
-from kvm_bindings import KvmError, Vm, ioctls
+from kvm_bindings import KvmError, ioctls
 from kvm_bindings.exits import Exit, MemoryFaultExit, MmioExit
+from kvm_bindings.x86_64 import Vm
+from kvm_bindings.x86_64 import ioctls as x86
 from tests.support.fake_kvm.guest_memfd import FakeGuestMemfd
 from tests.support.fake_kvm.kernel import (
     EBADF,
@@ -61,7 +63,7 @@ class FakeVm:
         per_vm = kernel.attributes_ioctl and not kernel.in_place
         return {
             ioctls.KVM_CAP_NR_MEMSLOTS: kernel.memslots,
-            ioctls.KVM_CAP_EXIT_HYPERCALL: 1 << 12,
+            x86.KVM_CAP_EXIT_HYPERCALL: 1 << 12,
             ioctls.KVM_CAP_VM_TYPES: sum(1 << n for n in kernel.vm_types),
             ioctls.KVM_CAP_MEMORY_ATTRIBUTES: vm_type.attributes if per_vm else 0,
             ioctls.KVM_CAP_GUEST_MEMFD_FLAGS: vm_type.guest_memfd_flags,
@@ -73,7 +75,7 @@ class FakeVm:
 
     def enable_cap(self, capability: int, *args: int) -> None:
         self.kernel.enter("KVM_ENABLE_CAP", f"cap={capability}")
-        if capability == ioctls.KVM_CAP_EXIT_HYPERCALL:
+        if capability == x86.KVM_CAP_EXIT_HYPERCALL:
             if args[0] & ~(1 << 12):
                 raise refuse("KVM_ENABLE_CAP", EINVAL)
             self.hypercall_exits = args[0]
@@ -249,7 +251,7 @@ class FakeVm:
         """Accepted: not about memory."""
 
     set_tss_addr = set_identity_map_addr = create_irqchip = create_pit2 = ignore
-    irq_line = irqfd = ioeventfd = ignore
+    irqfd = ioeventfd = ignore
 
     def coalesce_port_writes(self, port: int, size: int) -> bool:
         return False

@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 
-from kvm_bindings import KvmError, Vcpu
+from kvm_bindings import KvmError, aarch64, owned_fd
 from kvm_bindings import vcpu as vcpu_module
 from kvm_bindings.exits import (
     EXIT_NAMES,
+    ArmNisvExit,
     Exit,
     FailEntryExit,
     HltExit,
@@ -34,9 +35,13 @@ from kvm_bindings.exits import (
     UnknownExit,
     WrmsrExit,
 )
+from kvm_bindings.x86_64 import Vcpu
 
 EXIT_REASON, UNION = 8, 32
-SIZE = 3 * 4096
+RING_PAGE = 2
+PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
+RING = RING_PAGE * PAGE_SIZE  # KVM's pages are the host's
+SIZE = 3 * PAGE_SIZE
 DECODED = {2, 3, 5, 6, 8, 9, 17, 24, 29, 30}  # reasons that have a class
 DATA = 4096  # where KVM puts the bytes of port I/O: behind the structure
 
@@ -48,7 +53,7 @@ class Page:
         self.fd = os.memfd_create("kvm_run")
         os.truncate(self.fd, SIZE)
         self.result = 0
-        self.vcpu = Vcpu(os.dup(self.fd), 3, SIZE)
+        self.vcpu = Vcpu(os.dup(self.fd), 3, SIZE, RING_PAGE)
         monkeypatch.setattr(vcpu_module, "lib", self)
 
     def pyvmm_ioctl_value(self, fd: int, request: int, value: int) -> int:
@@ -275,6 +280,69 @@ def test_exit_without_a_class_is_data(page: Page, reason: int) -> None:
     assert exit.name == EXIT_NAMES.get(reason, f"exit {reason}")
 
 
+def test_arm64_access_that_the_processor_does_not_describe(page: Page) -> None:
+    page.fill(28, struct.pack("<QQ", 0x1_0046, 0x0900_0010))
+    vcpu = aarch64.Vcpu(os.dup(page.fd), 0, SIZE)
+
+    exit = vcpu.run()
+
+    vcpu.close()
+    assert isinstance(exit, ArmNisvExit)
+    assert exit == ArmNisvExit(0x1_0046, 0x0900_0010)
+
+
+@pytest.mark.parametrize("reason", [2, 29, 30])
+def test_x86_exit_is_mere_data_on_arm64(page: Page, reason: int) -> None:
+    page.fill(reason, bytes(256))
+    vcpu = aarch64.Vcpu(os.dup(page.fd), 0, SIZE)
+
+    exit = vcpu.run()
+
+    vcpu.close()
+    assert exit == UnknownExit(reason, bytes(256))
+
+
+def ring_entry(address: int, data: bytes, *, port: bool) -> bytes:
+    return struct.pack("<QII8s", address, len(data), port, data)
+
+
+def test_coalesced_writes_are_taken_out_oldest_first_each_as_what_it_is(page: Page) -> None:
+    entries = [
+        ring_entry(0x70, b"\x0f", port=True),
+        ring_entry(0xD000_0004, b"\1\2\3\4", port=False),
+    ]
+    os.pwrite(page.fd, struct.pack("<II", 0, 2) + b"".join(entries), RING)
+    assert page.vcpu.has_coalesced_writes
+
+    found = list(page.vcpu.coalesced_writes())
+
+    assert found == [
+        IoExit(0x70, 1, 1, True, b"\x0f"),
+        MmioExit(0xD000_0004, 4, True, b"\1\2\3\4"),
+    ]
+    assert struct.unpack("<II", page.read(8, RING)) == (2, 2)
+    assert not page.vcpu.has_coalesced_writes
+
+
+def test_coalesced_writes_go_round_the_end_of_the_ring(page: Page) -> None:
+    last = (PAGE_SIZE - 8) // 24 - 1
+    os.pwrite(page.fd, struct.pack("<II", last, 1), RING)
+    for position, number in ((last, 1), (0, 2)):
+        entry = ring_entry(number, bytes([number]), port=True)
+        os.pwrite(page.fd, entry, RING + 8 + 24 * position)
+
+    ports = [write[0] for write in page.vcpu.coalesced_writes()]
+
+    assert ports == [1, 2]
+
+
+def test_coalesced_write_of_more_than_the_entry_holds_is_cut_off(page: Page) -> None:
+    entry = struct.pack("<QII8s", 0x70, 0xFFFF_FFFF, 1, bytes(range(8)))
+    os.pwrite(page.fd, struct.pack("<II", 0, 1) + entry, RING)
+
+    assert list(page.vcpu.coalesced_writes()) == [IoExit(0x70, 8, 1, True, bytes(range(8)))]
+
+
 def test_immediate_exit_is_the_byte_that_kvm_reads(page: Page) -> None:
     page.vcpu.immediate_exit = True
     assert page.read(2, 0) == b"\0\1"
@@ -304,7 +372,7 @@ def test_pre_fault_goes_on_where_it_was_interrupted(
     page: Page, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kvm = PreFaulting([0, -errno.EINTR, 0, -errno.EAGAIN, 0])
-    monkeypatch.setattr(vcpu_module, "lib", kvm)
+    monkeypatch.setattr(owned_fd, "lib", kvm)
 
     page.vcpu.pre_fault_memory(0x4000, 0x3000)
 
@@ -316,7 +384,7 @@ def test_pre_fault_goes_on_where_it_was_interrupted(
 def test_pre_fault_that_fails_names_the_whole_range(
     page: Page, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vcpu_module, "lib", PreFaulting([0, -errno.EOPNOTSUPP]))
+    monkeypatch.setattr(owned_fd, "lib", PreFaulting([0, -errno.EOPNOTSUPP]))
 
     with pytest.raises(KvmError, match=r"KVM_PRE_FAULT_MEMORY\(gpa=0x4000, size=0x3000\) failed"):
         page.vcpu.pre_fault_memory(0x4000, 0x3000)

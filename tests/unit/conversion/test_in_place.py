@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from kvm_bindings import KvmError, ioctls
+from kvm_bindings import KvmError
+from kvm_bindings.x86_64 import ioctls
 from tests.support.conversion import Answering, share, tally, unshare
 from tests.support.fake_kvm import FakeKernel, FakeSystem, FakeVm
 from tests.support.memory import page, pages

@@ -9,8 +9,9 @@ from typing import cast
 
 import pytest
 
-from kvm_bindings import KvmError, Vcpu
+from kvm_bindings import KvmError
 from kvm_bindings.exits import Exit, InterruptedExit, IoExit, ShutdownExit
+from kvm_bindings.x86_64 import Vcpu
 from tests.support.fake_vcpu import FakeVcpu, RecordingDevice, Rig
 from vmm.exits.outcome import INTERNAL_ERROR, KILLED, TRIPLE_FAULT, Outcome
 from vmm.exits.run_loop import KICK_SIGNAL, install_kick_handler

@@ -10,8 +10,9 @@ from typing import cast
 
 import pytest
 
-from kvm_bindings import KvmError, Vcpu
+from kvm_bindings import KvmError
 from kvm_bindings.exits import Exit, HypercallExit, InterruptedExit, IoExit, ShutdownExit
+from kvm_bindings.x86_64 import Vcpu
 from tests.support.fake_vcpu import FakeVcpu, Rig
 from vmm.exits.outcome import Outcome
 from vmm.exits.run_loop import KICK_SIGNAL, install_kick_handler

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from kvm_bindings import KvmError, System
+from kvm_bindings import KvmError
+from kvm_bindings.x86_64 import System
 from tests.support.fake_host import FakeHost
 from tests.support.x86 import X86
 from vmm.core.errors import HostError

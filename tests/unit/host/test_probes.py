@@ -18,6 +18,7 @@ from kvm_bindings.exits import (
     RdmsrExit,
     ShutdownExit,
 )
+from kvm_bindings.x86_64 import ioctls as x86
 from tests.support.fake_host import DONE, FakeHost, FakeVm
 from tests.support.x86 import X86
 from vmm.arch.x86_64.micro_guest import MicroGuest
@@ -29,7 +30,7 @@ from vmm.host.probes.finding import Finding
 QUICK = 0.02
 NOT_EMULATED = InternalErrorExit(1, (), b"\x66\x0f\xd4\xc0")
 HYPERCALL = HypercallExit(12, (0, 1, 0, 0, 0, 0), 0)
-MAP_GPA_RANGE = {ioctls.KVM_CAP_EXIT_HYPERCALL: 1 << 12}
+MAP_GPA_RANGE = {x86.KVM_CAP_EXIT_HYPERCALL: 1 << 12}
 
 
 @pytest.fixture

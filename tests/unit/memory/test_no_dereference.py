@@ -247,7 +247,7 @@ def test_means_to_dereference_made_up_is_found(source: str) -> None:
 
 def test_bindings_point_at_nothing_but_kvms_own_structures() -> None:
     users = set()
-    for path in sorted((ROOT / "kvm_bindings").glob("*.py")):
+    for path in sorted((ROOT / "kvm_bindings").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if (
                 isinstance(node, ast.Attribute)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from vmm.arch.x86_64 import layout
 
 if TYPE_CHECKING:
-    from kvm_bindings import System, Vm
+    from kvm_bindings import System, Vm, x86_64
     from vmm.arch.guest_cpu import Gate, GuestCpu
     from vmm.arch.protocol import Architecture, Guest, GuestOptions, OpenedKernel
     from vmm.arch.x86_64.platform import X86Platform
@@ -35,16 +35,17 @@ class X86:
 
     @property
     def needed(self) -> Sequence[tuple[str, int]]:
-        from kvm_bindings import ioctls
+        from kvm_bindings.ioctls import KVM_CAP_IRQCHIP
+        from kvm_bindings.x86_64 import ioctls
 
         return (
-            ("KVM_CAP_IRQCHIP", ioctls.KVM_CAP_IRQCHIP),
+            ("KVM_CAP_IRQCHIP", KVM_CAP_IRQCHIP),
             ("KVM_CAP_PIT2", ioctls.KVM_CAP_PIT2),
             ("KVM_CAP_EXT_CPUID", ioctls.KVM_CAP_EXT_CPUID),
         )
 
     def open_system(self, path: str) -> System:
-        from kvm_bindings import System
+        from kvm_bindings.x86_64 import System
 
         return System(path)
 
@@ -55,7 +56,7 @@ class X86:
     def private_bit(self, system: System, ram_end: int) -> int:
         from vmm.arch.x86_64.cpuid import choose_c_bit
 
-        return choose_c_bit(system.supported_cpuid(), ram_end)
+        return choose_c_bit(_x86(system).supported_cpuid(), ram_end)
 
     def check_doorbell(self, system: System, guest: Guest) -> None:
         from vmm.arch.x86_64.doorbells import HYPERCALL_NAME
@@ -63,7 +64,7 @@ class X86:
         if guest.doorbell == HYPERCALL_NAME:
             from vmm.arch.x86_64.probes.hypercall import require_working_hypercalls
 
-            require_working_hypercalls(system)
+            require_working_hypercalls(_x86(system))
 
     def micro_guest(
         self,
@@ -80,7 +81,7 @@ class X86:
         registers = {"rdi": address or AREA_GPA, "rsi": word}
         # In user mode, which no host interprets.
         return MicroGuest(
-            system, VERBS[verb], "user", registers=registers, vm_type=vm_type, seconds=seconds
+            _x86(system), VERBS[verb], "user", registers=registers, vm_type=vm_type, seconds=seconds
         )
 
     def capabilities(self) -> Sequence[Capability]:
@@ -113,7 +114,7 @@ class X86:
     def platform(self, system: System, vm: Vm, guest: Guest, options: GuestOptions) -> X86Platform:
         from vmm.arch.x86_64.platform import X86Platform
 
-        return X86Platform(system, vm, guest, options)
+        return X86Platform(_x86(system), cast("x86_64.Vm", vm), guest, options)
 
     def handlers_of_done(self, device: PortDevice) -> ExitHandlers:
         from vmm.arch.x86_64.exits import only_ports
@@ -129,7 +130,12 @@ class X86:
     ) -> AbstractContextManager[Sequence[GuestCpu]]:
         from vmm.arch.x86_64.guest_cpu import guest_cpus
 
-        return guest_cpus(system, vm, count, ram, alias, gate)
+        return guest_cpus(_x86(system), cast("x86_64.Vm", vm), count, ram, alias, gate)
+
+
+def _x86(system: System) -> x86_64.System:
+    """What `open_system` has opened, as what it is."""
+    return cast("x86_64.System", system)
 
 
 ARCHITECTURE: Architecture = X86()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING, cast
 
 from vmm.arch.x86_64 import layout
 from vmm.arch.x86_64.devices.acpi_pm import AcpiPm
@@ -15,13 +16,16 @@ from vmm.devices.serial16550 import Serial16550
 from vmm.wiring.board import BoardParts, Slot
 from vmm.wiring.interrupts import MessageRoutes
 
+if TYPE_CHECKING:
+    from kvm_bindings.x86_64 import Vm
+
 
 class PcBoard:
     """See vmm.wiring.board.Board."""
 
     def __init__(self, parts: BoardParts) -> None:
         """Raises KvmError."""
-        self._vm = parts.vm
+        self._vm = cast("Vm", parts.vm)  # X86Platform's
         self.ports = PortBus()
         self.registers = MemoryBus()
         self.pci = PciBus(self.ports, self.registers)

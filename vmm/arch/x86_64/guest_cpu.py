@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
-from kvm_bindings import System, Vcpu, Vm, ioctls
+from kvm_bindings import ioctls
 from kvm_bindings.exits import Exit, IoExit
+from kvm_bindings.x86_64 import System, Vcpu, Vm
 from vmm.arch import guest_cpu
 from vmm.arch.guest_cpu import CODE_SIZE, WORD, Gate, GuestCpu
 from vmm.arch.x86_64 import layout

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Literal
 
-from kvm_bindings import System
 from kvm_bindings.exits import Exit, IoExit
+from kvm_bindings.x86_64 import System, Vcpu, Vm
 from vmm.host.probes import micro_guest
 from vmm.host.probes.micro_guest import AREA_SIZE, RAM_SIZE, WORD_AT, Verb, mapped, memory_file
 
@@ -39,6 +39,8 @@ class MicroGuest(micro_guest.MicroGuest):
     """
 
     area_gpa = AREA_GPA
+    vm: Vm
+    vcpu: Vcpu
     memfd: int
     """RAM."""
 

@@ -8,7 +8,7 @@ import statistics
 import time
 from contextlib import ExitStack
 
-from kvm_bindings import KvmError, System, ioctls
+from kvm_bindings import KvmError, ioctls
 from kvm_bindings.exits import (
     Exit,
     InternalErrorExit,
@@ -16,6 +16,8 @@ from kvm_bindings.exits import (
     IoExit,
     RdmsrExit,
 )
+from kvm_bindings.x86_64 import System
+from kvm_bindings.x86_64 import ioctls as x86
 from vmm.arch.x86_64.cpuid import choose_c_bit, guest_cpuid, is_amd
 from vmm.arch.x86_64.doorbells import KVM_HC_MAP_GPA_RANGE
 from vmm.arch.x86_64.micro_guest import AREA_GPA, DONE_PORT, OUT_DONE, MicroGuest, Mode
@@ -75,7 +77,7 @@ def _runs_natively(system: System, mode: Mode, level: str) -> Finding:
 def hypercall_exits(system: System) -> Finding:
     """Whether KVM_HC_MAP_GPA_RANGE reaches user space."""
     with system.create_vm() as vm:
-        offered = vm.check_extension(ioctls.KVM_CAP_EXIT_HYPERCALL)
+        offered = vm.check_extension(x86.KVM_CAP_EXIT_HYPERCALL)
     word = f"KVM_CAP_EXIT_HYPERCALL = {offered:#x}"
     if not offered & 1 << KVM_HC_MAP_GPA_RANGE:
         return no("not offered", word, capability=offered, behaviour="absent")
@@ -97,16 +99,16 @@ def user_space_msrs(system: System) -> Finding:
     """Whether an MSR that KVM doesn't know is asked of user space, and the answer arrives."""
     name = f"rdmsr {_SEV_STATUS:#x}"
     with MicroGuest(system, _READ_MSR, "kernel") as guest:
-        offered = guest.vm.check_extension(ioctls.KVM_CAP_X86_USER_SPACE_MSR)
+        offered = guest.vm.check_extension(x86.KVM_CAP_X86_USER_SPACE_MSR)
         word = f"KVM_CAP_X86_USER_SPACE_MSR = {offered:#x}"
         if not offered:
             return no("not offered", word, capability=offered)
         reasons = (
-            ioctls.KVM_MSR_EXIT_REASON_INVAL
-            | ioctls.KVM_MSR_EXIT_REASON_UNKNOWN
-            | ioctls.KVM_MSR_EXIT_REASON_FILTER
+            x86.KVM_MSR_EXIT_REASON_INVAL
+            | x86.KVM_MSR_EXIT_REASON_UNKNOWN
+            | x86.KVM_MSR_EXIT_REASON_FILTER
         )
-        guest.vm.enable_cap(ioctls.KVM_CAP_X86_USER_SPACE_MSR, reasons)
+        guest.vm.enable_cap(x86.KVM_CAP_X86_USER_SPACE_MSR, reasons)
         exit = guest.run()
         if not isinstance(exit, RdmsrExit):
             evidence = f"{word}; {name}: {seen(exit)}"

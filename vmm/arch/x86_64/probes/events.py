@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from contextlib import ExitStack
 
-from kvm_bindings import System
 from kvm_bindings.exits import IoExit
+from kvm_bindings.x86_64 import System
 from vmm.arch.x86_64.micro_guest import OUT_DONE, REAL_CODE_GPA, MicroGuest
 from vmm.arch.x86_64.probes.cpu import is_done
 from vmm.host.probes.finding import Finding, broken, no, yes
@@ -48,7 +48,7 @@ def coalesced_ports(system: System) -> Finding:
         if not guest.vm.coalesce_port_writes(_PORT, 1):
             return no("not offered", "KVM_CAP_COALESCED_PIO = 0")
         exit = guest.run()
-        waiting = [(write.port, write.data) for write in guest.vcpu.coalesced_writes()]
+        waiting = [(write[0], write.data) for write in guest.vcpu.coalesced_writes()]
     if is_done(exit) and waiting == [(_PORT, bytes([_VALUE]))]:
         return yes("works", f"a guest's write to port {_PORT:#x} was in the ring, without an exit")
     return broken("don't wait", f"a write to port {_PORT:#x}: {seen(exit)}, ring {waiting}")
@@ -58,7 +58,7 @@ def ioeventfd(system: System) -> Finding:
     """Whether a port write signals an eventfd without an exit."""
     with ExitStack() as opened, MicroGuest(system, _WRITE + OUT_DONE) as guest:
         eventfd = _eventfd(opened)
-        guest.vm.ioeventfd(eventfd, _PORT, 1, _VALUE)
+        guest.vm.ioeventfd(eventfd, _PORT, 1, _VALUE, port=True)
         exit = guest.run()
         signalled = _signalled(eventfd)
     if is_done(exit) and signalled:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from kvm_bindings import System, ioctls
 from kvm_bindings.exits import HypercallExit, InterruptedExit
+from kvm_bindings.x86_64 import System, ioctls
 from vmm.arch.x86_64.cpuid import is_amd
 from vmm.arch.x86_64.doorbells import KVM_HC_MAP_GPA_RANGE
 from vmm.arch.x86_64.micro_guest import OUT_DONE, MicroGuest

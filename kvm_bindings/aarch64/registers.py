@@ -1,0 +1,24 @@
+"""Ids of arm64 registers, for Vcpu.get_one_reg and set_one_reg.
+
+Source: Documentation/virt/kvm/api.rst (KVM_SET_ONE_REG), arch/arm64/include/uapi/asm/kvm.h.
+"""
+
+from __future__ import annotations
+
+KVM_REG_ARM64 = 0x6000_0000_0000_0000
+KVM_REG_SIZE_U64 = 0x0030_0000_0000_0000
+KVM_REG_ARM_CORE = 0x0010 << 16
+KVM_REG_ARM64_SYSREG = 0x0013 << 16
+
+# struct kvm_regs begins with struct user_pt_regs, 64 bits each; an id counts 32-bit words.
+CORE_REGISTERS = {
+    name: KVM_REG_ARM64 | KVM_REG_SIZE_U64 | KVM_REG_ARM_CORE | 2 * position
+    for position, name in enumerate([*(f"x{number}" for number in range(31)), "sp", "pc", "pstate"])
+}
+"""The ids of x0 to x30, sp (that of EL0), pc and pstate."""
+
+
+def system_register(op0: int, op1: int, crn: int, crm: int, op2: int) -> int:
+    """The id of a system register by its encoding; MPIDR_EL1 is (3, 0, 0, 0, 5)."""
+    encoding = op0 << 14 | op1 << 11 | crn << 7 | crm << 3 | op2
+    return KVM_REG_ARM64 | KVM_REG_SIZE_U64 | KVM_REG_ARM64_SYSREG | encoding

@@ -1,0 +1,7 @@
+"""The x86-64 KVM: what these classes add to those of kvm_bindings, under the same names."""
+
+from kvm_bindings.x86_64.system import System
+from kvm_bindings.x86_64.vcpu import Vcpu
+from kvm_bindings.x86_64.vm import Vm
+
+__all__ = ["System", "Vcpu", "Vm"]

@@ -1,0 +1,11 @@
+/* The sizes of x86_64/kvm_abi.h's structures in the kernel's ABI; compiled after bindings.c, which has the macros. */
+
+ABI_SIZE(kvm_pit_config, 64);
+ABI_SIZE(kvm_regs, 144);
+ABI_SIZE(kvm_segment, 24);
+ABI_SIZE(kvm_dtable, 16);
+ABI_SIZE(kvm_sregs, 312);
+ABI_SIZE(kvm_cpuid_entry2, 40);
+ABI_SIZE(kvm_cpuid2, 8);
+ABI_SIZE(kvm_msr_entry, 16);
+ABI_SIZE(kvm_msrs, 8);
