@@ -39,10 +39,11 @@ TABLES: dict[str, tuple[ModuleType, ...]] = {
     "x86_64": (ioctls, exits, x86_64_ioctls),
     "aarch64": (ioctls, exits, aarch64_ioctls, registers),
 }
-CROSS_PACKAGES = {
+PACKAGES = {
     "x86_64": "gcc-x86-64-linux-gnu and linux-libc-dev-amd64-cross",
     "aarch64": "gcc-aarch64-linux-gnu, libc6-dev-arm64-cross and linux-libc-dev-arm64-cross",
 }
+PACKAGES[platform.machine()] = "gcc and linux-libc-dev"
 
 # Structs of ours that the kernel's header declares without a name, inside struct kvm_run.
 ANONYMOUS = {
@@ -117,14 +118,24 @@ CONSTANTS = {architecture: dict(constants(architecture)) for architecture in TAB
 LAYOUT = {architecture: dict(layout(architecture)) for architecture in TABLES}
 
 
+def compiler_for(architecture: str) -> str | None:
+    """The first C compiler that says it makes this architecture's code."""
+    for name in ("cc", "gcc", f"{architecture}-linux-gnu-gcc"):
+        path = shutil.which(name)
+        if path is not None:
+            asked = subprocess.run(
+                [path, "-dumpmachine"], capture_output=True, text=True, check=True
+            )
+            if asked.stdout.startswith(f"{architecture}-"):
+                return path
+    return None
+
+
 @cache
 def header_values(architecture: str) -> dict[str, int | None] | str:
     """What the header says, None for what it doesn't know; or why there is nothing to ask."""
-    if architecture == platform.machine():
-        names, packages = ["cc", "gcc"], "gcc and linux-libc-dev"
-    else:
-        names, packages = [f"{architecture}-linux-gnu-gcc"], CROSS_PACKAGES[architecture]
-    compiler = next((path for name in names if (path := shutil.which(name))), None)
+    compiler = compiler_for(architecture)
+    packages = PACKAGES[architecture]
     if compiler is None:
         return f"no C compiler for {architecture}: install {packages}"
     everything = [*CONSTANTS[architecture], *LAYOUT[architecture]]
