@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from kvm_bindings import KvmError, System, ioctls
+from kvm_bindings import KvmError, ioctls
+from kvm_bindings.x86_64 import System
 from vmm.arch import architecture
 from vmm.core.errors import HostError
 from vmm.exits.run_loop import install_kick_handler

@@ -117,7 +117,7 @@ class MessageRoutes:
             number = used if gsi is None else gsi
             message = MessageRoute(number, address, data, requester_id)
             messages = {**self._messages, number: message}
-            self._vm.set_gsi_routing(self._pins, messages.values())
+            self._vm.set_gsi_routing(self._pins, list(messages.values()))
             self._messages = messages
             return number
 

@@ -10,7 +10,7 @@ from typing import cast
 
 import pytest
 
-from kvm_bindings import KvmError, Vm, ioctls
+from kvm_bindings import KvmError, MessageRoute, Vm, ioctls
 from vmm.arch.x86_64 import layout
 from vmm.core.event_loop import EventLoop
 from vmm.memory.backing import Backing, Traits
@@ -29,7 +29,7 @@ class FakeVm:
     def __init__(self) -> None:
         self.irqfds: list[tuple[int, int, int | None]] = []
         self.pins: list[tuple[int, int, int]] = []
-        self.messages: list[tuple[int, int, int]] = []
+        self.messages: list[MessageRoute] = []
         self.refuses = False
         self.capabilities: dict[int, int] = {}
 
@@ -37,7 +37,7 @@ class FakeVm:
         return self.capabilities[capability]
 
     def set_gsi_routing(
-        self, pins: list[tuple[int, int, int]], messages: list[tuple[int, int, int]]
+        self, pins: list[tuple[int, int, int]], messages: list[MessageRoute]
     ) -> None:
         if self.refuses:
             raise KvmError("KVM_SET_GSI_ROUTING", errno.ENOMEM)
@@ -145,7 +145,7 @@ def test_message_gets_a_gsi_and_an_irqfd_at_its_first_route_and_keeps_them(
     second.route(0, 0xFEE0_1000, 0x42)
     first.route(1, 0xFEE0_2000, 0x43)
 
-    assert vm.messages == [(24, 0xFEE0_2000, 0x43), (25, 0xFEE0_1000, 0x42)]
+    assert vm.messages == [MessageRoute(24, 0xFEE0_2000, 0x43), MessageRoute(25, 0xFEE0_1000, 0x42)]
     assert [(gsi, resample) for _, gsi, resample in vm.irqfds] == [(24, None), (25, None)]
     first.signal(1)
     assert [pulses(eventfd) for eventfd, _, _ in vm.irqfds] == [1, 0]
@@ -181,7 +181,7 @@ def test_message_that_kvm_refuses_leaves_the_old_one_and_says_so(
     vm.refuses = False
     messages[1].route(2, 0xFEE0_3000, 0x44)
 
-    assert vm.messages == [(24, 0xFEE0_0000, 0x41), (25, 0xFEE0_3000, 0x44)]
+    assert vm.messages == [MessageRoute(24, 0xFEE0_0000, 0x41), MessageRoute(25, 0xFEE0_3000, 0x44)]
     said = capsys.readouterr().err
     assert said.count("pyvmm: interrupt message") == 2
     assert "KVM_SET_GSI_ROUTING" in said

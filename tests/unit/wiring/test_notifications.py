@@ -23,16 +23,24 @@ class FakeVm:
         self.room = 2
 
     def ioeventfd(
-        self, eventfd: int, port: int, size: int, datamatch: int, *, deassign: bool = False
+        self,
+        eventfd: int,
+        address: int,
+        size: int,
+        datamatch: int,
+        *,
+        port: bool,
+        deassign: bool = False,
     ) -> None:
+        assert port
         if deassign:
-            if (port, datamatch) not in self.bound:
+            if (address, datamatch) not in self.bound:
                 raise KvmError("KVM_IOEVENTFD", errno.ENOENT)
-            self.bound.remove((port, datamatch))
+            self.bound.remove((address, datamatch))
             return
         if len(self.bound) == self.room:
             raise KvmError("KVM_IOEVENTFD", errno.ENOSPC)
-        self.bound.add((port, datamatch))
+        self.bound.add((address, datamatch))
 
 
 @pytest.fixture
