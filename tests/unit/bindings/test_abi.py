@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import platform
 import re
-import shutil
 import struct
 import subprocess
 import tempfile
@@ -26,6 +25,7 @@ from kvm_bindings.aarch64 import ioctls as aarch64_ioctls
 from kvm_bindings.aarch64 import registers
 from kvm_bindings.abi import ffi_for
 from kvm_bindings.x86_64 import ioctls as x86_64_ioctls
+from tests.support.compilers import compiler_for
 
 INCLUDES = """
 #include <stddef.h>
@@ -116,19 +116,6 @@ def layout(architecture: str) -> Iterator[tuple[str, int]]:
 
 CONSTANTS = {architecture: dict(constants(architecture)) for architecture in TABLES}
 LAYOUT = {architecture: dict(layout(architecture)) for architecture in TABLES}
-
-
-def compiler_for(architecture: str) -> str | None:
-    """The first C compiler that says it makes this architecture's code."""
-    for name in ("cc", "gcc", f"{architecture}-linux-gnu-gcc"):
-        path = shutil.which(name)
-        if path is not None:
-            asked = subprocess.run(
-                [path, "-dumpmachine"], capture_output=True, text=True, check=True
-            )
-            if asked.stdout.startswith(f"{architecture}-"):
-                return path
-    return None
 
 
 @cache

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.compilers import compiler_for
+
 BINDINGS = Path(__file__).resolve().parents[3] / "kvm_bindings"
 EM_AARCH64 = 183
 CROSS_COMPILER = "aarch64-linux-gnu-gcc"
@@ -87,9 +89,9 @@ def test_cross_compiled_extension_is_one_for_arm64(build: Build, tmp_path: Path)
 
 
 def test_structure_of_another_size_does_not_compile(build: Build, tmp_path: Path) -> None:
-    compiler = shutil.which("cc")
+    compiler = compiler_for(platform.machine())
     if compiler is None:
-        pytest.skip("no C compiler (cc): install gcc")
+        pytest.skip(f"no C compiler for {platform.machine()}: install gcc")
     options = ["--compiler", compiler, "--output", str(tmp_path), *python_includes(tmp_path)]
     shutil.copytree(BINDINGS, tmp_path / "kvm_bindings")
     header = tmp_path / "kvm_bindings" / "kvm_abi.h"
