@@ -75,7 +75,7 @@ class MachineConfig(NamedTuple):
             self.memory, self.cpus, self.append, is_private=self.private_memory is not None
         )
 
-    def validate(self, largest_memory: int = 1 << 38) -> None:
+    def validate(self, largest_memory: int) -> None:
         """Raises UsageError with the value and the remedy.
 
         `largest_memory` is the architecture's bound, in bytes.

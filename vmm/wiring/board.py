@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from kvm_bindings import Vm
     from vmm.core.event_loop import EventLoop
     from vmm.devices.pci import PciBus
-    from vmm.wiring.interrupts import Lines, MessageRoutes
+    from vmm.wiring.interrupts import Lines, Routes
 
 
 class SerialPort(Protocol):
@@ -48,8 +48,6 @@ class Slot(NamedTuple):
     """Whether the function's registers are in an I/O BAR; else in memory."""
     registers_base: int
     msix_base: int
-    requester_id: int | None = None
-    """The function's, where the interrupt controller wants to know who sends a message."""
 
 
 class Board(Protocol):
@@ -72,6 +70,6 @@ class Board(Protocol):
         """The PCI slot 1 to 31."""
         ...
 
-    def message_routes(self) -> MessageRoutes:
-        """The routing table to which interrupt messages are added."""
+    def message_routes(self) -> Routes:
+        """Where interrupt messages are routed."""
         ...

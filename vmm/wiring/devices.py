@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from kvm_bindings import Vm
 from vmm.core.event_loop import EventLoop
 from vmm.memory.guest_memory import GuestMemory
-from vmm.wiring.board import Board, BoardParts, Slot
+from vmm.wiring.board import Board, BoardParts
 from vmm.wiring.interrupts import Lines, MsixMessages, can_use_messages
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class Devices:
             ring=notifier.ring,
             observer=self._observer_of(name),
             make_queue=make_queue,
-            msix=self._msix_table(slot, len(device.queue_sizes) + 1),
+            msix=self._msix_table(len(device.queue_sizes) + 1),
             msix_base=slot.msix_base,
         )
         device.watch = self._loop.watch
@@ -100,13 +100,13 @@ class Devices:
         self.board.pci.add(number, transport.function)
         self._transports.append(transport)
 
-    def _msix_table(self, slot: Slot, vectors: int) -> MsixTable | None:
+    def _msix_table(self, vectors: int) -> MsixTable | None:
         """A function's table, one vector for each queue and one for changes of configuration."""
         if self._routes is None:
             return None
         from vmm.devices.msix import MAX_VECTORS, MsixTable  # a run without devices does without
 
-        messages = MsixMessages(self._vm, self._routes, slot.requester_id)
+        messages = MsixMessages(self._vm, self._routes)
         self._opened.callback(messages.close)
         return MsixTable(min(vectors, MAX_VECTORS), messages)
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from threading import Lock
+from typing import Protocol
 
 from kvm_bindings import MessageRoute, Vm, ioctls
 from vmm.core.errors import tell
@@ -96,6 +97,14 @@ def can_use_messages(vm: Vm, private: Backing | None) -> bool:
     return readable and bool(vm.check_extension(ioctls.KVM_CAP_IRQ_ROUTING))
 
 
+class Routes(Protocol):
+    """What turns a message that the guest has set up into a GSI by which KVM sends it."""
+
+    def set(self, gsi: int | None, address: int, data: int) -> int:
+        """Have `gsi` (None: a new one) send the message; the GSI. Raises KvmError, unchanged."""
+        ...
+
+
 class MessageRoutes:
     """KVM's routing table: the board's interrupt lines, and a GSI for each message in use."""
 
@@ -107,15 +116,12 @@ class MessageRoutes:
         self._messages: dict[int, MessageRoute] = {}
         self._lock = Lock()
 
-    def set(self, gsi: int | None, address: int, data: int, requester_id: int | None = None) -> int:
-        """Have `gsi` (None: a new one) send the message; the GSI. Raises KvmError, unchanged.
-
-        `requester_id` is the PCI function's, where the interrupt controller wants to know.
-        """
+    def set(self, gsi: int | None, address: int, data: int) -> int:
+        """Have `gsi` (None: a new one) send the message; the GSI. Raises KvmError, unchanged."""
         with self._lock:
             used = self._first_gsi + len(self._messages)
             number = used if gsi is None else gsi
-            message = MessageRoute(number, address, data, requester_id)
+            message = MessageRoute(number, address, data)
             messages = {**self._messages, number: message}
             self._vm.set_gsi_routing(self._pins, list(messages.values()))
             self._messages = messages
@@ -125,10 +131,9 @@ class MessageRoutes:
 class MsixMessages:
     """The messages of one function by vector, each with an eventfd from its first use on."""
 
-    def __init__(self, vm: Vm, routes: MessageRoutes, requester_id: int | None = None) -> None:
+    def __init__(self, vm: Vm, routes: Routes) -> None:
         self._vm = vm
         self._routes = routes
-        self._requester_id = requester_id
         self._eventfds: dict[int, int] = {}
         self._gsis: dict[int, int] = {}
         self._told = False
@@ -138,7 +143,7 @@ class MsixMessages:
     def route(self, vector: int, address: int, data: int) -> None:
         """From now on the vector's message is that one; the old one, where KVM has no room."""
         try:
-            gsi = self._routes.set(self._gsis.get(vector), address, data, self._requester_id)
+            gsi = self._routes.set(self._gsis.get(vector), address, data)
             if vector not in self._gsis:
                 self._gsis[vector] = gsi
                 eventfd = open_eventfd(self._opened)

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.x86 import X86
 from vmm.core.errors import UsageError
 from vmm.machine.config import MachineConfig, parse_count, parse_size
 
@@ -84,7 +85,7 @@ KERNEL = MachineConfig(kernel="vmlinuz")
     ],
 )
 def test_sensible_configuration_is_accepted(config: MachineConfig) -> None:
-    config.validate()
+    config.validate(X86.largest_memory)
 
 
 @pytest.mark.parametrize(
@@ -125,4 +126,4 @@ def test_senseless_configuration_is_refused_with_the_remedy(
     config: MachineConfig, message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
-        config.validate()
+        config.validate(X86.largest_memory)
