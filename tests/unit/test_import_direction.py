@@ -22,14 +22,14 @@ LAYERS = (
     {"wiring"},
     {"host"},
     {"arch"},
-    {"arch.x86_64"},
+    {"arch.x86_64", "arch.aarch64"},
     {"control", "replay"},
     {"machine"},
     {"selftest"},
     {"bench"},
     {"cli"},
 )
-ARCHITECTURES = {"arch.x86_64"}
+ARCHITECTURES = {"arch.x86_64", "arch.aarch64"}
 ALIASES = {"__main__": "cli"}  # `python -m vmm` is the command
 BINDINGS_USERS = {
     "conversion", "exits", "wiring", "host", "arch", "machine", "selftest", "bench", "cli",
@@ -39,7 +39,7 @@ ARCHITECTURES_KVM = {
     "architecture", "platform", "board", "exits", "guest_cpu", "micro_guest", "probes",
     "capabilities",
 }  # fmt: skip
-FIRMWARE_USERS = {"arch.x86_64", "bench", "cli"}
+FIRMWARE_USERS = {"arch.x86_64", "arch.aarch64", "bench", "cli"}
 
 
 def level(room: str) -> int:

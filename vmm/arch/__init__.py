@@ -11,7 +11,7 @@ from vmm.core.errors import HostError
 if TYPE_CHECKING:
     from vmm.arch.protocol import Architecture
 
-ARCHITECTURES = ("x86_64",)
+ARCHITECTURES = ("x86_64", "aarch64")
 """Those that pyvmm knows, as `uname -m` says them."""
 
 

@@ -138,9 +138,11 @@ class Architecture(HostArchitecture, Protocol):
         """Raises HostError where the guest's way to ask for conversions does not work here."""
         ...
 
-    def platform(self, system: System, vm: Vm, guest: Guest, options: GuestOptions) -> Platform:
-        """Make in the VM what has to be there before memory and vCPUs. Raises KvmError,
-        HostError."""
+    def platform(
+        self, system: System, vm: Vm, guest: Guest, options: GuestOptions, scheme: str
+    ) -> Platform:
+        """Make in the VM what has to be there before memory and vCPUs. `scheme` is what the VM
+        was made for ("none": an ordinary one). Raises KvmError, HostError."""
         ...
 
     def handlers_of_done(self, device: PortDevice) -> ExitHandlers:

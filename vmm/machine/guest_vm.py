@@ -69,8 +69,9 @@ class GuestVm:
         self.kvm: Vm = self._cleanup.enter_context(vm)
         if self.chosen is not None:
             self._cleanup.callback(self.chosen.backing.close)
+        scheme = "none" if self.chosen is None else self.chosen.scheme
         self.platform = self._architecture.platform(
-            system, vm, self._guest, self._config.guest_options()
+            system, vm, self._guest, self._config.guest_options(), scheme
         )
 
     def _choose_scheme(self) -> Chosen | None:

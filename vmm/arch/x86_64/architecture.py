@@ -111,7 +111,9 @@ class X86:
 
         return PayloadGuest(options)
 
-    def platform(self, system: System, vm: Vm, guest: Guest, options: GuestOptions) -> X86Platform:
+    def platform(
+        self, system: System, vm: Vm, guest: Guest, options: GuestOptions, scheme: str
+    ) -> X86Platform:
         from vmm.arch.x86_64.platform import X86Platform
 
         return X86Platform(_x86(system), cast("x86_64.Vm", vm), guest, options)
