@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from kvm_bindings import Vm
     from vmm.core.event_loop import EventLoop
     from vmm.devices.pci import PciBus
+    from vmm.memory.backing import Backing
     from vmm.wiring.interrupts import Lines, Routes
 
 
@@ -70,6 +71,7 @@ class Board(Protocol):
         """The PCI slot 1 to 31."""
         ...
 
-    def message_routes(self) -> Routes:
-        """Where interrupt messages are routed."""
+    def message_routes(self, private: Backing | None) -> Routes | None:
+        """Where interrupt messages are routed; None where functions can't have them, besides
+        the INTx that all have. `private` is behind the guest's private memory, if any."""
         ...

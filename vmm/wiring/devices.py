@@ -10,7 +10,7 @@ from kvm_bindings import Vm
 from vmm.core.event_loop import EventLoop
 from vmm.memory.guest_memory import GuestMemory
 from vmm.wiring.board import Board, BoardParts
-from vmm.wiring.interrupts import Lines, MsixMessages, can_use_messages
+from vmm.wiring.interrupts import Lines, MsixMessages
 
 if TYPE_CHECKING:
     from vmm.devices.msix import MsixTable
@@ -60,8 +60,7 @@ class Devices:
             self._lines = Lines(vm, loop, self._opened)
             parts = BoardParts(vm, loop, self._lines, self._opened, output, room, power_off, reset)
             self.board = make_board(parts)
-            usable = bool(virtio) and can_use_messages(vm, memory.private)
-            self._routes = self.board.message_routes() if usable else None
+            self._routes = self.board.message_routes(memory.private) if virtio else None
             for number, (name, device) in enumerate(virtio.items(), start=1):
                 self._add_virtio(number, name, device)
             self.close = self._opened.pop_all().close

@@ -4,6 +4,7 @@ in memory. There are no I/O ports, and no power button yet."""
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 from vmm.arch.aarch64 import layout
 from vmm.arch.aarch64.devices.gic_v2m import GicV2m
@@ -14,6 +15,9 @@ from vmm.devices.bus import MemoryBus, PortBus
 from vmm.devices.pci import PciBus, PciFunction
 from vmm.devices.serial16550 import Serial16550
 from vmm.wiring.board import BoardParts, Slot
+
+if TYPE_CHECKING:
+    from vmm.memory.backing import Backing
 
 _HOST_BRIDGE = (0x1B36, 0x0008, 0x06_0000)
 """Vendor, device and class of 0:0.0: the plain PCI Express host bridge of QEMU's virt machine."""
@@ -51,5 +55,7 @@ class ArmBoard:
             msix_base=layout.msix_bar_gpa(number),
         )
 
-    def message_routes(self) -> V2mRoutes:
+    def message_routes(self, private: Backing | None) -> V2mRoutes:
+        # Always: the processor describes accesses to tables, so that KVM needs no look at code,
+        # and a protected VM has the routing table although its KVM_CAP_IRQ_ROUTING says 0.
         return V2mRoutes(self._vm)
