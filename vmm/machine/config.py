@@ -11,7 +11,7 @@ from vmm.core.ranges import PAGE_SIZE
 from vmm.core.suboptions import byte_size
 
 if TYPE_CHECKING:
-    from vmm.arch.protocol import GuestOptions
+    from vmm.arch.options import GuestOptions
 
 PRIVATE_BACKINGS = ("auto", *BACKINGS)
 SCHEMES = ("auto", *matrix.SCHEMES)
@@ -69,7 +69,7 @@ class MachineConfig(NamedTuple):
 
     def guest_options(self) -> GuestOptions:
         """What the guest's architecture has to know of it."""
-        from vmm.arch.protocol import GuestOptions
+        from vmm.arch.options import GuestOptions  # not before there is a guest
 
         return GuestOptions(
             self.memory, self.cpus, self.append, is_private=self.private_memory is not None

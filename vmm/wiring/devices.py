@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from kvm_bindings import Vm
 from vmm.core.event_loop import EventLoop
 from vmm.memory.guest_memory import GuestMemory
-from vmm.wiring.board import Board, BoardParts
+from vmm.wiring.board import BoardParts
 from vmm.wiring.interrupts import Lines, MsixMessages
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vmm.devices.virtio.queue import SplitQueue
     from vmm.devices.virtio.watched import Announce
     from vmm.memory.engines import Engine
+    from vmm.wiring.board import Board
     from vmm.wiring.notifications import QueueNotifier
 
 
@@ -58,7 +59,16 @@ class Devices:
         self._engines: dict[str, Engine] = {}
         with ExitStack() as self._opened:
             self._lines = Lines(vm, loop, self._opened)
-            parts = BoardParts(vm, loop, self._lines, self._opened, output, room, power_off, reset)
+            parts = BoardParts(
+                vm,
+                loop,
+                self._lines,
+                self._opened,
+                output=output,
+                room=room,
+                power_off=power_off,
+                reset=reset,
+            )
             self.board = make_board(parts)
             self._routes = self.board.message_routes(memory.private) if virtio else None
             for number, (name, device) in enumerate(virtio.items(), start=1):

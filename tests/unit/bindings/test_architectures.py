@@ -15,7 +15,6 @@ from kvm_bindings._kvm import ffi
 
 import kvm_bindings
 from kvm_bindings import (
-    Device,
     KvmError,
     MessageRoute,
     Vcpu,
@@ -27,6 +26,7 @@ from kvm_bindings import (
 )
 from kvm_bindings.aarch64 import ioctls as arm64
 from kvm_bindings.aarch64.registers import CORE_REGISTERS
+from kvm_bindings.device import Device
 
 PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
 U32, U64, U128 = (size << 52 for size in (2, 3, 4))  # KVM_REG_SIZE_

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from kvm_bindings import System, Vm, aarch64
     from vmm.arch.aarch64.platform import ArmPlatform
     from vmm.arch.guest_cpu import Gate, GuestCpu
-    from vmm.arch.protocol import Architecture, Guest, GuestOptions, OpenedKernel
+    from vmm.arch.options import GuestOptions
+    from vmm.arch.protocol import Architecture, Guest, OpenedKernel
     from vmm.boot.source import Source
     from vmm.core.ranges import Range
     from vmm.devices.bus import PortDevice
@@ -28,6 +29,7 @@ class Arm64:
     """Guests of the shape of a virtual board: GICv3, device tree, registers in memory."""
 
     name = "aarch64"
+    schemes = ("pkvm", "realm", "remap")
     largest_memory = layout.LARGEST_MEMORY
     vm_types: Mapping[int, str] = {_DEFAULT: "default", _PROTECTED: "protected"}
 

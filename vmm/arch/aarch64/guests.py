@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 from vmm.arch.aarch64 import layout
 from vmm.arch.aarch64.rsi import DOORBELL_NAME
-from vmm.arch.protocol import Guest, GuestOptions, OpenedKernel
 from vmm.core.errors import UsageError
 from vmm.core.ranges import Range
-from vmm.memory.guest_memory import LaunchMemory
 
 if TYPE_CHECKING:
+    from typing import Protocol
+
     from vmm.arch.aarch64 import kernel as arm
+    from vmm.arch.options import GuestOptions
+    from vmm.arch.protocol import Guest, OpenedKernel
     from vmm.boot.source import Source
+    from vmm.memory.guest_memory import LaunchMemory
+
+    class ArmGuest(Guest, Protocol):
+        """What arm64's platform needs of a guest besides."""
+
+        def learn(self, scheme: str) -> None:
+            """Its VM's scheme is known now ("none": an ordinary one)."""
+            ...
+
+        def load(self, launch: LaunchMemory, ram: list[Range], functions: Sequence[str]) -> Entry:
+            """See Platform.load; after `learn`."""
+            ...
+
+
+PKVM_DOORBELL_NAME = "pkvm"
+"""A protected guest's hypercalls, which the hypervisor answers, and nobody tells us of."""
 
 DEFAULT_COMMAND_LINE = "console=ttyS0 panic=-1"
 """Before --append: console on the serial line; a panic ends the run at once."""
@@ -28,26 +46,17 @@ class Entry(NamedTuple):
     x0: int
 
 
-class ArmGuest(Guest, Protocol):
-    """What arm64's platform needs of a guest besides."""
-
-    def load(
-        self, launch: LaunchMemory, ram: list[Range], scheme: str, functions: Sequence[str]
-    ) -> Entry:
-        """See Platform.load; `scheme` is the VM's ("none": an ordinary one)."""
-        ...
-
-
 class LinuxGuest:
     """An arm64 Image, entered at its first byte."""
 
     host_loads_private = True
-    doorbell = DOORBELL_NAME
     two_addresses = True
     unpaged_end = 0  # it starts processors through PSCI, at private addresses like any other
 
     def __init__(self, options: GuestOptions, kernel: OpenedKernel, initrd: Source | None) -> None:
         """Takes over the images, of which the kernel may still be on its way."""
+        self.doorbell = DOORBELL_NAME
+        self._scheme = "none"
         self._options = options
         self._opened: arm.OpenedKernel = kernel  # type: ignore[assignment]  # Arm64.open_kernel's
         self._initrd = initrd
@@ -76,9 +85,12 @@ class LinuxGuest:
         """None: arm64's KVM has no KVM_PRE_FAULT_MEMORY."""
         return []
 
-    def load(
-        self, launch: LaunchMemory, ram: list[Range], scheme: str, functions: Sequence[str]
-    ) -> Entry:
+    def learn(self, scheme: str) -> None:
+        self._scheme = scheme
+        if scheme == "pkvm":
+            self.doorbell = PKVM_DOORBELL_NAME
+
+    def load(self, launch: LaunchMemory, ram: list[Range], functions: Sequence[str]) -> Entry:
         from vmm.arch.aarch64.device_tree import Machine, device_tree
         from vmm.boot.kernel import transfer_exactly
 
@@ -94,8 +106,8 @@ class LinuxGuest:
                 self._command_line,
                 initrd,
                 # Linux looks for a realm's monitor only where PSCI is called by SMC.
-                psci_method="smc" if scheme == "realm" else "hvc",
-                pool=layout.pool_place(ram[0]) if scheme == "pkvm" else None,
+                psci_method="smc" if self._scheme == "realm" else "hvc",
+                pool=layout.pool_place(ram[0]) if self._scheme == "pkvm" else None,
             )
         )
         place = layout.tree_place(ram[0])

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from vmm.arch.aarch64.board import ArmBoard
     from vmm.arch.aarch64.exits import ArmExitHandlers
     from vmm.arch.aarch64.guests import ArmGuest
-    from vmm.arch.protocol import Guest, GuestOptions
+    from vmm.arch.options import GuestOptions
+    from vmm.arch.protocol import Guest
     from vmm.conversion.transaction import Converter
     from vmm.core.ranges import Range
     from vmm.exits.outcome import Outcome
@@ -38,6 +39,7 @@ class ArmPlatform:
         self._vm = vm
         self._options = options
         self._scheme = scheme
+        self._guest.learn(scheme)
         self.vcpus: list[Vcpu] = []
         self._gic = _create_gic(vm)
         if scheme == "realm":
@@ -94,7 +96,7 @@ class ArmPlatform:
     def load(
         self, launch: LaunchMemory, ram: list[Range], alias: int, functions: Sequence[str]
     ) -> None:
-        entry = self._guest.load(launch, ram, self._scheme, functions)
+        entry = self._guest.load(launch, ram, functions)
         first = self.vcpus[0]
         first.set_one_reg(CORE_REGISTERS["pc"], entry.pc)
         first.set_one_reg(CORE_REGISTERS["x0"], entry.x0)

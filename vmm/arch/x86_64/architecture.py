@@ -11,7 +11,8 @@ from vmm.arch.x86_64 import layout
 if TYPE_CHECKING:
     from kvm_bindings import System, Vm, x86_64
     from vmm.arch.guest_cpu import Gate, GuestCpu
-    from vmm.arch.protocol import Architecture, Guest, GuestOptions, OpenedKernel
+    from vmm.arch.options import GuestOptions
+    from vmm.arch.protocol import Architecture, Guest, OpenedKernel
     from vmm.arch.x86_64.platform import X86Platform
     from vmm.boot.source import Source
     from vmm.core.ranges import Range

@@ -115,7 +115,7 @@ def test_access_without_a_description_ends_the_run_with_its_address() -> None:
 
 
 def test_place_in_a_protected_guest_is_unknown() -> None:
-    assert handlers()[0].where(FakeVcpu(is_protected=True)) == "an unknown PC"  # type: ignore[arg-type]
+    assert handlers()[0].where(FakeVcpu(is_protected=True)) == "an unknown PC"
 
 
 @pytest.mark.parametrize(("event", "word"), [(1, POWEROFF), (2, RESET)])

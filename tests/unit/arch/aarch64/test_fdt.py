@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -13,7 +14,7 @@ from vmm.arch.aarch64.fdt import Node, cells64, encode, flatten
 from vmm.core.ranges import Range
 
 NAMES = st.text("abcdefgh,@#-0123", min_size=1, max_size=12)
-TREES = st.recursive(
+TREES: st.SearchStrategy[Any] = st.recursive(
     st.tuples(st.dictionaries(NAMES, st.binary(max_size=9), max_size=4), st.just({})),
     lambda inner: st.tuples(
         st.dictionaries(NAMES, st.binary(max_size=9), max_size=4),
@@ -23,19 +24,19 @@ TREES = st.recursive(
 )
 
 
-def built(name: str, tree: tuple[dict[str, bytes], dict]) -> Node:  # type: ignore[type-arg]
+def built(name: str, tree: Any) -> Node:
     node = Node(name, tree[0])
     node.children = [built(child, inner) for child, inner in tree[1].items()]
     return node
 
 
-def read(tree: tuple[dict[str, bytes], dict]) -> Read:  # type: ignore[type-arg]
+def read(tree: Any) -> Read:
     return Read(dict(tree[0]), {name: read(inner) for name, inner in tree[1].items()})
 
 
 @given(TREES, st.lists(st.tuples(st.integers(0, 2**64 - 1), st.integers(1, 2**64 - 1))))
 def test_tree_of_any_shape_is_read_back(
-    tree: tuple[dict[str, bytes], dict],  # type: ignore[type-arg]
+    tree: Any,
     reserved: list[tuple[int, int]],
 ) -> None:
     blob = flatten(built("", tree), [Range(*area) for area in reserved])

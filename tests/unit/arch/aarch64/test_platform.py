@@ -20,7 +20,7 @@ from vmm.arch.aarch64 import layout
 from vmm.arch.aarch64.board import ArmBoard
 from vmm.arch.aarch64.guests import LinuxGuest
 from vmm.arch.aarch64.platform import ArmPlatform
-from vmm.arch.protocol import GuestOptions
+from vmm.arch.options import GuestOptions
 from vmm.boot.source import open_source
 from vmm.core.errors import HostError, UsageError
 from vmm.core.event_loop import EventLoop
@@ -31,9 +31,15 @@ from vmm.wiring.board import BoardParts
 from vmm.wiring.interrupts import Lines
 
 ARM64 = architecture("aarch64")
-OPTIONS = GuestOptions(64 << 20, 2, "quiet", is_private=False)
 IMAGE = struct.pack("<8xQQQ24x4s4x", 0, 4 << 20, 0b1010, b"ARM\x64") + b"kernel"
 TARGET = 5
+
+
+def options(memory: int = 64 << 20, append: str = "quiet") -> GuestOptions:
+    return GuestOptions(memory, 2, append, is_private=False)
+
+
+OPTIONS = options()
 
 
 class FakeDevice:
@@ -109,7 +115,17 @@ class FakeVm:
         return [entry[0] for entry in self.journal]
 
 
+class AnyGuest:
+    """A guest that is never loaded."""
+
+    doorbell = "mmio"
+
+    def learn(self, scheme: str) -> None:
+        self.scheme = scheme
+
+
 def platform(vm: FakeVm, guest: Any = None, scheme: str = "none") -> ArmPlatform:
+    guest = guest or AnyGuest()
     return ArmPlatform(cast(Vm, vm), guest, OPTIONS, scheme)
 
 
@@ -272,6 +288,14 @@ def test_linux_is_told_how_its_scheme_wants_it(
         memory.close()
 
 
+def test_protected_linux_asks_the_hypervisor_and_other_guests_us(guest: LinuxGuest) -> None:
+    platform(FakeVm(), guest, "realm")
+    of_realm = guest.doorbell
+    platform(FakeVm(), guest, "pkvm")
+
+    assert (of_realm, guest.doorbell) == ("rsi", "pkvm")
+
+
 def test_nothing_that_is_loaded_overlaps(guest: LinuxGuest) -> None:
     vcpu, memory = loaded(guest, "pkvm")
     try:
@@ -297,7 +321,7 @@ def test_command_line_that_linux_would_cut_is_refused(
 ) -> None:
     (tmp_path / "Image").write_bytes(IMAGE)
     kernel = ARM64.open_kernel(str(tmp_path / "Image"))
-    made = LinuxGuest(OPTIONS._replace(append=append), kernel, None)
+    made = LinuxGuest(options(append=append), kernel, None)
 
     with pytest.raises(UsageError, match=message):
         made.finish_opening()
@@ -307,7 +331,7 @@ def test_command_line_that_linux_would_cut_is_refused(
 def test_guest_too_small_for_its_kernel_is_refused(tmp_path: Path) -> None:
     (tmp_path / "Image").write_bytes(IMAGE)
     kernel = ARM64.open_kernel(str(tmp_path / "Image"))
-    made = LinuxGuest(OPTIONS._replace(memory=4 << 20), kernel, None)
+    made = LinuxGuest(options(memory=4 << 20), kernel, None)
 
     with pytest.raises(UsageError, match="use --mem"):
         made.finish_opening()
@@ -317,6 +341,10 @@ def test_guest_too_small_for_its_kernel_is_refused(tmp_path: Path) -> None:
 # -- the board ------------------------------------------------------------------------------------
 
 
+def _nothing() -> None:
+    """Nobody listens."""
+
+
 @pytest.fixture
 def board() -> Iterator[tuple[ArmBoard, list[bytes], FakeVm]]:
     vm, output = FakeVm(), list[bytes]()
@@ -324,9 +352,15 @@ def board() -> Iterator[tuple[ArmBoard, list[bytes], FakeVm]]:
     with ExitStack() as opened:
         opened.callback(loop.close)
         lines = Lines(cast(Vm, vm), loop, opened)
-        nothing: Any = lambda: None  # noqa: E731
         parts = BoardParts(
-            cast(Vm, vm), loop, lines, opened, output.append, nothing, nothing, nothing
+            cast(Vm, vm),
+            loop,
+            lines,
+            opened,
+            output=output.append,
+            room=_nothing,
+            power_off=_nothing,
+            reset=_nothing,
         )
         yield platform(vm).make_board(parts), output, vm
 

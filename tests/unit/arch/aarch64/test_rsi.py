@@ -205,8 +205,8 @@ def test_calls_of_any_kind_are_answered_in_64_bits(
 ) -> None:
     with guest_memory(RAM, ram=(RAM,)) as memory:
         asked = monitor(memory)
-        for function, *arguments in calls:
-            answer = asked.answer(function, *arguments, 0)
+        for function, x1, x2, x3 in calls:
+            answer = asked.answer(function, x1, x2, x3, 0)
             assert 1 <= len(answer) <= 4
             assert all(0 <= value < 1 << 64 for value in answer)
         assert sum(memory.bytes_in(state) for state in PageState) == RAM.size
