@@ -14,7 +14,7 @@ from vmm.core.errors import HostError
 from vmm.host.kvm import LAB
 
 if TYPE_CHECKING:
-    from kvm_bindings import Device
+    from kvm_bindings.device import Device
     from vmm.arch.aarch64.board import ArmBoard
     from vmm.arch.aarch64.exits import ArmExitHandlers
     from vmm.arch.aarch64.guests import ArmGuest
