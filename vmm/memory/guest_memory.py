@@ -23,13 +23,15 @@ class PageState(Enum):
     """Who may touch a page: guest and host, the guest alone, or (for a moment) nobody.
 
     A deferred page is private to the guest, and the host does not touch it, but the shared side
-    that the guest gave up is still there: its discard has been put off.
+    that the guest gave up is still there: its discard has been put off. An observed page is one of
+    whose state the host is not told: only trying shows whether it may touch it.
     """
 
     SHARED = "shared"
     PRIVATE = "private"
     DEFERRED = "deferred"
     CONVERTING = "converting"
+    OBSERVED = "observed"
 
 
 class Residency(NamedTuple):
@@ -51,6 +53,11 @@ class GuestMemory:
     refusals are as everywhere, but there is no other side that a conversion could discard.
     """
 
+    told = True
+    """Whether the host is told of every conversion, so that `states` is what it knows."""
+    _open = PageState.SHARED
+    """The state in which the host may try to touch a page."""
+
     def __init__(
         self,
         ram: Sequence[Range],
@@ -68,7 +75,7 @@ class GuestMemory:
         # None stands for "no RAM here", so that one lookup answers both questions.
         self._states: RangeMap[PageState | None] = RangeMap(Range(0, self.ram[-1].end), None)
         for area in self.ram:
-            self._states.set(area, PageState.SHARED)
+            self._states.set(area, self._open)
         for area in private:
             self._states.set(area, PageState.PRIVATE)
         # The pages of a conversion under way; their states change only when it has succeeded.
@@ -214,7 +221,7 @@ class GuestMemory:
                 raise UnmappedAccess(
                     f"host access to {size} bytes at {gpa:#x}: no guest RAM at {area}"
                 )
-            if state is not PageState.SHARED:
+            if state is not self._open:
                 raise PrivateAccess(
                     f"host access to {size} bytes at {gpa:#x}: {area} is {state.value}"
                 )
@@ -225,7 +232,7 @@ class GuestMemory:
         return (
             start >= 0
             and end <= self._states.span.end
-            and self._states.is_uniform(start, end, PageState.SHARED)
+            and self._states.is_uniform(start, end, self._open)
             and (converting is None or converting.end <= start or end <= converting.start)
         )
 
@@ -338,6 +345,13 @@ class GuestMemory:
         shared = sum(self.shared.resident_bytes(run.start, run.size) for run in runs)
         return Residency(private - shared, shared)
 
+    def accounted(self) -> dict[str, int | None]:
+        """`residency` for people and reports; None stands for what nobody knows."""
+        return dict(self.residency()._asdict())
+
+    def launched(self) -> None:
+        """Everything is loaded, and the guest about to run."""
+
     def close(self) -> None:
         self.shared.close()
         if self.private is not None:
@@ -420,6 +434,7 @@ class LaunchMemory:
     def seal(self) -> None:
         """The guest is about to run: private pages are its own from now on."""
         self._sealed = True
+        self._memory.launched()
 
     def _runs(self, gpa: int, size: int) -> list[tuple[Range, Backing]]:
         if self._sealed:
