@@ -6,7 +6,7 @@ loading know addresses without it, as everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from vmm.core.errors import PrivateAccess, UnmappedAccess
@@ -16,6 +16,19 @@ from vmm.memory.guest_memory import GuestMemory, MemoryThrough
 
 if TYPE_CHECKING:
     from vmm.memory.engines import Engine
+
+
+Announce = Callable[[Range, bool, str | None], None]
+"""Told the range that a device is about to touch, whether it writes, and what names it."""
+
+
+def without_bit(announce: Announce, shared_bit: int) -> Announce:
+    """`announce`, told of a device's addresses without the bit: as a policy knows them."""
+
+    def tell(area: Range, is_write: bool, named: str | None) -> None:
+        announce(Range(area.start & ~shared_bit, area.size), is_write, named)
+
+    return tell
 
 
 class AliasedMemory(GuestMemory):
