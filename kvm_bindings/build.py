@@ -68,6 +68,13 @@ int64_t pyvmm_move_many(int from, int to, const void *table, uint32_t count, cha
 void pyvmm_copy_memory(uint64_t target, uint64_t source, uint64_t size);
 """
 
+MAPPED = """
+int64_t pyvmm_copy_mapped(const void *table, uint32_t count, char *data, int writing);
+int64_t pyvmm_move_mapped(int fd, const void *table, uint32_t count, int writing);
+int64_t pyvmm_probe_mapped(const void *addresses, uint32_t count, char *reached);
+int pyvmm_is_copied(int fd);
+"""
+
 FLOORS = """
 int64_t pyvmm_floor_pread(int fd, uint64_t address, uint64_t size, uint64_t span, uint32_t count);
 int64_t pyvmm_floor_pwrite(int fd, uint64_t address, uint64_t size, uint64_t span, uint32_t count);
@@ -96,8 +103,8 @@ def _interface(machine: str) -> FFI:
     _require_known(machine)
     abi = (HERE / "kvm_abi.h").read_text() + (HERE / machine / "kvm_abi.h").read_text()
     ffi = FFI()
-    ffi.cdef(abi + FUNCTIONS + DATAPATH + FLOORS)
-    parts = ("bindings.c", f"{machine}/abi_sizes.c", "datapath.c", "floors.c")
+    ffi.cdef(abi + FUNCTIONS + DATAPATH + MAPPED + FLOORS)
+    parts = ("bindings.c", f"{machine}/abi_sizes.c", "datapath.c", "mapped.c", "floors.c")
     source = PRELUDE + abi + "".join((HERE / part).read_text() for part in parts)
     ffi.set_source(
         "kvm_bindings._kvm", source, py_limited_api=True, extra_compile_args=COMPILER_OPTIONS

@@ -118,7 +118,7 @@ def _configuration(arguments: Sequence[str]) -> MachineConfig:
         status=options.status,
         control=options.control,
     )
-    config.validate(architecture().largest_memory)
+    config.validate(architecture())
     return config
 
 

@@ -28,6 +28,7 @@ class X86:
     """Guests of a PC's shape: ports, 8259 and IOAPIC, ACPI."""
 
     name = "x86_64"
+    schemes = ("attributes", "in-place", "cbit", "remap")
     largest_memory = layout.LARGEST_MEMORY
     # KVM_X86_..._VM in arch/x86/include/uapi/asm/kvm.h.
     vm_types = {0: "default", 1: "sw-protected", 2: "sev", 3: "sev-es", 4: "snp", 5: "tdx"}
