@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -144,11 +145,12 @@ class Devices:
     def hold(self, timeout: float) -> ExitStack:
         """Until what is returned is closed, by this thread, devices leave guest memory alone.
 
-        Raises TimeoutError when one takes longer to come to rest (seconds).
+        Raises TimeoutError when they take longer to come to rest, all together (seconds).
         """
+        deadline = time.monotonic() + timeout
         with ExitStack() as held:
             for transport in self._transports:
-                held.enter_context(transport.held(timeout))
+                held.enter_context(transport.held(max(deadline - time.monotonic(), 0)))
             return held.pop_all()
 
     def end(self, timeout: float) -> bool:
