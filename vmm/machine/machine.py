@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from kvm_bindings import fdops
 from vmm.arch import architecture
 from vmm.control.live import live_view
 from vmm.control.operations import Operations
@@ -144,6 +145,9 @@ class Machine:
                 self._vcpus.parked,
                 self._cleanup,
             )
+            if not self._config.core_dumps:
+                # Not earlier: what a backing opens in /proc/self would be root's alone.
+                fdops.forbid_core_dumps()
             self._connect_devices()
             self._vm.finish_memslots()
             if self._vm.is_private:
