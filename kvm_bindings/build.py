@@ -42,6 +42,8 @@ PRELUDE = """
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -58,6 +60,7 @@ int64_t pyvmm_pread_to_address(int fd, uint64_t address, uint64_t size, uint64_t
 int64_t pyvmm_pwrite_from_address(int fd, uint64_t address, uint64_t size, uint64_t offset);
 int64_t pyvmm_cached_pages(int fd, uint64_t offset, uint64_t size);
 int pyvmm_memfd_secret(unsigned int flags);
+int pyvmm_forbid_core_dumps(void);
 """
 
 DATAPATH = """

@@ -117,6 +117,7 @@ def _configuration(arguments: Sequence[str]) -> MachineConfig:
         debug_shell=options.debug_shell,
         status=options.status,
         control=options.control,
+        core_dumps=options.core_dumps or options.private_mem is None,
     )
     config.validate(architecture())
     return config

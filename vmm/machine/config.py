@@ -76,6 +76,9 @@ class MachineConfig(NamedTuple):
     debug_shell: bool = False
     status: bool = False
     control: str | None = None
+    core_dumps: bool = True
+    """False: once guest memory is there, the process forbids core dumps of itself and debuggers
+    of its own user. The command asks for that with private memory, unless it is told not to."""
 
     def guest_options(self) -> GuestOptions:
         """What the guest's architecture has to know of it."""

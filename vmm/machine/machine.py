@@ -6,6 +6,7 @@ import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+from kvm_bindings import fdops
 from vmm.arch import architecture
 from vmm.control.live import live_view
 from vmm.control.operations import Operations
@@ -146,6 +147,9 @@ class Machine:
             )
             if not self._vm.memory.told:
                 self._require_fitting()
+            if not self._config.core_dumps:
+                # Not earlier: what a backing opens in /proc/self would be root's alone.
+                fdops.forbid_core_dumps()
             self._connect_devices()
             self._vm.finish_memslots()
             if self._vm.is_private:
