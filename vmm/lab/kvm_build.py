@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vmm.core.errors import HostError
+from vmm.lab.architecture import HERE
 from vmm.lab.closure import is_elf
 from vmm.lab.programs import libraries_of_tree
 from vmm.lab.progress import Progress
@@ -160,7 +161,7 @@ def _first_error(output: list[str]) -> str:
 def run_by_own_loader(tree: Path) -> None:
     """Makes the unpacked programs run each other: each becomes a script that starts it."""
     libraries = libraries_of_tree(tree)
-    loader = libraries / "ld-linux-x86-64.so.2"
+    loader = libraries / HERE.loader
     for folder in tree.glob("usr/lib/linux-kbuild-*"):
         for name, chosen in _CHOOSERS:
             if (folder / name).with_name(chosen).exists():

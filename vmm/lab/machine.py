@@ -13,15 +13,18 @@ from pathlib import Path
 from vmm.core.errors import HostError, UsageError, tell
 from vmm.lab import bochs, hosts, image
 from vmm.lab.apt import Apt
+from vmm.lab.architecture import HERE
 from vmm.lab.cache import Cache, default_directory
-from vmm.lab.devices import VIRTIO, Devices
+from vmm.lab.cross import CrossCompiler
+from vmm.lab.debian_python import DebianPython
 from vmm.lab.emulator import Assets
 from vmm.lab.initramfs import guest_initramfs, host_initramfs
-from vmm.lab.interpreter import executable
+from vmm.lab.interpreter import RunningPython
 from vmm.lab.job import FIXED_DRIVES, attach, job_from_arguments
 from vmm.lab.options import LabOptions
 from vmm.lab.packages import Bochs, Kernel, MissingFiles, Packages, Qemu, Wants, modules_beside
 from vmm.lab.progress import Progress, Silent
+from vmm.lab.python import LabPython
 from vmm.lab.run import LabRun
 
 
@@ -34,8 +37,17 @@ class Lab:
         self.options = options
         self.progress = progress if progress is not None else Silent()
         self.cache = Cache(options.cache or default_directory())
-        self.packages = Packages(
-            self.cache, self.progress, Apt(self.cache.path("apt")), options.offline
+        self.host = hosts.named(options.host)
+        wanted = self.host.architecture
+        other = None
+        if wanted is not HERE:
+            other = Apt(self.cache.path(f"apt{wanted.suffix()}"), architecture=wanted.debian)
+        apt = Apt(self.cache.path("apt"))
+        self.packages = Packages(self.cache, self.progress, apt, options.offline, wanted, other)
+        self.python: LabPython = (
+            RunningPython()
+            if wanted is HERE
+            else DebianPython(self.packages, CrossCompiler(self.packages))
         )
         self._assets: Assets | None = None
 
@@ -45,7 +57,7 @@ class Lab:
             return self._assets
         options = self.options
         wants = Wants()
-        host = hosts.named(options.host)
+        host = self.host
         emulator: Qemu | Bochs | None
         if host.bochs:
             emulator = wants.gather(self._bochs)
@@ -62,9 +74,9 @@ class Lab:
             host=host,
             emulator=emulator,
             kernel=kernel.image,
-            initramfs=self._initramfs("host", busybox, kernel.modules, kvm, host.devices),
-            root=image.root_image(self.cache, self.progress, busybox),
-            project=image.project_image(self.cache, self.progress),
+            initramfs=self._initramfs("host", busybox, kernel.modules, kvm),
+            root=image.root_image(self.cache, self.progress, busybox, self.python),
+            project=image.project_image(self.cache, self.progress, self.python),
             inner_qemu=self._inner_qemu() if options.with_qemu else None,
         )
         self._assets = assets
@@ -91,17 +103,20 @@ class Lab:
         busybox: Path,
         modules: Path | None,
         kvm: Path | None = None,
-        devices: Devices = VIRTIO,
     ) -> Path:
+        host = self.host
+
         def build(path: Path) -> None:
             self.progress.step(f"building the {kind} initramfs")
             if kind == "host":
                 assert modules is not None
-                path.write_bytes(host_initramfs(busybox, modules, kvm, devices))
+                path.write_bytes(
+                    host_initramfs(busybox, modules, kvm, host.devices, host.architecture)
+                )
             else:
                 path.write_bytes(guest_initramfs(busybox, modules))
 
-        key = image.initramfs_key(busybox, modules, kvm, devices)
+        key = image.initramfs_key(busybox, modules, kvm, host.devices)
         entry = self.cache.entry(f"images/{kind}-{key}.cpio", build)
         self.cache.prune(f"images/{kind}-", keep=8)
         return entry
@@ -156,10 +171,10 @@ class Lab:
         )
         for disk in self.options.disks:
             attach(job, disk, "--lab-disk")
-        if hosts.named(self.options.host).bochs:
+        if self.host.bochs:
             bochs.refuse(job, self.options)
         if not program:
-            job.words = [str(executable()), "-sP", "/lab/project/pyvmm", *job.words]
+            job.words = [str(self.python.executable), "-sP", "/lab/project/pyvmm", *job.words]
         job.inputs += [p.absolute() for p in self.options.files]
         job.outputs += [p.absolute() for p in self.options.outputs]
         job.inputs = [p for p in job.inputs if p not in job.outputs]
