@@ -151,7 +151,6 @@ class DebianPython:
             ),
             f"Debian's libpython{VERSION}-dev for {architecture.label}",
         )
-        compiler = self.compiler.program()
         name = f"packages/extension-{digest.hexdigest()[:16]}{architecture.suffix()}"
 
         def build(path: Path) -> None:
@@ -159,7 +158,7 @@ class DebianPython:
             path.mkdir()
             include = headers / "usr" / "include"
             command = [sys.executable, str(source / _BUILD), "--machine", architecture.name]
-            command += ["--compiler", str(compiler), "--output", str(path)]
+            command += ["--compiler", str(self.compiler.program()), "--output", str(path)]
             for folder in (include / f"python{VERSION}", include):
                 command += ["--python-include", str(folder)]
             result = subprocess.run(

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from vmm.core.errors import HostError, UsageError
-from vmm.lab import kvm_build
+from vmm.lab import guest_kernel, kvm_build
 from vmm.lab.apt import QEMU_SUITE, Apt, PackagesUnavailable, newest
-from vmm.lab.architecture import AMD64, HERE, LabArchitecture
+from vmm.lab.architecture import AMD64, ARM64, HERE, LabArchitecture
 from vmm.lab.cache import Cache
 from vmm.lab.progress import Progress
 
@@ -24,6 +24,8 @@ from vmm.lab.progress import Progress
 HOST_SERIES = "7.3"
 _DEBIAN = "debian:"
 
+
+_BANNER = b"Linux version "
 
 _T = TypeVar("_T")
 
@@ -238,6 +240,35 @@ class Packages:
             )
             raise MissingFiles([wanted], self.cache.root, str(error)) from error
 
+    def built_guest_kernel(self, compilers: Callable[[], Path]) -> Kernel:
+        """The small kernel for protected guests (vmm.lab.guest_kernel)."""
+        stock = self.host_kernel(None, None).image
+        version = debian_version(stock)
+        if version is None:
+            raise HostError(
+                f"{stock} doesn't say which version it is; remove {self._kernel_tree(HOST_SERIES)} "
+                "to download it again"
+            )
+
+        def download(packages: list[str], into: Path) -> None:
+            if self.offline:
+                raise PackagesUnavailable("--lab-offline")
+            with self.cache.lock("apt"):
+                self.apt.download_closure(packages, QEMU_SUITE, into)
+
+        name = f"packages/{guest_kernel.NAME}-{version}-{guest_kernel.recipe()}"
+        build = guest_kernel.GuestKernelBuild(
+            version, self.architecture, compilers, self.progress, download
+        )
+        try:
+            return Kernel(self.cache.entry(name, build) / guest_kernel.IMAGE, None)
+        except PackagesUnavailable as error:
+            wanted = (
+                f"sources of Linux {version} for the kernel {guest_kernel.NAME} (if the archive "
+                f"has a newer {HOST_SERIES} by now, remove {self._kernel_tree(HOST_SERIES)})"
+            )
+            raise MissingFiles([wanted], self.cache.root, str(error)) from error
+
     def _kernel_tree(self, series: str) -> Path:
         return self.cache.path(f"packages/linux-{series}{self.architecture.suffix()}")
 
@@ -295,7 +326,7 @@ def modules_beside(image: Path) -> Path | None:
 
 
 def kernel_release(image: Path) -> str | None:
-    """The release in a bzImage's header, as `uname -r` would say; None when it isn't one."""
+    """The release that a kernel image names, as `uname -r` would say; None when it isn't one."""
     words = _version_words(image)
     return words[0] if words else None
 
@@ -314,10 +345,16 @@ def _version_words(image: Path) -> list[str]:
             head = file.read(0x10000)
     except OSError:
         return []
-    if head[0x202:0x206] != b"HdrS":
-        return []
-    at = int.from_bytes(head[0x20E:0x210], "little") + 0x200
-    return head[at : at + 256].split(b"\0", 1)[0].decode("ascii", "replace").split()
+    if AMD64.marks(head):
+        at = int.from_bytes(head[0x20E:0x210], "little") + 0x200
+        return head[at : at + 256].split(b"\0", 1)[0].decode("ascii", "replace").split()
+    if ARM64.marks(head):
+        # It has no field for that; what it prints first (linux_banner) is in it as it is.
+        content = image.read_bytes()
+        at = content.find(_BANNER)
+        banner = content[at + len(_BANNER) :][:256] if at >= 0 else b""
+        return banner.split(b"\n", 1)[0].decode("ascii", "replace").split()
+    return []
 
 
 def _existing(path: str, option: str) -> Path:
