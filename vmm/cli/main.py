@@ -60,8 +60,10 @@ def main(arguments: Sequence[str]) -> int:
         return status
 
 
-def _refuse_early(arguments: Sequence[str]) -> None:
-    """Raise UsageError for words that pyvmm would refuse, without doing what they say."""
+def _refuse_early(arguments: Sequence[str], machine: str) -> None:
+    """Raise UsageError for words that pyvmm on such a machine (as uname -m says it) would refuse,
+    without doing what they say.
+    """
     if arguments and arguments[0] == "check":
         from vmm.cli.check import parser as check_parser
 
@@ -75,7 +77,9 @@ def _refuse_early(arguments: Sequence[str]) -> None:
 
         bench_parser().parse_args(arguments[1:])
     else:
-        _configuration(arguments)
+        from vmm.arch import ARCHITECTURES
+
+        _configuration(arguments, machine if machine in ARCHITECTURES else None)
 
 
 def _explain(error: BaseException) -> tuple[int, str]:
@@ -89,8 +93,11 @@ def _explain(error: BaseException) -> tuple[int, str]:
     return 1, f"internal error: {error!r}; --debug shows where, for a bug report"
 
 
-def _configuration(arguments: Sequence[str]) -> MachineConfig:
-    """What `pyvmm [run] OPTIONS` asks for. Raises UsageError; looks at no file, nor at the host."""
+def _configuration(arguments: Sequence[str], machine: str | None = None) -> MachineConfig:
+    """What `pyvmm [run] OPTIONS` asks for on a machine of that architecture (this one's).
+
+    Raises UsageError; looks at no file, nor at the host.
+    """
     words = arguments[1:] if arguments and arguments[0] == "run" else arguments
     options = parse(words)
     from vmm.arch import architecture
@@ -119,7 +126,7 @@ def _configuration(arguments: Sequence[str]) -> MachineConfig:
         control=options.control,
         core_dumps=options.core_dumps or options.private_mem is None,
     )
-    config.validate(architecture())
+    config.validate(architecture(machine))
     return config
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vmm.core.errors import HostError
+from vmm.lab.architecture import AMD64
 from vmm.lab.sources import Source, debian_archive, read_sources
 
 # Suites that hold what the lab runs; `QEMU_SUITE` also gives busybox, Bochs and fio.
@@ -34,6 +35,7 @@ class Apt:
 
     root: Path
     etc: Path = _ETC
+    architecture: str = AMD64.debian  # of the packages; the system need not know it
     _environment: dict[str, str] = field(default_factory=dict)
     _updated: bool = False
 
@@ -107,8 +109,9 @@ class Apt:
         self._run("apt-get", "--quiet", "update")
 
     def _use(self, uri: str, suites: Sequence[str], keyrings: Sequence[str]) -> None:
-        option = f"[arch=amd64 signed-by={','.join(keyrings)}]" if keyrings else "[arch=amd64]"
-        lines = [f"deb {option} {uri} {suite} main\n" for suite in suites]
+        option = f"arch={self.architecture}"
+        option += f" signed-by={','.join(keyrings)}" if keyrings else ""
+        lines = [f"deb [{option}] {uri} {suite} main\n" for suite in suites]
         (self.root / "etc" / "sources.list").write_text("".join(lines))
 
     def _configure(self) -> None:
@@ -142,8 +145,8 @@ class Apt:
         yield setting("Dir::State", self.root / "state")
         yield setting("Dir::State::status", self.root / "status")
         yield setting("Dir::Cache", self.root / "cache")
-        yield setting("APT::Architecture", "amd64")
-        yield 'APT::Architectures { "amd64"; };'
+        yield setting("APT::Architecture", self.architecture)
+        yield f'APT::Architectures {{ "{self.architecture}"; }};'
         yield setting("Acquire::Languages", "none")
         # Unreachable archives are a failure here, not a warning with old lists kept.
         yield setting("APT::Update::Error-Mode", "any")

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vmm.core.errors import HostError, UsageError
-from vmm.lab.emulator import COMMAND_LINE, Assets, Launch
+from vmm.lab.architecture import AMD64
+from vmm.lab.emulator import Assets, Launch
 from vmm.lab.job import Drive, Job
 from vmm.lab.options import LabOptions
 from vmm.lab.packages import Bochs
@@ -24,7 +25,7 @@ from vmm.lab.streams import Pieces, Stream, TerminalEnd
 KERNEL_INSIDE, INITRAMFS_INSIDE = "boot/vmlinuz", "boot/initrd"
 LOADER_SCRIPT = f"""\
 set root=(hd2)
-linux /{KERNEL_INSIDE} {COMMAND_LINE}
+linux /{KERNEL_INSIDE} {AMD64.kernel_words}
 initrd /{INITRAMFS_INSIDE}
 boot
 """

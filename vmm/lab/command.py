@@ -10,8 +10,8 @@ from types import FrameType
 from vmm.core.ending_signals import on_ending_signal
 from vmm.core.job_control import on_stop_and_continue
 from vmm.core.raw_terminal import RawTerminal
-from vmm.lab import terminal
-from vmm.lab.machine import Lab
+from vmm.lab import hosts, terminal
+from vmm.lab.machine import Lab, with_kernel
 from vmm.lab.options import HELP, LabCommand, parse
 from vmm.lab.progress import Progress, Reporter, Silent, finished
 from vmm.lab.run import LabRun, ended_by
@@ -30,18 +30,19 @@ def _unwind(number: int, frame: FrameType | None) -> None:
     raise _Interrupted(number)
 
 
-def run(argv: list[str], check: Callable[[list[str]], object] | None = None) -> int:
+def run(argv: list[str], check: Callable[[list[str], str], object] | None = None) -> int:
     """The whole command; returns its exit status, raises PyvmmError for the caller to print.
 
-    `check` raises for arguments that the pyvmm inside would refuse, before minutes are spent on a
-    machine for it.
+    `check` raises for arguments that the pyvmm inside would refuse on a machine of that
+    architecture (as uname -m says it), before minutes are spent on one.
     """
     command = parse(argv)
     if command.help:
         print(HELP, end="")
         return 0
     if check is not None and not command.is_program:
-        check(command.arguments)
+        host = hosts.named(command.options.host)
+        check(with_kernel(command.arguments, host), host.architecture.name)
     progress: Progress = Silent() if command.options.quiet else Reporter()
     try:
         with on_ending_signal(_unwind), finished(progress):

@@ -15,6 +15,7 @@ class Devices:
     input: str
     output: str
     error: str
+    serial: str = "/dev/ttyS0"  # the kernel's console; the host's word that all was read comes here
     is_serial: bool = False  # the channels are serial lines: bytes can be lost, nothing ends them
 
     def drive(self, index: int) -> str:

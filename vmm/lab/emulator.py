@@ -11,13 +11,6 @@ from vmm.lab.hosts import Host
 from vmm.lab.packages import Bochs, Qemu
 from vmm.lab.streams import Stream
 
-# The last two spare the emulated processor what nothing here needs: tests of the kernel's own
-# cryptography, and its built-in certificates. Together a sixth of the time to the command.
-COMMAND_LINE = (
-    "console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable "
-    "cryptomgr.notests initcall_blacklist=load_system_certificate_list"
-)
-
 
 @dataclass(frozen=True, slots=True)
 class Assets:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vmm.core.errors import UsageError
-from vmm.lab.devices import PC, VIRTIO, Devices
+from vmm.lab.architecture import AMD64, ARM64, LabArchitecture
+from vmm.lab.devices import PC, Devices
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +18,20 @@ class Host:
     sw_protected: bool = False  # its KVM is compiled anew, with KVM_X86_SW_PROTECTED_VM
     bochs: bool = False  # emulated by Bochs, else by QEMU
     cpus: int = 2
-    devices: Devices = VIRTIO
+    architecture: LabArchitecture = AMD64
+    other_devices: Devices | None = None  # than QEMU's of that architecture
+    kernel_words: str = ""  # more for its kernel's command line
+    guest_kernel: str | None = None  # what a guest runs when no --kernel is given
+
+    @property
+    def devices(self) -> Devices:
+        """What its devices are called inside."""
+        return self.other_devices or self.architecture.devices
+
+    @property
+    def command_line(self) -> str:
+        """Its kernel's."""
+        return f"{self.architecture.kernel_words} {self.kernel_words}".strip()
 
 
 HOSTS = {
@@ -36,7 +50,21 @@ HOSTS = {
             sw_protected=True,
             bochs=True,
             cpus=1,
-            devices=PC,
+            other_devices=PC,
+        ),
+        Host(
+            "arm64",
+            "an arm64 machine with Debian's kernel; guests are arm64",
+            cpus=1,
+            architecture=ARM64,
+        ),
+        Host(
+            "pkvm",
+            "the same with protected KVM: guests' memory is out of the host's reach",
+            cpus=1,
+            architecture=ARM64,
+            kernel_words="kvm-arm.mode=protected",
+            guest_kernel="pkvm-guest",
         ),
     )
 }

@@ -6,26 +6,24 @@ goes into them; the project is an image of its own, so that editing it costs a s
 
 from __future__ import annotations
 
-import compileall
 import contextlib
 import hashlib
 import importlib.util
-import io
 import os
-import py_compile
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from vmm.core.errors import HostError
-from vmm.lab import initramfs, interpreter
+from vmm.lab import initramfs
+from vmm.lab.architecture import HERE
 from vmm.lab.cache import Cache, remove_tree
 from vmm.lab.closure import libraries_of
 from vmm.lab.devices import VIRTIO, Devices
-from vmm.lab.packages import QEMU_PROGRAM, Qemu
+from vmm.lab.packages import Qemu
 from vmm.lab.progress import Progress
+from vmm.lab.python import LabPython
 
 # Counts up when the layout of an image changes, so that older cached ones aren't used.
 _LAYOUT = 1
@@ -42,32 +40,27 @@ sys.exit(entry_point())
 _QEMU_DATA = ("*.bin", "*.rom", "keymaps/en-us")
 
 
-def root_image(cache: Cache, progress: Progress, busybox: Path) -> Path:
-    """busybox, the running Python, and the distributions that pyvmm and its tests import."""
-    distributions = interpreter.distribution_closure(interpreter.DISTRIBUTIONS)
-    key = f"{interpreter.content_key(distributions)}-{_file_key(busybox)}-{_LAYOUT}"
+def root_image(cache: Cache, progress: Progress, busybox: Path, python: LabPython) -> Path:
+    """busybox, a Python, and the distributions that pyvmm and its tests import."""
+    key = f"{python.key()}-{_file_key(busybox)}-{_LAYOUT}"
 
     def build(path: Path) -> None:
         progress.step("building the root image (once for this Python)")
         with _staging(path) as stage:
-            _lay_out_system(stage, busybox)
-            site = stage / "lab" / "site"
-            elf_files = interpreter.copy_interpreter(stage)
-            elf_files += interpreter.copy_distributions(site, distributions)
-            sites = {Path(str(d.locate_file(""))) for d in distributions.values()}
-            interpreter.copy_libraries(stage, elf_files, within=sites)
-            compile_tree(stage)
+            _lay_out_system(stage, busybox, python)
+            python.fill(stage, stage / "lab" / "site")
+            python.compile(stage)
             make_ext4(stage, path)
 
     image = cache.entry(f"images/root-{key}.ext4", build)
-    cache.prune("images/root-", keep=3)
+    cache.prune("images/root-", keep=4)
     return image
 
 
-def project_image(cache: Cache, progress: Progress) -> Path:
+def project_image(cache: Cache, progress: Progress, python: LabPython) -> Path:
     """pyvmm itself, from wherever it is running, with its tests where they are beside it."""
     sources = project_sources()
-    key = f"{_tree_key(sources)}-{sys.implementation.cache_tag}-{_LAYOUT}"
+    key = f"{_tree_key(sources)}-{python.bytecode}-{python.key()[:8]}-{_LAYOUT}"
 
     def build(path: Path) -> None:
         progress.step("building the project image")
@@ -77,12 +70,13 @@ def project_image(cache: Cache, progress: Progress) -> Path:
                     shutil.copytree(source, stage / source.name, ignore=_no_caches)
                 else:
                     shutil.copy2(source, stage / source.name)
+            python.add_extension(stage / "kvm_bindings")
             (stage / "pyvmm").write_text(_LAUNCHER)
-            compile_tree(stage)
+            python.compile(stage)
             make_ext4(stage, path)
 
     image = cache.entry(f"images/project-{key}.ext4", build)
-    cache.prune("images/project-", keep=4)
+    cache.prune("images/project-", keep=6)
     return image
 
 
@@ -107,8 +101,8 @@ def fio_image(cache: Cache, progress: Progress, tree: Path) -> Path:
 
     def build(path: Path) -> None:
         progress.step("building the fio image")
-        folder = tree / "usr" / "lib" / "x86_64-linux-gnu"
-        loader = folder / "ld-linux-x86-64.so.2"
+        folder = HERE.libraries(tree)
+        loader = folder / HERE.loader
         lister = [str(loader), "--library-path", f"{folder}:{folder / 'ceph'}", "--list"]
         with _staging(path) as stage:
             lay_out_program(stage, program, lister, loader, "/fio")
@@ -161,20 +155,12 @@ def _staging(path: Path) -> Iterator[Path]:
         remove_tree(stage)
 
 
-def _lay_out_system(stage: Path, busybox: Path) -> None:
+def _lay_out_system(stage: Path, busybox: Path, python: LabPython) -> None:
     for name in ("dev", "proc", "sys", "tmp", "run", "root", "etc", "var/tmp", "usr/local/bin"):
         (stage / name).mkdir(parents=True, exist_ok=True)
     for name in ("project", "job", "qemu", "site"):
         (stage / "lab" / name).mkdir(parents=True)
-    # As on this machine, so that the libraries' paths are good in both.
-    for name in ("bin", "sbin", "lib", "lib64", "lib32"):
-        here = Path("/") / name
-        if here.is_symlink():
-            target = os.readlink(here).lstrip("/")
-            (stage / target).mkdir(parents=True, exist_ok=True)
-            (stage / name).symlink_to(target)
-        else:
-            (stage / name).mkdir()
+    python.lay_out_links(stage)
     tools = stage / "lab" / "bin"
     tools.mkdir()
     shutil.copy2(busybox, tools / "busybox")
@@ -186,16 +172,13 @@ def _lay_out_system(stage: Path, busybox: Path) -> None:
     env.parent.mkdir(parents=True, exist_ok=True)
     env.symlink_to("/lab/bin/busybox")
     pyvmm = stage / "usr" / "local" / "bin" / "pyvmm"
-    pyvmm.write_text(f'#!/bin/sh\nexec {interpreter.executable()} -sP /lab/project/pyvmm "$@"\n')
+    pyvmm.write_text(f'#!/bin/sh\nexec {python.executable} -sP /lab/project/pyvmm "$@"\n')
     pyvmm.chmod(0o755)
-    wrapper = stage / "usr" / "local" / "bin" / QEMU_PROGRAM
+    wrapper = stage / "usr" / "local" / "bin" / HERE.qemu_program
     wrapper.symlink_to("/lab/qemu/run")
     (stage / "etc" / "passwd").write_text("root:x:0:0:root:/root:/bin/sh\n")
     (stage / "etc" / "group").write_text("root:x:0:\n")
     (stage / "etc" / "hosts").write_text("127.0.0.1 localhost\n")
-    for name in ("etc/ld.so.cache", "etc/ld.so.conf"):
-        if (Path("/") / name).is_file():
-            shutil.copy2(Path("/") / name, stage / name)
 
 
 def lay_out_program(
@@ -214,7 +197,7 @@ def lay_out_program(
         shutil.copy2(library, libraries / library.name)
     script = stage / "run"
     script.write_text(
-        f"#!/bin/sh\nexec {place}/lib/ld-linux-x86-64.so.2 --library-path {place}/lib "
+        f"#!/bin/sh\nexec {place}/lib/{HERE.loader} --library-path {place}/lib "
         f'{place}/{program.name} {arguments}"$@"\n'
     )
     script.chmod(0o755)
@@ -236,21 +219,6 @@ def _lay_out_qemu(stage: Path, qemu: Qemu) -> None:
                 target.parent.mkdir(exist_ok=True)
                 if file.is_file() and not target.exists():
                     shutil.copy2(file, target)
-
-
-def compile_tree(stage: Path) -> None:
-    """Compiled files for every module, which the interpreter takes without looking at sources:
-    at some 50 times less than native speed, compiling would dominate every start.
-    """
-    with contextlib.redirect_stdout(io.StringIO()):
-        compileall.compile_dir(
-            str(stage),
-            quiet=2,
-            workers=0,
-            stripdir=str(stage),
-            prependdir="/",
-            invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
-        )
 
 
 def _no_caches(folder: str, names: list[str]) -> set[str]:

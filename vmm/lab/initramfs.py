@@ -6,18 +6,17 @@ vmm.lab.image builds and hands over to the job's script; the guest's ends in a s
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
 from vmm.core.errors import HostError
+from vmm.lab.architecture import AMD64, LabArchitecture
 from vmm.lab.cpio import CpioWriter
 from vmm.lab.devices import VIRTIO, Devices
 from vmm.lab.kmodules import ModuleTree, without_signature
 
 # Loaded before anything can be mounted, and while the mounts are being made.
 _FILE_SYSTEMS = ("ext4", "overlay")
-_KVM_MODULES = ("irqbypass", "kvm", "kvm-amd")
 _NET_MODULES = ("tun",)  # for pyvmm's --net tap=
 _GUEST_MODULES = ("virtio_pci", "virtio_blk", "ext4")
 # Loaded where a device of that PCI id is there: each costs a boot some time.
@@ -90,15 +89,17 @@ echo "Linux $(uname -r), {count} module(s) loaded; \\`poweroff -f\\` ends the gu
 setsid -c sh <"$tty" >"$tty" 2>&1
 poweroff -f
 """
+_FIRST_APPLETS = b"[\0[[\0"
 # What a cached archive depends on besides its files.
-SCRIPTS = (
-    f"{_HOST_INIT}{_GUEST_INIT}{_FILE_SYSTEMS}{_KVM_MODULES}{_NET_MODULES}"
-    f"{_GUEST_MODULES}{_GUEST_DEVICES}"
-)
+SCRIPTS = f"{_HOST_INIT}{_GUEST_INIT}{_FILE_SYSTEMS}{_NET_MODULES}{_GUEST_MODULES}{_GUEST_DEVICES}"
 
 
 def host_initramfs(
-    busybox: Path, modules: Path, kvm_modules: Path | None = None, devices: Devices = VIRTIO
+    busybox: Path,
+    modules: Path,
+    kvm_modules: Path | None = None,
+    devices: Devices = VIRTIO,
+    architecture: LabArchitecture = AMD64,
 ) -> bytes:
     """The lab machine's: `modules` is lib/modules/RELEASE of its kernel, `kvm_modules`
     a directory with other KVM modules for it.
@@ -106,10 +107,13 @@ def host_initramfs(
     tree = ModuleTree(modules, instead=kvm_modules)
     storage = tree.in_order((*devices.modules, *_FILE_SYSTEMS))
     loaded = {name for name, _ in storage}
-    kvm = [(name, data) for name, data in tree.in_order(_KVM_MODULES) if name not in loaded]
+    kvm = [
+        (name, data) for name, data in tree.in_order(architecture.kvm_modules) if name not in loaded
+    ]
     net = [(name, data) for name, data in tree.in_order(_NET_MODULES) if name not in loaded]
-    if not any(name == "kvm_amd" for name, _ in kvm):
-        raise HostError(f"no module kvm-amd below {modules}; the lab's kernel needs it")
+    for name in architecture.kvm_modules[-1:]:
+        if name not in tree:
+            raise HostError(f"no module {name} below {modules}; the lab's kernel needs it")
     script = _HOST_INIT.format(
         storage=" ".join(name for name, _ in storage),
         kvm=" ".join(name for name, _ in kvm),
@@ -151,9 +155,14 @@ def _archive(busybox: Path, script: str, modules: Iterable[tuple[str, bytes]]) -
 
 
 def applets(busybox: Path) -> list[str]:
-    """The commands that this busybox knows, asked from itself."""
-    result = subprocess.run([str(busybox), "--list"], capture_output=True, text=True, check=False)
-    names = [n for n in result.stdout.split() if n != "busybox" and "/" not in n]
-    if result.returncode != 0 or "sh" not in names:
-        raise HostError(f"{busybox} --list failed; the lab needs a busybox with a shell")
-    return names
+    """The commands that this busybox knows, read from its own table of names.
+
+    It is not run: it may be for another architecture. The table (applet_names in applets.h of
+    busybox) is sorted, each name ends with a NUL, and one more NUL ends it.
+    """
+    content = busybox.read_bytes()
+    at = content.find(_FIRST_APPLETS)
+    names = content[at : content.find(b"\0\0", at)].split(b"\0") if at >= 0 else []
+    if b"sh" not in names:
+        raise HostError(f"{busybox} has no table of commands; the lab needs a busybox with a shell")
+    return [n.decode("ascii", "replace") for n in names if n != b"busybox" and b"/" not in n]

@@ -6,9 +6,13 @@ absolute path, so the interpreter finds itself in the lab as it does here.
 
 from __future__ import annotations
 
+import compileall
+import contextlib
 import hashlib
 import importlib.metadata
+import io
 import os
+import py_compile
 import re
 import shutil
 import sys
@@ -121,7 +125,7 @@ def copy_interpreter(root: Path) -> list[Path]:
     elf_files = [program]
     for folder in standard_library():
         target = place_in(root, folder)
-        shutil.copytree(folder, target, ignore=_stdlib_filter, dirs_exist_ok=True, symlinks=False)
+        shutil.copytree(folder, target, ignore=stdlib_filter, dirs_exist_ok=True, symlinks=False)
         elf_files += [p for p in folder.glob("lib-dynload/*.so") if is_elf(p)]
     return elf_files
 
@@ -133,7 +137,7 @@ def _names_of_the_interpreter(program: Path) -> list[Path]:
     return [*beside, Path(sys.executable).absolute(), Path("/usr/local/bin/python3")]
 
 
-def _stdlib_filter(folder: str, names: list[str]) -> set[str]:
+def stdlib_filter(folder: str, names: list[str]) -> set[str]:
     left_out = {n for n in names if n in _LEFT_OUT_OF_STDLIB or n.startswith("config-")}
     # numpy and others have `tests` packages; only whole directories are meant.
     return {n for n in left_out if os.path.isdir(os.path.join(folder, n))}
@@ -163,6 +167,59 @@ def copy_libraries(root: Path, elf_files: Iterable[Path], within: Iterable[Path]
     for library in sorted(libraries_of(elf_files)):
         if not str(library.resolve()).startswith(skipped):
             _copy(library, place_in(root, library))
+
+
+class RunningPython:
+    """The Python that runs this, as a lab machine of this machine's architecture has it."""
+
+    def __init__(self) -> None:
+        self._distributions = distribution_closure(DISTRIBUTIONS)
+
+    @property
+    def executable(self) -> Path:
+        return executable()
+
+    @property
+    def bytecode(self) -> str:
+        return sys.implementation.cache_tag or "none"
+
+    def key(self) -> str:
+        return content_key(self._distributions)
+
+    def lay_out_links(self, stage: Path) -> None:
+        """As on this machine, so that the libraries' paths are good in both."""
+        for name in ("bin", "sbin", "lib", "lib64", "lib32"):
+            here = Path("/") / name
+            if here.is_symlink():
+                target = os.readlink(here).lstrip("/")
+                (stage / target).mkdir(parents=True, exist_ok=True)
+                (stage / name).symlink_to(target)
+            else:
+                (stage / name).mkdir()
+        for name in ("etc/ld.so.cache", "etc/ld.so.conf"):
+            if (Path("/") / name).is_file():
+                _copy(Path("/") / name, stage / name)
+
+    def fill(self, stage: Path, site: Path) -> None:
+        elf_files = copy_interpreter(stage)
+        elf_files += copy_distributions(site, self._distributions)
+        sites = {Path(str(d.locate_file(""))) for d in self._distributions.values()}
+        copy_libraries(stage, elf_files, within=sites)
+
+    def compile(self, stage: Path) -> None:
+        with contextlib.redirect_stdout(io.StringIO()):
+            compileall.compile_dir(
+                str(stage),
+                quiet=2,
+                workers=0,
+                stripdir=str(stage),
+                prependdir="/",
+                invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
+            )
+
+    def add_extension(self, bindings: Path) -> None:
+        """The one that this Python has is copied with the rest."""
+        del bindings
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -203,6 +203,7 @@ def _script(job: Job, surroundings: Surroundings, links: list[tuple[str, str]]) 
             names=names,
             device=devices.drive(FIXED_DRIVES - 1),
             status=_STATUS,
+            serial=devices.serial,
         )
     )
     return "\n".join(lines)
@@ -270,7 +271,7 @@ done
 tar -c -f {device} "$@" || echo "pyvmm-lab: failed: writing the results"
 sync
 echo pyvmm-lab: finished >/dev/console
-read -t 20 answer </dev/ttyS0
+read -t 20 answer <{serial}
 poweroff -f
 sleep 60
 """

@@ -11,18 +11,25 @@ from dataclasses import replace
 from pathlib import Path
 
 from vmm.core.errors import HostError, UsageError, tell
-from vmm.lab import bochs, hosts, image
+from vmm.lab import bochs, guest_kernel, hosts, image
 from vmm.lab.apt import Apt
+from vmm.lab.architecture import ARM64, HERE, foreign_kernel
 from vmm.lab.cache import Cache, default_directory
-from vmm.lab.devices import VIRTIO, Devices
+from vmm.lab.cross import CrossCompiler
+from vmm.lab.debian_python import DebianPython
 from vmm.lab.emulator import Assets
+from vmm.lab.hosts import Host
 from vmm.lab.initramfs import guest_initramfs, host_initramfs
-from vmm.lab.interpreter import executable
+from vmm.lab.interpreter import RunningPython
 from vmm.lab.job import FIXED_DRIVES, attach, job_from_arguments
 from vmm.lab.options import LabOptions
 from vmm.lab.packages import Bochs, Kernel, MissingFiles, Packages, Qemu, Wants, modules_beside
 from vmm.lab.progress import Progress, Silent
+from vmm.lab.python import LabPython
 from vmm.lab.run import LabRun
+
+# What --kernel says for the payload that pyvmm carries, on hosts whose default is a kernel.
+PAYLOAD = "payload"
 
 
 class Lab:
@@ -34,9 +41,22 @@ class Lab:
         self.options = options
         self.progress = progress if progress is not None else Silent()
         self.cache = Cache(options.cache or default_directory())
-        self.packages = Packages(
-            self.cache, self.progress, Apt(self.cache.path("apt")), options.offline
+        self.host = hosts.named(options.host)
+        wanted = self.host.architecture
+        other = None
+        if wanted is not HERE:
+            other = Apt(self.cache.path(f"apt{wanted.suffix()}"), architecture=wanted.debian)
+        apt = Apt(self.cache.path("apt"))
+        self.packages = Packages(self.cache, self.progress, apt, options.offline, wanted, other)
+        self.python: LabPython = (
+            RunningPython()
+            if wanted is HERE
+            else DebianPython(self.packages, CrossCompiler(self.packages))
         )
+        if options.with_qemu and wanted is not HERE:
+            raise UsageError(
+                f"--lab-with-qemu: the {self.host.name} host has no QEMU inside; leave it out"
+            )
         self._assets: Assets | None = None
 
     def prepare(self) -> Assets:
@@ -45,7 +65,7 @@ class Lab:
             return self._assets
         options = self.options
         wants = Wants()
-        host = hosts.named(options.host)
+        host = self.host
         emulator: Qemu | Bochs | None
         if host.bochs:
             emulator = wants.gather(self._bochs)
@@ -55,16 +75,18 @@ class Lab:
         kernel = wants.gather(
             lambda: self.packages.host_kernel(options.host_kernel, options.host_modules)
         )
+        wants.gather(self.python.key)
         wants.settle(self.cache.root)
         assert emulator is not None and busybox is not None and kernel is not None
+        self._refuse_foreign("--lab-host-kernel", kernel.image)
         kvm = self.packages.sw_protected_kvm(kernel) if host.sw_protected else None
         assets = Assets(
             host=host,
             emulator=emulator,
             kernel=kernel.image,
-            initramfs=self._initramfs("host", busybox, kernel.modules, kvm, host.devices),
-            root=image.root_image(self.cache, self.progress, busybox),
-            project=image.project_image(self.cache, self.progress),
+            initramfs=self._initramfs("host", busybox, kernel.modules, kvm),
+            root=image.root_image(self.cache, self.progress, busybox, self.python),
+            project=image.project_image(self.cache, self.progress, self.python),
             inner_qemu=self._inner_qemu() if options.with_qemu else None,
         )
         self._assets = assets
@@ -91,17 +113,20 @@ class Lab:
         busybox: Path,
         modules: Path | None,
         kvm: Path | None = None,
-        devices: Devices = VIRTIO,
     ) -> Path:
+        host = self.host
+
         def build(path: Path) -> None:
             self.progress.step(f"building the {kind} initramfs")
             if kind == "host":
                 assert modules is not None
-                path.write_bytes(host_initramfs(busybox, modules, kvm, devices))
+                path.write_bytes(
+                    host_initramfs(busybox, modules, kvm, host.devices, host.architecture)
+                )
             else:
                 path.write_bytes(guest_initramfs(busybox, modules))
 
-        key = image.initramfs_key(busybox, modules, kvm, devices)
+        key = image.initramfs_key(busybox, modules, kvm, host.devices)
         entry = self.cache.entry(f"images/{kind}-{key}.cpio", build)
         self.cache.prune(f"images/{kind}-", keep=8)
         return entry
@@ -110,9 +135,21 @@ class Lab:
         """A kernel named as `debian:6.12`, or a file with its modules where they are to be had."""
         if name.startswith("debian:"):
             return self.packages.debian_kernel(name)
+        if name == guest_kernel.NAME:
+            return self._built_guest_kernel()
         path = Path(name)
         given = self.options.guest_modules
         return Kernel(path, Path(given) if given is not None else modules_beside(path))
+
+    def _built_guest_kernel(self) -> Kernel:
+        if not isinstance(self.python, DebianPython):
+            others = " or ".join(h.name for h in hosts.HOSTS.values() if h.architecture is ARM64)
+            raise UsageError(
+                f"--kernel {guest_kernel.NAME}: an {ARM64.label} kernel, and "
+                f"--host {self.host.name} runs {self.host.architecture.label} guests; "
+                f"use --host {others}"
+            )
+        return self.packages.built_guest_kernel(self.python.compiler.unpacked)
 
     def guest_initramfs(self, kernel: Kernel) -> Path:
         """busybox with the kernel's virtio modules: a guest that boots to a shell."""
@@ -121,7 +158,7 @@ class Lab:
 
     def pyvmm_words(self, arguments: Sequence[str]) -> list[str]:
         """pyvmm's arguments with stock kernels' names replaced and an initrd supplied."""
-        words = list(arguments)
+        words = with_kernel(arguments, self.host)
         at = _value_of(words, "--kernel")
         if at is None:
             return words
@@ -129,6 +166,7 @@ class Lab:
         kernel = self.guest_kernel(name)
         if not kernel.image.exists():
             raise UsageError(f"--kernel {name}: no such file")
+        self._refuse_foreign("--kernel", kernel.image)
         words[index] = words[index].replace(name, str(kernel.image))
         if _value_of(words, "--initrd") is None:
             words += ["--initrd", str(self.guest_initramfs(kernel))]
@@ -138,6 +176,17 @@ class Lab:
             except MissingFiles as error:
                 tell(f"the lab goes on without fio: not to be downloaded ({error.reason})")
         return words
+
+    def _refuse_foreign(self, option: str, kernel: Path) -> None:
+        """Raises UsageError for a kernel of another architecture than the machine's."""
+        mine = self.host.architecture
+        other = foreign_kernel(kernel, mine)
+        if other is not None:
+            fitting = [h.name for h in hosts.HOSTS.values() if h.architecture is other]
+            raise UsageError(
+                f"{option} {kernel}: a kernel for {other.label}, and --host {self.host.name} is "
+                f"{mine.label}; use --host {' or '.join(fitting)}"
+            )
 
     def start(
         self,
@@ -156,10 +205,10 @@ class Lab:
         )
         for disk in self.options.disks:
             attach(job, disk, "--lab-disk")
-        if hosts.named(self.options.host).bochs:
+        if self.host.bochs:
             bochs.refuse(job, self.options)
         if not program:
-            job.words = [str(executable()), "-sP", "/lab/project/pyvmm", *job.words]
+            job.words = [str(self.python.executable), "-sP", "/lab/project/pyvmm", *job.words]
         job.inputs += [p.absolute() for p in self.options.files]
         job.outputs += [p.absolute() for p in self.options.outputs]
         job.inputs = [p for p in job.inputs if p not in job.outputs]
@@ -169,6 +218,23 @@ class Lab:
         assets = self.prepare()
         self.progress.step("booting the lab machine")
         return LabRun(assets, options, job, terminal)
+
+
+def with_kernel(arguments: Sequence[str], host: Host) -> list[str]:
+    """pyvmm's words with the host's own guest kernel where a run names none.
+
+    `--kernel payload` is the embedded payload, which pyvmm runs when none is named.
+    """
+    words = list(arguments)
+    at = _value_of(words, "--kernel")
+    is_run = not words or words[0] == "run" or words[0].startswith("-")
+    if at is None and host.guest_kernel is not None and is_run:
+        return [*words, "--kernel", host.guest_kernel]
+    if at is not None and at[1] == PAYLOAD:
+        index = at[0]
+        first = index if words[index].startswith("--") else index - 1
+        del words[first : index + 1]
+    return words
 
 
 def runs_several_vcpus(words: Sequence[str]) -> bool:

@@ -14,16 +14,18 @@ from pathlib import Path
 from typing import TypeVar
 
 from vmm.core.errors import HostError, UsageError
-from vmm.lab import kvm_build
+from vmm.lab import guest_kernel, kvm_build
 from vmm.lab.apt import QEMU_SUITE, Apt, PackagesUnavailable, newest
+from vmm.lab.architecture import AMD64, ARM64, HERE, LabArchitecture
 from vmm.lab.cache import Cache
 from vmm.lab.progress import Progress
 
-QEMU_PROGRAM = "qemu-system-x86_64"
 # guest_memfd with host mappings on ordinary VMs, the newest KVM that Debian builds.
 HOST_SERIES = "7.3"
 _DEBIAN = "debian:"
 
+
+_BANNER = b"Linux version "
 
 _T = TypeVar("_T")
 
@@ -72,7 +74,7 @@ class Qemu:
     @property
     def loader(self) -> Path | None:
         """The unpacked C library's own loader; None for a QEMU that the system runs."""
-        return None if self.libraries is None else self.libraries / "ld-linux-x86-64.so.2"
+        return None if self.libraries is None else self.libraries / HERE.loader
 
     def command(self) -> list[str]:
         """The words that start it; options follow."""
@@ -109,38 +111,46 @@ class Packages:
 
     cache: Cache
     progress: Progress
-    apt: Apt
+    apt: Apt  # of programs that run here
     offline: bool = False
+    architecture: LabArchitecture = AMD64  # of the lab machine
+    other_apt: Apt | None = None  # of its packages, when it isn't this machine's
+
+    @property
+    def machine_apt(self) -> Apt:
+        """Gives packages of the lab machine's architecture."""
+        return self.other_apt or self.apt
 
     def qemu(self, given: str | None) -> Qemu:
         """The one given, else the one on PATH, else Debian's, unpacked into the cache."""
         if given is not None:
             return Qemu(_existing(given, "--lab-qemu"))
-        on_path = shutil.which(QEMU_PROGRAM)
+        on_path = shutil.which(self.architecture.qemu_program)
         if on_path is not None:
             return Qemu(Path(on_path))
         return self.unpacked_qemu()
 
     def unpacked_qemu(self) -> Qemu:
         """Debian's QEMU with all of its libraries, from the cache."""
-        tree = self._tree(
-            "qemu",
+        program = self.architecture.qemu_program
+        tree = self.tree(
+            f"qemu{self.architecture.suffix()}",
             f"downloading QEMU (Debian {QEMU_SUITE}) into the cache",
             lambda path: self.apt.download_closure(
-                [f"qemu-system-x86/{QEMU_SUITE}"], QEMU_SUITE, path
+                [f"{self.architecture.qemu_package}/{QEMU_SUITE}"], QEMU_SUITE, path
             ),
-            f"{QEMU_PROGRAM} (--lab-qemu FILE, or put it on PATH)",
+            f"{program} (--lab-qemu FILE, or put it on PATH)",
         )
         share = tree / "usr" / "share"
         return Qemu(
-            program=tree / "usr" / "bin" / QEMU_PROGRAM,
-            libraries=tree / "usr" / "lib" / "x86_64-linux-gnu",
-            data=(share / "qemu", share / "seabios"),
+            program=tree / "usr" / "bin" / program,
+            libraries=HERE.libraries(tree),
+            data=tuple(share / name for name in self.architecture.qemu_data),
         )
 
     def bochs_tree(self) -> Path:
         """Debian's Bochs, and the boot loader for it, unpacked with all of their libraries."""
-        return self._tree(
+        return self.tree(
             "bochs",
             f"downloading Bochs (Debian {QEMU_SUITE}) into the cache",
             lambda path: self.apt.download_closure(
@@ -153,17 +163,17 @@ class Packages:
         """A statically linked busybox."""
         if given is not None:
             return _existing(given, "--lab-busybox")
-        tree = self._tree(
-            "busybox",
+        tree = self.tree(
+            f"busybox{self.architecture.suffix()}",
             "downloading busybox-static into the cache",
-            lambda path: self.apt.download([f"busybox-static/{QEMU_SUITE}"], path),
+            lambda path: self.machine_apt.download([f"busybox-static/{QEMU_SUITE}"], path),
             "busybox, linked statically (--lab-busybox FILE)",
         )
         return _one_of(tree, ("usr/bin/busybox", "bin/busybox"))
 
     def fio_tree(self) -> Path:
         """Debian's fio, unpacked with all of its libraries."""
-        return self._tree(
+        return self.tree(
             "fio",
             f"downloading fio (Debian {QEMU_SUITE}) into the cache",
             lambda path: self.apt.download_closure(["fio"], QEMU_SUITE, path),
@@ -182,8 +192,9 @@ class Packages:
             )
         if modules is None:
             raise UsageError(
-                f"--lab-host-kernel {given}: its modules are needed too, irqbypass, kvm, kvm-amd, "
-                "virtio_blk and overlay; give --lab-host-modules DIR (lib/modules/RELEASE)"
+                f"--lab-host-kernel {given}: its modules are needed too, "
+                f"{', '.join((*self.architecture.kvm_modules, 'virtio_blk'))} and overlay; "
+                "give --lab-host-modules DIR (lib/modules/RELEASE)"
             )
         return Kernel(
             _existing(given, "--lab-host-kernel"), _existing(modules, "--lab-host-modules")
@@ -194,7 +205,7 @@ class Packages:
         series = name.removeprefix(_DEBIAN)
         if not re.fullmatch(r"\d+\.\d+", series):
             raise UsageError(f"kernel {name!r}: the form is debian:SERIES, as in debian:6.12")
-        tree = self._tree(
+        tree = self.tree(
             self._kernel_tree(series).name,
             f"downloading Debian's Linux {series} into the cache",
             lambda path: self._download_kernel(series, path),
@@ -229,13 +240,43 @@ class Packages:
             )
             raise MissingFiles([wanted], self.cache.root, str(error)) from error
 
+    def built_guest_kernel(self, compilers: Callable[[], Path]) -> Kernel:
+        """The small kernel for protected guests (vmm.lab.guest_kernel)."""
+        stock = self.host_kernel(None, None).image
+        version = debian_version(stock)
+        if version is None:
+            raise HostError(
+                f"{stock} doesn't say which version it is; remove {self._kernel_tree(HOST_SERIES)} "
+                "to download it again"
+            )
+
+        def download(packages: list[str], into: Path) -> None:
+            if self.offline:
+                raise PackagesUnavailable("--lab-offline")
+            with self.cache.lock("apt"):
+                self.apt.download_closure(packages, QEMU_SUITE, into)
+
+        name = f"packages/{guest_kernel.NAME}-{version}-{guest_kernel.recipe()}"
+        build = guest_kernel.GuestKernelBuild(
+            version, self.architecture, compilers, self.progress, download
+        )
+        try:
+            return Kernel(self.cache.entry(name, build) / guest_kernel.IMAGE, None)
+        except PackagesUnavailable as error:
+            wanted = (
+                f"sources of Linux {version} for the kernel {guest_kernel.NAME} (if the archive "
+                f"has a newer {HOST_SERIES} by now, remove {self._kernel_tree(HOST_SERIES)})"
+            )
+            raise MissingFiles([wanted], self.cache.root, str(error)) from error
+
     def _kernel_tree(self, series: str) -> Path:
-        return self.cache.path(f"packages/linux-{series}")
+        return self.cache.path(f"packages/linux-{series}{self.architecture.suffix()}")
 
     def _download_kernel(self, series: str, into: Path) -> None:
         number = re.escape(series)
-        names = self.apt.package_names(
-            rf"^linux-(image|binary|modules)-{number}[.-].*cloud-amd64$",
+        flavour = self.architecture.kernel_flavour
+        names = self.machine_apt.package_names(
+            rf"^linux-(image|binary|modules)-{number}[.-].*{flavour}$",
         )
         images = [n for n in names if n.startswith("linux-image-") and "unsigned" not in n]
         image = newest(images)
@@ -247,12 +288,15 @@ class Packages:
         release = image.removeprefix("linux-image-")
         # From 7.1 on the image package is empty and depends on two that hold the files.
         parts = [n for n in (f"linux-binary-{release}", f"linux-modules-{release}") if n in names]
-        self.apt.download(parts if len(parts) == 2 else [image], into)
+        self.machine_apt.download(parts if len(parts) == 2 else [image], into)
 
     def _cloud_kernels(self) -> list[str]:
-        return self.apt.package_names(r"^linux-image-[0-9].*cloud-amd64$")
+        flavour = self.architecture.kernel_flavour
+        return self.machine_apt.package_names(rf"^linux-image-[0-9].*{flavour}$")
 
-    def _tree(self, name: str, doing: str, build: Callable[[Path], None], wanted: str) -> Path:
+    def tree(self, name: str, doing: str, build: Callable[[Path], None], wanted: str) -> Path:
+        """An unpacked tree of the cache; `build` downloads it, `wanted` says what is missing."""
+
         def download(path: Path) -> None:
             if self.offline:
                 raise PackagesUnavailable("--lab-offline")
@@ -282,7 +326,7 @@ def modules_beside(image: Path) -> Path | None:
 
 
 def kernel_release(image: Path) -> str | None:
-    """The release in a bzImage's header, as `uname -r` would say; None when it isn't one."""
+    """The release that a kernel image names, as `uname -r` would say; None when it isn't one."""
     words = _version_words(image)
     return words[0] if words else None
 
@@ -301,10 +345,16 @@ def _version_words(image: Path) -> list[str]:
             head = file.read(0x10000)
     except OSError:
         return []
-    if head[0x202:0x206] != b"HdrS":
-        return []
-    at = int.from_bytes(head[0x20E:0x210], "little") + 0x200
-    return head[at : at + 256].split(b"\0", 1)[0].decode("ascii", "replace").split()
+    if AMD64.marks(head):
+        at = int.from_bytes(head[0x20E:0x210], "little") + 0x200
+        return head[at : at + 256].split(b"\0", 1)[0].decode("ascii", "replace").split()
+    if ARM64.marks(head):
+        # It has no field for that; what it prints first (linux_banner) is in it as it is.
+        content = image.read_bytes()
+        at = content.find(_BANNER)
+        banner = content[at + len(_BANNER) :][:256] if at >= 0 else b""
+        return banner.split(b"\n", 1)[0].decode("ascii", "replace").split()
+    return []
 
 
 def _existing(path: str, option: str) -> Path:

@@ -11,21 +11,26 @@ import subprocess
 from pathlib import Path
 
 from vmm.core.errors import HostError
+from vmm.lab.architecture import HERE
 
 
 def libraries_of_tree(tree: Path) -> Path:
-    return tree / "usr" / "lib" / "x86_64-linux-gnu"
+    return HERE.libraries(tree)
 
 
 def unpacked_command(tree: Path, program: Path) -> list[str]:
     """The words that start a program of `tree`; its arguments follow."""
     libraries = libraries_of_tree(tree)
-    loader = libraries / "ld-linux-x86-64.so.2"
-    return [str(loader), "--library-path", str(libraries), str(program)]
+    loader = libraries / HERE.loader
+    command = [str(loader), "--library-path", str(libraries)]
+    # It may look for its own files by its name.
+    return [*command, "--argv0", str(program), str(program)]
 
 
-def run_unpacked(tree: Path, program: Path, arguments: list[str]) -> None:
-    """Runs it to its end; HostError with its words when it fails."""
+def run_unpacked(
+    tree: Path, program: Path, arguments: list[str], statuses: tuple[int, ...] = (0,)
+) -> None:
+    """Runs it to its end; HostError with its words when its status is another than `statuses`."""
     result = subprocess.run(
         [*unpacked_command(tree, program), *arguments],
         stdin=subprocess.DEVNULL,
@@ -34,6 +39,6 @@ def run_unpacked(tree: Path, program: Path, arguments: list[str]) -> None:
         errors="replace",
         check=False,
     )
-    if result.returncode != 0:
+    if result.returncode not in statuses:
         reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise HostError(f"{program.name} failed: {reason}")

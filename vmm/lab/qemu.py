@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from vmm.lab.emulator import COMMAND_LINE, Assets, Launch
+from vmm.lab.emulator import Assets, Launch
 from vmm.lab.job import Drive
 from vmm.lab.options import LabOptions
 from vmm.lab.packages import Qemu
@@ -40,10 +40,10 @@ def _command(
 ) -> list[str]:
     words = qemu.command()
     words += ["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]
-    words += ["-accel", "tcg,thread=multi", "-machine", "pc", "-cpu", "EPYC,+svm"]
+    words += ["-accel", "tcg,thread=multi", *assets.host.architecture.qemu_machine]
     words += ["-smp", str(options.cpus or assets.host.cpus), "-m", str(options.memory_mib)]
     words += ["-kernel", str(assets.kernel), "-initrd", str(assets.initramfs)]
-    words += ["-append", COMMAND_LINE]
+    words += ["-append", assets.host.command_line]
     for name, fd in fds.items():
         words += ["-chardev", f"socket,id={name},fd={fd}"]
     words += ["-serial", "chardev:serial", "-device", "virtio-serial-pci"]

@@ -17,7 +17,7 @@ from vmm.core.errors import HostError, UsageError
 from vmm.lab.apt import PackagesUnavailable
 from vmm.lab.cache import Cache
 from vmm.lab.closure import libraries_of
-from vmm.lab.kvm_build import run_by_own_loader
+from vmm.lab.compiling import run_by_own_loader
 from vmm.lab.packages import Kernel, Packages, debian_version
 from vmm.lab.progress import Reporter, Silent
 
