@@ -24,7 +24,9 @@ from vmm.selftest.runner import Result, lacking, run_case, run_matrix
 # Minutes of copying page by page, where the kernel takes milliseconds.
 SLOW = ("patterns.several_vcpus", "patterns.several_memslots", "memslots.many_memslots")
 QUICK = [case for case in all_cases() if case.name not in SLOW]
-MODELLED = [each for each in combinations() if each.backing != "memfd-hugetlb"]
+NOT_MODELLED = ("memfd-hugetlb", "memfd-protected")
+"""The second has a model of its own, see test_protected.py."""
+MODELLED = [each for each in combinations() if each.backing not in NOT_MODELLED]
 
 
 def platform_for(combination: Combination) -> FakePlatform:

@@ -30,7 +30,9 @@ class RecordingScheme:
     name = "recording"
     vm_type = 0
     alias = 0
+    shared_alias = 0
     converts_on_fault = True
+    told = True
 
     def __init__(self, memory: GuestMemory) -> None:
         self.memory = memory

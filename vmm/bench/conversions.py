@@ -61,7 +61,7 @@ def _pair(rig: Rig, gpas: list[int], pages: int) -> float:
             if answer:
                 failures.append(answer)
             elif kind is Kind.SHARE:
-                rig.memory.pwrite(data, gpa)
+                rig.memory.pwrite(data, gpa | rig.scheme.shared_alias)
 
     # The writes between the calls are part of what is measured, and of the bare variant too.
     started = time.perf_counter_ns()

@@ -50,12 +50,12 @@ def run(arguments: Sequence[str]) -> int:
     Raises HostError without a KVM, UsageError for a file that can't be written.
     """
     options = parser().parse_args(arguments)
-    cells = _chosen(options.only)
+    arch = architecture()
+    cells = _chosen(options.only, arch.schemes)
     output = None if options.json is None else _open_output(options.json)
     cases = all_cases()
     results: list[Result] = []
     install_kick_handler()
-    arch = architecture()
     with open_kvm(arch, complete=False) as system:
         for result in run_matrix(KvmPlatform(arch, system), cases, cells):
             results.append(result)
@@ -71,9 +71,9 @@ def run(arguments: Sequence[str]) -> int:
     return 1 if any(result.status == "fail" for result in results) else 0
 
 
-def _chosen(names: Sequence[str]) -> list[Combination]:
-    """The cells of these names, all without any. Raises UsageError."""
-    there = {str(cell): cell for cell in combinations()}
+def _chosen(names: Sequence[str], schemes: Sequence[str]) -> list[Combination]:
+    """The cells of these names, all of the schemes without any. Raises UsageError."""
+    there = {str(cell): cell for cell in combinations(schemes)}
     for name in names:
         if name not in there:
             raise UsageError(f"--only {name}: no such cell; there are {', '.join(there)}")

@@ -36,6 +36,9 @@ TWO_ADDRESSES = ("realm", "cbit")
 FOR_LINUX = ("pkvm", *TWO_ADDRESSES)
 """Schemes that Linux knows: it picks the side by an address bit, or asks pKVM."""
 
+UNTOLD = ("pkvm",)
+"""Schemes of guests that convert their pages without telling the host."""
+
 NEEDS = {
     "pkvm": "needs arm64 Linux started with kvm-arm.mode=protected, as pyvmm lab --host pkvm is",
     "realm": "needs a KVM that passes a guest's SMC calls on (KVM_ARM_VM_SMCCC_FILTER, Linux 6.4)",

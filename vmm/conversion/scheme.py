@@ -3,6 +3,7 @@ in `vmm.conversion.schemes`, one file each."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from kvm_bindings import Vm
@@ -59,6 +60,29 @@ def set_slot(
         vm.set_user_memory_region(number, gpa, area.size, hva)
     else:
         vm.set_user_memory_region2(number, gpa, area.size, hva, guest_memfd.fd, area.start)
+
+
+def make_memory(
+    scheme: Scheme,
+    ram: Sequence[Range],
+    shared: Backing,
+    backing: Backing | None,
+    private: Sequence[Range],
+    common_end: int = 0,
+) -> GuestMemory:
+    """Guest memory of the scheme's kind; arguments as GuestMemory has them."""
+    if not scheme.told:
+        from vmm.memory.backings.protected_memfd import ProtectedMemfdBacking
+        from vmm.memory.observed_memory import ObservedMemory
+
+        if not isinstance(shared, ProtectedMemfdBacking):
+            raise ValueError(f"the {scheme.name} scheme does not take {shared.name}")
+        return ObservedMemory(ram, shared)
+    if scheme.shared_alias:
+        from vmm.memory.aliased_memory import AliasedMemory
+
+        return AliasedMemory(ram, shared, backing, private, shared_bit=scheme.shared_alias)
+    return GuestMemory(ram, shared, backing, private, common_end)
 
 
 def private_side(memory: GuestMemory, scheme: str) -> Backing:

@@ -7,20 +7,22 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from kvm_bindings import KvmError, System, Vm, ioctls
-from vmm.conversion.scheme import Scheme
+from vmm.conversion.scheme import Scheme, make_memory
 from vmm.conversion.schemes.plain import PlainScheme
 from vmm.core.errors import HostError
 from vmm.core.ranges import Range, page_align_down, page_align_up
 from vmm.host.kvm import open_kvm
 from vmm.machine.config import MachineConfig
 from vmm.memory.backings.memfd import MemfdBacking
-from vmm.memory.guest_memory import GuestMemory, PageState
+from vmm.memory.guest_memory import PageState
 
 if TYPE_CHECKING:
     from vmm.arch.protocol import Architecture, Guest
     from vmm.conversion.schemes.remap import Parking
     from vmm.host.choice import Chosen
-    from vmm.memory.backing import Backing
+
+UNHEARD = "hypercall to the hypervisor, unheard by the host"
+"""How a guest asks for conversions where the host is not told."""
 
 
 class GuestVm:
@@ -54,7 +56,7 @@ class GuestVm:
         """How the guest asks for conversions; None where it has none to ask for."""
         if not self.is_private:
             return None
-        return self._guest.doorbell
+        return self._guest.doorbell if self.scheme.told else UNHEARD
 
     def _create_vm(self) -> None:
         system = self._cleanup.enter_context(open_kvm(self._architecture))
@@ -112,32 +114,14 @@ class GuestVm:
             private = self._guest.private_ranges(self.ram)
         in_place = backing is not None and backing.traits.in_place
         shared = backing if in_place and backing else MemfdBacking(size, "pyvmm-shared")
-        self.memory = self._make_memory(shared, backing, private)
+        common_end = self._guest.unpaged_end if self.scheme.alias else 0
+        self.memory = make_memory(self.scheme, self.ram, shared, backing, private, common_end)
         self._cleanup.callback(self.memory.close)
         # KVM waits for a grace period of its own with every memslot.
         self._memslots = threading.Thread(target=self._make_memslots, name="memslots")
         self._memslots_failure: BaseException | None = None
         self._memslots.start()
         self._cleanup.callback(self._memslots.join)
-
-    def _make_memory(
-        self, shared: Backing, backing: Backing | None, private: list[Range]
-    ) -> GuestMemory:
-        """Guest memory of the scheme's kind."""
-        scheme = self.scheme
-        if not scheme.told:
-            from vmm.memory.backings.protected_memfd import ProtectedMemfdBacking
-            from vmm.memory.observed_memory import ObservedMemory
-
-            assert isinstance(shared, ProtectedMemfdBacking)  # the matrix has no other
-            return ObservedMemory(self.ram, shared)
-        if scheme.shared_alias:
-            from vmm.memory.aliased_memory import AliasedMemory
-
-            bit = scheme.shared_alias
-            return AliasedMemory(self.ram, shared, backing, private, shared_bit=bit)
-        common_end = self._guest.unpaged_end if scheme.alias else 0
-        return GuestMemory(self.ram, shared, backing, private, common_end)
 
     def _make_memslots(self) -> None:
         try:

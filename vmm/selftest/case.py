@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from kvm_bindings import Vm, ioctls
 from vmm.conversion.making import make_backing
+from vmm.conversion.matrix import UNTOLD
 from vmm.core.ranges import Range
 from vmm.memory.backing import Backing
 from vmm.selftest.entries import Combination
@@ -33,7 +34,21 @@ class Cell:
         self._opened = ExitStack()
 
     def rig(self, **options: Any) -> Rig:
-        """A rig of this cell, with Rig's options; closed when the case is over."""
+        """A rig of this cell, with Rig's options; closed when the case is over.
+
+        Raises Skipped where the host has no part in conversions: `protected` is for these.
+        """
+        if self.combination.scheme in UNTOLD:
+            raise Skipped("the guest converts its pages itself, and the host is not told")
+        return self._rig(**options)
+
+    def protected(self, **options: Any) -> Rig:
+        """A rig whose guest converts its pages itself. Raises Skipped where the host does it."""
+        if self.combination.scheme not in UNTOLD:
+            raise Skipped("only where the guest converts pages without the host (pkvm)")
+        return self._rig(**options)
+
+    def _rig(self, **options: Any) -> Rig:
         rig = self._opened.enter_context(Rig(self.platform, self.combination, **options))
         self._rigs.append(rig)
         return rig

@@ -5,6 +5,7 @@ They are vmm.conversion.matrix's: a scheme or backing that has its entry there i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from vmm.conversion.matrix import BACKINGS, SCHEMES
@@ -20,11 +21,11 @@ class Combination(NamedTuple):
         return f"{self.scheme}/{self.backing}"
 
 
-def combinations() -> list[Combination]:
-    """All there are, by scheme."""
+def combinations(names: Sequence[str] = SCHEMES) -> list[Combination]:
+    """All there are of these schemes."""
     return [
         Combination(scheme, backing)
-        for scheme in SCHEMES
+        for scheme in names
         for backing, schemes in BACKINGS.items()
         if scheme in schemes
     ]

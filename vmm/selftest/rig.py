@@ -10,6 +10,7 @@ from typing import Self
 from kvm_bindings import Vm
 from vmm.arch.guest_cpu import CODE_SIZE, WORD, Gate, GuestCpu
 from vmm.conversion.making import make_backing
+from vmm.conversion.scheme import make_memory
 from vmm.conversion.transaction import Converter
 from vmm.core.events import ConversionRequest, Kind
 from vmm.core.ranges import PAGE_SIZE, Range
@@ -60,20 +61,26 @@ class Rig:
             if not behind.traits.in_place:
                 shared = wrap(MemfdBacking(size, "pyvmm-shared"))
                 opened.callback(shared.close)
-            self.memory = GuestMemory(
-                self.ram, shared, behind, self.ram if private is None else private
+            self.memory: GuestMemory = make_memory(
+                self.scheme, self.ram, shared, behind, self.ram if private is None else private
             )
             self.scheme.install(self.vm, self.memory)
             self.converter = Converter(self.memory, self.scheme, *policies, clock=clock)
             self.guests: Sequence[GuestCpu] = platform.guests(
-                opened, self.vm, vcpus, self.ram, self.scheme.alias, gate
+                opened, self.vm, vcpus, self.ram, self._bit, gate
             )
+            self.memory.launched()
             self._opened = opened.pop_all()
 
     @property
     def has_aliases(self) -> bool:
         """Whether the guest picks the side with the address, and can reach both sides."""
-        return bool(self.scheme.alias)
+        return bool(self._bit)
+
+    @property
+    def _bit(self) -> int:
+        """The address bit, whichever side it marks."""
+        return self.scheme.alias | self.scheme.shared_alias
 
     @property
     def private(self) -> Backing:
@@ -95,7 +102,11 @@ class Rig:
 
     def alias(self, page: int, *, private: bool) -> int:
         """The page's address on one side; with one address for both, that one."""
-        return self.gpa(page) | (self.scheme.alias if private else 0)
+        return self.gpa(page) | (self.scheme.alias if private else self.scheme.shared_alias)
+
+    def device_gpa(self, page: int) -> int:
+        """The shared page's address, as the guest's drivers give it to a device."""
+        return self.gpa(page) | self.scheme.shared_alias
 
     def address(self, page: int) -> int:
         """Where the guest finds the page as it is now."""
@@ -133,19 +144,19 @@ class Rig:
 
     def host_read(self, page: int) -> int:
         """The page's first word, by GuestMemory. Raises GuestMemoryError."""
-        return int.from_bytes(self.memory.pread(WORD, self.gpa(page)), "little")
+        return int.from_bytes(self.memory.pread(WORD, self.device_gpa(page)), "little")
 
     def host_write(self, page: int, word: int) -> None:
-        self.memory.pwrite(word.to_bytes(WORD, "little"), self.gpa(page))
+        self.memory.pwrite(word.to_bytes(WORD, "little"), self.device_gpa(page))
 
     def host_fill(self, first: int, count: int, word: int) -> None:
         size = count * PAGE_SIZE
-        self.memory.pwrite(word.to_bytes(WORD, "little") * (size // WORD), self.gpa(first))
+        self.memory.pwrite(word.to_bytes(WORD, "little") * (size // WORD), self.device_gpa(first))
 
     def host_holds(self, first: int, count: int, word: int) -> bool:
         size = count * PAGE_SIZE
         expected = word.to_bytes(WORD, "little") * (size // WORD)
-        return self.memory.pread(size, self.gpa(first)) == expected
+        return self.memory.pread(size, self.device_gpa(first)) == expected
 
     # -- ending -------------------------------------------------------------------------------
 

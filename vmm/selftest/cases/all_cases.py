@@ -11,6 +11,7 @@ from vmm.selftest.cases import (
     memslots,
     patterns,
     pre_fault,
+    protected,
     residency,
     transactions,
 )
@@ -25,6 +26,7 @@ _ORDER = (
     faults,
     guest_memfd_file,
     pre_fault,
+    protected,
 )
 
 

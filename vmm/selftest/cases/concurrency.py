@@ -64,8 +64,8 @@ def do_io(rig: Rig, over: threading.Event, seed: int, done: list[int]) -> None:
         first = chance.randrange(PAGES)
         count = chance.randint(1, min(8, PAGES - first))
         try:
-            rig.memory.pwrite(words * count, rig.gpa(first))
-            rig.memory.pread(count * PAGE_SIZE, rig.gpa(first))
+            rig.memory.pwrite(words * count, rig.device_gpa(first))
+            rig.memory.pread(count * PAGE_SIZE, rig.device_gpa(first))
         except PrivateAccess:
             continue
         accesses += 1

@@ -185,7 +185,7 @@ def page_ends_where_it_ends(cell: Cell) -> None:
     cpu.write(rig.address(0) + last, GUEST)
     cpu.write(rig.address(1) + last, OTHER)
     cpu.write(rig.address(2), GUEST + 2)
-    data = rig.memory.pread(PAGE_SIZE, rig.gpa(1))
+    data = rig.memory.pread(PAGE_SIZE, rig.device_gpa(1))
     expect("host's last word of the shared page", int.from_bytes(data[last:], "little"), OTHER)
     expect("rest of the shared page", data[:last].strip(b"\0"), b"")
     expect("last word of the page before", cpu.read(rig.address(0) + last), GUEST)

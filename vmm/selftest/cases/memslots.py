@@ -8,6 +8,7 @@ from functools import partial
 from kvm_bindings import KvmError, ioctls
 from kvm_bindings.exits import MmioExit
 from vmm.arch.guest_cpu import CODE_SIZE, WORD, Gate, GuestStopped
+from vmm.conversion.matrix import UNTOLD
 from vmm.conversion.scheme import set_slot
 from vmm.core.ranges import PAGE_SIZE, Range
 from vmm.selftest.case import Cell, Failed, Skipped, case, expect, expect_error
@@ -63,6 +64,8 @@ def bad_memslots_are_refused(cell: Cell) -> None:
 
 @case("16,000 memslots of one page each: every page is where it belongs")
 def many_memslots(cell: Cell) -> None:
+    if cell.combination.scheme in UNTOLD:
+        raise Skipped("each page that such a guest touches is donated: minutes of it")
     platform = cell.platform
     vm = cell.vm()
     if vm.check_extension(ioctls.KVM_CAP_NR_MEMSLOTS) <= MANY:
