@@ -22,6 +22,7 @@ class AttributesScheme:
     name = "attributes"
     alias = 0
     converts_on_fault = True
+    side_by_side = True
 
     def install(self, vm: Vm, memory: GuestMemory) -> None:
         private = private_side(memory, self.name)

@@ -20,6 +20,7 @@ class CbitScheme:
 
     name = "cbit"
     converts_on_fault = False
+    side_by_side = True
 
     def __init__(self, c_bit: int) -> None:
         """`c_bit` is the number of the address bit; all of RAM must lie below it."""

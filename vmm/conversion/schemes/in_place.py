@@ -29,6 +29,7 @@ class InPlaceScheme:
     name = "in-place"
     alias = 0
     converts_on_fault = True
+    side_by_side = True
 
     def __init__(self, patience: float = PATIENCE) -> None:
         """`patience`: seconds to wait for pages in use."""

@@ -15,6 +15,7 @@ class PlainScheme:
     name = "none"
     alias = 0
     converts_on_fault = False
+    side_by_side = True
 
     def install(self, vm: Vm, memory: GuestMemory) -> None:
         for number, area in enumerate(memory.ram):

@@ -38,6 +38,7 @@ class RemapScheme:
     name = "remap"
     alias = 0
     converts_on_fault = False
+    side_by_side = False  # its lists are one, and what is taken back needs its memslots
 
     def __init__(self, parked: Parking = nullcontext) -> None:
         """`parked` is for VMs with several vCPUs; one that asks for a conversion doesn't run."""
