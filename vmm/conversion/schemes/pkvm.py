@@ -25,6 +25,7 @@ class PkvmScheme:
     shared_alias = 0
     converts_on_fault = False
     told = False
+    side_by_side = True
 
     def install(self, vm: Vm, memory: GuestMemory) -> None:
         for number, area in enumerate(memory.ram):

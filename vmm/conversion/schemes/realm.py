@@ -21,6 +21,7 @@ class RealmScheme:
     alias = 0
     converts_on_fault = False
     told = True
+    side_by_side = True
 
     def __init__(self, shared_bit: int) -> None:
         """`shared_bit` is the number of the address bit; all of RAM must lie below it."""
