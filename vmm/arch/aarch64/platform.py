@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from kvm_bindings import KvmError
 from kvm_bindings.aarch64 import Vcpu, Vm, ioctls
 from kvm_bindings.aarch64.registers import CORE_REGISTERS
 from vmm.arch.aarch64 import layout, rsi
+from vmm.arch.aarch64.guests import MMIO_DOORBELL_NAME
 from vmm.core.errors import HostError
 from vmm.host.kvm import LAB
 
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
     from vmm.exits.outcome import Outcome
     from vmm.memory.guest_memory import GuestMemory, LaunchMemory
     from vmm.wiring.board import Board, BoardParts
-
-DOORBELL_NAME = "mmio"
-"""The registers at layout.DOORBELL_GPA, in reports."""
 
 
 class ArmPlatform:
@@ -84,14 +82,15 @@ class ArmPlatform:
             from vmm.arch.aarch64.monitor import RealmMonitor
 
             monitor = RealmMonitor(memory, converter)
-        asks = self._guest.doorbell == DOORBELL_NAME and self._options.is_private
+        asks = self._guest.doorbell == MMIO_DOORBELL_NAME and self._options.is_private
         actions = doorbell_actions(memory, converter if asks else None, stop)
         board.registers.add(
             layout.DOORBELL_GPA,
             layout.DOORBELL_SIZE,
-            doorbell(self._options.cpus, DOORBELL_NAME, actions),
+            doorbell(self._options.cpus, MMIO_DOORBELL_NAME, actions),
         )
-        return ArmExitHandlers(board.registers, converter, stop, monitor)
+        reset = cast("ArmBoard", board).reset
+        return ArmExitHandlers(board.registers, converter, stop, reset, monitor)
 
     def load(
         self, launch: LaunchMemory, ram: list[Range], alias: int, functions: Sequence[str]
