@@ -23,7 +23,7 @@ from vmm.trace.cost import CostModel, Requests
 from vmm.trace.layout import DECISIONS
 from vmm.trace.layout import Kind as Traced
 from vmm.trace.reader import Trace
-from vmm.trace.states import STATES, StateRows, initial_states
+from vmm.trace.states import STATES, StateRows, initial_states, is_told
 
 _BATCH = 1 << 14
 _CARRIED_OUT = [DECISIONS.index(word) for word in ("allow", "defer", "convert")]
@@ -66,6 +66,11 @@ class Replay:
 
     def __init__(self, trace: Trace, requests: Requests, policies: Sequence[Policy]) -> None:
         """Raises UsageError for a trace that doesn't say what memory its guest had."""
+        if not is_told(trace):
+            raise UsageError(
+                f"{trace.path} is of a guest that converts pages without telling the host (scheme "
+                f"{trace.facts.get('scheme')}); there are no requests to replay"
+            )
         initial = initial_states(trace)
         if not any(state for _, _, state in initial):
             raise UsageError(

@@ -44,6 +44,12 @@ def initial_states(trace: Trace) -> list[tuple[int, int, int]]:
     return [(gpa, size, _NUMBERS.get(state, NONE)) for gpa, size, state in states]
 
 
+def is_told(trace: Trace) -> bool:
+    """Whether the host was told of the guest's conversions: else there are none in the trace, and
+    its pages were observed."""
+    return not any(state == "observed" for _, _, state in trace.facts.get("states", []))
+
+
 def span_bytes(initial: Sequence[tuple[int, int, int]], rows: StateRows) -> int:
     """Where guest memory ends: what the sidecar says; for one that says nothing, the last row."""
     if initial:

@@ -8,7 +8,7 @@ from typing import Any
 from vmm.trace.arrays import Booleans, Integers, np
 from vmm.trace.layout import DECISIONS, HOST, KIND_NAMES, NO_ANSWER, Kind
 from vmm.trace.reader import Trace
-from vmm.trace.states import BytesOverTime, bytes_over_time, initial_states, state_rows
+from vmm.trace.states import BytesOverTime, bytes_over_time, initial_states, is_told, state_rows
 
 _CHUNK = 1 << 20
 _PORT_EXIT = "io"
@@ -127,6 +127,7 @@ def _memory(trace: Trace, over_time: BytesOverTime) -> dict[str, Any]:
     peak, at = over_time.peak
     return {
         "ram_bytes": sum(size for _, size, _ in initial_states(trace)),
+        "told": is_told(trace),
         "changes": len(over_time.end) - 1,
         "shared_bytes_first": int(over_time.shared[0]),
         "shared_bytes_last": int(over_time.shared[-1]),

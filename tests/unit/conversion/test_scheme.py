@@ -8,11 +8,17 @@ import pytest
 
 from kvm_bindings import Vm
 from tests.support.memory import SPLIT_RAM, guest_memory, page, pages
+from vmm.conversion.scheme import make_memory
 from vmm.conversion.schemes.cbit import CbitScheme
+from vmm.conversion.schemes.pkvm import PkvmScheme
 from vmm.conversion.schemes.plain import PlainScheme
+from vmm.conversion.schemes.realm import RealmScheme
 from vmm.core.events import Kind
+from vmm.memory.aliased_memory import AliasedMemory
 from vmm.memory.backings.memfd import MemfdBacking
-from vmm.memory.guest_memory import GuestMemory
+from vmm.memory.backings.protected_memfd import ProtectedMemfdBacking
+from vmm.memory.guest_memory import GuestMemory, PageState
+from vmm.memory.observed_memory import ObservedMemory
 
 C_BIT = 38
 
@@ -106,3 +112,48 @@ def test_cbit_scheme_shows_common_memory_at_both_aliases() -> None:
             (high.start, high.size, memory.shared.hva + high.start),
             (high.start | 1 << C_BIT, high.size, memory.private.hva + high.start),
         ]
+
+
+def test_realm_scheme_puts_the_shared_side_at_the_bit() -> None:
+    vm = RecordingVm()
+    with guest_memory(ram=SPLIT_RAM) as memory:
+        scheme = RealmScheme(39)
+        scheme.install(cast(Vm, vm), memory)
+
+        assert memory.private is not None
+        expected = []
+        for area in SPLIT_RAM:
+            expected.append((area.start, area.size, memory.private.hva + area.start))
+            alias = area.start | 1 << 39
+            expected.append((alias, area.size, memory.shared.hva + area.start))
+        assert list(vm.slots.values()) == expected
+        assert (scheme.alias, scheme.shared_alias) == (0, 1 << 39)
+        made = make_memory(scheme, SPLIT_RAM, memory.shared, memory.private, [pages(0, 4)])
+        assert isinstance(made, AliasedMemory)
+        assert made.shared_bit == 1 << 39
+        assert made.states(pages(0, 8)) == [
+            (pages(0, 4), PageState.PRIVATE),
+            (pages(4, 4), PageState.SHARED),
+        ]
+
+
+def test_pkvm_scheme_has_one_memslot_a_range_and_converts_nothing() -> None:
+    vm = RecordingVm()
+    scheme = PkvmScheme()
+    backing = ProtectedMemfdBacking(SPLIT_RAM[-1].end)
+    memory = make_memory(scheme, SPLIT_RAM, backing, backing, [])
+
+    scheme.install(cast(Vm, vm), memory)
+
+    assert isinstance(memory, ObservedMemory)
+    assert list(vm.slots.values()) == [
+        (area.start, area.size, backing.hva + area.start) for area in SPLIT_RAM
+    ]
+    with pytest.raises(ValueError, match="only a protected guest can do that"):
+        scheme.apply(pages(0, 1), Kind.SHARE)
+    memory.close()
+
+
+def test_pkvm_scheme_takes_no_backing_that_is_read_by_its_fd() -> None:
+    with guest_memory() as memory, pytest.raises(ValueError, match="does not take memfd"):
+        make_memory(PkvmScheme(), memory.ram, memory.shared, memory.private, [])
