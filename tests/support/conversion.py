@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -33,10 +34,12 @@ class RecordingScheme:
     shared_alias = 0
     converts_on_fault = True
     told = True
+    side_by_side = True
 
     def __init__(self, memory: GuestMemory) -> None:
         self.memory = memory
         self.calls: list[str] = []
+        self._lock = threading.Lock()
         self._shared = RangeMap(Range(0, memory.ram[-1].end), False)
         for area, state in memory.states():
             self._shared.set(area, state.value == "shared")
@@ -59,7 +62,8 @@ class RecordingScheme:
         self._set(area, kind is Kind.UNSHARE)
 
     def _set(self, area: Range, shared: bool) -> None:
-        self._shared.set(area, shared)
+        with self._lock:
+            self._shared.set(area, shared)
 
     @property
     def shared(self) -> list[Range]:

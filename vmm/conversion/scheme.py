@@ -32,6 +32,10 @@ class Scheme(Protocol):
     converts_on_fault: bool
     """Whether KVM_EXIT_MEMORY_FAULT means that the guest wants the page in the other state."""
 
+    side_by_side: bool
+    """Whether several threads may `apply` and `revert` at once, for ranges that don't overlap. If
+    not, a conversion goes from its `apply` to its end (or its `revert`) before the next one's."""
+
     def install(self, vm: Vm, memory: GuestMemory) -> None:
         """Make memslots, and what else KVM has to know, of memory in its first state."""
         ...

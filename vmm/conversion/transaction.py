@@ -3,6 +3,10 @@
 Every number in a request comes from the guest. A failure at any step puts states, scheme and
 accounting back as they were, and the guest gets the errno. A policy may put the discard of an
 unshare off (Defer); `settle` makes up for it.
+
+Conversions of different pages by different vCPUs go side by side; those of the same pages one after
+another, in the order in which they came. Policies are asked one at a time, and what they have
+allowed is begun before the next is asked. Who waits for a device's accesses holds nobody up.
 """
 
 from __future__ import annotations
@@ -15,13 +19,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from vmm.conversion.accounting import Accounting, Refinements
-from vmm.conversion.deferral import DueTimes
+from vmm.conversion.deferral import RUNS_AT_ONCE, DueTimes
 from vmm.conversion.scheme import Scheme
 from vmm.conversion.view import GuestView
 from vmm.core.errors import HostError
 from vmm.core.events import FAULT, FROM_HOST, NO_VCPU, ConversionRequest, Kind
 from vmm.core.ranges import PAGE_SIZE, Range
-from vmm.memory.guest_memory import GuestMemory, PageState
+from vmm.memory.guest_memory import MOST_RUNS, GuestMemory, PageState
 from vmm.policy import (
     Allow,
     Convert,
@@ -51,7 +55,11 @@ RETRY_SECONDS = 1.0
 """When a late discard that failed is tried again."""
 
 BUSY_SECONDS = 0.1
-"""How long late discards wait for a conversion under way, and after how long they try again."""
+"""How long a conversion for the host waits for policies and for accesses, and after how long late
+discards that found the policies or their pages busy try again."""
+
+LOOP_SECONDS = 0.01
+"""How long late discards, which are the device loop's, wait for a policy that is being asked."""
 
 FRUITLESS_FAULTS = 1000
 """How often in a row a vCPU may fault on a page that is in the state it wants already: another
@@ -69,8 +77,42 @@ class Refused(Exception):
         self.errno = number
 
 
+class _Word:
+    """What the policies said to one request, for who observes."""
+
+    __slots__ = ("by", "decision")
+
+    def __init__(self) -> None:
+        self.decision: Decision | None = None
+        self.by: str | None = None
+
+
+class _Work:
+    """A conversion that has begun: its pages are nobody's until it ends."""
+
+    __slots__ = ("area", "began", "changing", "deferred", "kind", "later", "patience")
+
+    def __init__(
+        self, area: Range, kind: Kind, before: list[tuple[Range, PageState]], later: Defer | None
+    ) -> None:
+        """`before`: the states in which the pages are."""
+        self.area = area
+        self.kind = kind
+        self.later = later
+        self.patience = 0.0
+        self.began = 0
+        settled = _SETTLED[kind]
+        if len(before) == 1:
+            state = before[0][1]
+            self.changing = [] if state in settled else [area]
+            self.deferred = [area] if state is PageState.DEFERRED else []
+        else:
+            self.changing = [run for run, state in before if state not in settled]
+            self.deferred = [run for run, state in before if state is PageState.DEFERRED]
+
+
 class Converter:
-    """Carries out share and unshare requests, one at a time, from any vCPU's thread."""
+    """Carries out share and unshare requests from any vCPU's thread."""
 
     def __init__(
         self,
@@ -88,15 +130,24 @@ class Converter:
         self._quiesce_timeout = quiesce_timeout
         self._clock = clock
         self._wake_at = wake_at
-        # Conversions are serial, which keeps overlapping requests from several vCPUs simple;
-        # device I/O goes on beside them.
-        self._lock = threading.Lock()
+        # Held from the order of requests over the policies' answer to the beginning of the
+        # conversion, never while it is waited for a device. Taken before `_books`, and `_books`
+        # before memory's own lock.
+        self._asking = threading.Lock()
+        self._turns: list[Range] = []  # requests that wait for others, as they came
+        # Counts, late discards, and what is observed; held for moments.
+        self._books = threading.Lock()
+        self._ended = threading.Condition(self._books)
+        self._ends = 0
+        self._waiting = 0
+        self._one_by_one = None if scheme.side_by_side else threading.Lock()
+        # With an observer, it hears of changes in the order in which they happen.
+        self._telling = threading.Lock()
         self.accounting = Accounting()
         self.refinements = Refinements()
         self.hooks = Hooks(policies)
         self.view = GuestView(memory, self.accounting, clock)
         self._observer = observer
-        self._decision: Decision | None = None  # on the request under way, once there is one
         self._due: DueTimes | None = None  # made by the first Defer
         self._wake = math.inf
         self._fruitless: dict[int, tuple[ConversionRequest, int]] = {}
@@ -120,64 +171,148 @@ class Converter:
         when a failed conversion can't be taken back. States are as before then, too. PolicyKill
         when a policy ends the run: the guest gets no answer.
         """
-        if self._observer is None:
-            with self._lock:
-                return self._convert(request)
-        started = time.monotonic_ns()
-        with self._lock:
-            return self._observed(request, started)
+        started = 0 if self._observer is None else time.monotonic_ns()
+        self._asking.acquire()
+        return self._answer(request, started)
 
     def convert_for_host(self, kind: Kind, gpa: int, size: int) -> int:
         """`convert` whole pages without the guest's asking, which is not told either.
 
-        -EBUSY where another conversion does not end soon: the device loop has to go on.
+        -EBUSY where another conversion of these pages is under way, and where a policy or a
+        device's access does not come to an end soon: the device loop has to go on.
         """
         request = ConversionRequest(kind, gpa, size // PAGE_SIZE, NO_VCPU, FROM_HOST)
         started = time.monotonic_ns()
-        if not self._lock.acquire(timeout=BUSY_SECONDS):
+        if not self._asking.acquire(timeout=BUSY_SECONDS):
             return -errno.EBUSY
-        try:
-            return self._observed(request, started)
-        finally:
-            self._lock.release()
+        return self._answer(request, started)
 
-    def _observed(self, request: ConversionRequest, started: int) -> int:
+    def _answer(self, request: ConversionRequest, started: int) -> int:
+        """`convert`, with `_asking` held, which is given back."""
+        word = _Word()
         answer = None
         try:
-            answer = self._convert(request)
+            answer = self._convert(request, word)
             return answer
         finally:
-            if self._observer is not None:
-                by = None if self._decision is None else self.hooks.decided_by
-                self._observer.answered(request, self._decision, by, answer, started)
+            with self._books:
+                self._requests += 1
+                vcpu = request.vcpu
+                self._requests_by[vcpu] = self._requests_by.get(vcpu, 0) + 1
+                if self._observer is not None:
+                    self._observer.answered(request, word.decision, word.by, answer, started)
 
-    def _convert(self, request: ConversionRequest) -> int:
-        self._requests += 1
-        self._requests_by[request.vcpu] = self._requests_by.get(request.vcpu, 0) + 1
-        tally = self.accounting.of(request.kind)
-        tally.calls += 1
-        self._decision = None
+    def _convert(self, request: ConversionRequest, word: _Word) -> int:
+        kind = request.kind
+        tally = self.accounting.of(kind)
+        is_hosts = request.vcpu == NO_VCPU
         try:
-            area = self._validate(request)
-            self._decision = decision = self.hooks.decide(
-                request.kind, area, request.vcpu, request.doorbell, self.view
-            )
-            if isinstance(decision, Allow):
-                tally.bytes += self._carry_out(area, request.kind, patience=decision.patience)
-                return 0
-            return self._refine(area, request.kind, decision)
+            try:
+                tally.calls += 1
+                area = self._validate(request)
+                if self._turns or self._memory.is_converting(area):
+                    self._await_turn(area, is_hosts)
+                decision = self.hooks.decide(kind, area, request.vcpu, request.doorbell, self.view)
+                word.decision, word.by = decision, self.hooks.decided_by
+                if isinstance(decision, Kill):
+                    raise PolicyKill(decision.reason)
+                if isinstance(decision, Deny):
+                    with self._books:
+                        tally.denied += 1
+                    return -decision.errno
+                work = self._begin(area, kind, decision, is_hosts)
+            finally:
+                self._asking.release()
+            if work is not None:
+                self._complete(work)
+            if decision.__class__ is not Allow:
+                return self._refined(area, kind, decision)
+            return 0
         except Refused as refusal:
-            tally.failed += 1
+            self._count_failure(kind)
             return -refusal.errno
         except OSError as error:
-            tally.failed += 1
+            self._count_failure(kind)
             return -(error.errno or errno.EIO)
         except PolicyKill:
-            tally.denied += 1
+            with self._books:
+                tally.denied += 1
             raise
         except BaseException:
-            tally.failed += 1
+            self._count_failure(kind)
             raise
+
+    def _count_failure(self, kind: Kind) -> None:
+        with self._books:
+            self.accounting.of(kind).failed += 1
+
+    def _refined(self, area: Range, kind: Kind, decision: Decision) -> int:
+        """The answer to a request that was carried out by a decision other than Allow."""
+        answer = 0
+        # 0 says that all of the range is converted; the guest would act on that.
+        if isinstance(decision, Partial) and not all(
+            state in _SETTLED[kind] for _, state in self._memory.states(area)
+        ):
+            answer = -decision.errno
+        with self._books:
+            if answer:
+                self.refinements.partial += 1
+            elif isinstance(decision, Convert):
+                self.refinements.widened += decision.area != area
+        return answer
+
+    # -- order --------------------------------------------------------------------------------
+
+    def _await_turn(self, area: Range, is_hosts: bool) -> None:
+        """Wait until no page of `area` is being converted and nobody who came before waits for
+        one. With `_asking` held, which others may have meanwhile.
+
+        The host's requests wait for nobody. Raises Refused.
+        """
+        if is_hosts:
+            if self._memory.is_converting(area) or any(map(area.overlaps, self._turns)):
+                raise Refused(errno.EBUSY, f"{area} is being converted")
+            return
+        mine = Range(*area)  # known by its identity: two may ask for the same pages
+        self._turns.append(mine)
+        try:
+            while self._has_to_wait(mine):
+                with self._books:
+                    seen = self._ends
+                if not self._has_to_wait(mine):
+                    break
+                self._asking.release()
+                try:
+                    self._await_end_after(seen)
+                finally:
+                    self._asking.acquire()
+        finally:
+            place = next(n for n, each in enumerate(self._turns) if each is mine)
+            del self._turns[place]
+            with self._books:
+                self._note_end()
+
+    def _has_to_wait(self, mine: Range) -> bool:
+        for each in self._turns:
+            if each is mine:
+                break
+            if each.overlaps(mine):
+                return True
+        return self._memory.is_converting(mine)
+
+    def _await_end_after(self, seen: int) -> None:
+        with self._books:
+            self._waiting += 1
+            try:
+                self._ended.wait_for(lambda: self._ends != seen)
+            finally:
+                self._waiting -= 1
+
+    def _note_end(self) -> None:
+        """A conversion has ended, or nobody waits for a turn any more; `_books` held."""
+        self._ends += 1
+        if self._waiting:
+            self._ended.notify_all()
 
     def fault(self, kind: Kind, gpa: int, size: int, vcpu: int) -> int:
         """An access that wants its pages in another state (implicit conversion): `convert` them.
@@ -196,15 +331,24 @@ class Converter:
             return 0 if count <= FRUITLESS_FAULTS else -errno.EFAULT
         self._fruitless.pop(vcpu, None)
         started = time.monotonic_ns()
-        with self._lock:
-            if self._may_be_overtaken(vcpu):
-                return 0
-            return self._observed(request, started)
+        self._asking.acquire()
+        try:
+            # Who is at these pages already may be the one that has overtaken it.
+            self._await_turn(Range(gpa, request.pages * PAGE_SIZE), is_hosts=False)
+            overtaken = self._may_be_overtaken(vcpu)
+        except BaseException:
+            self._asking.release()
+            raise
+        if overtaken:
+            self._asking.release()
+            return 0
+        return self._answer(request, started)
 
     def _may_be_overtaken(self, vcpu: int) -> bool:
         """Whether another vCPU's request may have changed the page since this one touched it: to
         act on the fault would undo that. Who is let go on faults again if it meant it."""
-        by_others = self._requests - self._requests_by.get(vcpu, 0)
+        with self._books:
+            by_others = self._requests - self._requests_by.get(vcpu, 0)
         overtaken = by_others != self._others_seen.get(vcpu, 0)
         self._others_seen[vcpu] = by_others
         return overtaken
@@ -224,33 +368,21 @@ class Converter:
             raise Refused(errno.EINVAL, f"{area} is not wholly guest RAM")
         return area
 
-    def _refine(self, area: Range, kind: Kind, decision: Decision) -> int:
-        """Carry out a decision that is no plain Allow; the guest's answer."""
-        tally, refinements = self.accounting.of(kind), self.refinements
-        if isinstance(decision, Kill):
-            raise PolicyKill(decision.reason)
-        if isinstance(decision, Deny):
-            tally.denied += 1
-            return -decision.errno
-        if isinstance(decision, Partial):
-            tally.bytes += self._carry_out(decision.area, kind)
-            # 0 says that all of the range is converted; the guest would act on that.
-            if all(state in _SETTLED[kind] for _, state in self._memory.states(area)):
-                return 0
-            refinements.partial += 1
-            return -decision.errno
-        if isinstance(decision, Convert):
-            self._require_wanted(decision.area, area, kind)
-            tally.bytes += self._carry_out(decision.area, kind)
-            refinements.widened += decision.area != area
-        elif isinstance(decision, Defer):
-            tally.bytes += self._carry_out(area, kind, decision)
-        return 0
+    def _require_wanted(self, wide: Range, area: Range, kind: Kind, is_hosts: bool) -> None:
+        """Beyond the request there may only be pages that the guest wants in that state.
 
-    def _require_wanted(self, wide: Range, area: Range, kind: Kind) -> None:
-        """Beyond the request there may only be pages that the guest wants in that state."""
+        A conversion of some of them that is under way is waited for, with `_asking` held: it would
+        be another question if others came in between.
+        """
         if not self._memory.is_ram(wide):
             raise PolicyError(f"a policy answered Convert({wide}), which is not wholly guest RAM")
+        if is_hosts and self._memory.is_converting(wide):
+            raise Refused(errno.EBUSY, f"a part of {wide} is being converted")
+        while self._memory.is_converting(wide):
+            with self._books:
+                seen = self._ends
+            if self._memory.is_converting(wide):
+                self._await_end_after(seen)
         around = (Range(wide.start, area.start - wide.start), Range(area.end, wide.end - area.end))
         for side in around:
             for run, state in self._memory.states(side):
@@ -260,137 +392,205 @@ class Converter:
                         f"has not asked to {kind.value} {run}, which is {state.value}"
                     )
 
-    def _carry_out(
-        self,
-        area: Range,
-        kind: Kind,
-        later: Defer | None = None,
-        patience: float | None = None,
-    ) -> int:
-        """Convert `area`; the bytes whose state changed. Raises Refused or OSError, undone.
+    # -- a conversion -------------------------------------------------------------------------
 
-        With `later` the discard waits, and what changes is deferred. `patience`: seconds to wait
-        for host accesses under way.
+    def _begin(self, area: Range, kind: Kind, decision: Decision, is_hosts: bool) -> _Work | None:
+        """Take the pages of an allowed request away from everybody; None: nothing is to be done.
+
+        With `_asking` held: since the policies looked, nobody else has begun. Raises PolicyError,
+        Refused, or OSError (ENOSPC) where the pages' states would take too many words to tell.
         """
-        memory, observer = self._memory, self._observer
-        settled = _SETTLED[kind]
-        began = 0 if observer is None else time.monotonic_ns()
-        before = memory.begin_conversion(area)
-        changing = [run for run, state in before if state not in settled]
-        deferred = self._deferred_runs(before)
-        if not changing and (not deferred or later is not None):
-            memory.abandon_conversion()
-            return 0
+        memory = self._memory
+        later: Defer | None = None
+        patience: float | None = None
+        if isinstance(decision, (Allow, Partial, Defer, Convert)):
+            patience = decision.patience
+        if isinstance(decision, Partial):
+            area, later = decision.area, decision.later
+        elif isinstance(decision, Convert):
+            self._require_wanted(decision.area, area, kind, is_hosts)
+            area = decision.area
+        elif isinstance(decision, Defer):
+            later = decision
         if memory.in_place:
             later = None  # there is no other side that could be kept
-        applied = False
+        target = _TARGET[kind] if later is None else PageState.DEFERRED
+        before = memory.begin_conversion(area, target)
+        try:
+            work = _Work(area, kind, before, later)
+            if not work.changing and (not work.deferred or later is not None):
+                memory.abandon_conversion()
+                return None
+            if later is not None:
+                self._require_room(len(work.changing))
+        except BaseException:
+            memory.abandon_conversion()
+            raise
+        work.patience = self._quiesce_timeout if patience is None else patience
+        if is_hosts:
+            work.patience = min(work.patience, BUSY_SECONDS)
+        if self._observer is not None:
+            work.began = time.monotonic_ns()
+        return work
+
+    def _require_room(self, runs: int) -> None:
+        with self._books:
+            count = 0 if self._due is None else len(self._due)
+        if count and count + 2 * runs > MOST_RUNS:
+            raise OSError(
+                errno.ENOSPC, f"{count} runs of pages have late discards; {MOST_RUNS} are the most"
+            )
+
+    def _complete(self, work: _Work) -> None:
+        """Carry out what has begun, all of it or nothing. Raises Refused or OSError, undone."""
+        memory, area, kind = self._memory, work.area, work.kind
         gone: list[Range] = []
         try:
-            if not memory.quiesce(area, self._quiesce_timeout if patience is None else patience):
+            if not memory.quiesce(area, work.patience):
                 raise Refused(errno.EBUSY, f"host accesses to {area} did not finish")
-            if deferred and kind is Kind.SHARE:
+            if self._one_by_one is None:
+                self._take_steps(work, gone)
+            else:
+                with self._one_by_one:
+                    self._take_steps(work, gone)
+        except BaseException:
+            # What is gone has changed sides: the guest could not have its content back.
+            self._finish(_TARGET[kind], gone, work.began, all_of_it=False)
+            with self._books:
+                self.accounting.of(kind).bytes += sum(run.size for run in gone)
+                self._note_end()
+            raise
+        later, changing = work.later, work.changing
+        # Late discards first: once the pages have their state, the next one may begin with them.
+        if later is not None:
+            self._put_off(changing, later)
+            self._finish(PageState.DEFERRED, changing, work.began, all_of_it=False)
+        else:
+            if work.deferred:
+                self._no_longer_due(area, work.deferred, kind)
+            self._finish(_TARGET[kind], [area], work.began, all_of_it=True)
+        size = changing[0].size if len(changing) == 1 else sum(run.size for run in changing)
+        with self._books:
+            self.accounting.of(kind).bytes += size
+            self._note_end()
+
+    def _take_steps(self, work: _Work, gone: list[Range]) -> None:
+        """Apply and discard; `gone` gets the runs that cannot come back if a later step fails."""
+        memory, area, kind = self._memory, work.area, work.kind
+        applied = False
+        try:
+            if work.deferred and kind is Kind.SHARE:
                 self._discard_owed(area)
-            if changing:
+            if work.changing:
                 self._scheme.apply(area, kind)
                 applied = True
             # Discarding is the one step that can't be undone, so it comes last. One call for the
             # whole range, also over parts that are there already: their other side is empty, and
             # a single call can't stop half way through the runs.
             if memory.in_place:
-                for run in changing:  # here the page itself goes: not those that stay as they are
+                for run in work.changing:  # the page itself goes: not those that stay as they are
                     memory.discard_shared(run)
                     gone.append(run)
             elif kind is Kind.SHARE:
                 memory.discard_private(area)
-            elif later is None:
+            elif work.later is None:
                 memory.discard_shared(area)
         except BaseException:
-            try:
-                if applied:
-                    self._revert(changing[len(gone) :], kind)
-            finally:
-                # What is gone has changed sides: the guest could not have its content back.
-                memory.finish_conversion(_TARGET[kind], gone)
-                self.accounting.of(kind).bytes += sum(run.size for run in gone)
-                if gone and observer is not None:
-                    observer.changed(gone, _TARGET[kind], began)
+            if applied:
+                self._revert(work.changing[len(gone) :], kind)
             raise
-        if later is None:
-            state = _TARGET[kind]
-            memory.finish_conversion(state)
-        else:
-            state = PageState.DEFERRED
-            memory.finish_conversion(state, changing)
-            self._put_off(changing, later)
-        if observer is not None:
-            observer.changed([area] if later is None else changing, state, began)
-        if deferred and later is None:
-            self._no_longer_due(area, deferred, kind)
-        return sum(run.size for run in changing)
+
+    def _finish(self, state: PageState, runs: list[Range], began: int, *, all_of_it: bool) -> None:
+        """`runs`, or all pages of the conversion under way, are in `state`, and it is over."""
+        part = None if all_of_it else runs
+        if self._observer is None:
+            self._memory.finish_conversion(state, part)
+            return
+        with self._telling:
+            self._memory.finish_conversion(state, part)
+            if runs:
+                self._observer.changed(runs, state, began)
 
     # -- discards that were put off -----------------------------------------------------------
 
     def settle(self) -> None:
-        """Discard the shared sides that are due, and ask to be woken for the next ones.
+        """Discard shared sides that are due, some at a time, and ask to be woken for the next.
 
         The guest has had its answer: a discard that fails leaves the pages deferred, which is
-        what they are, and is tried again. Waits only shortly for a conversion under way: its
-        policy may never return, and the device loop has to go on.
+        what they are, and is tried again. Waits only shortly for a policy that is being asked,
+        which may never answer: the device loop has to go on.
         """
-        if not self._lock.acquire(timeout=BUSY_SECONDS):
+        if not self._asking.acquire(timeout=LOOP_SECONDS):
             self._wake_at(self._clock() + BUSY_SECONDS)
             return
         try:
             due, now = self._due, self._clock()
             if due is None:
                 return
-            for area in due.expired(now):
-                began = 0 if self._observer is None else time.monotonic_ns()
-                self._memory.begin_conversion(area)  # no host access can be under way: refused
-                try:
-                    self._memory.discard_shared(area)
-                except OSError:
-                    self._memory.abandon_conversion()
-                    self.refinements.discards_failed += 1
-                    due.retry(area, now + RETRY_SECONDS)
-                else:
-                    self._memory.finish_conversion(PageState.PRIVATE)
-                    due.clear(area)
-                    if self._observer is not None:
-                        self._observer.changed([area], PageState.PRIVATE, began)
-            self._wake = due.next()
+            with self._books:
+                areas = due.take_expired(now)
+            for area in areas:
+                self._discard_late(due, area, now)
+            with self._books:
+                self._wake = due.next()
             if self._wake < math.inf:
                 self._wake_at(self._wake)
         finally:
-            self._lock.release()
+            self._asking.release()
+
+    def _discard_late(self, due: DueTimes, area: Range, now: float) -> None:
+        """With `_asking` held, so that nobody begins with the same pages."""
+        memory = self._memory
+        if memory.is_converting(area):  # by a share, after which it may not be due any more
+            with self._books:
+                due.retry(area, now + BUSY_SECONDS)
+            return
+        began = 0 if self._observer is None else time.monotonic_ns()
+        memory.begin_conversion(area)  # no host access can be under way: refused
+        try:
+            memory.discard_shared(area)
+        except OSError:
+            memory.abandon_conversion()
+            with self._books:
+                self.refinements.discards_failed += 1
+                due.retry(area, now + RETRY_SECONDS)
+        else:
+            with self._books:
+                due.clear(area)
+            self._finish(PageState.PRIVATE, [area], began, all_of_it=True)
 
     def _discard_owed(self, area: Range) -> None:
         """Before a share: what the guest may not find again. The guest gave it up long ago, so
         that nothing has to be taken back when a later step fails."""
-        if self._due is not None:
-            for run in self._due.not_kept(area):
-                self._memory.discard_shared(run)
-
-    def _deferred_runs(self, runs: list[tuple[Range, PageState]]) -> list[Range]:
         if self._due is None:
-            return []
-        return [run for run, state in runs if state is PageState.DEFERRED]
+            return
+        with self._books:
+            runs = self._due.not_kept(area)
+        for run in runs:
+            self._memory.discard_shared(run)
 
     def _put_off(self, runs: list[Range], later: Defer) -> None:
-        if self._due is None:
-            self._due = DueTimes(Range(0, self._memory.ram[-1].end))
-        for run in runs:
-            self._due.put(run, later.until, later.keep)
-            self.refinements.deferred_bytes += run.size
-        if later.until < self._wake:
-            self._wake = later.until
+        for first in range(0, len(runs), RUNS_AT_ONCE):
+            with self._books:
+                if self._due is None:
+                    self._due = DueTimes(Range(0, self._memory.ram[-1].end))
+                for run in runs[first : first + RUNS_AT_ONCE]:
+                    self._due.put(run, later.until, later.keep)
+                    self.refinements.deferred_bytes += run.size
+        with self._books:
+            earlier = later.until < self._wake
+            if earlier:
+                self._wake = later.until
+        if earlier:
             self._wake_at(later.until)
 
     def _no_longer_due(self, area: Range, deferred: list[Range], kind: Kind) -> None:
-        assert self._due is not None
-        self._due.clear(area)
-        if kind is Kind.SHARE:
-            self.refinements.reclaimed_bytes += sum(run.size for run in deferred)
+        if self._due is None:
+            return
+        with self._books:
+            self._due.clear(area)
+            if kind is Kind.SHARE:
+                self.refinements.reclaimed_bytes += sum(run.size for run in deferred)
 
     def _revert(self, changed: list[Range], kind: Kind) -> None:
         """Take `apply` back where it changed something; the rest was in the wanted state before.

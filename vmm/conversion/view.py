@@ -38,7 +38,7 @@ class GuestView:
         return self.memory.states(within)
 
     def bytes_in(self, state: PageState) -> int:
-        return self.memory.bytes_in(state)
+        return self.memory.most_bytes_in(state)
 
     def residency(self) -> Residency:
         return self.memory.residency()

@@ -12,6 +12,8 @@ class Kind(Enum):
     SHARE = "share"
     UNSHARE = "unshare"
 
+    __hash__ = object.__hash__  # members are equal only to themselves; Enum's own is slow
+
 
 FAULT = "fault"
 """The doorbell of an implicit conversion: the guest's access itself asks."""

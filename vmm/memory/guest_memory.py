@@ -364,7 +364,11 @@ class GuestMemory:
 
     def is_ram(self, area: Range) -> bool:
         """Whether every byte of `area` is guest RAM."""
-        return any(ram.contains(area) for ram in self.ram)
+        start, size = area
+        for ram in self.ram:  # noqa: SIM110 - any() takes three times as long
+            if ram.start <= start and start + size <= ram.start + ram.size:
+                return True
+        return False
 
     def is_converting(self, area: Range) -> bool:
         """Whether a page of `area` is being converted."""
@@ -426,9 +430,9 @@ class GuestMemory:
     def quiesce(self, area: Range, timeout: float) -> bool:
         """Wait (seconds) until no host access to `area` that is under way now is left; False if
         time ran out. While `area` is being converted, no other can begin."""
+        if not self._in_flight:
+            return True
         with self._lock:
-            if not self._in_flight:
-                return True
             flights = list(self._in_flight.items())
         # Worked out once, and without the lock: an access may have thousands of pieces.
         held_by = [(thread, flight) for thread, flight in flights if _touches(flight, area)]

@@ -83,8 +83,16 @@ class View(Protocol):
 
     @property
     def ram_bytes(self) -> int: ...
-    def states(self, within: Range | None = None) -> list[tuple[Range, PageState]]: ...
-    def bytes_in(self, state: PageState) -> int: ...
+
+    def states(self, within: Range | None = None) -> list[tuple[Range, PageState]]:
+        """The runs of pages in equal state; those of conversions under way are CONVERTING."""
+        ...
+
+    def bytes_in(self, state: PageState) -> int:
+        """How many bytes are in that state, or may be once the conversions under way have ended:
+        their pages count for the state that they leave and for the one that they are to have."""
+        ...
+
     def residency(self) -> Residency: ...
     def counts(self, kind: Kind) -> Counts: ...
 
@@ -93,9 +101,10 @@ class Policy:
     """Allows everything; a policy is a subclass that overrides the hooks it wants.
 
     on_share, on_unshare and on_fault run on the vCPU's thread while the guest waits, one at a
-    time; on_io on the thread that serves the device, perhaps beside another hook; on_boot and
-    on_exit on the main thread, when no vCPU runs. Hooks are looked up once, before on_boot; one
-    that is not overridden costs nothing.
+    time; what they have allowed may still be under way when they are asked about other pages, never
+    about the same ones. on_io on the thread that serves the device, perhaps beside another hook;
+    on_boot and on_exit on the main thread, when no vCPU runs. Hooks are looked up once, before
+    on_boot; one that is not overridden costs nothing.
     """
 
     def wants(self, hook: str) -> bool:

@@ -7,8 +7,9 @@ import os
 from bisect import bisect_left, insort
 
 from kvm_bindings import GuestMemfd, KvmError, PagesInUse, fdops
+from tests.support.fake_kvm.attributes import Attributes
 from tests.support.fake_kvm.kernel import EINVAL, INIT_SHARED, MMAP, PRIVATE, FakeKernel
-from vmm.core.ranges import PAGE_SIZE, Range, RangeMap, page_align_down
+from vmm.core.ranges import PAGE_SIZE, Range, page_align_down
 
 
 class FakeGuestMemfd(GuestMemfd):
@@ -27,7 +28,7 @@ class FakeGuestMemfd(GuestMemfd):
         self._bindings: dict[int, Range] = {}
         self._bound: list[tuple[int, int]] = []
         self._pinned: list[Range] = []
-        self.attributes = RangeMap(Range(0, size), 0 if flags & INIT_SHARED else PRIVATE)
+        self.attributes = Attributes(Range(0, size), 0 if flags & INIT_SHARED else PRIVATE)
         """In-place conversion: who owns which page."""
 
     @property

@@ -11,6 +11,7 @@ from kvm_bindings import KvmError, ioctls
 from kvm_bindings.exits import Exit, MemoryFaultExit, MmioExit
 from kvm_bindings.x86_64 import Vm
 from kvm_bindings.x86_64 import ioctls as x86
+from tests.support.fake_kvm.attributes import Attributes
 from tests.support.fake_kvm.guest_memfd import FakeGuestMemfd
 from tests.support.fake_kvm.kernel import (
     EBADF,
@@ -24,7 +25,7 @@ from tests.support.fake_kvm.kernel import (
 )
 from tests.support.fake_kvm.slots import GUEST_MEMFD, READONLY, U64, Refusal, Slot, SlotTable
 from tests.support.fake_kvm.vcpu import FakeVcpu
-from vmm.core.ranges import PAGE_SIZE, Range, RangeMap, page_align_down
+from vmm.core.ranges import PAGE_SIZE, Range, page_align_down
 
 GPA_SPACE = 1 << 52
 _FAULT_PRIVATE = 1 << 3  # KVM_MEMORY_EXIT_FLAG_PRIVATE
@@ -48,7 +49,7 @@ class FakeVm:
         self.fd = 0
         self.hypercall_exits = 0
         self.slots = SlotTable(kernel.memslots)
-        self.attributes: RangeMap[int] = RangeMap(Range(0, GPA_SPACE), 0)
+        self.attributes = Attributes(Range(0, GPA_SPACE), 0)
         self._guest_memfds: list[FakeGuestMemfd] = []
         self._mmio: dict[int, int] = {}
         self._generation = 0

@@ -224,7 +224,7 @@ def test_conversion_after_a_failed_one_works(memory: GuestMemory) -> None:
         converter.convert(share(40, 1))
 
     again = Converter(memory, scheme, Policy())
-    assert converter._lock.locked() is False
+    assert converter._asking.locked() is False
     assert again.convert(share(40, 1)) == 0
 
 

@@ -24,6 +24,7 @@ class AttributesScheme:
     shared_alias = 0
     converts_on_fault = True
     told = True
+    side_by_side = True
 
     def install(self, vm: Vm, memory: GuestMemory) -> None:
         private = private_side(memory, self.name)

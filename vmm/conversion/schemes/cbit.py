@@ -22,6 +22,7 @@ class CbitScheme:
     shared_alias = 0
     converts_on_fault = False
     told = True
+    side_by_side = True
 
     def __init__(self, c_bit: int) -> None:
         """`c_bit` is the number of the address bit; all of RAM must lie below it."""

@@ -31,6 +31,7 @@ class InPlaceScheme:
     shared_alias = 0
     converts_on_fault = True
     told = True
+    side_by_side = True
 
     def __init__(self, patience: float = PATIENCE) -> None:
         """`patience`: seconds to wait for pages in use."""

@@ -17,6 +17,7 @@ class PlainScheme:
     shared_alias = 0
     converts_on_fault = False
     told = True
+    side_by_side = True
 
     def install(self, vm: Vm, memory: GuestMemory) -> None:
         for number, area in enumerate(memory.ram):

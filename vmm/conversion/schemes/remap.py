@@ -40,6 +40,7 @@ class RemapScheme:
     shared_alias = 0
     converts_on_fault = False
     told = True
+    side_by_side = False  # its lists are one, and what is taken back needs its memslots
 
     def __init__(self, parked: Parking = nullcontext) -> None:
         """`parked` is for VMs with several vCPUs; one that asks for a conversion doesn't run."""
