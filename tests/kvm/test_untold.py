@@ -86,7 +86,6 @@ def test_run_is_composed_of_observed_memory_and_forks_nothing_once_launched(
     found = json.loads(report.read_text())
     assert (found["scheme"], found["states"]) == ("pkvm", "observed, not told")
     assert found["conversions"] is None
-    assert found["doorbell"] == "hypercall to the hypervisor, unheard by the host"
     assert found["pages"]["observed"]["tried"] == 256
     assert found["residency"]["resident_bytes"] > 16 << 20
     assert found["io"]["blk0"]["engine"]["bytes"] == {"copying system calls": 0}

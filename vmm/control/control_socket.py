@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from vmm.control.operations import Operations
@@ -25,6 +26,9 @@ COMMANDS = ("status", "pause", "resume", "dump-state", "convert", "quit")
 LONGEST_LINE = 64 << 10
 MOST_CLIENTS = 16
 _CHUNK = 64 << 10
+ROWS_AT_ONCE = 512
+"""How much of a long answer is made at once: a guest can have its page states make one of tens of
+thousands of rows, and the device loop, which makes it, has to go on."""
 _ACCEPT_AGAIN_SECONDS = 1.0
 
 
@@ -119,7 +123,8 @@ class _Client:
         self._answer = answer
         self._gone = gone
         self._input = b""
-        self._output = b""
+        self._output = b""  # never empty while there are pieces left
+        self._pieces: Iterator[bytes] = iter(())
         self._ends = False
 
     def listen(self) -> None:
@@ -128,7 +133,7 @@ class _Client:
     def _ready(self) -> None:
         try:
             if self._output:
-                self._output = self._output[self._connection.send(self._output) :]
+                self._send()
             else:
                 self._receive()
         except BlockingIOError:
@@ -163,15 +168,39 @@ class _Client:
             )
 
     def say(self, answer: dict[str, Any]) -> None:
-        self._output += json.dumps(answer).encode() + b"\n"
+        self._pieces = encoded(answer)
+        self._output = next(self._pieces)
         with contextlib.suppress(OSError):  # a client that has hung up is noticed on reading
-            self._output = self._output[self._connection.send(self._output) :]
+            self._send()
+
+    def _send(self) -> None:
+        """Send some, and make the next piece when all that there was is on its way."""
+        self._output = self._output[self._connection.send(self._output) :]
+        if not self._output:
+            self._output = next(self._pieces, b"")
 
     def close(self) -> None:
         if self._connection.fileno() >= 0:
             self._loop.remove(self._connection.fileno())
             self._connection.close()
         self._gone(self)
+
+
+def encoded(answer: dict[str, Any]) -> Iterator[bytes]:
+    """`answer` as a line of JSON, in pieces: lists in it, which may be iterators, ROWS_AT_ONCE at
+    a time."""
+    text = "{"
+    for number, (key, value) in enumerate(answer.items()):
+        text += f"{', ' if number else ''}{json.dumps(key)}: "
+        if not isinstance(value, (list, Iterator)):
+            text += json.dumps(value)
+            continue
+        rows, before = iter(value), "["
+        while some := list(itertools.islice(rows, ROWS_AT_ONCE)):
+            yield (text + before + json.dumps(some)[1:-1]).encode()
+            text, before = "", ", "
+        text += "]" if before != "[" else "[]"
+    yield (text + "}\n").encode()
 
 
 def _parsed(line: bytes) -> dict[str, Any]:

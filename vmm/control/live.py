@@ -47,7 +47,7 @@ def _print_pages_on_signal(loop: EventLoop, operations: Operations, stack: ExitS
         drain(asked)
         # A terminal is raw while the guest has it.
         end = "\r\n" if os.isatty(2) else "\n"
-        lines = page_summary(operations.status(), operations.pages())
+        lines = page_summary(operations.status(), operations.pages(), operations.ram)
         with contextlib.suppress(OSError):
             os.write(2, "".join(f"pyvmm: {line}{end}" for line in lines).encode())
 

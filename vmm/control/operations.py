@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from vmm.core.event_loop import EventLoop
 from vmm.core.events import Kind
+from vmm.core.ranges import Range, RangeMap
 from vmm.exits.outcome import QUIT, Outcome
 from vmm.exits.vcpu_group import VcpuGroup
 from vmm.memory.guest_memory import GuestMemory, PageState
@@ -78,17 +79,28 @@ class Operations:
             observed_bytes=memory.bytes_in(PageState.OBSERVED),
         )
 
-    def pages(self) -> list[tuple[int, int, str]]:
-        """The runs of pages in equal state as (GPA, bytes, state), in address order."""
-        return [(*area, state.value) for area, state in self._memory.states()]
+    @property
+    def ram(self) -> tuple[Range, ...]:
+        """The ranges of guest-physical addresses that RAM has."""
+        return self._memory.ram
+
+    def pages(self) -> RangeMap[PageState | None]:
+        """The states of all pages at this moment; None where there is no RAM."""
+        states = self._memory.snapshot()
+        assert states is not None
+        return states
 
     def dump_state(self) -> dict[str, Any]:
-        """All of it at one moment: no vCPU is in the guest meanwhile."""
+        """All of it at one moment: no vCPU is in the guest meanwhile.
+
+        `pages` is an iterator over [GPA, bytes, state], of that moment too: who makes a long
+        answer of it does so bit by bit.
+        """
         with self._vcpus.parked():
             converter, told = self._converter, self._memory.told
             return {
                 "status": self.status()._asdict(),
-                "pages": self.pages(),
+                "pages": _rows(self.pages()),
                 "residency": self._memory.accounted(),
                 "conversions": converter.accounting.as_dict() if told else None,
                 "refinements": converter.refinements.as_dict() if told else None,
@@ -126,3 +138,10 @@ class Operations:
 
     def quit(self) -> None:
         self._stop(Outcome(QUIT, "by the control socket"))
+
+
+def _rows(states: RangeMap[PageState | None]) -> Iterator[list[int | str]]:
+    """The runs of RAM in equal state, in address order."""
+    for area, state in states.runs():
+        if state is not None:
+            yield [*area, state.value]

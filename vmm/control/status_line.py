@@ -9,19 +9,26 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
 from vmm.control.operations import Operations, Status
 from vmm.core.errors import UsageError
 from vmm.core.event_loop import EventLoop
+from vmm.core.ranges import Range, RangeMap
+from vmm.memory.guest_memory import PageState
 
 UPDATE_SECONDS = 1.0
 LOG_SECONDS = 10.0
 """How often a line is added where it can't be updated."""
 
 MAP_COLUMNS = 64
-_MAP_SIGNS = {"private": ".", "shared": "#", "deferred": "~", "observed": "?"}
+_MAP_SIGNS = {
+    PageState.PRIVATE: ".",
+    PageState.SHARED: "#",
+    PageState.DEFERRED: "~",
+    PageState.OBSERVED: "?",
+}
 
 _UNTITLED = ("", "dumb", "linux")
 _SAVE_TITLE, _RESTORE_TITLE = b"\x1b[22;2t", b"\x1b[23;2t"  # xterm's; others ignore it
@@ -49,47 +56,54 @@ def status_line(now: Status, before: Status) -> str:
     return ", ".join(["paused", *words] if now.state == "paused" else words)
 
 
-def page_map(pages: list[tuple[int, int, str]], columns: int = MAP_COLUMNS) -> str:
+def page_map(
+    states: RangeMap[PageState | None], ram: Sequence[Range], columns: int = MAP_COLUMNS
+) -> str:
     """RAM from its first page to its last, equal parts of it as one sign each: `.` private,
-    `#` shared, `~` deferred, `?` the host is not told, `+` several."""
-    total = sum(size for _, size, _ in pages)
+    `#` shared, `~` deferred, `?` the host is not told, `+` several.
+
+    A part's states are looked up together, however many runs the guest has made of it.
+    """
+    total = sum(area.size for area in ram)
     bounds = [total * column // columns for column in range(columns + 1)]
     signs = []
-    runs = iter(pages)
-    _, left, state = next(runs)
     for low, high in pairwise(bounds):
-        seen, wanted = set(), high - low
-        while wanted > 0:
-            if not left:
-                _, left, state = next(runs)
-            piece = min(left, wanted)
-            left, wanted = left - piece, wanted - piece
-            seen.add(_MAP_SIGNS.get(state, "+"))
+        seen = set()
+        for area in _parts(ram, low, high):
+            seen |= {_MAP_SIGNS.get(state, "+") for state in states.values(area) if state}
         signs.append(seen.pop() if len(seen) == 1 else "+" if seen else "")
     return "".join(signs)
 
 
-def page_summary(status: Status, pages: list[tuple[int, int, str]]) -> list[str]:
+def _parts(ram: Sequence[Range], low: int, high: int) -> Iterator[Range]:
+    """The addresses of RAM's bytes from the `low`-th to the `high`-th."""
+    for area in ram:
+        start, end = max(low, 0), min(high, area.size)
+        if start < end:
+            yield Range(area.start + start, end - start)
+        low, high = low - area.size, high - area.size
+
+
+def page_summary(
+    status: Status, pages: RangeMap[PageState | None], ram: Sequence[Range]
+) -> list[str]:
     """What SIGUSR1 prints."""
-    sums: dict[str, list[int]] = {}
-    for _, size, state in pages:
-        entry = sums.setdefault(state, [0, 0])
-        entry[0] += size
-        entry[1] += 1
-    states = ", ".join(
-        f"{mebibytes(size)} {state} in {runs} run{'s' if runs > 1 else ''}"
-        for state, (size, runs) in sorted(sums.items())
-    )
-    ram = sum(size for _, size, _ in pages)
+    size = mebibytes(sum(area.size for area in ram))
     if status.observed_bytes:
         return [
-            f"{status.state} for {status.seconds:.1f} s: {mebibytes(ram)}; the host is not told "
-            "which pages the guest shares"
+            f"{status.state} for {status.seconds:.1f} s: {size}; the host is not told which pages "
+            "the guest shares"
         ]
+    words = []
+    for state in sorted(PageState, key=lambda state: state.value):
+        runs = pages.count(state)
+        if runs:
+            plural = "s" if runs > 1 else ""
+            words.append(f"{mebibytes(pages.total(state))} {state.value} in {runs} run{plural}")
     return [
-        f"{status.state} for {status.seconds:.1f} s: {states}; "
+        f"{status.state} for {status.seconds:.1f} s: {', '.join(words)}; "
         f"{status.conversions} conversions, {status.refused} refused",
-        f"[{page_map(pages)}] {mebibytes(ram)}, .private #shared ~deferred +several",
+        f"[{page_map(pages, ram)}] {size}, .private #shared ~deferred +several",
     ]
 
 

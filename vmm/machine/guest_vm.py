@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from vmm.conversion.schemes.remap import Parking
     from vmm.host.choice import Chosen
 
-UNHEARD = "hypercall to the hypervisor, unheard by the host"
-"""How a guest asks for conversions where the host is not told."""
-
 
 class GuestVm:
     """What a guest runs in, without its contents and its devices."""
@@ -56,7 +53,7 @@ class GuestVm:
         """How the guest asks for conversions; None where it has none to ask for."""
         if not self.is_private:
             return None
-        return self._guest.doorbell if self.scheme.told else UNHEARD
+        return self._guest.doorbell
 
     def _create_vm(self) -> None:
         system = self._cleanup.enter_context(open_kvm(self._architecture))

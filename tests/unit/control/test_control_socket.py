@@ -16,7 +16,13 @@ import pytest
 
 from tests.support.control import Server, line
 from vmm.control import control_socket as module
-from vmm.control.control_socket import LONGEST_LINE, MOST_CLIENTS, ControlSocket
+from vmm.control.control_socket import (
+    LONGEST_LINE,
+    MOST_CLIENTS,
+    ROWS_AT_ONCE,
+    ControlSocket,
+    encoded,
+)
 from vmm.core.errors import UsageError
 from vmm.core.events import Kind
 
@@ -255,3 +261,60 @@ def test_lack_of_fds_is_survived(server: Server, monkeypatch: pytest.MonkeyPatch
 
     assert server.ask(line("status"))[0]["ok"]
     assert failed.is_set()
+
+
+# -- long answers ---------------------------------------------------------------------------------
+
+
+def test_long_answer_is_made_in_pieces() -> None:
+    made = 0
+
+    def rows() -> Iterator[list[int]]:
+        nonlocal made
+        for number in range(5 * ROWS_AT_ONCE + 3):
+            made += 1
+            yield [number]
+
+    text, steps = b"", []
+    for piece in encoded({"ok": True, "pages": rows(), "none": [], "few": [1, 2], "end": {"a": 1}}):
+        text += piece
+        steps.append(made)
+        made = 0
+
+    assert json.loads(text) == {
+        "ok": True,
+        "pages": [[number] for number in range(5 * ROWS_AT_ONCE + 3)],
+        "none": [],
+        "few": [1, 2],
+        "end": {"a": 1},
+    }
+    assert text.endswith(b"}\n") and text.count(b"\n") == 1
+    assert max(steps) == ROWS_AT_ONCE
+
+
+def test_another_client_has_its_answer_between_the_pieces_of_a_long_one(server: Server) -> None:
+    """The pieces are as many turns of the loop."""
+    seen: list[int] = []
+    served = threading.Event()
+
+    def rows() -> Iterator[list[int]]:
+        for number in range(4 * ROWS_AT_ONCE):
+            if number == ROWS_AT_ONCE:
+                seen.append(len(server.operations.calls))
+                other.sendall(line("pause"))
+            yield [number]
+        seen.append(len(server.operations.calls))
+        served.set()
+
+    server.operations.pages = rows()  # type: ignore[assignment]
+    other, asking = server.connect(), server.connect()
+    answers = other.makefile("rb")
+    other.sendall(line("status"))
+    answers.readline()
+
+    asking.sendall(line("dump-state"))
+
+    assert json.loads(answers.readline()) == {"ok": True}
+    assert len(json.loads(asking.makefile("rb").readline())["pages"]) == 4 * ROWS_AT_ONCE
+    assert served.wait(10)
+    assert seen == [0, 1]

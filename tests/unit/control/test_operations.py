@@ -11,6 +11,7 @@ from tests.support.fake_vcpu import PRIVATE_START, RAM, Rig
 from vmm.control.operations import Operations
 from vmm.core.event_loop import EventLoop
 from vmm.core.events import Kind
+from vmm.core.ranges import RangeMap
 from vmm.exits.outcome import QUIT
 from vmm.exits.vcpu_group import VcpuGroup
 
@@ -96,12 +97,25 @@ def test_status_counts_conversions_and_states(bench: Bench) -> None:
 def test_dump_has_everything_at_one_moment(bench: Bench) -> None:
     state = bench.operations.dump_state()
 
-    assert state["pages"] == [
-        (0, PRIVATE_START, "shared"), (PRIVATE_START, RAM - PRIVATE_START, "private"),
+    assert list(state["pages"]) == [
+        [0, PRIVATE_START, "shared"], [PRIVATE_START, RAM - PRIVATE_START, "private"],
     ]  # fmt: skip
     assert state["io"] == {"blk0": {"requests": 3}}
     assert state["status"]["state"] == "running"
     assert not bench.vcpus.paused
+
+
+def test_status_and_dump_walk_no_runs_before_somebody_wants_them(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RangeMap, "runs", None)
+
+    bench.operations.status()
+    state = bench.operations.dump_state()
+
+    monkeypatch.undo()
+    assert bench.operations.convert(Kind.SHARE, PRIVATE_START, 0x1000) == 0
+    assert next(state["pages"]) == [0, PRIVATE_START, "shared"], "of the moment of the dump"
 
 
 def test_quit_ends_the_run_well(bench: Bench) -> None:

@@ -14,6 +14,8 @@ from vmm.control.operations import Status
 from vmm.control.status_line import choose_status_line, page_map, page_summary, status_line
 from vmm.core.errors import UsageError
 from vmm.core.event_loop import EventLoop
+from vmm.core.ranges import Range, RangeMap
+from vmm.memory.guest_memory import PageState
 
 MIB = 1 << 20
 
@@ -38,6 +40,19 @@ def test_line_says_that_the_guest_is_paused_and_what_is_deferred() -> None:
     assert line.startswith("paused, shared") and "private 0.0 MiB + 1.0 MiB deferred" in line
 
 
+def states_of(*runs: tuple[int, int, str]) -> tuple[RangeMap[PageState | None], list[Range]]:
+    """The states, and the ranges of RAM."""
+    states: RangeMap[PageState | None] = RangeMap(Range(0, runs[-1][0] + runs[-1][1]), None)
+    ram: list[Range] = []
+    for start, size, state in runs:
+        states.set(Range(start, size), PageState(state))
+        if ram and ram[-1].end == start:
+            ram[-1] = Range(ram[-1].start, ram[-1].size + size)
+        else:
+            ram.append(Range(start, size))
+    return states, ram
+
+
 @pytest.mark.parametrize(
     ("pages", "drawn"),
     [
@@ -45,24 +60,36 @@ def test_line_says_that_the_guest_is_paused_and_what_is_deferred() -> None:
         ([(0, 32, "private"), (32, 32, "shared")], "....####"),
         ([(0, 12, "private"), (12, 4, "shared"), (16, 48, "private")], ".+......"),
         ([(0, 32, "private"), (1 << 32, 32, "deferred")], "....~~~~"),
+        ([(0, 36, "private"), (1 << 32, 28, "deferred")], "....+~~~"),
         ([(0, 8, "private"), (8, 56, "converting")], ".+++++++"),
         ([(0, 4, "private")], "...."),  # fewer pages than columns
     ],
 )
 def test_page_map_draws_equal_parts_of_ram(pages: list[tuple[int, int, str]], drawn: str) -> None:
-    assert page_map(pages, columns=8) == drawn
+    assert page_map(*states_of(*pages), columns=8) == drawn
 
 
 def test_summary_adds_up_each_state() -> None:
     pages = [(0, MIB, "private"), (MIB, MIB, "shared"), (2 * MIB, 2 * MIB, "private")]
 
-    first, second = page_summary(status(seconds=12.3, conversions=7, refused=1), pages)
+    first, second = page_summary(status(seconds=12.3, conversions=7, refused=1), *states_of(*pages))
 
     assert first == (
         "running for 12.3 s: 3.0 MiB private in 2 runs, 1.0 MiB shared in 1 run; "
         "7 conversions, 1 refused"
     )
     assert second.startswith("[" + "." * 16 + "#" * 16 + "." * 32 + "] 4.0 MiB")
+
+
+def test_summary_walks_no_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guest can have made tens of thousands of them."""
+    states, ram = states_of(*[(n, 1, ("private", "shared")[n % 2]) for n in range(1024)])
+    monkeypatch.setattr(RangeMap, "runs", None)
+
+    first, second = page_summary(status(), states, ram)
+
+    assert "private in 512 runs" in first and "shared in 512 runs" in first
+    assert second.startswith("[" + "+" * 64 + "]")
 
 
 # -- where it goes --------------------------------------------------------------------------------

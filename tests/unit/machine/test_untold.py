@@ -121,7 +121,7 @@ def test_status_counts_bytes_as_observed_and_as_nothing_else(operations: Operati
 def test_dump_of_observed_memory_has_null_for_what_nobody_knows(operations: Operations) -> None:
     dump = operations.dump_state()
 
-    assert dump["pages"] == [(0, RAM, "observed")]
+    assert list(dump["pages"]) == [[0, RAM, "observed"]]
     assert dump["conversions"] is dump["refinements"] is None
     assert dump["residency"]["private_bytes"] is None
     assert dump["residency"]["donated_bytes"] == 0
@@ -139,9 +139,11 @@ def test_status_line_says_that_the_host_is_not_told() -> None:
     assert status_line(paused, before).startswith("paused, 128.0 MiB of which")
 
 
-def test_page_map_has_a_sign_for_observed_pages() -> None:
-    assert page_map([(0, RAM, "observed")], columns=4) == "????"
-    (line,) = page_summary(status(observed_bytes=RAM), [(0, RAM, "observed")])
+def test_page_map_has_a_sign_for_observed_pages(operations: Operations) -> None:
+    pages, ram = operations.pages(), operations.ram
+
+    assert page_map(pages, ram, columns=4) == "????"
+    (line,) = page_summary(operations.status(), pages, ram)
     assert "the host is not told which pages the guest shares" in line
 
 

@@ -24,6 +24,7 @@ class PkvmScheme:
     alias = 0
     shared_alias = 0
     converts_on_fault = False
+    side_by_side = True
     told = False
     side_by_side = True
 

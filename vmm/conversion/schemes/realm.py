@@ -20,6 +20,7 @@ class RealmScheme:
     name = "realm"
     alias = 0
     converts_on_fault = False
+    side_by_side = True
     told = True
     side_by_side = True
 
