@@ -97,12 +97,12 @@ class Pace:
     __slots__ = ("limit",)
 
     def __init__(self) -> None:
-        self.limit = 1 << 20
+        self.limit = 4 << 20
 
     def took(self, cost: int, seconds: float) -> None:
         """A call of that cost took so long. Safe from several threads: any answer will do."""
         limit = self.limit
         if seconds > self.SLOW:
             self.limit = max(self.LEAST, min(limit, cost) // 2)
-        elif limit < self.MOST and 2 * cost >= limit and 4 * seconds < self.SLOW:
+        elif limit < self.MOST and 2 * cost >= limit and 2 * seconds < self.SLOW:
             self.limit = 2 * limit
