@@ -1,4 +1,10 @@
-"""The device loop: waits on file descriptors and calls what belongs to them. No polling."""
+"""The device loop: waits on file descriptors and calls what belongs to them. No polling.
+
+Who is ready is called in turn, once a round. What the user has a word in (added as `unheld`:
+control socket, console, signals) and timers don't wait for the round's end: they are looked at
+between two callbacks whenever some milliseconds have passed. So a callback that keeps to a few
+milliseconds keeps everybody waiting for as long at most, however many others there are.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +15,8 @@ import time
 from collections.abc import Callable
 
 _LONGEST_WAIT = 3600.0  # epoll's timeout is a C int of milliseconds
+URGENT_SECONDS = 0.002
+"""How long callbacks go on before those are looked at that must not wait for all of a round."""
 
 
 class EventLoop:
@@ -99,16 +107,41 @@ class EventLoop:
         """Serve events until `stop`."""
         while not self._stopping:
             held = self._held
-            for fd, _ in (self._unheld_epoll if held else self._epoll).poll(self._patience()):
-                callback = self._callbacks.get(fd)
-                if callback is not None:
-                    callback()
+            ready = (self._unheld_epoll if held else self._epoll).poll(self._patience())
+            looked = time.monotonic()
+            looked_in_between = False
+            for fd, _ in ready:
+                if looked_in_between and fd in self._unheld:
+                    continue  # served in between, and perhaps not ready any more
+                self._call(fd)
                 if self._stopping:
                     return
                 if self._held is not held:
                     break  # what else was ready still is, for who is to be served now
+                now = time.monotonic()
+                if now - looked >= URGENT_SECONDS and not held:
+                    self._serve_urgent()
+                    if self._stopping:
+                        return
+                    if self._held is not held:
+                        break
+                    looked, looked_in_between = now, True
             if self._timers:
                 self._fire()
+
+    def _call(self, fd: int) -> None:
+        callback = self._callbacks.get(fd)
+        if callback is not None:
+            callback()
+
+    def _serve_urgent(self) -> None:
+        """In the middle of a round: who is served even while the loop is held, and timers."""
+        for fd, _ in self._unheld_epoll.poll(0):
+            self._call(fd)
+            if self._stopping:
+                return
+        if self._timers:
+            self._fire()
 
     def _patience(self) -> float | None:
         """Seconds until the first timer, None without one."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -365,3 +365,116 @@ def test_fd_can_be_watched_for_writing_and_then_for_reading(loop: EventLoop) -> 
     os.close(write_end)
 
     assert seen == ["writable", "readable"]
+
+
+# --- who must not wait for a whole round ---
+
+
+class SlowRound:
+    """Callbacks that take a second each by `clock`, and are ready at every round."""
+
+    def __init__(self, loop: EventLoop, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+        self.now = 0.0
+        self.order: list[str] = []
+        self.last: Callable[[], None] = lambda: None
+        self._loop = loop
+        monkeypatch.setattr("vmm.core.event_loop.time.monotonic", lambda: self.now)
+        self._fds = [os.eventfd(1, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(count)]
+        for number, fd in enumerate(self._fds):
+            loop.add(fd, partial(self._turn, str(number), fd))
+
+    def _turn(self, name: str, fd: int) -> None:
+        drain(fd)
+        self.now += 1.0
+        self.order.append(name)
+        self.last()
+
+    def close(self) -> None:
+        for fd in self._fds:
+            os.close(fd)
+
+
+def test_run_serves_the_unheld_between_two_slow_callbacks(
+    loop: EventLoop, eventfd: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = SlowRound(loop, monkeypatch, 5)
+
+    def quit_asked() -> None:
+        slow.order.append("quit")
+        loop.stop()
+
+    def ask() -> None:
+        if len(slow.order) == 2:  # in the middle of the round, after its epoll_wait
+            os.eventfd_write(eventfd, 1)
+
+    slow.last = ask
+    loop.add(eventfd, quit_asked, unheld=True)
+
+    loop.run()
+
+    assert slow.order == ["0", "1", "quit"]
+    slow.close()
+
+
+def test_run_calls_who_was_served_in_between_once(
+    loop: EventLoop, eventfd: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A blocking read of the console's input would wait for a key if it were called again."""
+    slow = SlowRound(loop, monkeypatch, 2)
+
+    def key() -> None:
+        drain(eventfd)
+        slow.order.append("key")
+
+    loop.add(eventfd, key, unheld=True)
+    os.eventfd_write(eventfd, 1)
+    end = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    loop.add(end, loop.stop)
+
+    def finish() -> None:
+        if len(slow.order) == 3:
+            os.eventfd_write(end, 1)
+
+    slow.last = finish
+
+    loop.run()
+
+    assert slow.order == ["0", "key", "1"]
+    slow.close()
+    os.close(end)
+
+
+def test_run_fires_timers_between_two_slow_callbacks(
+    loop: EventLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = SlowRound(loop, monkeypatch, 5)
+
+    def timer() -> None:
+        slow.order.append("timer")
+        loop.stop()
+
+    loop.set_timer(1.5, timer)
+
+    loop.run()
+
+    assert slow.order == ["0", "1", "timer"]
+    slow.close()
+
+
+def test_run_whose_loop_is_held_in_between_serves_nothing_else(
+    loop: EventLoop, eventfd: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = SlowRound(loop, monkeypatch, 5)
+
+    def pause() -> None:
+        drain(eventfd)
+        loop.hold()
+        loop.set_timer(slow.now, loop.stop)
+
+    slow.last = lambda: os.eventfd_write(eventfd, 1)
+    loop.add(eventfd, pause, unheld=True)
+
+    loop.run()
+
+    assert slow.order == ["0"]
+    slow.close()

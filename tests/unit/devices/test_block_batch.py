@@ -10,7 +10,7 @@ import pytest
 from tests.support.disk_machine import DATA, DiskMachine, MakeMachine, pattern
 from tests.support.virtio_driver import NEEDS_RESET, Piece, VirtioQueueDriver
 from vmm.core.ranges import Range
-from vmm.devices.virtio import block
+from vmm.devices.virtio import budget
 from vmm.devices.virtio.block import F_FLUSH, S_IOERR, S_OK, T_FLUSH, T_GET_ID, T_IN, T_OUT
 
 SECTORS = 256
@@ -131,7 +131,7 @@ def test_batch_that_names_private_memory_stops_the_device_after_those_before_it(
 def test_batch_is_cut_where_a_turn_ends_and_goes_on(
     make_machine: MakeMachine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(block, "TURN_BYTES", 1024)
+    monkeypatch.setattr(budget, "TURN_BYTES", 1024)
     rung: list[int] = []
     machine = make_machine(batching=True, ring=rung.append)
     queue = machine.up()

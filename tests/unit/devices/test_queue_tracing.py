@@ -55,7 +55,7 @@ def test_batch_traced_has_a_row_for_each_request(make_machine: MakeMachine, tmp_
 def test_request_put_back_is_traced_once(
     make_machine: MakeMachine, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("vmm.devices.virtio.block.TURN_BYTES", 512)
+    monkeypatch.setattr("vmm.devices.virtio.budget.TURN_BYTES", 512)
 
     def read_three(machine: DiskMachine, queue: Any) -> None:
         heads = []

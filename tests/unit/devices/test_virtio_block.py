@@ -12,7 +12,7 @@ import pytest
 from tests.support.disk_machine import DATA, DiskMachine, MakeMachine, pattern
 from tests.support.virtio_driver import NEEDS_RESET, Piece, VirtioQueueDriver
 from vmm.core.ranges import Range
-from vmm.devices.virtio import block
+from vmm.devices.virtio import budget
 from vmm.devices.virtio.block import (
     F_DISCARD,
     F_FLUSH,
@@ -345,7 +345,7 @@ def test_block_range_longer_than_the_limit_is_ioerr(
         answers.append(machine.do(queue, kind, 0, Piece(DATA, 16))[0])
 
     assert answers == [S_OK, S_IOERR]
-    assert punched == [512 * most]
+    assert sum(punched) == 512 * most
 
 
 def test_block_discard_with_one_bad_range_punches_none(make_machine: MakeMachine) -> None:
@@ -464,7 +464,7 @@ def offer_reads(machine: DiskMachine, queue: VirtioQueueDriver, count: int) -> l
 def test_block_batch_beyond_a_turn_is_served_in_several(
     make_machine: MakeMachine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(block, "TURN_BYTES", 1024)
+    monkeypatch.setattr(budget, "TURN_BYTES", 1024)
     rung: list[int] = []
     machine = make_machine(ring=rung.append)
     queue = machine.up()
@@ -483,7 +483,7 @@ def test_block_batch_beyond_a_turn_is_served_in_several(
 def test_block_turn_that_ends_with_the_batch_asks_for_no_other(
     make_machine: MakeMachine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(block, "TURN_BYTES", 1024)
+    monkeypatch.setattr(budget, "TURN_BYTES", 1024)
     rung: list[int] = []
     machine = make_machine(ring=rung.append)
     queue = machine.up()

@@ -8,11 +8,13 @@ discarded: a private page's private side, which is the guest's to give up.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from functools import partial
 
+from vmm.devices.virtio.budget import Budget, Work
 from vmm.devices.virtio.device import GuestMemory, IoStatistics, VirtioDevice
 from vmm.devices.virtio.queue import Chain, QueueError, SplitQueue
-from vmm.devices.virtio.segments import first, gather, total
+from vmm.devices.virtio.segments import aligned_pieces, cut, first, gather, total
 
 F_STATS_VQ, F_DEFLATE_ON_OOM = 1 << 1, 1 << 2
 F_PAGE_POISON, F_REPORTING = 1 << 4, 1 << 5
@@ -25,6 +27,8 @@ REPORTING = (3, 4)
 QUEUE_SIZE = 128
 PAGE = 4096
 MOST_PAGES = 1 << 16  # in one request; Linux' have 256
+PAGES_AT_ONCE = 1024  # of a request, read and sorted together
+DISCARD_AT_ONCE = 2 << 20  # bytes; the kernel may have a page of each state in there
 MOST_REPORTED = 1 << 30  # bytes in one report; Linux reports 32 ranges of 4 MiB at most
 _CONFIG = struct.Struct("<IIII")  # num_pages, actual, free_page_hint_cmd_id, poison_val
 _ACTUAL, _POISON = 4, 12
@@ -117,44 +121,55 @@ class VirtioBalloon(VirtioDevice):
         if queue_index == STATS:
             return self._exchange_statistics(queue)
         if queue_index in REPORTING:
-            return self.answer_all(queue, self._report)
+            return self.answer_all(queue, partial(self._report, queue))
         return self.answer_all(queue, self._inflate if queue_index == INFLATE else self._deflate)
 
     # --- requests ---
 
-    def _page_runs(self, chain: Chain) -> list[tuple[int, int]]:
-        """The pages that a request names as (gpa, size), neighbours joined."""
+    def _page_runs(self, chain: Chain) -> Iterator[tuple[int, int]]:
+        """The pages that a request names as (gpa, size), neighbours joined; the list is read
+        bit by bit."""
         assert self._memory is not None
         self.statistics.requests += 1
         size = total(chain.readable)
         if size % 4 or size > 4 * MOST_PAGES:
             raise QueueError(f"balloon request {chain.head} of {size} bytes is no list of pages")
-        runs: list[tuple[int, int]] = []
-        numbers = gather(self._memory, chain.readable)
-        pages = sorted({number for (number,) in struct.iter_unpack("<I", numbers)})
-        start = 0
-        for at, page in enumerate(pages):
-            if at + 1 == len(pages) or pages[at + 1] != page + 1:
-                runs.append((pages[start] * PAGE, (at + 1 - start) * PAGE))
-                start = at + 1
-        return runs
+        for piece in cut(chain.readable, 4 * PAGES_AT_ONCE):
+            numbers = gather(self._memory, piece)
+            pages = sorted({number for (number,) in struct.iter_unpack("<I", numbers)})
+            start = 0
+            for at, page in enumerate(pages):
+                if at + 1 == len(pages) or pages[at + 1] != page + 1:
+                    yield pages[start] * PAGE, (at + 1 - start) * PAGE
+                    start = at + 1
 
-    def _inflate(self, chain: Chain) -> int:
-        assert self._memory is not None
+    def _discard(self, gpa: int, size: int, budget: Budget) -> Generator[None, None, None]:
+        """Whole pages back to the host's kernel, a few at a time."""
+        for start, part in aligned_pieces(gpa, size, DISCARD_AT_ONCE):
+            assert self._memory is not None
+            self._memory.discard(start, part)
+            if not budget.spend(1, part):
+                yield
+
+    def _inflate(self, chain: Chain) -> Work:
+        budget = self._queues[INFLATE].budget
         for gpa, size in self._page_runs(chain):
-            self._memory.discard(gpa, size)
+            yield from self._discard(gpa, size, budget)
             self.statistics.inflated += size
         return 0
 
-    def _deflate(self, chain: Chain) -> int:
+    def _deflate(self, chain: Chain) -> Work:
         """Nothing to do: a page that the guest touches comes back, and is zero."""
-        self.statistics.deflated += sum(size for _, size in self._page_runs(chain))
+        budget = self._queues[DEFLATE].budget
+        for _, size in self._page_runs(chain):
+            self.statistics.deflated += size
+            if not budget.spend():
+                yield
         return 0
 
-    def _report(self, chain: Chain) -> int:
+    def _report(self, queue: SplitQueue, chain: Chain) -> Work:
         """Free pages. With F_PAGE_POISON they must come back as the guest has left them (5.5.6.5):
         those that aren't zero stay."""
-        assert self._memory is not None
         self.statistics.requests += 1
         if total(chain.writable) > MOST_REPORTED:
             raise QueueError(f"report {chain.head} names {total(chain.writable):#x} bytes")
@@ -163,7 +178,7 @@ class VirtioBalloon(VirtioDevice):
         for gpa, size in chain.writable:
             if gpa % PAGE or size % PAGE:
                 raise QueueError(f"report {chain.head} names {size:#x} bytes at {gpa:#x}, no pages")
-            self._memory.discard(gpa, size)
+            yield from self._discard(gpa, size, queue.budget)
             self.statistics.reported += size
         return 0
 

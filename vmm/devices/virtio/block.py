@@ -10,14 +10,17 @@ import contextlib
 import errno
 import os
 import struct
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Generator, Mapping
+from functools import partial
 
 from vmm.core.errors import GuestMemoryError
 from vmm.devices.virtio.block_batch import Batch, serve_together
 from vmm.devices.virtio.block_file import SECTOR, SERIAL_BYTES, DiskFile
-from vmm.devices.virtio.device import GuestMemory, VirtioDevice
+from vmm.devices.virtio.budget import Budget, Pace, Work
+from vmm.devices.virtio.device import EXPECTED, GuestMemory, VirtioDevice
 from vmm.devices.virtio.queue import Chain, QueueError, Segment, SplitQueue
-from vmm.devices.virtio.segments import gather, merged, take_front, total
+from vmm.devices.virtio.segments import aligned_pieces, gather, merged, take_front, total
 
 F_SEG_MAX, F_RO, F_BLK_SIZE, F_FLUSH = 1 << 2, 1 << 5, 1 << 6, 1 << 9
 F_MQ, F_DISCARD, F_WRITE_ZEROES = 1 << 12, 1 << 13, 1 << 14
@@ -31,9 +34,8 @@ MAX_DISCARD_SECTORS, MAX_DISCARD_RANGES = 1 << 22, 16
 # Small enough that writing the zeroes out takes no longer than other requests do.
 MAX_ZERO_SECTORS, MAX_ZERO_RANGES = 1 << 16, 1
 _ZEROES = bytes(1 << 18)
-# The event loop has other things to do, an end of the run among them; a batch may be 256 requests
-# of 4 GiB each.
-TURN_BYTES = 64 << 20
+# Bytes deallocated by one call: as quick as other steps on the file systems of today.
+PUNCH_AT_ONCE = 32 << 20
 # Some tens of microseconds, in which a driver that keeps its queue full has its next request there.
 PATIENCE = 4
 # Descriptors of a request which, alone, is served quicker without a batch: header, data, status.
@@ -47,9 +49,11 @@ _CONFIG = struct.Struct("<QII4xI8xBxHIIIIIB3x")
 # EINVAL: a block device that wants other alignment than our sectors of 512 bytes.
 _CANNOT_PUNCH = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL)
 
-# What a request method answers: its status, and how many bytes it wrote to the guest.
+# What a request method answers: its status, and how many bytes it wrote to the guest; in steps
+# where that may take longer than a turn.
 _Answer = tuple[int, int]
-_Request = Callable[[int, list[Segment], list[Segment]], _Answer]
+_Steps = Generator[None, None, _Answer]
+_Request = Callable[[Budget, int, list[Segment], list[Segment]], _Answer | _Steps]
 
 
 class VirtioBlock(VirtioDevice):
@@ -70,6 +74,7 @@ class VirtioBlock(VirtioDevice):
         self._patience = patience
         self._disk = disk
         self._punch = punch
+        self._pace = Pace()
         self.queue_sizes = (QUEUE_SIZE,) * disk.queues
         self.concurrent = disk.queues > 1
         self.engine = disk.engine
@@ -122,31 +127,29 @@ class VirtioBlock(VirtioDevice):
         if memory is None:
             return False
         used: list[tuple[int, int]] = []
-        chains = queue.take()
-        batch = self._together(memory, chains)
-        if batch is not None:
-            self._leave(queue, len(chains) - len(batch.used))
-            return self._return_together(queue, batch)
+        batch = None
         try:
-            moved = 0
-            for chain in chains:
-                used.append((chain.head, self._serve(memory, chain)))
-                moved += total(chain.readable) + total(chain.writable)
-                if moved >= TURN_BYTES:
-                    self._leave(queue, len(chains) - len(used))
-                    break
-        except (QueueError, GuestMemoryError):
+            if self.go_on(queue, used):
+                chains = queue.take()
+                batch = self._together(queue, memory, chains)
+                if batch is None:
+                    self.answer_these(queue, chains, partial(self._serve, queue.budget), used)
+                else:
+                    self._leave(queue, len(chains) - len(batch.used))
+        except EXPECTED:
             queue.publish(used)  # those were carried out; the bad one stops the device
             raise
-        return queue.publish(used)
+        return queue.publish(used) if batch is None else self._return_together(queue, used, batch)
 
-    def _return_together(self, queue: SplitQueue, batch: Batch) -> bool:
+    def _return_together(
+        self, queue: SplitQueue, before: list[tuple[int, int]], batch: Batch
+    ) -> bool:
         """Statuses and used ring by one call. Where a page of them is refused, whose status can
         be written has its answer, up to the first whose can't."""
         assert self._memory is not None
         outstanding = queue.outstanding
         try:
-            return queue.publish(batch.used, batch.statuses, bytes(len(batch.used)))
+            return queue.publish(before + batch.used, batch.statuses, bytes(len(batch.used)))
         except GuestMemoryError:
             if queue.outstanding == outstanding:  # else the driver has been told
                 answered = 0
@@ -154,7 +157,7 @@ class VirtioBlock(VirtioDevice):
                     for gpa in batch.statuses[::2]:
                         self._memory.pwrite(b"\0", gpa)
                         answered += 1
-                queue.publish(batch.used[:answered])
+                queue.publish(before + batch.used[:answered])
             raise
 
     def _leave(self, queue: SplitQueue, count: int) -> None:
@@ -163,37 +166,56 @@ class VirtioBlock(VirtioDevice):
             queue.put_back(count)
             queue.more = True
 
-    def _together(self, memory: GuestMemory, chains: list[Chain]) -> Batch | None:
-        """All chains at once, if they are plain reads and writes and nothing is in their way."""
+    def _together(
+        self, queue: SplitQueue, memory: GuestMemory, chains: list[Chain]
+    ) -> Batch | None:
+        """As many chains at once as the host is quick enough for, again and again for a turn, if
+        they are plain reads and writes and nothing is in their way; else None."""
         if not chains or not hasattr(memory, "move_in"):
             return None
         if len(chains) == 1 and len(chains[0].readable) + len(chains[0].writable) <= SIMPLE:
             return None
-        disk = self._disk
-        batch = serve_together(
-            memory,  # type: ignore[arg-type]  # it has been asked
-            chains,
-            disk.fd,
-            disk.sectors,
-            may_write=not disk.read_only,
-            most_bytes=TURN_BYTES,
-        )
-        if batch is None:
-            return None
+        disk, pace, budget = self._disk, self._pace, queue.budget
+        whole: Batch | None = None
+        rest = chains
+        while rest and not (whole and budget.spent):
+            started = time.monotonic()
+            batch = serve_together(
+                memory,  # type: ignore[arg-type]  # it has been asked
+                rest,
+                disk.fd,
+                disk.sectors,
+                may_write=not disk.read_only,
+                most=pace.limit,
+            )
+            if batch is None or not self._written_through(batch):
+                break
+            pace.took(batch.cost, time.monotonic() - started)
+            budget.spend(2, batch.bytes_read + batch.bytes_written)
+            budget.look()
+            whole = batch if whole is None else whole.plus(batch)
+            rest = rest[len(batch.used) :]
+        if whole is not None:
+            self.statistics.add("requests", len(whole.used))
+            self.statistics.add("bytes_read", whole.bytes_read)
+            self.statistics.add("bytes_written", whole.bytes_written)
+        return whole
+
+    def _written_through(self, batch: Batch) -> bool:
+        """Whether what was written is where the driver expects it now."""
         if batch.bytes_written and not self._agreed & F_FLUSH:
             try:
-                os.fdatasync(disk.fd)
+                os.fdatasync(self._disk.fd)
             except OSError:
-                return None
-        self.statistics.add("requests", len(batch.used))
-        self.statistics.add("bytes_read", batch.bytes_read)
-        self.statistics.add("bytes_written", batch.bytes_written)
-        return batch
+                return False
+        return True
 
     # --- one request ---
 
-    def _serve(self, memory: GuestMemory, chain: Chain) -> int:
+    def _serve(self, budget: Budget, chain: Chain) -> Work:
         """Carry out one request; returns the bytes written from the start of its buffers."""
+        memory = self._memory
+        assert memory is not None
         header, readable = take_front(chain.readable, _HEADER.size)
         if not chain.writable:
             raise QueueError(f"request {chain.head} has no room for its status byte")
@@ -209,7 +231,8 @@ class VirtioBlock(VirtioDevice):
             status, written = S_UNSUPP, 0
         else:
             try:
-                status, written = request(sector, readable, writable)
+                answer = request(budget, sector, readable, writable)
+                status, written = answer if isinstance(answer, tuple) else (yield from answer)
             except OSError:  # the disk's; the memory's own refusals are no OSErrors
                 status, written = S_IOERR, 0
         if status != S_OK:
@@ -218,27 +241,33 @@ class VirtioBlock(VirtioDevice):
         # The used length promises a prefix: the status counts if all before it was written.
         return written + 1 if written == total(writable) else written
 
-    def _read(self, sector: int, _: list[Segment], writable: list[Segment]) -> _Answer:
+    def _read(self, budget: Budget, sector: int, _: object, writable: list[Segment]) -> _Steps:
         position = self._position(sector, total(writable))
         if position is None:
             return S_IOERR, 0
-        return self._move(position, writable, self._transfer_in)
+        return (yield from self._move(budget, position, writable, self._transfer_in))
 
-    def _write(self, sector: int, readable: list[Segment], _: list[Segment]) -> _Answer:
+    def _write(self, budget: Budget, sector: int, readable: list[Segment], _: object) -> _Steps:
         position = self._position(sector, total(readable))
         if position is None or self._disk.read_only:
             return S_IOERR, 0
-        status, _moved = self._move(position, readable, self._transfer_out)
-        if not self._agreed & F_FLUSH:
-            os.fdatasync(self._disk.fd)  # 5.2.6.2: a driver that can't flush gets write-through
+        status, _moved = yield from self._move(budget, position, readable, self._transfer_out)
+        self._write_through(budget)
         return status, 0
 
-    def _flush(self, _sector: int, _r: list[Segment], _w: list[Segment]) -> _Answer:
+    def _flush(self, budget: Budget, _sector: int, _r: object, _w: object) -> _Answer:
         os.fdatasync(self._disk.fd)
+        budget.look()
         self.statistics.add("flushes", 1)
         return S_OK, 0
 
-    def _get_id(self, _sector: int, _: list[Segment], writable: list[Segment]) -> _Answer:
+    def _write_through(self, budget: Budget) -> None:
+        """5.2.6.2: a driver that can't flush gets its writes to the disk at once."""
+        if not self._agreed & F_FLUSH:
+            os.fdatasync(self._disk.fd)
+            budget.look()
+
+    def _get_id(self, _budget: Budget, _sector: int, _: object, writable: list[Segment]) -> _Answer:
         assert self._memory is not None
         identity = self._disk.serial.ljust(SERIAL_BYTES, b"\0")
         written = 0
@@ -249,24 +278,24 @@ class VirtioBlock(VirtioDevice):
             written += len(piece)
         return S_OK, written
 
-    def _discard(self, _sector: int, readable: list[Segment], _: list[Segment]) -> _Answer:
+    def _discard(self, budget: Budget, _: int, readable: list[Segment], _w: object) -> _Steps:
         if not self._agreed & F_DISCARD:
             return S_UNSUPP, 0
         # 5.2.6.2: no flag means anything here, not even unmap.
         status, ranges = self._ranges(readable, MAX_DISCARD_RANGES, MAX_DISCARD_SECTORS, 0)
         for position, size, _flags in ranges:
-            self._punched(position, size)  # a hint: content is undefined from here on
+            # A hint: content is undefined from here on.
+            yield from self._punched(budget, position, size)
         return status, 0
 
-    def _write_zeroes(self, _sector: int, readable: list[Segment], _: list[Segment]) -> _Answer:
+    def _write_zeroes(self, budget: Budget, _: int, readable: list[Segment], _w: object) -> _Steps:
         if not self._agreed & F_WRITE_ZEROES:
             return S_UNSUPP, 0
         status, ranges = self._ranges(readable, MAX_ZERO_RANGES, MAX_ZERO_SECTORS, FLAG_UNMAP)
         for position, size, flags in ranges:
-            if not (flags & FLAG_UNMAP and self._punched(position, size)):
-                self._write_out_zeroes(position, size)
-        if not self._agreed & F_FLUSH:
-            os.fdatasync(self._disk.fd)
+            if not (flags & FLAG_UNMAP and (yield from self._punched(budget, position, size))):
+                yield from self._write_out_zeroes(budget, position, size)
+        self._write_through(budget)
         return status, 0
 
     # --- shared by the requests ---
@@ -278,15 +307,31 @@ class VirtioBlock(VirtioDevice):
         return sector * SECTOR
 
     def _move(
-        self, position: int, segments: list[Segment], transfer: Callable[[int, int, int], int]
-    ) -> _Answer:
+        self,
+        budget: Budget,
+        position: int,
+        segments: list[Segment],
+        transfer: Callable[[int, int, int], int],
+    ) -> _Steps:
+        """Piece by piece, each of a size that the host is quick enough for: also a conversion of
+        pages waits for one piece at most."""
+        pace = self._pace
         done = 0
         try:
-            for gpa, size in merged(segments):
-                moved = transfer(position + done, gpa, size)
-                done += moved
-                if moved < size:  # the file is shorter than it was when it was opened
-                    return S_IOERR, done
+            for start, length in merged(segments):
+                gpa, end = start, start + length
+                while gpa < end:
+                    if budget.spent and done:
+                        yield
+                    size = min(end - gpa, max(pace.limit, Pace.LEAST))
+                    started = time.monotonic()
+                    moved = transfer(position + done, gpa, size)
+                    pace.took(size + Pace.EACH, time.monotonic() - started)
+                    budget.spend(1, size)
+                    done += moved
+                    gpa += moved
+                    if moved < size:  # the file is shorter than it was when it was opened
+                        return S_IOERR, done
         except OSError:
             return S_IOERR, done
         return S_OK, done
@@ -321,21 +366,31 @@ class VirtioBlock(VirtioDevice):
             ranges.append((sector * SECTOR, count * SECTOR, flags))
         return status, ranges if status == S_OK else []
 
-    def _punched(self, position: int, size: int) -> bool:
-        """Deallocate; False when the host can't do that."""
+    def _punched(self, budget: Budget, position: int, size: int) -> Generator[None, None, bool]:
+        """Deallocate, piece by piece; False when the host can't do that."""
         if self._punch is None or size == 0:
             return False
-        try:
-            self._punch(self._disk.fd, position, size)
-        except OSError as error:
-            if error.errno in _CANNOT_PUNCH:
-                return False
-            raise
+        for start, part in aligned_pieces(position, size, PUNCH_AT_ONCE):
+            try:
+                self._punch(self._disk.fd, start, part)
+            except OSError as error:
+                if error.errno in _CANNOT_PUNCH:
+                    return False
+                raise
+            budget.spend()
+            if not budget.look():
+                yield
         return True
 
-    def _write_out_zeroes(self, position: int, size: int) -> None:
+    def _write_out_zeroes(
+        self, budget: Budget, position: int, size: int
+    ) -> Generator[None, None, None]:
         end = position + size
         with memoryview(_ZEROES) as zeroes:
             while position < end:
-                position += os.pwrite(self._disk.fd, zeroes[: end - position], position)
+                written = os.pwrite(self._disk.fd, zeroes[: end - position], position)
+                position += written
+                budget.spend(1, written)
+                if not budget.look() and position < end:
+                    yield
         self.statistics.add("bytes_written", size)

@@ -14,7 +14,9 @@ from typing import NamedTuple, Protocol
 
 from vmm.core.errors import GuestMemoryError
 from vmm.devices.virtio.block_file import SECTOR
+from vmm.devices.virtio.budget import Pace
 from vmm.devices.virtio.queue import BatchMemory, Chain
+from vmm.devices.virtio.segments import total
 
 _HEADER = struct.Struct("<IIQ")  # type, reserved, sector
 _IN, _OUT = 0, 1  # VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT
@@ -39,6 +41,17 @@ class Batch(NamedTuple):
     statuses: list[int]
     bytes_read: int
     bytes_written: int
+    cost: int
+
+    def plus(self, more: Batch) -> Batch:
+        """The requests of both, in this order."""
+        return Batch(
+            self.used + more.used,
+            self.statuses + more.statuses,
+            self.bytes_read + more.bytes_read,
+            self.bytes_written + more.bytes_written,
+            self.cost + more.cost,
+        )
 
 
 class _Moves:
@@ -74,9 +87,10 @@ def serve_together(
     sectors: int,
     *,
     may_write: bool,
-    most_bytes: int,
+    most: int,
 ) -> Batch | None:
-    """Carry out the chains, or as many as make `most_bytes`; None where that can't be done.
+    """Carry out the chains, or as many as don't cost more than `most` (see Pace); None where that
+    can't be done.
 
     The data has been moved then, the status bytes are to be written by the caller.
     """
@@ -88,6 +102,7 @@ def serve_together(
         reads, writes = _Moves(), _Moves()
         used: list[tuple[int, int]] = []
         statuses: list[int] = []
+        cost = 0
         for (head, readable, writable), (kind, _, sector) in zip(
             chains, _HEADER.iter_unpack(data), strict=True
         ):
@@ -98,15 +113,20 @@ def serve_together(
             else:
                 return None
             start = position = sector * SECTOR
+            end = start + total(segments)
+            if end % SECTOR or end > sectors * SECTOR:
+                return None
+            cost += Pace.EACH + end - start
+            if cost > most:
+                if not used:
+                    return None  # it takes steps
+                cost -= Pace.EACH + end - start
+                break
             for gpa, size in segments:
                 moves.add(position, gpa, size)
                 position += size
-            if position % SECTOR or position > sectors * SECTOR:
-                return None
             used.append((head, position - start + 1 if kind == _IN else 1))
             statuses += (writable[-1][0], 1)
-            if reads.total + writes.total >= most_bytes:
-                break
         if reads.sizes:
             triples = reads.triples(reads.positions, reads.gpas)
             if memory.move_in(fd, triples) != reads.total:
@@ -117,7 +137,7 @@ def serve_together(
                 return None
     except (GuestMemoryError, OSError):
         return None
-    return Batch(used, statuses, reads.total, writes.total)
+    return Batch(used, statuses, reads.total, writes.total, cost)
 
 
 def _header_pieces(chains: list[Chain]) -> list[int] | None:

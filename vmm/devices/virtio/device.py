@@ -11,6 +11,7 @@ from threading import Lock
 from typing import Protocol
 
 from vmm.core.errors import GuestMemoryError
+from vmm.devices.virtio.budget import Work
 from vmm.devices.virtio.queue import Chain, QueueError, QueueObserver, SplitQueue
 
 
@@ -34,7 +35,23 @@ class GuestMemory(Protocol):
         ...
 
 
+EXPECTED = (QueueError, GuestMemoryError, OSError)
+"""What carrying out a request may raise: the device needs a reset then."""
+
+Answer = Callable[[Chain], int | Work]
+"""Carries out a chain at once, or in steps: how many bytes it wrote to the guest."""
+
 _counting = Lock()
+
+
+def step(work: Work) -> int | None:
+    """Carry on until the turn's budget is spent; what came of it, None when it isn't done."""
+    try:
+        next(work)
+    except StopIteration as done:
+        written: int = done.value
+        return written
+    return None
 
 
 class IoStatistics:
@@ -136,22 +153,60 @@ class VirtioDevice:
         self._agreed = features
 
     def process(self, queue_index: int) -> bool:
-        """Serve what is available on a queue now; True when the driver wants an interrupt.
+        """Serve what is available on a queue now, as far as the turn's budget (`queue.budget`)
+        goes; with `queue.more` it is called again, after others. True when the driver wants an
+        interrupt.
 
         QueueError, GuestMemoryError and OSError mean that the device needs a reset.
         """
         raise NotImplementedError
 
-    def answer_all(self, queue: SplitQueue, answer: Callable[[Chain], int]) -> bool:
-        """Take all there is; `answer(chain)` carries one out and says how many bytes it wrote."""
+    def answer_all(self, queue: SplitQueue, answer: Answer) -> bool:
+        """Go on with what the last turn left, then take what there is, as long as the turn's
+        budget lasts; `answer(chain)` carries one out."""
         used: list[tuple[int, int]] = []
         try:
-            for chain in queue.take():
-                used.append((chain.head, answer(chain)))
-        except (QueueError, GuestMemoryError, OSError):
+            if self.go_on(queue, used):
+                self.answer_these(queue, queue.take(), answer, used)
+        except EXPECTED:
             queue.publish(used)  # those were carried out; the bad one stops the device
             raise
         return queue.publish(used)
+
+    @staticmethod
+    def go_on(queue: SplitQueue, used: list[tuple[int, int]]) -> bool:
+        """Carry on with the request that is under way; False where it is for the next turn too."""
+        if queue.unfinished is None:
+            return True
+        head, work = queue.unfinished
+        written = step(work)
+        if written is None:
+            queue.more = True
+            return False
+        queue.unfinished = None
+        used.append((head, written))
+        return True
+
+    @staticmethod
+    def answer_these(
+        queue: SplitQueue, chains: list[Chain], answer: Answer, used: list[tuple[int, int]]
+    ) -> None:
+        """Carry out chains that were just taken, and leave to the next turn what this one has no
+        time for."""
+        for number, chain in enumerate(chains):
+            if number and queue.budget.spent:
+                queue.put_back(len(chains) - number)
+                queue.more = True
+                return
+            work = answer(chain)
+            written = work if isinstance(work, int) else step(work)
+            if written is None:
+                assert not isinstance(work, int)
+                queue.unfinished = chain.head, work
+                queue.put_back(len(chains) - number - 1)
+                queue.more = True
+                return
+            used.append((chain.head, written))
 
     def reset(self) -> None:
         """Forget memory, queues and negotiated features."""

@@ -18,7 +18,7 @@ from threading import Lock, RLock
 
 from vmm.core.errors import GuestMemoryError, PyvmmError, tell
 from vmm.devices.msix import MsixTable
-from vmm.devices.virtio.device import DeviceObserver, GuestMemory, VirtioDevice
+from vmm.devices.virtio.device import EXPECTED, DeviceObserver, GuestMemory, VirtioDevice
 from vmm.devices.virtio.pci_function import (
     COMMON_CFG_SIZE,
     DEVICE_CFG,
@@ -85,10 +85,6 @@ def _acquire(lock: RLock, deadline: float, owner: ExitStack) -> None:
     if not lock.acquire(timeout=max(deadline - time.monotonic(), 0)):
         raise TimeoutError
     owner.callback(lock.release)
-
-
-# What a driver can bring a device to; everything else that one raises is our own mistake.
-_EXPECTED = (QueueError, GuestMemoryError, OSError)
 
 
 class VirtioPciTransport:
@@ -182,10 +178,11 @@ class VirtioPciTransport:
         with active.lock:
             if self._active.get(queue_index) is not active:
                 return  # reset, or stopped, while this thread waited
+            active.queue.budget.begin()
             try:
                 if self._device.process(queue_index):
                     self._raise(ISR_QUEUE, self._queues[queue_index].vector)
-            except _EXPECTED as error:
+            except EXPECTED as error:
                 failure = error
             except PyvmmError:
                 raise  # a policy's word on the run as a whole

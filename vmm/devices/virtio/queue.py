@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from vmm.core.errors import PyvmmError
+from vmm.devices.virtio.budget import Budget, Work
 
 MAX_QUEUE_SIZE = 32768
 MAX_CHAIN_BYTES = 1 << 32  # 2.7.5; one byte less, so that the used length can say it
@@ -92,10 +93,12 @@ class SplitQueue:
         "_next_avail",
         "_next_used",
         "_used",
+        "budget",
         "more",
         "observer",
         "patience",
         "size",
+        "unfinished",
     )
 
     def __init__(
@@ -125,6 +128,10 @@ class SplitQueue:
         self.more = False
         """Whether there is more to take without another notify: the device's word for what it
         left, or the driver was quicker than the request to be notified."""
+        self.budget = Budget()
+        """What the turn under way may still cost."""
+        self.unfinished: tuple[int, Work] | None = None
+        """A chain, by its head, that the last turn began with: it dies with the queue."""
         self.observer: QueueObserver | None = None
         self.patience = 0
         """How often the queue is looked at in vain, after something was taken, before the driver
@@ -134,11 +141,15 @@ class SplitQueue:
     def take(self, most: int = MAX_QUEUE_SIZE) -> list[Chain]:
         """The chains that became available since the last call, in the driver's order.
 
-        At most `most`; the others stay. Once none are left, the driver is asked to notify. The
-        index is read before the entries, and these before the descriptors: the order in which
+        At most `most`, and no more than the turn's budget has descriptors and bytes for; the
+        others stay. Once none are left, the driver is asked to notify. The index is read before
+        the entries, and these before the descriptors: the order in which
         the driver's writes become visible.
         """
-        self.more = False
+        budget = self.budget
+        self.more = not budget.may_take()
+        if self.more:
+            return []
         index = self._available_index()
         count = available = (index - self._next_avail) & 0xFFFF
         # What the device holds counts, too: another vCPU may move the index on during a turn,
@@ -149,10 +160,20 @@ class SplitQueue:
                 f"{self.outstanding} chains not returned, the queue has {self.size} entries"
             )
         count = min(available, most)
-        chains = []
+        chains: list[Chain] = []
         if count:
             heads, table = self._read_entries(count)
-            chains = [self._chain(table, head) for head in heads]
+            descriptors = size = 0
+            for head in heads:
+                chain, length, total = self._chain(table, head)
+                chains.append(chain)
+                descriptors += length
+                size += total
+                if not budget.may_take(descriptors, size):
+                    count = len(chains)
+                    self.more = count < available
+                    break
+            budget.taken(descriptors)
             self._next_avail = (self._next_avail + count) & 0xFFFF
             if self.observer is not None:
                 self.observer.taken(chains)
@@ -242,16 +263,19 @@ class SplitQueue:
             self._memory.pwrite(data[done : done + size], gpa)
             done += size
 
-    def _chain(self, table: bytes | bytearray, head: int) -> Chain:
-        """Follow one chain through the copied table, which the guest can't change under us."""
+    def _chain(self, table: bytes | bytearray, head: int) -> tuple[Chain, int, int]:
+        """Follow one chain through the copied table, which the guest can't change under us; the
+        chain, how many descriptors it took, and its bytes."""
         readable: list[Segment] = []
         writable: list[Segment] = []
         total = 0
         index = head
         size = left = self.size
         direct = True
+        descriptors = 0
         while left:
             left -= 1
+            descriptors += 1
             if index >= size:
                 raise QueueError(f"descriptor {index} of chain {head}: the table has {size}")
             gpa, length, flags, following = _DESCRIPTOR.unpack_from(table, 16 * index)
@@ -273,7 +297,7 @@ class SplitQueue:
             elif length:
                 readable.append((gpa, length))
             if not flags & DESC_NEXT:
-                return Chain(head, readable, writable)
+                return Chain(head, readable, writable), descriptors, total
             index = following
         raise QueueError(f"chain {head} is a loop")
 

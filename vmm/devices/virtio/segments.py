@@ -6,6 +6,8 @@ call for each piece that isn't its neighbour's continuation.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from vmm.devices.virtio.device import GuestMemory
 from vmm.devices.virtio.queue import QueueError, Segment
 
@@ -75,3 +77,31 @@ def first(segments: list[Segment], count: int) -> list[Segment]:
         taken.append((gpa, min(size, count)))
         count -= size
     return taken
+
+
+def cut(segments: list[Segment], size: int) -> Iterator[list[Segment]]:
+    """The same bytes, `size` at a time (the last piece may be shorter)."""
+    piece: list[Segment] = []
+    room = size
+    for gpa, length in segments:
+        done = 0
+        while done < length:
+            part = min(length - done, room)
+            piece.append((gpa + done, part))
+            done += part
+            room -= part
+            if not room:
+                yield piece
+                piece, room = [], size
+    if piece:
+        yield piece
+
+
+def aligned_pieces(start: int, size: int, most: int) -> Iterator[tuple[int, int]]:
+    """[start, start + size) as (start, size) in pieces that end at multiples of `most`, a power
+    of two."""
+    end = start + size
+    while start < end:
+        stop = min(end, (start | (most - 1)) + 1)
+        yield start, stop - start
+        start = stop
