@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import html
 import itertools
-import json
+import math
 from collections.abc import Iterator
 from typing import Any
 
 from vmm.bench.series import Series
 from vmm.bench.targets import Verdict, verdicts
 from vmm.core.errors import UsageError
+from vmm.core.given import read_json
 
 FORMAT = "pyvmm-bench"
 VERSION = 1
+_MOST_BYTES = 16 << 20
+"""A full run's results take less than one MiB."""
 
 TITLES = {
     "accessors": "Access to guest memory",
@@ -49,21 +52,21 @@ def as_json(host: dict[str, Any], options: dict[str, Any], series: list[Series])
 
 def load(path: str) -> tuple[dict[str, Any], list[Series]]:
     """Host facts and series of a file that `--json` wrote. Raises UsageError."""
+    data = read_json(path, f"--compare {path}", "give a file of --json", most=_MOST_BYTES)
     try:
-        with open(path) as file:
-            data = json.load(file)
         if data["format"] != FORMAT or data["version"] != VERSION:
             raise ValueError("another format or version")
         series = [
             Series(s["section"], s["case"], s["subject"], s["unit"], list(map(float, s["samples"])))
             for s in data["series"]
         ]
-        if not all(one.samples for one in series):
-            raise ValueError("a series without samples")
+        words = [word for one in series for word in one[:4]]
+        if not all(isinstance(word, str) for word in words):
+            raise ValueError("a name that is no text")
+        if not all(one.samples and all(map(math.isfinite, one.samples)) for one in series):
+            raise ValueError("a series without samples that are numbers")
         return dict(data["host"]), series
-    except OSError as error:
-        raise UsageError(f"--compare {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise UsageError(
             f"--compare {path} is no result of pyvmm bench --json ({error!r})"
         ) from error

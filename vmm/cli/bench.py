@@ -21,7 +21,7 @@ from vmm.bench.host import host_facts
 from vmm.bench.series import Series
 from vmm.cli.output import printing
 from vmm.cli.parser import Parser
-from vmm.core.errors import HostError, PyvmmError, UsageError, tell
+from vmm.core.errors import HostError, PyvmmError, UsageError, one_line, tell
 from vmm.exits.run_loop import install_kick_handler
 from vmm.host.kvm import open_kvm
 
@@ -173,7 +173,8 @@ def run(arguments: Sequence[str]) -> int:
     if options.compare is not None:
         (_, before), (_, after) = map(results.load, options.compare)
         with printing():
-            print(results.compared(before, after))
+            # The files' names are anybody's, terminal sequences in them too.
+            print("\n".join(map(one_line, results.compared(before, after).split("\n"))))
         return 0
     sections = options.only or [name for name in SECTIONS if name != "linux"]
     outputs = {name: _output(name, getattr(options, name)) for name in ("json", "html", "svg")}

@@ -11,7 +11,7 @@ from vmm.cli.output import aligned, printing
 from vmm.cli.parser import Parser, add_policy_options
 from vmm.core.errors import one_line
 from vmm.policy.loader import load_policy
-from vmm.replay.replay import Refusal, Replay
+from vmm.replay.replay import Replay
 from vmm.trace.arrays import np
 from vmm.trace.cost import CostModel, Line, Requests, learn, requests_of
 from vmm.trace.layout import DECISIONS, NO_ANSWER, Kind
@@ -24,7 +24,6 @@ from vmm.trace.views.units import bytes_text, count_text, time_text
 Numbers = dict[str, float]
 
 _SHOWN_REFUSALS = 10
-_LISTED_REFUSALS = 1000
 
 
 def parser() -> Parser:
@@ -60,7 +59,7 @@ def run(arguments: Sequence[str]) -> int:
         if options.json:
             print(json.dumps(found, indent=2))
         else:
-            print("\n".join(map(one_line, _lines(found, model, replay.refused))))
+            print("\n".join(map(one_line, _lines(found, model, replay))))
     return 0
 
 
@@ -74,7 +73,7 @@ def _found(trace: Trace, requests: Requests, model: CostModel, replay: Replay) -
         "recorded": _recorded(trace, requests, model, until),
         "replayed": _replayed(replay, until),
         "ended": None if ended is None else {"s": ended[0], "why": ended[1]},
-        "refused": [refusal._asdict() for refusal in replay.refused[:_LISTED_REFUSALS]],
+        "refused": [refusal._asdict() for refusal in replay.refused],
         "notes": _notes(trace, replay),
     }
 
@@ -128,7 +127,7 @@ def _replayed(replay: Replay, until: int) -> Numbers:
     return {
         "requests": sum(decisions.values()),
         "denied": decisions["deny"] + decisions["kill"],
-        "partial": sum(refusal.decision == "partial" for refusal in replay.refused),
+        "partial": replay.partial,
         "invalid": decisions["none"],
         "deferred": decisions["defer"],
         "joined": decisions["convert"],
@@ -160,7 +159,7 @@ _LABELS = {
 }
 
 
-def _lines(found: dict[str, Any], model: CostModel, refused: Sequence[Refusal]) -> list[str]:
+def _lines(found: dict[str, Any], model: CostModel, replay: Replay) -> list[str]:
     policies = ", ".join(" ".join(words) for words in found["policies"]) or "everything allowed"
     rows = [Row("", ["recorded", "replayed"])]
     for key, (label, show) in _LABELS.items():
@@ -174,14 +173,15 @@ def _lines(found: dict[str, Any], model: CostModel, refused: Sequence[Refusal]) 
     if found["ended"] is not None:
         lines += ["", f"the run would have ended at {found['ended']['s']:.3f} s: "
                       f"{found['ended']['why']}; what came after is not replayed"]  # fmt: skip
-    lines += ["", f"refused: {count_text(len(refused)) if refused else 'none'}"]
-    for each in refused[:_SHOWN_REFUSALS]:
+    refusals = replay.refused_requests
+    lines += ["", f"refused: {count_text(refusals) if refusals else 'none'}"]
+    for each in replay.refused[:_SHOWN_REFUSALS]:
         by = f" by {each.by}" if each.by else ""
         lines.append(
             f"  {each.time_ns / 1e9:.3f} s  {each.kind} {bytes_text(each.bytes)} at "
             f"{each.gpa:#x}: {each.decision}{by}, {errno_name(each.errno)}"
         )
-    if len(refused) > _SHOWN_REFUSALS:
+    if refusals > _SHOWN_REFUSALS:
         lines.append("  ... (--json lists them)")
     return [*lines, *(f"note: {note}" for note in found["notes"])]
 

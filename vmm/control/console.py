@@ -12,6 +12,7 @@ from typing import Protocol
 
 from vmm.core.errors import tell
 from vmm.core.event_loop import EventLoop, drain
+from vmm.core.output import write_all
 from vmm.core.raw_terminal import RawTerminal
 
 ESCAPE = 0x01  # Ctrl-A
@@ -73,12 +74,9 @@ class Console:
             self._write(data)
 
     def _write(self, data: bytes) -> None:
-        view = memoryview(data)
-        while view and self._stdout is not None:
+        if self._stdout is not None:
             try:
-                view = view[os.write(self._stdout, view) :]
-            except BlockingIOError:
-                _wait_writable(self._stdout)
+                write_all(self._stdout, data)
             except OSError as error:
                 self._drop_output()
                 if error.errno not in (errno.EPIPE, errno.EIO):  # a closed pipe or terminal

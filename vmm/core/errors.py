@@ -39,6 +39,10 @@ class HostError(PyvmmError):
     exit_status = 3
 
 
+class OutputError(PyvmmError):
+    """What was to be written could not be: a full disk, a reader that has gone (exit status 1)."""
+
+
 class GuestFailure(PyvmmError):
     """The guest failed: panic, triple fault, internal error (exit status 1)."""
 

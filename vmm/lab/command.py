@@ -9,6 +9,7 @@ from types import FrameType
 
 from vmm.core.ending_signals import on_ending_signal
 from vmm.core.job_control import on_stop_and_continue
+from vmm.core.output import write_all
 from vmm.core.raw_terminal import RawTerminal
 from vmm.lab import hosts, terminal
 from vmm.lab.machine import Lab, with_kernel
@@ -98,9 +99,4 @@ def _feed_input(machine: LabRun) -> None:
 
 
 def _writer(fd: int) -> Callable[[bytes], None]:
-    def write(data: bytes) -> None:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(fd, view) :]
-
-    return write
+    return lambda data: write_all(fd, data)

@@ -87,6 +87,8 @@ class Machine:
                 self._load_guest()
             except OSError as error:  # KvmError is one
                 raise HostError(str(error)) from error
+            if self._report_file is not None:
+                self._report_file.begin()
             outcome = None
             try:
                 outcome = self._refusal_to_boot() or self._run_guest()

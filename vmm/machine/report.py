@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import stat
 from typing import Any
 
 from vmm.conversion.accounting import Accounting, Refinements
-from vmm.core.errors import UsageError
+from vmm.core.errors import OutputError, tell
+from vmm.core.output import Output
 from vmm.exits.outcome import Outcome
 from vmm.memory.backing import Backing
 from vmm.memory.guest_memory import GuestMemory, PageState
@@ -29,6 +30,7 @@ PKVM_ENFORCED = (
 _REALM = "; the guest takes the VMM for the monitor of an Arm CCA realm, which it is not"
 TOLD, OBSERVED = "told", "observed, not told"
 """The report's `states`: whether the host knows each page's state, or can only try."""
+_MOST_OLD = 1000
 NO_ISOLATION = "none: an ordinary VM, all memory is shared with the host"
 
 
@@ -126,31 +128,51 @@ def build_report(
 
 
 class ReportFile:
-    """Where the report goes: opened before the run, so that a bad path costs no run."""
+    """Where the report goes: looked at before the run, so that a bad path costs no run.
+
+    What the file was is out of the way while a guest runs, so that a crash leaves no report, and
+    not an earlier run's; it is gone for good only when the new one is there.
+    """
 
     def __init__(self, path: str) -> None:
         """Raises UsageError when `path` can't be written."""
-        self._path = path
-        try:
-            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except OSError as error:
-            raise UsageError(
-                f"--report {path} cannot be written: {error.strerror}; give another path"
-            ) from None
+        self._output = Output(f"--report {path}", path)
+        self._former: str | None = None
+
+    def begin(self) -> None:
+        """A guest is about to run: move an earlier report aside, to FILE.old or the like."""
+        file = self._output.file
+        if file is None:
+            return
+        for number in range(1, _MOST_OLD):
+            former = f"{file}.old" if number == 1 else f"{file}.old{number}"
+            try:
+                os.link(file, former)
+                os.unlink(file)
+            except FileExistsError:
+                continue  # not ours to replace
+            except FileNotFoundError:
+                return
+            except OSError as error:
+                tell(f"--report {file}: the earlier one stays there meanwhile: {error.strerror}")
+                return
+            self._former = former
+            return
 
     def write(self, report: dict[str, Any]) -> None:
-        """Replace the file's content. Raises UsageError when the disk is full or the like."""
+        """Write the file whole. Where that fails the user is told, and the run is what it was."""
         import json  # a run ends with it; its start does not wait for it
 
-        data = (json.dumps(report, indent=2) + "\n").encode()
         try:
-            if stat.S_ISREG(os.fstat(self._fd).st_mode):
-                os.ftruncate(self._fd, 0)
-            view = memoryview(data)
-            while view:
-                view = view[os.write(self._fd, view) :]
-        except OSError as error:
-            raise UsageError(f"--report {self._path}: writing failed: {error.strerror}") from None
+            self._output.write((json.dumps(report, indent=2) + "\n").encode())
+        except OutputError as error:
+            kept = "" if self._former is None else f"; an earlier one is {self._former}"
+            tell(f"{error}{kept}")
+            return
+        if self._former is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self._former)
+            self._former = None
 
     def close(self) -> None:
-        os.close(self._fd)
+        self._output.close()

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
 
 from vmm.core.errors import UsageError
+from vmm.core.given import Unusable, open_given
 from vmm.policy.protocol import Policy
 
 _FILE_MODULE = "pyvmm_user_policy"
 """What a policy file's module is called. The name stands for the file loaded last."""
+
+_MOST_SOURCE = 16 << 20
 
 
 def load_policy(spec: str, words: Sequence[str] = ()) -> Policy:
@@ -53,6 +57,10 @@ def _load_module(spec: str, name: str) -> ModuleType:
 
 
 def _load_file(spec: str, path: str) -> ModuleType:
+    try:
+        os.close(open_given(path, path, "give FILE.py", most=_MOST_SOURCE))
+    except Unusable as error:
+        raise UsageError(f"--policy {spec}: loading {path} failed: it {error.reason}") from error
     location = importlib.util.spec_from_file_location(_FILE_MODULE, path)
     assert location is not None and location.loader is not None  # a .py file always has one
     module = importlib.util.module_from_spec(location)

@@ -7,6 +7,7 @@ What is replayed is what the guest asked for, when it asked: it does not react t
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from vmm.trace.reader import Trace
 from vmm.trace.states import STATES, StateRows, initial_states, is_told
 
 _BATCH = 1 << 14
+MOST_REFUSALS = 1000
 _CARRIED_OUT = [DECISIONS.index(word) for word in ("allow", "defer", "convert")]
 
 
@@ -92,9 +94,12 @@ class Replay:
             observer=self,
         )
         self.refused: list[Refusal] = []
+        """The first MOST_REFUSALS of them."""
+        self.refused_requests = 0
+        self.partial = 0
+        """Those of them that were granted in part."""
         self.decisions = dict.fromkeys(DECISIONS, 0)
-        self.changes: list[tuple[int, int, int, int]] = []
-        """(time in ns, gpa, bytes, state) of every change."""
+        self._changes = array("Q")  # the cells of `changes`: there may be millions
         self.conversions = 0
         self.converted_bytes = 0
         self.late_discards = 0
@@ -129,7 +134,11 @@ class Replay:
             size = request.pages * PAGE_SIZE
             now = round(self._now * 1e9)
             kind = request.kind.value
-            self.refused.append(Refusal(now, kind, request.gpa, size, word, decided_by, -answer))
+            self.refused_requests += 1
+            self.partial += word == "partial"
+            if len(self.refused) < MOST_REFUSALS:
+                one = Refusal(now, kind, request.gpa, size, word, decided_by, -answer)
+                self.refused.append(one)
         assert self._model is not None
         if self._changed:
             self.conversions += 1
@@ -142,7 +151,8 @@ class Replay:
     def changed(self, areas: Sequence[Range], state: PageState, began: int) -> None:
         """Part of being a ConversionObserver."""
         now, number = round(self._now * 1e9), STATES.index(state.value)
-        self.changes += [(now, area.start, area.size, number) for area in areas]
+        for area in areas:
+            self._changes.extend((now, area.start, area.size, number))
         size = sum(area.size for area in areas)
         if self._settling:
             assert self._model is not None
@@ -197,9 +207,14 @@ class Replay:
                     ConversionRequest(way, gpa, size // PAGE_SIZE, vcpu, doorbell, invalid),
                 )
 
+    @property
+    def changes(self) -> list[tuple[int, int, int, int]]:
+        """(time in ns, gpa, bytes, state) of every change."""
+        return list(zip(*[iter(self._changes)] * 4, strict=True))
+
     def state_rows(self) -> StateRows:
         """The changes in the form in which a trace has them."""
-        rows = np.array(self.changes, np.uint64).reshape(len(self.changes), 4)
+        rows = np.frombuffer(self._changes.tobytes(), np.uint64).reshape(-1, 4)
         time, gpa, size, state = rows.T
         return StateRows(time, time, gpa, size, state)
 

@@ -82,4 +82,20 @@ KIND_NAMES: dict[int, str] = {
 DECISIONS = ("none", "allow", "deny", "partial", "defer", "convert", "kill")
 """`decision` is an index into this; none: the request was invalid, no policy was asked."""
 
+
+def decision_name(number: int) -> str:
+    """What a row's `decision` says; rows may be damaged."""
+    return DECISIONS[number] if number < len(DECISIONS) else f"#{number}"
+
+
 MOST_NAMES = 1 << 16
+MOST_ROWS = 1 << 24
+"""A trace ends there (656 MiB on disk): no guest fills the disk with it. Nor are more read."""
+MOST_SIDECAR = 8 << 20
+"""Bytes of the sidecar that are read."""
+MOST_NAME_BYTES = 1 << 20
+"""Of all names together; a character takes up to six bytes in the sidecar."""
+MOST_MEMORY = 1 << 39
+"""Where guest memory ends at the latest: twice what the largest guest has."""
+MOST_TIME = 1 << 62
+"""Nanoseconds, 146 years."""

@@ -6,13 +6,16 @@ from array import array
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from vmm.core.errors import UsageError
 from vmm.core.ranges import PAGE_SHIFT, PAGE_SIZE
 from vmm.trace.arrays import Integers, np
-from vmm.trace.layout import Kind
+from vmm.trace.layout import MOST_MEMORY, Kind
 from vmm.trace.reader import Trace
 
 STATES = ("none", "shared", "private", "deferred")
 NONE, SHARED, PRIVATE, DEFERRED = range(4)
+_MOST_WORK = 1 << 34
+"""Pages that all changes together may cover: some seconds of work, 131,000 changes of 512 MiB."""
 _NUMBERS = {name: number for number, name in enumerate(STATES)}
 
 
@@ -35,7 +38,9 @@ def state_rows(trace: Trace) -> StateRows:
     for number, name in enumerate(trace.names):
         numbers[number] = _NUMBERS.get(name, NONE)
     state = numbers[trace["detail"][rows] & 0xFFFF]
-    return StateRows(began, end, trace["gpa"][rows], trace["bytes"][rows], state)
+    # No guest has memory beyond, whatever a damaged trace says: the sums stay small.
+    gpa, size = (np.minimum(trace[name][rows], MOST_MEMORY) for name in ("gpa", "bytes"))
+    return StateRows(began, end, gpa, size, state)
 
 
 def initial_states(trace: Trace) -> list[tuple[int, int, int]]:
@@ -54,7 +59,7 @@ def span_bytes(initial: Sequence[tuple[int, int, int]], rows: StateRows) -> int:
     """Where guest memory ends: what the sidecar says; for one that says nothing, the last row."""
     if initial:
         return max(gpa + size for gpa, size, _ in initial)
-    return int((rows.gpa + rows.bytes).max()) if len(rows.gpa) else 0
+    return min(int((rows.gpa + rows.bytes).max()), MOST_MEMORY) if len(rows.gpa) else 0
 
 
 class BytesOverTime(NamedTuple):
@@ -82,6 +87,13 @@ def bytes_over_time(rows: StateRows, initial: Sequence[tuple[int, int, int]]) ->
     pages = bytearray(-(-span_bytes(initial, rows) // PAGE_SIZE))
     for gpa, size, state in initial:
         _fill(pages, gpa, size, state)
+    several = rows.bytes[rows.bytes != PAGE_SIZE]
+    work = int(np.minimum(several >> PAGE_SHIFT, len(pages)).sum(dtype=np.uint64))
+    if work > _MOST_WORK:
+        raise UsageError(
+            f"the trace's {len(several)} changes of page states cover {work} pages in all; "
+            f"{_MOST_WORK} at most are followed: it is damaged, or split the run"
+        )
     shared, deferred = pages.count(SHARED), pages.count(DEFERRED)
     shared_steps, deferred_steps = array("q", [shared]), array("q", [deferred])
     for start in range(0, len(rows.gpa), 1 << 18):

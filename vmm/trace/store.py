@@ -17,6 +17,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from vmm.core.errors import UsageError
+from vmm.core.output import write_all
 from vmm.trace.layout import COLUMNS, FORMAT, ROW, SIDECAR, VERSION, Column
 from vmm.trace.sidecar import to_json
 
@@ -106,9 +107,7 @@ class _ColumnFiles:
         opened.callback(os.close, self._data)
 
     def append(self, cells: memoryview) -> None:
-        rest = memoryview(cells.tobytes())
-        while rest:
-            rest = rest[os.write(self._data, rest) :]
+        write_all(self._data, cells.tobytes())
 
     def commit(self, rows: int) -> None:
         os.pwrite(self._shape, _SHAPE.pack(rows), 0)
@@ -121,6 +120,6 @@ def _create(path: str) -> int:
 def _write_file(path: str, text: str) -> None:
     fd = _create(path)
     try:
-        os.write(fd, text.encode())
+        write_all(fd, text.encode())
     finally:
         os.close(fd)

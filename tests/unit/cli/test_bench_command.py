@@ -36,7 +36,7 @@ def test_compare_prints_both_runs(tmp_path: Path, capsys: pytest.CaptureFixture[
     [
         (["--rounds", "0"], "--rounds 0 is no number of rounds"),
         (["--only", "everything"], "invalid choice: 'everything'"),
-        (["--compare", "a", "b"], "--compare a: No such file"),
+        (["--compare", "a", "b"], "--compare a cannot be read: No such file"),
         (["--json", "/no/such/directory/x", "--only", "exits"], "cannot be written"),
         (["--qemu", "/no/such/qemu", "--only", "disk"], "--qemu /no/such/qemu: no such program"),
         (["--only", "linux", "--rounds", "1"], "--only linux needs --kernel and --initrd"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from vmm.conversion.accounting import Accounting, Refinements
+from vmm.core import output
 from vmm.core.errors import UsageError
 from vmm.core.ranges import Range
 from vmm.exits.outcome import PANIC, RESET, Outcome
@@ -182,13 +184,125 @@ def test_report_path_that_cannot_be_written_is_a_usage_error(
     assert caught.value.exit_status == 2
 
 
-def test_report_on_a_full_disk_is_a_usage_error() -> None:
+@pytest.fixture
+def no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No file takes more than 5 bytes, as on a disk that gets full."""
+    write = os.write
+
+    def write_some(fd: int, data: bytes) -> int:
+        if os.lseek(fd, 0, os.SEEK_CUR) + len(data) > 5:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(fd, data)
+
+    monkeypatch.setattr(output.os, "write", write_some)
+
+
+@pytest.mark.usefixtures("no_room")
+def test_report_on_a_full_disk_leaves_the_earlier_one_and_is_no_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "report.json"
+    path.write_text("yesterday's")
+    file = ReportFile(str(path))
+    file.begin()
+
+    file.write({"a": 1})
+    file.close()
+
+    assert os.listdir(tmp_path) == ["report.json.old"]
+    assert (tmp_path / "report.json.old").read_text() == "yesterday's"
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert f"--report {path} could not be written: No space left on device; make room" in told
+    assert f"an earlier one is {path}.old" in told
+
+
+def test_report_of_an_earlier_run_is_not_there_while_a_guest_runs(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    path.write_text("yesterday's")
+    (tmp_path / "report.json.old").write_text("somebody's")
+    file = ReportFile(str(path))
+    assert path.exists()  # no guest has run yet
+
+    file.begin()  # and the process is killed
+
+    assert sorted(os.listdir(tmp_path)) == ["report.json.old", "report.json.old2"]
+    assert (tmp_path / "report.json.old").read_text() == "somebody's"
+
+
+def test_report_written_takes_the_earlier_one_away(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    path.write_text("yesterday's")
+    file = ReportFile(str(path))
+
+    file.begin()
+    file.write({"a": 1})
+    file.close()
+
+    assert os.listdir(tmp_path) == ["report.json"]
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_report_has_the_mode_that_a_new_file_has(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    former = os.umask(0o027)
+    try:
+        ReportFile(str(path)).write({"a": 1})
+    finally:
+        os.umask(former)
+
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_report_through_a_link_goes_to_what_it_names(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real" / "report.json")
+
+    ReportFile(str(tmp_path / "link")).write({"a": 1})
+
+    assert (tmp_path / "link").is_symlink()
+    assert json.loads((tmp_path / "real" / "report.json").read_text()) == {"a": 1}
+
+
+def test_report_to_what_a_descriptor_has_open_is_added_there(tmp_path: Path) -> None:
+    with open(tmp_path / "stdout", "w+b") as stdout:
+        stdout.write(b"console output\n")
+        stdout.flush()
+        file = ReportFile(f"/proc/self/fd/{stdout.fileno()}")
+        file.begin()
+        file.write({"a": 1})
+        file.close()
+
+    assert (tmp_path / "stdout").read_bytes().startswith(b'console output\n{\n  "a": 1')
+
+
+def test_report_to_a_fifo_that_nobody_reads_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+
+    with pytest.raises(UsageError, match="fifo cannot be written: nobody reads it; give another"):
+        ReportFile(str(tmp_path / "fifo"))
+
+
+def test_report_to_a_fifo_with_a_reader_is_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    reader = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+    file = ReportFile(str(tmp_path / "fifo"))
+
+    file.begin()
+    file.write({"a": 1})
+    file.close()
+
+    with os.fdopen(reader, "rb") as stream:
+        assert json.load(stream) == {"a": 1}
+
+
+def test_report_to_a_full_device_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     file = ReportFile("/dev/full")
 
-    with pytest.raises(UsageError, match="writing failed: No space left"):
-        file.write({"a": 1})
-
+    file.write({"a": 1})
     file.close()
+
+    assert "--report /dev/full could not be written: No space left" in capsys.readouterr().err
 
 
 # -- how a reset is to be read --------------------------------------------------------------------

@@ -10,11 +10,14 @@ from vmm.trace.arrays import Integers, np
 from vmm.trace.layout import Kind
 from vmm.trace.reader import Trace
 from vmm.trace.states import NONE, BytesOverTime, StateRows, initial_states, span_bytes
+from vmm.trace.summary import rows_by_device
 
 MOST_RECTANGLES = 40_000
 _EXACT_STEPS = 4000
 _BLOCKS, _STEPS = 2048, 600
 """How finely a trace is drawn that has more changes than rectangles."""
+_MOST_WORK = 1 << 34
+"""Blocks that all steps together may look at: some seconds."""
 _BINS = 240
 _MOST_POINTS = 1500
 _BINS_PER_DECADE = 8
@@ -43,6 +46,9 @@ def rectangles(
         steps = _STEPS
         while span_bytes(initial, rows) >> shift > _BLOCKS:
             shift += 1
+    # Each step may look at all blocks.
+    while (span_bytes(initial, rows) >> shift) * min(steps, len(rows.gpa) + 1) > _MOST_WORK:
+        shift += 1
     while True:
         found = _Sweep(rows, initial, until, shift).run(steps)
         if len(found.start) <= most or shift > 40:
@@ -155,13 +161,10 @@ def io_over_time(trace: Trace, until: int) -> dict[str, dict[str, list[int]]]:
     """Bytes in each of the equal time slices, for every device and direction."""
     result: dict[str, dict[str, list[int]]] = {}
     for direction, kind in (("to_guest", Kind.IO_IN), ("from_guest", Kind.IO_OUT)):
-        rows = np.flatnonzero(trace["kind"] == kind)
-        numbers = trace["detail"][rows] & 0xFFFF
-        for number in np.unique(numbers).tolist():
-            mine = rows[numbers == number]
+        for name, mine in rows_by_device(trace, (kind,)):
             moved = _binned(trace["time_ns"][mine], until, trace["bytes"][mine])
             empty: dict[str, list[int]] = {"to_guest": [0] * _BINS, "from_guest": [0] * _BINS}
-            result.setdefault(trace.name(number), empty)[direction] = moved
+            result.setdefault(name, empty)[direction] = moved
     return result
 
 
@@ -171,6 +174,8 @@ def exits_over_time(trace: Trace, until: int) -> list[int]:
 
 
 def _binned(times: Integers, until: int, weights: Integers | None = None) -> list[int]:
+    if weights is not None:
+        weights = weights.astype(np.float64)  # sums of a damaged trace's sizes pass 64 bits
     heights, _ = np.histogram(times, _BINS, (0, max(until, 1)), weights=weights)
     return [int(height) for height in heights.tolist()]
 

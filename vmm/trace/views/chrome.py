@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-from vmm.trace.layout import COLUMNS, DECISIONS, HOST, KIND_NAMES, Kind
+from vmm.trace.layout import COLUMNS, HOST, KIND_NAMES, Kind, decision_name
 from vmm.trace.reader import Trace
 from vmm.trace.states import bytes_over_time, initial_states, state_rows
 from vmm.trace.summary import errno_name
@@ -80,7 +80,7 @@ def _of_row(trace: Trace, number: int, row: Row) -> list[Event]:
     begin, span = row["time_ns"] / 1000, row["latency_ns"] / 1000
     where = {"gpa": f"{row['gpa']:#x}", "bytes": row["bytes"]}
     if kind in (Kind.SHARE, Kind.UNSHARE):
-        where |= {"decision": DECISIONS[row["decision"]], "doorbell": name}
+        where |= {"decision": decision_name(row["decision"]), "doorbell": name}
         if row["detail"] >> 16:
             where["by"] = trace.name(row["detail"] >> 16)
         if row["errno"]:

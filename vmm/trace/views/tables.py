@@ -92,6 +92,7 @@ def _run(summaries: Sequence[Summary]) -> Table:
     lines.number("time", "seconds", lambda seconds: time_text(seconds * 1e9))
     lines.number("events", "events")
     lines.number("torn events left out", "torn_events")
+    lines.number("events after the trace was full", "dropped_events")
     lines.number("faults", "faults")
     return lines.table
 
