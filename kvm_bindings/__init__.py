@@ -5,7 +5,6 @@ These have what every architecture has; kvm_bindings.x86_64 and kvm_bindings.aar
 the same names with what theirs adds. Imports nothing of pyvmm's.
 """
 
-from kvm_bindings.device import Device
 from kvm_bindings.errors import KvmError
 from kvm_bindings.guest_memfd import GuestMemfd, PagesInUse
 from kvm_bindings.system import System
@@ -13,7 +12,6 @@ from kvm_bindings.vcpu import Vcpu
 from kvm_bindings.vm import MessageRoute, Vm
 
 __all__ = [
-    "Device",
     "GuestMemfd",
     "KvmError",
     "MessageRoute",

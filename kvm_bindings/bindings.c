@@ -45,11 +45,32 @@ static int pyvmm_ioctl_pointer(int fd, unsigned long request, void *argument)
     return result < 0 ? -errno : result;
 }
 
-/* A mapping that exists because KVM wants an address for a memslot; it never becomes a Python buffer. */
+/* A mapping that exists because KVM wants an address for a memslot; it never becomes a Python buffer. No core dump
+   has it: guest memory, or what KVM says of the guest's registers, does not belong in a file. */
 static int64_t pyvmm_map(int fd, uint64_t offset, uint64_t size, int protection, int flags)
 {
     void *address = mmap(NULL, size, protection, flags, fd, (off_t)offset);
-    return address == MAP_FAILED ? -errno : (int64_t)(uintptr_t)address;
+    if (address == MAP_FAILED)
+        return -errno;
+    if (madvise(address, size, MADV_DONTDUMP) < 0) {
+        int error = errno;
+        munmap(address, size);
+        return -error;
+    }
+    return (int64_t)(uintptr_t)address;
+}
+
+/* This process leaves no core file, and no program of the same user may look into it; children that start another
+   program are as they were. The hard limit stays, so that they can have core files. */
+static int pyvmm_forbid_core_dumps(void)
+{
+    struct rlimit limit;
+    if (getrlimit(RLIMIT_CORE, &limit) < 0)
+        return -errno;
+    limit.rlim_cur = 0;
+    if (setrlimit(RLIMIT_CORE, &limit) < 0)
+        return -errno;
+    return prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) < 0 ? -errno : 0;
 }
 
 static int pyvmm_unmap(uint64_t address, uint64_t size)

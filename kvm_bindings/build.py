@@ -42,6 +42,8 @@ PRELUDE = """
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -58,6 +60,7 @@ int64_t pyvmm_pread_to_address(int fd, uint64_t address, uint64_t size, uint64_t
 int64_t pyvmm_pwrite_from_address(int fd, uint64_t address, uint64_t size, uint64_t offset);
 int64_t pyvmm_cached_pages(int fd, uint64_t offset, uint64_t size);
 int pyvmm_memfd_secret(unsigned int flags);
+int pyvmm_forbid_core_dumps(void);
 """
 
 DATAPATH = """
@@ -66,6 +69,13 @@ int64_t pyvmm_pwrite_many(int fd, const void *table, uint32_t count, const char 
 int64_t pyvmm_move_many(int from, int to, const void *table, uint32_t count, char *buffer,
                         uint64_t buffer_size, int pipe_out, int pipe_in, uint64_t splice_from);
 void pyvmm_copy_memory(uint64_t target, uint64_t source, uint64_t size);
+"""
+
+MAPPED = """
+int64_t pyvmm_copy_mapped(const void *table, uint32_t count, char *data, int writing);
+int64_t pyvmm_move_mapped(int fd, const void *table, uint32_t count, int writing);
+int64_t pyvmm_probe_mapped(const void *addresses, uint32_t count, char *reached);
+int pyvmm_is_copied(int fd);
 """
 
 FLOORS = """
@@ -96,8 +106,8 @@ def _interface(machine: str) -> FFI:
     _require_known(machine)
     abi = (HERE / "kvm_abi.h").read_text() + (HERE / machine / "kvm_abi.h").read_text()
     ffi = FFI()
-    ffi.cdef(abi + FUNCTIONS + DATAPATH + FLOORS)
-    parts = ("bindings.c", f"{machine}/abi_sizes.c", "datapath.c", "floors.c")
+    ffi.cdef(abi + FUNCTIONS + DATAPATH + MAPPED + FLOORS)
+    parts = ("bindings.c", f"{machine}/abi_sizes.c", "datapath.c", "mapped.c", "floors.c")
     source = PRELUDE + abi + "".join((HERE / part).read_text() for part in parts)
     ffi.set_source(
         "kvm_bindings._kvm", source, py_limited_api=True, extra_compile_args=COMPILER_OPTIONS

@@ -47,6 +47,8 @@ def map_shared(
 ) -> int:
     """mmap(2) with MAP_SHARED: the address as an integer. Raises KvmError.
 
+    The kernel leaves every mapping made here out of core dumps (MADV_DONTDUMP).
+
     `reserve` has the kernel set the pages of a hugetlb file aside now (ENOMEM: too few).
     """
     return _map(fd, size, offset, protection, MAP_SHARED | (0 if reserve else MAP_NORESERVE))
@@ -124,6 +126,15 @@ def memfd_secret() -> int:
     return check("memfd_secret", int(lib.pyvmm_memfd_secret(os.O_CLOEXEC)))
 
 
+def forbid_core_dumps() -> None:
+    """RLIMIT_CORE 0 and PR_SET_DUMPABLE 0 for this process. Raises KvmError.
+
+    Without the second, a core_pattern that is a pipe gets a dump whatever the limit says. It also
+    gives /proc/self to root: other users must have opened there what they need, mem for example.
+    """
+    check("forbidding core dumps", lib.pyvmm_forbid_core_dumps())
+
+
 __all__ = [
     "PROT_NONE",
     "PROT_READ",
@@ -131,6 +142,7 @@ __all__ = [
     "KvmError",
     "cached_pages",
     "fallocate",
+    "forbid_core_dumps",
     "map_copy_on_write",
     "map_shared",
     "memfd_secret",

@@ -5,15 +5,17 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvm_bindings import ioctls
 from kvm_bindings._kvm import ffi
-from kvm_bindings.device import Device
 from kvm_bindings.errors import check, fail
 from kvm_bindings.guest_memfd import GuestMemfd
 from kvm_bindings.owned_fd import OwnedFd
 from kvm_bindings.vcpu import Vcpu
+
+if TYPE_CHECKING:
+    from kvm_bindings.device import Device
 
 
 class MessageRoute(NamedTuple):
@@ -235,6 +237,8 @@ class Vm(OwnedFd):
 
     def create_device(self, device_type: int) -> Device:
         """KVM_CREATE_DEVICE. Raises KvmError (ENODEV: not in this kernel or on this machine)."""
+        from kvm_bindings.device import Device  # x86 has no need of it
+
         argument = ffi.new("struct kvm_create_device *", {"type": device_type})
         check(
             "KVM_CREATE_DEVICE",

@@ -27,6 +27,13 @@ KVM_CAP_ARM_PTRAUTH_GENERIC = 172
 KVM_CAP_ARM_NISV_TO_USER = 177
 KVM_CAP_ARM_SYSTEM_SUSPEND = 216
 
+# Groups, attributes and structures of a VM itself (Documentation/virt/kvm/devices/vm.rst).
+KVM_ARM_VM_SMCCC_CTRL = 0
+KVM_ARM_VM_SMCCC_FILTER = 0  # struct kvm_smccc_filter, before any vCPU has run
+KVM_SMCCC_FILTER_HANDLE = 0
+KVM_SMCCC_FILTER_DENY = 1
+KVM_SMCCC_FILTER_FWD_TO_USER = 2  # KVM_EXIT_HYPERCALL
+
 # VM types: bits of KVM_CREATE_VM's argument. IPA bits 0: 40, as ever.
 KVM_VM_TYPE_ARM_IPA_SIZE_MASK = 0xFF
 KVM_VM_TYPE_ARM_PROTECTED = 1 << 31  # on a host with kvm-arm.mode=protected

@@ -66,7 +66,7 @@ def nothing(*arguments: Any) -> None:
 
 
 def leave_states(memory: GuestMemory, state: PageState, runs: object = None) -> None:
-    memory._converting = None
+    memory._conversions.clear()
 
 
 def allow(hooks: Hooks, *arguments: Any) -> Allow:

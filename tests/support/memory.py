@@ -93,6 +93,10 @@ class GatedBacking(MemfdBacking):
         self._wait()
         return super().transfer_in(src_fd, src_offset, offset, size)
 
+    def read_many(self, pieces: list[int]) -> bytes | bytearray:
+        self._wait()
+        return super().read_many(pieces)
+
     def await_arrivals(self, count: int = 1) -> None:
         for _ in range(count):
             assert self.arrivals.acquire(timeout=30), "no access came as far as the gate"

@@ -22,14 +22,14 @@ LAYERS = (
     {"wiring"},
     {"host"},
     {"arch"},
-    {"arch.x86_64"},
+    {"arch.x86_64", "arch.aarch64"},
     {"control", "replay"},
     {"machine"},
     {"selftest"},
     {"bench"},
     {"cli"},
 )
-ARCHITECTURES = {"arch.x86_64"}
+ARCHITECTURES = {"arch.x86_64", "arch.aarch64"}
 ALIASES = {"__main__": "cli"}  # `python -m vmm` is the command
 BINDINGS_USERS = {
     "conversion", "exits", "wiring", "host", "arch", "machine", "selftest", "bench", "cli",
@@ -39,7 +39,7 @@ ARCHITECTURES_KVM = {
     "architecture", "platform", "board", "exits", "guest_cpu", "micro_guest", "probes",
     "capabilities",
 }  # fmt: skip
-FIRMWARE_USERS = {"arch.x86_64", "bench", "cli"}
+FIRMWARE_USERS = {"arch.x86_64", "arch.aarch64", "bench", "cli"}
 
 
 def level(room: str) -> int:
@@ -86,7 +86,8 @@ def objection(importer: str, name: str) -> str | None:
         part = importer.split(".")[3]
         return None if part in ARCHITECTURES_KVM else f"vmm.{room}.{part} does not call KVM"
     if target == "kvm_bindings" and room not in BINDINGS_USERS:
-        if room == "memory" and name.startswith(("kvm_bindings.fdops", "kvm_bindings.datapath")):
+        without_kvm = ("kvm_bindings.fdops", "kvm_bindings.datapath", "kvm_bindings.mapped")
+        if room == "memory" and name.startswith(without_kvm):
             return None
         return f"vmm.{room} does not call KVM"
     if name.startswith("kvm_bindings.floors") and room != "bench":
@@ -185,7 +186,7 @@ def test_violation_made_up_is_found(importer: str, source: str) -> None:
     [
         ("vmm.memory.backing", "from kvm_bindings import fdops"),
         ("vmm.memory.backing", "from kvm_bindings.fdops import punch_hole"),
-        ("vmm.memory.engines", "from kvm_bindings import datapath, fdops"),
+        ("vmm.memory.engines", "from kvm_bindings import datapath, fdops, mapped"),
         ("vmm.conversion.scheme", "from kvm_bindings import Vm"),
         ("vmm.arch.x86_64.payload", "from vmm.boot.errors import ImageError"),
         ("vmm.arch.x86_64.exits", "from kvm_bindings import exits"),

@@ -3,13 +3,17 @@ policy is a policy."""
 
 from __future__ import annotations
 
+import importlib
 import re
+import shlex
 import textwrap
 from pathlib import Path
 
 import pytest
 
-from vmm.cli.run_options import build_parser
+from vmm.cli.main import _refuse_early
+from vmm.core.errors import UsageError
+from vmm.lab.options import parse as parse_lab
 from vmm.policy import Policy
 from vmm.policy.loader import load_policy
 
@@ -32,8 +36,41 @@ def test_readme_has_the_line_that_ci_runs() -> None:
     assert "README.md" in (ROOT / ".ci" / "run").read_text()
 
 
-@pytest.mark.parametrize(
-    "line", re.findall(r"^    (pyvmm --.*)$", README, re.MULTILINE), ids=lambda line: line[:60]
-)
+def commands() -> list[str]:
+    """Every pyvmm command line of the documents, as it stands."""
+    texts = [
+        README,
+        *((ROOT / "vmm" / name).read_text() for name in ("README.md", "bench/README.md")),
+    ]
+    return [line for text in texts for line in re.findall(r"^    (pyvmm .*)$", text, re.MULTILINE)]
+
+
+def parse(words: list[str]) -> None:
+    """As the command does it, before it looks at any file. Raises UsageError."""
+    name = words[0] if words else ""
+    if name == "lab":
+        parse(parse_lab(words[1:]).arguments)
+    elif name in ("report", "replay"):
+        importlib.import_module(f"vmm.cli.{name}").parser().parse_args(words[1:])
+    else:
+        _refuse_early(words)
+
+
+def test_readme_command_lines_are_found() -> None:
+    assert len(commands()) > 15
+    assert {line.split()[1] for line in commands()} >= {
+        "--kernel", "lab", "check", "selftest", "report", "replay", "bench",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("line", commands(), ids=lambda line: line[:60])
 def test_readme_command_lines_parse(line: str) -> None:
-    build_parser().parse_args(line.split()[1:])
+    parse(shlex.split(line)[1:])
+
+
+@pytest.mark.parametrize(
+    "line", ["lab --hots stock", "report --htlm x t", "bench --quik", "--kernal x", "check --jsn"]
+)
+def test_readme_command_that_is_misspelt_would_be_found(line: str) -> None:
+    with pytest.raises(UsageError):
+        parse(line.split())

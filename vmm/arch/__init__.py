@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import platform
+import os
 from typing import TYPE_CHECKING
 
 from vmm.core.errors import HostError
@@ -11,7 +11,7 @@ from vmm.core.errors import HostError
 if TYPE_CHECKING:
     from vmm.arch.protocol import Architecture
 
-ARCHITECTURES = ("x86_64",)
+ARCHITECTURES = ("x86_64", "aarch64")
 """Those that pyvmm knows, as `uname -m` says them."""
 
 
@@ -20,7 +20,7 @@ def architecture(name: str | None = None) -> Architecture:
 
     Raises HostError for one that pyvmm doesn't know.
     """
-    name = name or platform.machine()
+    name = name or os.uname().machine
     if name not in ARCHITECTURES:
         raise HostError(
             f"this machine is {name}, which pyvmm doesn't know; use {' or '.join(ARCHITECTURES)}"

@@ -3,14 +3,17 @@
 An `Architecture` is stateless: limits, guests' images, what the host's KVM must have. A `Platform`
 is one VM's share of it: what is made before and after the vCPUs, the board, the exits. In the life
 of a run they are used in the order in which they stand here.
+
+For type checkers: a run doesn't import it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
 
+from vmm.arch.options import GuestOptions
 from vmm.host.architecture import HostArchitecture
 
 if TYPE_CHECKING:
@@ -24,15 +27,6 @@ if TYPE_CHECKING:
     from vmm.exits.outcome import Outcome
     from vmm.memory.guest_memory import GuestMemory, LaunchMemory
     from vmm.wiring.board import Board, BoardParts
-
-
-class GuestOptions(NamedTuple):
-    """What the user said of the guest. Sizes are bytes."""
-
-    memory: int
-    cpus: int
-    append: str
-    is_private: bool
 
 
 class OpenedKernel(Protocol):
@@ -138,9 +132,11 @@ class Architecture(HostArchitecture, Protocol):
         """Raises HostError where the guest's way to ask for conversions does not work here."""
         ...
 
-    def platform(self, system: System, vm: Vm, guest: Guest, options: GuestOptions) -> Platform:
-        """Make in the VM what has to be there before memory and vCPUs. Raises KvmError,
-        HostError."""
+    def platform(
+        self, system: System, vm: Vm, guest: Guest, options: GuestOptions, scheme: str
+    ) -> Platform:
+        """Make in the VM what has to be there before memory and vCPUs. `scheme` is what the VM
+        was made for ("none": an ordinary one). Raises KvmError, HostError."""
         ...
 
     def handlers_of_done(self, device: PortDevice) -> ExitHandlers:

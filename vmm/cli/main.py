@@ -77,9 +77,7 @@ def _refuse_early(arguments: Sequence[str], machine: str) -> None:
 
         bench_parser().parse_args(arguments[1:])
     else:
-        from vmm.arch import ARCHITECTURES
-
-        _configuration(arguments, machine if machine in ARCHITECTURES else None)
+        _configuration(arguments, machine)
 
 
 def _explain(error: BaseException) -> tuple[int, str]:
@@ -124,8 +122,9 @@ def _configuration(arguments: Sequence[str], machine: str | None = None) -> Mach
         debug_shell=options.debug_shell,
         status=options.status,
         control=options.control,
+        core_dumps=options.core_dumps or options.private_mem is None,
     )
-    config.validate(architecture(machine).largest_memory)
+    config.validate(architecture(machine))
     return config
 
 

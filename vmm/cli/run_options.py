@@ -143,6 +143,11 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             "help": "listen on a Unix socket for JSON lines: status, pause, resume, dump-state, "
             "convert, quit; pyvmm ctl PATH COMMAND sends one",
         },
+        "--core-dumps": {
+            **_FLAG,
+            "help": "with private memory, let the process leave core files and be debugged; guest "
+            "memory itself is in no core file in any case",
+        },
         "--debug": {**_FLAG, "help": "show a traceback for errors, for bug reports"},
     },
 }

@@ -38,6 +38,8 @@ class Status(NamedTuple):
     conversions: int
     refused: int
     exits: int
+    observed_bytes: int = 0
+    """RAM of whose state the host is not told; it is in no other number then."""
 
 
 class Operations:
@@ -73,6 +75,7 @@ class Operations:
             conversions=counts.share.calls + counts.unshare.calls,
             refused=counts.share.denied + counts.unshare.denied,
             exits=sum(sum(list(r.exit_counts.values())) for r in self._vcpus.runners),
+            observed_bytes=memory.bytes_in(PageState.OBSERVED),
         )
 
     def pages(self) -> list[tuple[int, int, str]]:
@@ -82,13 +85,13 @@ class Operations:
     def dump_state(self) -> dict[str, Any]:
         """All of it at one moment: no vCPU is in the guest meanwhile."""
         with self._vcpus.parked():
-            converter = self._converter
+            converter, told = self._converter, self._memory.told
             return {
                 "status": self.status()._asdict(),
                 "pages": self.pages(),
-                "residency": self._memory.residency()._asdict(),
-                "conversions": converter.accounting.as_dict(),
-                "refinements": converter.refinements.as_dict(),
+                "residency": self._memory.accounted(),
+                "conversions": converter.accounting.as_dict() if told else None,
+                "refinements": converter.refinements.as_dict() if told else None,
                 "io": self._devices.io_statistics(),
                 "exits": [dict(runner.exit_counts) for runner in self._vcpus.runners],
             }

@@ -21,7 +21,7 @@ LOG_SECONDS = 10.0
 """How often a line is added where it can't be updated."""
 
 MAP_COLUMNS = 64
-_MAP_SIGNS = {"private": ".", "shared": "#", "deferred": "~"}
+_MAP_SIGNS = {"private": ".", "shared": "#", "deferred": "~", "observed": "?"}
 
 _UNTITLED = ("", "dumb", "linux")
 _SAVE_TITLE, _RESTORE_TITLE = b"\x1b[22;2t", b"\x1b[23;2t"  # xterm's; others ignore it
@@ -35,6 +35,10 @@ def status_line(now: Status, before: Status) -> str:
     """One line about `now`, with the rates since `before`."""
     seconds = max(now.seconds - before.seconds, 1e-9)
     deferred = f" + {mebibytes(now.deferred_bytes)} deferred" if now.deferred_bytes else ""
+    if now.observed_bytes:
+        states = [f"{mebibytes(now.observed_bytes)} of which the host is not told"]
+        exits = f"{(now.exits - before.exits) / seconds:.0f} exits/s"
+        return ", ".join(["paused"] * (now.state == "paused") + [*states, exits])
     words = [
         f"shared {mebibytes(now.shared_bytes)}",
         f"private {mebibytes(now.private_bytes)}{deferred}",
@@ -47,7 +51,7 @@ def status_line(now: Status, before: Status) -> str:
 
 def page_map(pages: list[tuple[int, int, str]], columns: int = MAP_COLUMNS) -> str:
     """RAM from its first page to its last, equal parts of it as one sign each: `.` private,
-    `#` shared, `~` deferred, `+` several."""
+    `#` shared, `~` deferred, `?` the host is not told, `+` several."""
     total = sum(size for _, size, _ in pages)
     bounds = [total * column // columns for column in range(columns + 1)]
     signs = []
@@ -77,6 +81,11 @@ def page_summary(status: Status, pages: list[tuple[int, int, str]]) -> list[str]
         for state, (size, runs) in sorted(sums.items())
     )
     ram = sum(size for _, size, _ in pages)
+    if status.observed_bytes:
+        return [
+            f"{status.state} for {status.seconds:.1f} s: {mebibytes(ram)}; the host is not told "
+            "which pages the guest shares"
+        ]
     return [
         f"{status.state} for {status.seconds:.1f} s: {states}; "
         f"{status.conversions} conversions, {status.refused} refused",

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from kvm_bindings import Vm, ioctls
+from vmm.conversion.matrix import TWO_ADDRESSES
 from vmm.conversion.scheme import Scheme
 from vmm.memory.backing import Backing
 from vmm.memory.backings.memfd import MemfdBacking
@@ -46,6 +47,10 @@ def make_backing(vm: Vm, name: str, size: int) -> Backing:
         from vmm.memory.backings.sealed_memfd import SealedMemfdBacking
 
         return SealedMemfdBacking(size, _LABEL)
+    if name == "memfd-protected":
+        from vmm.memory.backings.protected_memfd import ProtectedMemfdBacking
+
+        return ProtectedMemfdBacking(size, _LABEL)
     return MemfdBacking(size, _LABEL)
 
 
@@ -63,15 +68,23 @@ def scheme_class(name: str) -> type[Scheme]:
         from vmm.conversion.schemes.remap import RemapScheme
 
         return RemapScheme
+    if name == "pkvm":
+        from vmm.conversion.schemes.pkvm import PkvmScheme
+
+        return PkvmScheme
+    if name == "realm":
+        from vmm.conversion.schemes.realm import RealmScheme
+
+        return RealmScheme
     from vmm.conversion.schemes.cbit import CbitScheme
 
     return CbitScheme
 
 
-def make_scheme(name: str, c_bit: Callable[[], int], parked: Parking) -> Scheme:
-    """The scheme of that name; `c_bit` is asked for where there is one, `parked` keeps vCPUs out
-    of the guest."""
+def make_scheme(name: str, bit: Callable[[], int], parked: Parking) -> Scheme:
+    """The scheme of that name; `bit` is asked for the address bit where there is one, `parked`
+    keeps vCPUs out of the guest."""
     made: Callable[..., Scheme] = scheme_class(name)
     if name == "remap":
         return made(parked)
-    return made(c_bit()) if name == "cbit" else made()
+    return made(bit()) if name in TWO_ADDRESSES else made()

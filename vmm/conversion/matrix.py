@@ -3,13 +3,17 @@ before anything is opened."""
 
 from __future__ import annotations
 
-SCHEMES = ("attributes", "in-place", "cbit", "remap")
-"""Strongest first: in the first two KVM itself keeps the state of each page. `cbit` and `remap`
-isolate alike; a conversion under `remap` costs the guest all its mappings, and parks its vCPUs."""
+from collections.abc import Sequence
 
-_ALIASES_AND_MEMSLOTS = ("cbit", "remap")
+SCHEMES = ("pkvm", "attributes", "in-place", "realm", "cbit", "remap")
+"""Strongest first: under `pkvm` the hypervisor keeps the state of each page, in the next two KVM
+itself. `realm`, `cbit` and `remap` isolate alike; a conversion under `remap` costs the guest all
+its mappings, and parks its vCPUs. An architecture has some of them (Architecture.schemes)."""
+
+_ALIASES_AND_MEMSLOTS = ("realm", "cbit", "remap")
 
 BACKINGS = {
+    "memfd-protected": ("pkvm",),
     "guest_memfd-plain": ("attributes",),
     "guest_memfd-in-place": ("in-place",),
     "guest_memfd": _ALIASES_AND_MEMSLOTS,
@@ -20,16 +24,21 @@ BACKINGS = {
 }
 """The private side's backings, strongest first, each with the schemes that take it."""
 
-LOADABLE = ("guest_memfd-mmap", "memfd", "memfd-sealed", "memfd-hugetlb")
+LOADABLE = ("memfd-protected", "guest_memfd-mmap", "memfd", "memfd-sealed", "memfd-hugetlb")
 """Backings into which the host can put private pages before the guest runs."""
 
 ONLY_WHEN_NAMED = ("memfd-sealed", "memfd-hugetlb")
 """Backings that "auto" never picks: no stronger than memfd, and not there everywhere."""
 
-TWO_ADDRESSES = ("cbit",)
-"""Schemes for guests that pick the side by an address bit, as Linux does."""
+TWO_ADDRESSES = ("realm", "cbit")
+"""Schemes with an address bit by which the guest picks the side."""
+
+FOR_LINUX = ("pkvm", *TWO_ADDRESSES)
+"""Schemes that Linux knows: it picks the side by an address bit, or asks pKVM."""
 
 NEEDS = {
+    "pkvm": "needs arm64 Linux started with kvm-arm.mode=protected, as pyvmm lab --host pkvm is",
+    "realm": "needs a KVM that passes a guest's SMC calls on (KVM_ARM_VM_SMCCC_FILTER, Linux 6.4)",
     "attributes": "needs a kernel with CONFIG_KVM_SW_PROTECTED_VM, as pyvmm lab --host "
     "sw-protected has",
     "in-place": "needs a kernel with KVM_SET_MEMORY_ATTRIBUTES2, which none has yet",
@@ -37,6 +46,11 @@ NEEDS = {
     "guest_memfd-mmap": "Linux 6.18 or later has it",
 }
 """What is missing where KVM refuses a scheme or a backing."""
+
+
+def backings_of(schemes: Sequence[str]) -> list[str]:
+    """The backings that one of the schemes takes, strongest first."""
+    return [name for name, takers in BACKINGS.items() if set(takers) & set(schemes)]
 
 
 def backings_for(scheme: str, *, host_loads: bool) -> list[str]:

@@ -24,6 +24,10 @@ class Scheme(Protocol):
     name: str
     alias: int
     """The bit of a guest-physical address that picks the private side; 0: one address for both."""
+    shared_alias: int
+    """The bit that marks the shared page to a device and its guest; 0: no address has one."""
+    told: bool
+    """Whether the host is told of conversions, and asked before; else it has no part in them."""
     converts_on_fault: bool
     """Whether KVM_EXIT_MEMORY_FAULT means that the guest wants the page in the other state."""
 

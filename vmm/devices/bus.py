@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from threading import Lock
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from vmm.core.errors import PyvmmError
 
@@ -26,6 +26,13 @@ class PortDevice(Protocol):
     def read(self, offset: int, size: int) -> int: ...
 
     def write(self, offset: int, size: int, value: int) -> None: ...
+
+
+@runtime_checkable
+class StreamDevice(PortDevice, Protocol):
+    """One that also takes a whole string for its first port: string I/O as one call."""
+
+    def write_bytes(self, data: bytes) -> None: ...
 
 
 class Banked:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from typing import NamedTuple
 
 from vmm.core.events import ConversionRequest, Kind
 from vmm.core.ranges import PAGE_SHIFT
@@ -22,15 +21,25 @@ REGISTER_SIZE = 4
 _U32 = 0xFFFF_FFFF
 
 
-class DoorbellActions(NamedTuple):
-    """What ringing comes to. `convert` and `host_check` answer 0 or a negative errno."""
+class DoorbellActions:
+    """What ringing comes to. `convert` and `host_check` answer 0 or a negative errno.
 
-    convert: Callable[[ConversionRequest], int] | None
-    """Carries a request out; None for an ordinary VM, whose only register is the failure's."""
-    host_check: Callable[[int, int], int]
-    """The embedded payload asks the host to verify and replace a pattern: (gpa, size)."""
-    failed: Callable[[int], None]
-    """The guest reports that it failed, with a code of its own, which is not 0."""
+    `convert` carries a request out; None for an ordinary VM, whose only register is the failure's.
+    `host_check(gpa, size)` is what the embedded payload asks for: verify and replace a pattern.
+    `failed(code)`: the guest reports that it failed, with a code of its own, which is not 0.
+    """
+
+    __slots__ = ("convert", "failed", "host_check")
+
+    def __init__(
+        self,
+        convert: Callable[[ConversionRequest], int] | None,
+        host_check: Callable[[int, int], int],
+        failed: Callable[[int], None],
+    ) -> None:
+        self.convert = convert
+        self.host_check = host_check
+        self.failed = failed
 
 
 class DoorbellBank:

@@ -18,6 +18,11 @@ class HostArchitecture(Protocol):
     """As `uname -m` says it."""
 
     @property
+    def schemes(self) -> Sequence[str]:
+        """Those of vmm.conversion.matrix.SCHEMES that there can be here, strongest first."""
+        ...
+
+    @property
     def vm_types(self) -> Mapping[int, str]:
         """KVM_CREATE_VM's arguments that make sense here, with their names; 0 is "default"."""
         ...
@@ -36,8 +41,9 @@ class HostArchitecture(Protocol):
         ...
 
     def private_bit(self, system: System, ram_end: int) -> int:
-        """The number of the address bit that picks the private side for guests whose RAM ends
-        there (bytes), under schemes with two addresses. Raises HostError where there is none."""
+        """The number of the address bit that picks the side for guests whose RAM ends there
+        (bytes), under schemes with two addresses: the private one (cbit) or the shared (realm).
+        Raises HostError where there is none."""
         ...
 
     def micro_guest(

@@ -10,9 +10,9 @@ from kvm_bindings import KvmError, System, Vm, ioctls
 from vmm.conversion.making import make_backing
 from vmm.conversion.matrix import (
     BACKINGS,
+    FOR_LINUX,
     NEEDS,
     ONLY_WHEN_NAMED,
-    SCHEMES,
     TWO_ADDRESSES,
     backings_for,
 )
@@ -39,7 +39,8 @@ class Wanted(NamedTuple):
     size: int
     """Bytes of the backing: the end of guest RAM."""
     two_addresses: bool
-    """Whether the guest picks the side by an address bit (Linux), and knows no other way."""
+    """Whether the guest knows only Linux' ways: an address bit by which it picks the side, or
+    pKVM's hypercalls."""
     host_loads: bool
     """Whether the host fills private pages before the guest runs."""
 
@@ -57,7 +58,7 @@ class Chosen(NamedTuple):
 def choose(architecture: HostArchitecture, system: System, wanted: Wanted) -> Chosen:
     """Open what the wish comes to. Raises HostError naming what is there instead."""
     reasons: dict[str, str] = {}
-    for scheme in SCHEMES:
+    for scheme in architecture.schemes:
         if wanted.scheme not in ("auto", scheme):
             continue
         opened = try_scheme(architecture, system, scheme, wanted)
@@ -75,7 +76,7 @@ def try_scheme(
 
     Raises HostError for what is no lack of the host's, memory for one.
     """
-    if wanted.two_addresses and scheme not in TWO_ADDRESSES:
+    if wanted.two_addresses and scheme not in FOR_LINUX:
         return _ONE_ADDRESS_ONLY
     names = backings_for(scheme, host_loads=wanted.host_loads)
     if wanted.backing != "auto":
@@ -178,7 +179,7 @@ def available(
     """The schemes that this host has for such a guest, each with the backings that it takes."""
     found: dict[str, list[str]] = {}
     for name, schemes in BACKINGS.items():
-        for scheme in schemes:
+        for scheme in (each for each in schemes if each in architecture.schemes):
             wanted = Wanted(scheme, name, 2 << 20, two_addresses, host_loads)
             try:
                 opened = try_scheme(architecture, system, scheme, wanted)
@@ -189,7 +190,7 @@ def available(
                 backing.close()
                 vm.close()
                 found.setdefault(scheme, []).append(name)
-    return {scheme: found[scheme] for scheme in SCHEMES if scheme in found}
+    return {scheme: found[scheme] for scheme in architecture.schemes if scheme in found}
 
 
 def _refusal(
@@ -202,7 +203,7 @@ def _refusal(
         host_loads=wanted.host_loads,
     )
     here = "; ".join(f"{scheme} with {', '.join(names)}" for scheme, names in there.items())
-    takers = BACKINGS.get(wanted.backing, SCHEMES)
+    takers = BACKINGS.get(wanted.backing, architecture.schemes)
     schemes_by_reason: dict[str, list[str]] = {}
     for scheme, why in reasons.items():
         if scheme in takers:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from vmm.conversion import matrix
-from vmm.conversion.matrix import BACKINGS, LOADABLE, TWO_ADDRESSES
+from vmm.conversion.matrix import BACKINGS, FOR_LINUX, LOADABLE, backings_of
 from vmm.core.errors import UsageError
 from vmm.core.ranges import PAGE_SIZE
 from vmm.core.suboptions import byte_size
 
 if TYPE_CHECKING:
-    from vmm.arch.protocol import GuestOptions
+    from vmm.arch.options import GuestOptions
 
-PRIVATE_BACKINGS = ("auto", *BACKINGS)
-SCHEMES = ("auto", *matrix.SCHEMES)
+_FOR_PEOPLE = {"aarch64": "arm64"}
 SMALLEST_MEMORY = 4 << 20
 MAX_CPUS = 64
 
@@ -40,6 +40,16 @@ def parse_count(text: str) -> int:
     return int(digits)
 
 
+class Limits(Protocol):
+    """What bounds a configuration: the guest's architecture (vmm.arch.Architecture)."""
+
+    name: str
+    largest_memory: int
+
+    @property
+    def schemes(self) -> Sequence[str]: ...
+
+
 class MachineConfig(NamedTuple):
     """One run. Sizes are bytes; None is "not given"."""
 
@@ -49,7 +59,7 @@ class MachineConfig(NamedTuple):
     memory: int = 512 << 20
     cpus: int = 1
     private_memory: str | None = None
-    """None: an ordinary VM; else one of PRIVATE_BACKINGS."""
+    """None: an ordinary VM; else "auto" or a backing of vmm.conversion.matrix."""
     scheme: str = "auto"
     disks: tuple[str, ...] = ()
     nets: tuple[str, ...] = ()
@@ -66,36 +76,30 @@ class MachineConfig(NamedTuple):
     debug_shell: bool = False
     status: bool = False
     control: str | None = None
+    core_dumps: bool = True
+    """False: once guest memory is there, the process forbids core dumps of itself and debuggers
+    of its own user. The command asks for that with private memory, unless it is told not to."""
 
     def guest_options(self) -> GuestOptions:
         """What the guest's architecture has to know of it."""
-        from vmm.arch.protocol import GuestOptions
+        from vmm.arch.options import GuestOptions  # not before there is a guest
 
         return GuestOptions(
             self.memory, self.cpus, self.append, is_private=self.private_memory is not None
         )
 
-    def validate(self, largest_memory: int) -> None:
-        """Raises UsageError with the value and the remedy.
-
-        `largest_memory` is the architecture's bound, in bytes.
-        """
+    def validate(self, limits: Limits) -> None:
+        """Raises UsageError with the value and the remedy."""
         if self.memory % PAGE_SIZE:
             raise UsageError(f"--mem {self.memory} bytes is not a multiple of {PAGE_SIZE}")
-        if not SMALLEST_MEMORY <= self.memory <= largest_memory:
+        if not SMALLEST_MEMORY <= self.memory <= limits.largest_memory:
             raise UsageError(
                 f"--mem {self.memory >> 20}M is out of range; "
-                f"use {SMALLEST_MEMORY >> 20}M to {largest_memory >> 30}G"
+                f"use {SMALLEST_MEMORY >> 20}M to {limits.largest_memory >> 30}G"
             )
         if not 1 <= self.cpus <= MAX_CPUS:
             raise UsageError(f"--cpus {self.cpus} is out of range; use 1 to {MAX_CPUS}")
-        if self.private_memory not in (None, *PRIVATE_BACKINGS):
-            raise UsageError(
-                f"--private-mem={self.private_memory} is unknown; "
-                f"use one of {', '.join(PRIVATE_BACKINGS)}"
-            )
-        if self.scheme not in SCHEMES:
-            raise UsageError(f"--scheme {self.scheme} is unknown; use one of {', '.join(SCHEMES)}")
+        self._validate_names(limits)
         if self.scheme != "auto" and self.private_memory is None:
             raise UsageError(f"--scheme {self.scheme} needs --private-mem")
         if self.initrd is not None and self.kernel is None:
@@ -106,17 +110,35 @@ class MachineConfig(NamedTuple):
             raise UsageError("--policy needs --private-mem: an ordinary VM converts no pages")
         if self.debug_shell and not self.policies:
             raise UsageError("--debug-shell needs --policy: it opens where a policy raises")
-        self._validate_private_memory()
+        self._validate_private_memory(limits)
 
-    def _validate_private_memory(self) -> None:
+    def _validate_names(self, limits: Limits) -> None:
+        """Scheme and backing have to be known, and to exist on this architecture."""
+        people = _FOR_PEOPLE.get(limits.name, limits.name)
+        backings = ("auto", *backings_of(limits.schemes))
+        if self.private_memory not in (None, *backings):
+            known = self.private_memory in BACKINGS
+            what = f"does not exist on {people}" if known else "is unknown"
+            raise UsageError(
+                f"--private-mem={self.private_memory} {what}; use one of {', '.join(backings)}"
+            )
+        schemes = ("auto", *limits.schemes)
+        if self.scheme not in schemes:
+            known = self.scheme in matrix.SCHEMES
+            what = f"does not exist on {people}" if known else "is unknown"
+            raise UsageError(f"--scheme {self.scheme} {what}; use one of {', '.join(schemes)}")
+
+    def _validate_private_memory(self, limits: Limits) -> None:
         """Scheme, backing and guest have to go together on any host."""
         backing, scheme = self.private_memory, self.scheme
         if backing is None:
             return
-        if self.kernel is not None and scheme not in ("auto", *TWO_ADDRESSES):
+        if self.kernel is not None and scheme not in ("auto", *FOR_LINUX):
+            ways = [name for name in limits.schemes if name in FOR_LINUX]
+            by = "an address bit" if "pkvm" not in ways else "an address bit or pKVM's hypercalls"
             raise UsageError(
-                f"--scheme {scheme}: Linux tells private from shared pages by an address bit; "
-                f"use --scheme {TWO_ADDRESSES[0]}, or run without --kernel"
+                f"--scheme {scheme}: Linux tells private from shared pages by {by}; "
+                f"use --scheme {' or '.join(ways)}, or run without --kernel"
             )
         if self.kernel is not None and backing not in ("auto", *LOADABLE):
             raise UsageError(
@@ -124,9 +146,10 @@ class MachineConfig(NamedTuple):
                 "cannot reach; use --private-mem=guest_memfd-mmap, or memfd"
             )
         if "auto" not in (backing, scheme) and scheme not in BACKINGS[backing]:
-            takes = ", ".join(name for name, schemes in BACKINGS.items() if scheme in schemes)
+            takes = [name for name, schemes in BACKINGS.items() if scheme in schemes]
+            takers = [name for name in BACKINGS[backing] if name in limits.schemes]
             raise UsageError(
                 f"--scheme {scheme} does not take --private-mem={backing}; use "
-                f"--private-mem=auto (it takes {takes}), or --scheme "
-                f"{' or '.join(BACKINGS[backing])}"
+                f"--private-mem=auto (it takes {', '.join(takes)}), or --scheme "
+                f"{' or '.join(takers)}"
             )

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vmm.arch.protocol import Architecture, Guest
     from vmm.conversion.schemes.remap import Parking
     from vmm.host.choice import Chosen
+    from vmm.memory.backing import Backing
 
 
 class GuestVm:
@@ -69,8 +70,9 @@ class GuestVm:
         self.kvm: Vm = self._cleanup.enter_context(vm)
         if self.chosen is not None:
             self._cleanup.callback(self.chosen.backing.close)
+        scheme = "none" if self.chosen is None else self.chosen.scheme
         self.platform = self._architecture.platform(
-            system, vm, self._guest, self._config.guest_options()
+            system, vm, self._guest, self._config.guest_options(), scheme
         )
 
     def _choose_scheme(self) -> Chosen | None:
@@ -110,14 +112,32 @@ class GuestVm:
             private = self._guest.private_ranges(self.ram)
         in_place = backing is not None and backing.traits.in_place
         shared = backing if in_place and backing else MemfdBacking(size, "pyvmm-shared")
-        common_end = self._guest.unpaged_end if self.scheme.alias else 0
-        self.memory = GuestMemory(self.ram, shared, backing, private, common_end)
+        self.memory = self._make_memory(shared, backing, private)
         self._cleanup.callback(self.memory.close)
         # KVM waits for a grace period of its own with every memslot.
         self._memslots = threading.Thread(target=self._make_memslots, name="memslots")
         self._memslots_failure: BaseException | None = None
         self._memslots.start()
         self._cleanup.callback(self._memslots.join)
+
+    def _make_memory(
+        self, shared: Backing, backing: Backing | None, private: list[Range]
+    ) -> GuestMemory:
+        """Guest memory of the scheme's kind."""
+        scheme = self.scheme
+        if not scheme.told:
+            from vmm.memory.backings.protected_memfd import ProtectedMemfdBacking
+            from vmm.memory.observed_memory import ObservedMemory
+
+            assert isinstance(shared, ProtectedMemfdBacking)  # the matrix has no other
+            return ObservedMemory(self.ram, shared)
+        if scheme.shared_alias:
+            from vmm.memory.aliased_memory import AliasedMemory
+
+            bit = scheme.shared_alias
+            return AliasedMemory(self.ram, shared, backing, private, shared_bit=bit)
+        common_end = self._guest.unpaged_end if scheme.alias else 0
+        return GuestMemory(self.ram, shared, backing, private, common_end)
 
     def _make_memslots(self) -> None:
         try:
@@ -145,11 +165,12 @@ class GuestVm:
         """Map what the loader filled, or the guest is sure to write, in one go: each page would
         cost the guest a fault. Nothing else, so that residency stays what the guest uses.
         """
-        if not self.kvm.check_extension(ioctls.KVM_CAP_PRE_FAULT_MEMORY):
-            return
+        if not self.memory.told or not self.kvm.check_extension(ioctls.KVM_CAP_PRE_FAULT_MEMORY):
+            return  # what a protected guest hasn't touched isn't donated either
         for area in areas:
             for run, state in self.memory.states(area):
-                alias = self.scheme.alias if state is PageState.PRIVATE else 0
+                is_private = state is PageState.PRIVATE
+                alias = self.scheme.alias if is_private else self.scheme.shared_alias
                 start, end = page_align_down(run.start), page_align_up(run.end)
                 try:
                     self.platform.vcpus[0].pre_fault_memory(start | alias, end - start)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from kvm_bindings import fdops
 from vmm.arch import architecture
 from vmm.control.live import live_view
 from vmm.control.operations import Operations
 from vmm.control.signals import SignalReactions
-from vmm.core.errors import HostError, tell
+from vmm.core.errors import HostError, UsageError, tell
 from vmm.core.event_loop import EventLoop
 from vmm.exits.outcome import (
     KILLED,
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from vmm.control.control_socket import ControlSocket
     from vmm.control.status_line import StatusLine
     from vmm.machine.tracing import RunTrace
+    from vmm.memory.aliased_memory import Announce
 
 _PANIC_TEXT = b"Kernel panic - not syncing"
 _REBOOT_TEXT = b"reboot: Restarting system"
@@ -144,6 +145,11 @@ class Machine:
                 self._vcpus.parked,
                 self._cleanup,
             )
+            if not self._vm.memory.told:
+                self._require_fitting()
+            if not self._config.core_dumps:
+                # Not earlier: what a backing opens in /proc/self would be root's alone.
+                fdops.forbid_core_dumps()
             self._connect_devices()
             self._vm.finish_memslots()
             if self._vm.is_private:
@@ -152,6 +158,17 @@ class Machine:
             self._guest.finish_opening()  # where both are wrong, what the user gave comes first
             raise
         self._guest.finish_opening()
+
+    def _require_fitting(self) -> None:
+        """What can't be had of a host that is not told of shares is refused, never left out."""
+        from vmm.conversion.asked import require_asked
+
+        require_asked(self._policies, self._vm.scheme, self._architecture.schemes)
+        if self._config.balloon is not None:
+            raise UsageError(
+                f"--balloon {self._config.balloon}: the pages of a protected guest can't be taken "
+                f"back (scheme {self._vm.scheme.name}); run without it"
+            )
 
     def _connect_devices(self) -> None:
         # Imported here, while KVM makes the memslots: it takes milliseconds, of mere waiting.
@@ -181,7 +198,7 @@ class Machine:
             room=self._console.room,
             power_off=lambda: self.stop(Outcome(POWEROFF)),
             reset=self._guest_reset,
-            watch=partial(self._converter.hooks.watcher, self._converter.view),
+            watch=self._watcher,
             observer_of=(lambda device: None) if trace is None else trace.device,
         )
         self._cleanup.callback(self._devices.close)
@@ -190,6 +207,16 @@ class Machine:
         )
         if trace is not None:
             self._handlers.table = trace.exits(self._handlers.table)
+
+    def _watcher(self, device: str) -> Announce | None:
+        """What asks the policies about the device's accesses, if one of them wants to know."""
+        announce = self._converter.hooks.watcher(self._converter.view, device)
+        bit = self._vm.scheme.shared_alias
+        if announce is None or not bit:
+            return announce
+        from vmm.memory.aliased_memory import without_bit
+
+        return without_bit(announce, bit)
 
     def _load_guest(self) -> None:
         """Memory contents by pwrite and fd-to-fd transfer, then registers."""

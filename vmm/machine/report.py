@@ -21,16 +21,28 @@ POLICY_ENFORCED = (
     "policy-enforced rehearsal: the VMM refuses every access of its own to private pages, "
     "but the host's kernel would allow it; no protection from a malicious host"
 )
+PKVM_ENFORCED = (
+    "kernel-enforced (pKVM): the hypervisor keeps the host's processors, its kernel included, away "
+    "from private pages (EFAULT, SIGSEGV); not its devices (no IOMMU: DMA, as of O_DIRECT, reaches "
+    "them), and the host chooses what the guest starts with"
+)
+_REALM = "; the guest takes the VMM for the monitor of an Arm CCA realm, which it is not"
+TOLD, OBSERVED = "told", "observed, not told"
+"""The report's `states`: whether the host knows each page's state, or can only try."""
 NO_ISOLATION = "none: an ordinary VM, all memory is shared with the host"
 
 
-def isolation_of(private: Backing | None, common_end: int = 0) -> str:
+def isolation_of(private: Backing | None, common_end: int = 0, scheme: str = "") -> str:
     """The sentence that says how strong the isolation of the private side is."""
     if private is None:
         return NO_ISOLATION
+    if scheme == "pkvm":
+        return PKVM_ENFORCED
     strength = POLICY_ENFORCED
     if private.host_access == "kernel-refused":
         strength = KERNEL_ENFORCED.format(how=_HOW[private.traits.private_access])
+    if scheme == "realm":
+        strength += _REALM
     if common_end:
         strength += (
             f"; the first {common_end >> 10} KiB, where processors start without paging, are one "
@@ -43,6 +55,27 @@ def _shared_access(memory: GuestMemory, io: dict[str, dict[str, Any]]) -> str:
     """How the host reached shared memory; a disk whose engine maps it is named."""
     mapped = [n for n, counts in io.items() if counts.get("engine", {}).get("name") == "mmap"]
     return memory.shared.access + "".join(f", mapped by {name} (io=mmap)" for name in mapped)
+
+
+def _pages(memory: GuestMemory) -> dict[str, Any]:
+    """RAM by state; under a scheme that doesn't tell, what trying some pages has shown."""
+    if memory.told:
+        return {
+            "ram_bytes": memory.ram_bytes,
+            "private_bytes": memory.bytes_in(PageState.PRIVATE),
+            "shared_bytes": memory.bytes_in(PageState.SHARED),
+            "deferred_bytes": memory.bytes_in(PageState.DEFERRED),
+            "common_bytes": memory.common_end,
+        }
+    from vmm.memory.observed_memory import ObservedMemory
+
+    assert isinstance(memory, ObservedMemory)
+    return {
+        "ram_bytes": memory.ram_bytes,
+        **dict.fromkeys(("private_bytes", "shared_bytes", "deferred_bytes")),
+        "common_bytes": 0,
+        "observed": memory.observe()._asdict(),
+    }
 
 
 def build_report(
@@ -60,8 +93,9 @@ def build_report(
     wall_seconds: float,
 ) -> dict[str, Any]:
     """The report as JSON-ready data; keys as the README lists them."""
-    residency = memory.residency()
-    private = memory.private
+    residency = memory.accounted()  # first: to look at pages makes some
+    told = memory.told
+    private = memory.private if told else memory.shared
     return {
         "scheme": scheme,
         "schemes_not_taken": not_taken,
@@ -72,21 +106,16 @@ def build_report(
         },
         "host_access": {
             "private": None if private is None else private.host_access,
-            "launch": None if private is None else private.access,
+            "launch": None if private is None else private.access if told else "pread/pwrite",
             "shared": _shared_access(memory, io),
         },
-        "isolation": isolation_of(private, memory.common_end),
+        "isolation": isolation_of(private, memory.common_end, scheme),
+        "states": TOLD if told else OBSERVED,
         "guest": {"exit": outcome.exit, "reason": outcome.reason},
-        "conversions": accounting.as_dict(),
-        "pages": {
-            "ram_bytes": memory.ram_bytes,
-            "private_bytes": memory.bytes_in(PageState.PRIVATE),
-            "shared_bytes": memory.bytes_in(PageState.SHARED),
-            "deferred_bytes": memory.bytes_in(PageState.DEFERRED),
-            "common_bytes": memory.common_end,
-        },
-        "refinements": refinements.as_dict(),
-        "residency": residency._asdict(),
+        "conversions": accounting.as_dict() if told else None,
+        "pages": _pages(memory),
+        "refinements": refinements.as_dict() if told else None,
+        "residency": residency,
         "io": io,
         "exits": dict(sorted(exits.items(), key=lambda item: -item[1])),
         "io_ports": {

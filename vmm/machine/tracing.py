@@ -9,10 +9,15 @@ from vmm.exits.handlers import Table
 from vmm.exits.outcome import Outcome
 from vmm.exits.tracing import traced
 from vmm.machine.config import MachineConfig
+from vmm.memory.backing import Backing
 from vmm.memory.guest_memory import GuestMemory
 from vmm.trace.queues import DeviceTrace
 from vmm.trace.recorder import Recorder
 from vmm.trace.store import TraceStore
+
+
+def _name(side: Backing | None) -> str | None:
+    return None if side is None else side.name
 
 
 class RunTrace:
@@ -43,7 +48,7 @@ class RunTrace:
             scheme=scheme,
             doorbell=doorbell,
             backings={
-                "private": None if memory.private is None else memory.private.name,
+                "private": _name(memory.private if memory.told else memory.shared),
                 "shared": memory.shared.name,
             },
             states=[[*area, state.value] for area, state in memory.states()],

@@ -48,9 +48,9 @@ class Traits(NamedTuple):
     splice: bool
     mmap: bool
     private_access: str
-    """What a load from a private page by the host meets, were it tried: "allowed", "SIGBUS" or
-    "no mapping"; by a system call SIGBUS is EFAULT or EIO. Where it is allowed, pyvmm's own
-    refusal is all there is."""
+    """What a load from a private page by the host meets, were it tried: "allowed", "SIGBUS",
+    "SIGSEGV" or "no mapping"; by a system call a signal is EFAULT or EIO. Where it is allowed,
+    pyvmm's own refusal is all there is."""
     granule: int = PAGE_SIZE
     """Bytes: the smallest part that a hole gives back; parts of one become zeros and stay."""
     in_place: bool = False

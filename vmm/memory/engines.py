@@ -51,8 +51,13 @@ class Engine(Protocol):
 def make_engine(name: str, side: Backing) -> Engine:
     """The engine of that name (one of transfer.ENGINES) for this shared side.
 
-    Raises HostError for all but `auto` where the side's fd has no pread and pwrite.
+    Raises HostError for all but `auto` where the side's fd has no pread and pwrite, UsageError for
+    what a protected guest's memory must not meet.
     """
+    if side.name == "memfd-protected":
+        from vmm.memory.observed_engine import ObservedEngine  # other runs do without
+
+        return ObservedEngine(name, side)
     if side.access != "pread/pwrite":
         if name == "auto":
             return BackingsOwnEngine(side)

@@ -6,30 +6,47 @@ as a whole, before a byte moves, unless every page of it is shared RAM.
 
 from __future__ import annotations
 
+import errno
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from enum import Enum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from vmm.core.errors import PrivateAccess, UnmappedAccess
-from vmm.core.ranges import PAGE_SIZE, Range, RangeMap
+from vmm.core.ranges import PAGE_SIZE, Cut, Range, RangeMap
 from vmm.memory.backing import Backing, Buffer, byte_count
 
 if TYPE_CHECKING:
     from vmm.memory.engines import Engine
+
+MOST_RUNS = 1 << 15
+"""How many runs of pages in equal state a guest may make, for whatever walks them is as long.
+
+A stock Linux gets by with hundreds. A guest that shares every second page is refused with ENOSPC
+beyond, before it has made the books of a few GiB megabytes long.
+"""
+
+_RUNS_AT_ONCE = 512
+"""How many runs change with the lock held; who waits for it has a turn in between."""
 
 
 class PageState(Enum):
     """Who may touch a page: guest and host, the guest alone, or (for a moment) nobody.
 
     A deferred page is private to the guest, and the host does not touch it, but the shared side
-    that the guest gave up is still there: its discard has been put off.
+    that the guest gave up is still there: its discard has been put off. An observed page is one of
+    whose state the host is not told: only trying shows whether it may touch it.
     """
 
     SHARED = "shared"
     PRIVATE = "private"
     DEFERRED = "deferred"
     CONVERTING = "converting"
+    OBSERVED = "observed"
+
+    __hash__ = object.__hash__  # members are equal only to themselves; Enum's own is slow
 
 
 class Residency(NamedTuple):
@@ -37,6 +54,52 @@ class Residency(NamedTuple):
 
     private_bytes: int
     shared_bytes: int
+
+
+Runs = list[tuple[Range, PageState]]
+Flight = tuple[int, int, list[int] | None]
+"""A host access under way: where it starts and ends, and its pieces (gpa, size, gpa, size...) if
+there are several."""
+
+
+class _Conversion:
+    """Pages on their way to another state, which they have only once all has succeeded."""
+
+    __slots__ = ("_held", "_runs", "area", "target")
+
+    def __init__(self, area: Range, target: PageState | None, runs: Runs | Cut[PageState]) -> None:
+        """`runs`: the states before, as a list or as what they can be listed from."""
+        self.area = area
+        self.target = target
+        self._runs = runs
+        self._held: dict[PageState, int] | None = None
+
+    # Both are worked out when they are first asked for, which is without memory's lock: a guest
+    # can make them long. Two threads may do it at once, and come to the same.
+
+    @property
+    def runs(self) -> Runs:
+        """The states that the pages are in while they are converted."""
+        if isinstance(self._runs, Cut):
+            self._runs = list(RangeMap.of(self._runs).runs())
+        return self._runs
+
+    def held(self, state: PageState) -> int:
+        """How many of the bytes are in `state` before."""
+        if self._held is None:
+            held = dict.fromkeys(PageState, 0)
+            for run, each in self.runs:
+                held[each] += run.size
+            self._held = held
+        return self._held[state]
+
+    def advanced(self, address: int) -> _Conversion:
+        """What is left of it when the pages below `address` have their state."""
+        first = bisect_right(self.runs, address, key=lambda run: run[0].start) - 1
+        left = self.runs[first:]
+        left[0] = (left[0][0].split(address)[1], left[0][1])
+        left = left if left[0][0].size else left[1:]
+        return _Conversion(self.area.split(address)[1], self.target, left)
 
 
 class GuestMemory:
@@ -50,6 +113,11 @@ class GuestMemory:
     means the private or the shared page, and that memory is the shared backing's. States and
     refusals are as everywhere, but there is no other side that a conversion could discard.
     """
+
+    told = True
+    """Whether the host is told of every conversion, so that `states` is what it knows."""
+    _open = PageState.SHARED
+    """The state in which the host may try to touch a page."""
 
     def __init__(
         self,
@@ -68,15 +136,15 @@ class GuestMemory:
         # None stands for "no RAM here", so that one lookup answers both questions.
         self._states: RangeMap[PageState | None] = RangeMap(Range(0, self.ram[-1].end), None)
         for area in self.ram:
-            self._states.set(area, PageState.SHARED)
+            self._states.set(area, self._open)
         for area in private:
             self._states.set(area, PageState.PRIVATE)
-        # The pages of a conversion under way; their states change only when it has succeeded.
-        self._converting: Range | None = None
+        # Conversions under way, by the thread that carries them out; none overlaps another.
+        self._conversions: dict[int, _Conversion] = {}
         self._lock = threading.Lock()
         self._drained = threading.Condition(self._lock)
-        # Accesses under way, by thread: a conversion waits for those that overlap it.
-        self._in_flight: dict[int, tuple[int, int]] = {}
+        # Accesses under way, by thread: a conversion waits for those that have a piece of it.
+        self._in_flight: dict[int, Flight] = {}
         self._waiting = 0
 
     @property
@@ -159,14 +227,13 @@ class GuestMemory:
         with self._lock:
             if size <= 0 or gpa % PAGE_SIZE or size % PAGE_SIZE or not self.is_ram(area):
                 raise UnmappedAccess(f"{size:#x} bytes at {gpa:#x} are not whole pages of RAM")
-            converting = self._converting
-            if converting is not None and converting.overlaps(area):
+            if self._conversions and (converting := self._converting_in(area)) is not None:
                 raise PrivateAccess(f"discard of {area}: {converting} is converting")
-            runs = self._states_in(area)
+            cut = self._states.cut(area)
             # A conversion of these pages waits until they are gone.
-            self._in_flight[threading.get_ident()] = (gpa, gpa + size)
+            self._in_flight[threading.get_ident()] = (gpa, gpa + size, None)
         try:
-            for run, state in runs:
+            for run, state in [] if cut is None else RangeMap.of(cut).runs():
                 if state is not PageState.PRIVATE:
                     self.discard_shared(run)
                 if state is not PageState.SHARED:
@@ -182,10 +249,13 @@ class GuestMemory:
         """Hold off conversions of the range until `_leave`, or refuse the access."""
         with self._lock:
             self._require_shared(gpa, size)
-            self._in_flight[threading.get_ident()] = (gpa, gpa + size)
+            self._in_flight[threading.get_ident()] = (gpa, gpa + size, None)
 
     def _enter_many(self, pieces: list[int]) -> None:
-        """As `_enter`, for gpa, size, gpa, size...: all of them, or none."""
+        """As `_enter`, for gpa, size, gpa, size...: all of them, or none.
+
+        `pieces` stay the caller's, who does not change them before `_leave`.
+        """
         if len(pieces) == 2:
             self._enter(*pieces)
             return
@@ -196,7 +266,7 @@ class GuestMemory:
             if not self._is_shared(start, end):
                 for gpa, size in zip(starts, sizes, strict=True):
                     self._require_shared(gpa, size)
-            self._in_flight[threading.get_ident()] = (start, end)
+            self._in_flight[threading.get_ident()] = (start, end, pieces)
 
     def _leave(self) -> None:
         with self._lock:
@@ -209,90 +279,166 @@ class GuestMemory:
             raise UnmappedAccess(f"host access to {size} bytes at {gpa:#x} is outside guest RAM")
         if self._is_shared(gpa, gpa + size):
             return
-        for area, state in self._runs(Range(gpa, max(size, 1))):
+        access = Range(gpa, max(size, 1))
+        converting = self._converting_in(access)
+        if converting is not None:
+            raise PrivateAccess(
+                f"host access to {size} bytes at {gpa:#x}: {converting} is converting"
+            )
+        # The first of maximal runs that isn't shared is the first or the second.
+        for area, state in self._states.runs(access):
             if state is None:
                 raise UnmappedAccess(
                     f"host access to {size} bytes at {gpa:#x}: no guest RAM at {area}"
                 )
-            if state is not PageState.SHARED:
+            if state is not self._open:
                 raise PrivateAccess(
                     f"host access to {size} bytes at {gpa:#x}: {area} is {state.value}"
                 )
 
     def _is_shared(self, start: int, end: int) -> bool:
         """Whether [start, end) is shared RAM, and no part of it is being converted; lock held."""
-        converting = self._converting
         return (
             start >= 0
             and end <= self._states.span.end
-            and self._states.is_uniform(start, end, PageState.SHARED)
-            and (converting is None or converting.end <= start or end <= converting.start)
+            and self._states.is_uniform(start, end, self._open)
+            and not (
+                self._conversions
+                and self._converting_in(Range(start, max(end - start, 1))) is not None
+            )
         )
+
+    def _converting_in(self, area: Range) -> Range | None:
+        """What part of `area` is being converted, the first if there are several; lock held."""
+        found = [each.area.intersection(area) for each in self._conversions.values()]
+        return min((part for part in found if part is not None), default=None)
 
     def _in_span(self, gpa: int, size: int) -> bool:
         return gpa >= 0 and gpa + max(size, 1) <= self._states.span.end
 
-    def _runs(self, within: Range | None) -> Iterator[tuple[Range, PageState | None]]:
-        """The runs of pages in equal state, those under conversion set apart; lock held."""
-        middle = self._converting
-        if middle is not None:
-            middle = middle if within is None else middle.intersection(within)
-        if middle is None:
-            yield from self._states.runs(within)
-            return
-        span = self._states.span if within is None else within
-        yield from self._states.runs(Range(span.start, middle.start - span.start))
-        yield middle, PageState.CONVERTING
-        yield from self._states.runs(Range(middle.end, span.end - middle.end))
-
     # -- page states, for conversions ---------------------------------------------------------
+
+    def snapshot(self, within: Range | None = None) -> RangeMap[PageState | None] | None:
+        """The states of all addresses, or of those `within` a range, at one moment.
+
+        None stands for what isn't RAM; there is no snapshot of a range outside of all. Costs a
+        copy of the runs with the lock held, and everything else without it.
+        """
+        with self._lock:
+            cut = self._states.cut(within)
+            converting = [each.area for each in self._conversions.values()]
+        if cut is None:
+            return None
+        made = RangeMap.of(cut)
+        for area in converting:
+            inside = area.intersection(made.span)
+            if inside is not None:
+                made.set(inside, PageState.CONVERTING)
+        return made
 
     def states(self, within: Range | None = None) -> list[tuple[Range, PageState]]:
         """The runs of RAM pages in equal state, in address order; holes are left out."""
-        with self._lock:
-            return [(area, state) for area, state in self._runs(within) if state is not None]
+        found = self.snapshot(within)
+        if found is None:
+            return []
+        return [(area, state) for area, state in found.runs() if state is not None]
 
     def bytes_in(self, state: PageState) -> int:
-        """How many bytes of RAM are in `state`."""
-        return sum(area.size for area, held in self.states() if held is state)
+        """How many bytes of RAM are in `state`; costs nothing that a guest could make longer."""
+        with self._lock:
+            total, conversions = self._states.total(state), list(self._conversions.values())
+        if state is PageState.CONVERTING:
+            return sum(each.area.size for each in conversions)
+        return total - sum(each.held(state) for each in conversions)
+
+    def most_bytes_in(self, state: PageState) -> int:
+        """How many bytes of RAM may be in `state` once the conversions under way have ended.
+
+        Each of them may succeed or fail, so that its pages count for the state which they leave
+        as well as for the one that they are to have.
+        """
+        with self._lock:
+            total, conversions = self._states.total(state), list(self._conversions.values())
+        coming = [each for each in conversions if each.target is state]
+        return total + sum(each.area.size - each.held(state) for each in coming)
 
     def is_ram(self, area: Range) -> bool:
         """Whether every byte of `area` is guest RAM."""
         return any(ram.contains(area) for ram in self.ram)
 
-    def begin_conversion(self, area: Range) -> list[tuple[Range, PageState]]:
+    def is_converting(self, area: Range) -> bool:
+        """Whether a page of `area` is being converted."""
+        if not self._conversions:
+            return False
+        with self._lock:
+            return self._converting_in(area) is not None
+
+    def begin_conversion(
+        self, area: Range, target: PageState | None = None
+    ) -> list[tuple[Range, PageState]]:
         """Take `area` (page-aligned RAM) away from the host; the states that its pages are in.
 
-        From here on host accesses raise; those under way are waited for by `quiesce`. One
-        conversion at a time, ended by `finish_conversion` or `abandon_conversion`.
-        """
-        with self._lock:
-            if self._converting is not None:
-                raise RuntimeError(f"{area}: {self._converting} is being converted already")
-            inside = self._states.span.contains(area)
-            before = self._states_in(area) if inside else []
-            if sum(run.size for run, _ in before) != area.size:
-                raise UnmappedAccess(f"{area} is not wholly guest RAM")
-            self._converting = area
-            return before
+        From here on host accesses raise; those under way are waited for by `quiesce`. Ended by
+        `finish_conversion` or `abandon_conversion` on the same thread, which begins no other
+        before. Conversions by several threads go side by side; the caller sees to it that they
+        don't overlap.
 
-    def _states_in(self, area: Range) -> list[tuple[Range, PageState]]:
-        """The runs of RAM pages in equal state, none of them under conversion; lock held."""
-        state = self._states.get(area.start)
-        if state is not None and self._states.is_uniform(area.start, area.end, state):
-            return [(area, state)]
-        return [(run, held) for run, held in self._states.runs(area) if held is not None]
+        `target`: the state that the pages are to have. Raises OSError (ENOSPC) where that would
+        make more runs than MOST_RUNS.
+        """
+        thread = threading.get_ident()
+        with self._lock:
+            if self._conversions:
+                self._require_none_converting(thread, area)
+            states = self._states
+            state = None
+            if states.span.contains(area):
+                state = states.uniform(area.start, area.start + area.size)
+            runs: Runs | Cut[PageState]
+            if state is not None:
+                runs = [(area, state)]
+            elif self.is_ram(area):
+                cut = states.cut(area)
+                runs = cast(Cut[PageState], cut)
+            else:
+                raise UnmappedAccess(f"{area} is not wholly guest RAM")
+            if target is not None and len(states) > MOST_RUNS - 2:
+                self._require_room(area, target)
+            conversion = _Conversion(area, target, runs)
+            self._conversions[thread] = conversion
+        return conversion.runs
+
+    def _require_none_converting(self, thread: int, area: Range) -> None:
+        mine = self._conversions.get(thread)
+        taken = self._converting_in(area) if mine is None else mine.area
+        if taken is not None:
+            raise RuntimeError(f"{area}: {taken} is being converted already")
+
+    def _require_room(self, area: Range, target: PageState) -> None:
+        count = len(self._states) + self._states.growth(area, target)
+        if count > max(MOST_RUNS, len(self._states)):
+            raise OSError(
+                errno.ENOSPC,
+                f"{count} runs of pages in equal state, and {MOST_RUNS} are the most; let the "
+                "guest convert larger ranges",
+            )
 
     def quiesce(self, area: Range, timeout: float) -> bool:
-        """Wait (seconds) until no host access to `area` is under way; False if time ran out."""
-
-        def drained() -> bool:
-            flights = self._in_flight.values()
-            return not any(start < area.end and area.start < end for start, end in flights)
-
+        """Wait (seconds) until no host access to `area` that is under way now is left; False if
+        time ran out. While `area` is being converted, no other can begin."""
         with self._lock:
             if not self._in_flight:
                 return True
+            flights = list(self._in_flight.items())
+        # Worked out once, and without the lock: an access may have thousands of pieces.
+        held_by = [(thread, flight) for thread, flight in flights if _touches(flight, area)]
+        if not held_by:
+            return True
+
+        def drained() -> bool:
+            return all(self._in_flight.get(thread) is not flight for thread, flight in held_by)
+
+        with self._lock:
             self._waiting += 1
             try:
                 return self._drained.wait_for(drained, timeout)
@@ -300,17 +446,36 @@ class GuestMemory:
                 self._waiting -= 1
 
     def finish_conversion(self, state: PageState, runs: Sequence[Range] | None = None) -> None:
-        """The conversion succeeded: its pages (or `runs` of them) are in `state` now."""
-        with self._lock:
-            if self._converting is not None:
-                for area in (self._converting,) if runs is None else runs:
+        """The conversion succeeded: its pages (or `runs` of them, in order) are in `state` now."""
+        thread = threading.get_ident()
+        conversion = self._conversions.get(thread)
+        if conversion is None:
+            return
+        whole = runs is None
+        if runs is None:
+            many = len(conversion.runs) > _RUNS_AT_ONCE
+            runs = [run for run, _ in conversion.runs] if many else [conversion.area]
+        parts = [runs[at : at + _RUNS_AT_ONCE] for at in range(0, len(runs), _RUNS_AT_ONCE)]
+        for number, part in enumerate(parts, 1):
+            start, end = part[0].start, part[-1].end
+            last = number == len(parts)
+            rest = None if last else conversion.advanced(end)
+            with self._lock:
+                for area in [Range(start, end - start)] if whole else part:
                     self._states.set(area, state)
-            self._converting = None
+                if rest is not None:
+                    self._conversions[thread] = conversion = rest
+                else:
+                    del self._conversions[thread]
+            if not last:
+                time.sleep(0)  # else who waits for the lock may not get it for a long time
+        if not parts:
+            self.abandon_conversion()
 
     def abandon_conversion(self) -> None:
         """The conversion failed, or there was nothing to do: its pages are what they were."""
         with self._lock:
-            self._converting = None
+            self._conversions.pop(threading.get_ident(), None)
 
     @property
     def in_place(self) -> bool:
@@ -338,10 +503,30 @@ class GuestMemory:
         shared = sum(self.shared.resident_bytes(run.start, run.size) for run in runs)
         return Residency(private - shared, shared)
 
+    def accounted(self) -> dict[str, int | None]:
+        """`residency` for people and reports; None stands for what nobody knows."""
+        return dict(self.residency()._asdict())
+
+    def launched(self) -> None:
+        """Everything is loaded, and the guest about to run."""
+
     def close(self) -> None:
         self.shared.close()
         if self.private is not None:
             self.private.close()
+
+
+def _touches(flight: Flight, area: Range) -> bool:
+    """Whether an access under way has a byte in `area`: between two of its pieces it has none."""
+    start, end, pieces = flight
+    low, high = area.start, area.end
+    if not (start < high and low < end):
+        return False
+    if pieces is None:
+        return True
+    return any(
+        gpa < high and low < gpa + size for gpa, size in zip(pieces[::2], pieces[1::2], strict=True)
+    )
 
 
 class MemoryThrough:
@@ -420,6 +605,7 @@ class LaunchMemory:
     def seal(self) -> None:
         """The guest is about to run: private pages are its own from now on."""
         self._sealed = True
+        self._memory.launched()
 
     def _runs(self, gpa: int, size: int) -> list[tuple[Range, Backing]]:
         if self._sealed:

@@ -23,7 +23,9 @@ class Decision:
 
     def __repr__(self) -> str:
         pairs = zip(self.__slots__, self._values(), strict=True)
-        return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in pairs)})"
+        # What is not said by most decisions stays out where it isn't said.
+        said = [f"{n}={v}" for n, v in pairs if v is not None or n not in ("patience", "later")]
+        return f"{type(self).__name__}({', '.join(said)})"
 
     def _values(self) -> tuple[object, ...]:
         return tuple(getattr(self, name) for name in self.__slots__)
@@ -33,20 +35,14 @@ class Allow(Decision):
     """Carry the request out.
 
     A device may be at the pages just then: the conversion waits `patience` seconds for it at
-    most (None: as long as pyvmm does by itself), and is refused with EBUSY after that.
+    most (None: as long as pyvmm does by itself), and is refused with EBUSY after that. Every
+    decision that has something carried out takes a patience.
     """
 
     __slots__ = ("patience",)
 
     def __init__(self, patience: float | None = None) -> None:
-        if patience is not None and not (
-            isinstance(patience, int | float) and 0 <= patience < math.inf
-        ):
-            raise ValueError(f"Allow(patience={patience!r}): a number of seconds, 0 or more")
-        self.patience = patience
-
-    def __repr__(self) -> str:
-        return "Allow()" if self.patience is None else super().__repr__()
+        self.patience = _checked_patience("Allow", patience)
 
 
 class Deny(Decision):
@@ -63,14 +59,23 @@ class Partial(Decision):
 
     The guest gets 0 only if all that it asked for is in the wanted state then, else -errno: it
     must not take the rest for converted. The part stays converted, so that a guest that asks
-    again gets on.
+    again gets on. With `later` the discard of an unshared part is put off, as by Defer.
     """
 
-    __slots__ = ("area", "errno")
+    __slots__ = ("area", "errno", "later", "patience")
 
-    def __init__(self, area: Range, errno: int = EAGAIN) -> None:
+    def __init__(
+        self,
+        area: Range,
+        errno: int = EAGAIN,
+        *,
+        later: Defer | None = None,
+        patience: float | None = None,
+    ) -> None:
         self.area = _checked_area("Partial", area)
         self.errno = _checked_errno("Partial", errno)
+        self.later = later
+        self.patience = _checked_patience("Partial", patience)
 
 
 class Defer(Decision):
@@ -82,13 +87,14 @@ class Defer(Decision):
     any unshare and share, or with `keep` what was there before.
     """
 
-    __slots__ = ("keep", "until")
+    __slots__ = ("keep", "patience", "until")
 
-    def __init__(self, until: float, *, keep: bool = False) -> None:
+    def __init__(self, until: float, *, keep: bool = False, patience: float | None = None) -> None:
         if not isinstance(until, int | float) or math.isnan(until):
             raise ValueError(f"Defer(until={until!r}): a time in seconds is needed")
         self.until = until
         self.keep = keep
+        self.patience = _checked_patience("Defer", patience)
 
 
 class Convert(Decision):
@@ -98,10 +104,11 @@ class Convert(Decision):
     guest would lose what it keeps in a page that it has not asked to convert.
     """
 
-    __slots__ = ("area",)
+    __slots__ = ("area", "patience")
 
-    def __init__(self, area: Range) -> None:
+    def __init__(self, area: Range, *, patience: float | None = None) -> None:
         self.area = _checked_area("Convert", area)
+        self.patience = _checked_patience("Convert", patience)
 
 
 class Kill(Decision):
@@ -111,6 +118,67 @@ class Kill(Decision):
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
+
+
+CarriedOut = Allow | Partial | Defer | Convert
+"""The decisions that have a request carried out, in whatever way."""
+
+
+def combined(first: CarriedOut, then: CarriedOut) -> CarriedOut:
+    """What two policies of a stack say together, neither having refused.
+
+    Nothing that was said is lost, except where one excludes the other: a part is less than the
+    request and Convert more, so that Partial counts; and between putting the discard off and
+    making it at once with more pages, what was said first. The table is in the README.
+    """
+    said = [each.patience for each in (first, then) if each.patience is not None]
+    patience = min(said, default=None)
+    if isinstance(first, Allow):
+        return _with_patience(then, patience)
+    if isinstance(first, Partial):
+        if isinstance(then, Partial):  # a part of the first one: its policy was asked about that
+            later = _both(first.later, then.later)
+            return Partial(then.area, then.errno, later=later, patience=patience)
+        later = _both(first.later, then if isinstance(then, Defer) else None)
+        return Partial(first.area, first.errno, later=later, patience=patience)
+    if isinstance(then, Partial):
+        later = _both(first if isinstance(first, Defer) else None, then.later)
+        return Partial(then.area, then.errno, later=later, patience=patience)
+    if isinstance(first, Defer) and isinstance(then, Defer):
+        return Defer(min(first.until, then.until), keep=first.keep and then.keep, patience=patience)
+    if isinstance(first, Convert) and isinstance(then, Convert):
+        start = min(first.area.start, then.area.start)
+        end = max(first.area.end, then.area.end)
+        return Convert(Range(start, end - start), patience=patience)
+    return _with_patience(first, patience)
+
+
+def _both(first: Defer | None, then: Defer | None) -> Defer | None:
+    """Late discards that are part of another decision: the earlier one, and kept if both keep."""
+    if first is None or then is None:
+        later = first or then
+        return None if later is None else Defer(later.until, keep=later.keep)
+    return Defer(min(first.until, then.until), keep=first.keep and then.keep)
+
+
+def _with_patience(decision: CarriedOut, patience: float | None) -> CarriedOut:
+    if decision.patience == patience:
+        return decision
+    if isinstance(decision, Partial):
+        return Partial(decision.area, decision.errno, later=decision.later, patience=patience)
+    if isinstance(decision, Defer):
+        return Defer(decision.until, keep=decision.keep, patience=patience)
+    if isinstance(decision, Convert):
+        return Convert(decision.area, patience=patience)
+    return Allow(patience)
+
+
+def _checked_patience(what: str, patience: float | None) -> float | None:
+    if patience is not None and not (
+        isinstance(patience, int | float) and 0 <= patience < math.inf
+    ):
+        raise ValueError(f"{what}(patience={patience!r}): a number of seconds, 0 or more")
+    return patience
 
 
 def _checked_errno(what: str, errno: int) -> int:

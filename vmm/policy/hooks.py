@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
@@ -10,7 +9,17 @@ from typing import Any, NoReturn
 from vmm.core.errors import AccessDenied
 from vmm.core.events import FAULT, Kind
 from vmm.core.ranges import Range
-from vmm.policy.decisions import Allow, Convert, Decision, Defer, Deny, Kill, Partial
+from vmm.policy.decisions import (
+    Allow,
+    CarriedOut,
+    Convert,
+    Decision,
+    Defer,
+    Deny,
+    Kill,
+    Partial,
+    combined,
+)
 from vmm.policy.protocol import End, Event, IoEvent, Policy, PolicyError, PolicyKill, View
 
 Hook = Callable[..., Any]
@@ -24,8 +33,8 @@ class Hooks:
 
     All policies must allow. They are asked in order and the first Deny or Kill counts. After a
     Partial the later ones are asked about the part, and only what all leave over is converted.
-    Defer and Convert are wishes about how an allowed request is carried out: the first one
-    counts, and a Partial outweighs it.
+    What the others say is put together by `vmm.policy.decisions.combined`; the README has the
+    table.
     """
 
     def __init__(self, policies: Sequence[Policy]) -> None:
@@ -64,27 +73,24 @@ class Hooks:
         hooks = (self._faults if doorbell == FAULT else self._asked)[kind]
         if not hooks:
             return _ALLOW
-        result: Decision = _ALLOW
-        patience = math.inf
+        result: CarriedOut = _ALLOW
         for hook in hooks:
             event = Event(kind, area, vcpu, doorbell)
             decision = self._ask(hook, event, view)
-            if isinstance(decision, Allow):
-                if decision.patience is not None:
-                    patience = min(patience, decision.patience)
+            if decision.__class__ is Allow and decision == _ALLOW:
                 continue
             if isinstance(decision, (Deny, Kill)):
                 self.decided_by = type(_policy_of(hook)).__name__
                 return decision
+            assert isinstance(decision, (Allow, Partial, Defer, Convert))
             _require_fitting(hook, event, view, decision)
+            before = result.__class__
+            result = combined(result, decision)
             if isinstance(decision, Partial):
                 area = decision.area
-            elif result.__class__ is not Allow:
-                continue
-            result = decision
-            self.decided_by = type(_policy_of(hook)).__name__
-        if patience < math.inf and result.__class__ is Allow:
-            return Allow(patience)
+                self.decided_by = type(_policy_of(hook)).__name__
+            elif before is Allow and result.__class__ is not Allow:
+                self.decided_by = type(_policy_of(hook)).__name__
         return result
 
     def watcher(self, view: View, device: str) -> Callable[[Range, bool, str | None], None] | None:
@@ -164,10 +170,16 @@ def _require_fitting(hook: Hook, event: Event, view: View, decision: Decision) -
         why = "Partial takes a part of the request"
     elif isinstance(decision, Convert) and not decision.area.contains(event.area):
         why = "Convert takes a range that contains the request"
-    elif isinstance(decision, Defer) and event.kind is not Kind.UNSHARE:
+    elif _puts_off(decision) and event.kind is not Kind.UNSHARE:
         why = "only an unshare can be put off: after a share the guest uses the pages at once"
     if why:
         raise blame(hook, (event, view), f"returned {decision!r}; {why}")
+
+
+def _puts_off(decision: Decision) -> bool:
+    return isinstance(decision, Defer) or (
+        isinstance(decision, Partial) and decision.later is not None
+    )
 
 
 def blame(hook: Hook, given: tuple[Any, ...], what: str) -> PolicyError:

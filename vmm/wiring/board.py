@@ -4,72 +4,102 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, NamedTuple, Protocol
-
-from vmm.devices.bus import MemoryBus, PortBus
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from typing import Protocol
+
     from kvm_bindings import Vm
     from vmm.core.event_loop import EventLoop
+    from vmm.devices.bus import MemoryBus, PortBus
     from vmm.devices.pci import PciBus
+    from vmm.memory.backing import Backing
     from vmm.wiring.interrupts import Lines, Routes
 
+    class SerialPort(Protocol):
+        """The receiving side of the board's UART."""
 
-class SerialPort(Protocol):
-    """The receiving side of the board's UART."""
+        def receive(self, data: bytes) -> int: ...
+        def can_receive(self) -> bool: ...
 
-    def receive(self, data: bytes) -> int: ...
-    def can_receive(self) -> bool: ...
+    class Board(Protocol):
+        """An architecture's buses and fixed devices, connected to KVM."""
 
+        ports: PortBus
+        registers: MemoryBus
+        pci: PciBus
 
-class BoardParts(NamedTuple):
-    """What a board is made with. `opened` closes what it opens."""
+        @property
+        def serial(self) -> SerialPort:
+            """Where the console is."""
+            ...
 
-    vm: Vm
-    loop: EventLoop
-    lines: Lines
-    opened: ExitStack
-    output: Callable[[bytes], None]
-    """Where the serial port's bytes go."""
-    room: Callable[[], None]
-    """Called when the guest has read what it had: more input may go to the serial port."""
-    power_off: Callable[[], None]
-    reset: Callable[[], None]
+        def press_power_button(self) -> bool:
+            """Ask the guest to power off; False where it does not listen."""
+            ...
 
+        def slot(self, number: int) -> Slot:
+            """The PCI slot 1 to 31."""
+            ...
 
-class Slot(NamedTuple):
-    """How a PCI slot of bus 0 is laid out before the guest changes anything."""
-
-    gsi: int
-    """Where INTA of the function in it leads."""
-    interrupt_line: int
-    """What firmware would have left in the Interrupt Line register."""
-    registers_in_io: bool
-    """Whether the function's registers are in an I/O BAR; else in memory."""
-    registers_base: int
-    msix_base: int
+        def message_routes(self, private: Backing | None) -> Routes | None:
+            """Where interrupt messages are routed; None where functions can't have them, besides
+            the INTx that all have. `private` is behind the guest's private memory, if any."""
+            ...
 
 
-class Board(Protocol):
-    """An architecture's buses and fixed devices, connected to KVM."""
+class BoardParts:
+    """What a board is made with. `opened` closes what it opens.
 
-    ports: PortBus
-    registers: MemoryBus
-    pci: PciBus
+    `output` takes the serial port's bytes; `room` is called when the guest has read what it had,
+    so that more input may go to the serial port.
+    """
 
-    @property
-    def serial(self) -> SerialPort:
-        """Where the console is."""
-        ...
+    __slots__ = ("lines", "loop", "opened", "output", "power_off", "reset", "room", "vm")
 
-    def press_power_button(self) -> bool:
-        """Ask the guest to power off; False where it does not listen."""
-        ...
+    def __init__(
+        self,
+        vm: Vm,
+        loop: EventLoop,
+        lines: Lines,
+        opened: ExitStack,
+        *,
+        output: Callable[[bytes], None],
+        room: Callable[[], None],
+        power_off: Callable[[], None],
+        reset: Callable[[], None],
+    ) -> None:
+        self.vm = vm
+        self.loop = loop
+        self.lines = lines
+        self.opened = opened
+        self.output = output
+        self.room = room
+        self.power_off = power_off
+        self.reset = reset
 
-    def slot(self, number: int) -> Slot:
-        """The PCI slot 1 to 31."""
-        ...
 
-    def message_routes(self) -> Routes:
-        """Where interrupt messages are routed."""
-        ...
+class Slot:
+    """How a PCI slot of bus 0 is laid out before the guest changes anything.
+
+    `gsi` is where INTA of the function in it leads, `interrupt_line` what firmware would have left
+    in that register. The function's registers are in a BAR at `registers_base`, of I/O ports or
+    of memory, the MSI-X table in one at `msix_base`.
+    """
+
+    __slots__ = ("gsi", "interrupt_line", "msix_base", "registers_base", "registers_in_io")
+
+    def __init__(
+        self,
+        gsi: int,
+        *,
+        interrupt_line: int,
+        registers_in_io: bool,
+        registers_base: int,
+        msix_base: int,
+    ) -> None:
+        self.gsi = gsi
+        self.interrupt_line = interrupt_line
+        self.registers_in_io = registers_in_io
+        self.registers_base = registers_base
+        self.msix_base = msix_base

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -9,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from kvm_bindings import Vm
 from vmm.core.event_loop import EventLoop
 from vmm.memory.guest_memory import GuestMemory
-from vmm.wiring.board import Board, BoardParts
-from vmm.wiring.interrupts import Lines, MsixMessages, can_use_messages
+from vmm.wiring.board import BoardParts
+from vmm.wiring.interrupts import Lines, MsixMessages
 
 if TYPE_CHECKING:
     from vmm.devices.msix import MsixTable
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from vmm.devices.virtio.queue import SplitQueue
     from vmm.devices.virtio.watched import Announce
     from vmm.memory.engines import Engine
+    from vmm.wiring.board import Board
     from vmm.wiring.notifications import QueueNotifier
 
 
@@ -58,10 +60,18 @@ class Devices:
         self._engines: dict[str, Engine] = {}
         with ExitStack() as self._opened:
             self._lines = Lines(vm, loop, self._opened)
-            parts = BoardParts(vm, loop, self._lines, self._opened, output, room, power_off, reset)
+            parts = BoardParts(
+                vm,
+                loop,
+                self._lines,
+                self._opened,
+                output=output,
+                room=room,
+                power_off=power_off,
+                reset=reset,
+            )
             self.board = make_board(parts)
-            usable = bool(virtio) and can_use_messages(vm, memory.private)
-            self._routes = self.board.message_routes() if usable else None
+            self._routes = self.board.message_routes(memory.private) if virtio else None
             for number, (name, device) in enumerate(virtio.items(), start=1):
                 self._add_virtio(number, name, device)
             self.close = self._opened.pop_all().close
@@ -135,11 +145,12 @@ class Devices:
     def hold(self, timeout: float) -> ExitStack:
         """Until what is returned is closed, by this thread, devices leave guest memory alone.
 
-        Raises TimeoutError when one takes longer to come to rest (seconds).
+        Raises TimeoutError when they take longer to come to rest, all together (seconds).
         """
+        deadline = time.monotonic() + timeout
         with ExitStack() as held:
             for transport in self._transports:
-                held.enter_context(transport.held(timeout))
+                held.enter_context(transport.held(max(deadline - time.monotonic(), 0)))
             return held.pop_all()
 
     def end(self, timeout: float) -> bool:

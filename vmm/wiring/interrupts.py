@@ -87,7 +87,7 @@ class Lines:
 
 
 def can_use_messages(vm: Vm, private: Backing | None) -> bool:
-    """Whether functions get MSI-X, besides the INTx that all of them have.
+    """Whether functions get MSI-X on x86, besides the INTx that all of them have.
 
     The guest writes the table, which PCI wants in memory, with ordinary instructions that KVM
     has to fetch and decode: it reads guest code through the memslots' addresses, where it

@@ -15,7 +15,6 @@ from kvm_bindings._kvm import ffi
 
 import kvm_bindings
 from kvm_bindings import (
-    Device,
     KvmError,
     MessageRoute,
     Vcpu,
@@ -27,6 +26,7 @@ from kvm_bindings import (
 )
 from kvm_bindings.aarch64 import ioctls as arm64
 from kvm_bindings.aarch64.registers import CORE_REGISTERS
+from kvm_bindings.device import Device
 
 PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
 U32, U64, U128 = (size << 52 for size in (2, 3, 4))  # KVM_REG_SIZE_
@@ -152,6 +152,32 @@ def test_preferred_target_is_the_kernels(kernel: Kernel) -> None:
 
 
 # -- registers ----------------------------------------------------------------------------------
+
+
+def test_filter_of_calls_names_functions_and_what_becomes_of_them(kernel: Kernel) -> None:
+    seen: list[tuple[int, int, int, bytes]] = []
+
+    def look(request: int, argument: Any) -> int:
+        data = bytes(ffi.buffer(ffi.cast("char *", argument.addr), 24))
+        seen.append((request, argument.group, argument.attr, data))
+        return 0
+
+    kernel.pointer = look
+    with aarch64.Vm(os.memfd_create("vm"), PAGE_SIZE) as vm:
+        vm.filter_smccc(0xC400_0190, 16, arm64.KVM_SMCCC_FILTER_FWD_TO_USER)
+
+    filter_bytes = bytes.fromhex("900100c4 10000000 02").ljust(24, b"\0")
+    assert seen == [(ioctls.KVM_SET_DEVICE_ATTR, 0, 0, filter_bytes)]
+
+
+def test_filter_that_is_refused_says_what_was_asked(kernel: Kernel) -> None:
+    kernel.pointer = lambda request, argument: -errno.EINVAL
+
+    with (
+        aarch64.Vm(os.memfd_create("vm"), PAGE_SIZE) as vm,
+        pytest.raises(KvmError, match=r"base=0xc4000190, functions=16, action=2\) failed: EINVAL"),
+    ):
+        vm.filter_smccc(0xC400_0190, 16, 2)
 
 
 @pytest.mark.parametrize(("size_bits", "size"), [(U32, 4), (U64, 8), (U128, 16)])

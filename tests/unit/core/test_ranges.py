@@ -80,6 +80,33 @@ class RangeMapMachine(RuleBasedStateMachine):
         expected = all(self.model[address] == value for address in range(area.start, area.end))
         assert self.map.is_uniform(area.start, area.end, value) == expected
 
+    @rule(area=inside(), value=st.sampled_from(VALUES))
+    def growth_is_known_before(self, area: Range, value: str) -> None:
+        count, growth = len(self.map), self.map.growth(area, value)
+        self.set(area, value)
+        assert len(self.map) - count == growth <= 2
+
+    @rule(area=inside())
+    def looks_within(self, area: Range) -> None:
+        held = [self.model[address] for address in range(area.start, area.end)]
+        assert self.map.values(area) == set(held)
+        same = held[0] if len(set(held)) == 1 else None
+        assert self.map.uniform(area.start, area.end) == same
+
+    @rule(area=st.none() | inside(), change=inside(), value=st.sampled_from(VALUES))
+    def a_copy_is_the_map_and_has_a_life_of_its_own(
+        self, area: Range | None, change: Range, value: str
+    ) -> None:
+        cut = self.map.cut(area)
+        assert cut is not None
+        copied, before = RangeMap.of(cut), list(self.map.runs())
+        assert list(copied.runs()) == list(self.map.runs(area))
+        clipped = change.intersection(copied.span)
+        if clipped is not None:
+            copied.set(clipped, value)
+        assert sum(copied.total(each) for each in VALUES) == copied.span.size
+        assert list(self.map.runs()) == before
+
     @invariant()
     def every_address_agrees(self) -> None:
         assert {address: self.map.get(address) for address in self.model} == self.model
@@ -87,6 +114,10 @@ class RangeMapMachine(RuleBasedStateMachine):
     @invariant()
     def runs_are_maximal_and_cover_the_span(self) -> None:
         runs = list(self.map.runs())
+        assert len(runs) == len(self.map)
+        assert {v: self.map.count(v) for v in VALUES} == {
+            v: [held for _, held in runs].count(v) for v in VALUES
+        }
         assert runs[0][0].start == SPAN.start
         assert runs[-1][0].end == SPAN.end
         for (left, before), (right, after) in pairwise(runs):
@@ -121,6 +152,16 @@ def test_set_outside_the_span_or_empty_is_refused_and_changes_nothing(target: Ra
 
 def test_runs_outside_the_span_are_none() -> None:
     assert list(RangeMap(SPAN, "a").runs(Range(100, 5))) == []
+    assert RangeMap(SPAN, "a").cut(Range(100, 5)) is None
+    assert RangeMap(SPAN, "a").values(Range(100, 5)) == set()
+
+
+def test_total_walks_no_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = RangeMap(SPAN, "a")
+    states.set(Range(5, 2), "b")
+    monkeypatch.setattr(RangeMap, "runs", None)
+
+    assert (states.total("a"), states.total("b"), states.total("c")) == (38, 2, 0)
 
 
 def test_runs_partly_outside_the_span_are_clipped() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import struct
-from threading import Event, Thread
+from collections.abc import Callable
+from contextlib import ExitStack
+from threading import Event, RLock, Thread
 
 import pytest
 from hypothesis import given, settings
@@ -23,9 +25,11 @@ from tests.support.virtio_driver import (
     Piece,
     VirtioPciDriver,
 )
+from vmm.core.errors import PyvmmError
 from vmm.core.ranges import Range
 from vmm.devices.bus import PortBus
 from vmm.devices.pci import PciBus
+from vmm.devices.virtio import pci_transport
 from vmm.devices.virtio.block import S_OK, T_IN, VirtioBlock
 from vmm.devices.virtio.block_file import DiskFile
 from vmm.devices.virtio.pci_transport import VirtioPciTransport
@@ -468,6 +472,117 @@ def test_transport_is_held_only_when_what_it_serves_is_done(machine: DiskMachine
     loop.join(10)
 
     assert order == ["moved", "held"]
+
+
+class RestartingLock:
+    """A transport's lock that another vCPU had until now, and under which it restarted the
+    device."""
+
+    def __init__(self, lock: RLock, restart: Callable[[], object]) -> None:
+        self._lock = lock
+        self._restart = restart
+
+    def acquire(self, timeout: float) -> bool:
+        self._restart()
+        return self._lock.acquire(timeout=timeout)
+
+    def release(self) -> None:
+        self._lock.release()
+
+
+def test_transport_that_restarts_while_it_is_to_be_held_is_held(machine: DiskMachine) -> None:
+    queue = machine.up()
+    lock = machine.transport._lock
+
+    def restart() -> None:
+        nonlocal queue
+        machine.transport._lock = lock
+        queue = machine.up()
+        queue.offer(queue.chain(machine.request(T_IN, 0, Piece(DATA, 512, True))[0]))
+
+    machine.transport._lock = RestartingLock(lock, restart)  # type: ignore[assignment]
+    with machine.transport.held(10):
+        loop = Thread(target=machine.transport.notify, args=(0,))
+        loop.start()
+        loop.join(0.05)
+
+        assert loop.is_alive()
+        assert queue.used_index() == 0
+    loop.join(10)
+
+    assert queue.used_index() == 1
+
+
+def test_transport_waits_once_for_all_queues_to_be_held() -> None:
+    """`timeout` is for all locks together, however many queues there are."""
+    waits: list[float] = []
+
+    class Lock:
+        def acquire(self, timeout: float) -> bool:
+            waits.append(timeout)
+            now[0] += 1.0
+            return timeout > 0
+
+        def release(self) -> None:
+            """Not asked for here."""
+
+    now = [0.0]
+    owner = ExitStack()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(TimeoutError),
+    ):
+        patch.setattr("vmm.devices.virtio.pci_transport.time.monotonic", lambda: now[0])
+        for _ in range(10):
+            pci_transport._acquire(Lock(), 2.5, owner)  # type: ignore[arg-type]
+    owner.pop_all()
+
+    assert waits == [2.5, 1.5, 0.5, 0]
+
+
+@pytest.mark.parametrize("error", [struct.error("bad"), ZeroDivisionError(), RecursionError()])
+def test_transport_whose_device_fails_unexpectedly_stops_the_device_with_one_line(
+    machine: DiskMachine, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    def process(queue_index: int) -> bool:
+        raise error
+
+    for _ in range(3):  # the guest tries again: one line is enough
+        machine.up()
+        machine.block.process = process  # type: ignore[method-assign]
+        machine.transport.notify(0)
+        assert machine.driver.status & NEEDS_RESET
+
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert type(error).__name__ in said and "VirtioBlock" in said
+    assert "test_virtio_pci_transport.py" in said
+
+
+def test_transport_whose_device_cannot_start_stops_the_device(
+    machine: DiskMachine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def activate(memory: object, queues: object, features: int) -> None:
+        raise KeyError("no such queue")
+
+    machine.block.activate = activate  # type: ignore[method-assign]
+
+    machine.up()
+
+    assert machine.driver.status & NEEDS_RESET
+    assert "KeyError" in capsys.readouterr().err
+
+
+def test_transport_lets_a_policys_end_of_the_run_through(machine: DiskMachine) -> None:
+    machine.up()
+
+    def process(queue_index: int) -> bool:
+        raise PyvmmError("the policy ends the run")
+
+    machine.block.process = process  # type: ignore[method-assign]
+
+    with pytest.raises(PyvmmError, match="ends the run"):
+        machine.transport.notify(0)
 
 
 def window(machine: DiskMachine, offset: int, size: int) -> int:

@@ -44,6 +44,13 @@ def make(
     return driver, SplitQueue(memory, size, driver.desc, driver.avail, driver.used, features)
 
 
+def take(driver: VirtioQueueDriver, queue: SplitQueue, count: int) -> None:
+    """Have the device take so many chains of the descriptor table, which is all zeros."""
+    driver.available = (driver.available + count) & 0xFFFF
+    driver.set_available_index(driver.available)
+    assert len(queue.take()) == count
+
+
 def test_queue_take_gives_chains_in_order_and_once(memory: FakeMemory) -> None:
     driver, queue = make(memory)
     first = driver.chain([Piece(0x100, 16), Piece(0x200, 5, True)])
@@ -85,8 +92,9 @@ def test_queue_publish_writes_the_index_last(memory: FakeMemory) -> None:
     writes: list[int] = []
     memory.before = lambda verb, gpa: writes.append(gpa) if verb == "pwrite" else None
 
-    queue.publish([(0, 1)] * 7)
-    queue.publish([(0, 1)] * 2)
+    for count in (7, 2):
+        take(driver, queue, count)
+        queue.publish([(0, 1)] * count)
 
     assert writes == [
         driver.used + 4,
@@ -99,9 +107,10 @@ def test_queue_publish_writes_the_index_last(memory: FakeMemory) -> None:
 
 def test_queue_publish_honours_no_interrupt(memory: FakeMemory) -> None:
     driver, queue = make(memory)
+    take(driver, queue, 2)
 
     assert queue.publish([(0, 1)])
-    driver.set_available_index(0, flags=1)
+    driver.set_available_index(2, flags=1)
     assert not queue.publish([(0, 1)])
     assert not queue.publish([])
 
@@ -305,8 +314,10 @@ def test_queue_event_index_decides_about_the_interrupt(
 ) -> None:
     """An interrupt when the used index passes the driver's event; here it goes to 2 over a wrap."""
     driver, queue = make(memory, features=F_EVENT_IDX)
-    for _ in range(0xFFFF):
-        queue.publish([(0, 0)])
+    for count in [8] * (0xFFFF // 8) + [7]:
+        take(driver, queue, count)
+        queue.publish([(0, 0)] * count)
+    take(driver, queue, 3)
     memory.poke(struct.pack("<H", event), driver.avail + 4 + 2 * driver.size)
 
     assert queue.publish([(0, 0)] * 3) is wanted
@@ -389,3 +400,83 @@ def test_queue_private_indirect_table_is_refused(memory: FakeMemory) -> None:
 
     with pytest.raises(PrivateAccess):
         queue.take()
+
+
+# --- what is outstanding, and what was returned ---
+
+
+def test_queue_index_that_moves_on_during_a_turn_is_refused_at_the_ring_size(
+    memory: FakeMemory,
+) -> None:
+    """Each take alone is within bounds; together they would be more than the used ring holds."""
+    driver, queue = make(memory)
+    driver.set_available_index(driver.size)
+    queue.take()
+    driver.set_available_index(driver.size + 1)  # another vCPU, before anything is returned
+
+    with pytest.raises(QueueError, match="8 chains not returned"):
+        queue.take()
+
+    assert queue.outstanding == driver.size
+
+
+def test_queue_index_that_moves_on_after_a_return_is_served(memory: FakeMemory) -> None:
+    driver, queue = make(memory)
+    driver.set_available_index(driver.size)
+    chains = queue.take()
+    queue.publish([(chain.head, 0) for chain in chains[:3]])
+    driver.set_available_index(driver.size + 3)
+
+    assert len(queue.take()) == 3
+    assert queue.outstanding == driver.size
+
+
+def test_queue_put_back_is_not_outstanding(memory: FakeMemory) -> None:
+    driver, queue = make(memory)
+    driver.set_available_index(driver.size)
+    queue.take()
+
+    queue.put_back(5)
+
+    assert queue.outstanding == 3
+    assert len(queue.take()) == 5
+
+
+def test_queue_publish_of_more_than_was_taken_is_refused_unwritten(memory: FakeMemory) -> None:
+    driver, queue = make(memory)
+    driver.set_available_index(2)
+    queue.take()
+
+    with pytest.raises(QueueError, match="3 chains to return, 2 were taken"):
+        queue.publish([(0, 0)] * 3)
+
+    assert driver.used_index() == 0
+
+
+def test_queue_publish_that_is_refused_moves_no_index(memory: FakeMemory) -> None:
+    driver, queue = make(memory)
+    driver.set_available_index(2)
+    queue.take()
+    memory.private.append(Range(driver.used, 4096))
+    with pytest.raises(GuestMemoryError):
+        queue.publish([(0, 7), (1, 8)])
+    memory.private.clear()
+
+    queue.publish([(0, 7), (1, 8)])
+
+    assert driver.used_index() == 2
+    assert driver.collect() == [(0, 7), (1, 8)]
+
+
+def test_queue_publish_that_the_driver_saw_cannot_be_repeated(memory: FakeMemory) -> None:
+    """The available ring, whose flags are read last, became private: the used index has moved."""
+    driver, queue = make(memory)
+    driver.set_available_index(1)
+    queue.take()
+    memory.private.append(Range(driver.avail, 4))
+
+    for error in (GuestMemoryError, QueueError):
+        with pytest.raises(error):
+            queue.publish([(0, 7)])
+
+    assert driver.used_index() == 1

@@ -206,7 +206,9 @@ def test_every_scheme_can_be_made_and_knows_its_name() -> None:
         scheme = make_scheme(name, lambda: 38, nullcontext)
 
         assert scheme.name == name
-        assert bool(scheme.alias) == (name in matrix.TWO_ADDRESSES)
+        assert bool(scheme.alias | scheme.shared_alias) == (name in matrix.TWO_ADDRESSES)
+        assert not (scheme.alias and scheme.shared_alias)
+        assert scheme.told == (name != "pkvm")
 
 
 def test_every_backing_of_the_matrix_says_so_itself() -> None:
@@ -219,8 +221,8 @@ def test_every_backing_of_the_matrix_says_so_itself() -> None:
             backing = make_backing(vm, name, 16 * PAGE_SIZE)
 
             assert backing.name == name
-            assert backing.traits.in_place == (schemes == ("in-place",))
+            assert backing.traits.in_place == (schemes in (("in-place",), ("pkvm",)))
             assert (name in matrix.LOADABLE) == (
-                backing.access != "none" and not backing.traits.in_place
+                backing.access != "none" and name != "guest_memfd-in-place"
             )
             backing.close()

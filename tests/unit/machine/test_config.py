@@ -85,7 +85,7 @@ KERNEL = MachineConfig(kernel="vmlinuz")
     ],
 )
 def test_sensible_configuration_is_accepted(config: MachineConfig) -> None:
-    config.validate(X86.largest_memory)
+    config.validate(X86)
 
 
 @pytest.mark.parametrize(
@@ -112,6 +112,15 @@ def test_sensible_configuration_is_accepted(config: MachineConfig) -> None:
             "--scheme attributes does not take --private-mem=memfd; use --private-mem=auto .it "
             "takes guest_memfd-plain., or --scheme cbit or remap",
         ),
+        (
+            PRIVATE._replace(scheme="pkvm"),
+            "--scheme pkvm does not exist on x86_64; use one of auto, attributes, in-place, cbit, "
+            "remap$",
+        ),
+        (
+            PRIVATE._replace(private_memory="memfd-protected"),
+            "--private-mem=memfd-protected does not exist on x86_64; use one of auto, guest_memfd-",
+        ),
         (MachineConfig(scheme="cbit"), "--scheme cbit needs --private-mem"),
         (MachineConfig(initrd="i"), "--initrd needs --kernel"),
         (MachineConfig(append="quiet"), "--append needs --kernel"),
@@ -126,4 +135,61 @@ def test_senseless_configuration_is_refused_with_the_remedy(
     config: MachineConfig, message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
-        config.validate(X86.largest_memory)
+        config.validate(X86)
+
+
+class Arm64:
+    """An architecture's limits, with arm64's schemes."""
+
+    name = "aarch64"
+    largest_memory = 255 * GIB
+    schemes = ("pkvm", "realm", "remap")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        KERNEL._replace(private_memory="auto", scheme="pkvm"),
+        KERNEL._replace(private_memory="memfd-protected"),
+        KERNEL._replace(private_memory="guest_memfd-mmap", scheme="realm"),
+        PRIVATE._replace(private_memory="guest_memfd", scheme="remap"),
+    ],
+)
+def test_sensible_configuration_of_arm64_is_accepted(config: MachineConfig) -> None:
+    config.validate(Arm64())
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            PRIVATE._replace(scheme="cbit"),
+            "--scheme cbit does not exist on arm64; use one of auto, pkvm, realm, remap$",
+        ),
+        (PRIVATE._replace(scheme="attributes"), "--scheme attributes does not exist on arm64"),
+        (PRIVATE._replace(scheme="in-place"), "--scheme in-place does not exist on arm64"),
+        (
+            PRIVATE._replace(private_memory="guest_memfd-plain"),
+            "--private-mem=guest_memfd-plain does not exist on arm64; use one of auto, memfd-prot",
+        ),
+        (
+            PRIVATE._replace(private_memory="memfd", scheme="pkvm"),
+            "--scheme pkvm does not take --private-mem=memfd; use --private-mem=auto .it takes "
+            "memfd-protected., or --scheme realm or remap$",
+        ),
+        (
+            PRIVATE._replace(private_memory="memfd-protected", scheme="realm"),
+            "--scheme realm does not take --private-mem=memfd-protected; .* or --scheme pkvm$",
+        ),
+        (
+            KERNEL._replace(private_memory="auto", scheme="remap"),
+            "Linux tells .* or pKVM's hypercalls; use --scheme pkvm or realm, or run without",
+        ),
+        (MachineConfig(memory=256 * GIB), "use 4M to 255G"),
+    ],
+)
+def test_senseless_configuration_of_arm64_is_refused_with_the_remedy(
+    config: MachineConfig, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        config.validate(Arm64())

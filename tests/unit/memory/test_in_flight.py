@@ -10,6 +10,8 @@ import threading
 from collections.abc import Callable, Iterator
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.support.memory import Background, GatedBacking, guest_memory, page, pages
 from vmm.core.errors import PrivateAccess
@@ -130,3 +132,67 @@ def test_access_that_comes_after_an_unshare_is_refused() -> None:
 
         with pytest.raises(PrivateAccess, match="private"):
             memory.pread(1, page(4))
+
+
+# Accesses of several pieces. What lies between two of them is untouched.
+
+
+def test_quiesce_does_not_wait_for_pages_between_the_pieces_of_an_access(
+    gated: tuple[GuestMemory, GatedBacking],
+) -> None:
+    memory, backing = gated
+    access = Background(lambda: memory.read_many([page(2), 16, page(60), PAGE_SIZE]))
+    backing.await_arrivals()
+    memory.begin_conversion(pages(30, 4))
+
+    assert memory.quiesce(pages(30, 4), 0) is True
+
+    backing.gate.set()
+    access.result()
+
+
+def test_quiesce_does_not_wait_for_an_access_that_began_after_it(
+    gated: tuple[GuestMemory, GatedBacking],
+) -> None:
+    """Queues that always have an access under way could hold a conversion off for ever."""
+    memory, backing = gated
+    at_it = Background(lambda: memory.read_many([page(2), 16, page(30), 16]))
+    backing.await_arrivals()
+    memory.begin_conversion(pages(30, 1))
+    waits = tell_when_waiting(memory)
+    waiting = Background(lambda: memory.quiesce(pages(30, 1), FOREVER))
+    assert waits.wait(30)
+    memory._enter_many([page(2), 16, page(60), 16])  # on this thread, and it stays under way
+
+    backing.gate.set()
+
+    assert waiting.result() is True
+    at_it.result()
+    assert len(memory._in_flight) == 1
+    memory._leave()
+
+
+ACCESS = st.lists(st.tuples(st.integers(0, page(62)), st.integers(1, 8192)), min_size=1)
+
+
+@settings(max_examples=200, deadline=None)
+@given(accesses=st.lists(ACCESS, min_size=1, max_size=3), first=st.integers(0, 63), data=st.data())
+def test_quiesce_waits_only_if_a_piece_lies_in_the_range(
+    accesses: list[list[tuple[int, int]]], first: int, data: st.DataObject
+) -> None:
+    area = pages(first, data.draw(st.integers(1, 64 - first)))
+    with guest_memory() as memory:
+        for number, pieces in enumerate(accesses):
+            memory._enter_many([word for piece in pieces for word in piece])
+            # As if another thread's: none of them leaves.
+            memory._in_flight[-number] = memory._in_flight.pop(threading.get_ident())
+        touched = [
+            (gpa, size)
+            for pieces in accesses
+            for gpa, size in pieces
+            if gpa < area.end and area.start < gpa + size
+        ]
+
+        memory.begin_conversion(area)
+
+        assert memory.quiesce(area, 0) is (not touched)

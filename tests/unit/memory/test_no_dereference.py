@@ -199,7 +199,8 @@ FORBIDDEN_NAMES = {
     "ffi",
 }
 # The vCPU's kvm_run page and the CPUID buffer are no guest memory.
-BINDINGS_WITH_POINTERS = {"system.py", "vcpu.py", "datapath.py"}  # the last: its callers' buffers
+BINDINGS_WITH_POINTERS = {"system.py", "vcpu.py", "datapath.py", "mapped.py"}
+"""The last two: their callers' buffers."""
 POINTER_CALLS = {"cast", "buffer", "from_buffer", "memmove", "string", "unpack"}
 
 
@@ -260,9 +261,43 @@ def test_bindings_point_at_nothing_but_kvms_own_structures() -> None:
     assert users <= BINDINGS_WITH_POINTERS
 
 
+def _code(name: str) -> str:
+    source = (ROOT / "kvm_bindings" / name).read_text()
+    return re.sub(r"/\*.*?\*/", "", source, flags=re.DOTALL)
+
+
+def test_protected_memory_is_reached_by_copying_system_calls_only() -> None:
+    code = _code("mapped.c")
+
+    called = set(re.findall(r"\b([a-z_]\w*)\(", code)) - {"for", "while", "if", "switch"}
+    ours = {name for name in called if name.startswith("pyvmm_")}
+    assert called - ours == {
+        *("getpid", "process_vm_readv", "process_vm_writev", "pread", "pwrite"),
+        *("fcntl", "fstat", "fstatfs"),
+    }
+    # Guest memory is the local side; the other one is pinned, which destroys a private page.
+    for arguments in re.findall(r"process_vm_\w+\((.*?), 0\)", code):
+        assert re.fullmatch(r"getpid\(\), &?local, \w+, &(remote|own), 1", arguments), arguments
+
+
+@pytest.mark.parametrize("name", ["observed_memory.py", "backings/protected_memfd.py"])
+def test_protected_memory_knows_no_call_that_destroys_pages(name: str) -> None:
+    source = (ROOT / "vmm" / "memory" / name).read_text()
+    forbidden = ("splice", "sendfile", "/proc/self/mem", "punch_hole", "copy_file_range", "fork")
+
+    tree = ast.parse(source)
+    words = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    words |= {
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and "\n" not in node.value
+    }
+
+    assert not [word for word in forbidden if word in words]
+
+
 def test_c_code_hands_addresses_to_system_calls_only() -> None:
-    source = (ROOT / "kvm_bindings" / "bindings.c").read_text()
-    code = re.sub(r"/\*.*?\*/", "", source, flags=re.DOTALL)
+    code = _code("bindings.c")
 
     assert not re.search(r"\bmem(cpy|move|set|cmp)\b|\bstr\w*\(", code)
     assert not re.search(r"->|\[\s*\w+\s*\]", code)

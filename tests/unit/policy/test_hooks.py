@@ -86,14 +86,14 @@ def test_decision_of_the_next_request_is_nobodys_word_again() -> None:
         ((Allow(), Allow()), Allow()),
         ((Allow(2.0), Allow(), Allow(3.0)), Allow(2.0)),
         ((Allow(0), Deny()), Deny()),
-        ((Allow(0), LATER), LATER),
+        ((Allow(0), LATER), Defer(5.0, patience=0)),
         ((Allow(), Deny(errno.EBUSY), Deny()), Deny(errno.EBUSY)),
         ((LATER, Deny()), Deny()),
         ((Partial(pages(0, 4)), Kill("x")), Kill("policy Answering: x")),
         ((LATER, MORE), LATER),
         ((MORE, LATER), MORE),
-        ((LATER, Partial(pages(0, 4))), Partial(pages(0, 4))),
-        ((Partial(pages(0, 4)), LATER), Partial(pages(0, 4))),
+        ((LATER, Partial(pages(0, 4))), Partial(pages(0, 4), later=LATER)),
+        ((Partial(pages(0, 4)), LATER), Partial(pages(0, 4), later=LATER)),
         ((Partial(pages(0, 4)), Partial(pages(1, 2))), Partial(pages(1, 2))),
     ],
     ids=repr,
@@ -203,6 +203,9 @@ def test_hook_is_named_while_it_is_being_waited_for_and_no_longer() -> None:
         (lambda: Allow(float("nan")), "number of seconds"),
         (lambda: Allow(cast(Any, "long")), "number of seconds"),
         (lambda: Defer(cast(Any, "soon")), "time in seconds"),
+        (lambda: Defer(1.0, patience=-1), "number of seconds"),
+        (lambda: Partial(pages(0, 1), patience=-1), "number of seconds"),
+        (lambda: Convert(pages(0, 1), patience=-1), "number of seconds"),
     ],
 )
 def test_senseless_decision_cannot_be_made(make: Any, word: str) -> None:
@@ -216,6 +219,8 @@ def test_decisions_are_equal_when_they_say_the_same() -> None:
     assert Allow() != Deny() and Allow() != Allow(0)
     assert len({Allow(), Allow(), LATER, Defer(5.0), Defer(5.0, keep=True)}) == 3
     assert repr(Deny(13)) == "Deny(errno=13)"
+    assert repr(Allow()) == "Allow()" and repr(Allow(1.0)) == "Allow(patience=1.0)"
+    assert repr(Defer(5.0, patience=0)) == "Defer(keep=False, patience=0, until=5.0)"
 
 
 def test_hook_that_is_not_overridden_is_not_called() -> None:

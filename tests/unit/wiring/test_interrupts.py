@@ -151,8 +151,15 @@ def test_message_gets_a_gsi_and_an_irqfd_at_its_first_route_and_keeps_them(
     assert [pulses(eventfd) for eventfd, _, _ in vm.irqfds] == [1, 0]
 
 
-def test_message_without_a_route_is_dropped(messages: tuple[MsixMessages, MsixMessages]) -> None:
+def test_message_without_a_route_is_dropped(
+    vm: FakeVm, messages: tuple[MsixMessages, MsixMessages]
+) -> None:
+    messages[0].route(1, 0xFEE0_0000, 0x41)
+
     messages[0].signal(0)
+
+    ((eventfd, _, _),) = vm.irqfds
+    assert pulses(eventfd) == 0
 
 
 def test_routes_leave_the_lines_where_kvm_has_them(

@@ -11,7 +11,8 @@ from vmm.arch.x86_64 import layout
 if TYPE_CHECKING:
     from kvm_bindings import System, Vm, x86_64
     from vmm.arch.guest_cpu import Gate, GuestCpu
-    from vmm.arch.protocol import Architecture, Guest, GuestOptions, OpenedKernel
+    from vmm.arch.options import GuestOptions
+    from vmm.arch.protocol import Architecture, Guest, OpenedKernel
     from vmm.arch.x86_64.platform import X86Platform
     from vmm.boot.source import Source
     from vmm.core.ranges import Range
@@ -27,6 +28,7 @@ class X86:
     """Guests of a PC's shape: ports, 8259 and IOAPIC, ACPI."""
 
     name = "x86_64"
+    schemes = ("attributes", "in-place", "cbit", "remap")
     largest_memory = layout.LARGEST_MEMORY
     # KVM_X86_..._VM in arch/x86/include/uapi/asm/kvm.h.
     vm_types = {0: "default", 1: "sw-protected", 2: "sev", 3: "sev-es", 4: "snp", 5: "tdx"}
@@ -111,7 +113,9 @@ class X86:
 
         return PayloadGuest(options)
 
-    def platform(self, system: System, vm: Vm, guest: Guest, options: GuestOptions) -> X86Platform:
+    def platform(
+        self, system: System, vm: Vm, guest: Guest, options: GuestOptions, scheme: str
+    ) -> X86Platform:
         from vmm.arch.x86_64.platform import X86Platform
 
         return X86Platform(_x86(system), cast("x86_64.Vm", vm), guest, options)

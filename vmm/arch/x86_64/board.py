@@ -14,10 +14,11 @@ from vmm.devices.bus import MemoryBus, PortBus
 from vmm.devices.pci import PciBus, host_bridge
 from vmm.devices.serial16550 import Serial16550
 from vmm.wiring.board import BoardParts, Slot
-from vmm.wiring.interrupts import MessageRoutes
+from vmm.wiring.interrupts import MessageRoutes, can_use_messages
 
 if TYPE_CHECKING:
     from kvm_bindings.x86_64 import Vm
+    from vmm.memory.backing import Backing
 
 
 class PcBoard:
@@ -58,5 +59,7 @@ class PcBoard:
             msix_base=layout.msix_bar_gpa(number),
         )
 
-    def message_routes(self) -> MessageRoutes:
+    def message_routes(self, private: Backing | None) -> MessageRoutes | None:
+        if not can_use_messages(self._vm, private):
+            return None
         return MessageRoutes(self._vm, layout.interrupt_pins(), layout.FIRST_MESSAGE_GSI)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from kvm_bindings import exits
 from vmm.arch.x86_64.doorbells import KVM_HC_MAP_GPA_RANGE, decode_map_gpa_range
-from vmm.devices.bus import PortDevice
+from vmm.devices.bus import Banked, PortDevice, StreamDevice
 from vmm.exits import handlers
 from vmm.exits.handlers import Conversions, Registers, bank_of
 from vmm.exits.outcome import FAILED, TRIPLE_FAULT, Outcome
@@ -111,7 +111,9 @@ class X86ExitHandlers(handlers.ExitHandlers):
             if not exit.is_write:
                 vcpu.answer_io(b"\xff" * (size * exit.times))
             return
-        device, offset = bank_of(found[0], vcpu.index), found[1]
+        device, offset = found
+        if device.__class__ is Banked:  # saves a call for nearly every exit
+            device = bank_of(device, vcpu.index)
         if exit.times == 1:
             if exit.is_write:
                 device.write(offset, size, int.from_bytes(exit.data, "little"))
@@ -124,11 +126,10 @@ class X86ExitHandlers(handlers.ExitHandlers):
             words = (device.read(offset, size) for _ in range(exit.times))
             vcpu.answer_io(b"".join(word.to_bytes(size, "little") for word in words))
 
-    def _string_write(self, device: Any, offset: int, exit: exits.IoExit) -> None:
+    def _string_write(self, device: PortDevice, offset: int, exit: exits.IoExit) -> None:
         size, data = exit.size, exit.data
-        write_bytes = getattr(device, "write_bytes", None)
-        if write_bytes is not None and offset == 0 and size == 1:
-            write_bytes(data)
+        if offset == 0 and size == 1 and isinstance(device, StreamDevice):
+            device.write_bytes(data)
             return
         for start in range(0, len(data), size):
             device.write(offset, size, int.from_bytes(data[start : start + size], "little"))

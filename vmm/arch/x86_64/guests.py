@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from vmm.arch.protocol import Guest, GuestOptions, OpenedKernel
 from vmm.arch.x86_64 import layout
 from vmm.arch.x86_64.doorbells import HYPERCALL_NAME, PORT_NAME
 from vmm.arch.x86_64.msrs import LINUX_ENTRY_MSRS
@@ -16,24 +15,26 @@ from vmm.core.ranges import Range
 from vmm.memory.guest_memory import LaunchMemory
 
 if TYPE_CHECKING:
+    from vmm.arch.options import GuestOptions
+    from vmm.arch.protocol import Guest, OpenedKernel
     from vmm.arch.x86_64 import kernel as x86
     from vmm.boot.source import Source
 
+    class X86Guest(Guest, Protocol):
+        """What x86's platform needs of a guest besides."""
+
+        msrs: Mapping[int, int]
+        """Model-specific registers that it expects to find set."""
+
+        def load(
+            self, launch: LaunchMemory, ram: list[Range], alias: int, functions: Sequence[str]
+        ) -> InitialState:
+            """See Platform.load; the first vCPU's state."""
+            ...
+
+
 DEFAULT_COMMAND_LINE = "console=ttyS0 panic=-1"
 """Before --append: console on the serial line; a panic ends the run at once."""
-
-
-class X86Guest(Guest, Protocol):
-    """What x86's platform needs of a guest besides."""
-
-    msrs: Mapping[int, int]
-    """Model-specific registers that it expects to find set."""
-
-    def load(
-        self, launch: LaunchMemory, ram: list[Range], alias: int, functions: Sequence[str]
-    ) -> InitialState:
-        """See Platform.load; the first vCPU's state."""
-        ...
 
 
 class LinuxGuest:

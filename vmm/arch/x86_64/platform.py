@@ -14,7 +14,8 @@ from vmm.core.errors import HostError
 from vmm.host.kvm import LAB, SEE_CHECK
 
 if TYPE_CHECKING:
-    from vmm.arch.protocol import Guest, GuestOptions
+    from vmm.arch.options import GuestOptions
+    from vmm.arch.protocol import Guest
     from vmm.arch.x86_64.board import PcBoard
     from vmm.arch.x86_64.exits import X86ExitHandlers
     from vmm.arch.x86_64.guests import X86Guest

@@ -21,7 +21,9 @@ class AttributesScheme:
 
     name = "attributes"
     alias = 0
+    shared_alias = 0
     converts_on_fault = True
+    told = True
 
     def install(self, vm: Vm, memory: GuestMemory) -> None:
         private = private_side(memory, self.name)

@@ -19,7 +19,9 @@ class CbitScheme:
     """
 
     name = "cbit"
+    shared_alias = 0
     converts_on_fault = False
+    told = True
 
     def __init__(self, c_bit: int) -> None:
         """`c_bit` is the number of the address bit; all of RAM must lie below it."""

@@ -28,7 +28,9 @@ class InPlaceScheme:
 
     name = "in-place"
     alias = 0
+    shared_alias = 0
     converts_on_fault = True
+    told = True
 
     def __init__(self, patience: float = PATIENCE) -> None:
         """`patience`: seconds to wait for pages in use."""

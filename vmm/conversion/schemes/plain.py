@@ -14,7 +14,9 @@ class PlainScheme:
 
     name = "none"
     alias = 0
+    shared_alias = 0
     converts_on_fault = False
+    told = True
 
     def install(self, vm: Vm, memory: GuestMemory) -> None:
         for number, area in enumerate(memory.ram):

@@ -37,7 +37,9 @@ class RemapScheme:
 
     name = "remap"
     alias = 0
+    shared_alias = 0
     converts_on_fault = False
+    told = True
 
     def __init__(self, parked: Parking = nullcontext) -> None:
         """`parked` is for VMs with several vCPUs; one that asks for a conversion doesn't run."""

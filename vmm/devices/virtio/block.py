@@ -6,6 +6,7 @@ struct virtio_blk_discard_write_zeroes: le64 sector; le32 num_sectors; le32 flag
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import struct
@@ -121,13 +122,12 @@ class VirtioBlock(VirtioDevice):
         if memory is None:
             return False
         used: list[tuple[int, int]] = []
+        chains = queue.take()
+        batch = self._together(memory, chains)
+        if batch is not None:
+            self._leave(queue, len(chains) - len(batch.used))
+            return self._return_together(queue, batch)
         try:
-            chains = queue.take()
-            batch = self._together(memory, chains)
-            if batch is not None:
-                used = batch.used
-                self._leave(queue, len(chains) - len(used))
-                return queue.publish(used, batch.statuses, bytes(len(used)))
             moved = 0
             for chain in chains:
                 used.append((chain.head, self._serve(memory, chain)))
@@ -139,6 +139,23 @@ class VirtioBlock(VirtioDevice):
             queue.publish(used)  # those were carried out; the bad one stops the device
             raise
         return queue.publish(used)
+
+    def _return_together(self, queue: SplitQueue, batch: Batch) -> bool:
+        """Statuses and used ring by one call. Where a page of them is refused, whose status can
+        be written has its answer, up to the first whose can't."""
+        assert self._memory is not None
+        outstanding = queue.outstanding
+        try:
+            return queue.publish(batch.used, batch.statuses, bytes(len(batch.used)))
+        except GuestMemoryError:
+            if queue.outstanding == outstanding:  # else the driver has been told
+                answered = 0
+                with contextlib.suppress(GuestMemoryError):
+                    for gpa in batch.statuses[::2]:
+                        self._memory.pwrite(b"\0", gpa)
+                        answered += 1
+                queue.publish(batch.used[:answered])
+            raise
 
     def _leave(self, queue: SplitQueue, count: int) -> None:
         """The turn is over: the last `count` chains taken are for the next one."""

@@ -9,12 +9,14 @@ struct virtio_pci_common_cfg (4.1.4.3), at offset 0 of the BAR:
 
 from __future__ import annotations
 
+import os
 import struct
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from threading import Lock, RLock
 
-from vmm.core.errors import GuestMemoryError, PyvmmError
+from vmm.core.errors import GuestMemoryError, PyvmmError, tell
 from vmm.devices.msix import MsixTable
 from vmm.devices.virtio.device import DeviceObserver, GuestMemory, VirtioDevice
 from vmm.devices.virtio.pci_function import (
@@ -79,6 +81,16 @@ _QUEUE_ADDRESSES = {
 }
 
 
+def _acquire(lock: RLock, deadline: float, owner: ExitStack) -> None:
+    if not lock.acquire(timeout=max(deadline - time.monotonic(), 0)):
+        raise TimeoutError
+    owner.callback(lock.release)
+
+
+# What a driver can bring a device to; everything else that one raises is our own mistake.
+_EXPECTED = (QueueError, GuestMemoryError, OSError)
+
+
 class VirtioPciTransport:
     """Registers, status machine and interrupt of one device.
 
@@ -132,6 +144,7 @@ class VirtioPciTransport:
         self._msix = msix
         self.notify_address: int | None = None
         self.failure: str | None = None
+        self._told = False
         self._clear()
         self.function = VirtioPciFunction(
             self,
@@ -165,15 +178,19 @@ class VirtioPciTransport:
         active = self._active.get(queue_index)
         if active is None:
             return
-        failure: PyvmmError | OSError | None = None
+        failure: Exception | None = None
         with active.lock:
             if self._active.get(queue_index) is not active:
                 return  # reset, or stopped, while this thread waited
             try:
                 if self._device.process(queue_index):
                     self._raise(ISR_QUEUE, self._queues[queue_index].vector)
-            except (QueueError, GuestMemoryError, OSError) as error:
+            except _EXPECTED as error:
                 failure = error
+            except PyvmmError:
+                raise  # a policy's word on the run as a whole
+            except Exception as error:
+                failure = self._unexpected(error)
         if failure is not None:
             self._stop(queue_index, active, failure)
         elif active.queue.more:
@@ -183,12 +200,13 @@ class VirtioPciTransport:
     def held(self, timeout: float) -> Iterator[None]:
         """Within the block the device touches no guest memory; whoever wants something of it
         waits. The calling thread must not serve it meanwhile. Raises TimeoutError when what is
-        under way takes longer than `timeout` (seconds)."""
+        under way, on all queues together, takes longer than `timeout` (seconds)."""
+        deadline = time.monotonic() + timeout
         with ExitStack() as locks:
-            for lock in (self._lock, *(active.lock for active in self._started)):
-                if not lock.acquire(timeout=timeout):
-                    raise TimeoutError
-                locks.callback(lock.release)
+            _acquire(self._lock, deadline, locks)
+            # Only now: whoever had that lock may have started the device anew.
+            for active in self._started:
+                _acquire(active.lock, deadline, locks)
             yield
 
     def config_changed(self) -> None:
@@ -351,6 +369,11 @@ class VirtioPciTransport:
         except (QueueError, OSError) as error:
             self._fail(error)
             return
+        except PyvmmError:
+            raise
+        except Exception as error:
+            self._fail(self._unexpected(error))
+            return
         shared = RLock()
         active = {
             index: _ActiveQueue(queue, RLock() if self._device.concurrent else shared)
@@ -375,12 +398,30 @@ class VirtioPciTransport:
                 idle.enter_context(active.lock)
             self._device.reset()
 
-    def _stop(self, index: int, active: _ActiveQueue, error: PyvmmError | OSError) -> None:
+    def _stop(self, index: int, active: _ActiveQueue, error: Exception) -> None:
         with self._lock:
             if self._active.get(index) is active:  # else a reset was quicker
                 self._fail(error)
 
-    def _fail(self, error: PyvmmError | OSError) -> None:
+    def _unexpected(self, error: Exception) -> Exception:
+        """A device's own mistake costs the guest that device, until it resets it, not the run."""
+        if not self._told:  # the guest may make it happen as often as it likes
+            where = error.__traceback__
+            while where is not None and where.tb_next is not None:
+                where = where.tb_next
+            place = ""
+            if where is not None:
+                file = os.path.basename(where.tb_frame.f_code.co_filename)
+                place = f" at {file}:{where.tb_lineno}"
+            tell(
+                f"a device stopped by a fault of its own, until the guest resets it: "
+                f"{type(self._device).__name__}: {error!r}{place}; "
+                "please report this"
+            )
+        self._told = True
+        return error
+
+    def _fail(self, error: Exception) -> None:
         """2.1.2: stop, set DEVICE_NEEDS_RESET and tell a driver that is up."""
         if isinstance(error, GuestMemoryError):
             self._device.statistics.refused += 1

@@ -141,10 +141,12 @@ class SplitQueue:
         self.more = False
         index = self._available_index()
         count = available = (index - self._next_avail) & 0xFFFF
-        if available > self.size:
+        # What the device holds counts, too: another vCPU may move the index on during a turn,
+        # and its chains would be more than the used ring has room for.
+        if self.outstanding + available > self.size:
             raise QueueError(
-                f"available index went from {self._next_avail} to {index}, "
-                f"the queue has {self.size} entries"
+                f"available index went from {self._next_avail} to {index} with "
+                f"{self.outstanding} chains not returned, the queue has {self.size} entries"
             )
         count = min(available, most)
         chains = []
@@ -167,6 +169,11 @@ class SplitQueue:
             self.more = self._available_index() != index
         return chains
 
+    @property
+    def outstanding(self) -> int:
+        """How many chains were taken and not returned; never more than the queue's size."""
+        return (self._next_avail - self._next_used) & 0xFFFF
+
     def put_back(self, count: int) -> None:
         """Leave the last `count` chains of a `take` for the next one."""
         self._next_avail = (self._next_avail - count) & 0xFFFF
@@ -181,12 +188,14 @@ class SplitQueue:
         """Return chains as (head, bytes written); True when the driver wants an interrupt.
 
         `before`: pieces (gpa, size, gpa, size...) that `data` goes to first, where the memory
-        takes batches.
+        takes batches. After an error (GuestMemoryError, OSError) all of them count as outstanding
+        still, unless the driver was told: nothing is ever returned twice. Raises QueueError for
+        more chains than are outstanding.
         """
         if not used:
             return False
-        if self.observer is not None:
-            self.observer.returned(used)
+        if len(used) > self.outstanding:
+            raise QueueError(f"{len(used)} chains to return, {self.outstanding} were taken")
         elements = b"".join([_USED_ELEMENT.pack(*element) for element in used])
         slot = self._next_used % self.size
         ring = self._used + 4
@@ -194,13 +203,16 @@ class SplitQueue:
         pieces = [*before, ring + 8 * slot, min(len(elements), until_wrap)]
         if len(elements) > until_wrap:
             pieces += (ring, len(elements) - until_wrap)
-        self._next_used = (self._next_used + len(used)) & 0xFFFF
+        index = (self._next_used + len(used)) & 0xFFFF
         pieces += (self._used + 2, 2)  # the index last: by then the driver may see the rest
-        self._write(pieces, data + elements + _INDEX.pack(self._next_used))
+        self._write(pieces, data + elements + _INDEX.pack(index))
+        self._next_used = index
+        if self.observer is not None:
+            self.observer.returned(used)
         # After the index: the driver sets flag or event, then looks at the index once more.
         if self._event_index:
             (event,) = _INDEX.unpack(self._memory.pread(2, self._avail + 4 + 2 * self.size))
-            return (self._next_used - int(event) - 1) & 0xFFFF < len(used)
+            return (index - int(event) - 1) & 0xFFFF < len(used)
         (flags,) = _INDEX.unpack(self._memory.pread(2, self._avail))
         return not flags & AVAIL_NO_INTERRUPT
 

@@ -118,10 +118,12 @@ class WatchedQueue(SplitQueue):
     def publish(
         self, used: list[tuple[int, int]], before: Sequence[int] = (), data: bytes = b""
     ) -> bool:
-        with self._watch.lock:
-            for head, _ in used:
-                self._held.pop(head, None)
-        return super().publish(used, before, data)
+        try:
+            return super().publish(used, before, data)
+        finally:
+            with self._watch.lock:
+                for head, _ in used:
+                    self._held.pop(head, None)
 
 
 class _RingMemory:

@@ -1,0 +1,108 @@
+"""Interrupt messages: a write to the frame's register becomes a GSI that leads to the SPI."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvm_bindings import KvmError
+from vmm.arch.aarch64 import layout
+from vmm.arch.aarch64.messages import V2mRoutes
+
+ADDRESS = layout.V2M_GPA + 0x40
+FIRST = layout.FIRST_SPI_INTID + layout.FIRST_MESSAGE_SPI
+
+
+class FakeVm:
+    """Keeps the routing table, or refuses it."""
+
+    def __init__(self) -> None:
+        self.table: list[tuple[int, int, int]] = []
+        self.refuses = False
+
+    def set_gsi_routing(self, pins: Iterable[tuple[int, int, int]]) -> None:
+        if self.refuses:
+            raise KvmError("KVM_SET_GSI_ROUTING", errno.ENOMEM)
+        self.table = list(pins)
+
+
+def test_message_gets_a_gsi_of_its_own_that_leads_to_its_spi() -> None:
+    vm = FakeVm()
+    routes = V2mRoutes(vm)
+
+    first, second = routes.set(None, ADDRESS, FIRST + 5), routes.set(None, ADDRESS, FIRST + 5)
+
+    spi = layout.FIRST_MESSAGE_SPI + 5
+    assert first != second
+    assert {(first, 0, spi), (second, 0, spi)} <= set(vm.table)
+
+
+def test_message_that_moves_keeps_its_gsi() -> None:
+    vm = FakeVm()
+    routes = V2mRoutes(vm)
+    gsi = routes.set(None, ADDRESS, FIRST)
+
+    assert routes.set(gsi, ADDRESS, FIRST + 1) == gsi
+    assert [pin for name, _, pin in vm.table if name == gsi] == [layout.FIRST_MESSAGE_SPI + 1]
+
+
+def test_lines_stay_where_they_are_beside_messages() -> None:
+    vm = FakeVm()
+
+    V2mRoutes(vm).set(None, ADDRESS, FIRST)
+
+    for spi in (layout.UART_SPI, *layout.PCI_INTX_SPIS):
+        assert (spi, 0, spi) in vm.table
+
+
+@pytest.mark.parametrize(
+    ("address", "data"),
+    [
+        (ADDRESS, FIRST - 1),  # a line's
+        (ADDRESS, layout.FIRST_SPI_INTID + layout.UART_SPI),
+        (ADDRESS, layout.INTERRUPTS),
+        (ADDRESS, 0),
+        (ADDRESS, 2**32 - 1),
+        (ADDRESS + 4, FIRST),
+        (ADDRESS | 1 << 39, FIRST),
+        (2**64 - 1, FIRST),
+    ],
+)
+def test_message_to_somewhere_else_is_refused_and_changes_nothing(address: int, data: int) -> None:
+    vm = FakeVm()
+
+    with pytest.raises(OSError, match="no interrupt"):
+        V2mRoutes(vm).set(None, address, data)
+
+    assert vm.table == []
+
+
+@given(st.integers(0, 2**64 - 1), st.integers(0, 2**32 - 1))
+def test_message_of_any_kind_leads_to_a_message_spi_or_nowhere(address: int, data: int) -> None:
+    vm = FakeVm()
+    try:
+        gsi = V2mRoutes(vm).set(None, address, data)
+    except OSError:
+        assert vm.table == []
+        return
+    (pin,) = [pin for name, _, pin in vm.table if name == gsi]
+    assert pin >= layout.FIRST_MESSAGE_SPI
+
+
+def test_message_for_which_kvm_has_no_room_leaves_the_old_one() -> None:
+    vm = FakeVm()
+    routes = V2mRoutes(vm)
+    gsi = routes.set(None, ADDRESS, FIRST)
+    vm.refuses = True
+    with pytest.raises(KvmError):
+        routes.set(gsi, ADDRESS, FIRST + 1)
+    vm.refuses = False
+
+    other = routes.set(None, ADDRESS, FIRST + 2)
+
+    assert (gsi, 0, layout.FIRST_MESSAGE_SPI) in vm.table
+    assert other == gsi + 1

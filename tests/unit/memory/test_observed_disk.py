@@ -1,0 +1,107 @@
+"""A disk over a protected guest's memory: device files unchanged, and no byte of a private page.
+
+Every access by the memory's own fd is EBADF here, a load from a private page would be SIGSEGV.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from kvm_bindings import fdops
+from tests.support.disk_machine import BAR, DATA, DiskMachine
+from tests.support.fake_memory import FakeMemory
+from tests.support.memory import page, pages, pattern
+from tests.support.protected import ProtectedGuest, protected_memory
+from tests.support.virtio_driver import NEEDS_RESET, Piece, VirtioPciDriver
+from vmm.core.ranges import PAGE_SIZE
+from vmm.devices.bus import PortBus
+from vmm.devices.pci import PciBus, host_bridge
+from vmm.devices.virtio.block import (
+    T_DISCARD,
+    T_FLUSH,
+    T_GET_ID,
+    T_IN,
+    T_OUT,
+    T_WRITE_ZEROES,
+    VirtioBlock,
+)
+from vmm.devices.virtio.block_file import open_disk
+from vmm.devices.virtio.pci_transport import VirtioPciTransport
+from vmm.memory.engines import make_engine
+
+PRIVATE = pages(48, 16)
+
+
+@pytest.fixture(params=["auto", "pread"])
+def machine(
+    request: pytest.FixtureRequest, tmp_path: Path
+) -> Iterator[tuple[DiskMachine, ProtectedGuest]]:
+    """A disk of 1 MiB; the guest keeps its last 16 pages."""
+    path = tmp_path / "disk"
+    path.write_bytes(pattern(1 << 20))
+    with protected_memory(PRIVATE) as (memory, guest):
+        disk = open_disk(f"{path},serial=R1")
+        ports = PortBus()
+        pci = PciBus(ports)
+        block = VirtioBlock(disk, fdops.punch_hole)
+        seen = memory.through(make_engine(request.param, memory.shared))
+        transport = VirtioPciTransport(block, seen, lambda: None, bar_base=BAR, interrupt_line=5)
+        pci.add(0, host_bridge())
+        pci.add(1, transport.function)
+        driver = VirtioPciDriver(pci, ports, cast(FakeMemory, guest), 1)
+        yield (
+            DiskMachine(cast(FakeMemory, guest), ports, pci, block, transport, driver, path),
+            guest,
+        )
+        disk.close()
+
+
+@pytest.mark.parametrize("size", [PAGE_SIZE, 16 * PAGE_SIZE])
+def test_disk_requests_of_every_kind_work_by_copying_calls(
+    machine: tuple[DiskMachine, ProtectedGuest], size: int
+) -> None:
+    disk, guest = machine
+    queue = disk.up()
+    before = disk.disk_bytes()
+
+    read = disk.do(queue, T_IN, 3, Piece(DATA, size, True))
+    content = guest.peek(size, DATA)
+    written = disk.do(queue, T_OUT, 100, Piece(DATA, size))
+    named = disk.do(queue, T_GET_ID, 0, Piece(DATA, 20, True))
+    name = guest.peek(2, DATA)
+    flushed = disk.do(queue, T_FLUSH, 0)
+    guest.poke(struct.pack("<QII", 1000, 2, 0), DATA)
+    zeroed = disk.do(queue, T_WRITE_ZEROES, 0, Piece(DATA, 16))
+    discarded = disk.do(queue, T_DISCARD, 0, Piece(DATA, 16))
+
+    statuses = [status for status, _ in (read, written, named, flushed, zeroed, discarded)]
+    assert statuses == [0] * 6
+    assert content == before[3 * 512 : 3 * 512 + size]
+    assert name == b"R1"
+    after = disk.disk_bytes()
+    assert after[100 * 512 : 100 * 512 + size] == content
+    assert after[1000 * 512 : 1002 * 512] == bytes(1024)
+
+
+@pytest.mark.parametrize("request_type", [T_IN, T_OUT])
+def test_request_that_names_a_private_page_stops_the_disk_and_leaves_the_page(
+    machine: tuple[DiskMachine, ProtectedGuest], request_type: int
+) -> None:
+    disk, guest = machine
+    queue = disk.up()
+    guest.poke(b"secret" * 100, page(50))
+    piece = Piece(page(50), PAGE_SIZE, request_type == T_IN)
+
+    pieces, _ = disk.request(request_type, 0, piece)
+    queue.offer(queue.chain(pieces))
+    disk.driver.notify()
+
+    assert queue.collect() == []
+    assert disk.driver.status & NEEDS_RESET
+    assert guest.peek(600, page(50)) == b"secret" * 100
+    assert b"secret" not in disk.disk_bytes()

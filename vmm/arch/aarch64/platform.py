@@ -1,0 +1,134 @@
+"""arm64's share of one VM: the interrupt controller, vCPUs, the board around them, its exits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from kvm_bindings import KvmError
+from kvm_bindings.aarch64 import Vcpu, Vm, ioctls
+from kvm_bindings.aarch64.registers import CORE_REGISTERS
+from vmm.arch.aarch64 import layout, rsi
+from vmm.core.errors import HostError
+from vmm.host.kvm import LAB
+
+if TYPE_CHECKING:
+    from kvm_bindings.device import Device
+    from vmm.arch.aarch64.board import ArmBoard
+    from vmm.arch.aarch64.exits import ArmExitHandlers
+    from vmm.arch.aarch64.guests import ArmGuest
+    from vmm.arch.options import GuestOptions
+    from vmm.arch.protocol import Guest
+    from vmm.conversion.transaction import Converter
+    from vmm.core.ranges import Range
+    from vmm.exits.outcome import Outcome
+    from vmm.memory.guest_memory import GuestMemory, LaunchMemory
+    from vmm.wiring.board import Board, BoardParts
+
+DOORBELL_NAME = "mmio"
+"""The registers at layout.DOORBELL_GPA, in reports."""
+
+
+class ArmPlatform:
+    """See vmm.arch.protocol.Platform."""
+
+    def __init__(self, vm: Vm, guest: Guest, options: GuestOptions, scheme: str) -> None:
+        """Creates what KVM wants before memory and vCPUs. Raises KvmError, HostError."""
+        self._guest: ArmGuest = guest  # type: ignore[assignment]  # arm64's own, see Arm64
+        self._vm = vm
+        self._options = options
+        self._scheme = scheme
+        self._guest.learn(scheme)
+        self.vcpus: list[Vcpu] = []
+        self._gic = _create_gic(vm)
+        if scheme == "realm":
+            _pass_realm_calls_on(vm)
+        if vm.check_extension(ioctls.KVM_CAP_ARM_NISV_TO_USER):
+            vm.enable_cap(ioctls.KVM_CAP_ARM_NISV_TO_USER)
+
+    def create_vcpus(self, count: int, alias: int, opened: ExitStack) -> None:
+        opened.callback(self._gic.close)
+        target = self._vm.preferred_target()
+        for index in range(count):
+            vcpu = self._vm.create_vcpu(index)
+            opened.callback(vcpu.close)
+            features = [ioctls.KVM_ARM_VCPU_PSCI_0_2]
+            if index:  # the first one starts the others (PSCI CPU_ON)
+                features.append(ioctls.KVM_ARM_VCPU_POWER_OFF)
+            vcpu.init(target, *features)
+            self.vcpus.append(vcpu)
+        # After the vCPUs, whose number it takes.
+        self._gic.set_attr(
+            ioctls.KVM_DEV_ARM_VGIC_GRP_CTRL, ioctls.KVM_DEV_ARM_VGIC_CTRL_INIT, None
+        )
+
+    def make_board(self, parts: BoardParts) -> ArmBoard:
+        from vmm.arch.aarch64.board import ArmBoard
+
+        return ArmBoard(parts)
+
+    def exit_handlers(
+        self,
+        board: Board,
+        memory: GuestMemory,
+        converter: Converter,
+        stop: Callable[[Outcome], None],
+    ) -> ArmExitHandlers:
+        from vmm.arch.aarch64.exits import ArmExitHandlers
+        from vmm.devices.doorbell import doorbell
+        from vmm.exits.doorbell import doorbell_actions
+
+        monitor = None
+        if self._scheme == "realm":
+            from vmm.arch.aarch64.monitor import RealmMonitor
+
+            monitor = RealmMonitor(memory, converter)
+        asks = self._guest.doorbell == DOORBELL_NAME and self._options.is_private
+        actions = doorbell_actions(memory, converter if asks else None, stop)
+        board.registers.add(
+            layout.DOORBELL_GPA,
+            layout.DOORBELL_SIZE,
+            doorbell(self._options.cpus, DOORBELL_NAME, actions),
+        )
+        return ArmExitHandlers(board.registers, converter, stop, monitor)
+
+    def load(
+        self, launch: LaunchMemory, ram: list[Range], alias: int, functions: Sequence[str]
+    ) -> None:
+        entry = self._guest.load(launch, ram, functions)
+        first = self.vcpus[0]
+        first.set_one_reg(CORE_REGISTERS["pc"], entry.pc)
+        first.set_one_reg(CORE_REGISTERS["x0"], entry.x0)
+
+
+def _create_gic(vm: Vm) -> Device:
+    """KVM's GICv3 at its place. Raises HostError where the host has none."""
+    try:
+        gic = vm.create_device(ioctls.KVM_DEV_TYPE_ARM_VGIC_V3)
+    except KvmError as error:
+        raise HostError(f"this host's KVM has no GICv3 for guests ({error}); {LAB}") from None
+    places = {
+        ioctls.KVM_VGIC_V3_ADDR_TYPE_DIST: layout.GIC_DISTRIBUTOR_GPA,
+        # One region for all vCPUs, however many: the attribute without a count.
+        ioctls.KVM_VGIC_V3_ADDR_TYPE_REDIST: layout.GIC_REDISTRIBUTORS_GPA,
+    }
+    try:
+        for kind, gpa in places.items():
+            gic.set_attr(ioctls.KVM_DEV_ARM_VGIC_GRP_ADDR, kind, gpa)
+        gic.set_attr(ioctls.KVM_DEV_ARM_VGIC_GRP_NR_IRQS, 0, layout.INTERRUPTS)
+    except BaseException:
+        gic.close()
+        raise
+    return gic
+
+
+def _pass_realm_calls_on(vm: Vm) -> None:
+    """Have KVM hand the guest's calls to its realm's monitor to us. Raises HostError."""
+    try:
+        vm.filter_smccc(rsi.FIRST_FUNCTION, rsi.FUNCTIONS, ioctls.KVM_SMCCC_FILTER_FWD_TO_USER)
+    except KvmError as error:
+        raise HostError(
+            f"this host's KVM does not pass a guest's SMC calls on ({error}; Linux 6.4 or later "
+            f"is needed); {LAB}"
+        ) from None
