@@ -77,9 +77,7 @@ def _refuse_early(arguments: Sequence[str], machine: str) -> None:
 
         bench_parser().parse_args(arguments[1:])
     else:
-        from vmm.arch import ARCHITECTURES
-
-        _configuration(arguments, machine if machine in ARCHITECTURES else None)
+        _configuration(arguments, machine)
 
 
 def _explain(error: BaseException) -> tuple[int, str]:

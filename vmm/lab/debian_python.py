@@ -24,13 +24,14 @@ from vmm.lab.cross import CrossCompiler
 from vmm.lab.packages import Packages
 from vmm.lab.programs import run_unpacked
 
+PIP = (sys.executable, "-m", "pip")
 VERSION = "3.13"  # of Debian trixie; wheels are asked for by it
 _TAG = VERSION.replace(".", "")
 # pyvmm's dependencies and its tests'. What is there costs an image some space, no start any time.
 _DISTRIBUTIONS = interpreter.DISTRIBUTIONS
 # Platforms whose wheels this Python takes, newest first (PEP 600: by the C library's version).
 _PLATFORMS = ("manylinux_2_28", "manylinux_2_17", "manylinux2014")
-_LEFT_OUT = ("usr/share", "usr/include", "etc", "var", "sbin")
+_LEFT_OUT = ("share", "include")  # of usr; nothing in them is run or imported
 _ROOT_LINKS = ("bin", "lib", "sbin", "lib64")
 
 
@@ -61,7 +62,7 @@ class DebianPython:
     def fill(self, stage: Path, site: Path) -> None:
         tree = self._tree()
         for source in sorted(tree.glob("usr/*")):
-            if f"usr/{source.name}" not in _LEFT_OUT:
+            if source.name not in _LEFT_OUT:
                 shutil.copytree(
                     source,
                     stage / "usr" / source.name,
@@ -118,7 +119,7 @@ class DebianPython:
     def _download_wheels(self, into: Path) -> None:
         folder = into.parent / "wheels"
         platforms = [f"--platform={p}_{self.packages.architecture.name}" for p in _PLATFORMS]
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--only-binary=:all:"]
+        command = [*PIP, "download", "--quiet", "--only-binary=:all:"]
         command += ["--disable-pip-version-check", "--no-input"]
         command += ["--implementation=cp", f"--python-version={VERSION}", *platforms]
         result = subprocess.run(

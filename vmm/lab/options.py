@@ -21,14 +21,21 @@ usage: pyvmm lab [lab options] [pyvmm's own command and options]
 
 Runs pyvmm (or PROGRAM) inside a machine under full emulation that has a hardware-like KVM.
 Console, files named by options, --disk, --report, --trace and the exit status pass through.
-A kernel may be named debian:6.12 (or another series): Debian's stock cloud kernel.
-Without --initrd a guest gets a busybox shell.
+A kernel may be named debian:6.12 (or another series): Debian's stock cloud kernel, of the lab
+machine's architecture. Without --initrd a guest gets a busybox shell.
 
 {_HOSTS}
+
+  --kernel pkvm-guest      on arm64 and pkvm: a small kernel for protected guests, compiled once
+                           from Debian's sources (some 6 minutes on two cores). Debian's own
+                           kernels share nothing there: their devices don't work. On pkvm a run
+                           without --kernel gets it
+  --kernel payload         the embedded payload, which other hosts run without --kernel
+
   --exec PROGRAM ...       run this instead of pyvmm; takes the rest of the line
   --lab-mem SIZE           the lab machine's memory (default 2048M)
   --lab-cpus N             its processors (default 2, for guests with several vCPUs 1: under QEMU's
-                           emulation more are unreliable with them; bochs has 1)
+                           emulation more are unreliable with them; bochs, arm64, pkvm 1)
   --lab-time-limit SECONDS end it after that long (default: no limit)
   --lab-file PATH          take this file or directory along, at its own path
   --lab-out PATH           bring this file or directory back at the end
@@ -39,7 +46,7 @@ Without --initrd a guest gets a busybox shell.
   --lab-offline            download nothing
   --lab-log FILE           write the lab machine's kernel messages there
   --lab-quiet              no progress on stderr
-  --lab-qemu FILE          a qemu-system-x86_64
+  --lab-qemu FILE          a qemu-system-x86_64, or the host's architecture's
   --lab-busybox FILE       a busybox, linked statically
   --lab-host-kernel FILE   the lab machine's kernel (or debian:SERIES)
   --lab-host-modules DIR   its modules, lib/modules/RELEASE
