@@ -45,7 +45,7 @@ def commands() -> list[str]:
     return [line for text in texts for line in re.findall(r"^    (pyvmm .*)$", text, re.MULTILINE)]
 
 
-def parse(words: list[str]) -> None:
+def parse(words: list[str], machine: str = "x86_64") -> None:
     """As the command does it, before it looks at any file. Raises UsageError."""
     name = words[0] if words else ""
     if name == "lab":
@@ -53,7 +53,7 @@ def parse(words: list[str]) -> None:
     elif name in ("report", "replay"):
         importlib.import_module(f"vmm.cli.{name}").parser().parse_args(words[1:])
     else:
-        _refuse_early(words)
+        _refuse_early(words, machine)
 
 
 def test_readme_command_lines_are_found() -> None:

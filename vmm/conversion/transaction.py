@@ -177,8 +177,8 @@ class Converter:
         return self._answer(request, started)
 
     def held(self) -> AbstractContextManager[object]:
-        """While it is entered no conversion begins, and none is under way."""
-        return self._lock
+        """While it is entered no conversion begins; pages of one under way are CONVERTING."""
+        return self._asking
 
     def convert_for_host(self, kind: Kind, gpa: int, size: int) -> int:
         """`convert` whole pages without the guest's asking, which is not told either.

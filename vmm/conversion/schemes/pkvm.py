@@ -24,7 +24,6 @@ class PkvmScheme:
     alias = 0
     shared_alias = 0
     converts_on_fault = False
-    side_by_side = True
     told = False
     side_by_side = True
 

@@ -20,7 +20,6 @@ class RealmScheme:
     name = "realm"
     alias = 0
     converts_on_fault = False
-    side_by_side = True
     told = True
     side_by_side = True
 
