@@ -36,8 +36,8 @@ BINDINGS_USERS = {
 }  # fmt: skip
 # Of an architecture only what talks to KVM; the rest is encodings: data in, bytes and values out.
 ARCHITECTURES_KVM = {
-    "architecture", "platform", "board", "exits", "guest_cpu", "micro_guest", "probes",
-    "capabilities",
+    "architecture", "platform", "board", "exits", "guest_cpu", "page_tables", "micro_guest",
+    "probes", "capabilities",
 }  # fmt: skip
 FIRMWARE_USERS = {"arch.x86_64", "arch.aarch64", "bench", "cli"}
 

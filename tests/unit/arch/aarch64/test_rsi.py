@@ -47,6 +47,7 @@ def memory() -> Iterator[GuestMemory]:
 def monitor(memory: GuestMemory, *policies: Policy) -> RealmMonitor:
     """Over a converter whose scheme has nothing to do, as with two addresses."""
     scheme = SimpleNamespace(
+        side_by_side=True,
         name="realm",
         alias=0,
         converts_on_fault=False,
