@@ -43,7 +43,7 @@ def test_info_page_is_one_page_with_the_fields_in_their_places() -> None:
     [({}, 0), ({"has_disk": True}, 1), ({"has_doorbell": True}, 2), ({"has_pkvm": True}, 4)],
 )
 def test_info_page_has_a_flag_for_each_ability(words: dict[str, bool], flags: int) -> None:
-    page = PayloadInfo(0x4400_0000, **words).page()  # type: ignore[arg-type]  # only booleans
+    page = PayloadInfo(0x4400_0000, **words).page()
 
     assert struct.unpack_from("<Q", page, equ("defs.inc", "INFO_FLAGS"))[0] == flags
 
