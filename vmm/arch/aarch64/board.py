@@ -29,6 +29,8 @@ class ArmBoard:
     def __init__(self, parts: BoardParts) -> None:
         """Raises KvmError."""
         self._vm = parts.vm
+        self.reset = parts.reset
+        """What a reset of the machine comes to; the guest asks for it through PSCI."""
         self.ports = PortBus()
         self.registers = MemoryBus()
         self.pci = PciBus(self.ports, self.registers)

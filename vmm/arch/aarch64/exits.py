@@ -13,6 +13,7 @@ from vmm.exits import handlers
 from vmm.exits.handlers import Conversions, Registers
 from vmm.exits.outcome import INTERNAL_ERROR, Outcome
 
+_SYSTEM_EVENT_RESET = 2  # KVM_SYSTEM_EVENT_RESET
 _ARGUMENTS = tuple(CORE_REGISTERS[f"x{number}"] for number in range(4))
 
 
@@ -37,10 +38,13 @@ class ArmExitHandlers(handlers.ExitHandlers):
         registers: Registers,
         converter: Conversions,
         stop: Callable[[Outcome], None],
+        reset: Callable[[], None],
         monitor: Monitor | None = None,
     ) -> None:
-        """`monitor` answers RSI calls; without one the guest is told that there is none."""
+        """`reset` is called when the guest resets the machine; `monitor` answers RSI calls,
+        without one the guest is told that there is none."""
         super().__init__(registers, converter, stop)
+        self._reset = reset
         self._monitor = monitor
         self.table.update(
             {
@@ -65,6 +69,13 @@ class ArmExitHandlers(handlers.ExitHandlers):
         for register, value in zip(_ARGUMENTS, answer, strict=False):
             vcpu.set_one_reg(register, value)
 
+    def system_event(self, vcpu: handlers.AnsweringVcpu, exit: exits.SystemEventExit) -> None:
+        """PSCI: a reset ends the run as the board says, which knows a kernel's panic."""
+        if exit.type == _SYSTEM_EVENT_RESET:
+            self._reset()
+        else:
+            super().system_event(vcpu, exit)
+
     def nisv(self, vcpu: AnsweringVcpu, exit: exits.ArmNisvExit) -> None:
         where = self.where(vcpu)
         reason = (
@@ -77,7 +88,7 @@ class ArmExitHandlers(handlers.ExitHandlers):
 def without_ports(registers: Registers) -> ArmExitHandlers:
     """Handlers for a guest that accesses registers in memory and nothing else, as measurements
     want it."""
-    return ArmExitHandlers(registers, _NoConversions(), lambda outcome: None)
+    return ArmExitHandlers(registers, _NoConversions(), lambda outcome: None, lambda: None)
 
 
 class _NoConversions:

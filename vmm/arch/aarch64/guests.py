@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
             ...
 
 
+MMIO_DOORBELL_NAME = "mmio"
+"""The registers at layout.DOORBELL_GPA."""
 PKVM_DOORBELL_NAME = "pkvm"
 """A protected guest's hypercalls, which the hypervisor answers, and nobody tells us of."""
 
@@ -120,6 +123,63 @@ class LinuxGuest:
             self._image.close()
         if self._initrd is not None:
             self._initrd.close()
+
+
+class PayloadGuest:
+    """The embedded payload: shared code, private data from 2 MiB into RAM on."""
+
+    host_loads_private = False
+    two_addresses = False
+    unpaged_end = 0
+
+    def __init__(self, options: GuestOptions) -> None:
+        """Raises UsageError when the payload would not fit."""
+        from firmware import MIN_RAM_BYTES
+
+        if options.memory < MIN_RAM_BYTES:
+            raise UsageError(
+                f"--mem {options.memory >> 20}M: the embedded payload needs "
+                f"{MIN_RAM_BYTES >> 20}M or more"
+            )
+        self.doorbell = MMIO_DOORBELL_NAME
+        self._scheme = "none"
+        self._options = options
+
+    def learn(self, scheme: str) -> None:
+        self._scheme = scheme
+        if scheme == "pkvm":
+            self.doorbell = PKVM_DOORBELL_NAME
+
+    def finish_opening(self) -> None:
+        """Everything is there."""
+
+    def private_ranges(self, ram: list[Range]) -> list[Range]:
+        start = layout.PAYLOAD_PRIVATE_START
+        return [Range(start, ram[0].end - start)]
+
+    def early_private_writes(self, ram: list[Range]) -> list[Range]:
+        """It has little memory and touches it bit by bit."""
+        return []
+
+    def load(self, launch: LaunchMemory, ram: list[Range], functions: Sequence[str]) -> Entry:
+        from firmware import payload_path
+        from vmm.arch.aarch64.payload import PayloadInfo
+
+        fd = os.open(payload_path("aarch64"), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            launch.transfer_in(fd, 0, layout.PAYLOAD_GPA, os.fstat(fd).st_size)
+        finally:
+            os.close(fd)
+        info = PayloadInfo(
+            ram=ram[0],
+            scheme=self._scheme,
+            has_disk=bool(functions) and functions[0].startswith("blk"),
+        )
+        launch.pwrite(info.page(), layout.PAYLOAD_INFO_GPA)
+        return Entry(layout.PAYLOAD_GPA, layout.PAYLOAD_INFO_GPA)
+
+    def close(self) -> None:
+        """Nothing is held open."""
 
 
 def _command_line(append: str) -> str:

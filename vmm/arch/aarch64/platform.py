@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from kvm_bindings import KvmError
 from kvm_bindings.aarch64 import Vcpu, Vm, ioctls
 from kvm_bindings.aarch64.registers import CORE_REGISTERS
 from vmm.arch.aarch64 import layout, rsi
+from vmm.arch.aarch64.guests import MMIO_DOORBELL_NAME
 from vmm.core.errors import HostError
 from vmm.host.kvm import LAB
 
 if TYPE_CHECKING:
-    from kvm_bindings import Device
+    from kvm_bindings.device import Device
     from vmm.arch.aarch64.board import ArmBoard
     from vmm.arch.aarch64.exits import ArmExitHandlers
     from vmm.arch.aarch64.guests import ArmGuest
@@ -25,9 +27,6 @@ if TYPE_CHECKING:
     from vmm.exits.outcome import Outcome
     from vmm.memory.guest_memory import GuestMemory, LaunchMemory
     from vmm.wiring.board import Board, BoardParts
-
-DOORBELL_NAME = "mmio"
-"""The registers at layout.DOORBELL_GPA, in reports."""
 
 
 class ArmPlatform:
@@ -84,14 +83,18 @@ class ArmPlatform:
             from vmm.arch.aarch64.monitor import RealmMonitor
 
             monitor = RealmMonitor(memory, converter)
-        asks = self._guest.doorbell == DOORBELL_NAME and self._options.is_private
+        asks = self._guest.doorbell == MMIO_DOORBELL_NAME and self._options.is_private
         actions = doorbell_actions(memory, converter if asks else None, stop)
+        if self._scheme == "pkvm":
+            # Only the hypervisor can convert; the rest of the registers is there.
+            actions.convert = lambda request: -errno.EOPNOTSUPP
         board.registers.add(
             layout.DOORBELL_GPA,
             layout.DOORBELL_SIZE,
-            doorbell(self._options.cpus, DOORBELL_NAME, actions),
+            doorbell(self._options.cpus, MMIO_DOORBELL_NAME, actions),
         )
-        return ArmExitHandlers(board.registers, converter, stop, monitor)
+        reset = cast("ArmBoard", board).reset
+        return ArmExitHandlers(board.registers, converter, stop, reset, monitor)
 
     def load(
         self, launch: LaunchMemory, ram: list[Range], alias: int, functions: Sequence[str]

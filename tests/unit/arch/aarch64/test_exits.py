@@ -71,7 +71,13 @@ def handlers(
     monitor: FakeMonitor | None = None, bus: MemoryBus | None = None
 ) -> tuple[ArmExitHandlers, list[Outcome]]:
     outcomes: list[Outcome] = []
-    made = ArmExitHandlers(bus or MemoryBus(), NOBODY, outcomes.append, monitor)
+    made = ArmExitHandlers(
+        bus or MemoryBus(),
+        NOBODY,
+        outcomes.append,
+        lambda: outcomes.append(Outcome(RESET, "the board's")),
+        monitor,
+    )
     return made, outcomes
 
 
@@ -125,6 +131,14 @@ def test_psci_off_and_reset_end_the_run(event: int, word: str) -> None:
     handle(made, FakeVcpu(), SystemEventExit(event, ()))
 
     assert [outcome.exit for outcome in outcomes] == [word]
+
+
+def test_reset_is_the_boards_which_tells_a_panic_from_a_wish() -> None:
+    made, outcomes = handlers()
+
+    handle(made, FakeVcpu(), SystemEventExit(2, ()))
+
+    assert outcomes == [Outcome(RESET, "the board's")]
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
