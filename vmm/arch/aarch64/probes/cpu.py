@@ -18,6 +18,7 @@ from vmm.host.probes.micro_guest import seen
 
 _ANSWER = 0x5A5A
 _LATENCY_EXITS = 300
+_LATENCY_SECONDS = 10.0  # an emulated machine takes milliseconds for each
 _SMC_FLAG = 1 << 0  # KVM_HYPERCALL_EXIT_SMC
 
 KVM_CAP_EXIT_HYPERCALL = 201
@@ -61,7 +62,7 @@ def forwarded_calls(system: System) -> Finding:
 
 def exit_latency(system: System) -> Finding:
     """What a store to a register in memory costs from guest to here and back, in this process."""
-    with MicroGuest(system, assembled(DONE)) as guest, guest.watched():
+    with MicroGuest(system, assembled(DONE), seconds=_LATENCY_SECONDS) as guest, guest.watched():
         times = [time.perf_counter()]
         while len(times) <= _LATENCY_EXITS and guest.word(guest.next_exit()) is not None:
             times.append(time.perf_counter())

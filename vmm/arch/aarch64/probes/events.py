@@ -20,7 +20,7 @@ _REGISTER = DONE_GPA + 0x100
 # The distributor's registers, which the host may set for the guest (Arm IHI 0069, 12.9), and
 # KVM_DEV_ARM_VGIC_GRP_DIST_REGS, whose attributes are their offsets.
 _DIST_REGS = 1
-_GICD_CTLR, _GICD_IGROUPR, _GICD_ISENABLER = 0x0000, 0x0080, 0x0100
+_GICD_CTLR, _GICD_IGROUPR, _GICD_ISENABLER, _GICD_ICFGR = 0x0000, 0x0080, 0x0100, 0x0C00
 _ENABLE_GROUP_1, _AFFINITY_ROUTING = 1 << 1, 1 << 4
 
 
@@ -80,6 +80,7 @@ def irqfd_resample(system: System) -> Finding:
             return no("not possible", str(error))
         for register, value in (
             (_GICD_CTLR, _ENABLE_GROUP_1 | _AFFINITY_ROUTING),
+            (_GICD_ICFGR + 4 * (_INTID // 16), 0),  # level-triggered, unlike KVM's default
             (_GICD_IGROUPR + 4 * (_INTID // 32), 0xFFFF_FFFF),
             (_GICD_ISENABLER + 4 * (_INTID // 32), 1 << _INTID % 32),
         ):
