@@ -1,7 +1,7 @@
 """Guest payloads that ship with pyvmm: sources, and the images built from them.
 
 The embedded payload runs when no kernel is given: it tries private memory, sharing and block
-I/O from the guest's side, and says what it saw (see `x86_64/start.S` for the order of its steps).
+I/O from the guest's side, and says what it saw (each architecture's `start.S` has its steps).
 The bench guest drives a disk as fast as it can (see `x86_64/bench/main.S` for what it is told and
 what it answers); pyvmm starts it as a kernel, QEMU by its PVH note.
 """
@@ -11,13 +11,13 @@ from __future__ import annotations
 import os  # pathlib would be a part of a start that can be felt
 
 LOAD_ADDRESS = 0x100000
-"""GPA of the image's first byte, which is also where it is entered."""
+"""Where in RAM the image's first byte lies, which is also where it is entered."""
 
 MEMORY_END = 0x200000
-"""The image, its stack and its variables stay below this GPA."""
+"""The image, its stack and its variables stay below this place in RAM."""
 
 MIN_RAM_BYTES = 16 << 20
-"""The payload converts ranges at fixed addresses and needs RAM up to here."""
+"""The payload converts ranges at fixed places and needs RAM up to here."""
 
 
 def payload_path(architecture: str = "x86_64") -> str:

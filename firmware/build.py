@@ -13,19 +13,38 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
-SOURCE_DIRECTORY = Path(__file__).resolve().parent / "x86_64"
+SOURCES = Path(__file__).resolve().parent
 TOOLS = ("as", "ld", "objcopy")
+
+
+class Target(NamedTuple):
+    """What the tools have to be told for an architecture."""
+
+    triplet: str
+    """The tools' prefix where they aren't this machine's own, and their Debian package's end."""
+    assembler: tuple[str, ...]
+    emulation: str
+    """ld's."""
+
+
+TARGETS = {
+    "x86_64": Target("x86_64-linux-gnu", ("--64",), "elf_x86_64"),
+    "aarch64": Target("aarch64-linux-gnu", (), "aarch64linux"),
+}
+"""By what `uname -m` says."""
 
 
 class BuildError(Exception):
     """The payload cannot be built here; the text says why."""
 
 
-def find_binutils() -> dict[str, str]:
-    """Paths of the x86-64 tools by name; raises BuildError naming what is missing."""
-    prefixes = ["x86_64-linux-gnu-"]
-    if platform.machine() in ("x86_64", "AMD64"):
+def find_binutils(architecture: str = "x86_64") -> dict[str, str]:
+    """Paths of the architecture's tools by name; raises BuildError naming what is missing."""
+    triplet = TARGETS[architecture].triplet
+    prefixes = [f"{triplet}-"]
+    if platform.machine().replace("AMD64", "x86_64") == architecture:
         prefixes.append("")
     for prefix in prefixes:
         found = {tool: shutil.which(prefix + tool) for tool in TOOLS}
@@ -33,8 +52,8 @@ def find_binutils() -> dict[str, str]:
         if len(paths) == len(TOOLS):
             return paths
     raise BuildError(
-        f"GNU binutils for x86-64 not found (as, ld, objcopy; prefixes tried: {prefixes}); "
-        "install the package binutils, or binutils-x86-64-linux-gnu on another architecture"
+        f"GNU binutils for {architecture} not found (as, ld, objcopy; prefixes tried: {prefixes}); "
+        f"install the package binutils-{triplet.replace('_', '-')}, or binutils on such a machine"
     )
 
 
@@ -44,34 +63,39 @@ def _run(command: list[str]) -> None:
         raise BuildError(f"{' '.join(command)} failed ({done.returncode}):\n{done.stderr.strip()}")
 
 
-def build(source_directory: Path = SOURCE_DIRECTORY) -> bytes:
-    """The embedded payload, a flat image linked at 0x100000; raises BuildError."""
-    return _link(source_directory, "payload.ld", flat=True)
+def build(source_directory: Path | None = None, architecture: str = "x86_64") -> bytes:
+    """The embedded payload, a flat image linked at its place (payload.ld); raises BuildError."""
+    directory = source_directory or SOURCES / architecture
+    return _link(directory, "payload.ld", architecture, flat=True)
 
 
-def build_bench(source_directory: Path = SOURCE_DIRECTORY) -> bytes:
+def build_bench(source_directory: Path | None = None, architecture: str = "x86_64") -> bytes:
     """The bench guest, an ELF with a PVH note; raises BuildError."""
-    return _link(source_directory / "bench", "bench.ld", flat=False)
+    directory = source_directory or SOURCES / architecture
+    return _link(directory / "bench", "bench.ld", architecture, flat=False)
 
 
-IMAGES = {"payload.bin": build, "bench/bench.elf": build_bench}
-"""The committed images below the source directory, and what builds each."""
+IMAGES = {
+    "x86_64": {"payload.bin": build, "bench/bench.elf": build_bench},
+    "aarch64": {"payload.bin": build},
+}
+"""Each architecture's committed images below its source directory, and what builds them."""
 
 
-def _link(directory: Path, script: str, *, flat: bool) -> bytes:
+def _link(directory: Path, script: str, architecture: str, *, flat: bool) -> bytes:
     """All sources of a directory, linked; raises BuildError."""
-    tools = find_binutils()
+    tools, target = find_binutils(architecture), TARGETS[architecture]
     with tempfile.TemporaryDirectory(prefix="pyvmm-firmware-") as scratch:
         objects = []
         # Sorted, so that the order of the directory listing is not part of the image.
         for source in sorted(directory.glob("*.S")):
-            target = str(Path(scratch) / f"{source.stem}.o")
-            include = ["-I", str(directory)]
-            _run([tools["as"], "--64", "--fatal-warnings", *include, "-o", target, str(source)])
-            objects.append(target)
+            output = str(Path(scratch) / f"{source.stem}.o")
+            options = [*target.assembler, "--fatal-warnings", "-I", str(directory)]
+            _run([tools["as"], *options, "-o", output, str(source)])
+            objects.append(output)
         linked = str(Path(scratch) / "linked.elf")
-        flags = ["-m", "elf_x86_64", "-static", "-nostdlib", "--build-id=none", "-z", "noexecstack"]
-        flags += ["-z", "max-page-size=4096", "-s", "--no-warn-rwx-segments"]
+        flags = ["-m", target.emulation, "-static", "-nostdlib", "--build-id=none"]
+        flags += ["-z", "noexecstack", "-z", "max-page-size=4096", "-s", "--no-warn-rwx-segments"]
         _run([tools["ld"], *flags, "-T", str(directory / script), "-o", linked, *objects])
         if not flat:
             return Path(linked).read_bytes()
@@ -85,17 +109,28 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Build the guests that ship with pyvmm.")
     parser.add_argument("--check", action="store_true", help="compare, write nothing")
     parser.add_argument(
-        "--source", type=Path, default=SOURCE_DIRECTORY, help="directory of the sources and images"
+        "--architecture",
+        choices=tuple(TARGETS),
+        action="append",
+        help="those to build for (default: all)",
+    )
+    parser.add_argument(
+        "--source", type=Path, help="directory of the sources and images, of one architecture"
     )
     options = parser.parse_args(arguments)
+    architectures = options.architecture or list(TARGETS)
+    if options.source is not None and len(architectures) != 1:
+        parser.error("--source needs one --architecture")
     status = 0
-    for name, build_image in IMAGES.items():
-        try:
-            image = build_image(options.source)
-        except BuildError as error:
-            print(f"firmware: {error}", file=sys.stderr)
-            return 2
-        status |= _finish(options.source / name, image, check=options.check)
+    for architecture in architectures:
+        directory = options.source or SOURCES / architecture
+        for name, build_image in IMAGES[architecture].items():
+            try:
+                image = build_image(directory, architecture)
+            except BuildError as error:
+                print(f"firmware: {error}", file=sys.stderr)
+                return 2
+            status |= _finish(directory / name, image, check=options.check)
     return status
 
 
@@ -103,18 +138,22 @@ def _finish(target: Path, image: bytes, *, check: bool) -> int:
     """Write the image, or compare it with the one that is there; an exit status."""
     if not check:
         target.write_bytes(image)
-        print(f"firmware: {target.name}, {len(image)} bytes")
+        print(f"firmware: {_name(target)}, {len(image)} bytes")
         return 0
     committed = target.read_bytes() if target.exists() else b""
     if committed != image:
         print(
-            f"firmware: {target.name} ({len(committed)} bytes) is not what its sources build "
+            f"firmware: {_name(target)} ({len(committed)} bytes) is not what its sources build "
             f"({len(image)} bytes); run python firmware/build.py",
             file=sys.stderr,
         )
         return 1
-    print(f"firmware: {target.name} is what its sources build, {len(image)} bytes")
+    print(f"firmware: {_name(target)} is what its sources build, {len(image)} bytes")
     return 0
+
+
+def _name(target: Path) -> str:
+    return f"{target.parent.name}/{target.name}"
 
 
 if __name__ == "__main__":
