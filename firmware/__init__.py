@@ -1,8 +1,7 @@
 """Guest payloads that ship with pyvmm: sources, and the images built from them.
 
 The embedded payload runs when no kernel is given: it tries private memory, sharing and block
-I/O from the guest's side, and says what it saw (see each architecture's `start.S` for the order of
-its steps).
+I/O from the guest's side, and says what it saw (each architecture's `start.S` has its steps).
 The bench guest drives a disk as fast as it can (see `x86_64/bench/main.S` for what it is told and
 what it answers); pyvmm starts it as a kernel, QEMU by its PVH note.
 """

@@ -65,10 +65,10 @@ def place_initrd(source: Source, ram: Range, limit: int, occupied: Sequence[Rang
 
 def _no_room(source: Source, ram: Range, limit: int, occupied: Sequence[Range]) -> ImageError:
     end = max((span.end for span in occupied), default=ram.start)
-    needed = -(-(end + page_align_up(source.size)) // MIB)
+    needed = -(-(end - ram.start + page_align_up(source.size)) // MIB)
     problem = (
         f"its {source.size} bytes do not fit in guest RAM {ram} below {limit:#x} beside the kernel"
     )
-    if needed * MIB <= limit:
+    if ram.start + needed * MIB <= limit:
         return source.error(problem, f"use --mem {needed}M or more")
     return source.error(problem, "make it smaller, this kernel takes no initrd above that address")

@@ -31,7 +31,10 @@ KERNELS = (KERNEL_PRIVATE, KERNEL)
 
 @dataclass(frozen=True, slots=True)
 class Capability:
-    """One line of the table but for the finding; `needed_by` names jobs."""
+    """One line of the table but for the finding.
+
+    `needed_by` names jobs, `alternatives` the keys of lines of which any serves them as well.
+    """
 
     key: str
     title: str
@@ -40,6 +43,7 @@ class Capability:
     enables: str
     if_missing: str
     needed_by: tuple[str, ...] = ()
+    alternatives: tuple[str, ...] = ()
 
 
 # -- lines that every architecture has ------------------------------------------------------------

@@ -105,6 +105,7 @@ class HostCheck:
                     "enables": row.capability.enables,
                     "if_missing": row.capability.if_missing,
                     "needed_by": list(row.capability.needed_by),
+                    "alternatives": list(row.capability.alternatives),
                     "data": row.finding.data,
                 }
                 for row in self.rows
@@ -162,10 +163,14 @@ def probed_choice(architecture: HostArchitecture, system: System, *, kernel: boo
 
 def judge(rows: tuple[Row, ...], choices: Mapping[str, Choice | None]) -> dict[str, Job]:
     """Which jobs can run, by what works and who needs it."""
+    working = {row.capability.key for row in rows if row.works}
     jobs = {}
     for name, title in JOBS.items():
         missing = tuple(
-            row.capability.key for row in rows if name in row.capability.needed_by and not row.works
+            row.capability.key
+            for row in rows
+            if name in row.capability.needed_by
+            and working.isdisjoint((row.capability.key, *row.capability.alternatives))
         )
         jobs[name] = Job(title, missing, None if missing else choices.get(name))
     return jobs

@@ -325,6 +325,20 @@ def test_initrd_that_does_not_fit_beside_the_kernel_names_the_memory_needed(
         )
 
 
+def test_initrd_without_room_in_ram_that_starts_higher_names_a_size_not_an_address(
+    image_path: Path,
+) -> None:
+    image_path.write_bytes(bytes(3 * MIB))
+    ram = Range(1 << 30, 4 * MIB)
+    kernel = Range(ram.start, 2 * MIB)
+
+    with (
+        open_source(image_path, "initrd") as source,
+        pytest.raises(ImageError, match="use --mem 5M or more"),
+    ):
+        place_initrd(source, ram, 1 << 40, [kernel])
+
+
 def test_initrd_above_every_address_the_kernel_takes_is_refused(image_path: Path) -> None:
     image_path.write_bytes(b"i" * (2 * MIB))
 

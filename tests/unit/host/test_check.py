@@ -51,7 +51,7 @@ def assert_complete(found: HostCheck) -> dict[str, Any]:
     for each in data["capabilities"]:
         assert set(each) == {
             "key", "capability", "status", "result", "evidence", "enables", "if_missing",
-            "needed_by", "data",
+            "needed_by", "alternatives", "data",
         }  # fmt: skip
         assert each["status"] in ("yes", "no", "broken", "unknown")
         assert all(each[name] for name in ("result", "evidence", "enables", "if_missing"))
@@ -86,6 +86,24 @@ def test_what_is_missing_stops_the_jobs_that_need_it_and_no_other(
     assert all(found.jobs[name].missing == (capability.key,) for name in stopped)
     assert all(found.jobs[name].choice is None for name in stopped)
     assert found.exit_status == (3 if MAIN_JOB in capability.needed_by else 0)
+
+
+@pytest.mark.parametrize(
+    ("working", "can_run"), [((), False), (("a",), True), (("b",), True), (("a", "b"), True)]
+)
+def test_job_that_needs_one_of_two_lines_runs_with_either(
+    working: tuple[str, ...], can_run: bool
+) -> None:
+    either = [
+        Capability(key, key, lambda system: FINE, "x", "y", (MAIN_JOB,), (other,))
+        for key, other in (("a", "b"), ("b", "a"))
+    ]
+    found = tuple(Row(each, FINE if each.key in working else no("x", "y")) for each in either)
+
+    job = judge(found, {})[MAIN_JOB]
+
+    assert job.can_run == can_run
+    assert job.missing == (() if can_run else ("a", "b"))
 
 
 def test_payload_needs_neither_hypercalls_nor_native_kernel_mode() -> None:

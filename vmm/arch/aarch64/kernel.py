@@ -118,16 +118,17 @@ class KernelImage(NamedTuple):
 
     def check_fits(self, ram: Iterable[Range], reserved: Iterable[Range] = ()) -> None:
         """ImageError unless the kernel's memory lies in one range of `ram`, off `reserved`."""
-        areas = list(ram)
-        needed = self.memory.end + sum(span.size for span in reserved) - layout.RAM_START
+        areas, kept = list(ram), list(reserved)
         if any(area.contains(self.memory) for area in areas) and not any(
-            span.overlaps(self.memory) for span in reserved
+            span.overlaps(self.memory) for span in kept
         ):
             return
         end = max((area.end for area in areas), default=layout.RAM_START)
+        needed = self.memory.end - layout.RAM_START + sum(span.size for span in kept)
+        needed += layout.POOL_SIZE  # what alignment may take
         raise self.source.error(
             f"the kernel needs guest memory at {self.memory}, RAM ends at {end:#x}",
-            f"use --mem {-(-needed // MIB) + 4}M or more",
+            f"use --mem {-(-needed // MIB)}M or more",
         )
 
     def load(self, memory: Memory) -> None:

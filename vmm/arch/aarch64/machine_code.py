@@ -56,6 +56,40 @@ HVC: Code = ((0xD4000002, "hvc #0"), (0xF9000260, "str x0, [x19]"))
 """x0: function, x1 to x3: arguments; says the answer and leaves it in x0."""
 SMC: Code = ((0xD4000003, "smc #0"), (0xF9000260, "str x0, [x19]"))
 
+SHARE_AND_BACK: Code = (
+    (0xF9000295, "str x21, [x20]"),
+    (0xB900027F, "str wzr, [x19]"),
+    (0xAA1603E0, "mov x0, x22"),
+    (0xD4000002, "hvc #0"),
+    (0xB9000260, "str w0, [x19]"),
+    (0xAA1703E0, "mov x0, x23"),
+    (0xAA1403E1, "mov x1, x20"),
+    (0xD4000002, "hvc #0"),
+    (0xB9000260, "str w0, [x19]"),
+    (0x14000000, "b ."),
+)
+"""x20: address (in x1, too; x2 and x3 are 0), x21: word, x22 and x23: MEM_SHARE and MEM_UNSHARE.
+Says 0 when the word is there, then the answer to each of the calls."""
+
+TAKE_INTERRUPT: Code = (
+    (0x52800020, "mov w0, #1"),
+    (0xD518CCE0, "msr icc_igrpen1_el1, x0"),
+    (0x52801FE0, "mov w0, #255"),
+    (0xD5184600, "msr icc_pmr_el1, x0"),
+    (0xD5033FDF, "isb"),
+    (0xB900027F, "str wzr, [x19]"),
+    (0xD538CC00, "mrs x0, icc_iar1_el1"),
+    (0xD5033F9F, "dsb sy"),
+    (0x6B14001F, "cmp w0, w20"),
+    (0x54FFFFA1, "b.ne . - 12"),
+    (0xD518CC20, "msr icc_eoir1_el1, x0"),
+    (0xD5033FDF, "isb"),
+    (0xB9000260, "str w0, [x19]"),
+    (0x14000000, "b ."),
+)
+"""x20: an INTID. Says 0 when the processor's interface to the GIC is on, and the INTID when that
+interrupt has come and been ended. It asks again and again: nothing depends on WFI."""
+
 EXCEPTION: Code = (
     (0xD5385200, "mrs x0, esr_el1"),
     (0xF9000660, "str x0, [x19, #8]"),

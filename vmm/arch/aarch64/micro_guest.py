@@ -8,7 +8,9 @@ from contextlib import ExitStack
 
 from kvm_bindings.aarch64 import System, Vcpu, Vm, ioctls
 from kvm_bindings.aarch64.registers import CORE_REGISTERS, system_register
+from kvm_bindings.device import Device
 from kvm_bindings.exits import Exit, MmioExit
+from vmm.arch.aarch64 import layout
 from vmm.arch.aarch64.machine_code import (
     DEVICES_GPA,
     DONE,
@@ -23,14 +25,20 @@ from vmm.core.ranges import PAGE_SIZE
 from vmm.host.probes import micro_guest as base
 from vmm.host.probes.micro_guest import RAM_SIZE, WORD_AT, Verb, mapped, memory_file
 
-__all__ = ["AREA_GPA", "CODE_GPA", "DONE_GPA", "VBAR_EL1", "MicroGuest", "micro_guest"]
+__all__ = ["AREA_GPA", "CODE_GPA", "DONE_GPA", "MicroGuest", "micro_guest"]
 
 TABLES_GPA = 0
 VECTORS_GPA = TABLES_GPA + TABLES_SIZE
 CODE_GPA = VECTORS_GPA + PAGE_SIZE
 AREA_GPA = RAM_SIZE
 
-VBAR_EL1 = system_register(3, 0, 12, 0, 0)
+SYSTEM_REGISTERS = {
+    "MAIR_EL1": system_register(3, 0, 10, 2, 0),
+    "TCR_EL1": system_register(3, 0, 2, 0, 2),
+    "TTBR0_EL1": system_register(3, 0, 2, 0, 0),
+    "SCTLR_EL1": system_register(3, 0, 1, 0, 0),
+    "VBAR_EL1": system_register(3, 0, 12, 0, 0),
+}
 
 VERBS = {Verb.DONE: DONE, Verb.DONE_FOR_EVER: DONE, Verb.EXCHANGE: EXCHANGE}
 assert WORD_AT == 8, "the offset in EXCHANGE"
@@ -40,13 +48,32 @@ def environment(tables: int, vector_table: int) -> tuple[list[tuple[int, bytes]]
     """What small guests run in: memory to write as (GPA, bytes), and the registers to set."""
     identity = identity_tables(tables, DEVICES_GPA)
     writes = [(tables, identity.data), (vector_table, vectors())]
-    return writes, {VBAR_EL1: vector_table, **identity.registers}
+    registers = {"VBAR_EL1": vector_table, **identity.registers}
+    return writes, {SYSTEM_REGISTERS[name]: value for name, value in registers.items()}
 
 
 def set_registers(vcpu: Vcpu, registers: Mapping[str, int]) -> None:
     """Set core registers by name. Raises KvmError."""
     for name, value in registers.items():
         vcpu.set_one_reg(CORE_REGISTERS[name], value)
+
+
+def create_gic(vm: Vm) -> Device:
+    """A GICv3 with registers at the board's places, to be initialised after the vCPUs.
+
+    Raises KvmError where KVM has none.
+    """
+    gic = vm.create_device(ioctls.KVM_DEV_TYPE_ARM_VGIC_V3)
+    try:
+        for kind, gpa in (
+            (ioctls.KVM_VGIC_V3_ADDR_TYPE_DIST, layout.GIC_DISTRIBUTOR_GPA),
+            (ioctls.KVM_VGIC_V3_ADDR_TYPE_REDIST, layout.GIC_REDISTRIBUTORS_GPA),
+        ):
+            gic.set_attr(ioctls.KVM_DEV_ARM_VGIC_GRP_ADDR, kind, gpa)
+    except BaseException:
+        gic.close()
+        raise
+    return gic
 
 
 class MicroGuest(base.MicroGuest):
@@ -62,6 +89,8 @@ class MicroGuest(base.MicroGuest):
     """RAM."""
     hva: int
     """Its mapping, for system calls."""
+    gic: Device
+    """KVM's GICv3, where it was asked for."""
 
     def __init__(
         self,
@@ -70,6 +99,7 @@ class MicroGuest(base.MicroGuest):
         *,
         registers: Mapping[str, int] | None = None,
         vm_type: int = 0,
+        gic: bool = False,
         seconds: float | None = None,
     ) -> None:
         """`registers` are core registers by name; the program counter is at the code."""
@@ -78,6 +108,8 @@ class MicroGuest(base.MicroGuest):
             self.hva = mapped(opened, self.memfd, RAM_SIZE)
             self.vm = opened.enter_context(system.create_vm(vm_type))
             self.vm.set_user_memory_region(0, 0, RAM_SIZE, self.hva)
+            if gic:
+                self.gic = opened.enter_context(create_gic(self.vm))
             self.vcpu = self.vm.create_vcpu(0)
             opened.callback(self.vcpu.close)
             self.vcpu.init(self.vm.preferred_target(), ioctls.KVM_ARM_VCPU_PSCI_0_2)
@@ -87,6 +119,10 @@ class MicroGuest(base.MicroGuest):
             for register, value in system_registers.items():
                 self.vcpu.set_one_reg(register, value)
             set_registers(self.vcpu, {"pc": CODE_GPA, "x19": DONE_GPA, **(registers or {})})
+            if gic:
+                self.gic.set_attr(
+                    ioctls.KVM_DEV_ARM_VGIC_GRP_CTRL, ioctls.KVM_DEV_ARM_VGIC_CTRL_INIT
+                )
             super().__init__(opened.pop_all(), self.vm, self.vcpu, seconds)
 
     def word(self, exit: Exit) -> int | None:

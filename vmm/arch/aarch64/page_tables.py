@@ -11,7 +11,6 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
-from kvm_bindings.aarch64.registers import system_register
 from vmm.core.ranges import PAGE_SIZE
 
 GIB = 1 << 30
@@ -25,11 +24,6 @@ TABLE, BLOCK = 0b11, 0b01
 _ACCESSED, _INNER_SHAREABLE = 1 << 10, 0b11 << 8
 _NEVER_EXECUTE = 1 << 54 | 1 << 53  # UXN, PXN
 _DEVICE, _NORMAL = 0, 1  # indexes of MAIR_EL1's attributes
-
-MAIR_EL1 = system_register(3, 0, 10, 2, 0)
-TCR_EL1 = system_register(3, 0, 2, 0, 2)
-TTBR0_EL1 = system_register(3, 0, 2, 0, 0)
-SCTLR_EL1 = system_register(3, 0, 1, 0, 0)
 
 MAIR = 0xFF << 8 * _NORMAL  # attribute 0: Device-nGnRnE, 1: Normal, write-back
 TCR = (
@@ -45,11 +39,11 @@ SCTLR = 0x30D0_0800 | 1 << 0 | 1 << 2 | 1 << 12
 
 
 class IdentityTables(NamedTuple):
-    """What to write into guest memory, and the system registers by their KVM ids, in the order in
-    which they are to be set."""
+    """What to write into guest memory, and the system registers by name, in the order in which
+    they are to be set."""
 
     data: bytes
-    registers: dict[int, int]
+    registers: dict[str, int]
 
 
 def normal_block(address: int) -> int:
@@ -76,5 +70,5 @@ def identity_tables(gpa: int, devices: int) -> IdentityTables:
     ]
     data = struct.pack(f"<{3 * ENTRIES}Q", *tops, *[0] * (ENTRIES - len(tops)), *blocks)
     # The MMU last: KVM cleans the guest's memory out of its caches when it sees it go on.
-    registers = {MAIR_EL1: MAIR, TCR_EL1: TCR, TTBR0_EL1: gpa, SCTLR_EL1: SCTLR}
+    registers = {"MAIR_EL1": MAIR, "TCR_EL1": TCR, "TTBR0_EL1": gpa, "SCTLR_EL1": SCTLR}
     return IdentityTables(data, registers)

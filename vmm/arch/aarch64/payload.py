@@ -1,4 +1,4 @@
-"""The embedded payload on arm64: where it lies, and the page that tells it about its machine."""
+"""The information page: what the embedded payload learns about its machine, as one structure."""
 
 from __future__ import annotations
 
@@ -6,30 +6,14 @@ import struct
 from typing import NamedTuple
 
 from vmm.arch.aarch64 import layout
-from vmm.core.ranges import PAGE_SIZE
+from vmm.core.ranges import PAGE_SIZE, Range
 
 MAGIC = int.from_bytes(b"PVMMINFO", "little")
 FLAG_DISK = 1 << 0  # a virtio-blk disk is at PCI 0:1.0
 FLAG_DOORBELL = 1 << 1  # it converts by the doorbell's registers
 FLAG_PKVM = 1 << 2  # by pKVM's hypercalls; the doorbell serves the host's checks
 
-INFO_GPA = layout.RAM_START
-"""Where the information page goes; x0 points to it when the payload starts."""
-PAYLOAD_GPA = layout.RAM_START + 0x10_0000
-"""The first byte of the image, which is linked there."""
-ENTRY = PAYLOAD_GPA
-"""Where it is entered, as an arm64 kernel is: at EL1, MMU off, interrupts masked."""
-PRIVATE_START = layout.RAM_START + 0x20_0000
-"""The first byte of memory that it tests. All below is its own: image, variables, stack, info."""
-
 _LAYOUT = struct.Struct("<9Q")
-
-
-def payload_image() -> str:
-    """The path of the flat image."""
-    from firmware import payload_path
-
-    return payload_path("aarch64")
 
 
 class PayloadInfo(NamedTuple):
@@ -50,22 +34,21 @@ class PayloadInfo(NamedTuple):
     Of the two ways to convert at most one is set; without one it is an ordinary VM.
     """
 
-    ram_end: int
-    shared_mask: int = 0
-    has_disk: bool = False
-    has_doorbell: bool = False
-    has_pkvm: bool = False
+    ram: Range
+    scheme: str
+    """The VM's ("none": an ordinary one)."""
+    has_disk: bool
 
     def page(self) -> bytes:
         """The whole page, padded with zeros."""
-        flags = FLAG_DISK * self.has_disk | FLAG_DOORBELL * self.has_doorbell
+        way = {"none": 0, "pkvm": FLAG_PKVM}.get(self.scheme, FLAG_DOORBELL)
         fields = _LAYOUT.pack(
             MAGIC,
-            layout.RAM_START,
-            self.ram_end,
-            PRIVATE_START,
-            self.shared_mask,
-            flags | FLAG_PKVM * self.has_pkvm,
+            self.ram.start,
+            self.ram.end,
+            layout.PAYLOAD_PRIVATE_START,
+            1 << layout.REALM_SHARED_BIT if self.scheme == "realm" else 0,
+            way | FLAG_DISK * self.has_disk,
             layout.DOORBELL_GPA,
             layout.UART_GPA,
             layout.PCI_ECAM_GPA,

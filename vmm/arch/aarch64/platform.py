@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, cast
@@ -84,6 +85,9 @@ class ArmPlatform:
             monitor = RealmMonitor(memory, converter)
         asks = self._guest.doorbell == MMIO_DOORBELL_NAME and self._options.is_private
         actions = doorbell_actions(memory, converter if asks else None, stop)
+        if self._scheme == "pkvm":
+            # Only the hypervisor can convert; the rest of the registers is there.
+            actions.convert = lambda request: -errno.EOPNOTSUPP
         board.registers.add(
             layout.DOORBELL_GPA,
             layout.DOORBELL_SIZE,

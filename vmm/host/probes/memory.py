@@ -77,7 +77,11 @@ def guest_memfd(architecture: HostArchitecture, flags: int, system: System) -> F
         except KvmError as error:
             return no("refused", f"{word}; {error}", created=False)
         opened.callback(created.close)
-        return _Examination(opened, guest, created.fd).finding(word)
+        try:
+            examination = _Examination(opened, guest, created.fd)
+        except KvmError as error:  # arm64 (7.3) takes none without MMAP
+            return no("no use to a VM", f"{word}; created, but {error}", created=True)
+        return examination.finding(word)
 
 
 class _Examination:

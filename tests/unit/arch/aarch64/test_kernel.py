@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import lzma
 import os
+import re
 import struct
 from pathlib import Path
 
@@ -166,6 +167,23 @@ def test_kernel_that_reaches_into_a_reserved_place_is_refused(path: Path) -> Non
     with pytest.raises(ImageError, match="use --mem"):
         kernel.check_fits([ram], [layout.pool_place(ram)])
     kernel.close()
+
+
+@pytest.mark.parametrize("size", [1 << 20, 30 << 20, (31 << 20) + 4096, 100 << 20])
+def test_kernel_fits_into_the_memory_that_the_refusal_names(path: Path, size: int) -> None:
+    kernel = opened(path, image(image_size=size))
+    small = Range(layout.RAM_START, size)
+    with pytest.raises(ImageError) as caught:
+        kernel.check_fits([small], [layout.pool_place(small), layout.tree_place(small)])
+    found = re.search(r"use --mem (\d+)M", str(caught.value))
+    assert found is not None
+
+    ram = Range(layout.RAM_START, int(found[1]) << 20)
+    places = [layout.pool_place(ram), layout.tree_place(ram)]
+    kernel.check_fits([ram], places)
+    kernel.close()
+    assert not any(place.overlaps(kernel.memory) for place in places)
+    assert int(found[1]) << 20 <= size + (8 << 20)
 
 
 @given(st.binary(min_size=HEADER_SIZE - 8, max_size=200), st.booleans())

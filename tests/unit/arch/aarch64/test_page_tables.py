@@ -8,9 +8,7 @@ import pytest
 
 from vmm.arch.aarch64.page_tables import (
     GIB,
-    SCTLR_EL1,
     TABLES_SIZE,
-    TTBR0_EL1,
     IdentityTables,
     identity_tables,
 )
@@ -27,7 +25,7 @@ def walk(tables: IdentityTables, address: int) -> tuple[int, int]:
         (word,) = struct.unpack_from("<Q", tables.data, table - GPA + 8 * index)
         return word
 
-    top = entry(tables.registers[TTBR0_EL1], address >> 39)
+    top = entry(tables.registers["TTBR0_EL1"], address >> 39)
     assert top & 0b11 == 0b11
     block = entry(top & ADDRESS_FIELD, address >> 30 & 511)
     assert block & 0b11 == 0b01
@@ -52,7 +50,7 @@ def test_tables_fill_exactly_the_space_that_is_planned_for_them() -> None:
 
 
 def test_mmu_goes_on_after_everything_that_it_uses() -> None:
-    assert list(identity_tables(GPA, DEVICES).registers)[-1] == SCTLR_EL1
+    assert list(identity_tables(GPA, DEVICES).registers)[-1] == "SCTLR_EL1"
 
 
 @pytest.mark.parametrize(("gpa", "devices"), [(8, 0), (0, 4096), (1 << 40, 0), (0, 1 << 40)])

@@ -11,9 +11,9 @@ import pytest
 import firmware
 from vmm.arch.aarch64 import layout, payload
 from vmm.arch.aarch64.payload import PayloadInfo
-from vmm.core.ranges import PAGE_SIZE
+from vmm.core.ranges import PAGE_SIZE, Range
 
-SOURCES = Path(payload.payload_image()).parent
+SOURCES = Path(firmware.payload_path("aarch64")).parent
 
 
 def equ(file: str, name: str) -> int:
@@ -26,10 +26,11 @@ def equ(file: str, name: str) -> int:
     return sum(equ(file, term) if term.isalpha() else int(term, 0) for term in terms)
 
 
-def test_info_page_is_one_page_with_the_fields_in_their_places() -> None:
-    info = PayloadInfo(0x4400_0000, 1 << 39, has_disk=True, has_doorbell=True)
+RAM = Range(0x4000_0000, 0x400_0000)
 
-    page = info.page()
+
+def test_info_page_is_one_page_with_the_fields_in_their_places() -> None:
+    page = PayloadInfo(RAM, "realm", has_disk=True).page()
 
     assert len(page) == PAGE_SIZE
     fields = struct.unpack_from("<9Q", page)
@@ -39,20 +40,23 @@ def test_info_page_is_one_page_with_the_fields_in_their_places() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "flags"),
-    [({}, 0), ({"has_disk": True}, 1), ({"has_doorbell": True}, 2), ({"has_pkvm": True}, 4)],
+    ("scheme", "mask", "flags"),
+    [("none", 0, 0), ("remap", 0, 0b010), ("realm", 1 << 39, 0b010), ("pkvm", 0, 0b100)],
 )
-def test_info_page_has_a_flag_for_each_ability(words: dict[str, bool], flags: int) -> None:
-    page = PayloadInfo(0x4400_0000, **words).page()  # type: ignore[arg-type]  # only booleans
+def test_info_page_says_how_to_convert_under_each_scheme(
+    scheme: str, mask: int, flags: int
+) -> None:
+    page = PayloadInfo(RAM, scheme, has_disk=False).page()
 
     assert struct.unpack_from("<Q", page, equ("defs.inc", "INFO_FLAGS"))[0] == flags
+    assert struct.unpack_from("<Q", page, equ("defs.inc", "INFO_SHARED_MASK"))[0] == mask
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
         ("RAM", layout.RAM_START),
-        ("MIN_PRIVATE_START", payload.PRIVATE_START),
+        ("MIN_PRIVATE_START", layout.PAYLOAD_PRIVATE_START),
         ("MIN_RAM_BYTES", firmware.MIN_RAM_BYTES),
         ("DEFAULT_SERIAL", layout.UART_GPA),
         ("DEFAULT_DOORBELL", layout.DOORBELL_GPA),
@@ -67,11 +71,11 @@ def test_constant_of_the_sources_is_what_python_says(name: str, value: int) -> N
 
 
 def test_image_is_linked_where_it_is_loaded() -> None:
-    assert f". = {payload.PAYLOAD_GPA:#x};" in (SOURCES / "payload.ld").read_text()
+    assert f". = {layout.PAYLOAD_GPA:#x};" in (SOURCES / "payload.ld").read_text()
 
 
 def test_image_and_information_stay_below_the_tested_memory() -> None:
-    size = Path(payload.payload_image()).stat().st_size
+    size = Path(firmware.payload_path("aarch64")).stat().st_size
 
-    assert payload.INFO_GPA + PAGE_SIZE <= payload.PAYLOAD_GPA
-    assert payload.PAYLOAD_GPA + size <= payload.PRIVATE_START
+    assert layout.PAYLOAD_INFO_GPA + PAGE_SIZE <= layout.PAYLOAD_GPA
+    assert layout.PAYLOAD_GPA + size <= layout.PAYLOAD_PRIVATE_START

@@ -1,0 +1,1 @@
+"""Behaviour probes of what only arm64 has, see vmm.host.probes."""
