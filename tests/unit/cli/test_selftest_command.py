@@ -36,7 +36,7 @@ def outcomes(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Status, str]]:
                 yield Result(case, cell, *found[case.name], 0.25)
 
     monkeypatch.setattr(command, "run_matrix", run_matrix)
-    monkeypatch.setattr(command, "combinations", lambda: CELLS)
+    monkeypatch.setattr(command, "combinations", lambda schemes: CELLS)
     monkeypatch.setattr(
         command, "all_cases", lambda: [Case(name, f"title of {name}", nothing) for name in found]
     )
