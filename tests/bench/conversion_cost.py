@@ -38,7 +38,6 @@ from vmm.arch.x86_64.msrs import MsrTable
 from vmm.arch.x86_64.page_tables import payload_tables
 from vmm.arch.x86_64.registers import payload_entry
 from vmm.conversion.making import make_scheme
-from vmm.conversion.matrix import SCHEMES
 from vmm.conversion.schemes.remap import RemapScheme
 from vmm.conversion.transaction import Converter
 from vmm.core.errors import HostError
@@ -281,7 +280,7 @@ def _median(times: dict[Kind, list[int]]) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Measure what a conversion costs.")
-    parser.add_argument("--scheme", choices=SCHEMES, help="default: each that this host has")
+    parser.add_argument("--scheme", choices=X86.schemes, help="default: each that this host has")
     parser.add_argument("--rounds", type=int, help="default: more for smaller sizes")
     parser.add_argument("--json", type=Path, help="write the figures to this file, too")
     options = parser.parse_args()
@@ -290,7 +289,7 @@ def main() -> int:
     worst = 0.0
     print(f"{'scheme':<11}{'size':<8}{'pyvmm':>11}{'bare':>11}{'ratio':>7}   without KVM_RUN")
     with System() as system:
-        for scheme in SCHEMES if options.scheme is None else (options.scheme,):
+        for scheme in X86.schemes if options.scheme is None else (options.scheme,):
             for name, size in SIZES.items():
                 try:
                     figures = measure(system, scheme, size, options.rounds or ROUNDS[name])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from kvm_bindings import fdops
@@ -201,7 +202,9 @@ class Machine:
             power_off=lambda: self.stop(Outcome(POWEROFF)),
             reset=self._guest_reset,
             watch=self._watcher,
-            observer_of=(lambda device: None) if trace is None else trace.device,
+            observer_of=(lambda device: None)
+            if trace is None
+            else partial(trace.device, shared_bit=self._vm.scheme.shared_alias),
         )
         self._cleanup.callback(self._devices.close)
         self._handlers = self._vm.platform.exit_handlers(

@@ -36,8 +36,8 @@ class RunTrace:
         )
         self.conversions = ConversionTrace(self._recorder)
 
-    def device(self, name: str) -> DeviceTrace:
-        return DeviceTrace(self._recorder, name)
+    def device(self, name: str, shared_bit: int = 0) -> DeviceTrace:
+        return DeviceTrace(self._recorder, name, shared_bit)
 
     def exits(self, table: Table) -> Table:
         return traced(table, self._recorder)

@@ -27,12 +27,14 @@ class Request(Protocol):
 class DeviceTrace:
     """The requests on a device's queues, and the ends it comes to."""
 
-    def __init__(self, recorder: Recorder, name: str) -> None:
+    def __init__(self, recorder: Recorder, name: str, shared_bit: int = 0) -> None:
+        """`shared_bit`: what marks shared pages to the device, and is in no trace."""
         self._recorder = recorder
         self._number = recorder.name(name)
+        self._shared_bit = shared_bit
 
     def queue(self, index: int) -> QueueTrace:
-        return QueueTrace(self._recorder, self._number | index << 16)
+        return QueueTrace(self._recorder, self._number | index << 16, self._shared_bit)
 
     def stopped(self) -> None:
         self._recorder.record(
@@ -47,9 +49,10 @@ class QueueTrace:
     latency is the time that the device held it, which for a receive queue is mostly waiting.
     """
 
-    def __init__(self, recorder: Recorder, detail: int) -> None:
+    def __init__(self, recorder: Recorder, detail: int, shared_bit: int = 0) -> None:
         self._recorder = recorder
         self._detail = detail
+        self._plain = ~shared_bit
         self._held: dict[int, tuple[int, int, int, int]] = {}
 
     def taken(self, requests: Sequence[Request]) -> None:
@@ -60,9 +63,9 @@ class QueueTrace:
             to_device = sum([size for _, size in readable])
             to_guest = sum([size for _, size in writable])
             if to_guest > to_device:
-                held = (Kind.IO_IN, started, writable[0][0], to_guest)
+                held = (Kind.IO_IN, started, writable[0][0] & self._plain, to_guest)
             else:
-                held = (Kind.IO_OUT, started, _data_gpa(readable), to_device)
+                held = (Kind.IO_OUT, started, _data_gpa(readable) & self._plain, to_device)
             self._held[request.head] = held
 
     def returned(self, used: Sequence[tuple[int, int]]) -> None:

@@ -88,3 +88,14 @@ def test_device_stopped_by_a_bad_ring_is_traced(make_machine: MakeMachine, tmp_p
     rows = rows_after(make_machine, tmp_path, break_the_ring)
 
     assert [row[:2] for row in rows] == [("io-refused", "blk0")]
+
+
+def test_trace_has_addresses_without_the_bit_of_shared_pages(tmp_path: Path) -> None:
+    recorder, bit = start_recorder(tmp_path / "t"), 1 << 39
+    queue = DeviceTrace(recorder, "blk0", bit).queue(0)
+
+    queue.taken([Chain(1, [(DATA | bit, 60)], []), Chain(2, [], [(DATA + 4096 | bit, 60)])])
+    queue.returned([(1, 0), (2, 0)])
+    recorder.close()
+
+    assert [row["gpa"] for row in rows_of(tmp_path / "t")] == [DATA, DATA + 4096]

@@ -23,7 +23,7 @@ class Calling(Protocol):
     """A GuestCpu whose architecture has hypercalls to ask with."""
 
     def hypercall(self, function: int, *arguments: int) -> int:
-        """The guest makes one (function identifier, then arguments); its answer, signed."""
+        """The guest makes one (function identifier, then arguments); x0 of its answer."""
         ...
 
 
