@@ -176,7 +176,9 @@ class PayloadGuest:
             has_disk=bool(functions) and functions[0].startswith("blk"),
         )
         launch.pwrite(info.page(), layout.PAYLOAD_INFO_GPA)
-        return Entry(layout.PAYLOAD_GPA, layout.PAYLOAD_INFO_GPA)
+        # Its own memory is shared: a realm reaches that by addresses with the bit alone.
+        bit = 1 << layout.REALM_SHARED_BIT if self._scheme == "realm" else 0
+        return Entry(layout.PAYLOAD_GPA | bit, layout.PAYLOAD_INFO_GPA | bit)
 
     def close(self) -> None:
         """Nothing is held open."""
