@@ -2,8 +2,10 @@
 //
 // It is entered as an arm64 kernel is: MMU off, x0 = its page of information. Its first act is to
 // turn the MMU on, with tables that are part of the image. Without it all memory is Device memory:
-// guest and host would not see each other's bytes on processors without FEAT_S2FWB. Nothing is
-// written before that.
+// guest and host would not see each other's bytes on processors without FEAT_S2FWB.
+//
+// It runs wherever it is entered: a realm's payload, whose own memory is shared, at an address with
+// the bit of shared addresses.
 //
 // What comes out of the UART, one line each:
 //   pyvmm payload: <what the info page says>
@@ -20,6 +22,7 @@
 .equ MAIR,  0xff00                  // attribute 0: Device-nGnRnE, 1: Normal, write-back
 .equ TCR,   0x200803518             // T0SZ = 24; walks write-back, inner shareable; EPD1; IPS 40
 .equ SCTLR, 0x30d01805              // what Armv8.0 wants set; MMU, data and instruction cache
+.equ TABLE, 3
 .equ NORMAL_BLOCK, 0x705            // block, attribute 1, inner shareable, accessed
 .equ DEVICE_BLOCK, 0x60000000000401 // block, attribute 0, accessed, never executed
 
@@ -31,6 +34,14 @@ payload_entry:
     ldr     x1, =TCR
     msr     tcr_el1, x1
     adr     x1, tables
+    add     x2, x1, #1, lsl #12     // the level 1 tables, whose addresses depend on where we are
+    orr     x2, x2, #TABLE
+    add     x3, x1, #2, lsl #12
+    orr     x3, x3, #TABLE
+    stp     x2, x3, [x1]
+    dmb     sy                      // past the caches, in which an older line may be
+    dc      ivac, x1
+    dsb     sy
     msr     ttbr0_el1, x1
     adr     x1, vectors
     msr     vbar_el1, x1
@@ -199,9 +210,7 @@ vectors:
     .data
     .balign 4096
 tables:
-    .quad   tables + 0x1003
-    .quad   tables + 0x2003
-    .skip   4096 - 16
+    .skip   4096                    // level 0 is written at the start
     .quad   DEVICE_BLOCK
     .set    gib, 1
     .rept   1023

@@ -178,7 +178,8 @@ class PayloadGuest:
             has_pkvm=self._scheme == "pkvm",
         )
         launch.pwrite(info.page(), payload.INFO_GPA)
-        return Entry(payload.ENTRY, payload.INFO_GPA)
+        # Its own memory is shared: a realm reaches that by addresses with the bit alone.
+        return Entry(payload.ENTRY | info.shared_mask, payload.INFO_GPA | info.shared_mask)
 
     def close(self) -> None:
         """Nothing is held open."""
