@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from vmm.conversion.accounting import Accounting, Refinements
+from vmm.conversion.accounting import Accounting, Refinements, Tally
 from vmm.conversion.deferral import RUNS_AT_ONCE, DueTimes
 from vmm.conversion.scheme import Scheme
 from vmm.conversion.view import GuestView
@@ -38,6 +38,7 @@ from vmm.policy import (
     PolicyError,
     PolicyKill,
 )
+from vmm.policy.decisions import CarriedOut, Refusal
 from vmm.policy.hooks import Hooks
 
 if TYPE_CHECKING:
@@ -151,6 +152,8 @@ class Converter:
         self._due: DueTimes | None = None  # made by the first Defer
         self._wake = math.inf
         self._fruitless: dict[int, tuple[ConversionRequest, int]] = {}
+        # Who faults has to know of the requests of others.
+        self._is_told_of_requests = scheme.converts_on_fault or observer is not None
         # Requests so far, those of each vCPU, and those of others at a vCPU's last fault.
         self._requests = 0
         self._requests_by: dict[int, int] = {}
@@ -195,12 +198,13 @@ class Converter:
             answer = self._convert(request, word)
             return answer
         finally:
-            with self._books:
-                self._requests += 1
-                vcpu = request.vcpu
-                self._requests_by[vcpu] = self._requests_by.get(vcpu, 0) + 1
-                if self._observer is not None:
-                    self._observer.answered(request, word.decision, word.by, answer, started)
+            if self._is_told_of_requests:
+                with self._books:
+                    self._requests += 1
+                    vcpu = request.vcpu
+                    self._requests_by[vcpu] = self._requests_by.get(vcpu, 0) + 1
+                    if self._observer is not None:
+                        self._observer.answered(request, word.decision, word.by, answer, started)
 
     def _convert(self, request: ConversionRequest, word: _Word) -> int:
         kind = request.kind
@@ -214,12 +218,8 @@ class Converter:
                     self._await_turn(area, is_hosts)
                 decision = self.hooks.decide(kind, area, request.vcpu, request.doorbell, self.view)
                 word.decision, word.by = decision, self.hooks.decided_by
-                if isinstance(decision, Kill):
-                    raise PolicyKill(decision.reason)
-                if isinstance(decision, Deny):
-                    with self._books:
-                        tally.denied += 1
-                    return -decision.errno
+                if isinstance(decision, Refusal):
+                    return self._refused(decision, tally)
                 work = self._begin(area, kind, decision, is_hosts)
             finally:
                 self._asking.release()
@@ -241,6 +241,13 @@ class Converter:
         except BaseException:
             self._count_failure(kind)
             raise
+
+    def _refused(self, decision: Deny | Kill, tally: Tally) -> int:
+        if isinstance(decision, Kill):
+            raise PolicyKill(decision.reason)
+        with self._books:
+            tally.denied += 1
+        return -decision.errno
 
     def _count_failure(self, kind: Kind) -> None:
         with self._books:
@@ -394,7 +401,7 @@ class Converter:
 
     # -- a conversion -------------------------------------------------------------------------
 
-    def _begin(self, area: Range, kind: Kind, decision: Decision, is_hosts: bool) -> _Work | None:
+    def _begin(self, area: Range, kind: Kind, decision: CarriedOut, is_hosts: bool) -> _Work | None:
         """Take the pages of an allowed request away from everybody; None: nothing is to be done.
 
         With `_asking` held: since the policies looked, nobody else has begun. Raises PolicyError,
@@ -402,18 +409,16 @@ class Converter:
         """
         memory = self._memory
         later: Defer | None = None
-        patience: float | None = None
-        if isinstance(decision, (Allow, Partial, Defer, Convert)):
-            patience = decision.patience
-        if isinstance(decision, Partial):
-            area, later = decision.area, decision.later
-        elif isinstance(decision, Convert):
-            self._require_wanted(decision.area, area, kind, is_hosts)
-            area = decision.area
-        elif isinstance(decision, Defer):
-            later = decision
-        if memory.in_place:
-            later = None  # there is no other side that could be kept
+        if decision.__class__ is not Allow:
+            if isinstance(decision, Partial):
+                area, later = decision.area, decision.later
+            elif isinstance(decision, Convert):
+                self._require_wanted(decision.area, area, kind, is_hosts)
+                area = decision.area
+            elif isinstance(decision, Defer):
+                later = decision
+            if memory.in_place:
+                later = None  # there is no other side that could be kept
         target = _TARGET[kind] if later is None else PageState.DEFERRED
         before = memory.begin_conversion(area, target)
         try:
@@ -426,6 +431,7 @@ class Converter:
         except BaseException:
             memory.abandon_conversion()
             raise
+        patience = decision.patience
         work.patience = self._quiesce_timeout if patience is None else patience
         if is_hosts:
             work.patience = min(work.patience, BUSY_SECONDS)
@@ -545,19 +551,23 @@ class Converter:
             with self._books:
                 due.retry(area, now + BUSY_SECONDS)
             return
-        began = 0 if self._observer is None else time.monotonic_ns()
-        memory.begin_conversion(area)  # no host access can be under way: refused
-        try:
-            memory.discard_shared(area)
-        except OSError:
-            memory.abandon_conversion()
-            with self._books:
-                self.refinements.discards_failed += 1
-                due.retry(area, now + RETRY_SECONDS)
-        else:
-            with self._books:
-                due.clear(area)
-            self._finish(PageState.PRIVATE, [area], began, all_of_it=True)
+        # One that was under way when these were taken may have ended since.
+        with self._books:
+            runs = due.waiting(area)
+        for run in runs:
+            began = 0 if self._observer is None else time.monotonic_ns()
+            memory.begin_conversion(run)  # no host access can be under way: refused
+            try:
+                memory.discard_shared(run)
+            except OSError:
+                memory.abandon_conversion()
+                with self._books:
+                    self.refinements.discards_failed += 1
+                    due.retry(run, now + RETRY_SECONDS)
+            else:
+                with self._books:
+                    due.clear(run)
+                self._finish(PageState.PRIVATE, [run], began, all_of_it=True)
 
     def _discard_owed(self, area: Range) -> None:
         """Before a share: what the guest may not find again. The guest gave it up long ago, so

@@ -72,6 +72,11 @@ class _Conversion:
         self._runs = runs
         self._held: dict[PageState, int] | None = None
 
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all of its pages are in one state before."""
+        return not isinstance(self._runs, Cut) and len(self._runs) == 1
+
     # Both are worked out when they are first asked for, which is without memory's lock: a guest
     # can make them long. Two threads may do it at once, and come to the same.
 
@@ -132,6 +137,7 @@ class GuestMemory:
             self._states.set(area, PageState.SHARED)
         for area in private:
             self._states.set(area, PageState.PRIVATE)
+        self._end = self.ram[-1].end
         # Conversions under way, by the thread that carries them out; none overlaps another.
         self._conversions: dict[int, _Conversion] = {}
         self._lock = threading.Lock()
@@ -388,9 +394,10 @@ class GuestMemory:
             if self._conversions:
                 self._require_none_converting(thread, area)
             states = self._states
+            start, size = area
             state = None
-            if states.span.contains(area):
-                state = states.uniform(area.start, area.start + area.size)
+            if start >= 0 and start + size <= self._end:
+                state = states.uniform(start, start + size)
             runs: Runs | Cut[PageState]
             if state is not None:
                 runs = [(area, state)]
@@ -401,8 +408,7 @@ class GuestMemory:
                 raise UnmappedAccess(f"{area} is not wholly guest RAM")
             if target is not None and len(states) > MOST_RUNS - 2:
                 self._require_room(area, target)
-            conversion = _Conversion(area, target, runs)
-            self._conversions[thread] = conversion
+            conversion = self._conversions[thread] = _Conversion(area, target, runs)
         return conversion.runs
 
     def _require_none_converting(self, thread: int, area: Range) -> None:
@@ -447,6 +453,11 @@ class GuestMemory:
         thread = threading.get_ident()
         conversion = self._conversions.get(thread)
         if conversion is None:
+            return
+        if runs is None and conversion.is_uniform:
+            with self._lock:
+                self._states.set(conversion.area, state)
+                del self._conversions[thread]
             return
         whole = runs is None
         if runs is None:
