@@ -38,7 +38,7 @@ from vmm.policy import (
     PolicyError,
     PolicyKill,
 )
-from vmm.policy.decisions import CarriedOut, Refusal
+from vmm.policy.decisions import CarriedOut
 from vmm.policy.hooks import Hooks
 
 if TYPE_CHECKING:
@@ -218,13 +218,13 @@ class Converter:
                     self._await_turn(area, is_hosts)
                 decision = self.hooks.decide(kind, area, request.vcpu, request.doorbell, self.view)
                 word.decision, word.by = decision, self.hooks.decided_by
-                if isinstance(decision, Refusal):
+                if isinstance(decision, (Deny, Kill)):
                     return self._refused(decision, tally)
                 work = self._begin(area, kind, decision, is_hosts)
             finally:
                 self._asking.release()
             if work is not None:
-                self._complete(work)
+                self._complete(work, tally)
             if decision.__class__ is not Allow:
                 return self._refined(area, kind, decision)
             return 0
@@ -447,7 +447,7 @@ class Converter:
                 errno.ENOSPC, f"{count} runs of pages have late discards; {MOST_RUNS} are the most"
             )
 
-    def _complete(self, work: _Work) -> None:
+    def _complete(self, work: _Work, tally: Tally) -> None:
         """Carry out what has begun, all of it or nothing. Raises Refused or OSError, undone."""
         memory, area, kind = self._memory, work.area, work.kind
         gone: list[Range] = []
@@ -463,7 +463,7 @@ class Converter:
             # What is gone has changed sides: the guest could not have its content back.
             self._finish(_TARGET[kind], gone, work.began, all_of_it=False)
             with self._books:
-                self.accounting.of(kind).bytes += sum(run.size for run in gone)
+                tally.bytes += sum(run.size for run in gone)
                 self._note_end()
             raise
         later, changing = work.later, work.changing
@@ -477,7 +477,7 @@ class Converter:
             self._finish(_TARGET[kind], [area], work.began, all_of_it=True)
         size = changing[0].size if len(changing) == 1 else sum(run.size for run in changing)
         with self._books:
-            self.accounting.of(kind).bytes += size
+            tally.bytes += size
             self._note_end()
 
     def _take_steps(self, work: _Work, gone: list[Range]) -> None:

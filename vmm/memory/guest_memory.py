@@ -63,7 +63,7 @@ there are several."""
 class _Conversion:
     """Pages on their way to another state, which they have only once all has succeeded."""
 
-    __slots__ = ("_held", "_runs", "area", "target")
+    __slots__ = ("_held", "_runs", "area", "is_uniform", "target")
 
     def __init__(self, area: Range, target: PageState | None, runs: Runs | Cut[PageState]) -> None:
         """`runs`: the states before, as a list or as what they can be listed from."""
@@ -71,11 +71,8 @@ class _Conversion:
         self.target = target
         self._runs = runs
         self._held: dict[PageState, int] | None = None
-
-    @property
-    def is_uniform(self) -> bool:
+        self.is_uniform = runs.__class__ is list and len(runs) == 1
         """Whether all of its pages are in one state before."""
-        return not isinstance(self._runs, Cut) and len(self._runs) == 1
 
     # Both are worked out when they are first asked for, which is without memory's lock: a guest
     # can make them long. Two threads may do it at once, and come to the same.
