@@ -86,7 +86,10 @@ def build_report(
             "common_bytes": memory.common_end,
         },
         "refinements": refinements.as_dict(),
-        "residency": residency._asdict(),
+        "residency": {
+            **residency._asdict(),
+            "other_side_bytes": memory.other_side_bytes(),
+        },
         "io": io,
         "exits": dict(sorted(exits.items(), key=lambda item: -item[1])),
         "io_ports": {

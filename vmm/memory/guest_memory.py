@@ -508,6 +508,26 @@ class GuestMemory:
         shared = sum(self.shared.resident_bytes(run.start, run.size) for run in runs)
         return Residency(private - shared, shared)
 
+    def other_side_bytes(self) -> int | None:
+        """Bytes of host memory behind the sides that the pages' states say nobody uses.
+
+        Where a guest reaches both sides of a page (scheme cbit) it can fill both. None where the
+        host's kernel doesn't tell: cachestat(2) is of Linux 6.5, and not for hugetlbfs.
+        """
+        if self.private is None or self.in_place:
+            return 0
+        found = 0
+        try:
+            for run, state in self.states():
+                if state is PageState.SHARED:
+                    found += self.private.resident_bytes(run.start, run.size)
+                elif state is PageState.PRIVATE:
+                    own = run.split(self.common_end)[1]  # of common pages there is one side
+                    found += self.shared.resident_bytes(own.start, own.size) if own.size else 0
+        except OSError:
+            return None
+        return found
+
     def close(self) -> None:
         self.shared.close()
         if self.private is not None:
