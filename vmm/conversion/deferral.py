@@ -53,6 +53,10 @@ class DueTimes:
         """The deferred parts of `area` whose content must not come back."""
         return [run for run, entry in self._times.runs(area) if entry is not None and not entry[1]]
 
+    def waiting(self, area: Range) -> list[Range]:
+        """The deferred parts of `area`, neighbours joined."""
+        return _joined([run for run, entry in self._times.runs(area) if entry is not None])
+
     def clear(self, area: Range) -> None:
         """`area` is (partly) deferred no longer."""
         self._times.set(area, None)

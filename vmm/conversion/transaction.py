@@ -19,7 +19,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
-from vmm.conversion.accounting import Accounting, Refinements
+from vmm.conversion.accounting import Accounting, Refinements, Tally
 from vmm.conversion.deferral import RUNS_AT_ONCE, DueTimes
 from vmm.conversion.scheme import Scheme
 from vmm.conversion.view import GuestView
@@ -39,6 +39,7 @@ from vmm.policy import (
     PolicyError,
     PolicyKill,
 )
+from vmm.policy.decisions import CarriedOut
 from vmm.policy.hooks import Hooks
 
 if TYPE_CHECKING:
@@ -152,6 +153,8 @@ class Converter:
         self._due: DueTimes | None = None  # made by the first Defer
         self._wake = math.inf
         self._fruitless: dict[int, tuple[ConversionRequest, int]] = {}
+        # Who faults has to know of the requests of others.
+        self._is_told_of_requests = scheme.converts_on_fault or observer is not None
         # Requests so far, those of each vCPU, and those of others at a vCPU's last fault.
         self._requests = 0
         self._requests_by: dict[int, int] = {}
@@ -200,12 +203,13 @@ class Converter:
             answer = self._convert(request, word)
             return answer
         finally:
-            with self._books:
-                self._requests += 1
-                vcpu = request.vcpu
-                self._requests_by[vcpu] = self._requests_by.get(vcpu, 0) + 1
-                if self._observer is not None:
-                    self._observer.answered(request, word.decision, word.by, answer, started)
+            if self._is_told_of_requests:
+                with self._books:
+                    self._requests += 1
+                    vcpu = request.vcpu
+                    self._requests_by[vcpu] = self._requests_by.get(vcpu, 0) + 1
+                    if self._observer is not None:
+                        self._observer.answered(request, word.decision, word.by, answer, started)
 
     def _convert(self, request: ConversionRequest, word: _Word) -> int:
         kind = request.kind
@@ -219,17 +223,13 @@ class Converter:
                     self._await_turn(area, is_hosts)
                 decision = self.hooks.decide(kind, area, request.vcpu, request.doorbell, self.view)
                 word.decision, word.by = decision, self.hooks.decided_by
-                if isinstance(decision, Kill):
-                    raise PolicyKill(decision.reason)
-                if isinstance(decision, Deny):
-                    with self._books:
-                        tally.denied += 1
-                    return -decision.errno
+                if isinstance(decision, (Deny, Kill)):
+                    return self._refused(decision, tally)
                 work = self._begin(area, kind, decision, is_hosts)
             finally:
                 self._asking.release()
             if work is not None:
-                self._complete(work)
+                self._complete(work, tally)
             if decision.__class__ is not Allow:
                 return self._refined(area, kind, decision)
             return 0
@@ -246,6 +246,13 @@ class Converter:
         except BaseException:
             self._count_failure(kind)
             raise
+
+    def _refused(self, decision: Deny | Kill, tally: Tally) -> int:
+        if isinstance(decision, Kill):
+            raise PolicyKill(decision.reason)
+        with self._books:
+            tally.denied += 1
+        return -decision.errno
 
     def _count_failure(self, kind: Kind) -> None:
         with self._books:
@@ -399,7 +406,7 @@ class Converter:
 
     # -- a conversion -------------------------------------------------------------------------
 
-    def _begin(self, area: Range, kind: Kind, decision: Decision, is_hosts: bool) -> _Work | None:
+    def _begin(self, area: Range, kind: Kind, decision: CarriedOut, is_hosts: bool) -> _Work | None:
         """Take the pages of an allowed request away from everybody; None: nothing is to be done.
 
         With `_asking` held: since the policies looked, nobody else has begun. Raises PolicyError,
@@ -407,18 +414,16 @@ class Converter:
         """
         memory = self._memory
         later: Defer | None = None
-        patience: float | None = None
-        if isinstance(decision, (Allow, Partial, Defer, Convert)):
-            patience = decision.patience
-        if isinstance(decision, Partial):
-            area, later = decision.area, decision.later
-        elif isinstance(decision, Convert):
-            self._require_wanted(decision.area, area, kind, is_hosts)
-            area = decision.area
-        elif isinstance(decision, Defer):
-            later = decision
-        if memory.in_place:
-            later = None  # there is no other side that could be kept
+        if decision.__class__ is not Allow:
+            if isinstance(decision, Partial):
+                area, later = decision.area, decision.later
+            elif isinstance(decision, Convert):
+                self._require_wanted(decision.area, area, kind, is_hosts)
+                area = decision.area
+            elif isinstance(decision, Defer):
+                later = decision
+            if memory.in_place:
+                later = None  # there is no other side that could be kept
         target = _TARGET[kind] if later is None else PageState.DEFERRED
         before = memory.begin_conversion(area, target)
         try:
@@ -431,6 +436,7 @@ class Converter:
         except BaseException:
             memory.abandon_conversion()
             raise
+        patience = decision.patience
         work.patience = self._quiesce_timeout if patience is None else patience
         if is_hosts:
             work.patience = min(work.patience, BUSY_SECONDS)
@@ -446,7 +452,7 @@ class Converter:
                 errno.ENOSPC, f"{count} runs of pages have late discards; {MOST_RUNS} are the most"
             )
 
-    def _complete(self, work: _Work) -> None:
+    def _complete(self, work: _Work, tally: Tally) -> None:
         """Carry out what has begun, all of it or nothing. Raises Refused or OSError, undone."""
         memory, area, kind = self._memory, work.area, work.kind
         gone: list[Range] = []
@@ -462,7 +468,7 @@ class Converter:
             # What is gone has changed sides: the guest could not have its content back.
             self._finish(_TARGET[kind], gone, work.began, all_of_it=False)
             with self._books:
-                self.accounting.of(kind).bytes += sum(run.size for run in gone)
+                tally.bytes += sum(run.size for run in gone)
                 self._note_end()
             raise
         later, changing = work.later, work.changing
@@ -476,7 +482,7 @@ class Converter:
             self._finish(_TARGET[kind], [area], work.began, all_of_it=True)
         size = changing[0].size if len(changing) == 1 else sum(run.size for run in changing)
         with self._books:
-            self.accounting.of(kind).bytes += size
+            tally.bytes += size
             self._note_end()
 
     def _take_steps(self, work: _Work, gone: list[Range]) -> None:
@@ -550,19 +556,23 @@ class Converter:
             with self._books:
                 due.retry(area, now + BUSY_SECONDS)
             return
-        began = 0 if self._observer is None else time.monotonic_ns()
-        memory.begin_conversion(area)  # no host access can be under way: refused
-        try:
-            memory.discard_shared(area)
-        except OSError:
-            memory.abandon_conversion()
-            with self._books:
-                self.refinements.discards_failed += 1
-                due.retry(area, now + RETRY_SECONDS)
-        else:
-            with self._books:
-                due.clear(area)
-            self._finish(PageState.PRIVATE, [area], began, all_of_it=True)
+        # One that was under way when these were taken may have ended since.
+        with self._books:
+            runs = due.waiting(area)
+        for run in runs:
+            began = 0 if self._observer is None else time.monotonic_ns()
+            memory.begin_conversion(run)  # no host access can be under way: refused
+            try:
+                memory.discard_shared(run)
+            except OSError:
+                memory.abandon_conversion()
+                with self._books:
+                    self.refinements.discards_failed += 1
+                    due.retry(run, now + RETRY_SECONDS)
+            else:
+                with self._books:
+                    due.clear(run)
+                self._finish(PageState.PRIVATE, [run], began, all_of_it=True)
 
     def _discard_owed(self, area: Range) -> None:
         """Before a share: what the guest may not find again. The guest gave it up long ago, so

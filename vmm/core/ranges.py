@@ -169,18 +169,45 @@ class RangeMap(Generic[T]):
         """
         first, last = self._touched(target)
         if last - first == 1:
-            old = self._values[first]
-            if old == value:
-                return
-            self._move(old, value, target.size)
-        else:
-            self._move_runs(first, last, target, value)
+            self._set_within(first, target, value)
+            return
+        self._move_runs(first, last, target, value)
         low, high, starts, values = self._splice(target, value, first, last)
-        if high - low == 1 == len(starts):  # a boundary moves: page after page is converted
-            self._starts[low], self._values[low] = starts[0], values[0]
+        self._starts[low:high] = starts
+        self._values[low:high] = values
+
+    def _set_within(self, index: int, target: Range, value: T) -> None:
+        """`set` for a part of one run, which is what most changes are: nothing is built for it."""
+        starts, values = self._starts, self._values
+        old = values[index]
+        if old == value:
+            return
+        start, size = target
+        end, after = start + size, index + 1
+        self._move(old, value, size)
+        is_last = after == len(starts)
+        at_start = starts[index] == start
+        at_end = end == (self.span.end if is_last else starts[after])
+        joins_before = at_start and index > 0 and values[index - 1] == value
+        joins_after = at_end and not is_last and values[after] == value
+        if at_start and at_end:
+            values[index] = value
+            low, high = after - joins_before, after + joins_after
+            if low < high:
+                del starts[low:high], values[low:high]
+        elif joins_before:
+            starts[index] = end
+        elif joins_after:
+            starts[after] = start
+        elif at_start:
+            starts.insert(after, end)
+            values.insert(index, value)
+        elif at_end:
+            starts.insert(after, start)
+            values.insert(after, value)
         else:
-            self._starts[low:high] = starts
-            self._values[low:high] = values
+            starts[after:after] = (start, end)
+            values[after:after] = (value, old)
 
     def _touched(self, target: Range) -> tuple[int, int]:
         """The runs [first, last) that `target` has a part of."""

@@ -65,7 +65,7 @@ there are several."""
 class _Conversion:
     """Pages on their way to another state, which they have only once all has succeeded."""
 
-    __slots__ = ("_held", "_runs", "area", "target")
+    __slots__ = ("_held", "_runs", "area", "is_uniform", "target")
 
     def __init__(self, area: Range, target: PageState | None, runs: Runs | Cut[PageState]) -> None:
         """`runs`: the states before, as a list or as what they can be listed from."""
@@ -73,6 +73,8 @@ class _Conversion:
         self.target = target
         self._runs = runs
         self._held: dict[PageState, int] | None = None
+        self.is_uniform = runs.__class__ is list and len(runs) == 1
+        """Whether all of its pages are in one state before."""
 
     # Both are worked out when they are first asked for, which is without memory's lock: a guest
     # can make them long. Two threads may do it at once, and come to the same.
@@ -139,6 +141,7 @@ class GuestMemory:
             self._states.set(area, self._open)
         for area in private:
             self._states.set(area, PageState.PRIVATE)
+        self._end = self.ram[-1].end
         # Conversions under way, by the thread that carries them out; none overlaps another.
         self._conversions: dict[int, _Conversion] = {}
         self._lock = threading.Lock()
@@ -395,9 +398,10 @@ class GuestMemory:
             if self._conversions:
                 self._require_none_converting(thread, area)
             states = self._states
+            start, size = area
             state = None
-            if states.span.contains(area):
-                state = states.uniform(area.start, area.start + area.size)
+            if start >= 0 and start + size <= self._end:
+                state = states.uniform(start, start + size)
             runs: Runs | Cut[PageState]
             if state is not None:
                 runs = [(area, state)]
@@ -408,8 +412,7 @@ class GuestMemory:
                 raise UnmappedAccess(f"{area} is not wholly guest RAM")
             if target is not None and len(states) > MOST_RUNS - 2:
                 self._require_room(area, target)
-            conversion = _Conversion(area, target, runs)
-            self._conversions[thread] = conversion
+            conversion = self._conversions[thread] = _Conversion(area, target, runs)
         return conversion.runs
 
     def _require_none_converting(self, thread: int, area: Range) -> None:
@@ -454,6 +457,11 @@ class GuestMemory:
         thread = threading.get_ident()
         conversion = self._conversions.get(thread)
         if conversion is None:
+            return
+        if runs is None and conversion.is_uniform:
+            with self._lock:
+                self._states.set(conversion.area, state)
+                del self._conversions[thread]
             return
         whole = runs is None
         if runs is None:
@@ -506,6 +514,26 @@ class GuestMemory:
         runs = [run for run, state in self.states() if state is PageState.SHARED]
         shared = sum(self.shared.resident_bytes(run.start, run.size) for run in runs)
         return Residency(private - shared, shared)
+
+    def other_side_bytes(self) -> int | None:
+        """Bytes of host memory behind the sides that the pages' states say nobody uses.
+
+        Where a guest reaches both sides of a page (scheme cbit) it can fill both. None where the
+        host's kernel doesn't tell: cachestat(2) is of Linux 6.5, and not for hugetlbfs.
+        """
+        if self.private is None or self.in_place:
+            return 0
+        found = 0
+        try:
+            for run, state in self.states():
+                if state is PageState.SHARED:
+                    found += self.private.resident_bytes(run.start, run.size)
+                elif state is PageState.PRIVATE:
+                    own = run.split(self.common_end)[1]  # of common pages there is one side
+                    found += self.shared.resident_bytes(own.start, own.size) if own.size else 0
+        except OSError:
+            return None
+        return found
 
     def accounted(self) -> dict[str, int | None]:
         """`residency` for people and reports; None stands for what nobody knows."""

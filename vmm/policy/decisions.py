@@ -123,6 +123,9 @@ class Kill(Decision):
 CarriedOut = Allow | Partial | Defer | Convert
 """The decisions that have a request carried out, in whatever way."""
 
+Refusal = Deny | Kill
+"""Those that don't."""
+
 
 def combined(first: CarriedOut, then: CarriedOut) -> CarriedOut:
     """What two policies of a stack say together, neither having refused.

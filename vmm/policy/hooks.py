@@ -18,6 +18,7 @@ from vmm.policy.decisions import (
     Deny,
     Kill,
     Partial,
+    Refusal,
     combined,
 )
 from vmm.policy.protocol import End, Event, IoEvent, Policy, PolicyError, PolicyKill, View
@@ -67,7 +68,9 @@ class Hooks:
         """Whether a policy wants to know of a device's accesses."""
         return bool(self._io)
 
-    def decide(self, kind: Kind, area: Range, vcpu: int, doorbell: str, view: View) -> Decision:
+    def decide(
+        self, kind: Kind, area: Range, vcpu: int, doorbell: str, view: View
+    ) -> CarriedOut | Refusal:
         """What the policies say to a request. Raises PolicyError when one of them breaks."""
         self.decided_by = None
         hooks = (self._faults if doorbell == FAULT else self._asked)[kind]

@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
@@ -454,6 +454,36 @@ def test_late_discard_leaves_pages_alone_that_are_being_shared(memory: GuestMemo
     assert sharing.result() == 0
     bench.now = 107.0
     bench.converter.settle()
+    assert memory.states(pages(4, 2)) == [
+        (pages(4, 1), PageState.SHARED), (pages(5, 1), PageState.PRIVATE),
+    ]  # fmt: skip
+    assert os_pread(memory, 4) == b"kept"
+
+
+def test_late_discard_leaves_pages_alone_that_have_just_been_shared(
+    memory: GuestMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The share ends between the look at what is due and the discard."""
+    policy = Answering(Defer(105.0, keep=True))
+    bench = Bench(memory, policy)
+    memory.pwrite(b"kept", page(4))
+    bench.converter.convert(unshare(4, 2))
+    policy.answer = Allow()
+    stops = Stops(bench.scheme, 4)
+    sharing = bench.start(share(4, 1))
+    stops.await_one_at(4)
+    bench.now = 106.0
+    discard = bench.converter._discard_late
+
+    def after_the_share(*arguments: Any) -> None:
+        stops.let_go(4)
+        assert sharing.result() == 0
+        discard(*arguments)
+
+    monkeypatch.setattr(bench.converter, "_discard_late", after_the_share)
+
+    bench.converter.settle()
+
     assert memory.states(pages(4, 2)) == [
         (pages(4, 1), PageState.SHARED), (pages(5, 1), PageState.PRIVATE),
     ]  # fmt: skip

@@ -125,7 +125,7 @@ def test_report_has_the_promised_keys() -> None:
     assert set(report["guest"]) == {"exit", "reason"}
     for direction in ("share", "unshare"):
         assert set(report["conversions"][direction]) == {"calls", "bytes", "denied", "failed"}
-    assert set(report["residency"]) == {"private_bytes", "shared_bytes"}
+    assert set(report["residency"]) == {"private_bytes", "shared_bytes", "other_side_bytes"}
 
 
 def test_report_counts_pages_and_residency_of_both_sides() -> None:
@@ -135,7 +135,9 @@ def test_report_counts_pages_and_residency_of_both_sides() -> None:
         "ram_bytes": RAM, "private_bytes": 0x80000, "shared_bytes": 0x80000,
         "deferred_bytes": 0, "common_bytes": 0,
     }  # fmt: skip
-    assert report["residency"] == {"private_bytes": 0, "shared_bytes": 4096}
+    assert report["residency"] == {
+        "private_bytes": 0, "shared_bytes": 4096, "other_side_bytes": 0,
+    }  # fmt: skip
 
 
 def test_report_puts_the_busiest_exits_and_ports_first() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from array import array
 from collections.abc import Callable, Iterator
 
 import pytest
 
+from kvm_bindings import KvmError
 from tests.support.memory import (
     HOLE_END,
     HOLE_START,
@@ -295,6 +297,38 @@ def test_residency_counts_what_the_kernel_holds_for_either_side(mixed: GuestMemo
     assert mixed.residency() == Residency(page(2), page(4))
     assert os.fstat(mixed.shared.fd).st_blocks * 512 == page(4)
     assert os.fstat(mixed.private.fd).st_blocks * 512 == page(2)
+
+
+def test_memory_behind_the_side_that_nobody_uses_is_counted() -> None:
+    """A guest that reaches both sides of a page can fill both."""
+    with guest_memory(pages(8, 56), common_end=page(10)) as memory:
+        assert memory.private is not None
+        memory.pwrite(pattern(page(3)), 0)
+        memory.private.pwrite(pattern(page(2)), page(20))
+        assert memory.other_side_bytes() == 0
+
+        memory.shared.pwrite(pattern(page(4)), page(8))  # of these two are common
+        memory.private.pwrite(pattern(page(1)), page(1))
+
+        assert memory.other_side_bytes() == page(3)
+
+
+def test_memory_on_the_other_side_is_unknown_where_the_kernel_does_not_tell(
+    mixed: GuestMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(offset: int = 0, size: int = 0) -> int:
+        raise KvmError("cachestat", errno.ENOSYS)
+
+    monkeypatch.setattr(mixed.private, "resident_bytes", refuse)
+
+    assert mixed.other_side_bytes() is None
+
+
+def test_ordinary_vm_has_no_other_side() -> None:
+    memory = GuestMemory(SMALL_RAM, MemfdBacking(SMALL_RAM[-1].end))
+
+    assert memory.other_side_bytes() == 0
+    memory.close()
 
 
 def test_read_of_untouched_memory_is_zeros_and_takes_no_memory(mixed: GuestMemory) -> None:
