@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -162,6 +163,7 @@ class MappedEngine:
         self._side = side
         self._memory = fdops.map_shared(side.fd, side.size)
         self._disks: dict[tuple[int, bool], tuple[int, int]] = {}
+        self._mapping = threading.Lock()  # queues have threads of their own
         self.bytes_by: dict[str, int] = {"memcpy": 0}
         self.fallbacks = 0
 
@@ -191,11 +193,12 @@ class MappedEngine:
     def _disk(self, fd: int, offset: int, size: int, *, writable: bool) -> tuple[int, int]:
         """Where the disk's `offset` is mapped, and how many of `size` bytes there are."""
         end = os.lseek(fd, 0, os.SEEK_END)
-        mapped = self._disks.get((fd, writable))
-        if mapped is None:
-            protection = fdops.PROT_READ | (fdops.PROT_WRITE if writable else 0)
-            mapped = fdops.map_shared(fd, end, protection=protection), end
-            self._disks[fd, writable] = mapped
+        with self._mapping:
+            mapped = self._disks.get((fd, writable))
+            if mapped is None:
+                protection = fdops.PROT_READ | (fdops.PROT_WRITE if writable else 0)
+                mapped = fdops.map_shared(fd, end, protection=protection), end
+                self._disks[fd, writable] = mapped
         return mapped[0] + offset, max(0, min(size, min(end, mapped[1]) - offset))
 
     def as_dict(self) -> dict[str, Any]:

@@ -66,31 +66,32 @@ def test_budget_that_begins_anew_is_whole() -> None:
     clock = Clock()
     turn = Budget(clock)
     turn.spend(TURN_CALLS, TURN_BYTES)
-    turn.taken(budget.TURN_DESCRIPTORS)
+    turn.descriptors_left = 0
     clock.now = 5.0
 
     turn.begin()
 
-    assert turn.look() and turn.may_take() and not turn.spent
+    assert turn.look() and not turn.spent
     assert turn.size_left == TURN_BYTES
+    assert turn.descriptors_left == budget.TURN_DESCRIPTORS
 
 
 def test_budget_takes_no_more_descriptors_than_a_turn_has() -> None:
     turn = Budget(Clock())
-    assert turn.may_take(budget.TURN_DESCRIPTORS - 1)
-    assert not turn.may_take(budget.TURN_DESCRIPTORS)
+    assert turn.left_to_take() == (budget.TURN_DESCRIPTORS, TURN_BYTES)
 
-    turn.taken(budget.TURN_DESCRIPTORS)
+    turn.descriptors_left -= budget.TURN_DESCRIPTORS
 
-    assert not turn.may_take()
+    assert turn.left_to_take()[0] == 0
     assert not turn.spent  # what was taken is carried out
 
 
-def test_budget_takes_no_more_requests_than_it_can_move_bytes_of() -> None:
+def test_budget_takes_nothing_once_it_is_spent() -> None:
     turn = Budget(Clock())
 
-    assert turn.may_take(0, TURN_BYTES - 1)
-    assert not turn.may_take(0, TURN_BYTES)
+    turn.spend(size=TURN_BYTES)
+
+    assert turn.left_to_take()[0] == 0
 
 
 def test_pace_falls_where_a_call_is_slow_and_rises_where_it_is_quick() -> None:

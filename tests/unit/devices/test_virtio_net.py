@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import errno
+import os
 import socket
 import struct
 from collections.abc import Iterator
 
 import pytest
 
-from tests.support.virtio_driver import NEEDS_RESET, Piece
+from tests.support.virtio_driver import ACCESS_PLATFORM, NEEDS_RESET, VERSION_1, Piece
 from tests.support.virtio_machine import VirtioMachine
 from vmm.core.ranges import Range
+from vmm.devices.virtio.budget import TURN_CALLS, Budget
 from vmm.devices.virtio.net import (
+    F_CSUM,
+    F_GUEST_CSUM,
+    F_HOST_TSO4,
+    F_HOST_TSO6,
     F_MRG_RXBUF,
     HEADER_SIZE,
     LARGEST_FRAME,
@@ -362,3 +368,160 @@ def test_net_backend_that_cannot_do_the_offloads_stops_the_device(
 
     assert network.machine.driver.status & NEEDS_RESET
     assert network.machine.loop.wanted == {}
+
+
+# --- what must not reach the backend, or is to reach the guest ---
+
+
+class NotingBackend:
+    """Can do all offloads; keeps the frames that it gets."""
+
+    features = F_CSUM | F_GUEST_CSUM | F_HOST_TSO4 | F_HOST_TSO6
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.sent: list[bytes] = []
+
+    def set_offloads(self, features: int) -> None:
+        """Nothing comes back from here."""
+
+    def receive(self) -> bytes | None:
+        return None
+
+    def send(self, frame: bytes) -> bool:
+        self.sent.append(frame)
+        return True
+
+    def flush(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+CSUM_V4 = struct.pack("<BBHHHHH", 1, 1, 54, 1448, 34, 16, 0)
+CSUM_ONLY = struct.pack("<BBHHHHH", 1, 0, 0, 0, 34, 16, 0)
+
+
+@pytest.mark.parametrize(
+    ("agreed", "given", "passed_on"),
+    [
+        (0, b"\xff\x83" + b"\xff" * 10, HEADER),  # no offload was agreed on
+        (0, CSUM_V4, HEADER),
+        (F_CSUM, CSUM_V4, CSUM_ONLY),  # segmentation was not
+        (F_CSUM | F_HOST_TSO6, CSUM_V4, CSUM_ONLY),
+        (F_CSUM | F_HOST_TSO4, CSUM_V4, CSUM_V4),
+        (F_CSUM | F_HOST_TSO4, b"\7" + CSUM_V4[1:10] + b"\xff\xff", CSUM_V4),  # device's bits
+        (F_CSUM | F_HOST_TSO4, b"\0" + CSUM_V4[1:], HEADER),  # segments without a checksum
+        (F_CSUM | F_HOST_TSO4, CSUM_V4[:1] + b"\x81" + CSUM_V4[2:], CSUM_ONLY),  # ECN
+        (F_CSUM | F_HOST_TSO4, CSUM_V4[:1] + b"\3" + CSUM_V4[2:], CSUM_ONLY),  # UFO
+    ],
+)
+def test_net_header_reaches_the_backend_as_far_as_it_was_agreed_on(
+    agreed: int, given: bytes, passed_on: bytes
+) -> None:
+    backend = NotingBackend()
+    machine = VirtioMachine(VirtioNet(backend, MAC))
+    machine.up(features=VERSION_1 | ACCESS_PLATFORM | agreed)
+    machine.give(TX, machine.place(given + b"x" * 64))
+
+    machine.kick(TX)
+
+    assert backend.sent == [passed_on + b"x" * 64]
+    machine.close()
+
+
+def test_net_empty_frame_is_dropped_and_returned(network: Network) -> None:
+    network.machine.up()
+    head = network.machine.give(TX, network.machine.place(HEADER))
+
+    network.machine.kick(TX)
+
+    assert network.machine.queues[TX].collect() == [(head, 0)]
+    assert network.sent() == []
+    assert network.device.statistics.errors == 1
+
+
+def link_status(machine: VirtioMachine) -> int:
+    return machine.ports.read(machine.driver.device_config + 6, 2)
+
+
+def test_net_peer_lost_while_frames_wait_is_announced(network: Network) -> None:
+    """The guest saw a cable that was still there, and a generation that had not changed."""
+    machine = network.machine
+    machine.up()
+    big = machine.place(HEADER + b"x" * 60000)
+    for _ in range(12):
+        machine.give(TX, big)
+    machine.kick(TX)
+    assert len(machine.queues[TX].collect()) < 12
+    before = machine.driver.get(0x15, 1)
+    machine.driver.isr()
+    network.passt.close()
+
+    machine.kick(TX)
+
+    assert link_status(machine) == 0
+    assert machine.driver.get(0x15, 1) != before
+    assert machine.driver.isr() & 2
+    assert len(machine.queues[TX].collect()) + machine.queues[TX].seen >= 12
+    assert machine.loop.wanted == {}
+
+
+def test_net_peer_lost_while_a_frame_is_sent_is_announced(network: Network) -> None:
+    machine = network.machine
+    machine.up()
+    network.passt.close()
+    before = machine.driver.get(0x15, 1)
+    machine.give(TX, machine.place(HEADER + b"x" * 100))
+
+    machine.driver.notify(TX)
+    machine.rung.clear()
+    machine.transport.notify(TX)
+
+    assert link_status(machine) == 0
+    assert machine.driver.get(0x15, 1) != before
+
+
+def test_net_turn_of_frames_in_crumbs_is_bounded(network: Network) -> None:
+    """64 KiB over descriptors of one byte: dropped, because no turn would be long enough."""
+    machine = network.machine
+    machine.up(size=256)
+    queue = machine.queues[RX]
+    table = machine.place(
+        b"".join(
+            struct.pack(
+                "<QIHH", 0x80000 + i, 12 if i == 0 else 1, 2 | (1 if i < 1023 else 0), i + 1
+            )
+            for i in range(1024)
+        )
+    )
+    for i in range(256):
+        queue.descriptor(i, table.gpa, table.size, 4, 0)
+    queue.offer(*range(256))
+    machine.kick(RX)
+    machine.memory.calls.clear()
+
+    network.arrive(b"x" * 60000, b"y" * 100)
+
+    assert machine.memory.calls["pwrite"] < 2 * TURN_CALLS
+    assert network.device.statistics.errors == 1
+    assert network.device.statistics.requests == 1
+    ((_, size),) = queue.collect()
+    assert size == HEADER_SIZE + 100
+
+
+def test_net_turn_sends_what_its_budget_has_calls_for(network: Network) -> None:
+    machine = network.machine
+    machine.up(size=256)
+    pieces = [Piece(0x80000 + 2 * i, 1) for i in range(80)]
+    queue = machine.queues[TX]
+    for _ in range(3):
+        machine.give(TX, *pieces)
+    network.device._queues[TX].budget = Budget(lambda: 0.0)
+    network.device._queues[TX].budget.spend(TURN_CALLS - 100)
+
+    network.device.process(TX)
+
+    assert queue.used_index() == 2
+    assert network.device._queues[TX].more

@@ -15,6 +15,7 @@ from tests.support.virtio_machine import VirtioMachine
 from vmm.core.errors import UsageError
 from vmm.core.ranges import Range
 from vmm.devices.virtio import vsock
+from vmm.devices.virtio.budget import TURN_CALLS, Budget
 from vmm.devices.virtio.vsock import RX, TX, open_vsock
 from vmm.devices.virtio.vsock_connection import BUFFER
 from vmm.devices.virtio.vsock_packet import (
@@ -499,3 +500,123 @@ def test_vsock_bad_input_is_refused(tmp_path: Path, text: str, message: str) -> 
         open_vsock(text.replace("{dir}", str(tmp_path)))
 
     assert os.listdir(tmp_path) == []
+
+
+# --- what the guest can make the device hold, and do ---
+
+
+def containers(device: vsock.VirtioVsock) -> dict[str, int]:
+    return {name: len(held) for name, held in vars(device).items() if hasattr(held, "__len__")}
+
+
+def test_vsock_connections_that_are_over_leave_nothing_behind(
+    guest: Guest, server: socket.socket
+) -> None:
+    """Their keys stayed: a guest that calls and hangs up made the monitor grow."""
+    device = guest.machine.device
+    assert isinstance(device, vsock.VirtioVsock)
+    before = containers(device)
+
+    for port in range(2000, 2100):
+        guest.say(Op.REQUEST, port=port)
+        guest.say(Op.RST, port=port)
+        server.accept()[0].close()
+
+    guest.heard()
+    assert containers(device) == before
+
+
+@pytest.mark.parametrize("op", [Op.RW, Op.SHUTDOWN, Op.RST, 99])
+def test_vsock_packet_that_ends_its_connection_leaves_nothing_behind(
+    guest: Guest, server: socket.socket, op: int
+) -> None:
+    device = guest.machine.device
+    assert isinstance(device, vsock.VirtioVsock)
+    before = containers(device)
+    link = accepted(guest, server)
+    link.close()
+
+    guest.say(op, b"x", flags=SHUTDOWN_SEND | SHUTDOWN_RECEIVE)
+    guest.say(Op.RST)
+
+    guest.heard()
+    assert containers(device) == before
+
+
+def test_vsock_programs_that_hang_up_leave_nothing_behind(guest: Guest) -> None:
+    device = guest.machine.device
+    assert isinstance(device, vsock.VirtioVsock)
+    before = containers(device)
+
+    for said in (b"CONNECT 1\n", b"CON", b"x" * 50, b""):
+        client = dial(guest.path)
+        client.sendall(said)
+        client.close()
+        guest.machine.settle()
+        guest.say(Op.RST, host_port=device._next_port, port=1)
+
+    guest.heard()
+    assert containers(device) == before
+
+
+def test_vsock_buffers_of_a_header_alone_leave_the_device_at_rest(
+    tmp_path: Path, server: socket.socket
+) -> None:
+    """The host's data, for which there is no room, kept a processor busy."""
+    guest = Guest(tmp_path / "v", rx_size=HEADER_SIZE)
+    guest.up()
+    link = accepted(guest, server)
+    link.send(b"data")
+
+    guest.machine.settle()  # fails where the device never comes to rest
+
+    assert guest.ops() == []
+    guest.say(Op.CREDIT_REQUEST)
+    assert guest.ops() == [Op.CREDIT_UPDATE]  # what has no data goes through
+    link.close()
+    guest.machine.close()
+
+
+def test_vsock_data_comes_once_there_is_a_buffer_with_room(
+    tmp_path: Path, server: socket.socket
+) -> None:
+    guest = Guest(tmp_path / "v", rx_size=HEADER_SIZE)
+    guest.up()
+    link = accepted(guest, server)
+    link.send(b"data")
+    guest.machine.settle()
+    for _ in range(8):  # the small ones are used up
+        guest.say(Op.CREDIT_REQUEST)
+    machine = guest.machine
+    used = machine.queues[RX].collect()
+    buffer = machine.blank(100)
+    machine.give(RX, buffer)
+
+    machine.kick(RX)
+
+    assert len(used) == 8
+    ((_, size),) = machine.queues[RX].collect()
+    assert machine.text(buffer, size)[HEADER_SIZE:] == b"data"
+    link.close()
+    machine.close()
+
+
+def test_vsock_turn_ends_with_its_budget_and_goes_on(guest: Guest, server: socket.socket) -> None:
+    link = accepted(guest, server)
+    queue = guest.machine.device._queues[TX]
+    queue.budget = Budget(lambda: 0.0)
+    out = guest.machine.place(
+        Header(CID, 2, PORT, HOST_PORT, 0, TYPE_STREAM, Op.CREDIT_UPDATE, 0, CREDIT, 0).pack()
+    )
+    for _ in range(10):
+        guest.machine.give(TX, out)
+    queue.budget.spend(TURN_CALLS - 12)
+
+    guest.machine.device.process(TX)
+
+    assert 0 < len(guest.machine.queues[TX].collect()) < 10
+    assert queue.more
+    guest.machine.kick(TX)
+    guest.machine.queues[TX].collect()
+    assert guest.machine.queues[TX].seen == guest.machine.queues[TX].available
+    link.close()

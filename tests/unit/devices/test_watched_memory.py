@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import struct
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -12,6 +13,7 @@ from tests.support.fake_memory import FakeMemory
 from tests.support.virtio_driver import NEEDS_RESET, Piece, VirtioQueueDriver
 from vmm.core.errors import AccessDenied
 from vmm.core.ranges import Range
+from vmm.devices.virtio import watched
 from vmm.devices.virtio.block import T_GET_ID, T_IN, T_OUT, T_WRITE_ZEROES
 from vmm.devices.virtio.device import GuestMemory
 from vmm.devices.virtio.queue import F_INDIRECT_DESC
@@ -181,3 +183,43 @@ def test_device_that_may_not_touch_its_data_needs_a_reset(make_machine: MakeMach
     assert machine.driver.status & NEEDS_RESET
     assert machine.block.statistics.refused == 1
     assert machine.memory.peek(512, DATA) == bytes(512)
+
+
+def test_naming_asks_the_request_at_hand_first(
+    watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quarter of a second a touch it was, where the guest had 262,144 buffers held."""
+    joined = 0
+    real = watched._joined
+
+    def counted(segments: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
+        nonlocal joined
+        joined += len(segments)
+        return real(segments)
+
+    monkeypatch.setattr(watched, "_joined", counted)
+    for head in range(8):
+        table = b"".join(
+            struct.pack("<QIHH", DATA + 4096 * head + 2 * i, 1, 1 if i < 199 else 0, i + 1)
+            for i in range(200)
+        )
+        watch.memory.poke(table, OTHER + 4096 * head)
+        watch.driver.descriptor(head, OTHER + 4096 * head, len(table), 4, 0)
+    watch.driver.offer(*range(8))
+    assert len(watch.queue.take()) == 8
+
+    names = [watch.name_of_read(DATA + 4096 * 7 + 2 * i, 1) for i in range(200)]
+
+    assert set(names) == {"descriptor"}
+    assert joined <= 8 * 200  # each request's buffers once, not once for every touch
+
+
+def test_naming_follows_the_device_from_request_to_request(watch: Watch) -> None:
+    heads = [watch.offer(Piece(DATA + 0x1000 * i, 16)) for i in range(3)]
+    watch.queue.take()
+
+    names = [watch.name_of_read(DATA + 0x1000 * i, 16) for i in (2, 0, 1)]
+    watch.queue.publish([(heads[1], 0)])
+    names.append(watch.name_of_read(DATA + 0x1000, 16))
+
+    assert names == ["descriptor"] * 3 + [None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -264,3 +265,28 @@ def test_other_engine_without_pread_on_the_shared_side_is_refused(
 ) -> None:
     with pytest.raises(HostError, match=f"io={name} needs pread.*by-mapping has /proc/self/mem"):
         make_engine(name, without_pread.shared)
+
+
+def test_mapped_disk_of_several_queues_is_mapped_once(
+    memory: GuestMemory, disk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two queues' threads, the second of which comes while the first one maps."""
+    engine = make_engine("mmap", memory.shared)
+    map_shared = fdops.map_shared
+    maps: list[int] = []
+    other = threading.Thread(target=engine.transfer_in, args=(disk, 0, 0, 512))
+
+    def mapped(fd: int, size: int, **options: int) -> int:
+        maps.append(fd)
+        if len(maps) == 1:
+            other.start()
+            other.join(0.05)
+        return map_shared(fd, size, **options)
+
+    monkeypatch.setattr(fdops, "map_shared", mapped)
+
+    engine.transfer_in(disk, 0, 4096, 512)
+    other.join()
+
+    assert maps == [disk]
+    engine.close()

@@ -40,6 +40,8 @@ PUNCH_AT_ONCE = 32 << 20
 PATIENCE = 4
 # Descriptors of a request which, alone, is served quicker without a batch: header, data, status.
 SIMPLE = 3
+# Bytes of a request that is carried out without steps.
+SMALL = 64 << 10
 
 _HEADER = struct.Struct("<IIQ")
 _RANGE = struct.Struct("<QII")
@@ -212,7 +214,7 @@ class VirtioBlock(VirtioDevice):
 
     # --- one request ---
 
-    def _serve(self, budget: Budget, chain: Chain) -> Work:
+    def _serve(self, budget: Budget, chain: Chain) -> int | Work:
         """Carry out one request; returns the bytes written from the start of its buffers."""
         memory = self._memory
         assert memory is not None
@@ -227,31 +229,61 @@ class VirtioBlock(VirtioDevice):
             writable.append((gpa, size - 1))
         self.statistics.add("requests", 1)
         request = self._requests.get(kind)
-        if request is None:
-            status, written = S_UNSUPP, 0
-        else:
+        answer: _Answer | _Steps = S_UNSUPP, 0
+        if request is not None:
             try:
                 answer = request(budget, sector, readable, writable)
-                status, written = answer if isinstance(answer, tuple) else (yield from answer)
             except OSError:  # the disk's; the memory's own refusals are no OSErrors
-                status, written = S_IOERR, 0
+                answer = S_IOERR, 0
+        if isinstance(answer, tuple):
+            return self._answered(memory, answer, writable, status_gpa)
+        return self._serve_in_steps(memory, answer, writable, status_gpa)
+
+    def _serve_in_steps(
+        self, memory: GuestMemory, steps: _Steps, writable: list[Segment], status_gpa: int
+    ) -> Work:
+        try:
+            answer = yield from steps
+        except OSError:
+            answer = S_IOERR, 0
+        return self._answered(memory, answer, writable, status_gpa)
+
+    def _answered(
+        self, memory: GuestMemory, answer: _Answer, writable: list[Segment], status_gpa: int
+    ) -> int:
+        status, written = answer
         if status != S_OK:
             self.statistics.add("errors", 1)
         memory.pwrite(bytes((status,)), status_gpa)
         # The used length promises a prefix: the status counts if all before it was written.
         return written + 1 if written == total(writable) else written
 
-    def _read(self, budget: Budget, sector: int, _: object, writable: list[Segment]) -> _Steps:
-        position = self._position(sector, total(writable))
+    def _read(
+        self, budget: Budget, sector: int, _: object, writable: list[Segment]
+    ) -> _Answer | _Steps:
+        size = total(writable)
+        position = self._position(sector, size)
         if position is None:
             return S_IOERR, 0
-        return (yield from self._move(budget, position, writable, self._transfer_in))
+        if size <= SMALL and len(writable) <= SIMPLE:
+            return self._move_at_once(budget, position, writable, self._transfer_in)
+        return self._move(budget, position, writable, self._transfer_in)
 
-    def _write(self, budget: Budget, sector: int, readable: list[Segment], _: object) -> _Steps:
-        position = self._position(sector, total(readable))
+    def _write(
+        self, budget: Budget, sector: int, readable: list[Segment], _: object
+    ) -> _Answer | _Steps:
+        size = total(readable)
+        position = self._position(sector, size)
         if position is None or self._disk.read_only:
             return S_IOERR, 0
-        status, _moved = yield from self._move(budget, position, readable, self._transfer_out)
+        if size <= SMALL and len(readable) <= SIMPLE:
+            status, _ = self._move_at_once(budget, position, readable, self._transfer_out)
+            self._write_through(budget)
+            return status, 0
+        return self._write_in_steps(budget, position, readable)
+
+    def _write_in_steps(self, budget: Budget, position: int, readable: list[Segment]) -> _Steps:
+        status, _ = yield from self._move(budget, position, readable, self._transfer_out)
         self._write_through(budget)
         return status, 0
 
@@ -306,6 +338,27 @@ class VirtioBlock(VirtioDevice):
             return None
         return sector * SECTOR
 
+    @staticmethod
+    def _move_at_once(
+        budget: Budget,
+        position: int,
+        segments: list[Segment],
+        transfer: Callable[[int, int, int], int],
+    ) -> _Answer:
+        """A few pieces, none of which takes long."""
+        done = 0
+        try:
+            for gpa, size in merged(segments):
+                moved = transfer(position + done, gpa, size)
+                done += moved
+                if moved < size:  # the file is shorter than it was when it was opened
+                    return S_IOERR, done
+        except OSError:
+            return S_IOERR, done
+        budget.spend(len(segments), done)
+        budget.look()  # the disk may have been waited for
+        return S_OK, done
+
     def _move(
         self,
         budget: Budget,
@@ -330,7 +383,7 @@ class VirtioBlock(VirtioDevice):
                     budget.spend(1, size)
                     done += moved
                     gpa += moved
-                    if moved < size:  # the file is shorter than it was when it was opened
+                    if moved < size:
                         return S_IOERR, done
         except OSError:
             return S_IOERR, done

@@ -61,18 +61,9 @@ class _Moves:
         self.positions: list[int] = []
         self.gpas: list[int] = []
         self.sizes: list[int] = []
-        self._next = (-1, -1)
+        # Where the next piece would be a neighbour on both sides.
+        self.position = self.gpa = -1
         self.total = 0
-
-    def add(self, position: int, gpa: int, size: int) -> None:
-        if self._next == (position, gpa):
-            self.sizes[-1] += size
-        else:
-            self.positions.append(position)
-            self.gpas.append(gpa)
-            self.sizes.append(size)
-        self._next = position + size, gpa + size
-        self.total += size
 
     def triples(self, sources: list[int], targets: list[int]) -> list[int]:
         moves = [0] * (3 * len(self.sizes))
@@ -103,6 +94,7 @@ def serve_together(
         used: list[tuple[int, int]] = []
         statuses: list[int] = []
         cost = 0
+        each, limit = Pace.EACH, sectors * SECTOR
         for (head, readable, writable), (kind, _, sector) in zip(
             chains, _HEADER.iter_unpack(data), strict=True
         ):
@@ -113,18 +105,25 @@ def serve_together(
             else:
                 return None
             start = position = sector * SECTOR
-            end = start + total(segments)
-            if end % SECTOR or end > sectors * SECTOR:
+            size = segments[0][1] if len(segments) == 1 else total(segments)
+            end = start + size
+            if end % SECTOR or end > limit:
                 return None
-            cost += Pace.EACH + end - start
-            if cost > most:
+            if cost + each + size > most:
                 if not used:
                     return None  # it takes steps
-                cost -= Pace.EACH + end - start
                 break
-            for gpa, size in segments:
-                moves.add(position, gpa, size)
-                position += size
+            cost += each + size
+            moves.total += size
+            for gpa, length in segments:
+                if moves.position == position and moves.gpa == gpa:
+                    moves.sizes[-1] += length
+                else:
+                    moves.positions.append(position)
+                    moves.gpas.append(gpa)
+                    moves.sizes.append(length)
+                position += length
+                moves.position, moves.gpa = position, gpa + length
             used.append((head, position - start + 1 if kind == _IN else 1))
             statuses += (writable[-1][0], 1)
         if reads.sizes:

@@ -35,7 +35,7 @@ on with in the next turn, and returns how many bytes it wrote to the guest."""
 class Budget:
     """What is left of a turn. Not locked: it belongs to a queue, as its turns do."""
 
-    __slots__ = ("_calls", "_clock", "_deadline", "_descriptors", "_size", "_steps", "spent")
+    __slots__ = ("_calls", "_clock", "_deadline", "_size", "_steps", "descriptors_left", "spent")
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -43,7 +43,8 @@ class Budget:
 
     def begin(self) -> None:
         """A turn starts."""
-        self._descriptors = TURN_DESCRIPTORS
+        self.descriptors_left = TURN_DESCRIPTORS
+        """Those that `SplitQueue.take` may still read, which counts them."""
         self._calls = TURN_CALLS
         self._size = TURN_BYTES
         self._steps = LOOK_EVERY
@@ -51,14 +52,10 @@ class Budget:
         self.spent = False
         """Whether the turn has to end, at the next place where it can."""
 
-    def may_take(self, descriptors: int = 0, size: int = 0) -> bool:
-        """Whether to read chains beyond so many descriptors, of requests for `size` bytes: no
-        more than the turn can carry out."""
-        return descriptors < self._descriptors and size < self._size and not self.spent
-
-    def taken(self, descriptors: int) -> None:
-        """So many were read."""
-        self._descriptors -= descriptors
+    def left_to_take(self) -> tuple[int, int]:
+        """How many descriptors may still be read, and of requests for how many bytes: no more
+        than the turn can carry out."""
+        return (0 if self.spent or self._size <= 0 else self.descriptors_left), self._size
 
     def spend(self, calls: int = 1, size: int = 0) -> bool:
         """So many system calls were made, which moved `size` bytes; whether the turn may go on."""

@@ -133,6 +133,8 @@ class VirtioDevice:
         self.watch: Watch = _unconnected
         self.announce: Callable[[], None] = _unconnected
         """Tells the driver that `config` has changed; not to be called from `process`."""
+        self.config_is_news = False
+        """Set by `process`: `config` has changed, and the driver is to be told after the turn."""
 
     def config(self) -> bytes:
         """The device configuration structure, of the same length every time."""

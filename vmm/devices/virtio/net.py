@@ -10,8 +10,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from vmm.core.errors import GuestMemoryError
-from vmm.devices.virtio.device import GuestMemory, VirtioDevice
+from vmm.devices.virtio.device import EXPECTED, GuestMemory, VirtioDevice
 from vmm.devices.virtio.queue import Chain, QueueError, SplitQueue
 from vmm.devices.virtio.segments import gather, scatter, total
 
@@ -23,14 +22,16 @@ F_MRG_RXBUF, F_STATUS = 1 << 15, 1 << 16
 RX, TX = 0, 1
 QUEUE_SIZE = 256
 HEADER_SIZE = 12
+_HEADER = struct.Struct("<BBHHHHH")
+_NO_HEADER = bytes(HEADER_SIZE)
 _NUM_BUFFERS = struct.Struct("<H")
 _NUM_BUFFERS_AT = 10
 STATUS_LINK_UP = 1
 _CONFIG = struct.Struct("<6sHHH")  # mac, status, max_virtqueue_pairs, mtu
 
 LARGEST_FRAME = 65535 + 18  # an IP packet of 64 KiB less one, Ethernet header, VLAN tag
-# Frames that one turn moves at most: the device loop has other things to do.
-TURN_FRAMES = 256
+NEEDS_CSUM = 1  # header flag
+GSO_NONE, GSO_TCPV4, GSO_TCPV6 = 0, 1, 4
 # Buffers looked at together: few frames come alone or in hundreds.
 _BATCH = 32
 
@@ -51,7 +52,8 @@ class NetBackend(Protocol):
         ...
 
     def send(self, frame: bytes) -> bool:
-        """Take one frame; False when there is no room for it now. OSError: it can't be sent."""
+        """Take one frame; False when there is no room for it now. OSError: it can't be sent;
+        ConnectionError: nor can any other, ever."""
         ...
 
     def flush(self) -> bool:
@@ -108,8 +110,6 @@ class VirtioNet(VirtioDevice):
             self.serve(RX)
         if self._waiting_for_room:
             self.serve(TX)
-        if not self._link_up:
-            self.announce()
 
     def _watch_backend(self) -> None:
         self.watch(
@@ -121,9 +121,11 @@ class VirtioNet(VirtioDevice):
 
     def _lost(self) -> None:
         """The backend is gone: the guest sees a cable pulled."""
+        if self._link_up:
+            self.config_is_news = True
+            self.statistics.errors += 1
         self._link_up = False
         self._waiting_for_room = False
-        self.statistics.errors += 1
 
     # --- from the backend to the guest ---
 
@@ -132,23 +134,31 @@ class VirtioNet(VirtioDevice):
         used: list[tuple[int, int]] = []
         # Without buffers there is nothing to wait for but the driver's notify.
         self._receiving = True
+        more = False
         try:
-            for _ in range(TURN_FRAMES):
+            while True:
+                if queue.budget.spent:
+                    more = True
+                    break
                 if len(used) == len(chains):
                     chains += queue.take(_BATCH)
                     if len(used) == len(chains):
+                        more = queue.more
                         self._receiving = False
                         break
                 frame = self._next_frame()
                 if frame is None:
                     break
                 if not self._deliver(queue, chains, used, frame):
-                    self._held, self._receiving = frame, False
+                    self._held, more = frame, queue.more
+                    self._receiving = False
                     break
-        except (QueueError, GuestMemoryError, OSError):
+        except EXPECTED:
             queue.publish(used)
             raise
         queue.put_back(len(chains) - len(used))
+        # A frame that waits for the next turn is not the backend's to announce.
+        queue.more = more
         self._watch_backend()
         return queue.publish(used)
 
@@ -175,15 +185,18 @@ class VirtioNet(VirtioDevice):
         if room < HEADER_SIZE:
             raise QueueError(f"receive buffer {chain.head} has no room for a header of 12 bytes")
         taken = [chain]
+        out_of_turn = False
         while room < len(frame) and self._agreed & F_MRG_RXBUF:
             if len(used) + len(taken) == len(chains):
                 chains += queue.take(_BATCH)
                 if len(used) + len(taken) == len(chains):
+                    out_of_turn = queue.more
                     break
             taken.append(chains[len(used) + len(taken)])
             room += total(taken[-1].writable)
         if room < len(frame):
-            if self._agreed & F_MRG_RXBUF and len(taken) < queue.size:
+            # Buffers in which not even a turn of their own finds room are no buffers.
+            if self._agreed & F_MRG_RXBUF and len(taken) < queue.size and (used or not out_of_turn):
                 return False
             self.statistics.errors += 1
             return True
@@ -192,6 +205,7 @@ class VirtioNet(VirtioDevice):
         done = 0
         for chain in taken:
             written = scatter(self._memory, chain.writable, data[done:])
+            queue.budget.spend(1 + len(chain.writable), written)
             used.append((chain.head, written))
             done += written
         self.statistics.requests += 1
@@ -205,25 +219,29 @@ class VirtioNet(VirtioDevice):
         if not self._flushed():
             self._watch_backend()
             return False
-        while len(used) < TURN_FRAMES and not self._waiting_for_room:
-            chains = queue.take(_BATCH)
-            if not chains:
-                break
-            sent = len(used)
-            try:
-                for chain in chains:
-                    if not self._send(chain):
-                        self._waiting_for_room = True
+        budget = queue.budget
+        more = False
+        try:
+            while not (more or self._waiting_for_room):
+                chains = queue.take(_BATCH)
+                more = queue.more and not chains
+                for number, chain in enumerate(chains):
+                    more = number > 0 and budget.spent
+                    if more or not self._send(chain):
+                        self._waiting_for_room = not more
+                        queue.put_back(len(chains) - number)
                         break
+                    budget.spend(1 + len(chain.readable), total(chain.readable))
                     used.append((chain.head, 0))
-            except (QueueError, GuestMemoryError, OSError):
-                queue.publish(used)
-                raise
-            queue.put_back(sent + len(chains) - len(used))
+                if not chains:
+                    break
+        except EXPECTED:
+            queue.publish(used)
+            raise
         if not self._waiting_for_room:
             self._flushed()  # the last frame may be half on its way
         # With a turn's worth sent there may be more; without room, the backend's fd will tell.
-        queue.more = not self._waiting_for_room and (queue.more or len(used) >= TURN_FRAMES)
+        queue.more = more and not self._waiting_for_room
         self._watch_backend()
         return queue.publish(used)
 
@@ -241,16 +259,33 @@ class VirtioNet(VirtioDevice):
         size = total(chain.readable)
         if size < HEADER_SIZE:
             raise QueueError(f"frame {chain.head} is shorter than its header of 12 bytes")
-        if size > HEADER_SIZE + LARGEST_FRAME or not self._link_up:
+        # An empty frame is none, and nothing that a backend should be given.
+        fits = HEADER_SIZE < size <= HEADER_SIZE + LARGEST_FRAME
+        if not fits or not self._link_up:
             self.statistics.errors += 1
             return True
         frame = gather(self._memory, chain.readable)
         try:
-            if not self._backend.send(frame):
+            if not self._backend.send(self._header(frame) + frame[HEADER_SIZE:]):
                 return False
+        except ConnectionError:  # the other side is gone
+            self._lost()
+            return True
         except OSError:  # a frame that the backend doesn't take is lost
             self.statistics.errors += 1
             return True
         self.statistics.requests += 1
         self.statistics.bytes_written += size - HEADER_SIZE
         return True
+
+    def _header(self, frame: bytes) -> bytes:
+        """The frame's header as the backend gets it: nothing in it that was not agreed on, and no
+        bit that only a device may set (5.1.6.2)."""
+        flags, kind, length, size, start, offset, _ = _HEADER.unpack_from(frame)
+        agreed = self._agreed
+        if not (agreed & F_CSUM and flags & NEEDS_CSUM):
+            return _NO_HEADER  # 5.1.6.2: segments need their checksums computed
+        offload = {GSO_TCPV4: F_HOST_TSO4, GSO_TCPV6: F_HOST_TSO6}.get(kind, 0)
+        if not agreed & offload:
+            kind = length = size = 0
+        return _HEADER.pack(NEEDS_CSUM, kind, length, size, start, offset, 0)

@@ -188,6 +188,10 @@ class VirtioPciTransport:
                 raise  # a policy's word on the run as a whole
             except Exception as error:
                 failure = self._unexpected(error)
+        # After the turn: configuration has a lock, which is taken before those of queues.
+        if self._device.config_is_news:
+            self._device.config_is_news = False
+            self.config_changed()
         if failure is not None:
             self._stop(queue_index, active, failure)
         elif active.queue.more:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple, Protocol
 
 from vmm.core.errors import PyvmmError
@@ -29,7 +30,6 @@ MAX_INDIRECT = 1024
 _INDEX = struct.Struct("<H")
 _RING_HEADER = struct.Struct("<HH")  # flags, index
 _DESCRIPTOR = struct.Struct("<QIHH")  # address, length, flags, next
-_USED_ELEMENT = struct.Struct("<II")  # head of the chain, bytes written
 
 # A piece of guest memory: (gpa, size). A tuple, because a busy queue makes thousands a second.
 Segment = tuple[int, int]
@@ -146,10 +146,11 @@ class SplitQueue:
         the entries, and these before the descriptors: the order in which
         the driver's writes become visible.
         """
-        budget = self.budget
-        self.more = not budget.may_take()
-        if self.more:
+        most_descriptors, most_bytes = self.budget.left_to_take()
+        if most_descriptors <= 0:
+            self.more = True
             return []
+        self.more = False
         index = self._available_index()
         count = available = (index - self._next_avail) & 0xFFFF
         # What the device holds counts, too: another vCPU may move the index on during a turn,
@@ -165,15 +166,15 @@ class SplitQueue:
             heads, table = self._read_entries(count)
             descriptors = size = 0
             for head in heads:
-                chain, length, total = self._chain(table, head)
-                chains.append(chain)
+                one, length, total = self._chain(table, head)
+                chains.append(one)
                 descriptors += length
                 size += total
-                if not budget.may_take(descriptors, size):
+                if descriptors >= most_descriptors or size >= most_bytes:
                     count = len(chains)
                     self.more = count < available
                     break
-            budget.taken(descriptors)
+            self.budget.descriptors_left -= descriptors
             self._next_avail = (self._next_avail + count) & 0xFFFF
             if self.observer is not None:
                 self.observer.taken(chains)
@@ -206,7 +207,8 @@ class SplitQueue:
     def publish(
         self, used: list[tuple[int, int]], before: Sequence[int] = (), data: bytes = b""
     ) -> bool:
-        """Return chains as (head, bytes written); True when the driver wants an interrupt.
+        """Return chains as (head, bytes written), which are le32 on the ring; True when the driver
+        wants an interrupt.
 
         `before`: pieces (gpa, size, gpa, size...) that `data` goes to first, where the memory
         takes batches. After an error (GuestMemoryError, OSError) all of them count as outstanding
@@ -217,7 +219,7 @@ class SplitQueue:
             return False
         if len(used) > self.outstanding:
             raise QueueError(f"{len(used)} chains to return, {self.outstanding} were taken")
-        elements = b"".join([_USED_ELEMENT.pack(*element) for element in used])
+        elements = struct.pack(f"<{2 * len(used)}I", *chain.from_iterable(used))
         slot = self._next_used % self.size
         ring = self._used + 4
         until_wrap = 8 * (self.size - slot)
@@ -272,10 +274,9 @@ class SplitQueue:
         index = head
         size = left = self.size
         direct = True
-        descriptors = 0
+        before = 0  # descriptors in front of an indirect table
         while left:
             left -= 1
-            descriptors += 1
             if index >= size:
                 raise QueueError(f"descriptor {index} of chain {head}: the table has {size}")
             gpa, length, flags, following = _DESCRIPTOR.unpack_from(table, 16 * index)
@@ -283,6 +284,7 @@ class SplitQueue:
                 if not direct:
                     raise QueueError(f"chain {head}: an indirect table inside an indirect table")
                 table = self._indirect_table(head, gpa, length, flags)
+                before = size - left
                 size = left = length // 16
                 index, direct = 0, False
                 continue
@@ -297,7 +299,7 @@ class SplitQueue:
             elif length:
                 readable.append((gpa, length))
             if not flags & DESC_NEXT:
-                return Chain(head, readable, writable), descriptors, total
+                return Chain(head, readable, writable), before + size - left, total
             index = following
         raise QueueError(f"chain {head} is a loop")
 

@@ -15,10 +15,10 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-from vmm.core.errors import GuestMemoryError
 from vmm.core.suboptions import Suboptions
 from vmm.core.unix_listener import UnixListener
-from vmm.devices.virtio.device import GuestMemory, VirtioDevice
+from vmm.devices.virtio.budget import Budget
+from vmm.devices.virtio.device import EXPECTED, GuestMemory, VirtioDevice
 from vmm.devices.virtio.queue import Chain, QueueError, SplitQueue
 from vmm.devices.virtio.segments import first, gather, scatter, take_front, total
 from vmm.devices.virtio.vsock_connection import BUFFER, Broken, Connection, Outgoing
@@ -31,7 +31,6 @@ LARGEST_DATA = 64 << 10
 MOST_CONNECTIONS = 256
 # Resets for connections that aren't there; with so many unsent, the guest is not listened to.
 MOST_RESETS = 128
-TURN_PACKETS = 128
 _BATCH = 16
 # A program that connects says so in one line; whoever says more is no such program.
 _LONGEST_LINE = 32
@@ -97,7 +96,7 @@ class VirtioVsock(VirtioDevice):
         if not self._served:
             return False  # one way only: there could be no connection
         if queue_index == RX:
-            self._look_around()
+            self._look_around(queue.budget)
             return self._send_packets(queue)
         if queue_index == TX:
             return self._take_packets(queue)
@@ -107,18 +106,26 @@ class VirtioVsock(VirtioDevice):
 
     def _take_packets(self, queue: SplitQueue) -> bool:
         used: list[tuple[int, int]] = []
-        while len(used) < TURN_PACKETS and len(self._resets) < MOST_RESETS:
-            chains = queue.take(min(_BATCH, MOST_RESETS - len(self._resets)))
-            if not chains:
-                break
-            try:
-                for chain in chains:
+        out_of_turn = False
+        try:
+            while len(self._resets) < MOST_RESETS and not out_of_turn:
+                chains = queue.take(min(_BATCH, MOST_RESETS - len(self._resets)))
+                out_of_turn = queue.more and not chains
+                for number, chain in enumerate(chains):
+                    if number and queue.budget.spent:
+                        queue.put_back(len(chains) - number)
+                        out_of_turn = True
+                        break
                     self._take_packet(chain)
+                    queue.budget.spend(2 + len(chain.readable), total(chain.readable))
                     used.append((chain.head, 0))
-            except (QueueError, GuestMemoryError, OSError):
-                queue.publish(used)
-                raise
-        queue.more = queue.more or (len(used) >= TURN_PACKETS and len(self._resets) < MOST_RESETS)
+                if not chains:
+                    break
+        except EXPECTED:
+            queue.publish(used)
+            raise
+        # Where resets wait for the guest to take them, `_send_packets` will wake this queue.
+        queue.more = (queue.more or out_of_turn) and len(self._resets) < MOST_RESETS
         if self._resets or self._ready:
             self.wake(RX)
         return queue.publish(used)
@@ -145,13 +152,19 @@ class VirtioVsock(VirtioDevice):
         connection.credit(header)
         data = first(rest, header.length) if header.op == Op.RW else []
         content = gather(self._memory, data) if data else b""
-        self._ready[header.src_port, header.dst_port] = None
         try:
             self._obey(connection, header, content)
         except Broken:
             self.statistics.errors += 1
             self._end(connection)
+        self._has_news(connection)
         self._watch_link(connection)
+
+    def _has_news(self, connection: Connection) -> None:
+        """There may be something for the guest, if the connection is still there."""
+        key = connection.guest_port, connection.host_port
+        if self._connections.get(key) is connection:
+            self._ready[key] = None
 
     def _obey(self, connection: Connection, header: Header, content: bytes) -> None:
         """One packet for a connection that is there. Raises Broken."""
@@ -219,21 +232,25 @@ class VirtioVsock(VirtioDevice):
         used: list[tuple[int, int]] = []
         was_full = len(self._resets) >= MOST_RESETS
         self._hungry = True
-        while (self._resets or self._ready) and len(used) < TURN_PACKETS:
-            chains = queue.take(1)
-            if not chains:
-                self._hungry = False
-                break
-            try:
+        out_of_turn = False
+        try:
+            while self._resets or self._ready:
+                out_of_turn = queue.budget.spent
+                chains = queue.take(1)
+                if not chains:
+                    self._hungry = out_of_turn
+                    break
                 written = self._fill(chains[0])
-            except (QueueError, GuestMemoryError, OSError):
-                queue.publish(used)
-                raise
-            if written is None:
-                queue.put_back(1)
-                break
-            used.append((chains[0].head, written))
-        queue.more = queue.more or len(used) >= TURN_PACKETS
+                if written is None:
+                    queue.put_back(1)
+                    queue.more = False  # the loop or the guest will say when there is something
+                    break
+                queue.budget.spend(2 + len(chains[0].writable), written)
+                used.append((chains[0].head, written))
+        except EXPECTED:
+            queue.publish(used)
+            raise
+        queue.more = queue.more or out_of_turn or (self._served and bool(self._events))
         if was_full and len(self._resets) < MOST_RESETS:
             self.wake(TX)
         for connection in self._connections.values():
@@ -250,10 +267,8 @@ class VirtioVsock(VirtioDevice):
             return scatter(self._memory, chain.writable, self._resets.popleft().pack())
         while self._ready:
             key = next(iter(self._ready))
-            connection = self._connections.get(key)
+            connection = self._connections[key]
             del self._ready[key]
-            if connection is None:
-                continue
             try:
                 packet = connection.next(min(room, LARGEST_DATA))
             except Broken:
@@ -264,6 +279,9 @@ class VirtioVsock(VirtioDevice):
                     continue
                 self._ready[key] = None  # its turn comes again, after the others'
             return self._write(chain, connection, packet)
+        # While a buffer of a header alone is the next one, the host's data waits: nobody is to
+        # tell of it.
+        self._hungry = room > 0
         return None
 
     def _write(self, chain: Chain, connection: Connection, packet: Outgoing) -> int:
@@ -286,9 +304,9 @@ class VirtioVsock(VirtioDevice):
     def _no_more() -> None:
         """For an fd that is no longer watched."""
 
-    def _look_around(self) -> None:
-        """What has happened at the sockets."""
-        while self._events:
+    def _look_around(self, budget: Budget) -> None:
+        """What has happened at the sockets, as far as the turn's budget goes."""
+        while self._events and budget.spend(2):
             fd, _ = self._events.popitem()
             if fd == self._listener.fd:
                 self._accept()
@@ -296,9 +314,11 @@ class VirtioVsock(VirtioDevice):
                 self._hear(fd)
             elif fd in self._links:
                 connection = self._links[fd]
-                self._ready[connection.guest_port, connection.host_port] = None
+                self._has_news(connection)
                 try:
+                    waiting = connection.waiting
                     connection.flush()
+                    budget.spend(1, waiting)
                 except Broken:
                     self._end(connection)
                     continue
@@ -342,6 +362,7 @@ class VirtioVsock(VirtioDevice):
 
     def _hang_up(self, fd: int) -> None:
         self.watch(fd, self._no_more)
+        self._events.pop(fd, None)
         self._callers.pop(fd)[0].close()
         self._listen_again()
 
@@ -360,8 +381,12 @@ class VirtioVsock(VirtioDevice):
         return connection
 
     def _drop(self, connection: Connection) -> None:
-        self._connections.pop((connection.guest_port, connection.host_port), None)
+        key = connection.guest_port, connection.host_port
+        if self._connections.get(key) is connection:
+            del self._connections[key]
+            self._ready.pop(key, None)
         if self._links.pop(connection.fd, None) is not None:
+            self._events.pop(connection.fd, None)
             self.watch(connection.fd, self._no_more)
             connection.close()
             self._listen_again()

@@ -6,7 +6,8 @@ Only runs that want it have this between a device and its memory; the others pay
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from weakref import WeakSet
 
 from vmm.core.ranges import Range
@@ -72,48 +73,65 @@ class WatchedMemory:
     def _named(self, gpa: int, size: int, is_write: bool) -> str | None:
         with self.lock:
             for queue in self._queues:
-                if _cover(queue.rings(is_write), gpa, size):
+                if queue.ring_holds(gpa, size, is_write):
                     return RING
-            buffers = [buffer for queue in self._queues for buffer in queue.buffers(is_write)]
-        return DESCRIPTOR if _cover(buffers, gpa, size) else None
+            if any(queue.request_holds(gpa, size, is_write) for queue in self._queues):
+                return DESCRIPTOR
+        return None
 
 
 class WatchedQueue(SplitQueue):
-    """A queue that remembers what it has named to the device."""
+    """A queue that remembers what it has named to the device.
 
-    __slots__ = ("__weakref__", "_held", "_rings", "_watch")
+    A device deals with one request after the other, and joins neighbours within one at most: what
+    the last access belonged to is asked first, by bisection.
+    """
+
+    __slots__ = ("__weakref__", "_held", "_last", "_rings", "_watch")
 
     def __init__(
         self, watch: WatchedMemory, size: int, desc: int, avail: int, used: int, features: int
     ) -> None:
         super().__init__(_RingMemory(watch), size, desc, avail, used, features)
         self._watch = watch
-        self._held: dict[int, Chain] = {}
+        self._held: dict[int, _Request] = {}
+        self._last: _Request | None = None
         # With the event indexes at the rings' ends (2.7.10), which are there in any case.
         self._rings = {
             False: ((desc, 16 * size), (avail, 6 + 2 * size)),
             True: ((used, 6 + 8 * size),),
         }
 
-    def rings(self, is_write: bool) -> Iterable[Segment]:
-        return self._rings[is_write]
+    # --- the watch's lock is held in these two ---
 
-    def buffers(self, is_write: bool) -> Iterable[Segment]:
-        """Those of the requests that the device holds; the watch's lock is held."""
-        for chain in self._held.values():
-            yield from chain.writable if is_write else chain.readable
+    def ring_holds(self, gpa: int, size: int, is_write: bool) -> bool:
+        """Whether the range is the driver's word for a ring that is read, or written."""
+        for start, length in self._rings[is_write]:
+            if start <= gpa and gpa + size <= start + length:
+                return True
+        return False
+
+    def request_holds(self, gpa: int, size: int, is_write: bool) -> bool:
+        """Whether the range is in the buffers of one request that the device holds."""
+        if self._last is not None and self._last.covers(gpa, size, is_write):
+            return True
+        for request in self._held.values():
+            if request.covers(gpa, size, is_write):
+                self._last = request
+                return True
+        return False
 
     def take(self, most: int = MAX_QUEUE_SIZE) -> list[Chain]:
         chains = super().take(most)
         with self._watch.lock:
-            self._held.update((chain.head, chain) for chain in chains)
+            self._held.update((chain.head, _Request(chain)) for chain in chains)
         return chains
 
     def put_back(self, count: int) -> None:
         super().put_back(count)
         with self._watch.lock:
             for head in list(self._held)[len(self._held) - count :]:
-                del self._held[head]
+                self._forget(head)
 
     def publish(
         self, used: list[tuple[int, int]], before: Sequence[int] = (), data: bytes = b""
@@ -123,7 +141,32 @@ class WatchedQueue(SplitQueue):
         finally:
             with self._watch.lock:
                 for head, _ in used:
-                    self._held.pop(head, None)
+                    self._forget(head)
+
+    def _forget(self, head: int) -> None:
+        request = self._held.pop(head, None)
+        if request is self._last:
+            self._last = None
+
+
+class _Request:
+    """One request's buffers; put in order when the first of them is asked for."""
+
+    __slots__ = ("_chain", "_covers")
+
+    def __init__(self, chain: Chain) -> None:
+        self._chain = chain
+        self._covers: list[tuple[list[int], list[int]] | None] = [None, None]
+
+    def covers(self, gpa: int, size: int, is_write: bool) -> bool:
+        """Whether every byte is in the buffers that the device may write, or read."""
+        cover = self._covers[is_write]
+        if cover is None:
+            chain = self._chain
+            cover = self._covers[is_write] = _joined(chain.writable if is_write else chain.readable)
+        starts, ends = cover
+        at = bisect_right(starts, gpa) - 1
+        return at >= 0 and gpa + size <= ends[at]
 
 
 class _RingMemory:
@@ -140,13 +183,14 @@ class _RingMemory:
         self._watch.pwrite(data, gpa)
 
 
-def _cover(segments: Iterable[Segment], gpa: int, size: int) -> bool:
-    """Whether `segments` together contain every byte: a device joins neighbours."""
-    at, end = gpa, gpa + size
+def _joined(segments: list[Segment]) -> tuple[list[int], list[int]]:
+    """Starts and ends of what `segments` cover, in order, with neighbours joined."""
+    starts: list[int] = []
+    ends: list[int] = []
     for start, length in sorted(segments):
-        if start > at:
-            return False
-        at = max(at, start + length)
-        if at >= end:
-            return True
-    return False
+        if ends and start <= ends[-1]:
+            ends[-1] = max(ends[-1], start + length)
+        else:
+            starts.append(start)
+            ends.append(start + length)
+    return starts, ends
