@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from kvm_bindings import System
 from vmm.arch import architecture
@@ -22,6 +22,7 @@ from vmm.bench.series import Series
 from vmm.cli.output import printing
 from vmm.cli.parser import Parser
 from vmm.core.errors import HostError, PyvmmError, UsageError, one_line, tell
+from vmm.core.output import Output
 from vmm.exits.run_loop import install_kick_handler
 from vmm.host.kvm import open_kvm
 
@@ -186,15 +187,15 @@ def run(arguments: Sequence[str]) -> int:
     if not series:
         raise HostError("nothing could be measured here; pyvmm check says what this host lacks")
     facts = {"quick": options.quick, "sections": sections}
-    if outputs["json"] is not None:
-        with outputs["json"] as file:
-            json.dump(results.as_json(host, facts, series), file, indent=1)
-    if outputs["html"] is not None:
-        with outputs["html"] as file:
-            file.write(results.page(host, series))
-    if outputs["svg"] is not None:
-        with outputs["svg"] as file:
-            file.write(chart(host, series))
+    contents: dict[str, Callable[[], str]] = {
+        "json": lambda: json.dumps(results.as_json(host, facts, series), indent=1),
+        "html": lambda: results.page(host, series),
+        "svg": lambda: chart(host, series),
+    }
+    for name, output in outputs.items():
+        if output is not None:
+            output.write(contents[name]().encode("utf-8", "backslashreplace"))
+            output.close()
     with printing():
         print(results.text(host, series))
     return 1 if failed else 0
@@ -255,11 +256,6 @@ def _qemu(given: str | None) -> list[str] | None:
         return None
 
 
-def _output(name: str, path: str | None) -> IO[str] | None:
-    """Opened before anything is measured, so that a bad path costs nothing. Raises UsageError."""
-    if path is None:
-        return None
-    try:
-        return open(path, "w")
-    except OSError as error:
-        raise UsageError(f"--{name} {path} cannot be written: {error.strerror}") from error
+def _output(name: str, path: str | None) -> Output | None:
+    """Looked at before anything is measured, so that a bad path costs nothing. UsageError."""
+    return None if path is None else Output(f"--{name} {path}", path)

@@ -4,6 +4,7 @@ input, 3 the host cannot do it."""
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import os
 import signal
@@ -86,6 +87,12 @@ def _explain(error: BaseException) -> tuple[int, str]:
         return error.exit_status, str(error)
     if isinstance(error, KeyboardInterrupt):
         return 1, "interrupted while no guest was running"
+    if isinstance(error, MemoryError):
+        return 1, "pyvmm itself ran out of memory; give it more, or less to do"
+    # Not KvmError: a host that has no room for memslots or VMs can't do it.
+    if type(error) is OSError and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        where = "" if error.filename is None else f"{error.filename}: "
+        return 1, f"output could not be written: {where}{error.strerror}; make room"
     if isinstance(error, OSError):
         return HostError.exit_status, f"the host refused: {error}"
     return 1, f"internal error: {error!r}; --debug shows where, for a bug report"
@@ -166,6 +173,23 @@ def _open_standard_fds() -> None:
             os.fstat(fd)
         except OSError:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number
+    # Python has None for those that it found closed, which nothing that prints expects.
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", closefd=False)
+
+
+def _told(status: int) -> int:
+    """The exit status, after what was printed has got out."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the interpreter's own flush
+        if not isinstance(error, BrokenPipeError):
+            tell(f"standard output could not be written: {error.strerror}")
+            return status or 1
+    return status
 
 
 def entry_point() -> NoReturn:
@@ -174,6 +198,10 @@ def entry_point() -> NoReturn:
     # objects would only delay the guest. Later collections are as much rarer as they are longer.
     gc.set_threshold(100_000)
     _open_standard_fds()
-    status = main(sys.argv[1:])
+    try:
+        status = main(sys.argv[1:])
+    except SystemExit as ended:  # --help
+        status = ended.code if isinstance(ended.code, int) else 0
+    status = _told(status)
     gc.freeze()  # the kernel takes all of it back faster than the interpreter looks through it
     sys.exit(status)

@@ -8,19 +8,28 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from vmm.core.errors import OutputError
+
 if TYPE_CHECKING:
     from vmm.trace.views.tables import Row
 
 
 @contextmanager
 def printing() -> Iterator[None]:
-    """Around what prints: a closed pipe is no error."""
+    """Around what prints: a closed pipe is no error. Raises OutputError, as for a full disk."""
     try:
         yield
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError as error:
         # The interpreter's own flush at exit must not stumble over it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+        if not isinstance(error, BrokenPipeError):
+            raise OutputError(
+                f"standard output could not be written: {error.strerror}; make room, or send it "
+                "elsewhere"
+            ) from error
 
 
 def aligned(rows: Sequence[Row], label_width: int = 0) -> list[str]:

@@ -11,6 +11,7 @@ from contextlib import ExitStack, closing
 from vmm.cli.output import aligned, printing
 from vmm.cli.parser import Parser
 from vmm.core.errors import UsageError, one_line
+from vmm.core.output import Output
 from vmm.trace.reader import Trace
 from vmm.trace.summary import summarise
 from vmm.trace.views.tables import Summary, refusal_lines, tables
@@ -45,31 +46,33 @@ def run(arguments: Sequence[str]) -> int:
     if options.chrome and len(options.traces) > 1:
         raise UsageError("--chrome takes one trace; give a single DIR")
     with ExitStack() as opened:
+        pages = {
+            option: opened.enter_context(closing(Output(f"--{option} {path}", path)))
+            for option in ("html", "chrome")
+            if (path := getattr(options, option))
+        }
         traces = [opened.enter_context(closing(Trace(path))) for path in options.traces]
         summaries = [summarise(trace) for trace in traces]
-        try:
-            _write_views(options, traces, summaries)
-        except OSError as error:
-            raise UsageError(
-                f"{error.filename} cannot be written: {error.strerror}; give another path"
-            ) from None
+        _write_views(options, pages, traces, summaries)
     show(summaries, as_json=options.json)
     return 0
 
 
-def _write_views(options: Namespace, traces: list[Trace], summaries: list[Summary]) -> None:
-    if options.html:
+def _write_views(
+    options: Namespace, pages: dict[str, Output], traces: list[Trace], summaries: list[Summary]
+) -> None:
+    if "html" in pages:
         from vmm.trace.views.page import write_page
 
-        write_page(options.html, traces, summaries)
+        write_page(pages["html"], traces, summaries)
     if options.plots:
         from vmm.trace.views.plots import write_plots
 
         write_plots(options.plots, traces, summaries)
-    if options.chrome:
+    if "chrome" in pages:
         from vmm.trace.views.chrome import write_chrome
 
-        write_chrome(options.chrome, traces[0])
+        write_chrome(pages["chrome"], traces[0])
 
 
 def show(summaries: list[Summary], *, as_json: bool) -> None:

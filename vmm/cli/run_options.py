@@ -84,11 +84,11 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             "PATH_PORT by connecting to port PORT of CID 2 (the guest's own CID: 3)",
         },
         "--console": {
-            "metavar": "pty|file=FILE|socket=PATH[,name=TEXT]",
+            "metavar": "pty|file=FILE[,size=SIZE]|socket=PATH[,name=TEXT]",
             **_SEVERAL,
             "help": "a console, hvc0 and so on; with name=, a plain port /dev/vport*: on a new "
-            "pseudo-terminal, a file for its output, or a socket that pyvmm listens on; may be "
-            "given several times",
+            "pseudo-terminal, a file for its output (SIZE at most, default 1G), or a socket that "
+            "pyvmm listens on; may be given several times",
         },
         "--rng": {**_FLAG, "help": "the host's random numbers"},
         "--balloon": {

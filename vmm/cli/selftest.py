@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from typing import IO
 
 from vmm.arch import architecture
 from vmm.cli.output import printing
 from vmm.cli.parser import Parser
 from vmm.core.errors import UsageError, tell
+from vmm.core.output import Output
 from vmm.exits.run_loop import install_kick_handler
 from vmm.host.kvm import open_kvm
 from vmm.selftest.case import Case
@@ -47,12 +47,12 @@ def parser() -> Parser:
 def run(arguments: Sequence[str]) -> int:
     """Run everything, print it, and write JSON where that is asked for; the exit status.
 
-    Raises HostError without a KVM, UsageError for a file that can't be written.
+    Raises HostError without a KVM, UsageError and OutputError for a file that can't be written.
     """
     options = parser().parse_args(arguments)
     arch = architecture()
     cells = _chosen(options.only, arch.schemes)
-    output = None if options.json is None else _open_output(options.json)
+    output = None if options.json is None else Output(f"--json {options.json}", options.json)
     cases = all_cases()
     results: list[Result] = []
     install_kick_handler()
@@ -62,9 +62,8 @@ def run(arguments: Sequence[str]) -> int:
             _show_progress(len(results), len(cases) * len(cells), result)
     _show_progress(0, 0, None)
     if output is not None:
-        with output:
-            json.dump(as_json(results), output, indent=2)
-            output.write("\n")
+        output.write((json.dumps(as_json(results), indent=2) + "\n").encode())
+        output.close()
     with printing():
         if not (sys.stdout.isatty() and _print_table(cases, cells, results)):
             print("\n".join(plain_lines(cases, cells, results)))
@@ -78,14 +77,6 @@ def _chosen(names: Sequence[str], schemes: Sequence[str]) -> list[Combination]:
         if name not in there:
             raise UsageError(f"--only {name}: no such cell; there are {', '.join(there)}")
     return [there[name] for name in dict.fromkeys(names)] or list(there.values())
-
-
-def _open_output(name: str) -> IO[str]:
-    """Opened first: a minute's work must not end at a folder that isn't there."""
-    try:
-        return open(name, "w", encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"--json {name}: {error.strerror}; name a file that can be made") from None
 
 
 def _show_progress(done: int, total: int, result: Result | None) -> None:

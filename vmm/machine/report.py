@@ -96,9 +96,9 @@ def build_report(
 ) -> dict[str, Any]:
     """The report as JSON-ready data; keys as the README lists them."""
     residency = memory.accounted()  # first: to look at pages makes some
+    told = memory.told
     if told:
         residency["other_side_bytes"] = memory.other_side_bytes()
-    told = memory.told
     private = memory.private if told else memory.shared
     return {
         "scheme": scheme,

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from vmm.core.errors import tell
-from vmm.trace.layout import MOST_NAMES, ROW
+from vmm.trace.layout import MOST_NAME_BYTES, MOST_NAMES, MOST_ROWS, ROW
 from vmm.trace.store import TraceStore
 
 FLUSH_SECONDS = 0.5
@@ -26,10 +26,17 @@ class Recorder:
     """
 
     def __init__(
-        self, store: TraceStore, facts: dict[str, Any], *, capacity: int = CAPACITY
+        self,
+        store: TraceStore,
+        facts: dict[str, Any],
+        *,
+        capacity: int = CAPACITY,
+        most: int = MOST_ROWS,
     ) -> None:
-        """`facts` go into the sidecar, with the first flush."""
+        """`facts` go into the sidecar, with the first flush. What comes after `most` events is only
+        counted: no guest fills a disk with its trace."""
         self._store = store
+        self._most_rows = most
         self._facts = {"complete": False, **facts}
         self._origin = _now()
         self._buffer = bytearray(capacity * ROW.size)
@@ -40,6 +47,8 @@ class Recorder:
         self._flushing = threading.Lock()
         self._names: dict[str, int] = {"": 0}
         self._names_known = 0
+        self._name_bytes = 0
+        self._dropped = 0
         self._failed = False
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._flush_now_and_then, name="trace", daemon=True)
@@ -57,7 +66,8 @@ class Recorder:
         if known is not None:
             return known
         with self._lock:
-            if len(self._names) == MOST_NAMES:
+            self._name_bytes += len(text)
+            if len(self._names) == MOST_NAMES or self._name_bytes > MOST_NAME_BYTES:
                 return 0
             return self._names.setdefault(text, len(self._names))
 
@@ -101,6 +111,15 @@ class Recorder:
                 # Names before the rows that use them.
                 if len(self._names) != self._names_known:
                     self._write_sidecar()
+                fitting = min(count, self._most_rows - self._store.rows)
+                if fitting < count:
+                    if not self._dropped:
+                        tell(
+                            f"--trace: {self._most_rows} events are recorded, and no more; the "
+                            "guest goes on"
+                        )
+                    self._dropped += count - fitting
+                    count = fitting
                 if count:
                     with memoryview(full) as rows:
                         self._store.append(rows, count)
@@ -131,6 +150,8 @@ class Recorder:
         self.flush()
         if not self._failed:
             self._facts |= {"rows": self._store.rows, **ending}
+            if self._dropped:
+                self._facts["dropped_events"] = self._dropped
             try:
                 self._store.open_columns()  # where nothing has happened
                 self._write_sidecar()

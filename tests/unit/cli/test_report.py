@@ -169,5 +169,5 @@ def test_view_that_cannot_be_written_is_refused(
 
     assert result.status == 2
     assert result.complaint == (
-        "nowhere/x cannot be written: No such file or directory; give another path"
+        f"{option} nowhere/x cannot be written: No such file or directory; give another path"
     )

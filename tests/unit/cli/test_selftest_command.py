@@ -119,7 +119,7 @@ def test_selftest_json_into_no_folder_is_refused_before_anything_runs(
 ) -> None:
     assert main(["selftest", "--json", str(tmp_path / "no" / "m.json")]) == 2
 
-    assert "No such file or directory; name a file" in capsys.readouterr().err
+    assert "No such file or directory; give another path" in capsys.readouterr().err
 
 
 def test_selftest_without_kvm_exits_3(

@@ -28,7 +28,12 @@ def test_pipe_that_is_full_is_waited_for() -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     data = os.urandom(1 << 20)
-    thread = threading.Thread(target=lambda: (write_all(writer, data), os.close(writer)))
+
+    def send() -> None:
+        write_all(writer, data)
+        os.close(writer)
+
+    thread = threading.Thread(target=send)
     thread.start()
 
     with os.fdopen(reader, "rb") as file:

@@ -15,7 +15,7 @@ from tests.support.virtio_machine import VirtioMachine
 from vmm.core.errors import UsageError
 from vmm.core.ranges import Range
 from vmm.devices.virtio import console
-from vmm.devices.virtio.console_backend import open_console
+from vmm.devices.virtio.console_backend import OutputFile, open_console
 
 RX0, TX0, CONTROL_RX, CONTROL_TX, RX1, TX1 = range(6)
 
@@ -374,3 +374,29 @@ def test_console_socket_left_behind_is_replaced(tmp_path: Path) -> None:
     open_console([f"socket={tmp_path / 's'}"]).close()
 
     assert os.listdir(tmp_path) == []
+
+
+def test_file_with_all_its_bytes_gets_no_more_and_says_so_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fd = os.open(tmp_path / "out", os.O_WRONLY | os.O_CREAT)
+    output = OutputFile(fd, "out", 10)
+
+    accepted = [output.write(b"01234567") for _ in range(3)]
+    output.close()
+
+    assert accepted == [True] * 3
+    assert (tmp_path / "out").read_bytes() == b"0123456701"
+    assert capsys.readouterr().err == (
+        "pyvmm: --console file=out has its 10 bytes; further output is dropped: "
+        "write size=SIZE for more\n"
+    )
+
+
+def test_device_that_takes_output_has_no_bound(capsys: pytest.CaptureFixture[str]) -> None:
+    output = OutputFile(os.open(os.devnull, os.O_WRONLY), os.devnull, 10)
+
+    output.write(bytes(100))
+    output.close()
+
+    assert capsys.readouterr().err == ""

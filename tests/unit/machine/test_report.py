@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from vmm.conversion.accounting import Accounting, Refinements
-from vmm.core import output
 from vmm.core.errors import UsageError
 from vmm.core.ranges import Range
 from vmm.exits.outcome import PANIC, RESET, Outcome
@@ -196,7 +195,7 @@ def no_room(monkeypatch: pytest.MonkeyPatch) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(fd, data)
 
-    monkeypatch.setattr(output.os, "write", write_some)
+    monkeypatch.setattr(os, "write", write_some)
 
 
 @pytest.mark.usefixtures("no_room")

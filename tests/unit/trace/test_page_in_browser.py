@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.trace.test_views import boot_like
+from vmm.core.output import Output
 from vmm.trace.reader import Trace
 from vmm.trace.summary import summarise
 from vmm.trace.views.page import write_page
@@ -36,7 +37,9 @@ def html(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of two traces."""
     folder = tmp_path_factory.mktemp("page")
     traces = [Trace(boot_like(seed).write(folder / name)) for seed, name in ((0, "a"), (3, "b"))]
-    write_page(str(folder / "page.html"), traces, [summarise(trace) for trace in traces])
+    write_page(
+        Output("page", str(folder / "page.html")), traces, [summarise(trace) for trace in traces]
+    )
     return folder / "page.html"
 
 

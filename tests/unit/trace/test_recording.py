@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from vmm.trace.layout import COLUMNS, Kind
 from vmm.trace.reader import Trace
 from vmm.trace.recorder import Recorder
 from vmm.trace.store import TraceStore
+from vmm.trace.summary import summarise
 
 
 def test_event_recorded_is_read_back_field_by_field(tmp_path: Path) -> None:
@@ -181,3 +183,107 @@ def test_killed_run_leaves_what_was_flushed(tmp_path: Path) -> None:
     assert not trace.complete
     assert trace.rows >= 5000
     assert trace["gpa"].tolist() == trace["bytes"].tolist() == list(range(trace.rows))
+
+
+def test_full_trace_counts_what_comes_after(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recorder = Recorder(TraceStore(str(tmp_path / "t")), {}, capacity=4, most=6)
+    recorder.start()
+    for number in range(15):
+        recorder.record(Kind.EXIT, 0, now(), gpa=number)
+    recorder.close(complete=True)
+
+    trace = Trace(tmp_path / "t")
+    assert trace["gpa"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert summarise(trace)["dropped_events"] == 9
+    told = capsys.readouterr().err
+    assert told == "pyvmm: --trace: 6 events are recorded, and no more; the guest goes on\n"
+
+
+def test_names_without_end_share_one_number(tmp_path: Path) -> None:
+    recorder = start_recorder(tmp_path / "t")
+
+    numbers = [recorder.name(f"{number:0100000}") for number in range(20)]
+    recorder.close(complete=True)
+
+    assert numbers[:10] == list(range(1, 11))
+    assert numbers[10:] == [0] * 10
+    assert len(Trace(tmp_path / "t").names) == 11
+
+
+def test_sidecar_that_does_not_fit_leaves_the_earlier_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = TraceStore(str(tmp_path / "t"))
+    before = (tmp_path / "t" / "trace.json").read_text()
+    write = os.write
+
+    def short(fd: int, data: bytes) -> int:
+        if os.lseek(fd, 0, os.SEEK_CUR) >= 60:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(fd, data[:60])  # as the kernel does where the rest doesn't fit
+
+    monkeypatch.setattr(os, "write", short)
+    with pytest.raises(OSError, match="No space left"):
+        store.write_sidecar({"complete": True, "names": ["x" * 100]})
+    store.close()
+
+    assert (tmp_path / "t" / "trace.json").read_text() == before
+    assert os.listdir(tmp_path / "t") == ["trace.json"]
+
+
+@pytest.mark.parametrize("name", ["trace.json", "trace.json.new", "gpa", "gpa/data.ninja"])
+def test_folder_prepared_with_links_is_refused_and_what_they_name_stays(
+    tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "data.ninja").write_text("precious")
+    recorder = start_recorder(tmp_path / "t")
+    recorder.record(Kind.EXIT, 0, now())
+    recorder.close(complete=True)
+    target = tmp_path / "precious"
+    if name == "gpa":
+        shutil.rmtree(tmp_path / "t" / name)
+    else:
+        (tmp_path / "t" / name).unlink(missing_ok=True)
+        target /= "data.ninja"
+    (tmp_path / "t" / name).symlink_to(target)
+
+    with pytest.raises(UsageError, match=rf"holds something else \({name}\); give a new"):
+        TraceStore(str(tmp_path / "t"))
+
+    assert (tmp_path / "precious" / "data.ninja").read_text() == "precious"
+    assert (tmp_path / "t" / name).is_symlink()
+
+
+def test_hard_link_in_an_earlier_trace_is_not_written_through(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("precious")
+    recorder = start_recorder(tmp_path / "t")
+    recorder.record(Kind.EXIT, 0, now())
+    recorder.close(complete=True)
+    (tmp_path / "t" / "gpa" / "data.ninja").unlink()
+    os.link(tmp_path / "precious", tmp_path / "t" / "gpa" / "data.ninja")
+
+    start_recorder(tmp_path / "t").close()
+
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_folder_that_is_being_written_is_refused(tmp_path: Path) -> None:
+    store = TraceStore(str(tmp_path / "t"))
+
+    with pytest.raises(UsageError, match="another pyvmm is writing its trace there"):
+        TraceStore(str(tmp_path / "t"))
+
+    store.close()
+    TraceStore(str(tmp_path / "t")).close()
+
+
+def test_trace_replaced_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        start_recorder(tmp_path / "t").close()
+
+    assert capsys.readouterr().err == (
+        f"pyvmm: --trace {tmp_path}/t: the trace that was there is replaced\n"
+    )

@@ -14,6 +14,7 @@ import pytest
 
 from tests.support.trace import Events
 from vmm.core.errors import UsageError
+from vmm.core.output import Output
 from vmm.trace.layout import HOST, Kind
 from vmm.trace.reader import Trace
 from vmm.trace.summary import summarise
@@ -73,7 +74,7 @@ def test_page_is_not_ended_early_by_its_data(tmp_path: Path) -> None:
 
 
 def test_chrome_trace_has_tracks_requests_and_counters(trace: Trace, tmp_path: Path) -> None:
-    write_chrome(str(tmp_path / "t.json"), trace)
+    write_chrome(Output("t.json", str(tmp_path / "t.json")), trace)
 
     events: list[dict[str, Any]] = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
     by_phase: dict[str, list[dict[str, Any]]] = {}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
+import sys
 import tty
 from collections.abc import Callable, Sequence
 
@@ -13,7 +15,8 @@ from vmm.core.unix_listener import UnixListener
 from vmm.devices.virtio.console import MOST_PORTS, Port, VirtioConsole
 from vmm.devices.virtio.device import Watch
 
-SYNTAX = "pty[,name=TEXT] or file=FILE[,name=TEXT] or socket=PATH[,name=TEXT]"
+MOST_FILE_BYTES = 1 << 30
+SYNTAX = "pty[,name=TEXT] or file=FILE[,size=SIZE][,name=TEXT] or socket=PATH[,name=TEXT]"
 
 
 def _ignore(*_: object, **__: object) -> None:
@@ -98,7 +101,30 @@ class Pty(_Stream):
 
 
 class OutputFile(_Stream):
-    """A file that gets the output; there is no input."""
+    """A file that gets the output; there is no input.
+
+    A regular file gets `most` bytes: no guest fills the host's disk. What comes after is dropped.
+    """
+
+    def __init__(self, fd: int, path: str, most: int) -> None:
+        super().__init__(fd)
+        self._path = path
+        self._most = most
+        self._left = most if stat.S_ISREG(os.fstat(fd).st_mode) else sys.maxsize
+        self._told = False
+
+    def write(self, data: bytes) -> bool:
+        fitting = data[: self._left]
+        if not super().write(fitting):
+            return False
+        self._left -= len(fitting)
+        if len(fitting) < len(data) and not self._told:
+            self._told = True
+            tell(
+                f"--console file={self._path} has its {self._most} bytes; further output is "
+                "dropped: write size=SIZE for more"
+            )
+        return True
 
     def read(self, size: int) -> bytes:
         return b""
@@ -192,6 +218,9 @@ def _open_port(text: str) -> Port:
     kind = words.one_of(("pty", "file", "socket"))
     where = "" if kind == "pty" and words.flag("pty") else words.take(kind)
     name = words.take("name")
+    most = words.take_size("size") if kind == "file" else None
+    if most is None:
+        most = MOST_FILE_BYTES
     words.finish()
     if name is not None and len(os.fsencode(name)) > 64:
         raise words.error("a name has at most 64 bytes")
@@ -208,7 +237,7 @@ def _open_port(text: str) -> Port:
     assert where
     if kind == "socket":
         return Port(SocketServer(UnixListener("--console socket=", where)), name)
-    return Port(OutputFile(_open_output(where)), name)
+    return Port(OutputFile(_open_output(where), where, most), name)
 
 
 def _open_output(path: str) -> int:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from typing import Any, TextIO
+from typing import Any
 
+from vmm.core.output import Output, Writer
 from vmm.trace.layout import COLUMNS, HOST, KIND_NAMES, Kind, decision_name
 from vmm.trace.reader import Trace
 from vmm.trace.states import bytes_over_time, initial_states, state_rows
@@ -25,9 +26,9 @@ Event = dict[str, Any]
 Row = dict[str, int]
 
 
-def write_chrome(path: str, trace: Trace) -> None:
-    """Write the whole trace, piece by piece. Raises OSError."""
-    with open(path, "w", encoding="utf-8") as file:
+def write_chrome(output: Output, trace: Trace) -> None:
+    """Write the whole trace, piece by piece. Raises OutputError."""
+    with output.open() as file:
         file.write('{"displayTimeUnit":"ms","traceEvents":[\n')
         _write(file, _process(trace))
         for event in _events(trace):
@@ -36,7 +37,7 @@ def write_chrome(path: str, trace: Trace) -> None:
         file.write("\n]}\n")
 
 
-def _write(file: TextIO, event: Event) -> None:
+def _write(file: Writer, event: Event) -> None:
     file.write(json.dumps(event, separators=(",", ":")))
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vmm.core.output import Output
 from vmm.trace.reader import Trace
 from vmm.trace.states import STATES, bytes_over_time, initial_states, state_rows
 from vmm.trace.summary import duration_ns
@@ -21,10 +22,10 @@ from vmm.trace.views.tables import Summary, refusal_lines, tables
 _HERE = Path(__file__).parent
 
 
-def write_page(path: str, traces: Sequence[Trace], summaries: Sequence[Summary]) -> None:
-    """Write the page for one trace, or for two side by side. Raises OSError."""
+def write_page(output: Output, traces: Sequence[Trace], summaries: Sequence[Summary]) -> None:
+    """Write the page for one trace, or for two side by side. Raises OutputError."""
     content = page(traces, summaries)
-    with open(path, "w", encoding="utf-8") as file:
+    with output.open() as file:
         file.write(content)
 
 

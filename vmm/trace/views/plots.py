@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Sequence
 from typing import Any
 
 from vmm.core.errors import UsageError
+from vmm.core.output import Output
 from vmm.core.ranges import Range
 from vmm.trace.arrays import np
 from vmm.trace.reader import Trace
@@ -21,7 +23,7 @@ _MIB = 1 << 20
 
 
 def write_plots(folder: str, traces: Sequence[Trace], summaries: Sequence[Summary]) -> None:
-    """states.png, shared.png, latency.png and io.png. Raises UsageError, OSError."""
+    """states.png, shared.png, latency.png and io.png. Raises UsageError, OutputError."""
     try:
         import matplotlib as mpl
 
@@ -31,14 +33,24 @@ def write_plots(folder: str, traces: Sequence[Trace], summaries: Sequence[Summar
         raise UsageError(
             "--plots needs matplotlib, which is not installed; pip install 'pyvmm[plots]'"
         ) from None
-    os.makedirs(folder, exist_ok=True)
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise UsageError(
+            f"--plots {folder} cannot be made: {reason}; give another folder"
+        ) from None
     drawings = {"states": _states, "shared": _shared, "latency": _latency, "io": _io}
     for name, draw in drawings.items():
+        path = os.path.join(folder, f"{name}.png")
+        output, picture = Output(f"--plots {path}", path), io.BytesIO()
         figure = draw(pyplot, traces, summaries)
         try:
-            figure.savefig(os.path.join(folder, f"{name}.png"), dpi=120)
+            figure.savefig(picture, dpi=120)
         finally:
             pyplot.close(figure)
+        output.write(picture.getvalue())
+        output.close()
 
 
 def _name(trace: Trace) -> str:
