@@ -13,6 +13,8 @@ import pytest
 
 from vmm.cli.main import _refuse_early
 from vmm.core.errors import UsageError
+from vmm.lab import hosts
+from vmm.lab.machine import with_kernel
 from vmm.lab.options import parse as parse_lab
 from vmm.policy import Policy
 from vmm.policy.loader import load_policy
@@ -45,15 +47,17 @@ def commands() -> list[str]:
     return [line for text in texts for line in re.findall(r"^    (pyvmm .*)$", text, re.MULTILINE)]
 
 
-def parse(words: list[str]) -> None:
-    """As the command does it, before it looks at any file. Raises UsageError."""
+def parse(words: list[str], machine: str = "x86_64") -> None:
+    """As the command does it on such a machine, before it looks at any file. Raises UsageError."""
     name = words[0] if words else ""
     if name == "lab":
-        parse(parse_lab(words[1:]).arguments)
+        command = parse_lab(words[1:])
+        host = hosts.named(command.options.host)
+        parse(with_kernel(command.arguments, host), host.architecture.name)
     elif name in ("report", "replay"):
         importlib.import_module(f"vmm.cli.{name}").parser().parse_args(words[1:])
     else:
-        _refuse_early(words)
+        _refuse_early(words, machine)
 
 
 def test_readme_command_lines_are_found() -> None:
