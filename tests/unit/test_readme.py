@@ -13,6 +13,8 @@ import pytest
 
 from vmm.cli.main import _refuse_early
 from vmm.core.errors import UsageError
+from vmm.lab import hosts
+from vmm.lab.machine import with_kernel
 from vmm.lab.options import parse as parse_lab
 from vmm.policy import Policy
 from vmm.policy.loader import load_policy
@@ -46,10 +48,12 @@ def commands() -> list[str]:
 
 
 def parse(words: list[str], machine: str = "x86_64") -> None:
-    """As the command does it, before it looks at any file. Raises UsageError."""
+    """As the command does it on such a machine, before it looks at any file. Raises UsageError."""
     name = words[0] if words else ""
     if name == "lab":
-        parse(parse_lab(words[1:]).arguments)
+        command = parse_lab(words[1:])
+        host = hosts.named(command.options.host)
+        parse(with_kernel(command.arguments, host), host.architecture.name)
     elif name in ("report", "replay"):
         importlib.import_module(f"vmm.cli.{name}").parser().parse_args(words[1:])
     else:
