@@ -154,8 +154,7 @@ class PayloadGuest:
         """Everything is there."""
 
     def private_ranges(self, ram: list[Range]) -> list[Range]:
-        from vmm.arch.aarch64.payload import PRIVATE_START as start
-
+        start = layout.PAYLOAD_PRIVATE_START
         return [Range(start, ram[0].end - start)]
 
     def early_private_writes(self, ram: list[Range]) -> list[Range]:
@@ -163,23 +162,23 @@ class PayloadGuest:
         return []
 
     def load(self, launch: LaunchMemory, ram: list[Range], functions: Sequence[str]) -> Entry:
-        from vmm.arch.aarch64 import payload
+        from firmware import payload_path
+        from vmm.arch.aarch64.payload import PayloadInfo
 
-        fd = os.open(payload.payload_image(), os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(payload_path("aarch64"), os.O_RDONLY | os.O_CLOEXEC)
         try:
-            launch.transfer_in(fd, 0, payload.PAYLOAD_GPA, os.fstat(fd).st_size)
+            launch.transfer_in(fd, 0, layout.PAYLOAD_GPA, os.fstat(fd).st_size)
         finally:
             os.close(fd)
-        info = payload.PayloadInfo(
-            ram_end=ram[0].end,
-            shared_mask=1 << layout.REALM_SHARED_BIT if self._scheme == "realm" else 0,
+        info = PayloadInfo(
+            ram=ram[0],
+            scheme=self._scheme,
             has_disk=bool(functions) and functions[0].startswith("blk"),
-            has_doorbell=self._scheme in ("realm", "remap"),
-            has_pkvm=self._scheme == "pkvm",
         )
-        launch.pwrite(info.page(), payload.INFO_GPA)
+        launch.pwrite(info.page(), layout.PAYLOAD_INFO_GPA)
         # Its own memory is shared: a realm reaches that by addresses with the bit alone.
-        return Entry(payload.ENTRY | info.shared_mask, payload.INFO_GPA | info.shared_mask)
+        bit = 1 << layout.REALM_SHARED_BIT if self._scheme == "realm" else 0
+        return Entry(layout.PAYLOAD_GPA | bit, layout.PAYLOAD_INFO_GPA | bit)
 
     def close(self) -> None:
         """Nothing is held open."""

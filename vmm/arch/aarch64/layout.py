@@ -44,6 +44,9 @@ POOL_SIZE = 2 * MIB
 """The restricted DMA pool of a protected guest: all that it shares for PCI devices. Each of its
 pages is given to the hypervisor when the guest shares it, which takes milliseconds."""
 INITRD_WINDOW = 32 * GIB  # booting.rst: kernel and initrd in one window of that size
+PAYLOAD_INFO_GPA = RAM_START  # a page that tells the embedded payload about its machine
+PAYLOAD_GPA = RAM_START + MIB  # it is linked here
+PAYLOAD_PRIVATE_START = RAM_START + 2 * MIB  # its first private byte; all below starts shared
 CMDLINE_MAX = 2048  # bytes with the closing NUL, Linux' COMMAND_LINE_SIZE
 
 # --- interrupts ----------------------------------------------------------------------------------
