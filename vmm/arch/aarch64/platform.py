@@ -85,6 +85,10 @@ class ArmPlatform:
             monitor = RealmMonitor(memory, converter)
         asks = self._guest.doorbell == MMIO_DOORBELL_NAME and self._options.is_private
         actions = doorbell_actions(memory, converter if asks else None, stop)
+        if self._scheme == "realm":
+            # The guest names the page, as for a conversion; the host's way to it has the bit.
+            check, bit = actions.host_check, 1 << layout.REALM_SHARED_BIT
+            actions.host_check = lambda gpa, size: check(gpa | bit, size)
         if self._scheme == "pkvm":
             # Only the hypervisor can convert; the rest of the registers is there.
             actions.convert = lambda request: -errno.EOPNOTSUPP
