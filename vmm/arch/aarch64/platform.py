@@ -40,14 +40,14 @@ class ArmPlatform:
         self._scheme = scheme
         self._guest.learn(scheme)
         self.vcpus: list[Vcpu] = []
-        self._gic = _create_gic(vm)
         if scheme == "realm":
             _pass_realm_calls_on(vm)
         if vm.check_extension(ioctls.KVM_CAP_ARM_NISV_TO_USER):
             vm.enable_cap(ioctls.KVM_CAP_ARM_NISV_TO_USER)
 
     def create_vcpus(self, count: int, alias: int, opened: ExitStack) -> None:
-        opened.callback(self._gic.close)
+        gic = _create_gic(self._vm)
+        opened.callback(gic.close)
         target = self._vm.preferred_target()
         for index in range(count):
             vcpu = self._vm.create_vcpu(index)
@@ -58,9 +58,7 @@ class ArmPlatform:
             vcpu.init(target, *features)
             self.vcpus.append(vcpu)
         # After the vCPUs, whose number it takes.
-        self._gic.set_attr(
-            ioctls.KVM_DEV_ARM_VGIC_GRP_CTRL, ioctls.KVM_DEV_ARM_VGIC_CTRL_INIT, None
-        )
+        gic.set_attr(ioctls.KVM_DEV_ARM_VGIC_GRP_CTRL, ioctls.KVM_DEV_ARM_VGIC_CTRL_INIT, None)
 
     def make_board(self, parts: BoardParts) -> ArmBoard:
         from vmm.arch.aarch64.board import ArmBoard
