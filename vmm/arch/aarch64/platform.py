@@ -82,11 +82,11 @@ class ArmPlatform:
 
             monitor = RealmMonitor(memory, converter)
         asks = self._guest.doorbell == MMIO_DOORBELL_NAME and self._options.is_private
-        actions = doorbell_actions(memory, converter if asks else None, stop)
+        checked = memory
         if self._scheme == "realm":
             # The guest names the page, as for a conversion; the host's way to it has the bit.
-            check, bit = actions.host_check, 1 << layout.REALM_SHARED_BIT
-            actions.host_check = lambda gpa, size: check(gpa | bit, size)
+            checked = cast("GuestMemory", _AtSharedAddresses(memory))
+        actions = doorbell_actions(checked, converter if asks else None, stop)
         if self._scheme == "pkvm":
             # Only the hypervisor can convert; the rest of the registers is there.
             actions.convert = lambda request: -errno.EOPNOTSUPP
@@ -105,6 +105,19 @@ class ArmPlatform:
         first = self.vcpus[0]
         first.set_one_reg(CORE_REGISTERS["pc"], entry.pc)
         first.set_one_reg(CORE_REGISTERS["x0"], entry.x0)
+
+
+class _AtSharedAddresses:
+    """A realm's memory by plain addresses, for the host's checks of shared pages."""
+
+    def __init__(self, memory: GuestMemory) -> None:
+        self._memory = memory
+
+    def pread(self, size: int, gpa: int) -> bytes:
+        return self._memory.pread(size, gpa | 1 << layout.REALM_SHARED_BIT)
+
+    def pwrite(self, data: bytes, gpa: int) -> None:
+        self._memory.pwrite(data, gpa | 1 << layout.REALM_SHARED_BIT)
 
 
 def _create_gic(vm: Vm) -> Device:

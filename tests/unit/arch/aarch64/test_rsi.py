@@ -131,6 +131,23 @@ def test_configuration_page_that_is_shared_is_refused_and_not_written(memory: Gu
     assert memory.private.resident_bytes(RAM.start, RAM.size) == 0
 
 
+def test_configuration_page_that_is_shared_meanwhile_leaves_nothing_private(
+    memory: GuestMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, private = monitor(memory), memory.private
+    assert private is not None
+    write = private.pwrite
+
+    def write_late(data: bytes, gpa: int) -> None:
+        asked.answer(rsi.IPA_STATE_SET, BASE, BASE + PAGE_SIZE, rsi.EMPTY, 1)
+        write(data, gpa)
+
+    monkeypatch.setattr(private, "pwrite", write_late)
+
+    assert asked.answer(rsi.REALM_CONFIG, BASE, 0, 0, 0) == (rsi.ERROR_INPUT,)
+    assert private.resident_bytes(RAM.start, RAM.size) == 0
+
+
 def test_share_and_unshare_change_the_pages_states(memory: GuestMemory) -> None:
     asked = monitor(memory)
     area = Range(BASE + 2 * PAGE_SIZE, 3 * PAGE_SIZE)
