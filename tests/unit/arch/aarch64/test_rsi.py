@@ -5,8 +5,7 @@ from __future__ import annotations
 import errno
 import struct
 from collections.abc import Iterator
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 from tests.support.memory import guest_memory
 from vmm.arch.aarch64 import layout, rsi
 from vmm.arch.aarch64.monitor import RealmMonitor
+from vmm.conversion.schemes.cbit import CbitScheme
 from vmm.conversion.transaction import Converter
 from vmm.core.events import ConversionRequest, Kind
 from vmm.core.ranges import PAGE_SIZE, Range
@@ -46,14 +46,7 @@ def memory() -> Iterator[GuestMemory]:
 
 def monitor(memory: GuestMemory, *policies: Policy) -> RealmMonitor:
     """Over a converter whose scheme has nothing to do, as with two addresses."""
-    scheme = SimpleNamespace(
-        name="realm",
-        alias=0,
-        converts_on_fault=False,
-        apply=lambda area, kind: None,
-        revert=lambda area, kind: None,
-    )
-    return RealmMonitor(memory, Converter(memory, cast(Any, scheme), *policies))
+    return RealmMonitor(memory, Converter(memory, CbitScheme(39), *policies))
 
 
 # -- encodings ------------------------------------------------------------------------------------
