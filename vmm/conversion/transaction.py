@@ -16,7 +16,6 @@ import math
 import threading
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from vmm.conversion.accounting import Accounting, Refinements, Tally
@@ -178,10 +177,6 @@ class Converter:
         started = 0 if self._observer is None else time.monotonic_ns()
         self._asking.acquire()
         return self._answer(request, started)
-
-    def held(self) -> AbstractContextManager[object]:
-        """While it is entered no conversion begins; pages of one under way are CONVERTING."""
-        return self._asking
 
     def convert_for_host(self, kind: Kind, gpa: int, size: int) -> int:
         """`convert` whole pages without the guest's asking, which is not told either.
