@@ -474,7 +474,10 @@ class Converter:
         else:
             if work.deferred:
                 self._no_longer_due(area, work.deferred, kind)
-            self._finish(_TARGET[kind], [area], work.began, all_of_it=True)
+            if self._observer is None:
+                memory.finish_conversion(_TARGET[kind])
+            else:
+                self._finish(_TARGET[kind], [area], work.began, all_of_it=True)
         size = changing[0].size if len(changing) == 1 else sum(run.size for run in changing)
         with self._books:
             tally.bytes += size

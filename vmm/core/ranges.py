@@ -167,24 +167,25 @@ class RangeMap(Generic[T]):
 
         Raises ValueError for a range that is empty or outside.
         """
-        first, last = self._touched(target)
-        if last - first == 1:
-            self._set_within(first, target, value)
+        start, size = target
+        end, span, starts = start + size, self.span, self._starts
+        first = bisect_right(starts, start) - 1
+        inside = size > 0 and start >= span.start and end <= span.start + span.size
+        if inside and (first + 1 == len(starts) or end <= starts[first + 1]):
+            if self._values[first] != value:
+                self._set_within(first, start, end, value)
             return
+        first, last = self._touched(target)
         self._move_runs(first, last, target, value)
-        low, high, starts, values = self._splice(target, value, first, last)
-        self._starts[low:high] = starts
-        self._values[low:high] = values
+        low, high, new_starts, new_values = self._splice(target, value, first, last)
+        self._starts[low:high] = new_starts
+        self._values[low:high] = new_values
 
-    def _set_within(self, index: int, target: Range, value: T) -> None:
+    def _set_within(self, index: int, start: int, end: int, value: T) -> None:
         """`set` for a part of one run, which is what most changes are: nothing is built for it."""
         starts, values = self._starts, self._values
-        old = values[index]
-        if old == value:
-            return
-        start, size = target
-        end, after = start + size, index + 1
-        self._move(old, value, size)
+        old, after = values[index], index + 1
+        self._move(old, value, end - start)
         is_last = after == len(starts)
         at_start = starts[index] == start
         at_end = end == (self.span.end if is_last else starts[after])
