@@ -276,7 +276,7 @@ def test_mapped_disk_of_several_queues_is_mapped_once(
     maps: list[int] = []
     other = threading.Thread(target=engine.transfer_in, args=(disk, 0, 0, 512))
 
-    def mapped(fd: int, size: int, **options: int) -> int:
+    def mapped(fd: int, size: int, **options: Any) -> int:
         maps.append(fd)
         if len(maps) == 1:
             other.start()

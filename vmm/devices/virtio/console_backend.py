@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import tty
 from collections.abc import Callable, Sequence
 
@@ -98,16 +99,27 @@ class Pty(_Stream):
 
 
 class OutputFile(_Stream):
-    """A file that gets the output; there is no input."""
+    """A file that gets the output; there is no input. A FIFO or a terminal can be full for a
+    while, a regular file always has room, and epoll can't wait for it."""
+
+    def __init__(self, fd: int) -> None:
+        super().__init__(fd)
+        self._always_ready = stat.S_ISREG(os.fstat(fd).st_mode)
 
     def read(self, size: int) -> bytes:
         return b""
 
     def want(self, *, readable: bool, writable: bool) -> None:
-        """A regular file always has room, and epoll can't wait for it."""
+        if not self._always_ready:
+            try:
+                super().want(readable=False, writable=writable)
+            except PermissionError:  # /dev/null, and others that always have room
+                self._always_ready = True
 
     def stop(self) -> None:
-        """It never waited."""
+        if not self._always_ready:
+            super().stop()
+        self._watch = _ignore
 
 
 class SocketServer(_Stream):
