@@ -116,6 +116,10 @@ class HostileDriver:
         the queues that only take buffers. `host(rng)` does something at the device's other end."""
         self.rng = rng
         self.memory = HostileMemory()
+        self.second_vcpu = False
+        """Whether another vCPU moves indexes and flips descriptors whenever the device reads."""
+        self.moves = 0
+        self._second_vcpu_reads()
         self.machine = VirtioMachine(device, memory=cast(FakeMemory, self.memory))
         self._request = request
         self._host = host
@@ -155,6 +159,28 @@ class HostileDriver:
         self._bring_up()
         for _ in range(chains):
             self._offer()
+
+    def _second_vcpu_reads(self) -> None:
+        """The other vCPU acts right behind each of the device's reads of an available index."""
+        pread = self.memory.guest.pread
+
+        def read(size: int, gpa: int) -> bytes:
+            data = pread(size, gpa)
+            index, offset = divmod(gpa, 0x2000)
+            if self.second_vcpu and size == 4 and offset == 0x800 and index < 12:
+                self._move_index(gpa, data)
+            return data
+
+        self.memory.pread = read  # type: ignore[attr-defined]
+
+    def _move_index(self, avail: int, seen: bytes) -> None:
+        self.moves += 1
+        flags, index = struct.unpack("<HH", seen)
+        step = self.rng.choice((1, 1, 1, 2, self._size))
+        self.memory.poke(struct.pack("<HH", flags, (index + step) & 0xFFFF), avail)
+        if self.rng.random() < 0.2:
+            slot = avail + 4 + 2 * self.rng.randrange(self._size)
+            self.memory.poke(struct.pack("<H", self.rng.randrange(self._size)), slot)
 
     # --- moves ---
 

@@ -22,6 +22,7 @@ import pytest
 
 from kvm_bindings import datapath
 from tests.fuzz.hostile_driver import CANARY, HostileDriver
+from tests.fuzz.oracles import Resources, TurnCost, assert_holds_little
 from vmm.core.errors import UnmappedAccess
 from vmm.devices.virtio.balloon_control import open_balloon
 from vmm.devices.virtio.block import VirtioBlock
@@ -344,6 +345,7 @@ def test_device_survives_a_hostile_driver(
 ) -> None:
     life = 0
     served = 0
+    resources = Resources()
     rng = random.Random(f"{name} {failing} {fuzz_seed}")
     host = FailingHost(rng, monkeypatch)
     try:
@@ -351,14 +353,18 @@ def test_device_survives_a_hostile_driver(
             folder = tmp_path / str(number)
             folder.mkdir()
             with attacked(name, rng, folder) as (target, driver):
+                cost = TurnCost(driver.machine)
                 for _ in range(EPISODES // 3):
                     life += 1
                     host.on = failing
                     driver.episode(STEPS)
                     host.on = False
+                    assert_holds_little(driver.machine)
                     assert CANARY not in target.came_out(), "private memory came out"
                 driver.memory.check()
                 served += driver.machine.device.statistics.requests
+                assert cost.worst_calls > 0
+            resources.assert_given_back()
     except Exception as error:
         host.on = False
         raise AssertionError(
@@ -367,6 +373,28 @@ def test_device_survives_a_hostile_driver(
     # A driver that never gets through tests nothing.
     assert served > 100 * fuzz_factor
     assert host.failed > 0 or not failing
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_device_whose_index_moves_while_it_reads_keeps_to_a_turn(
+    name: str, fuzz_seed: int, fuzz_factor: int, tmp_path: Path
+) -> None:
+    """A second vCPU at work in the middle of the device's own reads, on every queue in turn."""
+    rng = random.Random(f"second {name} {fuzz_seed}")
+    with attacked(name, rng, tmp_path) as (target, driver):
+        cost = TurnCost(driver.machine)
+        for _ in range(20 * fuzz_factor):
+            driver.leave_work(10)
+            driver.second_vcpu = True
+            for index in range(len(driver.machine.device.queue_sizes)):
+                driver.machine.transport.notify(index)
+                target.host(rng)
+            driver.second_vcpu = False
+            assert_holds_little(driver.machine)
+            driver.memory.check()
+            assert CANARY not in target.came_out(), "private memory came out"
+        assert driver.moves > 0
+        assert cost.worst_calls > 0
 
 
 def test_device_that_reads_private_pages_would_be_found(

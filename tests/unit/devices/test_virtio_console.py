@@ -15,6 +15,7 @@ from tests.support.virtio_machine import VirtioMachine
 from vmm.core.errors import UsageError
 from vmm.core.ranges import Range
 from vmm.devices.virtio import console
+from vmm.devices.virtio.budget import TURN_CALLS
 from vmm.devices.virtio.console_backend import OutputFile, open_console
 
 RX0, TX0, CONTROL_RX, CONTROL_TX, RX1, TX1 = range(6)
@@ -400,3 +401,62 @@ def test_device_that_takes_output_has_no_bound(capsys: pytest.CaptureFixture[str
     output.close()
 
     assert capsys.readouterr().err == ""
+
+
+def test_console_fifo_that_was_full_goes_on_when_it_is_read(tmp_path: Path) -> None:
+    """A port's output stayed for ever where nobody had been told to wait for room."""
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    consoles = Consoles(f"file={tmp_path / 'out'}", f"file={path},name=log")
+    machine = consoles.machine
+    consoles.up()
+    consoles.open(1)
+    sent = machine.place(bytes(range(256)) * 256)
+    for _ in range(5):
+        machine.give(TX1, sent)
+
+    machine.kick(TX1)
+    assert len(machine.queues[TX1].collect()) < 5
+    received = b""
+    while data := _read_some(reader):
+        received += data
+        machine.settle()
+
+    assert received == bytes(range(256)) * 256 * 5
+    machine.queues[TX1].collect()
+    assert machine.queues[TX1].seen == 5
+    machine.close()
+    os.close(reader)
+
+
+def _read_some(fd: int) -> bytes:
+    try:
+        return os.read(fd, 1 << 16)
+    except BlockingIOError:
+        return b""
+
+
+def test_console_turn_of_output_in_crumbs_is_bounded(tmp_path: Path) -> None:
+    consoles = Consoles(f"file={tmp_path / 'out'}")
+    machine = consoles.machine
+    machine.up(size=64)
+    queue = machine.queues[TX0]
+    table = machine.place(
+        b"".join(
+            struct.pack("<QIHH", 0x80000 + 2 * i, 1, 1 if i < 1023 else 0, i + 1)
+            for i in range(1024)
+        )
+    )
+    for i in range(64):
+        queue.descriptor(i, table.gpa, table.size, 4, 0)
+    queue.offer(*range(64))
+    machine.memory.calls.clear()
+
+    machine.transport.notify(TX0)
+
+    assert machine.memory.calls["pread"] < 2 * TURN_CALLS
+    assert machine.rung == [TX0]
+    machine.settle()
+    assert len(queue.collect()) == 64
+    machine.close()

@@ -525,3 +525,25 @@ def test_net_turn_sends_what_its_budget_has_calls_for(network: Network) -> None:
 
     assert queue.used_index() == 2
     assert network.device._queues[TX].more
+
+
+def test_net_turn_of_frames_without_room_is_bounded(network: Network) -> None:
+    """A frame that is dropped costs something, too: a busy network would never end the turn."""
+    machine = network.machine
+    machine.up(features=VERSION_1 | ACCESS_PLATFORM, size=16)  # one buffer a frame
+    machine.give(RX, machine.blank(64))
+    machine.transport.notify(RX)
+    received = 0
+
+    def receive() -> bytes:
+        nonlocal received
+        received += 1
+        assert received < 10 * TURN_CALLS, "the turn goes on as long as there are frames"
+        return HEADER + b"x" * 1500
+
+    network.device._backend.receive = receive  # type: ignore[method-assign]
+
+    machine.transport.notify(RX)
+
+    assert 0 < received <= TURN_CALLS
+    assert machine.rung == [RX]

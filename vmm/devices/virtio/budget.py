@@ -14,8 +14,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator
 
-TURN_DESCRIPTORS = 4096
-"""Descriptors read: about two milliseconds."""
+TURN_DESCRIPTORS = 2048
+"""Descriptors read: one or two milliseconds."""
 TURN_CALLS = 2048
 """System calls made one by one from Python: as long."""
 TURN_BYTES = 16 << 20
@@ -23,9 +23,9 @@ TURN_BYTES = 16 << 20
 TURN_SECONDS = 0.003
 """For what is slower than all that: a disk that has to be waited for, memory given up."""
 LOOK_EVERY = 16
-"""Steps, of a call or 64 KiB each, between two looks at the clock."""
+"""Steps, of a call or 16 KiB each, between two looks at the clock."""
 
-_STEP_SHIFT = 16
+_STEP_SHIFT = 14
 
 Work = Generator[None, None, int]
 """A request that is carried out in steps: it yields where the turn's budget is spent, to be gone
@@ -88,13 +88,13 @@ class Pace:
     """
 
     EACH = 32 << 10
-    LEAST, MOST = 64 << 10, TURN_BYTES
+    LEAST, MOST = 64 << 10, TURN_BYTES // 2
     SLOW = TURN_SECONDS / 2
 
     __slots__ = ("limit",)
 
     def __init__(self) -> None:
-        self.limit = 4 << 20
+        self.limit = 2 << 20
 
     def took(self, cost: int, seconds: float) -> None:
         """A call of that cost took so long. Safe from several threads: any answer will do."""

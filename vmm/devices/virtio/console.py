@@ -10,8 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
-from vmm.core.errors import GuestMemoryError
-from vmm.devices.virtio.device import GuestMemory, VirtioDevice, Watch
+from vmm.devices.virtio.device import EXPECTED, GuestMemory, VirtioDevice, Watch
 from vmm.devices.virtio.queue import Chain, QueueError, SplitQueue
 from vmm.devices.virtio.segments import gather, scatter, take_front, total
 
@@ -23,8 +22,6 @@ CONSOLE_PORT, RESIZE, PORT_OPEN, PORT_NAME = 4, 5, 6, 7
 QUEUE_SIZE = 64
 CONTROL_RX, CONTROL_TX = 2, 3
 MOST_PORTS = 16
-# What one turn moves at most for a port: the device loop has other things to do.
-TURN_BYTES = 256 << 10
 _CHUNK = 64 << 10
 MOST_OUTPUT = 1 << 20  # in one buffer; Linux' have 32 KiB at most
 
@@ -157,11 +154,12 @@ class VirtioConsole(VirtioDevice):
         assert self._memory is not None
         used: list[tuple[int, int]] = []
         port.hungry = True
-        budget = TURN_BYTES
-        while port.guest_open and budget > 0:
+        out_of_turn = False
+        while port.guest_open:
+            out_of_turn = queue.budget.spent
             chains = queue.take(1)
             if not chains:
-                port.hungry = False
+                port.hungry = out_of_turn
                 break
             (chain,) = chains
             room = min(total(chain.writable), _CHUNK)
@@ -171,21 +169,21 @@ class VirtioConsole(VirtioDevice):
                 break
             try:
                 scatter(self._memory, chain.writable, data)
-            except (GuestMemoryError, OSError):
+            except EXPECTED:
                 queue.publish(used)
                 raise
             used.append((chain.head, len(data)))
             self.statistics.bytes_read += len(data)
-            budget -= len(data) + 1
+            queue.budget.spend(2 + len(chain.writable), len(data))
+        queue.more = queue.more or out_of_turn
         self.statistics.requests += len(used)
         return queue.publish(used)
 
     def _output(self, port: Port, queue: SplitQueue) -> bool:
         used: list[tuple[int, int]] = []
         port.stuck = False
-        budget = TURN_BYTES
         try:
-            while budget > 0:
+            while True:
                 chains = queue.take(1)
                 if not chains:
                     break
@@ -196,11 +194,10 @@ class VirtioConsole(VirtioDevice):
                     port.stuck = True
                     break
                 used.append((chains[0].head, 0))
-                budget -= written + 1
-        except (QueueError, GuestMemoryError, OSError):
+                queue.budget.spend(2 + len(chains[0].readable), written)
+        except EXPECTED:
             queue.publish(used)
             raise
-        queue.more = queue.more or budget <= 0
         self.statistics.requests += len(used)
         return queue.publish(used)
 
@@ -266,9 +263,10 @@ class VirtioConsole(VirtioDevice):
             message = self._messages.pop(key)
             try:
                 written = scatter(self._memory, chains[0].writable, message)
-            except (GuestMemoryError, OSError):
+            except EXPECTED:
                 queue.publish(used)
                 raise
+            queue.budget.spend(1 + len(chains[0].writable), written)
             used.append((chains[0].head, written))
         return queue.publish(used)
 

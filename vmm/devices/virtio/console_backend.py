@@ -101,7 +101,8 @@ class Pty(_Stream):
 
 
 class OutputFile(_Stream):
-    """A file that gets the output; there is no input.
+    """A file that gets the output; there is no input. A FIFO or a terminal can be full for a
+    while, a regular file always has room, and epoll can't wait for it.
 
     A regular file gets `most` bytes: no guest fills the host's disk. What comes after is dropped.
     """
@@ -110,7 +111,8 @@ class OutputFile(_Stream):
         super().__init__(fd)
         self._path = path
         self._most = most
-        self._left = most if stat.S_ISREG(os.fstat(fd).st_mode) else sys.maxsize
+        self._always_ready = stat.S_ISREG(os.fstat(fd).st_mode)
+        self._left = most if self._always_ready else sys.maxsize
         self._told = False
 
     def write(self, data: bytes) -> bool:
@@ -130,10 +132,16 @@ class OutputFile(_Stream):
         return b""
 
     def want(self, *, readable: bool, writable: bool) -> None:
-        """A regular file always has room, and epoll can't wait for it."""
+        if not self._always_ready:
+            try:
+                super().want(readable=False, writable=writable)
+            except PermissionError:  # /dev/null, and others that always have room
+                self._always_ready = True
 
     def stop(self) -> None:
-        """It never waited."""
+        if not self._always_ready:
+            super().stop()
+        self._watch = _ignore
 
 
 class SocketServer(_Stream):

@@ -149,6 +149,7 @@ class VirtioNet(VirtioDevice):
                 frame = self._next_frame()
                 if frame is None:
                     break
+                queue.budget.spend(1, len(frame))  # also of those that are dropped
                 if not self._deliver(queue, chains, used, frame):
                     self._held, more = frame, queue.more
                     self._receiving = False

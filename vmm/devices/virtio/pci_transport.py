@@ -179,6 +179,7 @@ class VirtioPciTransport:
             if self._active.get(queue_index) is not active:
                 return  # reset, or stopped, while this thread waited
             active.queue.budget.begin()
+            active.queue.more = False  # a turn without a take would repeat the last one's word
             try:
                 if self._device.process(queue_index):
                     self._raise(ISR_QUEUE, self._queues[queue_index].vector)

@@ -31,4 +31,5 @@ class VirtioRng(VirtioDevice):
         data = os.getrandom(size)
         written = scatter(self._memory, first(chain.writable, len(data)), data)
         self.statistics.bytes_read += written
+        self._queues[0].budget.spend(1 + len(chain.writable), written)
         return written

@@ -1,0 +1,242 @@
+"""How long a hostile guest keeps the device loop from the user: worst gap, and `quit` answered.
+
+Run: python -m tests.bench.loop_latency [--seconds N]
+
+One guest of each kind against a real loop with a real control socket; nothing else runs. `gap` is
+the longest time between two looks at the control socket and the timers, `cpu` what of it the
+loop's thread was on a processor (other work on the machine doesn't change that), `quit` the time
+until the command was answered in the middle of it. Prints, asserts nothing; the goal is 20 ms.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import struct
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, cast
+
+from tests.support.control import FakeOperations
+from tests.support.fake_memory import FakeMemory
+from tests.support.virtio_driver import DESC_INDIRECT, DESC_NEXT, DESC_WRITE, Piece
+from tests.support.virtio_machine import VirtioMachine
+from vmm.control.control_socket import ControlSocket
+from vmm.core.event_loop import EventLoop, drain
+from vmm.core.ranges import Range
+from vmm.devices.virtio.balloon import INFLATE, VirtioBalloon
+from vmm.devices.virtio.block import VirtioBlock
+from vmm.devices.virtio.block_file import open_disk
+from vmm.devices.virtio.console_backend import open_console
+from vmm.devices.virtio.device import VirtioDevice
+from vmm.devices.virtio.net import RX, TX, VirtioNet
+from vmm.devices.virtio.net_backend import Passt
+from vmm.devices.virtio.rng import VirtioRng
+from vmm.memory.backings.memfd import MemfdBacking
+from vmm.memory.engines import make_engine
+from vmm.memory.guest_memory import GuestMemory
+
+RAM = 512 << 20
+MIB = 1 << 20
+
+
+class Ram:
+    """Real guest memory with FakeMemory's verbs."""
+
+    def __init__(self) -> None:
+        self.backing = MemfdBacking(RAM)
+        self.guest = GuestMemory((Range(0, RAM),), self.backing)
+        self.size = RAM
+        through = self.guest.through(make_engine("auto", self.backing))
+        for verb in (
+            "pread", "pwrite", "transfer_in", "transfer_out", "discard",
+            "read_many", "write_many", "move_in", "move_out",
+        ):  # fmt: skip
+            setattr(self, verb, getattr(through, verb))
+
+    def peek(self, size: int, gpa: int) -> bytes:
+        return os.pread(self.backing.fd, size, gpa)
+
+    def poke(self, data: bytes, gpa: int) -> None:
+        os.pwrite(self.backing.fd, data, gpa)
+
+    def close(self) -> None:
+        self.guest.close()
+
+
+def table(machine: VirtioMachine, rows: list[tuple[int, int, int]]) -> Piece:
+    """An indirect table in guest memory."""
+    return machine.place(
+        b"".join(
+            struct.pack("<QIHH", gpa, size, flags | (DESC_NEXT if i + 1 < len(rows) else 0), i + 1)
+            for i, (gpa, size, flags) in enumerate(rows)
+        )
+    )
+
+
+def fill(machine: VirtioMachine, queue: int, rows: list[tuple[int, int, int]]) -> None:
+    """The whole queue full of the same chain."""
+    at = table(machine, rows)
+    driver = machine.queues[queue]
+    for i in range(driver.size):
+        driver.descriptor(i, at.gpa, at.size, DESC_INDIRECT, 0)
+    driver.offer(*range(driver.size))
+
+
+def crumbs(flags: int, count: int = 1000) -> list[tuple[int, int, int]]:
+    return [(64 * MIB + 2 * i, 1, flags) for i in range(count)]
+
+
+def disk(folder: Path) -> VirtioBlock:
+    path = folder / "disk"
+    path.touch()
+    os.truncate(path, 8 << 30)
+    return VirtioBlock(open_disk(str(path)))
+
+
+def request(kind: int, body: list[tuple[int, int, int]]) -> Callable[[VirtioMachine], int]:
+    def arrange(machine: VirtioMachine) -> int:
+        header = machine.place(struct.pack("<IIQ", kind, 0, 0))
+        status = machine.room(1)
+        fill(machine, 0, [(header.gpa, 16, 0), *body, (status, 1, DESC_WRITE)])
+        return 0
+
+    return arrange
+
+
+def zeroes(machine: VirtioMachine) -> int:
+    area = machine.place(struct.pack("<QII", 0, 1 << 16, 0))
+    return request(13, [(area.gpa, 16, 0)])(machine)
+
+
+def pages(machine: VirtioMachine) -> int:
+    numbers = machine.place(struct.pack("<65000I", *range(2048, 2048 + 2 * 65000, 2)))
+    fill(machine, INFLATE, [(numbers.gpa, numbers.size, 0)])
+    return INFLATE
+
+
+def every(queue: int, rows: list[tuple[int, int, int]]) -> Callable[[VirtioMachine], int]:
+    def arrange(machine: VirtioMachine) -> int:
+        fill(machine, queue, rows)
+        return queue
+
+    return arrange
+
+
+def network(folder: Path) -> VirtioNet:
+    ours, theirs = socket.socketpair()
+    frame = struct.pack(">I", 60000) + bytes(60000)
+
+    def feed() -> None:
+        try:
+            while True:
+                theirs.sendall(frame)
+        except OSError:
+            theirs.close()
+
+    threading.Thread(target=feed, daemon=True).start()
+    return VirtioNet(Passt(ours), b"\2\0\0\0\0\1")
+
+
+GUESTS: dict[str, tuple[Callable[[Path], VirtioDevice], Callable[[VirtioMachine], int]]] = {
+    "balloon, 65,000 isolated pages a chain": (lambda folder: VirtioBalloon(), pages),
+    "disk, reads of 4 GiB": (disk, request(0, [(64 * MIB, 4 * MIB, DESC_WRITE)] * 1000)),
+    "disk, writes of 4 GiB": (disk, request(1, [(64 * MIB, 4 * MIB, 0)] * 1000)),
+    "disk, zeroes of 32 MiB": (disk, zeroes),
+    "disk, reads in pieces of a byte": (disk, request(0, crumbs(DESC_WRITE, 1024 - 2)[:512])),
+    "disk, flushes": (disk, request(4, [])),
+    "random numbers in pieces of a byte": (
+        lambda folder: VirtioRng(), every(0, crumbs(DESC_WRITE))
+    ),
+    "random numbers, 64 KiB each": (
+        lambda folder: VirtioRng(), every(0, [(64 * MIB, 1 << 16, DESC_WRITE)])
+    ),
+    "net, buffers in pieces of a byte": (
+        network, every(RX, [(64 * MIB, 12, DESC_WRITE), *crumbs(DESC_WRITE)])
+    ),
+    "net, frames in pieces of a byte": (network, every(TX, crumbs(0))),
+    "console, output in pieces of a byte": (
+        lambda folder: open_console([f"file={folder / 'out'}"]), every(1, crumbs(0))
+    ),
+}  # fmt: skip
+
+
+def measure(name: str, seconds: float) -> tuple[float, float, float]:
+    """Longest gap, most work of the loop's thread in one, time until `quit` was answered."""
+    make, arrange = GUESTS[name]
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        machine = VirtioMachine(make(folder), memory=cast(FakeMemory, Ram()))
+        stack.callback(machine.close)
+        machine.up(size=64)
+        queue = arrange(machine)
+        loop = EventLoop()
+        stack.callback(loop.close)
+        operations: Any = FakeOperations()
+        operations.quit = loop.stop
+        control = ControlSocket(str(folder / "c"))
+        control.serve(loop, operations)
+        stack.callback(control.close)
+        bell = os.eventfd(1, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        stack.callback(os.close, bell)
+        worst = busiest = 0.0
+        last, worked = time.monotonic(), 0.0
+
+        def looked() -> None:
+            nonlocal worst, last, busiest, worked
+            now, work = time.monotonic(), time.thread_time()
+            worst, last = max(worst, now - last), now
+            busiest, worked = max(busiest, work - worked), work
+            loop.set_timer(now, looked)
+
+        def rung() -> None:
+            drain(bell)
+            machine.transport.notify(queue)
+            driver = machine.queues[queue]
+            done = (driver.used_index() - driver.seen) & 0xFFFF
+            driver.seen = driver.used_index()
+            driver.available = (driver.available + done) & 0xFFFF
+            driver.set_available_index(driver.available)  # always full
+            machine.rung.clear()
+            os.eventfd_write(bell, 1)
+
+        machine.device.watch = loop.watch
+        loop.add(bell, rung)
+        loop.set_timer(time.monotonic(), looked)
+        answered: list[float] = []
+
+        def ask() -> None:
+            time.sleep(seconds)
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(str(folder / "c"))
+                started = time.monotonic()
+                client.sendall(b'{"command": "quit"}\n')
+                json.loads(client.recv(100))
+                answered.append(time.monotonic() - started)
+
+        user = threading.Thread(target=ask)
+        user.start()
+        worked = time.thread_time()
+        loop.run()
+        user.join()
+    return worst, busiest, answered[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure what a hostile guest does to the loop.")
+    parser.add_argument("--seconds", type=float, default=1.0, help="before quit is asked for")
+    options = parser.parse_args()
+    print(f"{'guest':45} {'gap ms':>8} {'cpu ms':>8} {'quit ms':>8}")
+    for name in GUESTS:
+        found = "".join(f"{value * 1000:9.1f}" for value in measure(name, options.seconds))
+        print(f"{name:45}{found}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
