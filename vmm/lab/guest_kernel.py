@@ -66,7 +66,7 @@ class GuestKernelBuild:
         require_plain(into.parent)
         cross = self.compilers()
         tree, sources = into.parent / "build", into.parent / "linux"
-        self.progress.step("downloading compiler and sources of a guest kernel (200 MB)")
+        self.progress.step("downloading compiler and sources of a guest kernel (230 MB)")
         series = ".".join(self.version.split(".")[:2])
         self.download([*_TOOLS, f"linux-source-{series}={self.version}"], tree)
         run_by_own_loader(tree)
