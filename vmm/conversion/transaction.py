@@ -12,7 +12,6 @@ import math
 import threading
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from vmm.conversion.accounting import Accounting, Refinements
@@ -127,10 +126,6 @@ class Converter:
         started = time.monotonic_ns()
         with self._lock:
             return self._observed(request, started)
-
-    def held(self) -> AbstractContextManager[object]:
-        """While it is entered no conversion begins, and none is under way."""
-        return self._lock
 
     def convert_for_host(self, kind: Kind, gpa: int, size: int) -> int:
         """`convert` whole pages without the guest's asking, which is not told either.

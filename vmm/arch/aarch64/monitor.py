@@ -51,11 +51,16 @@ class RealmMonitor:
         private = self._memory.private
         if gpa % PAGE_SIZE or private is None or not self._memory.is_ram(page):
             return rsi.ERROR_INPUT
-        with self._converter.held():
-            if self._memory.states(page) != [(page, PageState.PRIVATE)]:
-                return rsi.ERROR_INPUT
-            private.pwrite(rsi.realm_config(layout.IPA_BITS), gpa)
-        return rsi.SUCCESS
+        its_own = [(page, PageState.PRIVATE)]
+        if self._memory.states(page) != its_own:
+            return rsi.ERROR_INPUT
+        private.pwrite(rsi.realm_config(layout.IPA_BITS), gpa)
+        if self._memory.states(page) == its_own:
+            return rsi.SUCCESS
+        # Another vCPU shares the page meanwhile: its private side has to be gone after that. A
+        # guest that has it back already, and uses it, has spoilt this page for itself.
+        self._memory.discard_private(page)
+        return rsi.ERROR_INPUT
 
     def _set_state(self, base: int, top: int, ripas: int, vcpu: int) -> Answer:
         request = rsi.decode_state_set(base, top, ripas, vcpu)

@@ -40,14 +40,14 @@ class ArmPlatform:
         self._scheme = scheme
         self._guest.learn(scheme)
         self.vcpus: list[Vcpu] = []
-        self._gic = _create_gic(vm)
         if scheme == "realm":
             _pass_realm_calls_on(vm)
         if vm.check_extension(ioctls.KVM_CAP_ARM_NISV_TO_USER):
             vm.enable_cap(ioctls.KVM_CAP_ARM_NISV_TO_USER)
 
     def create_vcpus(self, count: int, alias: int, opened: ExitStack) -> None:
-        opened.callback(self._gic.close)
+        gic = _create_gic(self._vm)
+        opened.callback(gic.close)
         target = self._vm.preferred_target()
         for index in range(count):
             vcpu = self._vm.create_vcpu(index)
@@ -58,9 +58,7 @@ class ArmPlatform:
             vcpu.init(target, *features)
             self.vcpus.append(vcpu)
         # After the vCPUs, whose number it takes.
-        self._gic.set_attr(
-            ioctls.KVM_DEV_ARM_VGIC_GRP_CTRL, ioctls.KVM_DEV_ARM_VGIC_CTRL_INIT, None
-        )
+        gic.set_attr(ioctls.KVM_DEV_ARM_VGIC_GRP_CTRL, ioctls.KVM_DEV_ARM_VGIC_CTRL_INIT, None)
 
     def make_board(self, parts: BoardParts) -> ArmBoard:
         from vmm.arch.aarch64.board import ArmBoard
@@ -84,7 +82,11 @@ class ArmPlatform:
 
             monitor = RealmMonitor(memory, converter)
         asks = self._guest.doorbell == MMIO_DOORBELL_NAME and self._options.is_private
-        actions = doorbell_actions(memory, converter if asks else None, stop)
+        checked = memory
+        if self._scheme == "realm":
+            # The guest names the page, as for a conversion; the host's way to it has the bit.
+            checked = cast("GuestMemory", _AtSharedAddresses(memory))
+        actions = doorbell_actions(checked, converter if asks else None, stop)
         if self._scheme == "pkvm":
             # Only the hypervisor can convert; the rest of the registers is there.
             actions.convert = lambda request: -errno.EOPNOTSUPP
@@ -103,6 +105,19 @@ class ArmPlatform:
         first = self.vcpus[0]
         first.set_one_reg(CORE_REGISTERS["pc"], entry.pc)
         first.set_one_reg(CORE_REGISTERS["x0"], entry.x0)
+
+
+class _AtSharedAddresses:
+    """A realm's memory by plain addresses, for the host's checks of shared pages."""
+
+    def __init__(self, memory: GuestMemory) -> None:
+        self._memory = memory
+
+    def pread(self, size: int, gpa: int) -> bytes:
+        return self._memory.pread(size, gpa | 1 << layout.REALM_SHARED_BIT)
+
+    def pwrite(self, data: bytes, gpa: int) -> None:
+        self._memory.pwrite(data, gpa | 1 << layout.REALM_SHARED_BIT)
 
 
 def _create_gic(vm: Vm) -> Device:

@@ -15,15 +15,16 @@ from vmm.arch.aarch64.board import ArmBoard
 from vmm.arch.aarch64.guests import LinuxGuest, PayloadGuest
 from vmm.arch.aarch64.platform import ArmPlatform
 from vmm.arch.options import GuestOptions
+from vmm.core.errors import PrivateAccess
 from vmm.core.events import ConversionRequest
 from vmm.core.ranges import PAGE_SIZE, Range
-from vmm.devices.bus import MemoryBus
+from vmm.devices.bus import MemoryBus, PortDevice
 from vmm.exits.handlers import bank_of
 from vmm.memory.guest_memory import GuestMemory
 
 RAM = Range(layout.RAM_START, 64 * PAGE_SIZE)
 FRAME, PAGES, COMMAND, RESULT = 0x00, 0x04, 0x08, 0x0C
-SHARE = 1
+SHARE, HOST_CHECK = 1, 3
 NOWHERE: Any = None
 
 
@@ -68,6 +69,14 @@ def memory() -> Iterator[GuestMemory]:
 
 def rung(memory: GuestMemory, guest: Any, scheme: str) -> tuple[int, list[ConversionRequest]]:
     """vCPU 1 asks for a share; (the answer, what reached the converter)."""
+    bank, converter = the_bank(memory, guest, scheme)
+    for register, value in ((FRAME, RAM.start >> 12), (PAGES, 2), (COMMAND, SHARE)):
+        bank.write(register, 4, value)
+    return bank.read(RESULT, 4), converter.requests
+
+
+def the_bank(memory: Any, guest: Any, scheme: str) -> tuple[PortDevice, FakeConverter]:
+    """vCPU 1's registers, and the converter behind them."""
     is_private = scheme != "none"
     platform = ArmPlatform(
         cast(Vm, FakeVm()), guest, GuestOptions(64 << 20, 2, "", is_private=is_private), scheme
@@ -78,10 +87,7 @@ def rung(memory: GuestMemory, guest: Any, scheme: str) -> tuple[int, list[Conver
     )
     found = board.registers.find(layout.DOORBELL_GPA)
     assert found is not None
-    bank = bank_of(found[0], 1)
-    for register, value in ((FRAME, RAM.start >> 12), (PAGES, 2), (COMMAND, SHARE)):
-        bank.write(register, 4, value)
-    return bank.read(RESULT, 4), converter.requests
+    return bank_of(found[0], 1), converter
 
 
 def payload() -> PayloadGuest:
@@ -101,6 +107,31 @@ def test_payload_of_a_protected_guest_is_sent_to_the_hypervisor(memory: GuestMem
 
     assert answer == -errno.EOPNOTSUPP & 0xFFFF_FFFF
     assert requests == []
+
+
+class Forbidden:
+    """Guest memory that refuses everything, and remembers where."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def pread(self, size: int, gpa: int) -> bytes:
+        self.asked.append(gpa)
+        raise PrivateAccess("not yours")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "bit"), [("remap", 0), ("pkvm", 0), ("realm", 1 << layout.REALM_SHARED_BIT)]
+)
+def test_host_checks_the_page_at_the_address_that_its_devices_use(scheme: str, bit: int) -> None:
+    memory = Forbidden()
+    bank, _ = the_bank(memory, payload(), scheme)
+
+    for register, value in ((FRAME, RAM.start >> 12), (PAGES, 1), (COMMAND, HOST_CHECK)):
+        bank.write(register, 4, value)
+
+    assert memory.asked[:1] == [RAM.start | bit]
+    assert bank.read(RESULT, 4) == -errno.EACCES & 0xFFFF_FFFF
 
 
 @pytest.mark.parametrize(("scheme", "linux"), [("none", False), ("realm", True)])
