@@ -82,13 +82,14 @@ TAKE_INTERRUPT: Code = (
     (0xD5033F9F, "dsb sy"),
     (0x6B14001F, "cmp w0, w20"),
     (0x54FFFFA1, "b.ne . - 12"),
+    (0xB9000260, "str w0, [x19]"),
     (0xD518CC20, "msr icc_eoir1_el1, x0"),
     (0xD5033FDF, "isb"),
-    (0xB9000260, "str w0, [x19]"),
+    (0xB900027F, "str wzr, [x19]"),
     (0x14000000, "b ."),
 )
-"""x20: an INTID. Says 0 when the processor's interface to the GIC is on, and the INTID when that
-interrupt has come and been ended. It asks again and again: nothing depends on WFI."""
+"""x20: an INTID. Says 0 when the processor's interface to the GIC is on, the INTID when that
+interrupt has come, and 0 when it is ended. It asks again and again: nothing depends on WFI."""
 
 EXCEPTION: Code = (
     (0xD5385200, "mrs x0, esr_el1"),
