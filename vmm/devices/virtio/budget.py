@@ -90,7 +90,7 @@ class Pace:
 
     EACH = 32 << 10
     LEAST, MOST = 64 << 10, (4 << 20) + 4 * EACH
-    SLOW = TURN_SECONDS / 2
+    SLOW = TURN_SECONDS
 
     __slots__ = ("limit",)
 
