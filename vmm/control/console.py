@@ -18,6 +18,7 @@ from vmm.core.raw_terminal import RawTerminal
 ESCAPE = 0x01  # Ctrl-A
 _HELP = b"\r\nCtrl-A x  quit    Ctrl-A Ctrl-A  send Ctrl-A    Ctrl-A h  this help\r\n"
 _CHUNK = 4096
+_TURN_READS = 16
 _PATIENCE = 0.2  # seconds that a key's effect waits for the guest's output
 _TAIL = 8192
 
@@ -127,7 +128,8 @@ class Console:
         self._serial = serial
         self._terminal.enter()
         loop.add(self._room, self._on_room, unheld=True)
-        self._watch()
+        if not self._watch():
+            self._readable()
 
     def room(self) -> None:
         """The guest has read what it had: more input may go in (called on any thread)."""
@@ -150,18 +152,20 @@ class Console:
         self._drop_output()
         os.close(self._room)
 
-    def _watch(self) -> None:
+    def _watch(self) -> bool:
+        """Wait for input; False for what epoll refuses: a regular file or /dev/null."""
         assert self._loop is not None
         if self._watching or self._ended:
-            return
+            return True
         try:
             # Also while the guest is paused: Ctrl-A x must work.
             self._loop.add(self._stdin, self._readable, unheld=True)
             self._watching = True
         except PermissionError:
-            self._readable()  # a regular file or /dev/null: always readable, epoll refuses it
+            return False
         except OSError:
             self._ended = True  # stdin is closed
+        return True
 
     def _unwatch(self) -> None:
         if self._watching and self._loop is not None:
@@ -173,9 +177,12 @@ class Console:
         self._feed()
 
     def _readable(self) -> None:
-        if self._pending:
-            self._feed()
-            return
+        if not self._pending:
+            self._read()
+        self._feed()
+
+    def _read(self) -> None:
+        """What there is of input goes to `_pending`; at its end nothing is waited for."""
         try:
             data = os.read(self._stdin, _CHUNK)
         except BlockingIOError:
@@ -187,12 +194,15 @@ class Console:
             self._unwatch()
             return
         self._pending = self._commands(data) if self._terminal.is_raw else data
-        self._feed()
 
     def _feed(self) -> None:
-        """Hand pending input to the UART; while it is full, nothing more is read."""
+        """Hand pending input to the UART; while it is full, nothing more is read.
+
+        A guest that takes all there is keeps this thread for a few reads at most: the rest of a
+        file follows when the others have had their turn.
+        """
         assert self._serial is not None
-        while True:
+        for _ in range(_TURN_READS):
             if self._pending:
                 accepted = self._serial.receive(self._pending)
                 self._pending = self._pending[accepted:]
@@ -201,9 +211,10 @@ class Console:
                 return
             if self._ended or self._watching:
                 return
-            self._watch()
-            if self._watching or not self._pending:
+            if self._watch():
                 return
+            self._read()  # of a regular file, which is always readable
+        self.room()
 
     def _commands(self, data: bytes) -> bytes:
         """Take Ctrl-A commands out of what was typed."""

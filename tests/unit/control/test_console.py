@@ -594,3 +594,40 @@ def len_in(fd: int) -> int:
     held = array("i", [0])
     fcntl.ioctl(fd, termios.FIONREAD, held)
     return held[0]
+
+
+class ThirstyUart:
+    """A UART that another vCPU empties as quickly as it is filled."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+
+    def receive(self, data: bytes) -> int:
+        self.taken += len(data)
+        return len(data)
+
+    def can_receive(self) -> bool:
+        return True
+
+
+def test_input_file_that_a_guest_takes_at_once_does_not_keep_the_loop(tmp_path: Path) -> None:
+    """All of a file went in at once, by recursion; the rest follows in the loop's next rounds."""
+    path = tmp_path / "input"
+    path.write_bytes(bytes(1 << 20))
+    stdin, null = os.open(path, os.O_RDONLY), os.open(os.devnull, os.O_WRONLY)
+    loop, uart = EventLoop(), ThirstyUart()
+    console = Console(loop.stop, stdin, null)
+
+    console.attach(loop, uart)
+
+    assert 0 < uart.taken <= 128 << 10
+    while uart.taken < 1 << 20:
+        before = uart.taken
+        loop.set_timer(0.0, loop.stop)
+        loop._stopping = False
+        loop.run()
+        assert before < uart.taken <= before + (256 << 10)
+    console.close()
+    loop.close()
+    os.close(stdin)
+    os.close(null)

@@ -84,17 +84,18 @@ class Budget:
 class Pace:
     """How much one uninterrupted call may be asked to do: less of it where the host is slow.
 
-    A cost is bytes, plus EACH for every request: a disk may have to be waited for with each.
+    A cost is bytes, plus EACH for every request: a disk may have to be waited for with each. MOST
+    is what a queue of large requests needs to be as quick as without bounds: four of 1 MiB.
     """
 
     EACH = 32 << 10
-    LEAST, MOST = 64 << 10, TURN_BYTES // 2
-    SLOW = TURN_SECONDS / 2
+    LEAST, MOST = 64 << 10, (4 << 20) + 4 * EACH
+    SLOW = TURN_SECONDS
 
     __slots__ = ("limit",)
 
     def __init__(self) -> None:
-        self.limit = 2 << 20
+        self.limit = self.MOST
 
     def took(self, cost: int, seconds: float) -> None:
         """A call of that cost took so long. Safe from several threads: any answer will do."""
@@ -102,4 +103,4 @@ class Pace:
         if seconds > self.SLOW:
             self.limit = max(self.LEAST, min(limit, cost) // 2)
         elif limit < self.MOST and 2 * cost >= limit and 2 * seconds < self.SLOW:
-            self.limit = 2 * limit
+            self.limit = min(2 * limit, self.MOST)

@@ -166,6 +166,7 @@ class VirtioConsole(VirtioDevice):
             data = port.backend.read(room) if room else b""
             if not data and room:
                 queue.put_back(1)
+                queue.more = False  # the backend will say when
                 break
             try:
                 scatter(self._memory, chain.writable, data)
