@@ -243,7 +243,7 @@ class World:
 
     def _host_read(self, first: int, count: int) -> str:
         try:
-            data = self.rig.memory.pread(count * PAGE_SIZE, self.rig.gpa(first))
+            data = self.rig.memory.pread(count * PAGE_SIZE, self.rig.device_gpa(first))
         except PrivateAccess:
             self._expect("host access allowed", False, self.reference.host_may(first, count))
             return "refused"
@@ -262,7 +262,7 @@ class World:
     def _host_write(self, first: int, count: int, word: int) -> str:
         page = word.to_bytes(8, "little") + bytes(PAGE_SIZE - 8)
         try:
-            self.rig.memory.pwrite(page * count, self.rig.gpa(first))
+            self.rig.memory.pwrite(page * count, self.rig.device_gpa(first))
         except PrivateAccess:
             self._expect("host access allowed", False, self.reference.host_may(first, count))
             return "refused"
@@ -290,7 +290,7 @@ class World:
         first, count = start // PAGE_SIZE, last // PAGE_SIZE - start // PAGE_SIZE + 1
         allowed = inside and self.reference.host_may(first, count)
         try:
-            data = self.rig.memory.pread(size, self.rig.gpa(0) + start)
+            data = self.rig.memory.pread(size, self.rig.device_gpa(0) + start)
         except (PrivateAccess, UnmappedAccess) as refusal:
             self._expect("host access allowed", False, allowed)
             self._expect("refused as unmapped", isinstance(refusal, UnmappedAccess), not inside)
