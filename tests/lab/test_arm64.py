@@ -7,6 +7,8 @@ minute and a half to its shell under two layers of emulation. PYVMM_LAB_SLOW=1 b
 from __future__ import annotations
 
 import os
+import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,8 @@ import pytest
 from tests.lab.conftest import BOOT_SECONDS, Starter
 from tests.lab.ext4_disk import Ext4Disk
 from tests.lab.test_linux import Shell, report_of
+
+README = Path(__file__).resolve().parents[2] / "README.md"
 
 # The first arm64 test of a machine downloads and compiles: Python, the extension, a kernel.
 FIRST_SECONDS = 2400
@@ -62,3 +66,35 @@ def test_arm64_guest_boots_to_a_shell_and_its_disk_holds_what_it_wrote(
     report = report_of(tmp_path)
     assert report["guest"]["exit"] == "poweroff"
     assert report["scheme"] == "none"
+
+
+def readme_policy(folder: Path) -> str:
+    """README's first policy, as it stands there, in a file; what --policy takes."""
+    block = re.search(r"    # frugal\.py\n((?:    .*\n|\n)+?)\n    pyvmm", README.read_text())
+    assert block is not None
+    (folder / "frugal.py").write_text(textwrap.dedent(block[1]))
+    return "frugal.py:Frugal"
+
+
+@pytest.mark.timeout(FIRST_SECONDS)
+def test_policy_of_the_readme_is_asked_by_a_guest_that_takes_itself_for_a_realm(
+    lab_start: Starter, tmp_path: Path
+) -> None:
+    disk = Ext4Disk(tmp_path)
+
+    words = ["--kernel", "pkvm-guest", "--private-mem", "--append", "quiet", "--mem", "256M"]
+    words += ["--policy", readme_policy(tmp_path), "--disk", disk.path.name]
+    run = lab_start([*words, "--report", "report.json"], host="arm64")
+    shell = Shell(run)
+    disk.use(shell)
+    status = shell.leave("poweroff -f")
+
+    assert status == 0, bytes(run.stderr.data)
+    disk.check()
+    report = report_of(tmp_path)
+    assert (report["scheme"], report["doorbell"], report["states"]) == ("realm", "rsi", "told")
+    assert report["isolation"].startswith("policy-enforced rehearsal")
+    shares = report["conversions"]["share"]
+    assert shares["calls"] > 0 and shares["denied"] == shares["failed"] == 0
+    assert 0 < report["pages"]["shared_bytes"] == shares["bytes"] < 80 << 20
+    assert report["io"]["blk0"]["refused"] == 0
