@@ -131,10 +131,18 @@ def _carry_if_file(job: Job, value: str) -> None:
     for name in dict.fromkeys((value, value.rpartition(":")[0])):
         path = _absolute(job, name)
         inside_kernel = str(path).startswith(tuple(f"{p}/" for p in _NOT_CARRIED))
-        if name and "\0" not in name and not inside_kernel and path.is_file():
+        if name and "\0" not in name and not inside_kernel and _is_file(path):
             if path not in job.inputs:
                 job.inputs.append(path)
             return
+
+
+def _is_file(path: Path) -> bool:
+    """Whether there is such a regular file; what is too long for a name (a program) is none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def _absolute(job: Job, value: str) -> Path:

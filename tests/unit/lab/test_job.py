@@ -35,6 +35,14 @@ def test_files_keep_their_names_and_are_taken_along(files: Path) -> None:
     assert job.inputs == [files / "kernel", files / "initrd", files / "policy.py"]
 
 
+def test_word_that_is_too_long_for_a_file_name_is_left_alone(files: Path) -> None:
+    words = ["python3", "-c", "print(1)\n" * 100]
+
+    job = job_from_arguments(words, files)
+
+    assert (job.words, job.inputs) == (words, [])
+
+
 def test_file_named_twice_is_taken_once(files: Path) -> None:
     job = job_from_arguments(["--kernel", "kernel", "--kernel", "./kernel"], files)
 

@@ -70,7 +70,10 @@ class LinuxGuest:
     def finish_opening(self) -> None:
         from vmm.boot.kernel import place_initrd
 
-        self._command_line = _command_line(self._options.append)
+        append = self._options.append
+        if self._scheme == "realm":  # first, so that the user's word counts
+            append = f"swiotlb={layout.bounce_slots(self._options.memory)} {append}"
+        self._command_line = _command_line(append)
         self._image = image = self._opened.finish()
         (ram,) = layout.ram_ranges(self._options.memory)
         # Whether there is a pool is known later; its place is kept free in any case.

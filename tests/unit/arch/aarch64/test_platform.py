@@ -317,6 +317,27 @@ def test_nothing_that_is_loaded_overlaps(guest: LinuxGuest) -> None:
         memory.close()
 
 
+@pytest.mark.parametrize(
+    ("scheme", "memory", "slots"),
+    [("none", 256, None), ("pkvm", 256, None), ("realm", 64, 2048), ("realm", 256, 7864),
+     ("realm", 4096, 32768)],
+)  # fmt: skip
+def test_realm_gets_a_bounce_buffer_that_holds_disk_requests(
+    tmp_path: Path, scheme: str, memory: int, slots: int | None
+) -> None:
+    (tmp_path / "Image").write_bytes(IMAGE)
+    kernel = ARM64.open_kernel(str(tmp_path / "Image"))
+    made = LinuxGuest(options(memory=memory << 20, append="swiotlb=9"), kernel, None)
+    made.learn(scheme)
+
+    made.finish_opening()
+
+    words = made._command_line.split()
+    wanted = [] if slots is None else [f"swiotlb={slots}"]
+    assert [word for word in words if "swiotlb" in word] == [*wanted, "swiotlb=9"]
+    made.close()
+
+
 @pytest.mark.parametrize(("append", "message"), [("x" * 2040, "2063 bytes"), ("a\0b", "NUL")])
 def test_command_line_that_linux_would_cut_is_refused(
     tmp_path: Path, append: str, message: str
