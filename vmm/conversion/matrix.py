@@ -50,6 +50,12 @@ NEEDS = {
 }
 """What is missing where KVM refuses a scheme or a backing."""
 
+TO_SHARE = {
+    "pkvm": "a protected guest's kernel needs CONFIG_ARM_PKVM_GUEST and CONFIG_DMA_RESTRICTED_POOL "
+    "to share what its devices use, which Debian's don't have; pyvmm lab's --kernel pkvm-guest has",
+}
+"""What a guest needs to share by itself, under schemes whose host is not told when it doesn't."""
+
 
 def backings_of(schemes: Sequence[str]) -> list[str]:
     """The backings that one of the schemes takes, strongest first."""

@@ -75,7 +75,7 @@ class GuestKernelBuild:
         sources.mkdir()
         excluded = [f"--exclude={{top}}/{folder}/*.[ch]" for folder in _NOT_COMPILED]
         unpack_sources(tree, sources, excluded)
-        self.progress.step(f"compiling the guest kernel {NAME} (once, some 6 minutes on two cores)")
+        self.progress.step(f"compiling the guest kernel {NAME} (once, some 7 minutes on two cores)")
         shutil.copyfile(CONFIGURATION, sources / "small.config")
         self._make(tree, cross, sources, "allnoconfig", "KCONFIG_ALLCONFIG=small.config")
         self._require_options(sources)

@@ -27,7 +27,7 @@ machine's architecture. Without --initrd a guest gets a busybox shell.
 {_HOSTS}
 
   --kernel pkvm-guest      on arm64 and pkvm: a small kernel for protected guests, compiled once
-                           from Debian's sources (some 6 minutes on two cores). Debian's own
+                           from Debian's sources (some 7 minutes on two cores). Debian's own
                            kernels share nothing there: their devices don't work. On pkvm a run
                            without --kernel gets it
   --kernel payload         the embedded payload, which other hosts run without --kernel

@@ -30,7 +30,7 @@ from vmm.machine.config import MachineConfig
 from vmm.machine.guest_vm import GuestVm
 from vmm.machine.images import OpenedImages
 from vmm.machine.peripherals import open_devices
-from vmm.machine.report import ReportFile, build_report
+from vmm.machine.report import ReportFile, build_report, unshared
 from vmm.memory.guest_memory import LaunchMemory
 from vmm.policy import End, Policy, PolicyError, PolicyKill
 
@@ -322,6 +322,10 @@ class Machine:
                 counts[name] = counts.get(name, 0) + count
         if self._trace is not None:
             self._trace.end(outcome)
+        io = self._devices.io_statistics()
+        sentence = unshared(self._vm.scheme.name, io)
+        if sentence is not None:
+            tell(sentence)
         self.report = build_report(
             scheme=self._vm.scheme.name,
             not_taken={} if self._vm.chosen is None else self._vm.chosen.not_taken,
@@ -330,7 +334,7 @@ class Machine:
             outcome=outcome,
             accounting=self._converter.accounting,
             refinements=self._converter.refinements,
-            io=self._devices.io_statistics(),
+            io=io,
             exits=counts,
             ports=self._handlers.port_counts(),
             wall_seconds=wall_seconds,

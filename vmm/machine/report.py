@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 from vmm.conversion.accounting import Accounting, Refinements
+from vmm.conversion.matrix import TO_SHARE
 from vmm.core.errors import OutputError, tell
 from vmm.core.output import Output
 from vmm.exits.outcome import Outcome
@@ -127,6 +128,15 @@ def build_report(
         },
         "wall_s": round(wall_seconds, 3),
     }
+
+
+def unshared(scheme: str, io: dict[str, dict[str, Any]]) -> str | None:
+    """The sentence for devices that found what they were to use private, under a scheme whose
+    host is not told of shares; None where there is nothing to say."""
+    devices = [name for name, counts in io.items() if counts["refused"]]
+    if not devices or scheme not in TO_SHARE:
+        return None
+    return f"{', '.join(devices)} stopped, the guest having shared no memory: {TO_SHARE[scheme]}"
 
 
 class ReportFile:

@@ -23,7 +23,7 @@ from vmm.core.events import Kind
 from vmm.core.ranges import PAGE_SIZE
 from vmm.exits.outcome import Outcome
 from vmm.exits.vcpu_group import VcpuGroup
-from vmm.machine.report import build_report, isolation_of
+from vmm.machine.report import build_report, isolation_of, unshared
 from vmm.memory.backings.memfd import MemfdBacking
 from vmm.memory.observed_memory import ObservedMemory
 from vmm.replay.replay import Replay
@@ -169,3 +169,19 @@ def test_summary_of_a_trace_says_that_the_host_was_not_told(trace: Trace) -> Non
 def test_replay_of_requests_that_nobody_heard_is_refused(trace: Trace) -> None:
     with pytest.raises(UsageError, match=r"without telling the host \(scheme pkvm\); there are"):
         Replay(trace, cast(Requests, None), [])
+
+
+@pytest.mark.parametrize(
+    ("scheme", "refused", "said"),
+    [("pkvm", 1, True), ("pkvm", 0, False), ("cbit", 1, False), ("none", 1, False)],
+)
+def test_guest_that_shares_nothing_is_told_of_at_the_end(
+    scheme: str, refused: int, said: bool
+) -> None:
+    io = {"blk0": {"refused": refused}, "rng": {"refused": 0}}
+
+    sentence = unshared(scheme, io)
+
+    assert (sentence is not None) == said
+    if sentence is not None:
+        assert sentence.startswith("blk0 stopped") and "CONFIG_ARM_PKVM_GUEST" in sentence
