@@ -10,7 +10,7 @@ from kvm_bindings.aarch64 import System, Vcpu, Vm, ioctls
 from kvm_bindings.aarch64.registers import CORE_REGISTERS, system_register
 from kvm_bindings.device import Device
 from kvm_bindings.exits import Exit, MmioExit
-from vmm.arch.aarch64 import layout
+from vmm.arch.aarch64.gic import create_gic
 from vmm.arch.aarch64.machine_code import (
     DEVICES_GPA,
     DONE,
@@ -56,24 +56,6 @@ def set_registers(vcpu: Vcpu, registers: Mapping[str, int]) -> None:
     """Set core registers by name. Raises KvmError."""
     for name, value in registers.items():
         vcpu.set_one_reg(CORE_REGISTERS[name], value)
-
-
-def create_gic(vm: Vm) -> Device:
-    """A GICv3 with registers at the board's places, to be initialised after the vCPUs.
-
-    Raises KvmError where KVM has none.
-    """
-    gic = vm.create_device(ioctls.KVM_DEV_TYPE_ARM_VGIC_V3)
-    try:
-        for kind, gpa in (
-            (ioctls.KVM_VGIC_V3_ADDR_TYPE_DIST, layout.GIC_DISTRIBUTOR_GPA),
-            (ioctls.KVM_VGIC_V3_ADDR_TYPE_REDIST, layout.GIC_REDISTRIBUTORS_GPA),
-        ):
-            gic.set_attr(ioctls.KVM_DEV_ARM_VGIC_GRP_ADDR, kind, gpa)
-    except BaseException:
-        gic.close()
-        raise
-    return gic
 
 
 class MicroGuest(base.MicroGuest):

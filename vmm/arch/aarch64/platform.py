@@ -11,12 +11,12 @@ from kvm_bindings import KvmError
 from kvm_bindings.aarch64 import Vcpu, Vm, ioctls
 from kvm_bindings.aarch64.registers import CORE_REGISTERS
 from vmm.arch.aarch64 import layout, rsi
+from vmm.arch.aarch64.gic import create_gic
 from vmm.arch.aarch64.guests import MMIO_DOORBELL_NAME
 from vmm.core.errors import HostError
 from vmm.host.kvm import LAB
 
 if TYPE_CHECKING:
-    from kvm_bindings.device import Device
     from vmm.arch.aarch64.board import ArmBoard
     from vmm.arch.aarch64.exits import ArmExitHandlers
     from vmm.arch.aarch64.guests import ArmGuest
@@ -46,7 +46,10 @@ class ArmPlatform:
             vm.enable_cap(ioctls.KVM_CAP_ARM_NISV_TO_USER)
 
     def create_vcpus(self, count: int, alias: int, opened: ExitStack) -> None:
-        gic = _create_gic(self._vm)
+        try:
+            gic = create_gic(self._vm)
+        except KvmError as error:
+            raise HostError(f"this host's KVM has no GICv3 for guests ({error}); {LAB}") from None
         opened.callback(gic.close)
         target = self._vm.preferred_target()
         for index in range(count):
@@ -118,27 +121,6 @@ class _AtSharedAddresses:
 
     def pwrite(self, data: bytes, gpa: int) -> None:
         self._memory.pwrite(data, gpa | 1 << layout.REALM_SHARED_BIT)
-
-
-def _create_gic(vm: Vm) -> Device:
-    """KVM's GICv3 at its place. Raises HostError where the host has none."""
-    try:
-        gic = vm.create_device(ioctls.KVM_DEV_TYPE_ARM_VGIC_V3)
-    except KvmError as error:
-        raise HostError(f"this host's KVM has no GICv3 for guests ({error}); {LAB}") from None
-    places = {
-        ioctls.KVM_VGIC_V3_ADDR_TYPE_DIST: layout.GIC_DISTRIBUTOR_GPA,
-        # One region for all vCPUs, however many: the attribute without a count.
-        ioctls.KVM_VGIC_V3_ADDR_TYPE_REDIST: layout.GIC_REDISTRIBUTORS_GPA,
-    }
-    try:
-        for kind, gpa in places.items():
-            gic.set_attr(ioctls.KVM_DEV_ARM_VGIC_GRP_ADDR, kind, gpa)
-        gic.set_attr(ioctls.KVM_DEV_ARM_VGIC_GRP_NR_IRQS, 0, layout.INTERRUPTS)
-    except BaseException:
-        gic.close()
-        raise
-    return gic
 
 
 def _pass_realm_calls_on(vm: Vm) -> None:

@@ -217,7 +217,7 @@ def test_host_that_lacks_something_is_told_what(refused: str, message: str) -> N
 def test_interrupt_controller_that_is_refused_its_place_is_closed() -> None:
     vm = FakeVm("gic")
 
-    with pytest.raises(KvmError), ExitStack() as opened:
+    with pytest.raises(HostError, match="no GICv3"), ExitStack() as opened:
         platform(vm).create_vcpus(1, 0, opened)
 
     assert vm.names()[-2:] == ["device", "gic closed"]

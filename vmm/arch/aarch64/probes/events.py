@@ -8,8 +8,9 @@ from contextlib import ExitStack
 from kvm_bindings import KvmError
 from kvm_bindings.aarch64 import System, ioctls
 from vmm.arch.aarch64 import layout
+from vmm.arch.aarch64.gic import create_gic
 from vmm.arch.aarch64.machine_code import DONE_GPA, EXCHANGE, TAKE_INTERRUPT, assembled
-from vmm.arch.aarch64.micro_guest import MicroGuest, create_gic
+from vmm.arch.aarch64.micro_guest import MicroGuest
 from vmm.host.probes.finding import Finding, broken, no, yes
 from vmm.host.probes.micro_guest import WORD_AT, seen
 
