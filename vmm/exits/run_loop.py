@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from kvm_bindings import KvmError, Vcpu
 from kvm_bindings.exits import InterruptedExit
+from vmm.core.thread_signals import leave_signals_to_the_main_thread
 from vmm.exits.outcome import INTERNAL_ERROR, KILLED, Outcome
 from vmm.policy import PolicyKill
 
@@ -53,7 +54,7 @@ class VcpuRunner:
         self._summoned = False
         self._looping = False
         # A daemon: a policy's hook that never returns must not keep the process from ending.
-        self._thread = threading.Thread(target=self._loop, name=f"vcpu{vcpu.index}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"vcpu{vcpu.index}", daemon=True)
         self.error: BaseException | None = None
         """What a handler raised, for the main thread to raise again."""
         self.exit_counts: dict[str, int] = {}
@@ -101,6 +102,10 @@ class VcpuRunner:
         if self._thread.ident is not None:
             self._thread.join(timeout)
         return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        leave_signals_to_the_main_thread(KICK_SIGNAL)
+        self._loop()
 
     def _loop(self) -> None:
         vcpu, table, counts = self._vcpu, self._handlers.table, self.exit_counts

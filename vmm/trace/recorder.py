@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from vmm.core.errors import tell
+from vmm.core.thread_signals import leave_signals_to_the_main_thread
 from vmm.trace.layout import MOST_NAME_BYTES, MOST_NAMES, MOST_ROWS, ROW
 from vmm.trace.store import TraceStore
 
@@ -134,6 +135,7 @@ class Recorder:
         self._names_known = len(names)
 
     def _flush_now_and_then(self) -> None:
+        leave_signals_to_the_main_thread()
         while not self._closing.wait(FLUSH_SECONDS):
             self.flush()
 

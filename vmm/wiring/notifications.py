@@ -10,6 +10,7 @@ from contextlib import ExitStack
 
 from kvm_bindings import KvmError, Vm
 from vmm.core.event_loop import EventLoop, drain
+from vmm.core.thread_signals import leave_signals_to_the_main_thread
 from vmm.wiring.interrupts import open_eventfd
 
 
@@ -103,6 +104,7 @@ class ThreadedQueueNotifier(QueueNotifier):
             thread.start()
 
     def _work(self, index: int, eventfd: int, notify: Callable[[int], None]) -> None:
+        leave_signals_to_the_main_thread()
         try:
             while True:
                 os.eventfd_read(eventfd)

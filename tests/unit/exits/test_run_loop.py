@@ -166,3 +166,19 @@ def test_policy_that_ends_the_run_becomes_an_outcome_and_the_guest_runs_no_furth
     assert run.outcomes[0].exit_status == 1
     assert run.runner.error is None
     assert run.runner.exit_counts == {}
+
+
+def test_vcpu_thread_takes_the_kick_and_leaves_other_signals_to_the_main_thread(rig: Rig) -> None:
+    run = Run(rig, FakeVcpu([ShutdownExit()]))
+    blocked: list[set[int]] = []
+
+    def look(vcpu: object, exit: object) -> None:
+        blocked.append({int(n) for n in signal.pthread_sigmask(signal.SIG_BLOCK, [])})
+        run.stop(Outcome(TRIPLE_FAULT))
+
+    rig.handlers.table[ShutdownExit] = ("shutdown", look)
+    run.runner.start()
+
+    assert run.runner.join(10)
+    assert {signal.SIGTERM, signal.SIGTSTP, signal.SIGCONT} <= blocked[0]
+    assert KICK_SIGNAL not in blocked[0]
