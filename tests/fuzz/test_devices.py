@@ -345,16 +345,19 @@ def test_device_survives_a_hostile_driver(
 ) -> None:
     life = 0
     served = 0
+    worst_calls = 0
     resources = Resources()
     rng = random.Random(f"{name} {failing} {fuzz_seed}")
     host = FailingHost(rng, monkeypatch)
+    # A host that fails may end a device's link for good: after that its driver gets nothing done.
+    machines = 15 if failing else 3
     try:
-        for number in range(3 * fuzz_factor):
+        for number in range(machines * fuzz_factor):
             folder = tmp_path / str(number)
             folder.mkdir()
             with attacked(name, rng, folder) as (target, driver):
                 cost = TurnCost(driver.machine)
-                for _ in range(EPISODES // 3):
+                for _ in range(EPISODES // machines):
                     life += 1
                     host.on = failing
                     driver.episode(STEPS)
@@ -363,7 +366,7 @@ def test_device_survives_a_hostile_driver(
                     assert CANARY not in target.came_out(), "private memory came out"
                 driver.memory.check()
                 served += driver.machine.device.statistics.requests
-                assert cost.worst_calls > 0
+                worst_calls = max(worst_calls, cost.worst_calls)
             resources.assert_given_back()
     except Exception as error:
         host.on = False
@@ -372,6 +375,7 @@ def test_device_survives_a_hostile_driver(
         ) from error
     # A driver that never gets through tests nothing.
     assert served > 100 * fuzz_factor
+    assert worst_calls > 0
     assert host.failed > 0 or not failing
 
 
