@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO
 
+from vmm.core.disk_image import check_raw, in_use, is_read_only_device, lock
 from vmm.core.errors import UsageError
 from vmm.lab.devices import VIRTIO, Devices
 
@@ -39,6 +40,7 @@ class Drive:
 
     path: Path
     read_only: bool
+    shared: bool = False  # others may write it too
 
 
 @dataclass(slots=True)
@@ -110,10 +112,14 @@ def _take(job: Job, option: str, value: str, outputs: Sequence[str]) -> str:
 
 
 def attach(job: Job, value: str, option: str) -> str:
-    """Adds FILE[,ro][,...] as a drive; returns the value with the block device's name inside."""
-    name, comma, settings = value.partition(",")
+    """Adds FILE[,ro][,...] as a drive; returns the value with the block device's name inside.
+
+    It is looked at here as pyvmm does inside, where a drive has whole sectors in any case.
+    """
+    first, *words = value.replace(",,", "\0").split(",")  # a comma in a name is written twice
+    name = first.replace("\0", ",")
     path = _absolute(job, name)
-    read_only = "ro" in settings.split(",")
+    read_only, shared = "ro" in words, "share=on" in words
     wanted = os.R_OK if read_only else os.R_OK | os.W_OK
     if not path.exists():
         raise UsageError(f"{option} {name}: no such file; make one with truncate -s SIZE FILE")
@@ -122,8 +128,22 @@ def attach(job: Job, value: str, option: str) -> str:
     if not os.access(path, wanted):
         rest = "" if read_only else "; add ,ro to attach it read-only"
         raise UsageError(f"{option} {name}: no permission{rest}")
-    job.drives.append(Drive(path, read_only))
-    return job.devices()[-1] + comma + settings
+    fd = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
+    try:
+        check_raw(fd, option, name, raw="format=raw" in words)
+        if not read_only and is_read_only_device(fd):
+            raise UsageError(f"{option} {name} is a read-only device; add ,ro")
+        # Let go again: the emulator takes its own lock.
+        if not shared and not lock(fd, write=not read_only):
+            raise in_use(option, name, write=not read_only)
+    finally:
+        os.close(fd)
+    for drive in job.drives:
+        both_read = read_only and drive.read_only
+        if not (shared or both_read) and os.path.samefile(path, drive.path):
+            raise in_use(option, name, write=not read_only)
+    job.drives.append(Drive(path, read_only, shared))
+    return ",".join([job.devices()[-1], *(word.replace("\0", ",,") for word in words)])
 
 
 def _carry_if_file(job: Job, value: str) -> None:
