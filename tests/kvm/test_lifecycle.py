@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -77,14 +78,36 @@ def test_terminal_is_given_back_while_stopped_and_raw_again_afterwards(
         assert session.modes() == session.modes_before
 
 
-def switches(pid: int) -> dict[str, int]:
-    """How often each thread of a process gave up the processor by itself, but for KVM's own."""
+class Rest(NamedTuple):
+    """How often a thread gave up the processor by itself, and the system call that it is in."""
+
+    switches: int
+    call: list[int]
+    """Number and arguments, see proc_pid_syscall(5); empty while it runs."""
+
+    @property
+    def is_for_ever(self) -> bool:
+        """Whether nothing but an event from outside the process ends it: no time-out does."""
+        if self.call[:1] == [_EPOLL_WAIT]:
+            return self.call[4] == _NO_TIMEOUT
+        # A vCPU that halted with its interrupts off.
+        return self.call[:1] == [_IOCTL] and self.call[2] == _KVM_RUN
+
+
+_IOCTL, _EPOLL_WAIT = 16, 232  # x86's numbers
+_KVM_RUN, _NO_TIMEOUT = 0xAE80, 0xFFFFFFFF  # -1 as an int
+
+
+def threads_of(pid: int) -> dict[str, Rest]:
+    """The threads of a process, but for KVM's own."""
     found = {}
     for task in Path(f"/proc/{pid}/task").iterdir():
         if (task / "comm").read_text().startswith("kvm-"):
             continue
         fields = dict(line.split(":", 1) for line in (task / "status").read_text().splitlines())
-        found[task.name] = int(fields["voluntary_ctxt_switches"])
+        words = (task / "syscall").read_text().split()
+        call = [int(word, 0) for word in words] if words != ["running"] else []
+        found[task.name] = Rest(int(fields["voluntary_ctxt_switches"]), call)
     return found
 
 
@@ -94,13 +117,18 @@ def test_nothing_in_the_process_wakes_up_while_the_guest_idles(tmp_path: Path) -
     options = save(tmp_path, guests.say(READY) + guests.HALT)
     with Session([*options, "--cpus", "4", "--disk", str(disk)]) as session:
         session.expect(READY)
-        samples = [switches(session.process.pid)]
-        while len(samples) < 20 and (len(samples[-1]) < 5 or samples[-1] not in samples[:-1]):
-            time.sleep(0.3)  # in which nothing is to happen, once the threads have started
-            samples.append(switches(session.process.pid))
+        before: dict[str, Rest] = {}
+        threads = threads_of(session.process.pid)
+        # The loop's thread and the vCPUs': seen twice in the same wait, all of them were in it at
+        # one time, and nobody was left who could wake one. The session's watchdog ends this.
+        while not (
+            len(threads) == 5
+            and threads == before
+            and all(thread.is_for_ever for thread in threads.values())
+        ):
+            assert session.process.poll() is None, f"never at rest: {threads}"
+            before, threads = threads, threads_of(session.process.pid)
 
-        assert samples[-1] == samples[-2]
-        assert len(samples[-1]) == 5  # the loop's thread and the vCPUs'
         session.type(b"\x01x")
         assert session.wait()[0] == 0
 

@@ -6,10 +6,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import firmware
 from kvm_bindings import floors
 from vmm.bench import qemu as yardstick
-from vmm.bench.processes import pyvmm, results_of
+from vmm.bench.processes import bench_guest, pyvmm, results_of
 from vmm.bench.series import Series
 from vmm.core.errors import HostError
 
@@ -50,7 +49,7 @@ def measure(
     Raises HostError where a guest can't be run, or says something else than results.
     """
     append = f"-- {' '.join(tests)} {_BALLAST}"
-    kernel = Path(firmware.bench_path())
+    kernel = bench_guest()
     commands = {
         f"pyvmm {engine}": pyvmm(
             "--kernel", str(kernel), "--mem", "256M", "--append", append,

@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import firmware
 import vmm
 from vmm.core.errors import HostError
 
@@ -27,6 +28,18 @@ _SCRIPT = "from vmm.cli.main import entry_point; entry_point()"
 def pyvmm(*options: str) -> list[str]:
     """The words that start this very pyvmm, as its console script does."""
     return [sys.executable, "-c", _SCRIPT, *options]
+
+
+def bench_guest() -> Path:
+    """The bench guest of this machine's architecture. Raises HostError where it has none."""
+    machine = os.uname().machine
+    try:
+        return Path(firmware.bench_path(machine))
+    except LookupError:
+        raise HostError(
+            f"there is no bench guest for {machine}, which the sections disk and start-up run; "
+            "measure them on an x86-64 machine"
+        ) from None
 
 
 @functools.cache

@@ -13,16 +13,15 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import firmware
 from vmm.bench import qemu as yardstick
-from vmm.bench.processes import environment, pyvmm, seconds_to_first_byte
+from vmm.bench.processes import bench_guest, environment, pyvmm, seconds_to_first_byte
 from vmm.bench.series import Series, interleaved
 from vmm.core.errors import HostError
 
 
 def measure(rounds: int, qemu: list[str] | None) -> Iterator[Series]:
     """Milliseconds; an interpreter that prints a byte is the floor for anything in Python."""
-    kernel = Path(firmware.bench_path())
+    kernel = bench_guest()
     commands = {
         "python, one byte": [sys.executable, "-c", "print(1)"],
         "pyvmm": pyvmm("--kernel", str(kernel), "--mem", "256M"),

@@ -6,11 +6,14 @@ What a kernel is made of, and the rest of a boot, is its architecture's business
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from vmm.boot.errors import ImageError
-from vmm.boot.source import Source
+from vmm.boot.source import PathOrFd, Source, open_source
 from vmm.core.ranges import Range, page_align_down, page_align_up
+
+if TYPE_CHECKING:
+    from vmm.boot.decompress import Decompression
 
 MIB = 1 << 20
 
@@ -21,6 +24,42 @@ class Memory(Protocol):
     def transfer_in(self, src_fd: int, src_offset: int, gpa: int, size: int) -> int:
         """Move up to `size` bytes of the file to `gpa`; returns how many, short only at EOF."""
         ...
+
+
+class KernelFile:
+    """A kernel's file, whose payload may be being uncompressed beside us."""
+
+    def __init__(self, path_or_fd: PathOrFd) -> None:
+        """Raises ImageError for what can't be opened."""
+        self.source = open_source(path_or_fd, "kernel")
+        self._decompression: Decompression | None = None
+        self._handed_over = False
+
+    def uncompress(self, offset: int, length: int, limit: int) -> None:
+        """Begin with the payload at `offset`; `limit` bounds what it may come to (all bytes).
+
+        Raises ImageError for a compression that is unknown.
+        """
+        from vmm.boot.decompress import Decompression  # a bare kernel does without
+
+        self._decompression = Decompression(self.source, offset, length, limit)
+
+    def finish(self) -> Source:
+        """The kernel's own bytes, which the caller closes. Raises ImageError for bad ones."""
+        source = self.source
+        if self._decompression is not None:
+            fd, size = self._decompression.finish()
+            source = Source(fd, size, f"{source.name} (uncompressed)")
+            self.source.close()
+        self._handed_over = True
+        return source
+
+    def close(self) -> None:
+        """Give up what isn't finished; any number of times, and no harm after `finish`."""
+        if self._decompression is not None:
+            self._decompression.close()
+        if not self._handed_over:
+            self.source.close()
 
 
 def transfer_exactly(source: Source, memory: Memory, offset: int, gpa: int, size: int) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from kvm_bindings import System
+    from kvm_bindings import System, Vm
     from vmm.host.capability import Capability
     from vmm.host.probes.micro_guest import MicroGuest, Verb
 
@@ -38,6 +38,13 @@ class HostArchitecture(Protocol):
 
     def vm_type(self, scheme: str) -> int:
         """KVM_CREATE_VM's argument for a VM under the scheme ("none": an ordinary VM)."""
+        ...
+
+    def prepare_vm(self, vm: Vm, scheme: str) -> None:
+        """Have a fresh VM of the scheme's type do what the scheme needs of KVM besides.
+
+        Raises KvmError where this KVM can't; the scheme doesn't serve then.
+        """
         ...
 
     def private_bit(self, system: System, ram_end: int) -> int:

@@ -94,6 +94,7 @@ def try_scheme(
     except KvmError as error:
         return _lacks(scheme, error)
     try:
+        architecture.prepare_vm(vm, scheme)
         if scheme == "attributes":
             _try_attributes(vm)
         backing = _first_backing(vm, names, wanted.size)

@@ -141,9 +141,13 @@ class MachineConfig(NamedTuple):
                 f"use --scheme {' or '.join(ways)}, or run without --kernel"
             )
         if self.kernel is not None and backing not in ("auto", *LOADABLE):
+            schemes = limits.schemes if scheme == "auto" else (scheme,)
+            takers = [name for name in schemes if name in FOR_LINUX]
+            loadable = [name for name in backings_of(takers) if name in LOADABLE]
             raise UsageError(
                 f"--private-mem={backing}: the host cannot load a kernel into memory that it "
-                "cannot reach; use --private-mem=guest_memfd-mmap, or memfd"
+                "cannot reach; use --private-mem alone, which takes the strongest that it can, or "
+                f"one of {', '.join(loadable)}"
             )
         if "auto" not in (backing, scheme) and scheme not in BACKINGS[backing]:
             takes = [name for name, schemes in BACKINGS.items() if scheme in schemes]

@@ -130,10 +130,10 @@ def errno_name(number: int) -> str:
 
 
 def _memory(trace: Trace, over_time: BytesOverTime) -> dict[str, Any]:
+    """RAM, and how much of it was shared when: None where the host was not told."""
     peak, at = over_time.peak
-    return {
-        "ram_bytes": sum(size for _, size, _ in initial_states(trace)),
-        "told": is_told(trace),
+    ram_bytes = sum(size for _, size, _ in initial_states(trace))
+    shared = {
         "changes": len(over_time.end) - 1,
         "shared_bytes_first": int(over_time.shared[0]),
         "shared_bytes_last": int(over_time.shared[-1]),
@@ -141,6 +141,12 @@ def _memory(trace: Trace, over_time: BytesOverTime) -> dict[str, Any]:
         "shared_peak_s": round(at / 1e9, 6),
         "shared_bytes_mean": round(over_time.mean_shared(duration_ns(trace))),
         "deferred_bytes_peak": int(over_time.deferred.max()),
+    }
+    told = is_told(trace)
+    return {
+        "ram_bytes": ram_bytes,
+        "told": told,
+        **(shared if told else dict.fromkeys(shared)),
     }
 
 

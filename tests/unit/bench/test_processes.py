@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -57,3 +59,15 @@ def test_children_find_what_only_this_process_was_told_of() -> None:
     done = subprocess.run(words, env=processes.environment(), capture_output=True, check=False)
 
     assert done.stdout == b"found\n", done.stderr
+
+
+def test_architecture_without_a_bench_guest_is_named_with_the_sections_in_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(machine="aarch64"))
+
+    with pytest.raises(HostError, match="no bench guest for aarch64") as caught:
+        processes.bench_guest()
+
+    said = str(caught.value)
+    assert "disk and start-up" in said and "\n" not in said

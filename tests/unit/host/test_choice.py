@@ -9,8 +9,10 @@ from contextlib import nullcontext
 
 import pytest
 
-from tests.support.fake_kvm import FakeKernel, FakeSystem
+from kvm_bindings import KvmError
+from tests.support.fake_kvm import FakeKernel, FakeSystem, FakeVm
 from tests.support.x86 import X86
+from vmm.arch import architecture
 from vmm.conversion import matrix
 from vmm.conversion.making import make_backing, make_scheme
 from vmm.core.errors import HostError
@@ -18,6 +20,7 @@ from vmm.core.ranges import PAGE_SIZE
 from vmm.host.choice import Chosen, Wanted, available, choose
 from vmm.memory.backings import guest_memfd
 
+ARM64 = architecture("aarch64")
 SIZE = 2 << 20
 PAYLOAD = Wanted("auto", "auto", SIZE, two_addresses=False, host_loads=False)
 LINUX = Wanted("auto", "auto", SIZE, two_addresses=True, host_loads=True)
@@ -165,6 +168,50 @@ def test_refusal_of_a_kernel_names_what_works_for_kernels() -> None:
 
     assert text.endswith("what works here: cbit with memfd, memfd-sealed")
     assert "Linux 6.18 or later has it" in text
+
+
+def arm64_host(
+    monkeypatch: pytest.MonkeyPatch, kernel: FakeKernel, wanted: Wanted, filter: int | None = None
+) -> Chosen:
+    """What is chosen on arm64 without pKVM, whose KVM refuses the filter with the errno."""
+
+    def filter_smccc(vm: FakeVm, *_: int) -> None:
+        if filter is not None:
+            raise KvmError("KVM_SET_DEVICE_ATTR", filter, "SMCCC filter")
+
+    monkeypatch.setattr(FakeVm, "filter_smccc", filter_smccc, raising=False)
+    with FakeSystem(kernel) as system:
+        found = choose(ARM64, system.as_system(), wanted)
+        found.backing.close()
+        return found
+
+
+def test_arm64_host_without_pkvm_gives_every_guest_a_realm(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for wanted in (PAYLOAD, LINUX):
+        found = arm64_host(monkeypatch, FakeKernel(), wanted)
+
+        assert found.scheme == "realm"
+        assert list(found.not_taken) == ["pkvm"]
+        assert "kvm-arm.mode=protected" in found.not_taken["pkvm"]
+
+
+def test_arm64_host_that_passes_no_calls_on_gives_the_payload_remap_and_says_why(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = arm64_host(monkeypatch, FakeKernel(), PAYLOAD, errno.ENXIO)
+
+    assert found.scheme == "remap"
+    assert list(found.not_taken) == ["pkvm", "realm"]
+    assert "ENXIO" in found.not_taken["realm"] and "Linux 6.4" in found.not_taken["realm"]
+
+
+def test_arm64_host_that_passes_no_calls_on_has_nothing_private_for_linux(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(HostError, match=r"realm: .*ENXIO.*; what works here: nothing"):
+        arm64_host(monkeypatch, FakeKernel(), LINUX, errno.ENXIO)
 
 
 def test_more_memory_than_the_address_bit_leaves_room_for_is_remapped() -> None:

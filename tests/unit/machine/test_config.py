@@ -127,7 +127,8 @@ def test_sensible_configuration_is_accepted(config: MachineConfig) -> None:
         (MachineConfig(policies=(("m:C", ()),)), "--policy needs --private-mem"),
         (
             KERNEL._replace(private_memory="guest_memfd"),
-            "--private-mem=guest_memfd.*use --private-mem=guest_memfd-mmap, or memfd",
+            "--private-mem=guest_memfd: .*use --private-mem alone, .*, or one of guest_memfd-mmap, "
+            "memfd, memfd-sealed, memfd-hugetlb$",
         ),
     ],
 )
@@ -171,6 +172,14 @@ def test_sensible_configuration_of_arm64_is_accepted(config: MachineConfig) -> N
         (
             PRIVATE._replace(private_memory="guest_memfd-plain"),
             "--private-mem=guest_memfd-plain does not exist on arm64; use one of auto, memfd-prot",
+        ),
+        (
+            KERNEL._replace(private_memory="guest_memfd"),
+            "--private-mem=guest_memfd: .* or one of memfd-protected, guest_memfd-mmap, memfd,",
+        ),
+        (
+            KERNEL._replace(private_memory="guest_memfd", scheme="pkvm"),
+            "--private-mem=guest_memfd: .* or one of memfd-protected$",
         ),
         (
             PRIVATE._replace(private_memory="memfd", scheme="pkvm"),

@@ -164,6 +164,7 @@ def test_summary_of_a_trace_says_that_the_host_was_not_told(trace: Trace) -> Non
 
     assert memory["ram_bytes"] == RAM
     assert memory["told"] is False
+    assert memory["shared_bytes_peak"] is memory["shared_bytes_last"] is memory["changes"] is None
 
 
 def test_replay_of_requests_that_nobody_heard_is_refused(trace: Trace) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.trace.test_views import boot_like
+from tests.unit.trace.test_views import boot_like, untold
 from vmm.core.output import Output
 from vmm.trace.reader import Trace
 from vmm.trace.summary import summarise
@@ -88,3 +88,20 @@ def test_page_in_a_browser_shows_states_in_their_colours(browser: str, html: Pat
     assert 10_000 < pixels[SHARED] < 100_000
     assert pixels[CONVERTING] > 400  # the legend alone has some 250
     assert pixels[MARK] > 500
+
+
+def test_page_of_a_run_without_news_of_shares_says_so_and_shows_no_zero(
+    browser: str, tmp_path: Path
+) -> None:
+    trace = Trace(untold().write(tmp_path / "t"))
+    path = tmp_path / "page.html"
+    write_page(Output("page", str(path)), [trace], [summarise(trace)])
+
+    dom = browse(browser, path, "--dump-dom")
+
+    tiles = {label: value for value, label in re.findall(r"<b>(.*?)</b><span>(.*?)<", dom)}
+    for label in ("share and unshare requests", "shared at most", "spent converting"):
+        assert tiles[label] == "not told"
+    shared = dom[dom.index('data-chart="shared"') : dom.index('data-chart="latency"')]
+    assert "without telling the host" in dom and "peak" not in shared
+    assert 'data-chart="exits"' in dom

@@ -124,6 +124,34 @@ def test_tables_of_two_traces_say_how_the_second_compares(tmp_path: Path) -> Non
     assert (row.cells, row.change) == (["39", "80"], "2.05x")
 
 
+def untold() -> Events:
+    """A run of a guest that shares its pages without telling the host."""
+    events = Events((0, 131072, "observed"))
+    for number in range(40):
+        events.add(Kind.EXIT, 30 + number, "mmio", gpa=0x3F8, took=0.02)
+    return events
+
+
+def test_tables_of_a_run_without_news_of_shares_say_not_told_and_no_zero(tmp_path: Path) -> None:
+    trace = Trace(untold().write(tmp_path / "t"))
+
+    made = {table.title: table.rows for table in tables([summarise(trace)])}
+
+    assert "share requests" not in made and "unshare requests" not in made
+    assert [row.label for row in made["memory"]] == ["guest RAM", "shares and states"]
+    assert made["memory"][1].cells == ["not told"]
+
+
+def test_tables_beside_a_run_that_was_told_say_not_told(tmp_path: Path) -> None:
+    both = (boot_like().write(tmp_path / "a"), untold().write(tmp_path / "b"))
+
+    made = {table.title: table.rows for table in tables([summarise(Trace(path)) for path in both])}
+
+    for title, label in (("share requests", "requests"), ("memory", "shared at most")):
+        row = next(row for row in made[title] if row.label == label)
+        assert row.cells[0] != "not told" and row.cells[1] == "not told" and not row.change
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [(0, "0 B"), (4096, "4 KiB"), (1536, "1.5 KiB"), (64 << 20, "64 MiB"), (1 << 62, "4 EiB")],

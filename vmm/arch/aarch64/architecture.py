@@ -55,6 +55,17 @@ class Arm64:
     def vm_type(self, scheme: str) -> int:
         return _PROTECTED if scheme == "pkvm" else _DEFAULT
 
+    def prepare_vm(self, vm: Vm, scheme: str) -> None:
+        """Have KVM hand a realm's calls to its monitor on to us."""
+        if scheme != "realm":
+            return
+        from kvm_bindings.aarch64 import ioctls
+        from vmm.arch.aarch64 import rsi
+
+        cast("aarch64.Vm", vm).filter_smccc(
+            rsi.FIRST_FUNCTION, rsi.FUNCTIONS, ioctls.KVM_SMCCC_FILTER_FWD_TO_USER
+        )
+
     def private_bit(self, system: System, ram_end: int) -> int:
         """The bit of a realm's *shared* addresses: here the other side has none."""
         if ram_end > 1 << layout.REALM_SHARED_BIT:
@@ -66,7 +77,7 @@ class Arm64:
 
     def check_doorbell(self, system: System, guest: Guest) -> None:
         """Registers in memory always work; whether KVM passes a realm's calls on is found out
-        when its VM is made (ArmPlatform)."""
+        when its VM is made (`prepare_vm`)."""
 
     def micro_guest(
         self,

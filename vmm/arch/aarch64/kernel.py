@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from vmm.arch.aarch64 import layout
 from vmm.boot.identify import PREFIX, describe
-from vmm.boot.kernel import MIB, Memory, transfer_exactly
-from vmm.boot.source import DEFAULT_LIMIT, PathOrFd, Source, open_source
+from vmm.boot.kernel import MIB, KernelFile, Memory, transfer_exactly
+from vmm.boot.source import DEFAULT_LIMIT, PathOrFd, Source
 from vmm.core.ranges import Range, page_align_up
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from vmm.boot.decompress import Decompression
 
 MAGIC = b"ARM\x64"
 HEADER_SIZE = 64
@@ -148,32 +147,23 @@ class OpenedKernel:
 
         Raises ImageError for what is recognisably not a bootable arm64 kernel.
         """
-        self._source = open_source(path_or_fd, "kernel")
-        self._decompression: Decompression | None = None
-        self._handed_over = False
+        self._file = KernelFile(path_or_fd)
+        source = self._file.source
         try:
-            kind = identify(self._source)
+            kind = identify(source)
             if kind is Kind.IMAGE:
-                parse_header(self._source)
-                return
-            from vmm.boot.decompress import Decompression  # a bare Image does without
-
-            offset, length = 0, self._source.size
-            if kind is Kind.ZBOOT:
-                offset, length = _zboot_payload(self._source)
-            self._decompression = Decompression(self._source, offset, length, limit)
+                parse_header(source)
+            elif kind is Kind.GZIP:
+                self._file.uncompress(0, source.size, limit)
+            else:
+                self._file.uncompress(*_zboot_payload(source), limit)
         except BaseException:
-            self._source.close()
+            self._file.close()
             raise
 
     def finish(self) -> KernelImage:
         """The checked image, which the caller closes. Raises ImageError for a bad one."""
-        source = self._source
-        if self._decompression is not None:
-            fd, size = self._decompression.finish()
-            source = Source(fd, size, f"{source.name} (uncompressed)")
-            self._source.close()
-        self._handed_over = True
+        source = self._file.finish()
         try:
             return KernelImage(source, parse_header(source))
         except BaseException:
@@ -182,10 +172,7 @@ class OpenedKernel:
 
     def close(self) -> None:
         """Give up what isn't finished; any number of times, and no harm after `finish`."""
-        if self._decompression is not None:
-            self._decompression.close()
-        if not self._handed_over:
-            self._source.close()
+        self._file.close()
 
 
 def _zboot_payload(source: Source) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 from kvm_bindings import KvmError
 from kvm_bindings.aarch64 import Vcpu, Vm, ioctls
 from kvm_bindings.aarch64.registers import CORE_REGISTERS
-from vmm.arch.aarch64 import layout, rsi
+from vmm.arch.aarch64 import layout
 from vmm.arch.aarch64.gic import create_gic
 from vmm.arch.aarch64.guests import MMIO_DOORBELL_NAME
 from vmm.core.errors import HostError
@@ -40,8 +40,6 @@ class ArmPlatform:
         self._scheme = scheme
         self._guest.learn(scheme)
         self.vcpus: list[Vcpu] = []
-        if scheme == "realm":
-            _pass_realm_calls_on(vm)
         if vm.check_extension(ioctls.KVM_CAP_ARM_NISV_TO_USER):
             vm.enable_cap(ioctls.KVM_CAP_ARM_NISV_TO_USER)
 
@@ -121,14 +119,3 @@ class _AtSharedAddresses:
 
     def pwrite(self, data: bytes, gpa: int) -> None:
         self._memory.pwrite(data, gpa | 1 << layout.REALM_SHARED_BIT)
-
-
-def _pass_realm_calls_on(vm: Vm) -> None:
-    """Have KVM hand the guest's calls to its realm's monitor to us. Raises HostError."""
-    try:
-        vm.filter_smccc(rsi.FIRST_FUNCTION, rsi.FUNCTIONS, ioctls.KVM_SMCCC_FILTER_FWD_TO_USER)
-    except KvmError as error:
-        raise HostError(
-            f"this host's KVM does not pass a guest's SMC calls on ({error}; Linux 6.4 or later "
-            f"is needed); {LAB}"
-        ) from None

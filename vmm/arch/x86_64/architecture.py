@@ -55,6 +55,9 @@ class X86:
         by_kvm = scheme in ("attributes", "in-place")
         return _KVM_X86_SW_PROTECTED_VM if by_kvm else _KVM_X86_DEFAULT_VM
 
+    def prepare_vm(self, vm: Vm, scheme: str) -> None:
+        """Nothing: what the schemes need is asked of X86Platform, or tried by choose."""
+
     def private_bit(self, system: System, ram_end: int) -> int:
         from vmm.arch.x86_64.cpuid import choose_c_bit
 

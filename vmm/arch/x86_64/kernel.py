@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from enum import Enum
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from vmm.arch.x86_64.bzimage import SetupHeader, is_bzimage, parse_setup_header
 from vmm.arch.x86_64.elf import ElfImage, Segment, is_elf, parse_elf
 from vmm.boot.identify import PREFIX, describe
-from vmm.boot.kernel import MIB, Memory, transfer_exactly
-from vmm.boot.source import DEFAULT_LIMIT, PathOrFd, Source, open_source
+from vmm.boot.kernel import MIB, KernelFile, Memory, transfer_exactly
+from vmm.boot.source import DEFAULT_LIMIT, PathOrFd, Source
 from vmm.core.ranges import Range, page_align_up
-
-if TYPE_CHECKING:
-    from vmm.boot.decompress import Decompression
 
 
 class Kind(Enum):
@@ -128,36 +125,23 @@ class OpenedKernel:
 
         Raises ImageError for what is recognisably not a bootable x86-64 kernel.
         """
-        self._source = open_source(path_or_fd, "kernel")
+        self._file = KernelFile(path_or_fd)
         self._header: SetupHeader | None = None
-        self._decompression: Decompression | None = None
-        self._handed_over = False
         try:
-            self._kind = identify(self._source)
+            self._kind = identify(self._file.source)
             if self._kind is Kind.ELF:
                 return
-            from vmm.boot.decompress import Decompression  # a bare ELF does without
-
-            self._header = parse_setup_header(self._source)
+            self._header = header = parse_setup_header(self._file.source)
             # The kernel unpacks itself inside init_size bytes, so its payload can't be larger.
-            self._decompression = Decompression(
-                self._source,
-                self._header.payload_start,
-                self._header.payload_length,
-                min(limit, self._header.init_size),
-            )
+            limit = min(limit, header.init_size)
+            self._file.uncompress(header.payload_start, header.payload_length, limit)
         except BaseException:
-            self._source.close()
+            self._file.close()
             raise
 
     def finish(self) -> KernelImage:
         """The checked image, which the caller closes. Raises ImageError for a bad one."""
-        source = self._source
-        if self._decompression is not None:
-            fd, size = self._decompression.finish()
-            source = Source(fd, size, f"{source.name} (uncompressed)")
-            self._source.close()
-        self._handed_over = True
+        source = self._file.finish()
         try:
             return KernelImage(self._kind, source, parse_elf(source), self._header)
         except BaseException:
@@ -166,10 +150,7 @@ class OpenedKernel:
 
     def close(self) -> None:
         """Give up what isn't finished; any number of times, and no harm after `finish`."""
-        if self._decompression is not None:
-            self._decompression.close()
-        if not self._handed_over:
-            self._source.close()
+        self._file.close()
 
 
 def load_kernel_image(path_or_fd: PathOrFd, limit: int = DEFAULT_LIMIT) -> KernelImage:

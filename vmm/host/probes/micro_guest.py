@@ -123,3 +123,18 @@ def mapped(opened: ExitStack, fd: int, size: int) -> int:
     address = fdops.map_shared(fd, size)
     opened.callback(fdops.unmap, address, size)
     return address
+
+
+def open_eventfd(opened: ExitStack) -> int:
+    """An eventfd that nobody waits for, closed with `opened`."""
+    eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    opened.callback(os.close, eventfd)
+    return eventfd
+
+
+def was_signalled(eventfd: int) -> bool:
+    """Whether somebody has written to it since the last look."""
+    try:
+        return os.eventfd_read(eventfd) > 0
+    except BlockingIOError:
+        return False

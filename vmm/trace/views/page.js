@@ -259,10 +259,17 @@ const longest = Math.max(...traces.map((trace) => trace.until), 1);
 const who = () => traces.length > 1 ? legend(traces.map((trace, i) => [name(trace), colours[i]])) : "";
 
 function sharedChart() {
-  const most = Math.max(...traces.flatMap((trace) => trace.shared[1]), 1) * 1.06;
+  const told = traces.filter((trace) => trace.summary.memory.told);
+  if (!told.length) {
+    const made = card("Bytes shared over time", "The guest shares pages without telling the host.");
+    made.dataset.chart = "shared";
+    return made;
+  }
+  const most = Math.max(...told.flatMap((trace) => trace.shared[1]), 1) * 1.06;
   const x = linear(0, longest, L, W - R), y = linear(0, most, H - B, T);
   const svg = frame(ticks(0, longest, 6), byteTicks(most), x, y, time, bytes);
   traces.forEach((trace, i) => {
+    if (!trace.summary.memory.told) return;
     const [times, values] = trace.shared;
     let path = `M${x(0)},${y(values[0])}`;
     times.forEach((at, n) => { path += `H${x(at).toFixed(1)}V${y(values[n]).toFixed(1)}`; });
@@ -356,13 +363,14 @@ function headLine(trace) {
 function tiles() {
   const both = (show) => traces.map((trace) => show(trace.summary)).join(" / ");
   const tile = (label, show) => make("div", { class: "tile" }, make("b", {}, both(show)), make("span", {}, label));
+  const told = (show) => (s) => s.memory.told ? show(s) : "not told";
   const sum = (s, key) => s.conversions.share[key] + s.conversions.unshare[key];
   return make("div", { class: "tiles" },
     tile("time", (s) => time(s.seconds * 1e6)),
-    tile("share and unshare requests", (s) => count(sum(s, "requests"))),
-    tile("not granted", (s) => count(sum(s, "denied") + sum(s, "partial") + sum(s, "failed"))),
-    tile("shared at most", (s) => bytes(s.memory.shared_bytes_peak)),
-    tile("spent converting", (s) => time((s.conversions.share.latency_ns.total + s.conversions.unshare.latency_ns.total) / 1000)),
+    tile("share and unshare requests", told((s) => count(sum(s, "requests")))),
+    tile("not granted", told((s) => count(sum(s, "denied") + sum(s, "partial") + sum(s, "failed")))),
+    tile("shared at most", told((s) => bytes(s.memory.shared_bytes_peak))),
+    tile("spent converting", told((s) => time((s.conversions.share.latency_ns.total + s.conversions.unshare.latency_ns.total) / 1000))),
     tile("exits", (s) => count(Object.values(s.exits).reduce((all, one) => all + one.count, 0))));
 }
 function refusals() {

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 from vmm.trace.views.units import bytes_text, count_text, time_text
 
 Summary = dict[str, Any]
+NOT_TOLD = "not told"
+"""Instead of a number that the host could not count: its guest shares pages without telling it."""
 
 
 class Row(NamedTuple):
@@ -41,9 +43,13 @@ class _Lines:
         show: Callable[[float], str] = count_text,
         root: Sequence[str] = (),
     ) -> None:
-        values = [_at(summary, [*root, *path.split("/")]) for summary in self._summaries]
+        keys = [*root, *path.split("/")]
+        values = [_at(s, keys) if _is_known(s, keys) else None for s in self._summaries]
         if any(values):
-            cells = ["-" if value is None else show(value) for value in values]
+            cells = [
+                show(value) if value is not None else "-" if _is_known(summary, keys) else NOT_TOLD
+                for value, summary in zip(values, self._summaries, strict=True)
+            ]
             self.table.rows.append(Row(label, cells, _change(values)))
 
 
@@ -54,6 +60,12 @@ def _at(summary: Summary, path: Sequence[str]) -> float | None:
             return None
         found = found[key]
     return found if isinstance(found, int | float) else None
+
+
+def _is_known(summary: Summary, keys: Sequence[str]) -> bool:
+    """Whether the host had a way to know this number of conversions or states."""
+    of_states = keys[0] == "conversions" or (keys[0] == "memory" and keys[1] != "ram_bytes")
+    return not of_states or bool(summary["memory"]["told"])
 
 
 def _change(values: Sequence[float | None]) -> str:
@@ -144,6 +156,8 @@ def _memory(summaries: Sequence[Summary]) -> Table:
     lines = _Lines("memory", summaries)
     root = ("memory",)
     lines.number("guest RAM", "ram_bytes", bytes_text, root)
+    if not all(summary["memory"]["told"] for summary in summaries):
+        lines.text("shares and states", lambda s: "told" if s["memory"]["told"] else NOT_TOLD)
     lines.number("shared at first", "shared_bytes_first", bytes_text, root)
     lines.number("shared at most", "shared_bytes_peak", bytes_text, root)
     lines.number("shared on average", "shared_bytes_mean", bytes_text, root)

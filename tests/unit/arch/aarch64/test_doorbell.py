@@ -35,7 +35,6 @@ class FakeVm:
         return self
 
     def set_attr(self, *attribute: Any) -> None: ...
-    def filter_smccc(self, *filter: int) -> None: ...
 
     def check_extension(self, capability: int) -> int:
         return 0

@@ -12,7 +12,7 @@ from vmm.arch.aarch64.gic import create_gic
 from vmm.arch.aarch64.machine_code import DONE_GPA, EXCHANGE, TAKE_INTERRUPT, assembled
 from vmm.arch.aarch64.micro_guest import MicroGuest
 from vmm.host.probes.finding import Finding, broken, no, yes
-from vmm.host.probes.micro_guest import WORD_AT, seen
+from vmm.host.probes.micro_guest import WORD_AT, open_eventfd, seen, was_signalled
 
 _SPI = layout.PCI_INTX_SPIS[0]
 _INTID = layout.FIRST_SPI_INTID + _SPI
@@ -23,19 +23,6 @@ _REGISTER = DONE_GPA + 0x100
 _DIST_REGS = 1
 _GICD_CTLR, _GICD_IGROUPR, _GICD_ISENABLER, _GICD_ICFGR = 0x0000, 0x0080, 0x0100, 0x0C00
 _ENABLE_GROUP_1, _AFFINITY_ROUTING = 1 << 1, 1 << 4
-
-
-def _eventfd(opened: ExitStack) -> int:
-    eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-    opened.callback(os.close, eventfd)
-    return eventfd
-
-
-def _signalled(eventfd: int) -> bool:
-    try:
-        return os.eventfd_read(eventfd) > 0
-    except BlockingIOError:
-        return False
 
 
 def gic(system: System) -> Finding:
@@ -58,13 +45,13 @@ def ioeventfd(system: System) -> Finding:
         ExitStack() as opened,
         MicroGuest(system, assembled(EXCHANGE), registers=registers) as guest,
     ):
-        eventfd = _eventfd(opened)
+        eventfd = open_eventfd(opened)
         guest.vm.ioeventfd(eventfd, _REGISTER, 8, port=False)
         guest.run()
         guest.vcpu.answer_mmio(bytes(8))
         exit = guest.run()
         done = guest.word(exit) is not None
-        signalled = _signalled(eventfd)
+        signalled = was_signalled(eventfd)
     if done and signalled:
         return yes("works", f"a guest's store to GPA {_REGISTER:#x} signalled, without an exit")
     return broken("doesn't signal", f"a store to GPA {_REGISTER:#x}: {seen(exit)}, {signalled=}")
@@ -90,7 +77,7 @@ def irqfd_resample(system: System) -> Finding:
             (_GICD_ISENABLER + 4 * (_INTID // 32), 1 << _INTID % 32),
         ):
             guest.gic.set_attr(_DIST_REGS, register, value)
-        line, resample = _eventfd(opened), _eventfd(opened)
+        line, resample = open_eventfd(opened), open_eventfd(opened)
         guest.vm.irqfd(line, _SPI, resample)
         exit = guest.run()
         taken = handled = False
@@ -101,7 +88,7 @@ def irqfd_resample(system: System) -> Finding:
         if taken:
             exit = guest.run()
             handled = guest.word(exit) == 0
-        told = _signalled(resample)
+        told = was_signalled(resample)
     if handled and told:
         return yes("works", f"a guest took SPI {_SPI} from an irqfd; its EOI was told")
     return broken("doesn't work", f"SPI {_SPI} by irqfd: {seen(exit)}, {handled=}, EOI {told=}")

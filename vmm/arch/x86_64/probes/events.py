@@ -10,7 +10,7 @@ from kvm_bindings.x86_64 import System
 from vmm.arch.x86_64.micro_guest import OUT_DONE, REAL_CODE_GPA, MicroGuest
 from vmm.arch.x86_64.probes.cpu import is_done
 from vmm.host.probes.finding import Finding, broken, no, yes
-from vmm.host.probes.micro_guest import seen
+from vmm.host.probes.micro_guest import open_eventfd, seen, was_signalled
 
 _PORT = 0x70
 _VALUE = 0x5A
@@ -29,19 +29,6 @@ _TAKE_INTERRUPTS = (
 )
 
 
-def _eventfd(opened: ExitStack) -> int:
-    eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-    opened.callback(os.close, eventfd)
-    return eventfd
-
-
-def _signalled(eventfd: int) -> bool:
-    try:
-        return os.eventfd_read(eventfd) > 0
-    except BlockingIOError:
-        return False
-
-
 def coalesced_ports(system: System) -> Finding:
     """Whether writes to an index register wait in a ring instead of exiting."""
     with MicroGuest(system, _WRITE + OUT_DONE) as guest:
@@ -57,10 +44,10 @@ def coalesced_ports(system: System) -> Finding:
 def ioeventfd(system: System) -> Finding:
     """Whether a port write signals an eventfd without an exit."""
     with ExitStack() as opened, MicroGuest(system, _WRITE + OUT_DONE) as guest:
-        eventfd = _eventfd(opened)
+        eventfd = open_eventfd(opened)
         guest.vm.ioeventfd(eventfd, _PORT, 1, _VALUE, port=True)
         exit = guest.run()
-        signalled = _signalled(eventfd)
+        signalled = was_signalled(eventfd)
     if is_done(exit) and signalled:
         return yes("works", f"a guest's write to port {_PORT:#x} signalled, without an exit")
     return broken("doesn't signal", f"a write to port {_PORT:#x}: {seen(exit)}, {signalled=}")
@@ -72,14 +59,14 @@ def irqfd_resample(system: System) -> Finding:
         handler = REAL_CODE_GPA + 0x100
         os.pwrite(guest.memfd, _HANDLER, handler)
         os.pwrite(guest.memfd, handler.to_bytes(4, "little"), 4 * _VECTOR)
-        line, resample = _eventfd(opened), _eventfd(opened)
+        line, resample = open_eventfd(opened), open_eventfd(opened)
         guest.vm.irqfd(line, _GSI, resample)
         exit = guest.run()
         if is_done(exit):
             os.eventfd_write(line, 1)
             exit = guest.run()
         handled = isinstance(exit, IoExit) and exit.port == _HANDLED_PORT
-        told = _signalled(resample)
+        told = was_signalled(resample)
     if handled and told:
         return yes("works", f"a guest took GSI {_GSI} from an irqfd; its EOI was told")
     return broken("doesn't work", f"GSI {_GSI} by irqfd: {seen(exit)}, {handled=}, EOI {told=}")
