@@ -39,7 +39,7 @@ def test_message_reaches_the_vcpu(kvm: System, guest: TinyGuest) -> None:
     messages = MsixMessages(
         guest.vm, MessageRoutes(guest.vm, layout.interrupt_pins(), layout.FIRST_MESSAGE_GSI)
     )
-    messages.route(0, layout.LAPIC_GPA, MESSAGE)
+    messages.route({0: (layout.LAPIC_GPA, MESSAGE)})
 
     messages.signal(0)
 
@@ -57,7 +57,7 @@ def test_line_still_leads_to_the_8259_once_there_is_a_message(guest: TinyGuest) 
     messages = MsixMessages(
         guest.vm, MessageRoutes(guest.vm, layout.interrupt_pins(), layout.FIRST_MESSAGE_GSI)
     )
-    messages.route(0, layout.LAPIC_GPA, MESSAGE)
+    messages.route({0: (layout.LAPIC_GPA, MESSAGE)})
     line = EdgeLine(guest.vm, layout.COM1_IRQ)
     ready = guest.run()
     assert isinstance(ready, IoExit) and ready.port == 0x11
@@ -76,8 +76,8 @@ def test_closed_messages_leave_no_eventfd(guest: TinyGuest) -> None:
     messages = MsixMessages(
         guest.vm, MessageRoutes(guest.vm, layout.interrupt_pins(), layout.FIRST_MESSAGE_GSI)
     )
-    messages.route(0, layout.LAPIC_GPA, MESSAGE)
-    messages.route(1, layout.LAPIC_GPA, MESSAGE)
+    messages.route({0: (layout.LAPIC_GPA, MESSAGE)})
+    messages.route({1: (layout.LAPIC_GPA, MESSAGE)})
     assert len(os.listdir("/proc/self/fd")) == len(before) + 2
 
     messages.close()

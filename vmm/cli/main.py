@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from vmm.cli.run_options import parse
-from vmm.core.errors import HostError, PyvmmError, tell
+from vmm.core.errors import HostError, PyvmmError, in_words, limit_met, tell
 
 if TYPE_CHECKING:
     from vmm.machine.config import MachineConfig
@@ -91,10 +91,10 @@ def _explain(error: BaseException) -> tuple[int, str]:
         return 1, "pyvmm itself ran out of memory; give it more, or less to do"
     # Not KvmError: a host that has no room for memslots or VMs can't do it.
     if type(error) is OSError and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        where = "" if error.filename is None else f"{error.filename}: "
-        return 1, f"output could not be written: {where}{error.strerror}; make room"
+        remedy = "" if limit_met(error) else "; make room"
+        return 1, f"output could not be written: {in_words(error)}{remedy}"
     if isinstance(error, OSError):
-        return HostError.exit_status, f"the host refused: {error}"
+        return HostError.exit_status, f"the host refused: {in_words(error)}"
     return 1, f"internal error: {error!r}; --debug shows where, for a bug report"
 
 

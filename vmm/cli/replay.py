@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from contextlib import closing
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from typing import Any
 
 from vmm.cli.output import aligned, printing
 from vmm.cli.parser import Parser, add_policy_options
-from vmm.core.errors import one_line
+from vmm.core.errors import one_line, tell
 from vmm.policy.loader import load_policy
 from vmm.replay.replay import Replay
 from vmm.trace.arrays import np
@@ -24,6 +25,8 @@ from vmm.trace.views.units import bytes_text, count_text, time_text
 Numbers = dict[str, float]
 
 _SHOWN_REFUSALS = 10
+HOOK_SECONDS = 3.0
+"""How long a policy's hook may take before somebody is told which one it is."""
 
 
 def parser() -> Parser:
@@ -52,7 +55,8 @@ def run(arguments: Sequence[str]) -> int:
         requests = requests_of(trace)
         model = learn(trace, requests)
         with closing(Replay(trace, requests, policies)) as replay:
-            replay.run(model, duration_ns(trace))
+            with telling_who_does_not_return(replay):
+                replay.run(model, duration_ns(trace))
             found = _found(trace, requests, model, replay)
     found["policies"] = [[spec, *words] for spec, words in options.policy]
     with printing():
@@ -61,6 +65,29 @@ def run(arguments: Sequence[str]) -> int:
         else:
             print("\n".join(map(one_line, _lines(found, model, replay))))
     return 0
+
+
+@contextmanager
+def telling_who_does_not_return(replay: Replay, seconds: float = HOOK_SECONDS) -> Iterator[None]:
+    """Within the block one line says so when a policy's hook has not returned for so long."""
+    ended = threading.Event()
+
+    def look() -> None:
+        before: tuple[str | None, int] = (None, 0)
+        while not ended.wait(seconds):
+            now = replay.converter.undecided, sum(replay.decisions.values())
+            if now == before and now[0] is not None:
+                tell(f"{now[0]} has not returned for {seconds:g} s; Ctrl-C ends the replay")
+                return
+            before = now
+
+    looker = threading.Thread(target=look, name="hooks", daemon=True)
+    looker.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        looker.join()
 
 
 def _found(trace: Trace, requests: Requests, model: CostModel, replay: Replay) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import sys
 
 
@@ -16,6 +17,31 @@ def tell(sentence: str) -> None:
     if sys.stderr is not None:
         with contextlib.suppress(OSError):
             print(f"pyvmm: {one_line(sentence)}", file=sys.stderr, flush=True)
+
+
+def in_words(error: OSError) -> str:
+    """What the host's kernel refused, and the limit of this process that it met, if any."""
+    if type(error).__str__ is not OSError.__str__:
+        words = str(error)  # KvmError, which names the call and its arguments
+    else:
+        where = "" if error.filename is None else f"{error.filename}: "
+        words = f"{where}{error.strerror or error}"
+    return words + limit_met(error)
+
+
+def limit_met(error: OSError) -> str:
+    """What to do about an error that a limit of this process explains: "; ...", or nothing."""
+    if error.errno not in (errno.EMFILE, errno.EFBIG):
+        return ""
+    import resource  # most runs meet no limit
+
+    files = error.errno == errno.EMFILE
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE if files else resource.RLIMIT_FSIZE)
+    if most == resource.RLIM_INFINITY:
+        return ""
+    if files:
+        return f"; this process may have {most} open: raise `ulimit -n`"
+    return f"; a file of this process may have {most} bytes: raise `ulimit -f`"
 
 
 class PyvmmError(Exception):

@@ -14,7 +14,7 @@ import stat
 from collections.abc import Iterator
 from typing import Protocol
 
-from vmm.core.errors import OutputError, UsageError
+from vmm.core.errors import OutputError, UsageError, limit_met
 
 NO_ROOM = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOMEM))
 """What says nothing against a path: it may be different in a minute."""
@@ -169,7 +169,8 @@ class Output:
             temporary = None
         except OSError as error:
             raise OutputError(
-                f"{self.name} could not be written: {error.strerror}; {_remedy(error)}"
+                f"{self.name} could not be written: {error.strerror}"
+                f"{limit_met(error) or _remedy(error)}"
             ) from error
         finally:
             if temporary is not None:
@@ -189,8 +190,8 @@ _ANOTHER = "give another path"
 
 def _remedy(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return "make room, or give a path on another file system"
-    return _ANOTHER
+        return "; make room, or give a path on another file system"
+    return f"; {_ANOTHER}"
 
 
 def _open_in_place(path: str, flags: int) -> int:

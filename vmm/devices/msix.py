@@ -7,6 +7,7 @@ address, data, vector control (bit 0: masked). Software accesses whole dwords or
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable, Mapping
 from threading import Lock
 from typing import Protocol
 
@@ -25,8 +26,11 @@ _MASKED = 1
 class MessageLines(Protocol):
     """Where messages go. Neither method raises for what a guest can write."""
 
-    def route(self, vector: int, address: int, data: int) -> None:
-        """From now on the vector's message is a write of `data` to `address`."""
+    def route(self, messages: Mapping[int, tuple[int, int]]) -> None:
+        """From now on each of these vectors has that message: {vector: (address, data)}.
+
+        May wait for KVM; one call at a time for a function.
+        """
         ...
 
     def signal(self, vector: int) -> None:
@@ -39,6 +43,11 @@ class MsixTable:
 
     A vector whose message is held back, by its own mask or the function's, becomes pending, and
     its message is sent when it can be.
+
+    A guest may rewrite entries as fast as it can, and KVM's answer to a new route takes a while
+    (it waits for all who may be reading the old table). So the function's own thread, the device
+    loop, never waits for that: `interrupt` takes a lock that is held for moments, and a vector
+    whose route is under way is pending until whoever brings it about is done.
     """
 
     def __init__(self, vectors: int, lines: MessageLines) -> None:
@@ -55,7 +64,10 @@ class MsixTable:
         self._masked_all = False
         self.enabled = False
         """Whether the function interrupts by messages, and not by INTx."""
+        # For all of the above.
         self._lock = Lock()
+        # Held by vCPUs alone, while routes are brought in line with the table. Taken first.
+        self._routing = Lock()
 
     def capability(self, bar: int) -> bytes:
         """The capability's body, for the table in BAR `bar`: control, table, pending bits."""
@@ -66,8 +78,7 @@ class MsixTable:
         with self._lock:
             self.enabled = bool(value & CONTROL_ENABLE)
             self._masked_all = bool(value & CONTROL_MASK_ALL)
-            for vector in range(self.vectors):
-                self._settle(vector)
+        self._settle(range(self.vectors))
 
     def interrupt(self, vector: int) -> None:
         """The function has something to tell by that vector; unknown ones are dropped."""
@@ -75,7 +86,7 @@ class MsixTable:
             return
         with self._lock:
             self._pending |= 1 << vector
-            self._settle(vector)
+            self._send(vector)
 
     def forget_pending(self) -> None:
         """The function was reset: what it had to tell is nobody's business any more."""
@@ -100,17 +111,52 @@ class MsixTable:
             return
         with self._lock:
             self._table[offset : offset + size] = value.to_bytes(size, "little")
-            self._settle(offset // 16)
+        self._settle((offset // 16,))
 
-    def _settle(self, vector: int) -> None:
-        """Route a live vector's message to where the table says, and send it if it is pending;
-        lock held."""
+    def _settle(self, vectors: Iterable[int]) -> None:
+        """After a change: route the live messages of `vectors` to where the table says, all of
+        them by one call, and send those that are pending."""
+        with self._lock:
+            if not self._misrouted(vectors):
+                self._send_all(vectors)
+                return
+        with self._routing:
+            with self._lock:
+                wrong = self._misrouted(vectors)  # another vCPU may have been quicker
+            if wrong:
+                self._lines.route(wrong)
+            with self._lock:
+                for vector, message in wrong.items():
+                    self._routes[vector] = message
+                self._send_all(vectors)
+
+    # --- what follows is called with the lock held ---
+
+    def _live(self, vector: int) -> tuple[int, int] | None:
+        """The vector's message, None while it may not be sent."""
         address, data, control = _ENTRY.unpack_from(self._table, 16 * vector)
         if not self.enabled or self._masked_all or control & _MASKED:
-            return
-        if self._routes[vector] != (address, data):
-            self._lines.route(vector, address, data)
-            self._routes[vector] = (address, data)
+            return None
+        return address, data
+
+    def _misrouted(self, vectors: Iterable[int]) -> dict[int, tuple[int, int]]:
+        """The live messages whose route is another one."""
+        live = {vector: self._live(vector) for vector in vectors}
+        return {
+            vector: message
+            for vector, message in live.items()
+            if message is not None and message != self._routes[vector]
+        }
+
+    def _send_all(self, vectors: Iterable[int]) -> None:
+        if self._pending:
+            for vector in vectors:
+                self._send(vector)
+
+    def _send(self, vector: int) -> None:
+        """Send the vector's message, if it is pending, live, and its route the right one."""
         if self._pending & 1 << vector:
-            self._pending &= ~(1 << vector)
-            self._lines.signal(vector)
+            message = self._live(vector)
+            if message is not None and message == self._routes[vector]:
+                self._pending &= ~(1 << vector)
+                self._lines.signal(vector)

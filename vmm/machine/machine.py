@@ -12,7 +12,7 @@ from vmm.arch import architecture
 from vmm.control.live import live_view
 from vmm.control.operations import Operations
 from vmm.control.signals import SignalReactions
-from vmm.core.errors import HostError, UsageError, tell
+from vmm.core.errors import HostError, UsageError, in_words, tell
 from vmm.core.event_loop import EventLoop
 from vmm.exits.outcome import (
     KILLED,
@@ -88,7 +88,7 @@ class Machine:
                 self._set_up_vm()
                 self._load_guest()
             except OSError as error:  # KvmError is one
-                raise HostError(str(error)) from error
+                raise HostError(in_words(error)) from error
             if self._report_file is not None:
                 self._report_file.begin()
             outcome = None

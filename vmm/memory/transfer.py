@@ -25,8 +25,8 @@ SPLICE_FROM = 64 << 10
 _NOT_THIS_WAY = frozenset({errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF, errno.ENOSYS})
 
 
-class _Scratch(threading.local):
-    """One pipe and one buffer per thread: a transfer never waits for another's."""
+class _Scratch:
+    """One pipe and one buffer: each thread's own, so that a transfer never waits for another's."""
 
     def __init__(self) -> None:
         self.pipe: tuple[int, int] | None = None
@@ -57,7 +57,16 @@ class _Scratch(threading.local):
         self.drop_pipe()
 
 
-_scratch = _Scratch()
+class _Scratches(threading.local):
+    """Each thread's scratch, which goes with the thread."""
+
+    def __init__(self) -> None:
+        # An object of its own: a thread.local's own __del__ doesn't run when one of its threads
+        # ends, but what the thread had in it is dropped.
+        self.own = _Scratch()
+
+
+_scratches = _Scratches()
 
 
 def copy_through_buffer(src: int, src_offset: int, dst: int, dst_offset: int, size: int) -> int:
@@ -67,10 +76,11 @@ def copy_through_buffer(src: int, src_offset: int, dst: int, dst_offset: int, si
 
 def copy_by_splice(src: int, src_offset: int, dst: int, dst_offset: int, size: int) -> int:
     """splice(2) through this thread's pipe; bytes moved, short only at end of file."""
+    scratch = _scratches.own
     try:
-        return _copy(src, src_offset, dst, dst_offset, size, _scratch.pipe_ends(), 0)
+        return _copy(src, src_offset, dst, dst_offset, size, scratch.pipe_ends(), 0)
     except OSError:
-        _scratch.drop_pipe()  # the next transfer must not find these bytes
+        scratch.drop_pipe()  # the next transfer must not find these bytes
         raise
 
 
@@ -84,7 +94,7 @@ def _copy(
     splice_from: int,
 ) -> int:
     done = 0
-    buffer = _scratch.bounce()
+    buffer = _scratches.own.bounce()
     while True:
         # In parts, because no signal's handler runs while C copies.
         part = min(size - done, _UNINTERRUPTED)
@@ -138,12 +148,13 @@ class FdCopier:
         if wanted and not self._is_refused(src, dst):
             assert self._splice_from is not None
             splice_from = self._splice_from
+        scratch = _scratches.own
         try:
             moved = datapath.move_many(
-                src, dst, moves, _scratch.bounce(), _scratch.pipe_ends(), splice_from
+                src, dst, moves, scratch.bounce(), scratch.pipe_ends(), splice_from
             )
         except OSError as error:
-            _scratch.drop_pipe()  # it may hold bytes
+            scratch.drop_pipe()  # it may hold bytes
             if error.errno not in _NOT_THIS_WAY or splice_from == datapath.NEVER:
                 raise
             self._no_splice.add(_between(src, dst))

@@ -97,6 +97,7 @@ class Devices:
             interrupt_line=slot.interrupt_line,
             moved=notifier.move,
             ring=notifier.ring,
+            notified=notifier.notified,
             observer=self._observer_of(name),
             make_queue=make_queue,
             msix=self._msix_table(len(device.queue_sizes) + 1),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from threading import Lock
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from kvm_bindings import MessageRoute, Vm, ioctls
 from vmm.core.errors import tell
@@ -97,16 +97,28 @@ def can_use_messages(vm: Vm, private: Backing | None) -> bool:
     return readable and bool(vm.check_extension(ioctls.KVM_CAP_IRQ_ROUTING))
 
 
-class Routes(Protocol):
-    """What turns a message that the guest has set up into a GSI by which KVM sends it."""
+class Message(NamedTuple):
+    """What a GSI (None: one that has none yet) is to send: a write of `data` to `address`."""
 
-    def set(self, gsi: int | None, address: int, data: int) -> int:
-        """Have `gsi` (None: a new one) send the message; the GSI. Raises KvmError, unchanged."""
+    gsi: int | None
+    address: int
+    data: int
+
+
+class Routes(Protocol):
+    """What turns messages that the guest has set up into GSIs by which KVM sends them."""
+
+    def set(self, messages: Sequence[Message]) -> list[int | OSError]:
+        """Have KVM send these messages, by one change of its table; for each its GSI, or why it
+        can't be one. Raises KvmError, with nothing changed."""
         ...
 
 
 class MessageRoutes:
-    """KVM's routing table: the board's interrupt lines, and a GSI for each message in use."""
+    """KVM's routing table: the board's interrupt lines, and a GSI for each message in use.
+
+    It has one entry for each vector that was ever in use, however often the guest changes them.
+    """
 
     def __init__(self, vm: Vm, pins: Sequence[tuple[int, int, int]], first_gsi: int) -> None:
         """`pins` are the lines as (gsi, irqchip, pin); messages have GSIs from `first_gsi` on."""
@@ -114,18 +126,21 @@ class MessageRoutes:
         self._pins = pins
         self._first_gsi = first_gsi
         self._messages: dict[int, MessageRoute] = {}
+        # Held while KVM is waited for: by vCPUs alone.
         self._lock = Lock()
 
-    def set(self, gsi: int | None, address: int, data: int) -> int:
-        """Have `gsi` (None: a new one) send the message; the GSI. Raises KvmError, unchanged."""
+    def set(self, messages: Sequence[Message]) -> list[int | OSError]:
+        """See Routes.set. Raises KvmError, unchanged."""
         with self._lock:
-            used = self._first_gsi + len(self._messages)
-            number = used if gsi is None else gsi
-            message = MessageRoute(number, address, data)
-            messages = {**self._messages, number: message}
-            self._vm.set_gsi_routing(self._pins, list(messages.values()))
-            self._messages = messages
-            return number
+            table = dict(self._messages)
+            gsis: list[int | OSError] = []
+            for gsi, address, data in messages:
+                number = self._first_gsi + len(table) if gsi is None else gsi
+                table[number] = MessageRoute(number, address, data)
+                gsis.append(number)
+            self._vm.set_gsi_routing(self._pins, list(table.values()))
+            self._messages = table
+            return gsis
 
 
 class MsixMessages:
@@ -140,19 +155,32 @@ class MsixMessages:
         self._opened = ExitStack()
         self.close = self._opened.close
 
-    def route(self, vector: int, address: int, data: int) -> None:
-        """From now on the vector's message is that one; the old one, where KVM has no room."""
+    def route(self, messages: Mapping[int, tuple[int, int]]) -> None:
+        """From now on the vectors have these messages; the old ones, where KVM has no room."""
+        wanted = [Message(self._gsis.get(vector), *message) for vector, message in messages.items()]
         try:
-            gsi = self._routes.set(self._gsis.get(vector), address, data)
-            if vector not in self._gsis:
-                self._gsis[vector] = gsi
-                eventfd = open_eventfd(self._opened)
-                self._vm.irqfd(eventfd, gsi)
-                self._eventfds[vector] = eventfd
+            gsis = self._routes.set(wanted)
         except OSError as error:  # KvmError is one
-            if not self._told:  # the guest may make it happen as often as it likes
-                tell(f"interrupt message {vector} of a PCI function is lost: {error}")
-            self._told = True
+            gsis = [error] * len(wanted)
+        for vector, gsi in zip(messages, gsis, strict=True):
+            try:
+                if isinstance(gsi, OSError):
+                    raise gsi
+                self._gsis[vector] = gsi
+                if vector not in self._eventfds:
+                    self._eventfds[vector] = self._open(gsi)
+            except OSError as error:
+                if not self._told:  # the guest may make it happen as often as it likes
+                    tell(f"interrupt message {vector} of a PCI function is lost: {error}")
+                self._told = True
+
+    def _open(self, gsi: int) -> int:
+        """An eventfd that sends the GSI's message. Raises OSError."""
+        with ExitStack() as opened:
+            eventfd = open_eventfd(opened)
+            self._vm.irqfd(eventfd, gsi)
+            self._opened.push(opened.pop_all())
+        return eventfd
 
     def signal(self, vector: int) -> None:
         """Send the vector's message; dropped while it has none."""

@@ -15,13 +15,22 @@ from vmm.wiring.interrupts import open_eventfd
 
 
 class QueueNotifier:
-    """The eventfds behind one virtio function's notify register: KVM signals, the loop serves."""
+    """The eventfds behind one virtio function's notify register: KVM signals, the loop serves.
+
+    KVM is told of the register when the guest has notified a queue there by an exit, and then of
+    that queue alone. A guest that moves its register without end moves nothing in KVM: each of its
+    accesses costs one ioctl at most, and one more when the register moves away again.
+    """
 
     def __init__(self, vm: Vm, loop: EventLoop, queues: int, in_io: bool = True) -> None:
         """`in_io`: whether the register is an I/O port; else it is in memory."""
         self._vm = vm
         self._in_io = in_io
         self._address: int | None = None
+        self._bound: set[int] = set()
+        self._refused = False
+        # Held while KVM is waited for: by vCPUs alone.
+        self._moving = threading.Lock()
         self._loop = loop
         with ExitStack() as opened:
             self._eventfds = [open_eventfd(opened) for _ in range(queues)]
@@ -42,8 +51,25 @@ class QueueNotifier:
         return notified
 
     def ring(self, queue: int) -> None:
-        """What KVM does for a notify that doesn't exit, for one that did."""
+        """What KVM does for a notify that doesn't exit: have the queue served."""
         os.eventfd_write(self._eventfds[queue], 1)
+
+    def notified(self, queue: int) -> None:
+        """The guest has notified a queue by an exit: serve it, and spare the guest the next exit.
+
+        Where KVM has no room for an ioeventfd, notifies go on to exit and come here.
+        """
+        self.ring(queue)
+        if queue in self._bound:
+            return  # a write of another size
+        with self._moving:
+            if self._address is None or self._refused or queue in self._bound:
+                return
+            try:
+                self._bind(queue, self._address)
+                self._bound.add(queue)
+            except KvmError:
+                self._refused = True  # until it moves
 
     def end(self, timeout: float) -> bool:
         """Serve no more; False when what is under way takes longer than that many seconds."""
@@ -51,28 +77,18 @@ class QueueNotifier:
         return True
 
     def move(self, address: int | None) -> None:
-        """The notify register is at that port or address now (None: nowhere).
-
-        Where KVM has no room for an ioeventfd, notifies exit and reach the register itself.
-        """
-        if self._address is not None:
-            self._unbind(self._address, len(self._eventfds))
-        self._address = None
-        if address is not None and self._bind(address):
+        """The notify register is at that port or address now (None: nowhere)."""
+        with self._moving:
+            if self._address is not None:
+                for queue in sorted(self._bound):
+                    self._bind(queue, self._address, deassign=True)
+            self._bound.clear()
+            self._refused = False
             self._address = address
 
-    def _bind(self, address: int) -> bool:
-        for index, eventfd in enumerate(self._eventfds):
-            try:
-                self._vm.ioeventfd(eventfd, address, 2, index, port=self._in_io)
-            except KvmError:
-                self._unbind(address, index)
-                return False
-        return True
-
-    def _unbind(self, address: int, bound: int) -> None:
-        for index, eventfd in enumerate(self._eventfds[:bound]):
-            self._vm.ioeventfd(eventfd, address, 2, index, port=self._in_io, deassign=True)
+    def _bind(self, queue: int, address: int, *, deassign: bool = False) -> None:
+        eventfd = self._eventfds[queue]
+        self._vm.ioeventfd(eventfd, address, 2, queue, port=self._in_io, deassign=deassign)
 
 
 class ThreadedQueueNotifier(QueueNotifier):

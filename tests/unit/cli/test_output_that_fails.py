@@ -5,14 +5,18 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from kvm_bindings import KvmError
 from tests.support.trace import Events
 from vmm.cli.main import _explain
+from vmm.core.errors import in_words
+from vmm.memory.backings.memfd import MemfdBacking
 from vmm.trace.layout import Kind
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -95,3 +99,55 @@ def test_memory_that_ran_out_is_said_in_words() -> None:
     status, sentence = _explain(MemoryError())
 
     assert (status, sentence[:30]) == (1, "pyvmm itself ran out of memory")
+
+
+@pytest.mark.usefixtures("folder")
+def test_file_size_limit_is_named_with_its_remedy(tmp_path: Path) -> None:
+    result = shell(tmp_path, "ulimit -f 1; pyvmm report t --html x.html")
+
+    assert result.stderr.startswith("pyvmm: --html x.html could not be written: File too large; a ")
+    assert result.stderr.endswith(" bytes: raise `ulimit -f`\n")
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+
+
+def test_guest_memory_beyond_the_file_size_limit_is_said_in_words(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (1024, 1024))
+
+    def refuse(fd: int, size: int) -> None:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+
+    monkeypatch.setattr(os, "ftruncate", refuse)
+    with pytest.raises(OSError, match="File too large") as caught:
+        MemfdBacking(64 << 20)
+
+    assert in_words(caught.value) == (
+        "64 MiB of guest memory: File too large; a file of this process may have 1024 bytes: "
+        "raise `ulimit -f`"
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (OSError(errno.EMFILE, "Too many open files", "x"),
+         "x: Too many open files; this process may have 64 open: raise `ulimit -n`"),
+        (KvmError("KVM_CREATE_VM", errno.EMFILE, "type=0"),
+         "KVM_CREATE_VM(type=0) failed: EMFILE (Too many open files); "
+         "this process may have 64 open: raise `ulimit -n`"),
+        (OSError(errno.ENOENT, "No such file or directory", "x"), "x: No such file or directory"),
+    ],
+)  # fmt: skip
+def test_limit_of_open_files_is_named_where_it_was_met(
+    error: OSError, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (64, 64))
+
+    assert in_words(error) == sentence
+
+
+def test_no_limit_is_named_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (resource.RLIM_INFINITY,) * 2)
+
+    assert in_words(OSError(errno.EFBIG, "File too large")) == "File too large"

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import json
+import threading
 from pathlib import Path
 
 import pytest
 
 from tests.support.trace import Events
 from tests.unit.cli.conftest import Command
+from vmm.cli import replay
+from vmm.policy import Allow, Decision, Event, Policy, View
 from vmm.trace.layout import Kind
 
 POLICIES = """
@@ -34,6 +37,17 @@ class Watching(Policy):
     def on_io(self, event, view):
         return Allow()
 """
+
+
+class Waits(Policy):
+    """Does not answer before `told`."""
+
+    def __init__(self, told: threading.Event) -> None:
+        self._told = told
+
+    def on_share(self, event: Event, view: View) -> Decision:
+        assert self._told.wait(60)
+        return Allow()
 
 
 @pytest.fixture(autouse=True)
@@ -110,3 +124,37 @@ def test_replay_of_bad_input_is_refused(command: Command, words: list[str], mess
 
     assert result.status == 2
     assert result.complaint.startswith(message)
+
+
+def test_replay_names_the_hook_that_does_not_return(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    told = threading.Event()
+
+    def tell(sentence: str) -> None:
+        said.append(sentence)
+        told.set()
+
+    monkeypatch.setattr(replay, "tell", tell)
+    monkeypatch.setattr(replay, "load_policy", lambda spec, words: Waits(told))
+    waiting = replay.telling_who_does_not_return
+    monkeypatch.setattr(replay, "telling_who_does_not_return", lambda of: waiting(of, 0.01))
+
+    result = command("replay", "t", "--policy", "p.py:Any")
+
+    assert result.status == 0
+    assert said == [
+        "policy Waits: on_share for [0x0, 0x1000) has not returned for 0.01 s; Ctrl-C ends the replay"
+    ]
+
+
+def test_replay_of_a_policy_that_answers_says_nothing_of_hooks(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = threading.active_count()
+
+    result = command("replay", "t", "--policy", "p.py:Sixteen")
+
+    assert "returned" not in result.err
+    assert threading.active_count() == threads

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import pytest
@@ -32,9 +33,11 @@ class Lines:
 
     routes: list[tuple[int, int, int]] = field(default_factory=list)
     sent: list[int] = field(default_factory=list)
+    calls: int = 0
 
-    def route(self, vector: int, address: int, data: int) -> None:
-        self.routes.append((vector, address, data))
+    def route(self, messages: Mapping[int, tuple[int, int]]) -> None:
+        self.calls += 1
+        self.routes += [(vector, *message) for vector, message in messages.items()]
 
     def signal(self, vector: int) -> None:
         self.sent.append(vector)
@@ -114,6 +117,111 @@ def test_message_that_moves_is_routed_anew_and_one_that_stays_is_not(
     table.write(VECTOR_CONTROL, 4, 0)
 
     assert lines.routes[1:] == [(0, ADDRESS + 0x1000, DATA)]
+
+
+def test_function_unmasked_as_a_whole_is_routed_by_one_call(table: MsixTable, lines: Lines) -> None:
+    table.control(CONTROL_ENABLE | CONTROL_MASK_ALL)
+    for vector in range(3):
+        fill(table, vector)
+    assert lines.calls == 0
+
+    table.control(CONTROL_ENABLE)
+    table.control(CONTROL_ENABLE)
+
+    assert lines.calls == 1
+    assert len(lines.routes) == 3
+
+
+def test_table_rewritten_all_the_time_costs_one_call_for_each_message_at_most(
+    table: MsixTable, lines: Lines
+) -> None:
+    writes = 0
+    for number in range(300):
+        fill(table, number % 3, control=number & 1)
+        table.write(16 * (number % 3) + 8, 4, number)
+        writes += 5
+
+    assert 0 < lines.calls <= writes
+    before = lines.calls
+    for _ in range(300):
+        table.write(VECTOR_CONTROL, 4, 1)
+        table.write(VECTOR_CONTROL, 4, 0)
+    assert lines.calls <= before + 1  # masks alone change no route
+
+
+class SlowLines(Lines):
+    """KVM takes its time with a route: until `done` is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting, self.done = threading.Event(), threading.Event()
+
+    def route(self, messages: Mapping[int, tuple[int, int]]) -> None:
+        self.waiting.set()
+        assert self.done.wait(30)
+        super().route(messages)
+
+
+def test_interrupt_of_another_vector_does_not_wait_for_a_route_that_is_under_way() -> None:
+    lines = SlowLines()
+    lines.done.set()
+    table = MsixTable(2, lines)
+    table.control(CONTROL_ENABLE)
+    fill(table, 0)
+    lines.waiting.clear()
+    lines.done.clear()
+    vcpu = threading.Thread(target=fill, args=(table, 1))
+    vcpu.start()
+    assert lines.waiting.wait(30)
+
+    sender = threading.Thread(target=table.interrupt, args=(0,))
+    sender.start()
+    sender.join(5)  # it waits for nobody
+
+    assert lines.sent == [0]
+    assert table.read(VECTOR_CONTROL, 4) == 0  # nor does another vCPU that reads
+    lines.done.set()
+    vcpu.join(30)
+    sender.join(30)
+
+
+def test_interrupt_whose_route_is_under_way_is_sent_once_it_is_there() -> None:
+    lines = SlowLines()
+    table = MsixTable(1, lines)
+    table.control(CONTROL_ENABLE)
+    vcpu = threading.Thread(target=fill, args=(table, 0))
+    vcpu.start()
+    assert lines.waiting.wait(30)
+
+    sender = threading.Thread(target=table.interrupt, args=(0,))
+    sender.start()
+    sender.join(5)
+    assert not sender.is_alive()
+    assert (lines.sent, table.read(PENDING, 8)) == ([], 1)
+    lines.done.set()
+    vcpu.join(30)
+
+    assert lines.routes == [(0, ADDRESS, DATA)]
+    assert (lines.sent, table.read(PENDING, 8)) == ([0], 0)
+
+
+def test_message_changed_by_a_second_vcpu_during_a_route_is_the_one_that_stays() -> None:
+    lines = SlowLines()
+    table = MsixTable(1, lines)
+    table.control(CONTROL_ENABLE)
+    first = threading.Thread(target=fill, args=(table, 0))
+    first.start()
+    assert lines.waiting.wait(30)
+    table.interrupt(0)
+
+    second = threading.Thread(target=table.write, args=(8, 4, DATA + 7))
+    second.start()
+    lines.done.set()
+    first.join(30)
+    second.join(30)
+
+    assert lines.routes[-1] == (0, ADDRESS, DATA + 7)
+    assert lines.sent == [0]
 
 
 def test_reset_of_the_function_forgets_what_was_pending(table: MsixTable, lines: Lines) -> None:
@@ -299,6 +407,30 @@ def test_queue_and_configuration_have_their_own_messages_and_no_intx(machine: Ma
     assert machine.intx == []
     assert not machine.transport.interrupt_pending()
     assert machine.driver.isr() == 0
+
+
+def test_device_ends_its_turn_while_a_vcpu_waits_for_kvm_with_a_route(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine.enable_messages()
+    queue = machine.bring_up()
+    machine.driver.set_config(0x04, 2, 0x7)
+    slow = SlowLines()
+    monkeypatch.setattr(machine.lines, "route", slow.route)
+    vcpu = threading.Thread(target=machine.write_table, args=(8, DATA + 7))
+    vcpu.start()
+    assert slow.waiting.wait(30)
+
+    turn = threading.Thread(target=good_request, args=(machine, queue))
+    turn.start()
+    turn.join(5)
+
+    assert not turn.is_alive()
+    assert queue.collect() == [(0, 1)]
+    assert machine.lines.sent == [1]
+    slow.done.set()
+    vcpu.join(30)
+    turn.join(30)
 
 
 def test_guest_that_leaves_messages_off_gets_intx(machine: Machine) -> None:

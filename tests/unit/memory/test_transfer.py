@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import termios
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -61,17 +62,17 @@ def file(tmp_path: Path) -> Iterator[Callable[[bytes], int]]:
 
 @pytest.fixture(autouse=True)
 def fresh_pipe() -> Iterator[None]:
-    transfer._scratch.drop_pipe()
+    transfer._scratches.own.drop_pipe()
     yield
-    transfer._scratch.drop_pipe()
+    transfer._scratches.own.drop_pipe()
 
 
 def bytes_in_pipe() -> int:
     """What this thread's splice pipe holds; 0 without a pipe."""
-    if transfer._scratch.pipe is None:
+    if transfer._scratches.own.pipe is None:
         return 0
     count = array.array("i", [0])
-    fcntl.ioctl(transfer._scratch.pipe[0], termios.FIONREAD, count)
+    fcntl.ioctl(transfer._scratches.own.pipe[0], termios.FIONREAD, count)
     return count[0]
 
 
@@ -253,3 +254,22 @@ def test_copy_from_a_directory_reports_what_it_is(
         FdCopier().copy(directory, 0, memfd(b""), 0, SPLICE_FROM)
 
     os.close(directory)
+
+
+def test_pipe_of_a_thread_goes_with_the_thread(memfd: Callable[[bytes], int]) -> None:
+    src, dst = memfd(pattern(LARGE)), memfd(bytes(LARGE))
+    pipes: list[tuple[int, int]] = []
+
+    def copy() -> None:
+        FdCopier().copy(src, 0, dst, 0, LARGE)
+        pipe = transfer._scratches.own.pipe
+        assert pipe is not None
+        pipes.append(pipe)
+
+    thread = threading.Thread(target=copy)
+    before = len(os.listdir("/proc/self/fd"))
+    thread.start()
+    thread.join()
+
+    assert pipes
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -30,7 +30,9 @@ class FakeVm:
         self.irqfds: list[tuple[int, int, int | None]] = []
         self.pins: list[tuple[int, int, int]] = []
         self.messages: list[MessageRoute] = []
+        self.changes = 0
         self.refuses = False
+        self.refuses_irqfds = False
         self.capabilities: dict[int, int] = {}
 
     def check_extension(self, capability: int) -> int:
@@ -42,8 +44,11 @@ class FakeVm:
         if self.refuses:
             raise KvmError("KVM_SET_GSI_ROUTING", errno.ENOMEM)
         self.pins, self.messages = pins, messages
+        self.changes += 1
 
     def irqfd(self, eventfd: int, gsi: int, resamplefd: int | None = None) -> None:
+        if self.refuses_irqfds:
+            raise KvmError("KVM_IRQFD", errno.ENOMEM)
         self.irqfds.append((eventfd, gsi, resamplefd))
 
 
@@ -141,9 +146,9 @@ def test_message_gets_a_gsi_and_an_irqfd_at_its_first_route_and_keeps_them(
     vm: FakeVm, messages: tuple[MsixMessages, MsixMessages]
 ) -> None:
     first, second = messages
-    first.route(1, 0xFEE0_0000, 0x41)
-    second.route(0, 0xFEE0_1000, 0x42)
-    first.route(1, 0xFEE0_2000, 0x43)
+    first.route({1: (0xFEE0_0000, 0x41)})
+    second.route({0: (0xFEE0_1000, 0x42)})
+    first.route({1: (0xFEE0_2000, 0x43)})
 
     assert vm.messages == [MessageRoute(24, 0xFEE0_2000, 0x43), MessageRoute(25, 0xFEE0_1000, 0x42)]
     assert [(gsi, resample) for _, gsi, resample in vm.irqfds] == [(24, None), (25, None)]
@@ -154,7 +159,7 @@ def test_message_gets_a_gsi_and_an_irqfd_at_its_first_route_and_keeps_them(
 def test_message_without_a_route_is_dropped(
     vm: FakeVm, messages: tuple[MsixMessages, MsixMessages]
 ) -> None:
-    messages[0].route(1, 0xFEE0_0000, 0x41)
+    messages[0].route({1: (0xFEE0_0000, 0x41)})
 
     messages[0].signal(0)
 
@@ -165,7 +170,7 @@ def test_message_without_a_route_is_dropped(
 def test_routes_leave_the_lines_where_kvm_has_them(
     vm: FakeVm, messages: tuple[MsixMessages, MsixMessages]
 ) -> None:
-    messages[0].route(0, 0xFEE0_0000, 0x41)
+    messages[0].route({0: (0xFEE0_0000, 0x41)})
 
     assert set(vm.pins) == {
         *((gsi, 2, gsi) for gsi in range(24)),
@@ -179,20 +184,49 @@ def test_message_that_kvm_refuses_leaves_the_old_one_and_says_so(
     messages: tuple[MsixMessages, MsixMessages],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    messages[0].route(0, 0xFEE0_0000, 0x41)
+    messages[0].route({0: (0xFEE0_0000, 0x41)})
     vm.refuses = True
 
-    messages[0].route(0, 0xFEE0_1000, 0x42)
-    messages[1].route(3, 0xFEE0_1000, 0x42)
-    messages[1].route(3, 0xFEE0_1000, 0x43)
+    messages[0].route({0: (0xFEE0_1000, 0x42)})
+    messages[1].route({3: (0xFEE0_1000, 0x42)})
+    messages[1].route({3: (0xFEE0_1000, 0x43)})
     vm.refuses = False
-    messages[1].route(2, 0xFEE0_3000, 0x44)
+    messages[1].route({2: (0xFEE0_3000, 0x44)})
 
     assert vm.messages == [MessageRoute(24, 0xFEE0_0000, 0x41), MessageRoute(25, 0xFEE0_3000, 0x44)]
     said = capsys.readouterr().err
     assert said.count("pyvmm: interrupt message") == 2
     assert "KVM_SET_GSI_ROUTING" in said
     messages[1].signal(3)
+
+
+def test_many_messages_are_one_change_of_the_table_which_grows_by_vectors_alone(
+    vm: FakeVm, messages: tuple[MsixMessages, MsixMessages]
+) -> None:
+    for data in range(50):
+        messages[0].route(dict.fromkeys(range(8), (0xFEE0_0000, data)))
+
+    assert vm.changes == 50
+    assert vm.messages == [MessageRoute(24 + n, 0xFEE0_0000, 49) for n in range(8)]
+    assert len(vm.irqfds) == 8
+
+
+def test_message_whose_eventfd_is_refused_gets_one_later_and_leaves_no_fd(
+    vm: FakeVm, messages: tuple[MsixMessages, MsixMessages], capsys: pytest.CaptureFixture[str]
+) -> None:
+    vm.refuses_irqfds = True
+    before = os.listdir("/proc/self/fd")
+    for data in range(3):
+        messages[0].route({0: (0xFEE0_0000, data)})
+    assert os.listdir("/proc/self/fd") == before
+    assert capsys.readouterr().err.count("KVM_IRQFD") == 1
+    vm.refuses_irqfds = False
+
+    messages[0].route({0: (0xFEE0_0000, 9)})
+    messages[0].signal(0)
+
+    assert vm.messages == [MessageRoute(24, 0xFEE0_0000, 9)]
+    assert pulses(vm.irqfds[0][0]) == 1
 
 
 @pytest.mark.parametrize(

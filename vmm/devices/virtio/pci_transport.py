@@ -97,7 +97,8 @@ class VirtioPciTransport:
     `moved(address or None)` names the port, or the address, whose 16-bit writes are to be turned
     into `notify(value)`, whenever it changes.
     `ring(queue index)` has `notify` called soon, on the thread that serves requests (default: at
-    once): for notifies that come as port accesses, and when a device has more to do.
+    once), when a device has more to do; `notified(queue index)` does so, too, for a notify that
+    came as an access to the register (default: `ring`).
     Configuration has a lock, each queue another one (all queues of a device that isn't
     `concurrent` share theirs), taken in this order. A reset takes them all, so that a device
     that reads as reset touches guest memory no more. The ISR has its own: its reader must not
@@ -115,6 +116,7 @@ class VirtioPciTransport:
         interrupt_line: int,
         moved: Callable[[int | None], None] | None = None,
         ring: Callable[[int], None] | None = None,
+        notified: Callable[[int], None] | None = None,
         observer: DeviceObserver | None = None,
         make_queue: Callable[..., SplitQueue] = SplitQueue,
         msix: MsixTable | None = None,
@@ -127,6 +129,7 @@ class VirtioPciTransport:
         self._moved = moved
         self._observer = observer
         self._ring = self.notify if ring is None else ring
+        self._notified = self._ring if notified is None else notified
         device.wake = self._ring
         device.serve = self.notify
         device.announce = self.config_changed
@@ -243,7 +246,7 @@ class VirtioPciTransport:
         """OUT to the BAR; dropped unless it is a whole field that may be written now."""
         if offset == NOTIFY and size in (2, 4):
             if value & 0xFFFF < len(self._queues):
-                self._ring(value & 0xFFFF)
+                self._notified(value & 0xFFFF)
             return
         with self._lock:
             if (offset, size) == (0x14, 1):

@@ -29,8 +29,11 @@ class MemfdBacking(FdBacking):
         try:
             os.ftruncate(fd, size)
             self._prepare(fd)
-        except OSError:
+        except OSError as error:
             os.close(fd)
+            if error.errno == errno.EFBIG:  # a memfd is a file, too
+                what = f"{size >> 20} MiB of guest memory: {error.strerror}"
+                raise OSError(errno.EFBIG, what) from None
             raise
         super().__init__(fd, size)
         self._copier = FdCopier()
