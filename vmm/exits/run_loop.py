@@ -80,6 +80,14 @@ class VcpuRunner:
         if self.in_guest:
             self._kick()
 
+    def fetch_coalesced_writes(self) -> bool:
+        """Whether writes wait in the VM's ring; then the vCPU leaves the guest for a moment, to
+        carry them out on its own thread (a console's reader may keep it waiting)."""
+        waiting = self._vcpu.has_coalesced_writes
+        if waiting:
+            self._kick()
+        return waiting
+
     def tell_stopped(self) -> None:
         """Have the guest know that it was stopped for a while; the vCPU is parked."""
         if self._looping:
@@ -124,10 +132,10 @@ class VcpuRunner:
                 self.in_guest = False
                 if self._summoned:
                     gate.has_left()
-                if exit.__class__ is InterruptedExit:
-                    continue
                 if vcpu.has_coalesced_writes:
                     coalesced(vcpu)
+                if exit.__class__ is InterruptedExit:
+                    continue
                 name, handle = table[exit.__class__]
                 counts[name] = counts.get(name, 0) + 1
                 handle(vcpu, exit)
