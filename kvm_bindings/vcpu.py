@@ -116,6 +116,14 @@ class Vcpu(OwnedFd):
         ring = self._ring
         return ring is not None and ring.first != ring.last
 
+    @property
+    def oldest_coalesced_write(self) -> int | None:
+        """The place in the ring of the write that has waited longest; None if none waits."""
+        ring = self._ring
+        if ring is None or ring.first == ring.last:
+            return None
+        return int(ring.first)
+
     def coalesced_writes(self) -> Iterator[MmioExit | IoExit]:
         """The writes in the ring, oldest first; each is taken out when the next is asked for.
 

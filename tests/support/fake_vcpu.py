@@ -66,6 +66,10 @@ class FakeVcpu:
     def has_coalesced_writes(self) -> bool:
         return bool(self.ring)
 
+    @property
+    def oldest_coalesced_write(self) -> int | None:
+        return 0 if self.ring else None
+
     def coalesced_writes(self) -> Iterator[Exit]:
         while self.ring:
             yield self.ring[0]

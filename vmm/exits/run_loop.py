@@ -80,13 +80,15 @@ class VcpuRunner:
         if self.in_guest:
             self._kick()
 
-    def fetch_coalesced_writes(self) -> bool:
-        """Whether writes wait in the VM's ring; then the vCPU leaves the guest for a moment, to
-        carry them out on its own thread (a console's reader may keep it waiting)."""
-        waiting = self._vcpu.has_coalesced_writes
-        if waiting:
-            self._kick()
-        return waiting
+    @property
+    def oldest_coalesced_write(self) -> int | None:
+        """The place in the VM's ring of the write that has waited longest; None if none waits."""
+        return self._vcpu.oldest_coalesced_write
+
+    def carry_out_coalesced_writes(self) -> None:
+        """Have the vCPU leave the guest for a moment and do it, on its own thread: a console's
+        reader may keep that waiting."""
+        self._kick()
 
     def tell_stopped(self) -> None:
         """Have the guest know that it was stopped for a while; the vCPU is parked."""

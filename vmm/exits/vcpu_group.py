@@ -62,13 +62,6 @@ class VcpuGroup:
         deadline = time.monotonic() + timeout
         return all(runner.join(max(deadline - time.monotonic(), 0)) for runner in self.runners)
 
-    def fetch_coalesced_writes(self) -> bool:
-        """Have writes that wait in the VM's ring carried out soon; whether there are any.
-
-        From any thread. The first vCPU does it, which is never one that the guest hasn't started.
-        """
-        return self.runners[0].fetch_coalesced_writes()
-
     # -- parking ------------------------------------------------------------------------------
 
     @contextmanager

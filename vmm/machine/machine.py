@@ -266,7 +266,7 @@ class Machine:
                 self._console.attach(self._loop, self._devices.board.serial)
                 self._vcpus.start()
                 if self._devices.board.coalesces_output:
-                    Stragglers(self._vcpus.fetch_coalesced_writes, self._loop.set_timer).look()
+                    Stragglers(self._vcpus.runners[0], self._loop.set_timer).look()
                 self._loop.run()
             except PolicyKill as kill:
                 self.stop(Outcome(KILLED, str(kill)))

@@ -313,6 +313,7 @@ def test_coalesced_writes_are_taken_out_oldest_first_each_as_what_it_is(page: Pa
     ]
     os.pwrite(page.fd, struct.pack("<II", 0, 2) + b"".join(entries), RING)
     assert page.vcpu.has_coalesced_writes
+    assert page.vcpu.oldest_coalesced_write == 0
 
     found = list(page.vcpu.coalesced_writes())
 
@@ -322,6 +323,7 @@ def test_coalesced_writes_are_taken_out_oldest_first_each_as_what_it_is(page: Pa
     ]
     assert struct.unpack("<II", page.read(8, RING)) == (2, 2)
     assert not page.vcpu.has_coalesced_writes
+    assert page.vcpu.oldest_coalesced_write is None
 
 
 def test_coalesced_writes_go_round_the_end_of_the_ring(page: Page) -> None:
