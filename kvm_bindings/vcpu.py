@@ -116,21 +116,42 @@ class Vcpu(OwnedFd):
         ring = self._ring
         return ring is not None and ring.first != ring.last
 
+    @property
+    def oldest_coalesced_write(self) -> int | None:
+        """The place in the ring of the write that has waited longest; None if none waits."""
+        ring = self._ring
+        if ring is None or ring.first == ring.last:
+            return None
+        return int(ring.first)
+
     def coalesced_writes(self) -> Iterator[MmioExit | IoExit]:
         """The writes in the ring, oldest first; each is taken out when the next is asked for.
 
-        The ring belongs to the VM: one thread at a time may iterate.
+        Bytes for one port that follow one another come as one exit, like those of string I/O.
+        What another vCPU adds meanwhile is left for its own exit, so that this has an end. The
+        ring belongs to the VM: one thread at a time may iterate.
         """
         ring = self._ring
-        while ring is not None and ring.first != ring.last:
-            write = ring.coalesced_mmio[ring.first % _RING_ENTRIES]
+        if ring is None:
+            return
+        at, end = ring.first % _RING_ENTRIES, ring.last % _RING_ENTRIES
+        while at != end:
+            write = ring.coalesced_mmio[at]
             size = min(write.len, 8)
             data = bytes(write.data[0:size])
+            at = (at + 1) % _RING_ENTRIES
             if write.pio:
-                yield IoExit(write.phys_addr, size, 1, True, data)
+                port = write.phys_addr
+                while size == 1 and at != end:
+                    following = ring.coalesced_mmio[at]
+                    if (following.phys_addr, following.len, following.pio) != (port, 1, 1):
+                        break
+                    data += bytes(following.data[0:1])
+                    at = (at + 1) % _RING_ENTRIES
+                yield IoExit(port, size, len(data) if size == 1 else 1, True, data)
             else:
                 yield MmioExit(write.phys_addr, size, True, data)
-            ring.first = (ring.first + 1) % _RING_ENTRIES
+            ring.first = at
 
     def answer_mmio(self, data: bytes) -> None:
         """Give the guest the bytes that its MMIO read asked for (at most 8)."""

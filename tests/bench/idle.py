@@ -27,11 +27,11 @@ SETTLE_SECONDS = 10.0
 
 def measure(words: list[str], seconds: float) -> dict[str, float]:
     """Percent of a processor and wake-ups per second of the guest that `words` start."""
-    with at_prompt(words, LIMIT, ending=signal.SIGKILL) as pid:
+    with at_prompt(words, LIMIT, ending=signal.SIGKILL) as guest:
         time.sleep(SETTLE_SECONDS)
-        before, began = usage(pid), time.monotonic()
+        before, began = usage(guest.pid), time.monotonic()
         time.sleep(seconds)
-        after, elapsed = usage(pid), time.monotonic() - began
+        after, elapsed = usage(guest.pid), time.monotonic() - began
     busy, switches = (later - earlier for later, earlier in zip(after, before, strict=True))
     return {
         "percent": 100 * busy / os.sysconf("SC_CLK_TCK") / elapsed,

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 PROMPT = b"/ # "
@@ -47,11 +48,19 @@ def run_in_lab(
     return result
 
 
+@dataclass
+class Guest:
+    """A VMM's process, and how many characters its guest had printed at the prompt."""
+
+    pid: int
+    characters: int
+
+
 @contextmanager
 def at_prompt(
     words: list[str], limit: float, ending: signal.Signals = signal.SIGTERM
-) -> Iterator[int]:
-    """The process id of the VMM that `words` start, once its guest shows the shell's prompt.
+) -> Iterator[Guest]:
+    """The VMM that `words` start, once its guest shows the shell's prompt.
 
     SystemExit when that takes longer than `limit` seconds. The process is sent `ending` afterwards.
     """
@@ -60,7 +69,7 @@ def at_prompt(
         words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     assert process.stdout is not None
-    seen = b""
+    seen, characters = b"", 0
     try:
         while PROMPT not in seen:
             left = limit - (time.monotonic() - started)
@@ -69,7 +78,8 @@ def at_prompt(
             if not data:
                 raise SystemExit(f"{words[0]} did not boot to a prompt:\n{seen.decode()}")
             seen = seen[-4096:] + data
-        yield process.pid
+            characters += len(data)
+        yield Guest(process.pid, characters)
     finally:
         process.send_signal(ending)
         process.wait(30)

@@ -93,6 +93,9 @@ def test_paused_run_can_be_ended_as_any_other(session: Controlled, end: str) -> 
 
 
 def test_state_of_a_running_guest_is_dumped_whole(session: Controlled) -> None:
+    session.type(b"up")  # what comes back has cost exits
+    session.expect(b"up")
+
     state = session.ask("dump-state")
 
     assert state["pages"] == [[0, 16 << 20, "shared"]]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvm_bindings.exits import Exit, InterruptedExit, IoExit
+from kvm_bindings.exits import Exit, InterruptedExit
 from tests.support.x86 import exit_handlers
 from vmm.arch.x86_64.msrs import MsrTable
 from vmm.conversion.schemes.cbit import CbitScheme
@@ -41,6 +41,8 @@ class FakeVcpu:
         self.told_stopped = 0
         self.idle = threading.Event()
         """Set once all steps are played and `run` waits."""
+        self.ring: list[Exit] = []
+        """Writes that KVM keeps back."""
         self._steps = list(steps)
         self._kicked = threading.Event()
         self._ignored = 0
@@ -60,10 +62,18 @@ class FakeVcpu:
             raise step
         return step() if callable(step) else step
 
-    has_coalesced_writes = False
+    @property
+    def has_coalesced_writes(self) -> bool:
+        return bool(self.ring)
 
-    def coalesced_writes(self) -> Iterator[IoExit]:
-        return iter(())
+    @property
+    def oldest_coalesced_write(self) -> int | None:
+        return 0 if self.ring else None
+
+    def coalesced_writes(self) -> Iterator[Exit]:
+        while self.ring:
+            yield self.ring[0]
+            del self.ring[0]
 
     @property
     def immediate_exit(self) -> bool:

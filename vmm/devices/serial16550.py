@@ -87,6 +87,8 @@ class Serial16550:
     def read(self, offset: int, size: int) -> int:
         """IN: the UART is one byte wide, so a wider access reads the following registers."""
         if size == 1:
+            if offset == LSR and not self._line_errors:  # once for each character, no lock needed
+                return LSR_IDLE | LSR_READY if self._received else LSR_IDLE
             return self._read_register(offset)
         value = 0
         for i in range(size):

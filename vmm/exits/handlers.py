@@ -8,6 +8,7 @@ like a vCPU.
 from __future__ import annotations
 
 import errno
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -61,6 +62,7 @@ class ExitHandlers(ABC):
         self._registers = registers
         self._converter = converter
         self._stop = stop
+        self._ring_lock = threading.Lock()
         self.table: Table = {
             exits.MmioExit: ("mmio", self.mmio),
             exits.MemoryFaultExit: ("memory_fault", self.memory_fault),
@@ -80,12 +82,9 @@ class ExitHandlers(ABC):
         """Have the guest know that it was stopped for a while, where there is a way to."""
         del vcpu
 
-    def coalesced(self, vcpu: Any) -> None:
-        """Carry out the writes that KVM kept back, before the exit that came after them.
-
-        Called only where the vCPU has such.
-        """
-        del vcpu
+    def coalesced_write(self, vcpu: Any, exit: Any) -> None:
+        """Carry out one write that KVM kept back; it is counted nowhere, as it was no exit."""
+        self.mmio(vcpu, exit)
 
     def port_counts(self) -> dict[int, int]:
         """Exits per I/O port, for the report; empty where there are no ports."""
@@ -95,6 +94,16 @@ class ExitHandlers(ABC):
         """The sentence for an instruction that KVM could not emulate."""
         code = exit.instruction.hex(" ") or "unknown bytes"
         return f"KVM could not emulate the instruction at {where} ({code})"
+
+    def coalesced(self, vcpu: Any) -> None:
+        """Carry out the writes that KVM kept back, before the exit that came after them.
+
+        Under a lock from taking to carrying out: the ring is the VM's, and another vCPU's exit
+        must not overtake the writes that it relies on.
+        """
+        with self._ring_lock:
+            for write in vcpu.coalesced_writes():
+                self.coalesced_write(vcpu, write)
 
     # -- exits that a guest causes in the course of things ------------------------------------
 

@@ -80,6 +80,16 @@ class VcpuRunner:
         if self.in_guest:
             self._kick()
 
+    @property
+    def oldest_coalesced_write(self) -> int | None:
+        """The place in the VM's ring of the write that has waited longest; None if none waits."""
+        return self._vcpu.oldest_coalesced_write
+
+    def carry_out_coalesced_writes(self) -> None:
+        """Have the vCPU leave the guest for a moment and do it, on its own thread: a console's
+        reader may keep that waiting."""
+        self._kick()
+
     def tell_stopped(self) -> None:
         """Have the guest know that it was stopped for a while; the vCPU is parked."""
         if self._looping:
@@ -124,10 +134,10 @@ class VcpuRunner:
                 self.in_guest = False
                 if self._summoned:
                     gate.has_left()
-                if exit.__class__ is InterruptedExit:
-                    continue
                 if vcpu.has_coalesced_writes:
                     coalesced(vcpu)
+                if exit.__class__ is InterruptedExit:
+                    continue
                 name, handle = table[exit.__class__]
                 counts[name] = counts.get(name, 0) + 1
                 handle(vcpu, exit)

@@ -30,6 +30,9 @@ from vmm.lab.run import LabRun
 
 # What --kernel says for the payload that pyvmm carries, on hosts whose default is a kernel.
 PAYLOAD = "payload"
+# What a run gets for --append: under emulation each character that a guest prints while it boots
+# is an exit of a third of a millisecond or more, and there are 20,000 of them.
+QUIET = "quiet"
 
 
 class Lab:
@@ -170,6 +173,8 @@ class Lab:
         words[index] = words[index].replace(name, str(kernel.image))
         if _value_of(words, "--initrd") is None:
             words += ["--initrd", str(self.guest_initramfs(kernel))]
+        if _is_run(words) and _value_of(words, "--append") is None:
+            words += ["--append", QUIET]
         if measures_linux(words) and _value_of(words, "--fio") is None:
             try:
                 words += ["--fio", str(self.fio_image())]
@@ -227,14 +232,18 @@ def with_kernel(arguments: Sequence[str], host: Host) -> list[str]:
     """
     words = list(arguments)
     at = _value_of(words, "--kernel")
-    is_run = not words or words[0] == "run" or words[0].startswith("-")
-    if at is None and host.guest_kernel is not None and is_run:
+    if at is None and host.guest_kernel is not None and _is_run(words):
         return [*words, "--kernel", host.guest_kernel]
     if at is not None and at[1] == PAYLOAD:
         index = at[0]
         first = index if words[index].startswith("--") else index - 1
         del words[first : index + 1]
     return words
+
+
+def _is_run(words: Sequence[str]) -> bool:
+    """Whether these are the words of a run, and not of another command."""
+    return not words or words[0] == "run" or words[0].startswith("-")
 
 
 def runs_several_vcpus(words: Sequence[str]) -> bool:

@@ -22,7 +22,8 @@ usage: pyvmm lab [lab options] [pyvmm's own command and options]
 Runs pyvmm (or PROGRAM) inside a machine under full emulation that has a hardware-like KVM.
 Console, files named by options, --disk, --report, --trace and the exit status pass through.
 A kernel may be named debian:6.12 (or another series): Debian's stock cloud kernel, of the lab
-machine's architecture. Without --initrd a guest gets a busybox shell.
+machine's architecture. Without --initrd a guest gets a busybox shell, without --append a quiet
+boot ("--append loglevel=7" shows all of it, dmesg has it anyway).
 
 {_HOSTS}
 

@@ -25,6 +25,7 @@ from vmm.exits.outcome import (
     Outcome,
 )
 from vmm.exits.run_loop import install_kick_handler
+from vmm.exits.stragglers import Stragglers
 from vmm.exits.vcpu_group import VcpuGroup
 from vmm.machine.config import MachineConfig
 from vmm.machine.guest_vm import GuestVm
@@ -265,6 +266,8 @@ class Machine:
             try:
                 self._console.attach(self._loop, self._devices.board.serial)
                 self._vcpus.start()
+                if self._devices.board.coalesces_output:
+                    Stragglers(self._vcpus.runners[0], self._loop.set_timer).look()
                 self._loop.run()
             except PolicyKill as kill:
                 self.stop(Outcome(KILLED, str(kill)))

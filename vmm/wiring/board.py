@@ -28,6 +28,8 @@ if TYPE_CHECKING:
         ports: PortBus
         registers: MemoryBus
         pci: PciBus
+        coalesces_output: bool
+        """Whether KVM keeps back what the guest writes to the serial port's transmitter."""
 
         @property
         def serial(self) -> SerialPort:

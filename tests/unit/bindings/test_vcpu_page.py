@@ -313,6 +313,7 @@ def test_coalesced_writes_are_taken_out_oldest_first_each_as_what_it_is(page: Pa
     ]
     os.pwrite(page.fd, struct.pack("<II", 0, 2) + b"".join(entries), RING)
     assert page.vcpu.has_coalesced_writes
+    assert page.vcpu.oldest_coalesced_write == 0
 
     found = list(page.vcpu.coalesced_writes())
 
@@ -322,6 +323,7 @@ def test_coalesced_writes_are_taken_out_oldest_first_each_as_what_it_is(page: Pa
     ]
     assert struct.unpack("<II", page.read(8, RING)) == (2, 2)
     assert not page.vcpu.has_coalesced_writes
+    assert page.vcpu.oldest_coalesced_write is None
 
 
 def test_coalesced_writes_go_round_the_end_of_the_ring(page: Page) -> None:
@@ -334,6 +336,66 @@ def test_coalesced_writes_go_round_the_end_of_the_ring(page: Page) -> None:
     ports = [write[0] for write in page.vcpu.coalesced_writes()]
 
     assert ports == [1, 2]
+
+
+def fill_ring(page: Page, entries: list[bytes], first: int = 0) -> None:
+    os.pwrite(page.fd, struct.pack("<II", first, len(entries)) + b"".join(entries), RING)
+
+
+def test_coalesced_bytes_for_one_port_come_as_one_string(page: Page) -> None:
+    bytes_out = [ring_entry(0x3F8, bytes([letter]), port=True) for letter in b"login"]
+    index = ring_entry(0xCF8, b"\x04\0\0\x80", port=True)
+    fill_ring(page, [*bytes_out, index, ring_entry(0x3F8, b":", port=True)])
+
+    found = list(page.vcpu.coalesced_writes())
+
+    assert found == [
+        IoExit(0x3F8, 1, 5, True, b"login"),
+        IoExit(0xCF8, 4, 1, True, b"\x04\0\0\x80"),
+        IoExit(0x3F8, 1, 1, True, b":"),
+    ]
+    assert struct.unpack("<II", page.read(8, RING)) == (7, 7)
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        ring_entry(0x3F9, b"b", port=True),
+        ring_entry(0x3F8, b"b", port=False),
+        ring_entry(0x3F8, b"bc", port=True),
+    ],
+    ids=["another port", "memory", "a word"],
+)
+def test_coalesced_byte_is_joined_to_nothing_but_bytes_for_its_port(
+    page: Page, second: bytes
+) -> None:
+    fill_ring(page, [ring_entry(0x3F8, b"a", port=True), second])
+
+    found = list(page.vcpu.coalesced_writes())
+
+    assert found[0] == IoExit(0x3F8, 1, 1, True, b"a")
+    assert len(found) == 2
+
+
+def test_coalesced_string_stays_in_the_ring_until_it_is_carried_out(page: Page) -> None:
+    """Another vCPU that finds the ring empty goes on, and relies on what was written."""
+    fill_ring(page, [ring_entry(0x3F8, b"a", port=True)] * 3)
+
+    next(page.vcpu.coalesced_writes())
+
+    assert struct.unpack("<II", page.read(8, RING)) == (0, 3)
+
+
+def test_coalesced_writes_that_come_meanwhile_are_left(page: Page) -> None:
+    """Two other vCPUs that write without end must not keep this one's exit waiting."""
+    fill_ring(page, [ring_entry(0x3F8, b"a", port=True)] * 2)
+    writes = page.vcpu.coalesced_writes()
+    first = next(writes)
+    fill_ring(page, [ring_entry(0x3F8, b"a", port=True)] * 3)
+
+    assert first == IoExit(0x3F8, 1, 2, True, b"aa")
+    assert list(writes) == []
+    assert struct.unpack("<II", page.read(8, RING)) == (2, 3)
 
 
 def test_coalesced_write_of_more_than_the_entry_holds_is_cut_off(page: Page) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvm_bindings.exits import IoExit
-from tests.support.fake_vcpu import RecordingDevice, Rig, StreamDevice
+from tests.support.fake_vcpu import FakeVcpu, RecordingDevice, Rig, StreamDevice
 
 BASE = 0x3F8
 
@@ -126,6 +126,20 @@ def test_ports_around_the_doorbell_are_unclaimed(rig: Rig, port: int) -> None:
     vcpu = rig.handle(IoExit(port, 4, 1, False, b""))
 
     assert vcpu.io == [b"\xff\xff\xff\xff"]
+
+
+def test_writes_that_kvm_kept_back_are_carried_out_and_are_no_exits(rig: Rig) -> None:
+    device, stream = RecordingDevice(), StreamDevice()
+    rig.ports.add(0x70, 1, device)
+    rig.ports.add(BASE, 8, stream)
+    vcpu = FakeVcpu()
+    vcpu.ring = [IoExit(0x70, 1, 1, True, b"\x0f"), IoExit(BASE, 1, 5, True, b"login")]
+
+    rig.handlers.coalesced(vcpu)
+
+    assert (device.writes, stream.strings) == ([(0, 1, 0x0F)], [b"login"])
+    assert rig.handlers.port_counts() == {}
+    assert not vcpu.ring
 
 
 def test_exits_are_counted_by_port(rig: Rig) -> None:

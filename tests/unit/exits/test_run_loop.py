@@ -36,6 +36,28 @@ class Run:
         self.stopped.set()
 
 
+class KickedVcpu(FakeVcpu):
+    """A guest that computes, until the kick signal comes; an earlier one counts as well."""
+
+    def run(self) -> Exit:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {KICK_SIGNAL})
+        self.idle.set()
+        signal.sigwait({KICK_SIGNAL})
+        return InterruptedExit(errno.EINTR)
+
+
+class SayingDevice(RecordingDevice):
+    """Says when it is written to."""
+
+    def __init__(self, written: threading.Event) -> None:
+        super().__init__()
+        self._written = written
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        super().write(offset, size, value)
+        self._written.set()
+
+
 def test_run_loop_dispatches_and_counts_exits(rig: Rig) -> None:
     device = RecordingDevice()
     rig.ports.add(0x80, 1, device)
@@ -49,6 +71,41 @@ def test_run_loop_dispatches_and_counts_exits(rig: Rig) -> None:
     assert run.runner.join(10)
     assert device.writes == [(0, 1, 0x78)] * 3
     assert run.runner.exit_counts == {"io": 3}
+
+
+def test_writes_that_kvm_kept_back_come_before_the_exit_that_followed_them(rig: Rig) -> None:
+    device = RecordingDevice()
+    rig.ports.add(0x80, 2, device)
+    vcpu = FakeVcpu([OUT])
+    vcpu.ring = [IoExit(0x81, 1, 1, True, b"a")]
+    run = Run(rig, vcpu)
+
+    run.runner.start()
+    assert vcpu.idle.wait(10)
+    run.runner.stop()
+
+    assert run.runner.join(10)
+    assert device.writes == [(1, 1, 0x61), (0, 1, 0x78)]
+
+
+def test_guest_that_only_computes_has_what_kvm_kept_back_fetched(rig: Rig) -> None:
+    """It made no exit since, nor will it: its vCPU is told to leave it for a moment."""
+    written = threading.Event()
+    rig.ports.add(0x81, 1, SayingDevice(written))
+    vcpu = KickedVcpu()
+    run = Run(rig, vcpu)
+    run.runner.start()
+    assert vcpu.idle.wait(10)
+    assert run.runner.oldest_coalesced_write is None
+    vcpu.ring = [IoExit(0x81, 1, 1, True, b"a")]
+
+    assert run.runner.oldest_coalesced_write is not None
+    run.runner.carry_out_coalesced_writes()
+
+    assert written.wait(10)
+    run.runner.stop()
+    assert run.runner.join(10)
+    assert run.runner.exit_counts == {}
 
 
 def test_stop_from_another_thread_ends_a_guest_that_computes(rig: Rig) -> None:

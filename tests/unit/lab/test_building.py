@@ -221,12 +221,27 @@ def test_pyvmm_words_get_an_initrd_for_a_kernel(
         f"{kernel}",
         "--initrd",
         "/i",
+        "--append",
+        "quiet",
     ]
-    assert lab.pyvmm_words(["--kernel=debian:6.12", "--initrd=x"]) == [
+    assert lab.pyvmm_words(["--kernel=debian:6.12", "--initrd=x", "--append=loglevel=7"]) == [
         f"--kernel={kernel}",
         "--initrd=x",
+        "--append=loglevel=7",
     ]
     assert lab.pyvmm_words(["check"]) == ["check"]
+
+
+@pytest.mark.parametrize("words", [["bench", "--kernel", "k"], ["run"], ["--private-mem"]])
+def test_only_a_run_with_a_kernel_is_made_quiet(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "k").touch()
+    lab = Lab(LabOptions(cache=tmp_path / "cache"))
+    monkeypatch.setattr(lab, "guest_kernel", lambda name: Kernel(tmp_path / name, None))
+    monkeypatch.setattr(lab, "guest_initramfs", lambda kernel: Path("/i"))
+
+    assert "--append" not in lab.pyvmm_words(words)
 
 
 @pytest.mark.parametrize("only", [["--only", "linux"], ["--only=linux"]])
@@ -249,7 +264,7 @@ def test_bench_of_a_stock_kernel_gets_fio_where_it_is_to_be_had(
         (["bench", *only, *guest], ["--fio", "/f"]),
         (["bench", *only, *guest, "--fio", "mine"], []),
         (["bench", "--only", "disk", *guest], []),
-        (guest, []),
+        (guest, ["--append", "quiet"]),
     ):
         assert lab.pyvmm_words(words) == [*words, *added]
 

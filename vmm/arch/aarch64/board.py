@@ -43,6 +43,7 @@ class ArmBoard:
         add(layout.RTC_GPA, layout.RTC_SIZE, Pl031(time.time_ns))
         add(layout.V2M_GPA, layout.V2M_SIZE, frame)
         add(layout.PCI_ECAM_GPA, layout.PCI_ECAM_SIZE, PciEcam(self.pci))
+        self.coalesces_output = self._vm.coalesce_mmio_writes(layout.UART_GPA, 1)
 
     def press_power_button(self) -> bool:
         return False

@@ -42,9 +42,11 @@ class PcBoard:
         self.ports.add(layout.ACPI_PM_PORT, layout.ACPI_PM_PORTS, pm)
         self._pm = pm
         self.ports.add(layout.PCI_CONFIG_PORT, layout.PCI_CONFIG_PORTS, PciConf1(self.pci))
-        # Index registers: a write means nothing before the data register is accessed.
+        # Index registers: a write means nothing before the data register is accessed. And the
+        # serial port's transmitter: drivers look at its status before they go on.
         for port, size in ((layout.PCI_CONFIG_PORT, 4), (layout.CMOS_PORT, 1)):
             self._vm.coalesce_port_writes(port, size)
+        self.coalesces_output = self._vm.coalesce_port_writes(layout.COM1_PORT, 1)
 
     def press_power_button(self) -> bool:
         return self._pm.press_power_button()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -54,7 +53,6 @@ class X86ExitHandlers(handlers.ExitHandlers):
         super().__init__(registers, converter, stop)
         self._ports = ports
         self._msrs = msrs
-        self._ring_lock = threading.Lock()
         # By vCPU, because two threads must not count in one place.
         self._port_counts: defaultdict[int, dict[int, int]] = defaultdict(dict)
         self.table.update(
@@ -94,15 +92,8 @@ class X86ExitHandlers(handlers.ExitHandlers):
             total.update(counts)
         return dict(total)
 
-    def coalesced(self, vcpu: AnsweringVcpu) -> None:
-        """Carry out the port writes that KVM kept back, before the exit that came after them.
-
-        Under a lock from taking to carrying out: the ring is the VM's, and another vCPU's exit
-        must not overtake the writes that it relies on.
-        """
-        with self._ring_lock:
-            for write in vcpu.coalesced_writes():
-                self._port_io(vcpu, write)
+    def coalesced_write(self, vcpu: AnsweringVcpu, exit: exits.IoExit) -> None:
+        self._port_io(vcpu, exit)
 
     def _port_io(self, vcpu: AnsweringVcpu, exit: exits.IoExit) -> None:
         port, size = exit.port, exit.size

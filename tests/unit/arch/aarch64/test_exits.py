@@ -11,6 +11,7 @@ from kvm_bindings import KvmError
 from kvm_bindings.aarch64.registers import CORE_REGISTERS
 from kvm_bindings.exits import ArmNisvExit, HypercallExit, MmioExit, SystemEventExit
 from vmm.arch.aarch64.exits import ArmExitHandlers, without_ports
+from vmm.arch.aarch64.layout import UART_GPA, UART_SIZE
 from vmm.devices.bus import MemoryBus
 from vmm.exits.outcome import INTERNAL_ERROR, POWEROFF, RESET, Outcome
 
@@ -26,6 +27,10 @@ class FakeVcpu:
         self.registers = {CORE_REGISTERS[name]: value for name, value in values.items()}
         self.is_protected = is_protected
         self.answer = b""
+        self.ring: list[MmioExit] = []
+
+    def coalesced_writes(self) -> list[MmioExit]:
+        return self.ring
 
     def get_one_reg(self, register: int) -> int:
         if self.is_protected:
@@ -100,6 +105,17 @@ def test_call_of_a_realm_gives_the_monitor_arguments_and_the_guest_its_answer() 
     assert name == "hypercall"
     assert monitor.calls == [(0xC400_0197, 1, 2, 3, 1)]
     assert [vcpu.x(number) for number in range(4)] == [0, 7, 8, 3]
+
+
+def test_writes_that_kvm_kept_back_reach_the_registers_in_memory() -> None:
+    bus, register = MemoryBus(), Register()
+    bus.add(UART_GPA, UART_SIZE, register)
+    vcpu = FakeVcpu()
+    vcpu.ring = [MmioExit(UART_GPA, 1, True, bytes([letter])) for letter in b"ok"]
+
+    handlers(bus=bus)[0].coalesced(vcpu)
+
+    assert register.writes == [(0, 1, ord("o")), (0, 1, ord("k"))]
 
 
 def test_call_without_a_monitor_is_not_supported() -> None:

@@ -80,6 +80,7 @@ class FakeVm:
     def __init__(self, *refuses: str, nisv: int = 1) -> None:
         self.journal: list[tuple[Any, ...]] = []
         self.irqfds: list[tuple[int, bool]] = []
+        self.zones: list[tuple[int, int]] = []
         self._refuses = refuses
         self._nisv = nisv
 
@@ -98,6 +99,10 @@ class FakeVm:
 
     def check_extension(self, capability: int) -> int:
         return self._nisv if capability == ioctls.KVM_CAP_ARM_NISV_TO_USER else 0
+
+    def coalesce_mmio_writes(self, gpa: int, size: int) -> bool:
+        self.zones.append((gpa, size))
+        return "zones" not in self._refuses
 
     def enable_cap(self, capability: int, *arguments: int) -> None:
         self.journal.append(("capability", capability))
@@ -409,6 +414,15 @@ def test_board_prints_what_is_written_to_the_uart(
 
     assert output == [b"x"]
     assert vm.irqfds == [(layout.UART_SPI, False)]
+
+
+def test_board_has_kvm_keep_back_what_is_written_to_the_uart_and_nothing_else(
+    board: tuple[ArmBoard, list[bytes], FakeVm],
+) -> None:
+    made, _, vm = board
+
+    assert vm.zones == [(layout.UART_GPA, 1)]
+    assert made.coalesces_output is True
 
 
 def test_board_has_clock_frame_and_host_bridge(
