@@ -71,6 +71,24 @@ int64_t pyvmm_move_many(int from, int to, const void *table, uint32_t count, cha
 void pyvmm_copy_memory(uint64_t target, uint64_t source, uint64_t size);
 """
 
+VIRTQUEUE = """
+int64_t pyvmm_indirect_tables(const void *ring, const void *table, uint32_t size, uint32_t first,
+                              uint32_t count, uint32_t most, uint64_t *pieces, uint32_t *tables);
+int64_t pyvmm_chains(const void *ring, const void *table, uint32_t size, uint32_t first,
+                     uint32_t count, const void *indirect, uint64_t indirect_size,
+                     uint32_t most_descriptors, uint64_t most_bytes, uint64_t *chains,
+                     uint64_t room, uint64_t *totals);
+uint32_t pyvmm_disk_headers(const uint64_t *chains, uint32_t count, uint64_t *pieces);
+struct pyvmm_disk_plan {
+    uint32_t requests, reads, writes;
+    uint64_t bytes_read, bytes_written, cost, used;
+};
+void pyvmm_disk_plan(const uint64_t *chains, uint32_t count, const void *headers, uint64_t limit,
+                     int may_write, uint64_t each, uint64_t most, uint64_t *reads,
+                     uint64_t *writes, uint64_t *statuses, uint32_t *elements,
+                     struct pyvmm_disk_plan *plan);
+"""
+
 MAPPED = """
 int64_t pyvmm_copy_mapped(const void *table, uint32_t count, char *data, int writing);
 int64_t pyvmm_move_mapped(int fd, const void *table, uint32_t count, int writing);
@@ -106,8 +124,10 @@ def _interface(machine: str) -> FFI:
     _require_known(machine)
     abi = (HERE / "kvm_abi.h").read_text() + (HERE / machine / "kvm_abi.h").read_text()
     ffi = FFI()
-    ffi.cdef(abi + FUNCTIONS + DATAPATH + MAPPED + FLOORS)
-    parts = ("bindings.c", f"{machine}/abi_sizes.c", "datapath.c", "mapped.c", "floors.c")
+    ffi.cdef(abi + FUNCTIONS + DATAPATH + VIRTQUEUE + MAPPED + FLOORS)
+    parts = (
+        "bindings.c", f"{machine}/abi_sizes.c", "datapath.c", "virtqueue.c", "mapped.c", "floors.c"
+    )  # fmt: skip
     source = PRELUDE + abi + "".join((HERE / part).read_text() for part in parts)
     ffi.set_source(
         "kvm_bindings._kvm", source, py_limited_api=True, extra_compile_args=COMPILER_OPTIONS

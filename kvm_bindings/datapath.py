@@ -34,17 +34,21 @@ def pread_many(fd: int, pieces: list[int], size: int) -> bytearray:
     `size` is their sum. Raises KvmError; EIO where the file ends in one of them.
     """
     data = bytearray(size)
-    table = struct.pack(f"{len(pieces)}Q", *pieces)
-    result = lib.pyvmm_pread_many(fd, table, len(pieces) // 2, ffi.from_buffer(data))
-    check("pread", result, "fd={}, {} pieces", fd, len(pieces) // 2)
+    count = len(pieces)
+    table = struct.pack(f"{count}Q", *pieces)
+    result = lib.pyvmm_pread_many(fd, table, count // 2, ffi.from_buffer(data))
+    if result < 0:
+        check("pread", result, "fd={}, {} pieces", fd, count // 2)
     return data
 
 
 def pwrite_many(fd: int, pieces: list[int], data: bytes) -> None:
     """Write `data` over all pieces in their order, one pwrite(2) each. Raises KvmError."""
-    table = struct.pack(f"{len(pieces)}Q", *pieces)
-    result = lib.pyvmm_pwrite_many(fd, table, len(pieces) // 2, data)
-    check("pwrite", result, "fd={}, {} pieces", fd, len(pieces) // 2)
+    count = len(pieces)
+    table = struct.pack(f"{count}Q", *pieces)
+    result = lib.pyvmm_pwrite_many(fd, table, count // 2, data)
+    if result < 0:
+        check("pwrite", result, "fd={}, {} pieces", fd, count // 2)
 
 
 def move_many(
@@ -61,21 +65,15 @@ def move_many(
     kernel, the others through `buffer`. The number of bytes, short at the source's end.
     Raises OSError: the pipe may hold bytes then.
     """
-    table = struct.pack(f"{len(moves)}Q", *moves)
+    count, room = len(moves), len(buffer.bytes)
+    table = struct.pack(f"{count}Q", *moves)
+    read_end, write_end = pipe
     moved = -errno.EINTR
     while moved == -errno.EINTR:  # handlers of signals run in between, as PEP 475 has it
-        moved = int(
-            lib.pyvmm_move_many(
-                source,
-                target,
-                table,
-                len(moves) // 3,
-                buffer.pointer,
-                len(buffer.bytes),
-                *pipe,
-                splice_from,
-            )
-        )
+        moved = lib.pyvmm_move_many(
+            source, target, table, count // 3, buffer.pointer, room, read_end, write_end,
+            splice_from,
+        )  # fmt: skip
     if moved < 0:
         raise OSError(-moved, f"copying from {source=} to {target=}: {os.strerror(-moved)}")
     return moved

@@ -100,6 +100,12 @@ class RangeMap(Generic[T]):
         index = bisect_right(starts, start)
         return self._values[index - 1] if index == len(starts) or end <= starts[index] else None
 
+    def run_at(self, address: int) -> tuple[int, int]:
+        """Start and end of the run that `address`, which must lie in the span, is in."""
+        starts = self._starts
+        after = bisect_right(starts, address)
+        return starts[after - 1], self.span.end if after == len(starts) else starts[after]
+
     def runs(self, within: Range | None = None) -> Iterator[tuple[Range, T]]:
         """The maximal runs, clipped to `within` (default: the whole span), in address order."""
         limit = self.span if within is None else self.span.intersection(within)

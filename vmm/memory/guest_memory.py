@@ -10,8 +10,9 @@ import errno
 import threading
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import Enum
+from threading import get_ident
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from vmm.core.errors import PrivateAccess, UnmappedAccess
@@ -144,6 +145,9 @@ class GuestMemory:
         self._end = self.ram[-1].end
         # Conversions under way, by the thread that carries them out; none overlaps another.
         self._conversions: dict[int, _Conversion] = {}
+        # A run that the host may touch, [start, end), in which accesses need no look at the
+        # states: as long as nothing has been converted since it was found. With the lock held.
+        self._free = 0, 0
         self._lock = threading.Lock()
         self._drained = threading.Condition(self._lock)
         # Accesses under way, by thread: a conversion waits for those that have a piece of it.
@@ -250,9 +254,13 @@ class GuestMemory:
 
     def _enter(self, gpa: int, size: int) -> None:
         """Hold off conversions of the range until `_leave`, or refuse the access."""
+        end = gpa + size
         with self._lock:
-            self._require_shared(gpa, size)
-            self._in_flight[threading.get_ident()] = (gpa, gpa + size, None)
+            low, high = self._free
+            if not (low <= gpa < high and gpa <= end <= high):
+                self._require_shared(gpa, size)
+                self._note_free(gpa)
+            self._in_flight[get_ident()] = (gpa, end, None)
 
     def _enter_many(self, pieces: list[int]) -> None:
         """As `_enter`, for gpa, size, gpa, size...: all of them, or none.
@@ -260,20 +268,28 @@ class GuestMemory:
         `pieces` stay the caller's, who does not change them before `_leave`.
         """
         if len(pieces) == 2:
-            self._enter(*pieces)
+            self._enter(pieces[0], pieces[1])
             return
         starts, sizes = pieces[::2], pieces[1::2]
         start, end = min(starts), max(starts) + max(sizes)
         with self._lock:
+            low, high = self._free
             # Most often all memory that a device uses is one shared run, with room to spare.
-            if not self._is_shared(start, end):
-                for gpa, size in zip(starts, sizes, strict=True):
-                    self._require_shared(gpa, size)
-            self._in_flight[threading.get_ident()] = (start, end, pieces)
+            if not (low <= start and end <= high):
+                if not self._is_shared(start, end):
+                    for gpa, size in zip(starts, sizes, strict=True):
+                        self._require_shared(gpa, size)
+                self._note_free(start)
+            self._in_flight[get_ident()] = (start, end, pieces)
+
+    def _note_free(self, gpa: int) -> None:
+        """An access at `gpa` was allowed: so are others in the same run."""
+        if not self._conversions:
+            self._free = self._states.run_at(gpa)
 
     def _leave(self) -> None:
         with self._lock:
-            del self._in_flight[threading.get_ident()]
+            del self._in_flight[get_ident()]
             if self._waiting:
                 self._drained.notify_all()
 
@@ -412,6 +428,7 @@ class GuestMemory:
                 raise UnmappedAccess(f"{area} is not wholly guest RAM")
             if target is not None and len(states) > MOST_RUNS - 2:
                 self._require_room(area, target)
+            self._free = 0, 0
             conversion = self._conversions[thread] = _Conversion(area, target, runs)
         return conversion.runs
 
@@ -576,20 +593,27 @@ class MemoryThrough:
         All of it is refused before a byte moves (GuestMemoryError), or the number of bytes is
         what was asked for, unless the file ends. Raises OSError with some of it moved.
         """
-        return self._move(moves, 1, lambda: self._engine.move_in(src_fd, moves))
+        self._enter_moves(moves[1::3], moves[2::3])
+        try:
+            return self._engine.move_in(src_fd, moves)
+        finally:
+            self._memory._leave()
 
     def move_out(self, moves: list[int], dst_fd: int) -> int:
         """Move guest memory into a file: gpa, file offset, size, gpa... As `move_in`."""
-        return self._move(moves, 0, lambda: self._engine.move_out(moves, dst_fd))
-
-    def _move(self, moves: list[int], gpas: int, move: Callable[[], int]) -> int:
-        pieces = [0] * (len(moves) // 3 * 2)
-        pieces[::2], pieces[1::2] = moves[gpas::3], moves[2::3]
-        self._memory._enter_many(pieces)
+        self._enter_moves(moves[::3], moves[2::3])
         try:
-            return move()
+            return self._engine.move_out(moves, dst_fd)
         finally:
             self._memory._leave()
+
+    def _enter_moves(self, gpas: list[int], sizes: list[int]) -> None:
+        if len(gpas) == 1:
+            self._memory._enter(gpas[0], sizes[0])
+            return
+        pieces = [0] * (2 * len(gpas))
+        pieces[::2], pieces[1::2] = gpas, sizes
+        self._memory._enter_many(pieces)
 
     def transfer_in(self, src_fd: int, src_offset: int, gpa: int, size: int) -> int:
         self._memory._enter(gpa, size)

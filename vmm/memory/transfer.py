@@ -142,12 +142,12 @@ class FdCopier:
 
         Raises OSError, with some of it moved.
         """
-        sizes = moves[2::3]
+        sizes, wanted = moves[2::3], self._splice_from
         splice_from = datapath.NEVER
-        wanted = self._splice_from is not None and max(sizes) >= self._splice_from
-        if wanted and not self._is_refused(src, dst):
-            assert self._splice_from is not None
-            splice_from = self._splice_from
+        if wanted is not None and max(sizes) < wanted:
+            wanted = None  # nothing of it is large
+        if wanted is not None and not self._is_refused(src, dst):
+            splice_from = wanted
         scratch = _scratches.own
         try:
             moved = datapath.move_many(
@@ -161,11 +161,11 @@ class FdCopier:
             return self.copy_many(src, dst, moves)
         if moved != sum(sizes):
             return moved  # the caller will find out by `copy` which one is short
-        inside, fell_back = 0, 0
+        inside = fell_back = 0
         if splice_from != datapath.NEVER:
             inside = sum([size for size in sizes if size >= splice_from])
-        elif self._splice_from is not None:
-            fell_back = sum([size >= self._splice_from for size in sizes])
+        elif wanted is not None:
+            fell_back = sum([size >= wanted for size in sizes])
         with self._counting:
             self.bytes_by["splice"] += inside
             self.bytes_by["buffer"] += moved - inside

@@ -14,13 +14,14 @@ import time
 from collections.abc import Callable, Generator, Mapping
 from functools import partial
 
+from kvm_bindings.virtqueue import Chains, DiskPlanner
 from vmm.core.disk_image import SECTOR
 from vmm.core.errors import GuestMemoryError
 from vmm.devices.virtio.block_batch import Batch, serve_together
 from vmm.devices.virtio.block_file import SERIAL_BYTES, DiskFile
 from vmm.devices.virtio.budget import Budget, Pace, Work
 from vmm.devices.virtio.device import EXPECTED, GuestMemory, VirtioDevice
-from vmm.devices.virtio.queue import Chain, QueueError, Segment, SplitQueue
+from vmm.devices.virtio.queue import Chain, QueueError, Segment, SplitQueue, listed
 from vmm.devices.virtio.segments import aligned_pieces, gather, merged, take_front, total
 
 F_SEG_MAX, F_RO, F_BLK_SIZE, F_FLUSH = 1 << 2, 1 << 5, 1 << 6, 1 << 9
@@ -39,12 +40,13 @@ _ZEROES = bytes(1 << 18)
 PUNCH_AT_ONCE = 32 << 20
 # Some tens of microseconds, in which a driver that keeps its queue full has its next request there.
 PATIENCE = 4
-# Descriptors of a request which, alone, is served quicker without a batch: header, data, status.
+# Pieces of a request that is carried out without steps: header, data, status.
 SIMPLE = 3
 # Bytes of a request that is carried out without steps.
 SMALL = 64 << 10
 
 _HEADER = struct.Struct("<IIQ")
+_ELEMENT = struct.Struct("<II")  # of the used ring
 _RANGE = struct.Struct("<QII")
 # capacity, size_max, seg_max, geometry, blk_size, topology, writeback, num_queues, then the
 # limits of discard and write zeroes.
@@ -78,6 +80,7 @@ class VirtioBlock(VirtioDevice):
         self._disk = disk
         self._punch = punch
         self._pace = Pace()
+        self._planners: dict[SplitQueue, DiskPlanner] = {}
         self.queue_sizes = (QUEUE_SIZE,) * disk.queues
         self.concurrent = disk.queues > 1
         self.engine = disk.engine
@@ -118,6 +121,7 @@ class VirtioBlock(VirtioDevice):
         self, memory: GuestMemory, queues: Mapping[int, SplitQueue], features: int
     ) -> None:
         super().activate(memory, queues, features)
+        self._planners.clear()
         for queue in queues.values():
             queue.patience = self._patience
 
@@ -133,12 +137,15 @@ class VirtioBlock(VirtioDevice):
         batch = None
         try:
             if self.go_on(queue, used):
-                chains = queue.take()
-                batch = self._together(queue, memory, chains)
-                if batch is None:
+                chains = queue.take_together()
+                if isinstance(chains, Chains):
+                    batch = self._together(queue, memory, chains)
+                    if batch is None:
+                        chains = listed(chains)
+                    else:
+                        self._leave(queue, chains.count)
+                if not isinstance(chains, Chains):
                     self.answer_these(queue, chains, partial(self._serve, queue.budget), used)
-                else:
-                    self._leave(queue, len(chains) - len(batch.used))
         except EXPECTED:
             queue.publish(used)  # those were carried out; the bad one stops the device
             raise
@@ -151,8 +158,11 @@ class VirtioBlock(VirtioDevice):
         be written has its answer, up to the first whose can't."""
         assert self._memory is not None
         outstanding = queue.outstanding
+        elements = b"".join([_ELEMENT.pack(*one) for one in before])
         try:
-            return queue.publish(before + batch.used, batch.statuses, bytes(len(batch.used)))
+            return queue.publish_elements(
+                elements + batch.elements, batch.statuses, bytes(batch.requests)
+            )
         except GuestMemoryError:
             if queue.outstanding == outstanding:  # else the driver has been told
                 answered = 0
@@ -160,7 +170,9 @@ class VirtioBlock(VirtioDevice):
                     for gpa in batch.statuses[::2]:
                         self._memory.pwrite(b"\0", gpa)
                         answered += 1
-                queue.publish(before + batch.used[:answered])
+                elements += batch.elements[: answered * _ELEMENT.size]
+                if elements:
+                    queue.publish_elements(elements)
             raise
 
     def _leave(self, queue: SplitQueue, count: int) -> None:
@@ -169,44 +181,43 @@ class VirtioBlock(VirtioDevice):
             queue.put_back(count)
             queue.more = True
 
-    def _together(
-        self, queue: SplitQueue, memory: GuestMemory, chains: list[Chain]
-    ) -> Batch | None:
-        """As many chains at once as the host is quick enough for, again and again for a turn, if
-        they are plain reads and writes and nothing is in their way; else None."""
-        if not chains or not hasattr(memory, "move_in"):
+    def _together(self, queue: SplitQueue, memory: GuestMemory, chains: Chains) -> Batch | None:
+        """As many chains at once as the host is quick enough for, again and again for a turn, as
+        long as they are plain reads and writes and nothing is in their way; None if the first is
+        not. `chains` are those that are left."""
+        if not hasattr(memory, "move_in"):
             return None
-        if len(chains) == 1 and len(chains[0].readable) + len(chains[0].writable) <= SIMPLE:
-            return None
+        planner = self._planners.get(queue)
+        if planner is None:
+            planner = self._planners[queue] = DiskPlanner()
         disk, pace, budget = self._disk, self._pace, queue.budget
-        whole: Batch | None = None
-        rest = chains
-        while rest and not (whole and budget.spent):
+        whole = Batch()
+        while chains.count and not (whole.requests and budget.spent):
             started = time.monotonic()
-            batch = serve_together(
+            plan = serve_together(
                 memory,  # type: ignore[arg-type]  # it has been asked
-                rest,
+                planner,
+                chains,
                 disk.fd,
                 disk.sectors,
                 may_write=not disk.read_only,
                 most=pace.limit,
             )
-            if batch is None or not self._written_through(batch):
+            if plan is None or (plan.bytes_written and not self._written_through()):
                 break
-            pace.took(batch.cost, time.monotonic() - started)
-            budget.spend(2, batch.bytes_read + batch.bytes_written)
+            planner.done(chains, plan)
+            pace.took(plan.cost, time.monotonic() - started)
+            budget.spend(2, plan.bytes_read + plan.bytes_written)
             budget.look()
-            whole = batch if whole is None else whole.plus(batch)
-            rest = rest[len(batch.used) :]
-        if whole is not None:
-            self.statistics.add("requests", len(whole.used))
-            self.statistics.add("bytes_read", whole.bytes_read)
-            self.statistics.add("bytes_written", whole.bytes_written)
+            whole.add(plan)
+        if not whole.requests:
+            return None
+        self.statistics.moved(whole.requests, whole.bytes_read, whole.bytes_written)
         return whole
 
-    def _written_through(self, batch: Batch) -> bool:
+    def _written_through(self) -> bool:
         """Whether what was written is where the driver expects it now."""
-        if batch.bytes_written and not self._agreed & F_FLUSH:
+        if not self._agreed & F_FLUSH:
             try:
                 os.fdatasync(self._disk.fd)
             except OSError:

@@ -71,6 +71,13 @@ class IoStatistics:
         with _counting:
             setattr(self, name, getattr(self, name) + amount)
 
+    def moved(self, requests: int, bytes_read: int, bytes_written: int) -> None:
+        """Count requests that were carried out together."""
+        with _counting:
+            self.requests += requests
+            self.bytes_read += bytes_read
+            self.bytes_written += bytes_written
+
     def as_dict(self) -> dict[str, int]:
         return dict(vars(self))
 

@@ -2,9 +2,13 @@
 
 One batch costs a pread of the available index, one of the new entries, one of the descriptor
 table, one pwrite of used elements and one of the used index, however many chains it has (an
-indirect chain adds a pread of its table); where the memory takes batches, entries and table come
-by one call, elements, index and the device's own last words go by another. All that is in there
-was written by a hostile guest: what does not add up raises QueueError.
+indirect chain adds a pread of its table); where the memory takes batches, index, entries and
+table come by one call, indirect tables by a second, elements, index and the device's own last
+words go by a third. All that is in there was written by a hostile guest: what does not add up
+raises QueueError.
+
+Chains are followed in C (`kvm_bindings.virtqueue`) where nothing is unusual about them. What is
+right and wrong is said here, in `_chain`, which looks at all that was found unusual.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import NamedTuple, Protocol
 
+from kvm_bindings.virtqueue import MOST_ENTRIES, Chains
 from vmm.core.errors import PyvmmError
 from vmm.devices.virtio.budget import Budget, Work
 
@@ -85,6 +90,7 @@ class SplitQueue:
         "_armed",
         "_avail",
         "_batch",
+        "_chains",
         "_desc",
         "_event_index",
         "_indirect",
@@ -92,6 +98,7 @@ class SplitQueue:
         "_memory",
         "_next_avail",
         "_next_used",
+        "_ring",
         "_used",
         "budget",
         "more",
@@ -116,6 +123,10 @@ class SplitQueue:
         self._memory = memory
         # Not every memory has these verbs: one that announces each access does without.
         self._batch: BatchMemory | None = memory if hasattr(memory, "read_many") else None  # type: ignore[assignment]
+        # All that a look at the queue needs, where that is little: index, entries, descriptors,
+        # read in this order, that in which the driver's writes become visible.
+        self._ring = [avail, 4, avail + 4, 2 * size, desc, 16 * size]
+        self._chains: Chains | None = None
         self.size = size
         self._desc = desc
         self._avail = avail
@@ -146,13 +157,27 @@ class SplitQueue:
         the entries, and these before the descriptors: the order in which
         the driver's writes become visible.
         """
+        taken = self._take(most)
+        return listed(taken) if isinstance(taken, Chains) else taken
+
+    def take_together(self, most: int = MAX_QUEUE_SIZE) -> Chains | list[Chain]:
+        """As `take`, for who may not need a list (`listed` makes it): what is taken is good until
+        the next call."""
+        return self._take(most) if self._batch is not None else self.take(most)
+
+    def _take(self, most: int) -> Chains | list[Chain]:
         most_descriptors, most_bytes = self.budget.left_to_take()
         if most_descriptors <= 0:
             self.more = True
             return []
         self.more = False
-        index = self._available_index()
-        count = available = (index - self._next_avail) & 0xFFFF
+        ring: bytes | bytearray | None = None
+        if self._batch is not None and self.size <= MOST_ENTRIES:
+            ring = self._batch.read_many(self._ring)
+            index = ring[2] | ring[3] << 8
+        else:
+            index = self._available_index()
+        available = (index - self._next_avail) & 0xFFFF
         # What the device holds counts, too: another vCPU may move the index on during a turn,
         # and its chains would be more than the used ring has room for.
         if self.outstanding + available > self.size:
@@ -161,35 +186,73 @@ class SplitQueue:
                 f"{self.outstanding} chains not returned, the queue has {self.size} entries"
             )
         count = min(available, most)
-        chains: list[Chain] = []
+        taken: Chains | list[Chain] = []
         if count:
-            heads, table = self._read_entries(count)
-            descriptors = size = 0
-            for head in heads:
-                one, length, total = self._chain(table, head)
-                chains.append(one)
-                descriptors += length
-                size += total
-                if descriptors >= most_descriptors or size >= most_bytes:
-                    count = len(chains)
-                    self.more = count < available
-                    break
+            found = None if ring is None else self._find(ring, count, most_descriptors, most_bytes)
+            if found is None:
+                taken, descriptors = self._follow(count, most_descriptors, most_bytes)
+                count = len(taken)
+            else:
+                taken, descriptors, count = found, found.descriptors, found.count
+            self.more = count < min(available, most)
             self.budget.descriptors_left -= descriptors
             self._next_avail = (self._next_avail + count) & 0xFFFF
             if self.observer is not None:
-                self.observer.taken(chains)
+                self.observer.taken(listed(taken) if isinstance(taken, Chains) else taken)
         if count == available and self._event_index and self._armed != index:
-            if count:
-                self._looks = self.patience
-            if self._looks:
-                self._looks -= 1
-                self.more = True
-                return chains
-            # 2.7.10: ask for a notify, then look once more: the driver may not have seen it.
-            self._memory.pwrite(_INDEX.pack(index), self._used + 4 + 8 * self.size)
-            self._armed = index
-            self.more = self._available_index() != index
+            self._arm(index, count)
+        return taken
+
+    def _arm(self, index: int, count: int) -> None:
+        """All that there was, `count`, has been taken: have the driver notify of what comes, or
+        look again soon."""
+        if count:
+            self._looks = self.patience
+        if self._looks:
+            self._looks -= 1
+            self.more = True
+            return
+        # 2.7.10: ask for a notify, then look once more: the driver may not have seen it.
+        self._memory.pwrite(_INDEX.pack(index), self._used + 4 + 8 * self.size)
+        self._armed = index
+        self.more = self._available_index() != index
+
+    def _find(
+        self, ring: bytes | bytearray, count: int, most_descriptors: int, most_bytes: int
+    ) -> Chains | None:
+        """The next `count` chains, or as many as the limits allow, if they are as usual."""
+        assert self._batch is not None
+        chains = self._chains
+        if chains is None:
+            chains = self._chains = Chains()
+        size, first = self.size, self._next_avail
+        pieces = chains.tables(ring, size, first, count, most_descriptors)
+        tables: bytes | bytearray = b""
+        if pieces:
+            if not self._indirect:
+                return None
+            tables = self._batch.read_many(pieces)
+        if pieces is None or not chains.find(
+            ring, size, first, chains.count, tables, most_descriptors, most_bytes
+        ):
+            return None
         return chains
+
+    def _follow(
+        self, count: int, most_descriptors: int, most_bytes: int
+    ) -> tuple[list[Chain], int]:
+        """As `_find`, one by one and whatever they are; and how many descriptors they have."""
+        chains: list[Chain] = []
+        descriptors = size = 0
+        heads, table = self._read_entries(count)
+        for head in heads:
+            one, length, total = self._chain(table, head)
+            chains.append(one)
+            descriptors += length
+            size += total
+            if descriptors >= most_descriptors or size >= most_bytes:
+                break
+        return chains, descriptors
 
     @property
     def outstanding(self) -> int:
@@ -217,25 +280,32 @@ class SplitQueue:
         """
         if not used:
             return False
-        if len(used) > self.outstanding:
-            raise QueueError(f"{len(used)} chains to return, {self.outstanding} were taken")
         elements = struct.pack(f"<{2 * len(used)}I", *chain.from_iterable(used))
+        return self.publish_elements(elements, before, data)
+
+    def publish_elements(
+        self, elements: bytes, before: Sequence[int] = (), data: bytes = b""
+    ) -> bool:
+        """As `publish`, for elements of the used ring (2.7.8), at least one."""
+        count = len(elements) // 8
+        if count > self.outstanding:
+            raise QueueError(f"{count} chains to return, {self.outstanding} were taken")
         slot = self._next_used % self.size
         ring = self._used + 4
         until_wrap = 8 * (self.size - slot)
         pieces = [*before, ring + 8 * slot, min(len(elements), until_wrap)]
         if len(elements) > until_wrap:
             pieces += (ring, len(elements) - until_wrap)
-        index = (self._next_used + len(used)) & 0xFFFF
+        index = (self._next_used + count) & 0xFFFF
         pieces += (self._used + 2, 2)  # the index last: by then the driver may see the rest
         self._write(pieces, data + elements + _INDEX.pack(index))
         self._next_used = index
         if self.observer is not None:
-            self.observer.returned(used)
+            self.observer.returned(list(struct.iter_unpack("<II", elements)))
         # After the index: the driver sets flag or event, then looks at the index once more.
         if self._event_index:
             (event,) = _INDEX.unpack(self._memory.pread(2, self._avail + 4 + 2 * self.size))
-            return (index - int(event) - 1) & 0xFFFF < len(used)
+            return (index - int(event) - 1) & 0xFFFF < count
         (flags,) = _INDEX.unpack(self._memory.pread(2, self._avail))
         return not flags & AVAIL_NO_INTERRUPT
 
@@ -315,3 +385,23 @@ class SplitQueue:
                 f"it holds 1 to {MAX_INDIRECT} descriptors of 16 bytes"
             )
         return self._memory.pread(length, gpa)
+
+
+def listed(chains: Chains) -> list[Chain]:
+    """What was found, one by one."""
+    numbers = chains.numbers()
+    made: list[Chain] = []
+    at = 0
+    while at < len(numbers):
+        head, readable, writable = numbers[at : at + 3]
+        middle = at + 3 + 2 * readable
+        end = middle + 2 * writable
+        made.append(
+            Chain(
+                head,
+                list(zip(numbers[at + 3 : middle : 2], numbers[at + 4 : middle : 2], strict=True)),
+                list(zip(numbers[middle:end:2], numbers[middle + 1 : end : 2], strict=True)),
+            )
+        )
+        at = end
+    return made

@@ -71,6 +71,8 @@ class MemfdBacking(FdBacking):
             offset += byte_count(buffer)
 
     def read_many(self, pieces: list[int]) -> bytes | bytearray:
+        if len(pieces) == 2:
+            return self.pread(pieces[1], pieces[0])
         return datapath.pread_many(self.fd, pieces, sum(pieces[1::2]))
 
     def write_many(self, pieces: list[int], data: bytes) -> None:
