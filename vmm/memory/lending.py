@@ -9,9 +9,9 @@ mapped is `PageState.LENT`: to everybody but that device it stays as private as 
 from __future__ import annotations
 
 import errno
-import threading
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from threading import get_ident
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmm.core.errors import GuestMemoryError, PrivateAccess, UnmappedAccess
@@ -302,7 +302,7 @@ class IommuMemory:
                 elif found:
                     start, end = min(gpas), max(gpas) + max(found[1::2])
                 several = found if len(found) > 2 else None
-                memory._in_flight[threading.get_ident()] = (start, end, several)
+                memory._in_flight[get_ident()] = (start, end, several)
         if refused is not None:
             raise self._fault(refused, access)
         uniform = sides[0] if sides else False
@@ -324,6 +324,20 @@ class IommuMemory:
         starts, mappings = space.starts, space.mappings
         common_end = memory.common_end
         for iova, size in zip(pieces[::2], pieces[1::2], strict=True):
+            # Most pieces are in one mapping, of private pages.
+            index = bisect_right(starts, iova) - 1
+            if index >= 0 and size > 0:
+                start, length, gpa, allowed, lent, _ = mappings[index]
+                gpa += iova - start
+                if (
+                    lent
+                    and allowed & access
+                    and iova + size <= start + length
+                    and gpa >= common_end
+                ):
+                    found += (gpa, size)
+                    sides.append(True)
+                    continue
             at, left = iova, size
             if size < 0:
                 return iova
@@ -375,8 +389,35 @@ class IommuMemory:
 
     # -- the verbs ----------------------------------------------------------------------------
 
+    def _begin_one(self, iova: int, size: int, access: int) -> int | None:
+        """`_begin` for what lies in one mapping of private pages: where; None for all else, which
+        is not begun then."""
+        memory = self._memory
+        with memory._lock:
+            space = self._endpoint.space
+            if space is not None:
+                index = bisect_right(space.starts, iova) - 1
+                if index >= 0:
+                    start, length, gpa, allowed, lent, _ = space.mappings[index]
+                    gpa += iova - start
+                    if (
+                        lent
+                        and allowed & access
+                        and 0 < size <= start + length - iova
+                        and gpa >= memory.common_end
+                    ):
+                        memory._in_flight[get_ident()] = (gpa, gpa + size, None)
+                        return gpa
+        return None
+
     def pread(self, size: int, gpa: int) -> bytes:
         """`size` bytes at the IOVA `gpa`."""
+        where = self._begin_one(gpa, size, READ)
+        if where is not None:
+            try:
+                return self._memory.private.pread(size, where)  # type: ignore[union-attr]  # it lends
+            finally:
+                self._memory._leave()
         plan = self._begin((gpa, size), READ)
         try:
             if len(plan.sides) == 1:
@@ -387,7 +428,15 @@ class IommuMemory:
 
     def pwrite(self, data: Buffer, gpa: int) -> None:
         """Write `data` at the IOVA `gpa`."""
-        plan = self._begin((gpa, byte_count(data)), WRITE)
+        size = byte_count(data)
+        where = self._begin_one(gpa, size, WRITE)
+        if where is not None:
+            try:
+                self._memory.private.pwrite(data, where)  # type: ignore[union-attr]  # it lends
+            finally:
+                self._memory._leave()
+            return
+        plan = self._begin((gpa, size), WRITE)
         try:
             if len(plan.sides) == 1:
                 self._side(plan.sides[0]).pwrite(data, plan.pieces[0])

@@ -110,6 +110,7 @@ class VirtioIommu(VirtioDevice):
     queue_sizes: Sequence[int] = (QUEUE_SIZE, QUEUE_SIZE)
     features = F_INPUT_RANGE | F_DOMAIN_RANGE | F_MAP_UNMAP | F_PROBE | F_BYPASS_CONFIG
     prompt = True
+    concurrent = True  # faults are told of while a request waits for a device
 
     statistics: IommuStatistics
 
