@@ -12,10 +12,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from vmm.conversion.observer import LendingObserver
 from vmm.conversion.transaction import QUIESCE_TIMEOUT, Converter
 from vmm.core.ranges import Range
 from vmm.memory.guest_memory import PageState
-from vmm.memory.lending import READ, WRITE, AddressSpace, Endpoint, LendingMemory, Mapping
+from vmm.memory.lending import PRIVATE, READ, WRITE, AddressSpace, Endpoint, LendingMemory, Mapping
 from vmm.policy import LendEvent
 
 AT_ONCE = 256
@@ -61,12 +62,14 @@ class Lender:
         *,
         quiesce_timeout: float = QUIESCE_TIMEOUT,
         clock: Callable[[], int] = time.monotonic_ns,
+        observer: LendingObserver | None = None,
     ) -> None:
         """`clock` gives nanoseconds."""
         self._memory = memory
         self._converter = converter
         self._patience = quiesce_timeout
         self._clock = clock
+        self._observer = observer
         self.counts = LendingCounts()
 
     @property
@@ -90,17 +93,20 @@ class Lender:
         or private pages that can't be lent; EACCES: a policy says no; EBUSY: a page is being
         converted; ENOSPC. Raises PolicyKill, PolicyError.
         """
-        answer = self._lend(endpoint, iova, area, access)
+        began = self._clock()
+        answer = self._lend(endpoint, iova, area, access, began)
         counts = self.counts
         if answer == 0:
             counts.maps += 1
         elif answer == errno.EACCES:
             counts.denied += 1
+            if self._observer is not None:
+                self._observer.lent(endpoint.name, area, answer, began)
         else:
             counts.failed += 1
         return answer
 
-    def _lend(self, endpoint: Endpoint, iova: int, area: Range, access: int) -> int:
+    def _lend(self, endpoint: Endpoint, iova: int, area: Range, access: int, began: int) -> int:
         space = endpoint.space
         assert space is not None
         low, high = space.within(iova, iova + area.size - 1)
@@ -112,13 +118,13 @@ class Lender:
         try:
             if hooks.asks_about_lending:
                 with self._converter.asking:
-                    if memory.kind_of(area) <= {PageState.PRIVATE, PageState.LENT}:
+                    if memory.kind_of(area) <= PRIVATE:
                         event = _event(endpoint, iova, area, access)
                         if not hooks.lending(event, self._converter.view):
                             return errno.EACCES
-                    mapping = memory.map(space, iova, area, access, self._clock())
+                    mapping = memory.map(space, iova, area, access, began)
             else:
-                mapping = memory.map(space, iova, area, access, self._clock())
+                mapping = memory.map(space, iova, area, access, began)
         except OSError as error:
             number = error.errno or errno.EIO
             return errno.EBUSY if number == errno.EAGAIN else number
@@ -127,6 +133,8 @@ class Lender:
         if mapping.lent:
             counts.lent_bytes_total += area.size
             counts.peak_lent_bytes = max(counts.peak_lent_bytes, memory.lent_bytes)
+            if self._observer is not None:
+                self._observer.lent(endpoint.name, area, 0, began)
         return 0
 
     # -- taking back --------------------------------------------------------------------------
@@ -152,7 +160,7 @@ class Lender:
             self._memory.put_back(space, taken)
             self.counts.failed += 1
             return errno.EBUSY, False
-        self._give_back(taken)
+        self._give_back(endpoint, taken)
         self.counts.unmaps += len(taken)
         if denied:
             self.counts.denied += 1
@@ -178,12 +186,14 @@ class Lender:
         """Wait for the accesses under way to these pages; False when that takes too long."""
         return all(self._memory.quiesce(mapping.area, self._patience) for mapping in mappings)
 
-    def _give_back(self, mappings: Sequence[Mapping]) -> None:
+    def _give_back(self, endpoint: Endpoint, mappings: Sequence[Mapping]) -> None:
         now = self._clock()
         for mapping in mappings:
             self._memory.take_back(mapping)
             if mapping.lent:
                 self.counts.ended(now - mapping.since)
+                if self._observer is not None:
+                    self._observer.returned(endpoint.name, mapping.area, mapping.since)
 
     def close(self, endpoint: Endpoint, *, wait: bool = False) -> AddressSpace | None:
         """The endpoint reaches nothing from now on; its former space, whose pages are for
@@ -207,7 +217,7 @@ class Lender:
         Raises PolicyKill, PolicyError, when the pages are back.
         """
         taken = self._memory.unmap(space, 0, min(len(space), AT_ONCE))
-        self._give_back(taken)
+        self._give_back(endpoint, taken)
         self.counts.unmaps += len(taken)
         if self._converter.hooks.asks_about_lending:
             with self._converter.asking:

@@ -227,7 +227,8 @@ class Machine:
 
         iommu, memory = self._virtio["iommu"], self._vm.memory
         assert isinstance(iommu, VirtioIommu) and isinstance(memory, LendingMemory)
-        self._lender = iommu.lending = Lender(memory, self._converter)
+        observer = None if self._trace is None else self._trace.lending()
+        self._lender = iommu.lending = Lender(memory, self._converter, observer=observer)
         return iommu
 
     def _watcher(self, device: str) -> Announce | None:

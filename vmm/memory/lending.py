@@ -31,7 +31,8 @@ mapped page by page has 16,384."""
 _RUNS_AT_ONCE = 512
 """How many runs of pages change their state with memory's lock held."""
 
-_PRIVATE = frozenset({PageState.PRIVATE, PageState.LENT})
+PRIVATE = frozenset({PageState.PRIVATE, PageState.LENT})
+"""The states of pages that are the guest's alone, or lent by it."""
 
 
 class IommuFault(GuestMemoryError):
@@ -172,7 +173,7 @@ class LendingMemory(GuestMemory):
             if self.mapped >= MOST_MAPPINGS:
                 raise OSError(errno.ENOSPC, f"{MOST_MAPPINGS} mappings are the most")
             states = self._kind_of(area)
-            lent = states <= _PRIVATE
+            lent = states <= PRIVATE
             if lent:
                 if not self.lends:
                     raise OSError(errno.EFAULT, f"{area} is private, and its backing can't lend")

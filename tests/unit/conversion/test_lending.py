@@ -5,13 +5,17 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.support.conversion import share, unshare
 from tests.support.iommu import IommuRig
 from tests.support.memory import Background, GatedBacking, page, pages, pattern
+from tests.support.trace import rows_of, start_recorder
+from vmm.conversion.tracing import LendingTrace
 from vmm.core.errors import PrivateAccess
 from vmm.core.ranges import PAGE_SIZE, Range
 from vmm.devices.virtio.iommu import S_DEVERR, S_FAULT, S_NOMEM, S_OK
@@ -307,6 +311,31 @@ def test_quota_counts_lent_pages_with_shared_ones() -> None:
     assert rig.converter.convert(share(40, 2)) == -errno.EACCES
     assert rig.converter.convert(share(40, 1)) == 0
     assert rig.map(IOVA + page(16), PRIVATE + 2) == S_FAULT
+    rig.close()
+
+
+# --- what is recorded ---------------------------------------------------------------------------
+
+
+def test_trace_has_what_was_lent_refused_and_came_back(tmp_path: Path) -> None:
+    recorder = start_recorder(tmp_path / "t")
+    rig = with_policy(Quota(page(16 + 2)))
+    rig.lender._observer = LendingTrace(recorder)
+    rig.lender._clock = time.monotonic_ns
+
+    assert rig.map(IOVA, PRIVATE, 2, lending.READ) == S_OK
+    assert rig.map(IOVA + page(8), 4) == S_OK  # shared: nothing is lent
+    assert rig.map(IOVA + page(16), PRIVATE + 8) == S_FAULT
+    assert rig.detach() == S_OK
+    recorder.close(complete=True)
+
+    rows = rows_of(tmp_path / "t")
+    assert [(r["kind"], r["name"], r["gpa"], r["bytes"], r["errno"]) for r in rows] == [
+        ("lend", "blk0", page(PRIVATE), page(2), 0),
+        ("lend", "blk0", page(PRIVATE + 8), page(1), errno.EACCES),
+        ("return", "blk0", page(PRIVATE), page(2), 0),
+    ]
+    assert rows[0]["time_ns"] == rows[2]["time_ns"]  # when it was lent
     rig.close()
 
 
