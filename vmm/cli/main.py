@@ -122,6 +122,7 @@ def _configuration(arguments: Sequence[str], machine: str | None = None) -> Mach
         vsock=options.vsock,
         rng=options.rng,
         balloon=options.balloon,
+        iommu=options.iommu,
         allow_mapped_io=options.allow_mapped_io,
         policies=tuple((spec, tuple(words)) for spec, words in options.policy),
         report=options.report,

@@ -100,6 +100,12 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             "help": "a balloon that takes SIZE from the guest (default 0) and gives free memory "
             "back to the host; the socket PATH takes 'size SIZE' and 'stats'",
         },
+        "--iommu": {
+            **_FLAG,
+            "help": "a virtual IOMMU in front of all of these but the balloon: they reach what the "
+            "guest's driver has mapped for them and nothing else, and private pages without a "
+            "bounce buffer (needs --kernel; x86-64)",
+        },
     },
     "private memory": {
         "--private-mem": {

@@ -27,6 +27,7 @@ _MAP_SIGNS = {
     PageState.PRIVATE: ".",
     PageState.SHARED: "#",
     PageState.DEFERRED: "~",
+    PageState.LENT: "=",
     PageState.OBSERVED: "?",
 }
 
@@ -60,7 +61,7 @@ def page_map(
     states: RangeMap[PageState | None], ram: Sequence[Range], columns: int = MAP_COLUMNS
 ) -> str:
     """RAM from its first page to its last, equal parts of it as one sign each: `.` private,
-    `#` shared, `~` deferred, `?` the host is not told, `+` several.
+    `#` shared, `~` deferred, `=` lent, `?` the host is not told, `+` several.
 
     A part's states are looked up together, however many runs the guest has made of it.
     """

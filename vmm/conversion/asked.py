@@ -15,13 +15,16 @@ OF_REQUESTS = ("on_share", "on_unshare")
 OF_FAULTS = ("on_fault",)
 """Where an access to a page in the other state asks for a conversion."""
 
+OF_LENDING = ("on_lend", "on_return")
+"""Asked where the guest has a virtual IOMMU, and private pages that the host can reach."""
+
 HOOKS: dict[str, tuple[str, ...]] = {
     "pkvm": ALWAYS,
     "attributes": (*ALWAYS, *OF_REQUESTS, *OF_FAULTS),
     "in-place": (*ALWAYS, *OF_REQUESTS, *OF_FAULTS),
     "realm": (*ALWAYS, *OF_REQUESTS),
-    "cbit": (*ALWAYS, *OF_REQUESTS),
-    "remap": (*ALWAYS, *OF_REQUESTS),
+    "cbit": (*ALWAYS, *OF_REQUESTS, *OF_LENDING),
+    "remap": (*ALWAYS, *OF_REQUESTS, *OF_LENDING),
 }
 """The hooks that work under each scheme: the table of the README's chapter on policies."""
 

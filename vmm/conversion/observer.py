@@ -11,6 +11,18 @@ from vmm.memory.guest_memory import PageState
 from vmm.policy import Decision
 
 
+class LendingObserver(Protocol):
+    """Told of private pages that a guest lends to its devices; times are time.monotonic_ns."""
+
+    def lent(self, device: str, area: Range, answer: int, began: int) -> None:
+        """They are mapped for the device, asked for at `began`; or an errno says why not."""
+        ...
+
+    def returned(self, device: str, area: Range, since: int) -> None:
+        """A mapping that was there `since` then is gone."""
+        ...
+
+
 class ConversionObserver(Protocol):
     """Told of what has happened, with the converter's lock held; times are time.monotonic_ns."""
 

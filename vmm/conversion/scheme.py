@@ -73,8 +73,17 @@ def make_memory(
     backing: Backing | None,
     private: Sequence[Range],
     common_end: int = 0,
+    *,
+    lending: bool = False,
 ) -> GuestMemory:
-    """Guest memory of the scheme's kind; arguments as GuestMemory has them."""
+    """Guest memory of the scheme's kind; arguments as GuestMemory has them. `lending`: of the kind
+    that a virtual IOMMU needs, which not every scheme has (`matrix.LENDING`)."""
+    if lending:
+        from vmm.memory.lending import LendingMemory
+
+        if not scheme.told or scheme.shared_alias:
+            raise ValueError(f"the {scheme.name} scheme lends no memory")
+        return LendingMemory(ram, shared, backing, private, common_end)
     if not scheme.told:
         from vmm.memory.backings.protected_memfd import ProtectedMemfdBacking
         from vmm.memory.observed_memory import ObservedMemory

@@ -13,6 +13,20 @@ from vmm.trace.layout import Kind as Traced
 from vmm.trace.recorder import Recorder
 
 
+class LendingTrace:
+    """A LendingObserver: a row for each request to lend private pages, and one for their return."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+
+    def lent(self, device: str, area: Range, answer: int, began: int) -> None:
+        name = self._recorder.name(device)
+        self._recorder.record(Traced.LEND, HOST, began, *area, name, answer)
+
+    def returned(self, device: str, area: Range, since: int) -> None:
+        self._recorder.record(Traced.RETURN, HOST, since, *area, self._recorder.name(device))
+
+
 class ConversionTrace:
     """A ConversionObserver: one row for each request, and one for each range that changes."""
 

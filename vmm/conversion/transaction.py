@@ -547,6 +547,22 @@ class Converter:
         finally:
             self._asking.release()
 
+    @property
+    def asking(self) -> threading.Lock:
+        """Held while policies are asked about what isn't a conversion, and until that is so."""
+        return self._asking
+
+    def discard_now(self, area: Range) -> None:
+        """Make late discards in `area` at once, those that can be made."""
+        with self._asking:
+            due = self._due
+            if due is None:
+                return
+            with self._books:
+                runs = due.waiting(area)
+            for run in runs:
+                self._discard_late(due, run, self._clock())
+
     def _discard_late(self, due: DueTimes, area: Range, now: float) -> None:
         """With `_asking` held, so that nobody begins with the same pages."""
         memory = self._memory

@@ -26,6 +26,8 @@ _GUEST_DEVICES = {
     "0x1044": "virtio_rng",
     "0x1045": "virtio_balloon",
     "0x1053": "vmw_vsock_virtio_transport",
+    # Other devices wait for it, where the machine says that it is in front of them.
+    "0x1057": "virtio_iommu",
 }
 
 _HOST_INIT = """\
@@ -79,6 +81,10 @@ for id in $(cat /sys/bus/pci/devices/*/device); do
     case $id in
 {devices}    esac
 done
+# Functions behind an IOMMU have waited for its driver, and come up by themselves then.
+functions=$(grep -l 0x1af4 /sys/bus/pci/devices/*/vendor | wc -l) tries=100
+while [ -e /sys/module/virtio_iommu ] && [ $((tries -= 1)) -gt 0 ] \\
+    && [ "$(ls /sys/bus/virtio/devices | wc -l)" -lt "$functions" ]; do usleep 50000; done
 mkdir -p /dev/pts /mnt /tmp /root
 mount -t devpts none /dev/pts
 export HOME=/root PATH=/bin TERM=vt100

@@ -67,6 +67,8 @@ class MachineConfig(NamedTuple):
     vsock: str | None = None
     rng: bool = False
     balloon: str | None = None
+    iommu: bool = False
+    """Whether a virtual IOMMU stands between the guest's memory and its devices."""
     allow_mapped_io: bool = False
     """Whether a disk may ask for io=mmap, which reads and writes guest memory through a mapping."""
     policies: tuple[tuple[str, tuple[str, ...]], ...] = ()
@@ -111,6 +113,14 @@ class MachineConfig(NamedTuple):
         if self.debug_shell and not self.policies:
             raise UsageError("--debug-shell needs --policy: it opens where a policy raises")
         self._validate_private_memory(limits)
+        if self.iommu:
+            self._validate_iommu(limits)
+
+    def _validate_iommu(self, limits: Limits) -> None:
+        if limits.name != "x86_64":
+            raise UsageError("--iommu: only x86-64 guests are told of one so far; run without it")
+        if self.kernel is None:
+            raise UsageError("--iommu needs --kernel: the embedded payload has no driver for it")
 
     def _validate_names(self, limits: Limits) -> None:
         """Scheme and backing have to be known, and to exist on this architecture."""

@@ -112,7 +112,15 @@ class GuestVm:
         in_place = backing is not None and backing.traits.in_place
         shared = backing if in_place and backing else MemfdBacking(size, "pyvmm-shared")
         common_end = self._guest.unpaged_end if self.scheme.alias else 0
-        self.memory = make_memory(self.scheme, self.ram, shared, backing, private, common_end)
+        self.memory = make_memory(
+            self.scheme,
+            self.ram,
+            shared,
+            backing,
+            private,
+            common_end,
+            lending=self._config.iommu,
+        )
         self._cleanup.callback(self.memory.close)
         # KVM waits for a grace period of its own with every memslot.
         self._memslots = threading.Thread(target=self._make_memslots, name="memslots")

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from vmm.arch.protocol import Architecture, Guest
     from vmm.control.control_socket import ControlSocket
     from vmm.control.status_line import StatusLine
+    from vmm.conversion.lending import Lender
+    from vmm.devices.virtio.iommu import VirtioIommu
     from vmm.machine.tracing import RunTrace
     from vmm.memory.aliased_memory import Announce
 
@@ -70,6 +72,7 @@ class Machine:
         self._cleanup = ExitStack()
         self._signals = ExitStack()
         self._outcomes: list[Outcome] = []
+        self._lender: Lender | None = None
         self._vcpus = VcpuGroup()
         self._abandoned = False
         self.report: dict[str, Any] | None = None
@@ -193,6 +196,7 @@ class Machine:
             wake_at=lambda due: self._loop.set_timer(due, self._converter.settle),
             observer=None if trace is None else trace.conversions,
         )
+        iommu = self._make_lender() if self._config.iommu else None
         self._devices = Devices(
             self._vm.kvm,
             self._vm.memory,
@@ -207,6 +211,7 @@ class Machine:
             observer_of=(lambda device: None)
             if trace is None
             else partial(trace.device, shared_bit=self._vm.scheme.shared_alias),
+            iommu=iommu,
         )
         self._cleanup.callback(self._devices.close)
         self._handlers = self._vm.platform.exit_handlers(
@@ -214,6 +219,18 @@ class Machine:
         )
         if trace is not None:
             self._handlers.table = trace.exits(self._handlers.table)
+
+    def _make_lender(self) -> VirtioIommu:
+        """Give the virtual IOMMU what it lends the guest's memory by."""
+        from vmm.conversion.lending import Lender
+        from vmm.devices.virtio.iommu import VirtioIommu
+        from vmm.memory.lending import LendingMemory
+
+        iommu, memory = self._virtio["iommu"], self._vm.memory
+        assert isinstance(iommu, VirtioIommu) and isinstance(memory, LendingMemory)
+        observer = None if self._trace is None else self._trace.lending()
+        self._lender = iommu.lending = Lender(memory, self._converter, observer=observer)
+        return iommu
 
     def _watcher(self, device: str) -> Announce | None:
         """What asks the policies about the device's accesses, if one of them wants to know."""
@@ -343,6 +360,8 @@ class Machine:
             ports=self._handlers.port_counts(),
             wall_seconds=wall_seconds,
         )
+        if self._lender is not None:
+            self.report["iommu"] = self._lender.as_dict()
         if self._report_file is not None:
             self._report_file.write(self.report)
 

@@ -61,6 +61,10 @@ def open_devices(config: MachineConfig, owner: ExitStack) -> dict[str, VirtioDev
         from vmm.devices.virtio.balloon_control import open_balloon
 
         add("balloon", open_balloon(config.balloon, config.memory))
+    if config.iommu:
+        from vmm.devices.virtio.iommu import VirtioIommu
+
+        add("iommu", VirtioIommu())
     if len(devices) > MOST_DEVICES:
         raise UsageError(
             f"{len(devices)} virtio devices are asked for; PCI bus 0 has slots for {MOST_DEVICES}, "

@@ -69,6 +69,7 @@ def _pages(memory: GuestMemory) -> dict[str, Any]:
             "shared_bytes": memory.bytes_in(PageState.SHARED),
             "deferred_bytes": memory.bytes_in(PageState.DEFERRED),
             "common_bytes": memory.common_end,
+            **({"lent_bytes": lent} if (lent := memory.bytes_in(PageState.LENT)) else {}),
         }
     from vmm.memory.observed_memory import ObservedMemory
 

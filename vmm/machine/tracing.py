@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from vmm.conversion.tracing import ConversionTrace
+from vmm.conversion.tracing import ConversionTrace, LendingTrace
 from vmm.exits.handlers import Table
 from vmm.exits.outcome import Outcome
 from vmm.exits.tracing import traced
@@ -35,6 +35,9 @@ class RunTrace:
             },
         )
         self.conversions = ConversionTrace(self._recorder)
+
+    def lending(self) -> LendingTrace:
+        return LendingTrace(self._recorder)
 
     def device(self, name: str, shared_bit: int = 0) -> DeviceTrace:
         return DeviceTrace(self._recorder, name, shared_bit)

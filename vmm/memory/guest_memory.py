@@ -38,12 +38,15 @@ class PageState(Enum):
 
     A deferred page is private to the guest, and the host does not touch it, but the shared side
     that the guest gave up is still there: its discard has been put off. An observed page is one of
-    whose state the host is not told: only trying shows whether it may touch it.
+    whose state the host is not told: only trying shows whether it may touch it. A lent page is
+    private, too, but the device that the guest's virtual IOMMU maps it for may touch it
+    (`vmm.memory.lending`).
     """
 
     SHARED = "shared"
     PRIVATE = "private"
     DEFERRED = "deferred"
+    LENT = "lent"
     CONVERTING = "converting"
     OBSERVED = "observed"
 
@@ -545,7 +548,7 @@ class GuestMemory:
             for run, state in self.states():
                 if state is PageState.SHARED:
                     found += self.private.resident_bytes(run.start, run.size)
-                elif state is PageState.PRIVATE:
+                elif state in (PageState.PRIVATE, PageState.LENT):
                     own = run.split(self.common_end)[1]  # of common pages there is one side
                     found += self.shared.resident_bytes(own.start, own.size) if own.size else 0
         except OSError:

@@ -26,6 +26,7 @@ from vmm.policy.protocol import (
     End,
     Event,
     IoEvent,
+    LendEvent,
     Policy,
     PolicyError,
     PolicyKill,
@@ -54,6 +55,8 @@ class Hooks:
             kind: tuple(_overridden(policies, "on_fault", name)) for kind, name in _ON.items()
         }
         self._io = tuple(_overridden(policies, "on_io"))
+        self._lend = tuple(_overridden(policies, "on_lend"))
+        self._return = tuple(_overridden(policies, "on_return"))
         self._boot = tuple(_overridden(policies, "on_boot"))
         self._exit = tuple(_overridden(policies, "on_exit"))
         self.decided_by: str | None = None
@@ -133,6 +136,27 @@ class Hooks:
         say = "an access is answered with Allow(), Deny() or Kill(reason)"
         raise blame(hook, (event, view), f"returned {decision!r}; {say}")
 
+    @property
+    def asks_about_lending(self) -> bool:
+        """Whether a policy wants to know of pages that are lent, or come back."""
+        return bool(self._lend or self._return)
+
+    def lending(self, event: LendEvent, view: View, *, is_return: bool = False) -> bool:
+        """Whether all policies allow that pages are lent, or come back (what is forced is so
+        whatever they say). Raises PolicyKill, PolicyError."""
+        for hook in self._return if is_return else self._lend:
+            decision = self._ask(hook, event, view)
+            if isinstance(decision, Kill):
+                raise PolicyKill(decision.reason)
+            if isinstance(decision, Deny):
+                if event.forced:
+                    continue
+                return False
+            if decision.__class__ is not Allow:
+                say = "lending is answered with Allow(), Deny() or Kill(reason)"
+                raise blame(hook, (event, view), f"returned {decision!r}; {say}")
+        return True
+
     def boot(self, view: View) -> None:
         """The guest is about to run. Raises PolicyKill when a policy won't have it."""
         for hook in self._boot:
@@ -158,7 +182,7 @@ class Hooks:
         if broken:
             raise broken[0]
 
-    def _ask(self, hook: Hook, event: Event | IoEvent, view: View) -> Decision:
+    def _ask(self, hook: Hook, event: Event | IoEvent | LendEvent, view: View) -> Decision:
         decision = self._call(hook, event, view)
         if not isinstance(decision, (Allow, Deny, Partial, Defer, Convert, Kill)):
             say = "return Allow() or Deny() or another decision of vmm.policy"
@@ -207,7 +231,7 @@ def blame(hook: Hook, given: tuple[Any, ...], what: str) -> PolicyError:
 
 
 def _named(hook: Hook, given: tuple[Any, ...]) -> str:
-    where = f" for {given[0].area}" if isinstance(given[0], Event | IoEvent) else ""
+    where = f" for {given[0].area}" if isinstance(given[0], Event | IoEvent | LendEvent) else ""
     name = type(_policy_of(hook)).__name__
     return f"policy {name}: {getattr(hook, '__name__', 'hook')}{where}"
 

@@ -61,6 +61,22 @@ class IoEvent(NamedTuple):
     named: str | None
 
 
+class LendEvent(NamedTuple):
+    """The guest maps `area` in its virtual IOMMU for `device`, at the IO virtual address `iova`,
+    or takes it back. Whole pages of private memory, GPAs without the C-bit.
+
+    `may_read` and `may_write` are from the device's point of view. `forced`: the guest has
+    detached the device or reset the IOMMU, so that the pages come back whatever is said.
+    """
+
+    device: str
+    iova: int
+    area: Range
+    may_read: bool
+    may_write: bool
+    forced: bool = False
+
+
 class End(NamedTuple):
     """How a run ended: `exit` and `reason` as the report's `guest` has them."""
 
@@ -139,6 +155,21 @@ class Policy:
         """A device is about to touch guest memory: Allow, Deny or Kill.
 
         Deny stops the device as if the driver had named memory that is not there.
+        """
+        return Allow()
+
+    def on_lend(self, event: LendEvent, view: View) -> Decision:
+        """The guest lends private pages to a device (--iommu): Allow, Deny or Kill.
+
+        On the vCPU's thread while the guest waits, or on the device loop's. Deny leaves the pages
+        unmapped: the device stops when it is told to touch them.
+        """
+        return Allow()
+
+    def on_return(self, event: LendEvent, view: View) -> Decision:
+        """The guest takes pages back that it has lent: Allow, Deny or Kill.
+
+        Deny leaves them with the device, and the guest's request fails; but not if it is forced.
         """
         return Allow()
 

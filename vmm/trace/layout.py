@@ -66,6 +66,10 @@ class Kind:
     """A device was stopped: broken rings, or memory that is private or not there."""
     EXIT = 8
     """An exit handled in user space: name = reason."""
+    LEND = 9
+    """Private pages that the guest's IOMMU maps for a device: name = device."""
+    RETURN = 10
+    """Pages of such a mapping that come back; it was there for `latency_ns`: name = device."""
 
 
 KIND_NAMES: dict[int, str] = {
@@ -77,6 +81,8 @@ KIND_NAMES: dict[int, str] = {
     Kind.IO_OUT: "io-out",
     Kind.IO_REFUSED: "io-refused",
     Kind.EXIT: "exit",
+    Kind.LEND: "lend",
+    Kind.RETURN: "return",
 }
 
 DECISIONS = ("none", "allow", "deny", "partial", "defer", "convert", "kill")

@@ -18,6 +18,7 @@ _MOST_PORTS = 12
 MOST_DEVICES, MOST_REASONS, MOST_REFUSALS = 64, 256, 1000
 """How many are told of: more than any guest has, and few enough for whatever a file says."""
 _DENY, _PARTIAL, _NONE = (DECISIONS.index(word) for word in ("deny", "partial", "none"))
+_LENDING = (Kind.LEND, Kind.RETURN)
 _IO_KINDS = (Kind.IO_IN, Kind.IO_OUT, Kind.IO_REFUSED)
 
 
@@ -50,6 +51,7 @@ def summarise(trace: Trace) -> dict[str, Any]:
         "bounce_buffer": bounce_buffer(trace),
         "faults": int(np.count_nonzero(kinds == Kind.FAULT)),
         "io": _devices(trace),
+        "lending": _lending(trace),
         **_exits(trace),
     }
 
@@ -184,6 +186,22 @@ def _devices(trace: Trace) -> dict[str, dict[str, Any]]:
             "from_guest": _moved(kinds == Kind.IO_OUT, sizes),
             "stopped": int(np.count_nonzero(~served)),
             "latency_ns": latencies(trace["latency_ns"][mine][served]),
+        }
+    return result
+
+
+def _lending(trace: Trace) -> dict[str, dict[str, Any]]:
+    """What was lent to each device; nothing where the guest has no IOMMU."""
+    result: dict[str, dict[str, Any]] = {}
+    for name, mine in rows_by_device(trace, _LENDING):
+        kinds, answers = trace["kind"][mine], trace["errno"][mine]
+        lends = kinds == Kind.LEND
+        back = ~lends
+        result[name] = {
+            "lends": _moved(lends & (answers == 0), trace["bytes"][mine]),
+            "refused": int(np.count_nonzero(lends & (answers != 0))),
+            "returns": int(np.count_nonzero(back)),
+            "lent_ns": latencies(trace["latency_ns"][mine][back]),
         }
     return result
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vmm.devices.msix import MsixTable
     from vmm.devices.virtio.device import DeviceObserver, VirtioDevice
     from vmm.devices.virtio.device import GuestMemory as GuestMemoryOfDevice
+    from vmm.devices.virtio.iommu import VirtioIommu
     from vmm.devices.virtio.pci_transport import VirtioPciTransport
     from vmm.devices.virtio.queue import SplitQueue
     from vmm.devices.virtio.watched import Announce
@@ -45,10 +46,12 @@ class Devices:
         reset: Callable[[], None],
         watch: Callable[[str], Announce | None] = lambda device: None,
         observer_of: Callable[[str], DeviceObserver | None] = lambda device: None,
+        iommu: VirtioIommu | None = None,
     ) -> None:
         """`output`, `room`, `power_off` and `reset` as in BoardParts. `watch(device)` is what is
         told of that device's accesses to guest memory, if any; `observer_of(device)` of the
-        requests on its queues."""
+        requests on its queues. `iommu`: the one of `virtio` that is in front of others."""
+        self._iommu = iommu
         self._watch = watch
         self._observer_of = observer_of
         self._vm = vm
@@ -83,11 +86,15 @@ class Devices:
 
         slot = self.board.slot(number)
         line = self._lines.level(slot.gsi)
-        kind = ThreadedQueueNotifier if device.concurrent else QueueNotifier
+        kind: type[QueueNotifier] = ThreadedQueueNotifier if device.concurrent else QueueNotifier
+        if device.prompt:
+            from vmm.wiring.prompt import PromptNotifier
+
+            kind = PromptNotifier
         notifier = kind(self._vm, self._loop, len(device.queue_sizes), slot.registers_in_io)
         self._opened.callback(notifier.close)
         self._notifiers.append(notifier)
-        memory, make_queue = self._memory_of(name, device.engine)
+        memory, make_queue = self._memory_of(name, number, device)
         transport = VirtioPciTransport(
             device,
             memory,
@@ -122,20 +129,28 @@ class Devices:
         return MsixTable(min(vectors, MAX_VECTORS), messages)
 
     def _memory_of(
-        self, device: str, engine_name: str | None
+        self, name: str, number: int, device: VirtioDevice
     ) -> tuple[GuestMemoryOfDevice, Callable[..., SplitQueue]]:
-        """Guest memory as `device` gets to see it, and what makes its queues."""
+        """Guest memory as a device in slot `number` gets to see it, and what makes its queues."""
         from vmm.devices.virtio.queue import SplitQueue
 
         memory: GuestMemoryOfDevice = self._memory
-        if engine_name is not None:
+        engine = None
+        if device.engine is not None:
             from vmm.memory.engines import make_engine
 
-            engine = make_engine(engine_name, self._memory.shared)
+            engine = make_engine(device.engine, self._memory.shared)
             self._opened.callback(engine.close)
-            self._engines[device] = engine
+            self._engines[name] = engine
+        announce = self._watch(name)
+        if self._iommu is not None:
+            from vmm.wiring.iommu import memory_behind
+
+            memory, announce = memory_behind(
+                self._iommu, self._memory, name, number, device, engine, announce, self._opened
+            )
+        elif engine is not None:
             memory = self._memory.through(engine)
-        announce = self._watch(device)
         if announce is None:
             return memory, SplitQueue
         from vmm.devices.virtio.watched import WatchedMemory  # most runs do without

@@ -125,6 +125,7 @@ def test_sensible_configuration_is_accepted(config: MachineConfig) -> None:
         (MachineConfig(initrd="i"), "--initrd needs --kernel"),
         (MachineConfig(append="quiet"), "--append needs --kernel"),
         (MachineConfig(policies=(("m:C", ()),)), "--policy needs --private-mem"),
+        (PRIVATE._replace(iommu=True), "--iommu needs --kernel: the embedded payload has"),
         (
             KERNEL._replace(private_memory="guest_memfd"),
             "--private-mem=guest_memfd: .*use --private-mem alone, .*, or one of guest_memfd-mmap, "
@@ -145,6 +146,13 @@ class Arm64:
     name = "aarch64"
     largest_memory = 255 * GIB
     schemes = ("pkvm", "realm", "remap")
+
+
+def test_iommu_is_x86s_so_far() -> None:
+    KERNEL._replace(iommu=True).validate(X86)
+
+    with pytest.raises(UsageError, match="--iommu: only x86-64 guests"):
+        KERNEL._replace(iommu=True).validate(Arm64())
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ def test_bad_spec_is_one_line_with_the_spec_and_the_reason(
     ("body", "words"),
     [
         ("def on_shared(self, event, view): ...", "P.on_shared is no hook .* mean on_share?"),
-        ("def on_refuse(self): ...", "P.on_refuse is no hook .*; the hooks are on_share, "),
+        ("def on_migrate(self): ...", "P.on_migrate is no hook .*; the hooks are on_share, "),
         (
             "def on_share(self, event): ...",
             r"P.on_share is called with 2 arguments; write def on_share\(self, event, view\)",

@@ -13,6 +13,7 @@ from vmm.trace.arrays import np
 from vmm.trace.layout import HOST, LARGEST, NO_ANSWER, Kind
 from vmm.trace.reader import Trace
 from vmm.trace.summary import latencies, summarise
+from vmm.trace.views.tables import tables
 
 MIB_PAGES = 256
 
@@ -86,6 +87,25 @@ def test_summary_has_io_by_device_and_direction(events: Events, tmp_path: Path) 
     assert found["blk0"]["to_guest"] == {"requests": 1, "bytes": 4097}
     assert found["blk0"]["from_guest"] == {"requests": 1, "bytes": 528}
     assert found["blk0"]["latency_ns"]["max"] == 3 * MILLISECOND
+
+
+def test_summary_has_what_was_lent_by_device(events: Events, tmp_path: Path) -> None:
+    for at, size in ((1, PAGE), (2, 2 * PAGE)):
+        events.add(Kind.LEND, at, "blk0", gpa=PAGE, size=size, took=0.1)
+    events.add(Kind.LEND, 3, "blk0", gpa=PAGE, size=PAGE, errno=errno.EACCES)
+    events.add(Kind.RETURN, 1, "blk0", gpa=PAGE, size=PAGE, took=5)
+    events.add(Kind.LEND, 4, "net0", gpa=PAGE, size=PAGE)
+
+    told = summary_of(events, tmp_path)
+
+    assert list(told["lending"]) == ["blk0", "net0"]
+    blk0 = told["lending"]["blk0"]
+    assert blk0["lends"] == {"requests": 2, "bytes": 3 * PAGE}
+    assert (blk0["refused"], blk0["returns"]) == (1, 1)
+    assert blk0["lent_ns"]["max"] == 5_000_000
+    assert told["io"] == {} and told["refusals"] == []
+    (table,) = [t for t in tables([told]) if t.title == "private pages lent to net0"]
+    assert [row.label for row in table.rows] == ["mappings", "their bytes"]
 
 
 def test_summary_has_exits_by_reason_port_and_vcpu(events: Events, tmp_path: Path) -> None:

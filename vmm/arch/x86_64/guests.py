@@ -97,7 +97,8 @@ class LinuxGuest:
         if self._initrd is not None and initrd is not None:
             transfer_exactly(self._initrd, launch, 0, initrd.start, initrd.size)
         image.load(launch)
-        tables = acpi_tables(self._options.cpus, _pci_interrupts(len(functions)))
+        others = _iommu_table(functions) if "iommu" in functions else []
+        tables = acpi_tables(self._options.cpus, _pci_interrupts(len(functions)), others)
         page_tables = identity_tables(alias)
         state = linux64_entry(image.entry, page_tables.cr3)
         params = boot_params(
@@ -185,6 +186,17 @@ class PayloadGuest:
 
 _BOOT_MEMORY = (Range(0, layout.HIGH_RAM_START),)
 """The low megabyte holds boot_params, command line, page tables and ACPI tables."""
+
+
+def _iommu_table(functions: Sequence[str]) -> list[bytes]:
+    """What says that the function of that name translates for the others, but not for a balloon,
+    whose drivers name physical pages."""
+    from vmm.arch.x86_64.acpi.viot import viot
+
+    slots = {name: slot for slot, name in enumerate(functions, start=1)}
+    iommu = slots.pop("iommu")
+    slots.pop("balloon", None)
+    return [viot(iommu, slots.values())]
 
 
 def _pci_interrupts(functions: int) -> dict[int, int]:

@@ -122,6 +122,9 @@ class VirtioDevice:
     features: int = 0
     queue_sizes: Sequence[int]
     concurrent = False
+    prompt = False
+    """Whether its driver keeps its processor waiting for the answer: queue 0 is then served by the
+    vCPU that notifies it, before the guest goes on."""
     engine: str | None = None
     """How its bytes are moved from and to a file; None where it makes no transfers."""
     may_decline = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from vmm.policy import Decision, End, Event, IoEvent, Policy, View
+from vmm.policy import Decision, End, Event, IoEvent, LendEvent, Policy, View
 
 
 class Audit(Policy):
@@ -44,6 +44,12 @@ class Audit(Policy):
         self._write(view, kind="io", gpa=f"{start:#x}", bytes=size, **what, decision=repr(decision))
         return decision
 
+    def on_lend(self, event: LendEvent, view: View) -> Decision:
+        return self._noted_lending("lend", event, view, self._of.on_lend(event, view))
+
+    def on_return(self, event: LendEvent, view: View) -> Decision:
+        return self._noted_lending("return", event, view, self._of.on_return(event, view))
+
     def on_exit(self, end: End, view: View) -> None:
         with self._file:
             self._write(view, exit=end.exit, reason=end.reason)
@@ -57,6 +63,23 @@ class Audit(Policy):
             gpa=f"{event.area.start:#x}",
             bytes=event.area.size,
             vcpu=event.vcpu,
+            decision=repr(decision),
+        )
+        return decision
+
+    def _noted_lending(
+        self, kind: str, event: LendEvent, view: View, decision: Decision
+    ) -> Decision:
+        self._write(
+            view,
+            kind=kind,
+            device=event.device,
+            iova=f"{event.iova:#x}",
+            gpa=f"{event.area.start:#x}",
+            bytes=event.area.size,
+            read=event.may_read,
+            write=event.may_write,
+            forced=event.forced,
             decision=repr(decision),
         )
         return decision

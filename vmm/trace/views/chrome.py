@@ -69,7 +69,7 @@ def _rows(trace: Trace) -> Iterator[Row]:
 
 
 def _track(trace: Trace, row: Row) -> str:
-    if row["kind"] in (Kind.IO_IN, Kind.IO_OUT, Kind.IO_REFUSED):
+    if row["kind"] in (Kind.IO_IN, Kind.IO_OUT, Kind.IO_REFUSED, Kind.LEND, Kind.RETURN):
         return trace.name(row["detail"] & 0xFFFF)
     return "host" if row["vcpu"] == HOST else f"vCPU {row['vcpu']}"
 
@@ -92,9 +92,14 @@ def _of_row(trace: Trace, number: int, row: Row) -> list[Event]:
         return [_complete(name, "exit", row["vcpu"], begin, span, address)]
     if kind == Kind.FAULT:
         return [_complete(f"fault ({name})", "fault", row["vcpu"], begin, span, where)]
-    if kind in (Kind.IO_IN, Kind.IO_OUT):
+    if kind in (Kind.IO_IN, Kind.IO_OUT, Kind.RETURN):
         # Requests of a queue overlap, which complete events of one track must not.
-        both = {"cat": "io", "name": word, "id": number, "tid": _DEVICES + (row["detail"] & 0xFFFF)}
+        both = {
+            "cat": "io",
+            "name": word if kind != Kind.RETURN else "lent",
+            "id": number,
+            "tid": _DEVICES + (row["detail"] & 0xFFFF),
+        }
         return [
             {"ph": "b", **both, "ts": begin, "args": where},
             {"ph": "e", **both, "ts": begin + span},
@@ -102,7 +107,7 @@ def _of_row(trace: Trace, number: int, row: Row) -> list[Event]:
     if kind == Kind.IO_REFUSED:
         thread = _DEVICES + (row["detail"] & 0xFFFF)
         return [{"ph": "i", "s": "t", "cat": "io", "name": "stopped", "tid": thread, "ts": begin}]
-    return []
+    return []  # also for what is lent: it is shown when it comes back
 
 
 def _complete(

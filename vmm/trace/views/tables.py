@@ -88,6 +88,7 @@ def tables(summaries: Sequence[Summary]) -> list[Table]:
             *(_direction(summaries, kind) for kind in ("share", "unshare")),
             _memory(summaries),
             *(_device(summaries, name) for name in _names(summaries, "io")),
+            *(_lent(summaries, name) for name in _names(summaries, "lending")),
             _exits(summaries),
         )
         if table.rows
@@ -182,6 +183,18 @@ def _device(summaries: Sequence[Summary], name: str) -> Table:
     lines.number("buffers read from the guest", "from_guest/bytes", bytes_text, root)
     lines.number("times stopped by bad rings or memory", "stopped", root=root)
     _latency(lines, root)
+    return lines.table
+
+
+def _lent(summaries: Sequence[Summary], name: str) -> Table:
+    lines = _Lines(f"private pages lent to {name}", summaries)
+    root = ("lending", name)
+    lines.number("mappings", "lends/requests", root=root)
+    lines.number("their bytes", "lends/bytes", bytes_text, root)
+    lines.number("refused by a policy", "refused", root=root)
+    lines.number("taken back", "returns", root=root)
+    for key, label in (("p50", "lent for, median"), ("p99", "99 %"), ("max", "longest")):
+        lines.number(label, f"lent_ns/{key}", time_text, root)
     return lines.table
 
 

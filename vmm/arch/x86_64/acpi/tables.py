@@ -164,10 +164,13 @@ class _Placement:
         return gpa
 
 
-def acpi_tables(cpus: int, pci_interrupts: Mapping[int, int]) -> list[tuple[int, bytes]]:
+def acpi_tables(
+    cpus: int, pci_interrupts: Mapping[int, int], others: Iterable[bytes] = ()
+) -> list[tuple[int, bytes]]:
     """All tables as (gpa, bytes), the RSDP first, at RSDP_GPA.
 
-    `pci_interrupts` maps PCI device numbers on bus 0 to the GSI of their INTA.
+    `pci_interrupts` maps PCI device numbers on bus 0 to the GSI of their INTA. `others` are whole
+    tables that a machine has besides.
     """
     placement = _Placement()
     dsdt = placement.put(table(b"DSDT", DSDT_REVISION, dsdt_body(pci_interrupts)))
@@ -175,6 +178,7 @@ def acpi_tables(cpus: int, pci_interrupts: Mapping[int, int]) -> list[tuple[int,
     described = [
         placement.put(fadt(control, dsdt)),
         placement.put(madt(cpus, pci_interrupts.values())),
+        *map(placement.put, others),
     ]
     xsdt = placement.put(
         table(b"XSDT", XSDT_REVISION, struct.pack(f"<{len(described)}Q", *described))
