@@ -1,10 +1,13 @@
 /* Many system calls for one call from Python, in order. Addresses here are those of the caller's own
    buffers; guest memory is an fd and an offset, as everywhere, but for pyvmm_copy_memory. */
 
-/* table: count pairs of uint64_t, offset and size; data: all of them, one after the other. 0 or -errno; EIO: short. */
+/* table: count pairs of uint64_t, offset and size; data: all of them, one after the other. 0 or -errno; EIO: short.
+   A virtqueue lives by the order of its accesses (virtio 1.2, 2.7.13): what a guest on another processor wrote before it
+   moved an index must be seen by whoever has seen the index, and the other way round. A system call promises none. */
 static int64_t move_many(int fd, const uint64_t *pieces, uint32_t count, char *data, int writing)
 {
     for (uint32_t i = 0; i < count; i++) {
+        __atomic_thread_fence(__ATOMIC_SEQ_CST);
         uint64_t offset = pieces[2 * i], left = pieces[2 * i + 1];
         while (left) {
             ssize_t moved = writing ? pwrite(fd, data, left, (off_t)offset) : pread(fd, data, left, (off_t)offset);
@@ -15,6 +18,7 @@ static int64_t move_many(int fd, const uint64_t *pieces, uint32_t count, char *d
             data += moved, offset += moved, left -= moved;
         }
     }
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
     return 0;
 }
 

@@ -118,8 +118,9 @@ class DiskPlanner:
     __slots__ = ("_elements", "_plan", "_reads", "_statuses", "_writes")
 
     def __init__(self) -> None:
-        self._reads = ffi.new("uint64_t[]", 3 * _MOST_DESCRIPTORS)
-        self._writes = ffi.new("uint64_t[]", 3 * _MOST_DESCRIPTORS)
+        # A move for each piece that chains have room for.
+        self._reads = ffi.new("uint64_t[]", 3 * (_ROOM // 2))
+        self._writes = ffi.new("uint64_t[]", 3 * (_ROOM // 2))
         self._statuses = ffi.new("uint64_t[]", 2 * MOST_ENTRIES)
         self._elements = ffi.new("uint32_t[]", 2 * MOST_ENTRIES)
         self._plan = ffi.new("struct pyvmm_disk_plan *")

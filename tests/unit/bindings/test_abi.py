@@ -96,9 +96,11 @@ def constants(architecture: str) -> Iterator[tuple[str, int]]:
 
 
 def layout(architecture: str) -> Iterator[tuple[str, int]]:
-    """sizeof and offsetof expressions for all structs, with what cffi says."""
+    """sizeof and offsetof expressions for all structs of KVM's, with what cffi says."""
     ffi = ffi_for(architecture)
     for name in ffi.list_types()[1]:
+        if name.startswith("pyvmm_"):
+            continue
         kind = ffi.typeof(f"struct {name}")
         if name not in ANONYMOUS:
             yield f"sizeof(struct {name})", ffi.sizeof(kind)

@@ -33,6 +33,7 @@ from vmm.core.ranges import Range
 from vmm.memory.backings.memfd import MemfdBacking
 from vmm.memory.guest_memory import GuestMemory
 from vmm.policy import Allow, Deny, Policy, PolicyError
+from vmm.policy.protocol import BrokenOff
 
 SIZE = page(64)
 
@@ -126,10 +127,10 @@ def test_answer_that_is_no_decision_is_no_permission(memory: GuestMemory, answer
     assert snapshot(memory, scheme) == before
 
 
-def test_interrupt_in_a_policy_is_not_dressed_up(memory: GuestMemory) -> None:
-    converter = Converter(memory, RecordingScheme(memory), Answering(KeyboardInterrupt()))
+def test_signal_that_breaks_a_policy_off_is_not_dressed_up(memory: GuestMemory) -> None:
+    converter = Converter(memory, RecordingScheme(memory), Answering(BrokenOff()))
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(BrokenOff):
         converter.convert(share(40, 1))
 
 

@@ -199,8 +199,8 @@ FORBIDDEN_NAMES = {
     "ffi",
 }
 # The vCPU's kvm_run page and the CPUID buffer are no guest memory.
-BINDINGS_WITH_POINTERS = {"system.py", "vcpu.py", "datapath.py", "mapped.py"}
-"""The last two: their callers' buffers."""
+BINDINGS_WITH_POINTERS = {"system.py", "vcpu.py", "datapath.py", "mapped.py", "virtqueue.py"}
+"""The last three: their callers' buffers."""
 POINTER_CALLS = {"cast", "buffer", "from_buffer", "memmove", "string", "unpack"}
 
 
