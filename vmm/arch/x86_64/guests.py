@@ -77,10 +77,12 @@ class LinuxGuest:
         """All of RAM: Linux shares what it wants shared."""
         return ram
 
-    def early_private_writes(self, ram: list[Range]) -> list[Range]:
+    def early_writes(self, ram: list[Range]) -> list[Range]:
         from vmm.arch.x86_64.bounce_buffer import early_allocations
 
-        expected = early_allocations(ram, 0 if self._initrd is None else self._initrd.size)
+        bounces = self._options.is_private
+        initrd_bytes = 0 if self._initrd is None else self._initrd.size
+        expected = early_allocations(ram, initrd_bytes, bounces=bounces)
         return [] if expected is None else [expected]
 
     def load(
@@ -148,7 +150,7 @@ class PayloadGuest:
         start = layout.PAYLOAD_PRIVATE_START
         return [Range(start, ram[0].end - start), *ram[1:]]
 
-    def early_private_writes(self, ram: list[Range]) -> list[Range]:
+    def early_writes(self, ram: list[Range]) -> list[Range]:
         """It has little memory and touches it bit by bit."""
         return []
 
