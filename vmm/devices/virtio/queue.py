@@ -105,6 +105,7 @@ class SplitQueue:
         "observer",
         "patience",
         "size",
+        "soon",
         "unfinished",
     )
 
@@ -139,6 +140,9 @@ class SplitQueue:
         self.more = False
         """Whether there is more to take without another notify: the device's word for what it
         left, or the driver was quicker than the request to be notified."""
+        self.soon = False
+        """Whether there is more because a busy driver is likely to have it ready by now: worth a
+        look before anybody else is served."""
         self.budget = Budget()
         """What the turn under way may still cost."""
         self.unfinished: tuple[int, Work] | None = None
@@ -172,11 +176,18 @@ class SplitQueue:
             return []
         self.more = False
         ring: bytes | bytearray | None = None
-        if self._batch is not None and self.size <= MOST_ENTRIES:
+        # After a look in vain, another one looks at the index alone.
+        if (
+            self._batch is not None
+            and self.size <= MOST_ENTRIES
+            and (not 0 < self._looks < self.patience or self._available_index() != self._next_avail)
+        ):
             ring = self._batch.read_many(self._ring)
             index = ring[2] | ring[3] << 8
-        else:
+        elif self._batch is None or self.size > MOST_ENTRIES:
             index = self._available_index()
+        else:
+            index = self._next_avail
         available = (index - self._next_avail) & 0xFFFF
         # What the device holds counts, too: another vCPU may move the index on during a turn,
         # and its chains would be more than the used ring has room for.
@@ -210,7 +221,7 @@ class SplitQueue:
             self._looks = self.patience
         if self._looks:
             self._looks -= 1
-            self.more = True
+            self.more = self.soon = True
             return
         # 2.7.10: ask for a notify, then look once more: the driver may not have seen it.
         self._memory.pwrite(_INDEX.pack(index), self._used + 4 + 8 * self.size)
@@ -226,17 +237,16 @@ class SplitQueue:
         if chains is None:
             chains = self._chains = Chains()
         size, first = self.size, self._next_avail
-        pieces = chains.tables(ring, size, first, count, most_descriptors)
         tables: bytes | bytearray = b""
-        if pieces:
-            if not self._indirect:
+        if self._indirect:  # agreed on, so that there may be some
+            pieces = chains.tables(ring, size, first, count, most_descriptors)
+            if pieces is None:
                 return None
-            tables = self._batch.read_many(pieces)
-        if pieces is None or not chains.find(
-            ring, size, first, chains.count, tables, most_descriptors, most_bytes
-        ):
-            return None
-        return chains
+            count = chains.count
+            if pieces:
+                tables = self._batch.read_many(pieces)
+        found = chains.find(ring, size, first, count, tables, most_descriptors, most_bytes)
+        return chains if found else None
 
     def _follow(
         self, count: int, most_descriptors: int, most_bytes: int
