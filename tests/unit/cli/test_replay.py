@@ -145,7 +145,8 @@ def test_replay_names_the_hook_that_does_not_return(
 
     assert result.status == 0
     assert said == [
-        "policy Waits: on_share for [0x0, 0x1000) has not returned for 0.01 s; Ctrl-C ends the replay"
+        "policy Waits: on_share for [0x0, 0x1000) has not returned for 0.01 s; "
+        "Ctrl-C ends the replay"
     ]
 
 
