@@ -5,9 +5,11 @@ Costs are counted, not timed, so that a slow machine finds the same as a quick o
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 from collections import deque
+from pathlib import Path
 from typing import Any
 
 from tests.support.virtio_machine import VirtioMachine
@@ -20,6 +22,8 @@ MOST_BYTES = 2 * TURN_BYTES
 # Containers of a device and its queues: connections, messages, chains under way.
 MOST_HELD = 4096
 MOST_HELD_BYTES = 32 << 20
+# Over all the lives of a run: what the allocator keeps goes up and down by half a MiB.
+MOST_GROWTH = 8 << 20
 
 _VERBS = ("pread", "pwrite", "transfer_in", "transfer_out", "discard")
 
@@ -94,10 +98,13 @@ def assert_holds_little(machine: VirtioMachine) -> None:
 
 
 class Resources:
-    """File descriptors and threads of this process, which a device gives back when it is closed."""
+    """What this process holds, which a device gives back when it is closed: file descriptors and
+    threads, and memory but for `MOST_GROWTH`. The first device's life is the measure for memory,
+    as it imports things and fills caches."""
 
     def __init__(self) -> None:
         self._fds, self._threads = self._now()
+        self._resident: int | None = None
 
     @staticmethod
     def _now() -> tuple[int, int]:
@@ -106,3 +113,16 @@ class Resources:
     def assert_given_back(self) -> None:
         """As many as there were."""
         assert self._now() == (self._fds, self._threads)
+        gc.collect()
+        resident = resident_bytes()
+        if self._resident is None:
+            self._resident = resident
+        grown = resident - self._resident
+        assert grown <= MOST_GROWTH, f"resident memory has grown by {grown} bytes"
+
+
+def resident_bytes() -> int:
+    """This process' resident memory (proc_pid_statm(5)), without shared pages: guest memory of
+    whatever size is no leak."""
+    _, resident, shared, *_ = Path("/proc/self/statm").read_text().split()
+    return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")

@@ -422,6 +422,30 @@ def test_device_that_reads_private_pages_would_be_found(
     assert "private" in str(caught.value) or "past RAM" in str(caught.value)
 
 
+def test_device_that_keeps_memory_when_it_is_closed_would_be_found(
+    fuzz_seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The oracle of resident memory does its work."""
+    kept: list[bytes] = []
+    process = VirtioRng.process
+
+    def leaking(device: VirtioRng, queue_index: int) -> bool:
+        kept.append(b"x" * (64 << 10))
+        return process(device, queue_index)
+
+    monkeypatch.setattr(VirtioRng, "process", leaking)
+    resources = Resources()
+    rng = random.Random(f"leak {fuzz_seed}")
+    with pytest.raises(AssertionError, match="resident memory has grown by"):
+        for _ in range(20):
+            with attacked("rng", rng, tmp_path) as (_, driver):
+                driver.leave_work(16)
+                for _ in range(30):
+                    driver.machine.transport.notify(0)
+            resources.assert_given_back()
+    assert len(kept) < 20 * 30
+
+
 def test_queues_served_by_threads_survive_resets_and_conversions(
     fuzz_seed: int, fuzz_factor: int, tmp_path: Path
 ) -> None:

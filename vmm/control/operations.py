@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from vmm.conversion.transaction import Converter
 
 REST_SECONDS = 5.0
-"""How long each device may take to finish what it is doing, when the guest is paused."""
+"""How long all devices together may take to finish what they are doing, when the guest is paused:
+for so long at most the device loop, which asks for it, does nothing else."""
 
 
 class HeldDevices(Protocol):

@@ -7,7 +7,7 @@ import errno
 import os
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from vmm.core.errors import UsageError
 
@@ -26,6 +26,9 @@ class UnixListener:
                 self._socket.bind(path)
             self._inode = os.lstat(path).st_ino
             self._socket.listen(16)
+            # Before it listened, it looked like a socket that was left behind.
+            if _inode(path) != self._inode:
+                raise FileExistsError(errno.EADDRINUSE, "another process has just taken it")
         except (OSError, ValueError) as error:
             self._socket.close()
             reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
@@ -62,12 +65,13 @@ class UnixListener:
 
     def close(self) -> None:
         if self._socket.fileno() >= 0:
+            # While it is open, no other file gets its inode's number.
+            with contextlib.suppress(OSError):
+                if _inode(self.path) == self._inode:  # else somebody else's by now
+                    _take_away(self.path, lambda aside: _inode(aside) == self._inode)
             self._socket.close()
             if self._spare >= 0:
                 os.close(self._spare)
-            with contextlib.suppress(OSError):
-                if os.lstat(self.path).st_ino == self._inode:  # else somebody else's by now
-                    os.unlink(self.path)
 
 
 @contextlib.contextmanager
@@ -80,14 +84,49 @@ def _umask(mask: int) -> Iterator[None]:
         os.umask(former)
 
 
+def _inode(path: str) -> int | None:
+    try:
+        return os.lstat(path).st_ino
+    except OSError:
+        return None
+
+
 def _remove_stale(path: str) -> None:
+    """Remove a socket at which nobody listens; whatever else is there stays."""
     try:
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
             return  # bind says what is wrong
     except FileNotFoundError:
         return
+    if _nobody_listens(path):
+        _take_away(path, _nobody_listens)
+
+
+def _nobody_listens(path: str) -> bool:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
         try:
             probe.connect(path)
         except ConnectionRefusedError:
-            os.unlink(path)
+            return True
+    return False
+
+
+def _take_away(path: str, is_it: Callable[[str], bool]) -> None:
+    """Remove the socket at `path`, if it is the one that is meant and no other one.
+
+    Another process may put its own there between a look and an unlink. So it is moved aside
+    first, looked at once more where nobody else can exchange it, and moved back if it isn't.
+    """
+    with contextlib.ExitStack() as opened:
+        folder = os.open(os.path.dirname(path) or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        opened.callback(os.close, folder)
+        name, aside = os.path.basename(path), f".pyvmm-{os.urandom(8).hex()}"
+        try:
+            os.rename(name, aside, src_dir_fd=folder, dst_dir_fd=folder)
+        except FileNotFoundError:
+            return
+        # Short enough for a socket's address, however long the folder's path is.
+        if not is_it(f"/proc/self/fd/{folder}/{aside}"):
+            with contextlib.suppress(FileExistsError):  # nor is a third one replaced
+                os.link(aside, name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
+        os.unlink(aside, dir_fd=folder)

@@ -424,10 +424,33 @@ def test_vsock_receive_buffer_smaller_than_a_header_stops_the_device(tmp_path: P
     guest.machine.close()
 
 
+def test_vsock_guest_that_calls_as_often_as_it_may_leaves_places_for_the_host(
+    guest: Guest, server: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vsock, "MOST_CONNECTIONS", 4)
+    monkeypatch.setattr(vsock, "HOST_PLACES", 1)
+    links = []
+    for port in range(3):
+        guest.say(Op.REQUEST, port=port)
+        links.append(server.accept()[0])
+        assert guest.ops() == [Op.RESPONSE]
+
+    guest.say(Op.REQUEST, port=3)
+    assert guest.ops() == [Op.RST]
+    with dial(guest.path) as client:
+        client.sendall(b"CONNECT 9\n")
+        guest.machine.settle()
+
+        assert guest.ops() == [Op.REQUEST]
+    for link in links:
+        link.close()
+
+
 def test_vsock_more_connections_than_there_may_be(
     guest: Guest, server: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(vsock, "MOST_CONNECTIONS", 3)
+    monkeypatch.setattr(vsock, "HOST_PLACES", 0)
     links = []
     for port in range(3):
         guest.say(Op.REQUEST, port=port)

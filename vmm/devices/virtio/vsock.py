@@ -29,6 +29,8 @@ RX, TX, EVENT = 0, 1, 2
 QUEUE_SIZE = 128
 LARGEST_DATA = 64 << 10
 MOST_CONNECTIONS = 256
+HOST_PLACES = 32
+"""So many of them a guest can't take up with calls of its own: programs of the host get in."""
 # Resets for connections that aren't there; with so many unsent, the guest is not listened to.
 MOST_RESETS = 128
 _BATCH = 16
@@ -195,7 +197,7 @@ class VirtioVsock(VirtioDevice):
         link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             link.setblocking(False)
-            if len(self._connections) >= MOST_CONNECTIONS:
+            if len(self._connections) >= MOST_CONNECTIONS - HOST_PLACES:
                 raise OSError("too many connections")
             link.connect(f"{self._listener.path}_{header.dst_port}")
         except OSError:
