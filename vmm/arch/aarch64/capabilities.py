@@ -58,7 +58,7 @@ def capabilities(arm64: HostArchitecture) -> tuple[Capability, ...]:
         *memfds(arm64),
         Capability(
             "vm_types", "VM types", partial(memory.vm_types, arm64),
-            "protected VMs", "as for protected VMs",
+            "protected VMs", "see the line of protected VMs",
         ),
         memslots(arm64),
         Capability("gic_v3", "GICv3", events.gic, "interrupts of every guest", lab, ALL),
