@@ -21,6 +21,9 @@ _HOST_ACCESS = {
     "policy-refused": "a rehearsal: pyvmm keeps out, the kernel would not",
 }
 
+_BY_SCHEME = {"pkvm": "the hypervisor keeps the host's processors out, not its devices' DMA"}
+"""Instead of the above, where it isn't the host's kernel that keeps the host out."""
+
 
 def parser() -> argparse.ArgumentParser:
     """Its options."""
@@ -97,14 +100,14 @@ def job_line(found: HostCheck, job: Job) -> str:
         if job.choice is None:
             return f"{job.title}: can run"
         scheme, backing, host_access, _ = job.choice
-        strength = _HOST_ACCESS[host_access]
+        strength = _BY_SCHEME.get(scheme) or _HOST_ACCESS[host_access]
         return f"{job.title}: can run, private pages in {backing} ({strength}), scheme {scheme}"
     reasons = [
         f"{row.capability.title}: {row.finding.result}"
         for row in found.rows
         if row.capability.key in job.missing and row.finding.status != "unknown"
     ]
-    return f"{job.title}: cannot run here ({'; '.join(reasons)}); pyvmm lab can run it"
+    return f"{job.title}: cannot run here ({'; '.join(reasons)}); {found.lab} can run it"
 
 
 def _print_table(found: HostCheck) -> None:

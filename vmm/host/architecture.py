@@ -17,6 +17,11 @@ class HostArchitecture(Protocol):
     name: str
     """As `uname -m` says it."""
 
+    lab: str
+    """The command that runs such guests on an emulated machine, and where it can be given."""
+    without_kvm: str
+    """Why there may be no /dev/kvm, after "this machine has no KVM, or"."""
+
     @property
     def schemes(self) -> Sequence[str]:
         """Those of vmm.conversion.matrix.SCHEMES that there can be here, strongest first."""

@@ -15,8 +15,6 @@ from vmm.host.probes.finding import Finding, no, yes
 if TYPE_CHECKING:
     from vmm.host.architecture import HostArchitecture
 
-LAB = "use pyvmm lab, which emulates a machine that has it"
-
 KERNEL_PRIVATE, PAYLOAD_PRIVATE, KERNEL = "kernel_private", "payload_private", "kernel"
 JOBS = {
     KERNEL_PRIVATE: "a stock kernel with --private-mem",
@@ -46,6 +44,11 @@ class Capability:
     alternatives: tuple[str, ...] = ()
 
 
+def use_lab(architecture: HostArchitecture) -> str:
+    """What to do without, where an emulated machine has it."""
+    return f"use {architecture.lab}, which emulates a machine that has it"
+
+
 # -- lines that every architecture has ------------------------------------------------------------
 
 
@@ -59,7 +62,7 @@ def kvm(architecture: HostArchitecture) -> Capability:
             return no(f"lacks {', '.join(missing)}", f"API {version}, KVM_CHECK_EXTENSION")
         return yes(f"API {version}", "opened; every capability that all runs need is there")
 
-    return Capability("kvm", "KVM", probe, "every run", LAB, ALL)
+    return Capability("kvm", "KVM", probe, "every run", use_lab(architecture), ALL)
 
 
 def guest_memfd(
@@ -96,8 +99,12 @@ def memfds(architecture: HostArchitecture) -> tuple[Capability, ...]:
     )  # fmt: skip
 
 
-def memslots() -> Capability:
+def memslots(architecture: HostArchitecture) -> Capability:
     """How many ranges of memory a VM takes."""
     return Capability(
-        "memslots", "memslots", memory.memslots, "the number of ranges of memory", LAB
+        "memslots",
+        "memslots",
+        memory.memslots,
+        "the number of ranges of memory",
+        use_lab(architecture),
     )

@@ -69,6 +69,8 @@ class HostCheck:
     rows: tuple[Row, ...]
     jobs: Mapping[str, Job]
     error: str | None
+    lab: str = "pyvmm lab"
+    """HostArchitecture.lab."""
 
     @property
     def exit_status(self) -> int:
@@ -119,21 +121,21 @@ def check_host(architecture: HostArchitecture) -> HostCheck:
     try:
         system = open_kvm(architecture, complete=False)
     except HostError as error:
-        return _closed(capabilities, str(error))
+        return _closed(capabilities, str(error), architecture.lab)
     with system:
         rows = tuple(Row(each, probed(each.probe, system)) for each in capabilities)
         choices = {
             job: probed_choice(architecture, system, kernel=job == KERNEL_PRIVATE)
             for job in PRIVATE
         }
-    return HostCheck(rows, judge(rows, choices), None)
+    return HostCheck(rows, judge(rows, choices), None, architecture.lab)
 
 
-def _closed(capabilities: Sequence[Capability], reason: str) -> HostCheck:
+def _closed(capabilities: Sequence[Capability], reason: str, lab: str) -> HostCheck:
     findings = [unknown("KVM could not be opened") for _ in capabilities]
     findings[0] = no("cannot be used", reason)
     rows = tuple(map(Row, capabilities, findings))
-    return HostCheck(rows, judge(rows, {}), reason)
+    return HostCheck(rows, judge(rows, {}), reason, lab)
 
 
 def probed(probe: Callable[[Any], Finding], system: System) -> Finding:

@@ -10,8 +10,6 @@ from vmm.core.errors import HostError
 if TYPE_CHECKING:
     from vmm.host.architecture import HostArchitecture
 
-LAB = "pyvmm lab runs the same command on an emulated machine whose KVM can do it"
-
 SEE_CHECK = "pyvmm check shows what this host can do"
 
 NEEDED = (
@@ -24,34 +22,39 @@ NEEDED = (
 """What every run needs on every architecture; each adds its own."""
 
 
+def in_lab(command: str) -> str:
+    """The remedy for what a host lacks, as the end of a sentence; see HostArchitecture.lab."""
+    return f"{command} runs the same command on an emulated machine whose KVM can do it"
+
+
 def open_kvm(
     architecture: HostArchitecture, path: str = "/dev/kvm", *, complete: bool = True
 ) -> System:
     """Open KVM and, if `complete`, check what every run needs. Raises HostError with the remedy."""
+    lab = in_lab(architecture.lab)
     try:
         system = architecture.open_system(path)
     except FileNotFoundError:
         raise HostError(
-            f"{path} does not exist: this machine has no KVM, or its module is not loaded "
-            f"(modprobe kvm-intel or kvm-amd); {LAB}"
+            f"{path} does not exist: this machine has no KVM, or {architecture.without_kvm}; {lab}"
         ) from None
     except PermissionError:
         raise HostError(
             f"{path}: permission denied; run as root, or as a member of the group that owns it "
-            "(often 'kvm'); pyvmm lab needs neither"
+            f"(often 'kvm'); {architecture.lab} needs neither"
         ) from None
     except OSError as error:
-        raise HostError(f"{path} cannot be opened: {error.strerror}; {LAB}") from None
+        raise HostError(f"{path} cannot be opened: {error.strerror}; {lab}") from None
     try:
         version = system.api_version()
         if version != ioctls.KVM_API_VERSION:
             raise HostError(f"{path} speaks KVM API {version}, pyvmm {ioctls.KVM_API_VERSION}")
         missing = missing_basics(system, architecture) if complete else []
         if missing:
-            raise HostError(f"this host's KVM lacks {', '.join(missing)}; {LAB}")
+            raise HostError(f"this host's KVM lacks {', '.join(missing)}; {lab}")
     except KvmError as error:
         system.close()
-        raise HostError(f"{path} is not a working KVM: {error}; {LAB}") from None
+        raise HostError(f"{path} is not a working KVM: {error}; {lab}") from None
     except HostError:
         system.close()
         raise

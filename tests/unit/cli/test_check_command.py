@@ -99,6 +99,16 @@ def test_terminal_gets_a_table_that_says_the_same(
     assert "a stock kernel without --private-mem: can run" in out
 
 
+def test_protected_memory_is_the_hypervisors_word_and_devices_are_left_out_of_it() -> None:
+    choice = Choice("pkvm", "memfd-protected", "kernel-refused", {})
+    found = HostCheck((), judge((), {MAIN_JOB: choice}), None)
+
+    line = shown.job_line(found, found.jobs[MAIN_JOB])
+
+    assert "the hypervisor keeps the host's processors out" in line
+    assert "not its devices" in line and "kernel keeps" not in line
+
+
 def test_unknown_option_ends_with_status_2(command: Command) -> None:
     result = command("check", "--jsn")
 

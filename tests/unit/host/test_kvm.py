@@ -12,6 +12,7 @@ from kvm_bindings import KvmError, ioctls
 from kvm_bindings.x86_64 import Vm
 from kvm_bindings.x86_64 import ioctls as x86
 from tests.support.x86 import X86
+from vmm.arch import architecture
 from vmm.arch.x86_64.platform import _require_exits
 from vmm.core.errors import HostError
 from vmm.host.kvm import open_kvm
@@ -121,6 +122,13 @@ def test_device_that_cannot_be_opened_says_what_to_do(
 
     with pytest.raises(HostError, match=message):
         open_kvm(X86)
+
+
+def test_missing_device_of_arm64_is_told_in_its_own_words(tmp_path: Path) -> None:
+    with pytest.raises(HostError, match=r"does not exist.*EL1.*on an x86-64 machine") as caught:
+        open_kvm(architecture("aarch64"), str(tmp_path / "kvm"))
+
+    assert "modprobe" not in str(caught.value)
 
 
 def test_missing_device_is_a_host_error(tmp_path: Path) -> None:

@@ -29,6 +29,8 @@ class Arm64:
     """Guests of the shape of a virtual board: GICv3, device tree, registers in memory."""
 
     name = "aarch64"
+    lab = "pyvmm lab --host arm64 on an x86-64 machine"
+    without_kvm = "Linux was started at EL1 or with kvm-arm.mode=none"
     schemes = ("pkvm", "realm", "remap")
     largest_memory = layout.LARGEST_MEMORY
     vm_types: Mapping[int, str] = {_DEFAULT: "default", _PROTECTED: "protected"}

@@ -14,7 +14,7 @@ from vmm.arch.aarch64 import layout
 from vmm.arch.aarch64.gic import create_gic
 from vmm.arch.aarch64.guests import MMIO_DOORBELL_NAME
 from vmm.core.errors import HostError
-from vmm.host.kvm import LAB
+from vmm.host.kvm import SEE_CHECK
 
 if TYPE_CHECKING:
     from vmm.arch.aarch64.board import ArmBoard
@@ -47,7 +47,9 @@ class ArmPlatform:
         try:
             gic = create_gic(self._vm)
         except KvmError as error:
-            raise HostError(f"this host's KVM has no GICv3 for guests ({error}); {LAB}") from None
+            raise HostError(
+                f"this host's KVM has no GICv3 for guests ({error}); {SEE_CHECK}"
+            ) from None
         opened.callback(gic.close)
         target = self._vm.preferred_target()
         for index in range(count):

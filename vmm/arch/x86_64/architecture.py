@@ -28,6 +28,8 @@ class X86:
     """Guests of a PC's shape: ports, 8259 and IOAPIC, ACPI."""
 
     name = "x86_64"
+    lab = "pyvmm lab"
+    without_kvm = "its module is not loaded (modprobe kvm-intel or kvm-amd)"
     schemes = ("attributes", "in-place", "cbit", "remap")
     largest_memory = layout.LARGEST_MEMORY
     # KVM_X86_..._VM in arch/x86/include/uapi/asm/kvm.h.

@@ -9,7 +9,6 @@ from vmm.arch.x86_64.probes import cpu, events
 from vmm.host.capability import (
     KERNEL_PRIVATE,
     KERNELS,
-    LAB,
     PAYLOAD_PRIVATE,
     PRIVATE,
     Capability,
@@ -17,6 +16,7 @@ from vmm.host.capability import (
     kvm,
     memfds,
     memslots,
+    use_lab,
 )
 from vmm.host.probes import attributes, memory
 
@@ -30,33 +30,34 @@ _ATTRIBUTES = "private memory by attributes, in one address space"
 
 def capabilities(x86: HostArchitecture) -> tuple[Capability, ...]:
     """See HostArchitecture.capabilities."""
+    lab = use_lab(x86)
     return (
         kvm(x86),
         Capability(
             "kernel_mode", "kernel-mode code", cpu.kernel_mode,
             "Linux: it uses instructions that an interpreter lacks",
-            f"only small guests and the embedded payload (user mode) run; {LAB}", KERNELS,
+            f"only small guests and the embedded payload (user mode) run; {lab}", KERNELS,
         ),
         Capability(
-            "user_mode", "user-mode code", cpu.user_mode, "the embedded payload", LAB,
+            "user_mode", "user-mode code", cpu.user_mode, "the embedded payload", lab,
             (PAYLOAD_PRIVATE,),
         ),
         Capability(
             "hypercall_exits", "hypercalls", cpu.hypercall_exits,
             "Linux: its share and unshare requests",
-            f"the embedded payload asks through a port instead; {LAB}", (KERNEL_PRIVATE,),
+            f"the embedded payload asks through a port instead; {lab}", (KERNEL_PRIVATE,),
         ),
         Capability(
             "user_space_msrs", "unknown MSRs", cpu.user_space_msrs,
-            "Linux: reads there that it is encrypted", f"Linux 5.10 or later has it; {LAB}",
+            "Linux: reads there that it is encrypted", f"Linux 5.10 or later has it; {lab}",
             (KERNEL_PRIVATE,),
         ),
         Capability(
             "share_announcement", "CPUID announcement", cpu.share_announcement,
-            "Linux: learns there that it may share", LAB, (KERNEL_PRIVATE,),
+            "Linux: learns there that it may share", lab, (KERNEL_PRIVATE,),
         ),
         Capability(
-            "c_bit", "C-bit", cpu.c_bit, "--scheme cbit: the guest picks private or shared", LAB,
+            "c_bit", "C-bit", cpu.c_bit, "--scheme cbit: the guest picks private or shared", lab,
             PRIVATE,
         ),
         guest_memfd(x86, 0, _ATTRIBUTES, _INERT),
@@ -89,14 +90,14 @@ def capabilities(x86: HostArchitecture) -> tuple[Capability, ...]:
             "pre_fault", "mapping ahead", cpu.pre_fault, "a faster start",
             "Linux 6.11 or later with nested paging has it; guests fault page by page",
         ),
-        memslots(),
+        memslots(x86),
         Capability(
             "ioeventfd", "ioeventfd", events.ioeventfd,
-            "disks: notifications without an exit", LAB,
+            "disks: notifications without an exit", lab,
         ),
         Capability(
             "irqfd_resample", "irqfd with resample", events.irqfd_resample,
-            "disks: level interrupts", LAB,
+            "disks: level interrupts", lab,
         ),
         Capability(
             "coalesced_ports", "coalesced port writes", events.coalesced_ports,
@@ -104,6 +105,6 @@ def capabilities(x86: HostArchitecture) -> tuple[Capability, ...]:
         ),
         Capability(
             "exit_latency", "exit to user space", cpu.exit_latency,
-            "every device access costs it", LAB,
+            "every device access costs it", lab,
         ),
     )  # fmt: skip

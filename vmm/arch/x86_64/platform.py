@@ -11,7 +11,7 @@ from vmm.arch.x86_64 import layout
 from vmm.arch.x86_64.cpuid import guest_cpuid
 from vmm.arch.x86_64.doorbells import HYPERCALL_NAME, KVM_HC_MAP_GPA_RANGE, PORT_NAME
 from vmm.core.errors import HostError
-from vmm.host.kvm import LAB, SEE_CHECK
+from vmm.host.kvm import SEE_CHECK, in_lab
 
 if TYPE_CHECKING:
     from vmm.arch.options import GuestOptions
@@ -109,13 +109,14 @@ class X86Platform:
 
 def _require_exits(vm: Vm) -> None:
     """Raises HostError unless KVM hands KVM_HC_MAP_GPA_RANGE to user space (says its word)."""
+    lab = in_lab("pyvmm lab")
     offered = vm.check_extension(ioctls.KVM_CAP_EXIT_HYPERCALL)
     if not offered & 1 << KVM_HC_MAP_GPA_RANGE:
         raise HostError(
             f"this host's KVM does not pass share requests on (KVM_CAP_EXIT_HYPERCALL = "
-            f"{offered:#x}, Linux 5.15 or later is needed); {LAB}; {SEE_CHECK}"
+            f"{offered:#x}, Linux 5.15 or later is needed); {lab}; {SEE_CHECK}"
         )
     if not vm.check_extension(ioctls.KVM_CAP_X86_USER_SPACE_MSR):
         raise HostError(
-            f"this host's KVM does not pass MSR accesses on (KVM_CAP_X86_USER_SPACE_MSR); {LAB}"
+            f"this host's KVM does not pass MSR accesses on (KVM_CAP_X86_USER_SPACE_MSR); {lab}"
         )

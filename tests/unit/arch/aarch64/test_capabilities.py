@@ -39,3 +39,12 @@ def test_private_kernel_does_not_run_without_any_of_them() -> None:
 @pytest.mark.parametrize("job", JOBS)
 def test_no_job_runs_without_a_gic(job: str) -> None:
     assert not can_run(job, "gic_v3")
+
+
+def test_lab_is_named_where_it_runs() -> None:
+    """It doesn't on arm64 machines."""
+    hints = [each.if_missing for each in CAPABILITIES if "pyvmm lab" in each.if_missing]
+
+    assert hints
+    assert all("--host" in hint for hint in hints)
+    assert any("on an x86-64 machine" in hint for hint in hints)
