@@ -8,6 +8,7 @@ The corpus (tests/fuzz/corpus/NAME.txt) has one input a line, in hexadecimal, an
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 from collections.abc import Callable, Iterator
@@ -22,13 +23,16 @@ from tests.support.fake_platform import FakePlatform
 from tests.support.fake_vcpu import FakeVcpu
 from tests.support.images import CODECS, build_bzimage, build_elf, memfd
 from tests.support.images import FakeMemory as ImageMemory
+from tests.support.iommu import IommuRig
 from tests.support.x86 import exit_handlers
 from vmm.arch.x86_64 import layout
 from vmm.arch.x86_64.kernel import load_kernel_image
 from vmm.boot import decompress
 from vmm.boot.errors import ImageError
+from vmm.core.errors import GuestMemoryError
 from vmm.core.ranges import PAGE_SIZE, Range
 from vmm.devices.bus import PortBus, PortDevice
+from vmm.devices.virtio.iommu import T_ATTACH, T_DETACH, T_UNMAP
 from vmm.exits.handlers import bank_of
 from vmm.exits.outcome import Outcome
 from vmm.memory.guest_memory import PageState
@@ -195,11 +199,62 @@ def image(data: bytes) -> None:
         os.close(fd)
 
 
+def iommu(data: bytes) -> None:
+    """Requests to the virtual IOMMU, well formed and not, between accesses by its devices."""
+    rig = IommuRig(pages_of_ram=PAGES * 2)
+    devices = [rig.device, rig.another("net0", 2)[1]]
+    try:
+        for verb, number, domain, start, last, physical, flags in records(data, "<BBHQQQI"):
+            device = devices[number % 2]
+            if verb % 8 == 6:
+                with contextlib.suppress(GuestMemoryError):
+                    device.pwrite(bytes(flags % 9000), start)
+            elif verb % 8 == 7:
+                with contextlib.suppress(GuestMemoryError):
+                    device.pread(flags % 9000, start)
+            else:
+                rig.raw(_iommu_request(verb, number, domain, start, last, physical, flags), 68)
+            _check_lending(rig)
+        rig.machine.driver.status = 0
+        assert rig.memory.mapped == rig.memory.bytes_in(PageState.LENT) == 0
+    finally:
+        rig.close()
+
+
+def _iommu_request(
+    verb: int, number: int, domain: int, start: int, last: int, physical: int, flags: int
+) -> bytes:
+    head = struct.pack("<B3xI", verb % 8, domain)
+    fields = struct.pack("<QQQI", start, last, physical, flags)
+    if verb % 8 in (T_ATTACH, T_DETACH):
+        fields = struct.pack("<III", number % 4 << 3, flags & 3, 0)
+    elif verb % 8 == T_UNMAP:
+        fields = struct.pack("<QQI", start, last, flags & 1)
+    return head + fields + bytes(40)
+
+
+def _check_lending(rig: IommuRig) -> None:
+    """A page is lent by as many mappings as there are, and by none twice at one address."""
+    spaces = [e.space for e in rig.iommu._endpoints.values() if e.space is not None]
+    counts = [0] * (PAGES * 2)
+    for space in spaces:
+        ends = [m.iova + m.size for m in space.mappings]
+        assert all(end <= start for end, start in zip(ends, space.starts[1:], strict=False))
+        for mapping in space.mappings:
+            for page in range(mapping.area.start // PAGE_SIZE, mapping.area.end // PAGE_SIZE):
+                counts[page] += mapping.lent
+    for page, count in enumerate(counts):
+        assert rig.memory._lent.get(page * PAGE_SIZE) == count
+        assert (rig.state(page) is PageState.LENT) == bool(count)
+    assert rig.memory.mapped == sum(map(len, spaces))
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "hypercall": hypercall,
     "fault": fault,
     "doorbell": doorbell,
     "image": image,
+    "iommu": iommu,
 }
 
 

@@ -9,6 +9,7 @@ from tests.fuzz.guided import search
 from tests.fuzz.targets import TARGETS, corpus
 from vmm.conversion.transaction import Converter
 from vmm.core.ranges import Range
+from vmm.memory.lending import LendingMemory
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -38,6 +39,14 @@ def test_target_notices_a_request_that_is_not_validated(
         for data in corpus(name):
             TARGETS[name](data)
     assert not isinstance(caught.value, ValueError) or "range" in str(caught.value)
+
+
+def test_iommu_target_notices_pages_that_stay_lent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LendingMemory, "take_back", lambda memory, mapping: [])
+
+    with pytest.raises(AssertionError):
+        for data in corpus("iommu"):
+            TARGETS["iommu"](data)
 
 
 def test_image_target_notices_an_unforeseen_exception(monkeypatch: pytest.MonkeyPatch) -> None:
