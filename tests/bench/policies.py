@@ -63,7 +63,7 @@ POLICIES = {
     "LeastPrivilege": "LeastPrivilege",
     "Audit of Quota": "Audit file=audit.jsonl of=vmm.policy.builtin:Quota of.limit=80M",
 }
-_BOUNDS = ("RateLimit 400", "PageBudget 400M", "LeastPrivilege", "Audit of Quota")
+_BOUNDS = ("AllowAll", "RateLimit 400", "PageBudget 400M", "LeastPrivilege", "Audit of Quota")
 POLICIES["bounds together"] = " + ".join(POLICIES[name] for name in _BOUNDS)
 
 STOPPING = ("DenyAfterBoot", "RateLimit 140")

@@ -94,6 +94,21 @@ def test_run_is_composed_of_observed_memory_and_forks_nothing_once_launched(
     assert residency.shared_bytes == found["residency"]["resident_bytes"]
 
 
+def test_device_that_finds_its_memory_private_is_told_of_at_once_and_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(1 << 20))
+    made = machine(CONFIG._replace(disks=(str(disk),)))
+    made.run()
+
+    for _ in range(3):  # the guest may reset it and have it stop again
+        made._virtio["blk0"].refused()
+
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "blk0" in line]
+    assert "blk0 stopped, the guest hasn't shared" in line and "CONFIG_ARM_PKVM_GUEST" in line
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -73,6 +73,7 @@ class Machine:
         self._signals = ExitStack()
         self._outcomes: list[Outcome] = []
         self._lender: Lender | None = None
+        self._unshared: set[str] = set()
         self._vcpus = VcpuGroup()
         self._abandoned = False
         self.report: dict[str, Any] | None = None
@@ -213,6 +214,9 @@ class Machine:
             iommu=iommu,
         )
         self._cleanup.callback(self._devices.close)
+        if not self._vm.memory.told:
+            for name, device in self._virtio.items():
+                device.refused = partial(self._tell_unshared, name)
         self._handlers = self._vm.platform.exit_handlers(
             self._devices.board, self._vm.memory, self._converter, self.stop
         )
@@ -230,6 +234,13 @@ class Machine:
         observer = None if self._trace is None else self._trace.lending()
         self._lender = iommu.lending = Lender(memory, self._converter, observer=observer)
         return iommu
+
+    def _tell_unshared(self, device: str) -> None:
+        """A device has found private what it was to use, and nobody will hear of a share: its
+        driver may wait for ever, so that it is said now; once, however often it is reset."""
+        if device not in self._unshared:
+            self._unshared.add(device)
+            tell(unshared(self._vm.scheme.name, device))
 
     def _watcher(self, device: str) -> Announce | None:
         """What asks the policies about the device's accesses, if one of them wants to know."""
@@ -343,9 +354,6 @@ class Machine:
         if self._trace is not None:
             self._trace.end(outcome)
         io = self._devices.io_statistics()
-        sentence = unshared(self._vm.scheme.name, io)
-        if sentence is not None:
-            tell(sentence)
         self.report = build_report(
             scheme=self._vm.scheme.name,
             not_taken={} if self._vm.chosen is None else self._vm.chosen.not_taken,

@@ -131,13 +131,10 @@ def build_report(
     }
 
 
-def unshared(scheme: str, io: dict[str, dict[str, Any]]) -> str | None:
-    """The sentence for devices that found what they were to use private, under a scheme whose
-    host is not told of shares; None where there is nothing to say."""
-    devices = [name for name, counts in io.items() if counts["refused"]]
-    if not devices or scheme not in TO_SHARE:
-        return None
-    return f"{', '.join(devices)} stopped, the guest having shared no memory: {TO_SHARE[scheme]}"
+def unshared(scheme: str, device: str) -> str:
+    """The sentence for a device that found what it was to use private, under a scheme whose host
+    is not told of shares."""
+    return f"{device} stopped, the guest hasn't shared what it was to use: {TO_SHARE[scheme]}"
 
 
 class ReportFile:

@@ -286,12 +286,14 @@ def test_transport_private_ring_needs_a_reset_and_is_counted(
     pieces, _ = machine.request(T_IN, 0, Piece(DATA, 512, True))
     queue.offer(queue.chain(pieces))
     machine.memory.private.append(Range(getattr(queue, where), 4096))
+    told: list[bool] = []
+    machine.block.refused = lambda: told.append(True)
 
     machine.driver.notify()
 
     assert machine.driver.status & NEEDS_RESET
     assert machine.driver.isr() == 2
-    assert machine.block.statistics.refused == 1
+    assert machine.block.statistics.refused == len(told) == 1
     assert "private" in (machine.transport.failure or "")
 
 

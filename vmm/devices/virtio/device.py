@@ -143,6 +143,8 @@ class VirtioDevice:
         self.watch: Watch = _unconnected
         self.announce: Callable[[], None] = _unconnected
         """Tells the driver that `config` has changed; not to be called from `process`."""
+        self.refused: Callable[[], None] = _unconnected
+        """Told that it has stopped: memory that it was to use is private or not there."""
         self.config_is_news = False
         """Set by `process`: `config` has changed, and the driver is to be told after the turn."""
 

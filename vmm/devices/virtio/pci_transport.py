@@ -440,6 +440,7 @@ class VirtioPciTransport:
         """2.1.2: stop, set DEVICE_NEEDS_RESET and tell a driver that is up."""
         if isinstance(error, GuestMemoryError):
             self._device.statistics.refused += 1
+            self._device.refused()
         else:
             self._device.statistics.errors += 1
         self.failure = str(error)
