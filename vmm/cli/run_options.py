@@ -58,11 +58,13 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "--cpus": {"metavar": "N", "default": "1", "help": "number of vCPUs (default 1)"},
         "--disk": {
-            "metavar": "FILE[,ro][,serial=TEXT][,queues=N][,io=ENGINE]",
+            "metavar": "FILE[,ro][,serial=TEXT][,queues=N][,io=ENGINE][,format=raw][,share=on]",
             **_SEVERAL,
             "help": "a raw disk image or block device as virtio-blk; with several queues each is "
             "served by a thread of its own; may be given several times; ENGINE: auto (default), "
-            "pread (through a buffer), fd2fd (inside the kernel), mmap (memcpy)",
+            "pread (through a buffer), fd2fd (inside the kernel), mmap (memcpy); an image is "
+            "locked against other machines (share=on: not), one in another format is refused "
+            "(format=raw: not)",
         },
         "--allow-mapped-io": {
             **_FLAG,

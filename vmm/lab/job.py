@@ -7,6 +7,7 @@ rewritten. Results come back as a tar archive on a raw drive.
 
 from __future__ import annotations
 
+import ast
 import os
 import shlex
 import shutil
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO
 
+from vmm.core.disk_image import check_raw, in_use, is_read_only_device, lock
 from vmm.core.errors import UsageError
 from vmm.lab.devices import VIRTIO, Devices
 
@@ -39,6 +41,7 @@ class Drive:
 
     path: Path
     read_only: bool
+    shared: bool = False  # others may write it too
 
 
 @dataclass(slots=True)
@@ -106,14 +109,20 @@ def _take(job: Job, option: str, value: str, outputs: Sequence[str]) -> str:
             raise UsageError(f"{option} {value}: no permission to read it")
     if not value.startswith("--"):
         _carry_if_file(job, value)
+    if option == "--policy":
+        _carry_imports(job, _absolute(job, value.rpartition(":")[0]))
     return value
 
 
 def attach(job: Job, value: str, option: str) -> str:
-    """Adds FILE[,ro][,...] as a drive; returns the value with the block device's name inside."""
-    name, comma, settings = value.partition(",")
+    """Adds FILE[,ro][,...] as a drive; returns the value with the block device's name inside.
+
+    It is looked at here as pyvmm does inside, where a drive has whole sectors in any case.
+    """
+    first, *words = value.replace(",,", "\0").split(",")  # a comma in a name is written twice
+    name = first.replace("\0", ",")
     path = _absolute(job, name)
-    read_only = "ro" in settings.split(",")
+    read_only, shared = "ro" in words, "share=on" in words
     wanted = os.R_OK if read_only else os.R_OK | os.W_OK
     if not path.exists():
         raise UsageError(f"{option} {name}: no such file; make one with truncate -s SIZE FILE")
@@ -122,8 +131,22 @@ def attach(job: Job, value: str, option: str) -> str:
     if not os.access(path, wanted):
         rest = "" if read_only else "; add ,ro to attach it read-only"
         raise UsageError(f"{option} {name}: no permission{rest}")
-    job.drives.append(Drive(path, read_only))
-    return job.devices()[-1] + comma + settings
+    fd = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
+    try:
+        check_raw(fd, option, name, raw="format=raw" in words)
+        if not read_only and is_read_only_device(fd):
+            raise UsageError(f"{option} {name} is a read-only device; add ,ro")
+        # Let go again: the emulator takes its own lock.
+        if not shared and not lock(fd, write=not read_only):
+            raise in_use(option, name, write=not read_only)
+    finally:
+        os.close(fd)
+    for drive in job.drives:
+        both_read = read_only and drive.read_only
+        if not (shared or both_read) and os.path.samefile(path, drive.path):
+            raise in_use(option, name, write=not read_only)
+    job.drives.append(Drive(path, read_only, shared))
+    return ",".join([job.devices()[-1], *(word.replace("\0", ",,") for word in words)])
 
 
 def _carry_if_file(job: Job, value: str) -> None:
@@ -135,6 +158,29 @@ def _carry_if_file(job: Job, value: str) -> None:
             if path not in job.inputs:
                 job.inputs.append(path)
             return
+
+
+def _carry_imports(job: Job, source: Path) -> None:
+    """A policy file brings the modules and packages beside it that it imports, and theirs."""
+    if source.suffix != ".py" or not _is_file(source):
+        return
+    try:
+        tree = ast.parse(source.read_bytes())
+    except (OSError, SyntaxError, ValueError, RecursionError):
+        return  # the command inside says what is wrong with it
+    names: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.append(node.module)
+    for name in dict.fromkeys(name.partition(".")[0] for name in names):
+        module, package = source.parent / f"{name}.py", source.parent / name
+        if (package / "__init__.py").is_file() and package not in job.inputs:
+            job.inputs.append(package)
+        elif module.is_file() and module not in job.inputs:
+            job.inputs.append(module)
+            _carry_imports(job, module)
 
 
 def _is_file(path: Path) -> bool:

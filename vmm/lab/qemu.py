@@ -54,7 +54,8 @@ def _command(
             words += ["-device", f"virtserialport,chardev={name},nr={number}"]
     for number, drive in enumerate(drives):
         words += ["-blockdev", json.dumps(_block_node(f"drive{number}", drive))]
-        words += ["-device", f"virtio-blk-pci,drive=drive{number}"]
+        shared = ",share-rw=on" if drive.shared else ""
+        words += ["-device", f"virtio-blk-pci,drive=drive{number}{shared}"]
     return words
 
 
@@ -62,4 +63,6 @@ def _block_node(name: str, drive: Drive) -> dict[str, object]:
     # JSON, since file names may hold commas.
     driver = "host_device" if drive.path.is_block_device() else "file"
     file = {"driver": driver, "filename": str(drive.path), "read-only": drive.read_only}
+    if drive.shared:
+        file["locking"] = "off"
     return {"driver": "raw", "node-name": name, "read-only": drive.read_only, "file": file}

@@ -89,7 +89,7 @@ def test_what_the_machine_has_no_place_for_is_refused(
 
 
 def test_disk_is_refused_before_anything_is_downloaded(tmp_path: Path) -> None:
-    (tmp_path / "disk.img").touch()
+    (tmp_path / "disk.img").write_bytes(bytes(512))
     lab = Lab(LabOptions(cache=tmp_path / "cache", offline=True, host="bochs"))
 
     with pytest.raises(UsageError, match=r"disk\.img: the bochs host has no place for disks"):

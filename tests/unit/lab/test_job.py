@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from vmm.core.errors import UsageError
+from vmm.devices.virtio.block_file import open_disk
 from vmm.lab.devices import VIRTIO
 from vmm.lab.job import (
     Drive,
@@ -35,6 +36,19 @@ def test_files_keep_their_names_and_are_taken_along(files: Path) -> None:
     assert job.inputs == [files / "kernel", files / "initrd", files / "policy.py"]
 
 
+def test_policy_brings_the_modules_beside_it_that_it_imports(files: Path) -> None:
+    (files / "policy.py").write_text("import os, near\nfrom pack.inner import x\nimport absent\n")
+    (files / "near.py").write_text("from nearer import y\nimport policy\n")
+    (files / "nearer.py").write_text("def broken(:\n")
+    (files / "unused.py").touch()
+    (files / "pack").mkdir()
+    (files / "pack" / "__init__.py").touch()
+
+    job = job_from_arguments(["--policy", "policy.py:Mine", "--policy=vmm.policy:Policy"], files)
+
+    assert job.inputs == [files / name for name in ("policy.py", "near.py", "nearer.py", "pack")]
+
+
 def test_word_that_is_too_long_for_a_file_name_is_left_alone(files: Path) -> None:
     words = ["python3", "-c", "print(1)\n" * 100]
 
@@ -57,6 +71,45 @@ def test_disk_becomes_a_drive_and_its_path_a_device(files: Path) -> None:
     assert job.words == ["--disk", "/dev/vde,ro,serial=a", "--disk=/dev/vdf"]
     assert job.drives == [Drive(files / "disk.img", True), Drive(files / "kernel", False)]
     assert job.inputs == []
+
+
+def test_disk_name_with_a_comma_is_written_twice(files: Path) -> None:
+    (files / "a,ro").write_bytes(bytes(512))
+
+    job = job_from_arguments(["--disk", "a,,ro,serial=x,,y"], files)
+
+    assert job.words == ["--disk", "/dev/vde,serial=x,,y"]
+    assert job.drives == [Drive(files / "a,ro", False)]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--disk", "odd.img"], "--disk odd.img: 1535 bytes are no multiple of the 512"),
+        (["--disk", "odd.img,ro"], "--disk odd.img: 1535 bytes are no multiple of the 512"),
+        (["--disk", "vm.qcow2"], "--disk vm.qcow2 is a qcow2 image"),
+        (["--disk", "disk.img", "--disk", "disk.img"], "in use by another machine, or given twice"),
+        (["--disk", "disk.img,ro", "--disk", "disk.img"], "in use by another machine"),
+        (["--disk", "kernel"], "--disk kernel is in use by another machine"),
+    ],
+)
+def test_disk_that_would_lose_something_is_refused(
+    files: Path, words: list[str], message: str
+) -> None:
+    (files / "odd.img").write_bytes(bytes(1535))
+    (files / "vm.qcow2").write_bytes(b"QFI\xfb" + bytes(508))
+    held = open_disk(str(files / "kernel"))  # by a machine of ours
+
+    with pytest.raises(UsageError, match=message):
+        job_from_arguments(words, files)
+
+    held.close()
+
+
+def test_disk_that_is_shared_may_be_given_twice(files: Path) -> None:
+    job = job_from_arguments(["--disk", "disk.img", "--disk", "disk.img,share=on"], files)
+
+    assert [drive.shared for drive in job.drives] == [False, True]
 
 
 def test_drives_begin_where_the_fixed_ones_end(files: Path) -> None:

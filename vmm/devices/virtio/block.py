@@ -14,9 +14,10 @@ import time
 from collections.abc import Callable, Generator, Mapping
 from functools import partial
 
+from vmm.core.disk_image import SECTOR
 from vmm.core.errors import GuestMemoryError
 from vmm.devices.virtio.block_batch import Batch, serve_together
-from vmm.devices.virtio.block_file import SECTOR, SERIAL_BYTES, DiskFile
+from vmm.devices.virtio.block_file import SERIAL_BYTES, DiskFile
 from vmm.devices.virtio.budget import Budget, Pace, Work
 from vmm.devices.virtio.device import EXPECTED, GuestMemory, VirtioDevice
 from vmm.devices.virtio.queue import Chain, QueueError, Segment, SplitQueue

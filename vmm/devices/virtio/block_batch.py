@@ -12,8 +12,8 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple, Protocol
 
+from vmm.core.disk_image import SECTOR
 from vmm.core.errors import GuestMemoryError
-from vmm.devices.virtio.block_file import SECTOR
 from vmm.devices.virtio.budget import Pace
 from vmm.devices.virtio.queue import BatchMemory, Chain
 from vmm.devices.virtio.segments import total

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import stat
 
+from vmm.core.disk_image import SECTOR, check_raw, in_use, is_read_only_device, lock
 from vmm.core.errors import UsageError
 from vmm.core.suboptions import Suboptions
 from vmm.memory.transfer import ENGINES
 
-SECTOR = 512
 SERIAL_BYTES = 20
 
-SYNTAX = f"FILE[,ro][,serial=TEXT][,queues=N][,io={'|'.join(ENGINES)}]"
+SYNTAX = f"FILE[,ro][,serial=TEXT][,queues=N][,io={'|'.join(ENGINES)}][,format=raw][,share=on]"
 MOST_QUEUES = 16
 
 
@@ -51,30 +51,42 @@ class DiskFile:
 def open_disk(spec: str) -> DiskFile:
     """Open the disk that `spec` names; a comma in a file name is written twice.
 
-    A file whose size is no multiple of 512 is used up to its last whole sector; what follows
-    is neither shown nor touched. Raises UsageError for whatever is wrong with it.
+    It is locked against other machines until it is closed: a writer wants it alone. Raises
+    UsageError for whatever is wrong with it.
     """
     words = Suboptions("--disk", spec, SYNTAX)
     path = words.first("file")
     read_only = words.flag("ro")
-    serial = words.take("serial") or os.path.basename(path)
+    serial = _serial(words, path)
     queues = words.take_number("queues", 1, MOST_QUEUES) or 1
     engine = words.take_word("io", ENGINES) or "auto"
+    raw = words.take_word("format", ("raw",)) is not None
+    shared = words.take_word("share", ("on", "off")) == "on"
     words.finish()
     fd = _open(path, read_only)
     try:
-        size = os.lseek(fd, 0, os.SEEK_END)
-    except OSError as error:
+        size = check_raw(fd, "--disk", path, raw=raw)
+        if not read_only and is_read_only_device(fd):
+            raise UsageError(
+                f"--disk {path} is a read-only device; to open it read-only, write --disk {path},ro"
+            )
+        if not shared and not lock(fd, write=not read_only):
+            raise in_use("--disk", path, write=not read_only)
+    except BaseException:
         os.close(fd)
-        raise UsageError(f"--disk {path}: its size can't be found: {error.strerror}") from error
-    if size < SECTOR:
-        os.close(fd)
-        raise UsageError(
-            f"--disk {path}: {size} bytes are less than one sector of {SECTOR}; "
-            f"make it larger, for example with: truncate -s 1G {path}"
-        )
-    identity = serial.encode("utf-8", "surrogateescape")[:SERIAL_BYTES]
-    return DiskFile(fd, path, size // SECTOR, read_only, identity, engine, queues)
+        raise
+    return DiskFile(fd, path, size // SECTOR, read_only, serial, engine, queues)
+
+
+def _serial(words: Suboptions, path: str) -> bytes:
+    """What get-id answers: as given, or as much of the file's name as there is room for."""
+    given = words.take("serial")
+    if given is None:
+        return os.fsencode(os.path.basename(path))[:SERIAL_BYTES]
+    serial = os.fsencode(given)
+    if len(serial) > SERIAL_BYTES:
+        raise words.error(f"the serial has {len(serial)} bytes, {SERIAL_BYTES} at most fit")
+    return serial
 
 
 def _open(path: str, read_only: bool) -> int:
