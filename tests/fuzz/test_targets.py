@@ -6,6 +6,7 @@ import pytest
 from hypothesis import strategies as st
 
 from tests.fuzz.guided import search
+from tests.fuzz.oracles import Resources
 from tests.fuzz.targets import TARGETS, corpus
 from vmm.conversion.transaction import Converter
 from vmm.core.ranges import Range
@@ -13,9 +14,30 @@ from vmm.memory.lending import LendingMemory
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_corpus_inputs_are_survived(name: str) -> None:
-    for data in corpus(name):
-        TARGETS[name](data)
+def test_corpus_inputs_are_survived_and_leave_nothing_behind(name: str) -> None:
+    inputs = corpus(name)
+    for data in inputs:
+        TARGETS[name](data)  # everything is imported now
+    resources = Resources()
+
+    for _ in range(5):
+        for data in inputs:
+            TARGETS[name](data)
+        resources.assert_given_back()
+
+
+def test_target_that_keeps_memory_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[bytes] = []
+    doorbell = TARGETS["doorbell"]
+
+    def leaking(data: bytes) -> None:
+        kept.append(b"x" * (4 << 20))
+        doorbell(data)
+
+    monkeypatch.setitem(TARGETS, "doorbell", leaking)
+
+    with pytest.raises(AssertionError, match="resident memory has grown"):
+        test_corpus_inputs_are_survived_and_leave_nothing_behind("doorbell")
 
 
 @pytest.mark.timeout(3600)
