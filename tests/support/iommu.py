@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 
 from tests.support.conversion import RecordingScheme
+from tests.support.fake_memory import BatchingFakeMemory
 from tests.support.memory import page, pages
 from tests.support.virtio_driver import Piece
 from tests.support.virtio_machine import VirtioMachine
@@ -57,7 +58,7 @@ class IommuRig:
         self.iommu.lending = self.lender
         self.endpoint = self.iommu.endpoint("blk0", FIRST)
         self.device = IommuMemory(self.memory, self.endpoint)
-        self.machine = VirtioMachine(self.iommu)
+        self.machine = VirtioMachine(self.iommu, BatchingFakeMemory())
         self.machine.up()
         self._head = self.machine.blank(128).gpa
         self._tail = self.machine.blank(256).gpa

@@ -112,22 +112,20 @@ class Lender:
         low, high = space.within(iova, iova + area.size - 1)
         if low != high:
             return errno.EINVAL
-        memory, hooks = self._memory, self._converter.hooks
-        if PageState.DEFERRED in memory.kind_of(area):
-            self._converter.discard_now(area)  # what is lent has one side
+        memory = self._memory
         try:
-            if hooks.asks_about_lending:
-                with self._converter.asking:
-                    if memory.kind_of(area) <= PRIVATE:
-                        event = _event(endpoint, iova, area, access)
-                        if not hooks.lending(event, self._converter.view):
-                            return errno.EACCES
-                    mapping = memory.map(space, iova, area, access, began)
-            else:
-                mapping = memory.map(space, iova, area, access, began)
+            try:
+                mapping = self._map(endpoint, space, iova, area, access, began)
+            except OSError as error:
+                if error.errno != errno.EAGAIN or PageState.DEFERRED not in memory.kind_of(area):
+                    raise
+                self._converter.discard_now(area)  # what is lent has one side
+                mapping = self._map(endpoint, space, iova, area, access, began)
         except OSError as error:
             number = error.errno or errno.EIO
             return errno.EBUSY if number == errno.EAGAIN else number
+        if mapping is None:
+            return errno.EACCES
         counts = self.counts
         counts.peak_mappings = max(counts.peak_mappings, memory.mapped)
         if mapping.lent:
@@ -136,6 +134,20 @@ class Lender:
             if self._observer is not None:
                 self._observer.lent(endpoint.name, area, 0, began)
         return 0
+
+    def _map(
+        self, endpoint: Endpoint, space: AddressSpace, iova: int, area: Range, access: int, now: int
+    ) -> Mapping | None:
+        """None: a policy says no. Raises OSError."""
+        converter, memory = self._converter, self._memory
+        if not converter.hooks.asks_about_lending:
+            return memory.map(space, iova, area, access, now)
+        with converter.asking:
+            if memory.kind_of(area) <= PRIVATE:
+                event = _event(endpoint, iova, area, access)
+                if not converter.hooks.lending(event, converter.view):
+                    return None
+            return memory.map(space, iova, area, access, now)
 
     # -- taking back --------------------------------------------------------------------------
 

@@ -3,6 +3,8 @@
 Everything that a policy needs is imported from here: `from vmm.policy import Policy, Allow, Deny`.
 """
 
+from typing import TYPE_CHECKING
+
 from vmm.core.events import Kind
 from vmm.core.ranges import Range
 from vmm.memory.guest_memory import PageState
@@ -12,12 +14,14 @@ from vmm.policy.protocol import (
     End,
     Event,
     IoEvent,
-    LendEvent,
     Policy,
     PolicyError,
     PolicyKill,
     View,
 )
+
+if TYPE_CHECKING:
+    from vmm.policy.lending import LendEvent
 
 __all__ = [
     "Allow",
@@ -40,3 +44,12 @@ __all__ = [
     "Range",
     "View",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """LendEvent, when somebody asks for it: most runs lend nothing."""
+    if name == "LendEvent":
+        from vmm.policy.lending import LendEvent
+
+        return LendEvent
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from vmm.core.errors import AccessDenied
 from vmm.core.events import FAULT, Kind
@@ -26,12 +26,14 @@ from vmm.policy.protocol import (
     End,
     Event,
     IoEvent,
-    LendEvent,
     Policy,
     PolicyError,
     PolicyKill,
     View,
 )
+
+if TYPE_CHECKING:
+    from vmm.policy.lending import LendEvent
 
 Hook = Callable[..., Any]
 
@@ -231,7 +233,7 @@ def blame(hook: Hook, given: tuple[Any, ...], what: str) -> PolicyError:
 
 
 def _named(hook: Hook, given: tuple[Any, ...]) -> str:
-    where = f" for {given[0].area}" if isinstance(given[0], Event | IoEvent | LendEvent) else ""
+    where = f" for {given[0].area}" if hasattr(given[0], "area") else ""
     name = type(_policy_of(hook)).__name__
     return f"policy {name}: {getattr(hook, '__name__', 'hook')}{where}"
 

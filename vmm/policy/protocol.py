@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from vmm.core.errors import PyvmmError
 from vmm.core.events import Kind
 from vmm.core.ranges import Range
 from vmm.memory.guest_memory import PageState, Residency
 from vmm.policy.decisions import Allow, Decision
+
+if TYPE_CHECKING:
+    from vmm.policy.lending import LendEvent
 
 
 class PolicyError(PyvmmError):
@@ -59,22 +62,6 @@ class IoEvent(NamedTuple):
     area: Range
     is_write: bool
     named: str | None
-
-
-class LendEvent(NamedTuple):
-    """The guest maps `area` in its virtual IOMMU for `device`, at the IO virtual address `iova`,
-    or takes it back. Whole pages of private memory, GPAs without the C-bit.
-
-    `may_read` and `may_write` are from the device's point of view. `forced`: the guest has
-    detached the device or reset the IOMMU, so that the pages come back whatever is said.
-    """
-
-    device: str
-    iova: int
-    area: Range
-    may_read: bool
-    may_write: bool
-    forced: bool = False
 
 
 class End(NamedTuple):

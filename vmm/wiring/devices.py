@@ -61,6 +61,7 @@ class Devices:
         self._virtio = virtio
         self._notifiers: list[QueueNotifier] = []
         self._engines: dict[str, Engine] = {}
+        self._lent_engines: dict[str, Engine] = {}
         with ExitStack() as self._opened:
             self._lines = Lines(vm, loop, self._opened)
             parts = BoardParts(
@@ -146,9 +147,11 @@ class Devices:
         if self._iommu is not None:
             from vmm.wiring.iommu import memory_behind
 
-            memory, announce = memory_behind(
+            memory, announce, lent = memory_behind(
                 self._iommu, self._memory, name, number, device, engine, announce, self._opened
             )
+            if lent is not None:
+                self._lent_engines[name] = lent
         elif engine is not None:
             memory = self._memory.through(engine)
         if announce is None:
@@ -180,4 +183,6 @@ class Devices:
             counts[name] = device.statistics.as_dict()
             if name in self._engines:
                 counts[name]["engine"] = self._engines[name].as_dict()
+            if name in self._lent_engines:
+                counts[name]["engine_lent"] = self._lent_engines[name].as_dict()
         return counts

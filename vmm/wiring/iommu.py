@@ -32,18 +32,18 @@ def memory_behind(
     engine: Engine | None,
     announce: Announce | None,
     opened: ExitStack,
-) -> tuple[GuestMemoryOfDevice, Announce | None]:
-    """What the device gets in the place of `memory`, and what is told of its accesses.
+) -> tuple[GuestMemoryOfDevice, Announce | None, Engine | None]:
+    """What the device gets in the place of `memory`, what is told of its accesses, and what moves
+    the bytes of its file to and from private memory.
 
     `engine` moves the bytes of its file to and from shared memory; the one for private memory is
     made here, and closed by `opened`. Raises HostError, as make_engine does.
     """
     if not translates_for(device):
-        return (memory if engine is None else memory.through(engine)), announce
+        return (memory if engine is None else memory.through(engine)), announce, None
     assert isinstance(memory, LendingMemory)
-    engines = None
+    engines = lending = None
     if engine is not None:
-        lending = None
         if memory.lends and memory.private is not None:
             # Whatever was named for shared memory: the private side has the ways that it has.
             lending = make_engine("auto", memory.private)
@@ -51,11 +51,11 @@ def memory_behind(
         engines = engine, lending
     behind = IommuMemory(memory, iommu.endpoint(name, endpoint_number(slot)), engines)
     if announce is None:
-        return behind, None
+        return behind, None, lending
 
     def tell(area: Range, is_write: bool, named: str | None) -> None:
         # Policies know guest-physical addresses. What isn't mapped, the access itself refuses.
         for piece in behind.pieces_of(*area):
             announce(piece, is_write, named)
 
-    return behind, tell
+    return behind, tell, lending

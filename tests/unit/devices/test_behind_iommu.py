@@ -48,7 +48,7 @@ class DiskBehind:
             def announce(area: Range, is_write: bool, named: str | None) -> None:
                 announced.append((area, is_write, named))
 
-        memory, self.announce = memory_behind(
+        memory, self.announce, self.lent_engine = memory_behind(
             *(self.rig.iommu, self.rig.memory, "blk0", FIRST >> 3, self.disk, engine, announce),
             self.stack,
         )
@@ -138,6 +138,8 @@ def test_disk_reads_into_private_pages_and_writes_from_them(behind: DiskBehind) 
 
     assert os.pread(behind.fd, 8192, 0) == pattern(8192, 77)
     assert behind.rig.shared.resident_bytes() == 0  # nothing went through shared memory
+    assert behind.lent_engine is not None
+    assert sum(behind.lent_engine.bytes_by.values()) == 3 * PAGE_SIZE + 8192
     assert behind.disk.statistics.refused == behind.disk.statistics.errors == 0
 
 
@@ -200,7 +202,9 @@ def test_balloon_is_not_behind_the_iommu() -> None:
     rig = IommuRig()
     balloon = VirtioBalloon()
 
-    memory, _ = memory_behind(rig.iommu, rig.memory, "balloon", 2, balloon, None, None, ExitStack())
+    memory, *_ = memory_behind(
+        rig.iommu, rig.memory, "balloon", 2, balloon, None, None, ExitStack()
+    )
 
     assert memory is rig.memory
     assert rig.attach(DOMAIN, 2 << 3) != S_OK

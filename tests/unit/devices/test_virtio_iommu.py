@@ -8,8 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.iommu import BOTH, DOMAIN, FIRST, IommuRig
+from tests.support.iommu import BOTH, DOMAIN, FIRST, IommuRig, map_request, unmap_request
 from tests.support.memory import page, pages, pattern
+from tests.support.virtio_driver import NEEDS_RESET, Piece
 from vmm.core.errors import GuestMemoryError, PrivateAccess
 from vmm.core.ranges import PAGE_SIZE
 from vmm.devices.virtio import iommu
@@ -211,6 +212,52 @@ def test_unmap_of_many_mappings_goes_on_in_later_turns(attached: IommuRig) -> No
     assert attached.ask(struct.pack("<B3xIQQI", 4, DOMAIN, 0, (1 << 48) - 1, 0)) == S_OK
 
     assert attached.memory.mapped == attached.memory.bytes_in(PageState.LENT) == 0
+
+
+# --- several requests at one kick ---------------------------------------------------------------
+
+
+def test_requests_of_one_kick_are_carried_out_in_their_order_with_one_read(
+    attached: IommuRig,
+) -> None:
+    machine = attached.machine
+    requests = [
+        map_request(IOVA, PAGE_SIZE, page(PRIVATE)),
+        map_request(IOVA, PAGE_SIZE, page(PRIVATE + 1)),  # is mapped by now
+        b"\x09" + bytes(40),  # no such type
+        unmap_request(IOVA, PAGE_SIZE),
+        map_request(IOVA, PAGE_SIZE, page(PRIVATE + 2)),
+    ]
+    rooms = [machine.blank(4) for _ in requests]
+    for request, room in zip(requests, rooms, strict=True):
+        machine.give(iommu.REQUESTS, machine.place(request), room)
+    machine.memory.calls.clear()
+
+    machine.kick(iommu.REQUESTS)
+
+    answers = machine.queues[iommu.REQUESTS].collect()
+    assert [size for _, size in answers] == [4, 4, 0, 4, 4]
+    statuses = [machine.text(room, 1)[0] for room in rooms]
+    assert statuses == [S_OK, S_INVAL, 0xCC, S_OK, S_OK]
+    assert machine.memory.calls["read_many"] == 2  # ring entries with descriptors, then headers
+    assert attached.state(PRIVATE + 2) is PageState.LENT
+    assert attached.memory.mapped == 1
+
+
+def test_request_out_of_reach_stops_the_device_after_those_before_it(attached: IommuRig) -> None:
+    machine = attached.machine
+    room = machine.blank(4)
+    request = machine.place(map_request(IOVA, PAGE_SIZE, page(PRIVATE)))
+    machine.give(iommu.REQUESTS, request, room)
+    machine.give(iommu.REQUESTS, Piece(1 << 40, 36), machine.blank(4))
+
+    machine.kick(iommu.REQUESTS)
+
+    assert machine.driver.status & NEEDS_RESET
+    assert [size for _, size in machine.queues[iommu.REQUESTS].collect()] == [4]
+    assert machine.text(room, 1) == b"\0"
+    # A device that has stopped lends nothing: its transport has reset it.
+    assert attached.memory.bytes_in(PageState.LENT) == 0
 
 
 # --- the end of a domain ------------------------------------------------------------------------

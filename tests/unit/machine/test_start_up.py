@@ -57,6 +57,7 @@ def test_start_up_imports_nothing_that_is_slow_to_import() -> None:
     slow |= {"datetime", "logging", "selectors", "bz2", "lzma", "zlib", "vmm.boot.decompress"}
     slow |= {"vmm.machine.tracing", "vmm.trace.recorder"}  # for those who trace
     slow |= {"vmm.host.choice"}  # for private memory
+    slow |= {"vmm.memory.lending", "vmm.conversion.lending", "vmm.policy.lending"}  # for an IOMMU
     slow |= {"vmm.devices.virtio.queue", "vmm.memory.engines", "vmm.conversion.schemes.remap"}
     assert slow.isdisjoint(done.stdout.split())
 

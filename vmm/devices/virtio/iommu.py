@@ -123,6 +123,9 @@ class VirtioIommu(VirtioDevice):
         # Domains that have ended, whose pages are on their way back.
         self._ending: list[tuple[Endpoint, AddressSpace]] = []
         self._events: deque[bytes] = deque()
+        # Where this turn's answers go (gpa, size, gpa, size...), and they themselves.
+        self._statuses: list[int] = []
+        self._tails = b""
 
     def endpoint(self, name: str, number: int) -> Endpoint:
         """The device of that name is behind this IOMMU, with that number in requests."""
@@ -155,18 +158,52 @@ class VirtioIommu(VirtioDevice):
         queue = self._queues[queue_index]
         if queue_index == EVENTS:
             return self._tell(queue)
-        return self.answer_all(queue, partial(self._answer, queue.budget))
+        self._statuses, self._tails = [], b""
+        used: list[tuple[int, int]] = []
+        try:
+            if self.go_on(queue, used):
+                chains = queue.take()
+                answer = partial(self._answer, queue.budget, self._heads(chains))
+                self.answer_these(queue, chains, answer, used)
+        except EXPECTED:
+            queue.publish(used, self._statuses, self._tails)
+            raise
+        return queue.publish(used, self._statuses, self._tails)
 
     # --- requests ---
 
-    def _answer(self, budget: Budget, chain: Chain) -> int | Work:
+    def _heads(self, chains: list[Chain]) -> dict[int, bytes]:
+        """The headers of all requests by one call, where that can be had, by chain."""
+        memory = self._memory
+        if len(chains) < 2 or not hasattr(memory, "read_many"):
+            return {}
+        pieces: list[int] = []
+        found: dict[int, bytes] = {}
+        for chain in chains:
+            if len(chain.readable) != 1:
+                return {}
+            gpa, size = chain.readable[0]
+            pieces += (gpa, min(size, _LARGEST))
+        try:
+            data = memory.read_many(pieces)  # type: ignore[union-attr]  # it has been asked
+        except EXPECTED:
+            return {}  # one by one: those before the bad one are carried out
+        at = 0
+        for chain, size in zip(chains, pieces[1::2], strict=True):
+            found[chain.head] = bytes(data[at : at + size])
+            at += size
+        return found
+
+    def _answer(self, budget: Budget, heads: dict[int, bytes], chain: Chain) -> int | Work:
         """One request. What has no room for its answer, or is of no known type, goes back with
         nothing written (5.13.6)."""
         memory = self._memory
         assert memory is not None
         self.statistics.requests += 1
         budget.spend(2)
-        head = gather(memory, first(chain.readable, _LARGEST)) if chain.readable else b""
+        head = heads.get(chain.head)
+        if head is None:
+            head = gather(memory, first(chain.readable, _LARGEST)) if chain.readable else b""
         kind = _TYPES.get(head[0]) if head else None
         room = total(chain.writable)
         if kind is None or len(head) < kind.layout.size or room < _TAIL.size:
@@ -188,6 +225,11 @@ class VirtioIommu(VirtioDevice):
     def _end(self, chain: Chain, status: int) -> int:
         assert self._memory is not None
         self.statistics.errors += status != S_OK
+        gpa, size = chain.writable[0]
+        if size >= _TAIL.size:  # it goes with the used ring
+            self._statuses += (gpa, _TAIL.size)
+            self._tails += _TAIL.pack(status)
+            return _TAIL.size
         return scatter(self._memory, first(chain.writable, _TAIL.size), _TAIL.pack(status))
 
     def _attach(
