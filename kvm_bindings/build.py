@@ -79,14 +79,10 @@ int64_t pyvmm_chains(const void *ring, const void *table, uint32_t size, uint32_
                      uint32_t most_descriptors, uint64_t most_bytes, uint64_t *chains,
                      uint64_t room, uint64_t *totals);
 uint32_t pyvmm_disk_headers(const uint64_t *chains, uint32_t count, uint64_t *pieces);
-struct pyvmm_disk_plan {
-    uint32_t requests, reads, writes;
-    uint64_t bytes_read, bytes_written, cost, used;
-};
 void pyvmm_disk_plan(const uint64_t *chains, uint32_t count, const void *headers, uint64_t limit,
                      int may_write, uint64_t each, uint64_t most, uint64_t *reads,
                      uint64_t *writes, uint64_t *statuses, uint32_t *elements,
-                     struct pyvmm_disk_plan *plan);
+                     uint64_t *plan);
 """
 
 MAPPED = """

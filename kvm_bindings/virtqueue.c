@@ -129,10 +129,9 @@ static uint32_t pyvmm_disk_headers(const uint64_t *chains, uint32_t count, uint6
     return count;
 }
 
-struct pyvmm_disk_plan {
-    uint32_t requests, reads, writes; /* how many requests, and moves in each direction */
-    uint64_t bytes_read, bytes_written, cost, used; /* used: of `chains`, by the requests */
-};
+/* Of `plan`: how many requests, and moves in each direction, bytes read and written, the cost, and how many uint64_t of
+   `chains` are the requests'. */
+enum { REQUESTS, READS, WRITES, BYTES_READ, BYTES_WRITTEN, COST, USED, PLAN_NUMBERS };
 
 /* struct virtio_blk_req (5.2.6) of chains cut the usual way, plain reads and writes on a disk of `limit` bytes: what is to
    be moved (reads: disk, gpa, size; writes: gpa, disk, size; neighbours joined), where the status bytes go (gpa, 1) and
@@ -140,13 +139,13 @@ struct pyvmm_disk_plan {
    `most`, a cost being `each` and its bytes. */
 static void pyvmm_disk_plan(const uint64_t *chains, uint32_t count, const void *header, uint64_t limit, int may_write,
                             uint64_t each, uint64_t most, uint64_t *reads, uint64_t *writes, uint64_t *statuses,
-                            uint32_t *elements, struct pyvmm_disk_plan *plan)
+                            uint32_t *elements, uint64_t *plan)
 {
     const uint64_t *start = chains;
     const char *headers = header;
-    memset(plan, 0, sizeof *plan);
-    for (; plan->requests < count; plan->requests++, headers += 16) {
-        uint32_t kind, number = plan->requests;
+    memset(plan, 0, PLAN_NUMBERS * sizeof *plan);
+    for (uint32_t number = 0; number < count; number++, headers += 16) {
+        uint32_t kind;
         uint64_t sector, size = 0, readable = chains[1], writable = chains[2];
         memcpy(&kind, headers, sizeof kind), memcpy(&sector, headers + 8, sizeof sector);
         int is_read = kind == 0 && readable == 1, is_write = kind == 1 && writable == 1 && may_write;
@@ -156,9 +155,9 @@ static void pyvmm_disk_plan(const uint64_t *chains, uint32_t count, const void *
         for (const uint64_t *one = piece; one < end; one += 2)
             size += one[1];
         uint64_t position = sector * 512;
-        if (size % 512 || sector > limit / 512 || size > limit - position || plan->cost + each + size > most)
+        if (size % 512 || sector > limit / 512 || size > limit - position || plan[COST] + each + size > most)
             break;
-        uint32_t *moves = is_read ? &plan->reads : &plan->writes;
+        uint64_t *moves = plan + (is_read ? READS : WRITES);
         uint64_t *move = (is_read ? reads : writes) + 3 * *moves;
         int gpa = is_read, disk = !is_read; /* which number of a move is which */
         for (; piece < end; piece += 2) {
@@ -172,9 +171,9 @@ static void pyvmm_disk_plan(const uint64_t *chains, uint32_t count, const void *
         }
         statuses[2 * number] = end[0], statuses[2 * number + 1] = 1;
         elements[2 * number] = (uint32_t)chains[0], elements[2 * number + 1] = is_read ? (uint32_t)size + 1 : 1;
-        plan->cost += each + size;
-        *(is_read ? &plan->bytes_read : &plan->bytes_written) += size;
+        plan[REQUESTS]++, plan[COST] += each + size;
+        plan[is_read ? BYTES_READ : BYTES_WRITTEN] += size;
         chains = end + 2;
     }
-    plan->used = (uint64_t)(chains - start);
+    plan[USED] = (uint64_t)(chains - start);
 }

@@ -15,6 +15,7 @@ from kvm_bindings._kvm import ffi, lib
 MOST_ENTRIES = 256
 """Queues of more entries are not for this."""
 _MOST_DESCRIPTORS = 2048 + 1024 + MOST_ENTRIES
+_PLAN_NUMBERS = 7
 _ROOM = 3 * MOST_ENTRIES + 2 * _MOST_DESCRIPTORS
 
 
@@ -123,7 +124,7 @@ class DiskPlanner:
         self._writes = ffi.new("uint64_t[]", 3 * (_ROOM // 2))
         self._statuses = ffi.new("uint64_t[]", 2 * MOST_ENTRIES)
         self._elements = ffi.new("uint32_t[]", 2 * MOST_ENTRIES)
-        self._plan = ffi.new("struct pyvmm_disk_plan *")
+        self._plan = ffi.new("uint64_t[]", _PLAN_NUMBERS)
 
     def headers(self, chains: Chains) -> list[int]:
         """Where the headers are, gpa, 16, gpa..., up to the first request that is not cut the
@@ -145,7 +146,6 @@ class DiskPlanner:
         """What to do for the chains whose `headers` these are, up to the first that is no plain
         read or write within a disk of `limit` bytes, or until the cost, bytes and `each` for
         every request, would be above `most`."""
-        plan = self._plan
         lib.pyvmm_disk_plan(
             chains._room + chains._start,
             len(headers) // 16,
@@ -158,19 +158,16 @@ class DiskPlanner:
             self._writes,
             self._statuses,
             self._elements,
-            plan,
+            self._plan,
         )
-        requests = plan.requests
+        requests, reads, writes, *sums = ffi.unpack(self._plan, _PLAN_NUMBERS)
         return Plan(
             requests,
-            ffi.unpack(self._reads, 3 * plan.reads),
-            ffi.unpack(self._writes, 3 * plan.writes),
+            ffi.unpack(self._reads, 3 * reads),
+            ffi.unpack(self._writes, 3 * writes),
             ffi.unpack(self._statuses, 2 * requests),
             ffi.buffer(self._elements, 8 * requests)[:],
-            plan.bytes_read,
-            plan.bytes_written,
-            plan.cost,
-            plan.used,
+            *sums,
         )
 
     @staticmethod

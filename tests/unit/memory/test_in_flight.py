@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.memory import Background, GatedBacking, guest_memory, page, pages
-from vmm.core.errors import PrivateAccess
+from vmm.core.errors import PrivateAccess, UnmappedAccess
 from vmm.core.ranges import PAGE_SIZE, Range
 from vmm.memory.guest_memory import GuestMemory, PageState
 
@@ -196,3 +196,38 @@ def test_quiesce_waits_only_if_a_piece_lies_in_the_range(
         memory.begin_conversion(area)
 
         assert memory.quiesce(area, 0) is (not touched)
+
+
+def test_access_to_pages_used_before_a_conversion_is_refused_once_it_begins() -> None:
+    """What was found to be shared is looked at anew."""
+    with guest_memory() as memory:
+        memory.pread(16, page(9))
+        memory.read_many([page(8), 4, page(20), 4])
+        memory.begin_conversion(pages(8, 2))
+        for access in (
+            lambda: memory.pread(16, page(9)),
+            lambda: memory.read_many([page(8), 4, page(20), 4]),
+            lambda: memory.pread(16, page(9)),  # not what the one before has left
+        ):
+            with pytest.raises(PrivateAccess):
+                access()
+        memory.pread(16, page(20))
+        memory.finish_conversion(PageState.PRIVATE)
+
+        with pytest.raises(PrivateAccess):
+            memory.pread(16, page(9))
+        assert memory.pread(1, page(10)) == b"\0"
+        with pytest.raises(PrivateAccess):
+            memory.pread(PAGE_SIZE + 1, page(7))
+
+
+def test_access_of_no_bytes_where_shared_pages_end_is_refused() -> None:
+    with guest_memory() as memory:
+        memory.begin_conversion(pages(8, 2))
+        memory.finish_conversion(PageState.PRIVATE)
+        memory.pread(1, page(7))
+
+        with pytest.raises(PrivateAccess):
+            memory.pread(0, page(8))
+        with pytest.raises(UnmappedAccess):
+            memory.pread(-1, page(7))

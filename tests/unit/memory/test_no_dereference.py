@@ -200,7 +200,7 @@ FORBIDDEN_NAMES = {
 }
 # The vCPU's kvm_run page and the CPUID buffer are no guest memory.
 BINDINGS_WITH_POINTERS = {"system.py", "vcpu.py", "datapath.py", "mapped.py", "virtqueue.py"}
-"""The last three: their callers' buffers."""
+"""The last three: their callers' buffers, and their own."""
 POINTER_CALLS = {"cast", "buffer", "from_buffer", "memmove", "string", "unpack"}
 
 
@@ -264,6 +264,16 @@ def test_bindings_point_at_nothing_but_kvms_own_structures() -> None:
 def _code(name: str) -> str:
     source = (ROOT / "kvm_bindings" / name).read_text()
     return re.sub(r"/\*.*?\*/", "", source, flags=re.DOTALL)
+
+
+def test_chains_are_followed_in_copies_only() -> None:
+    """No system call, and no address that comes out of a number."""
+    code = _code("virtqueue.c")
+
+    called = set(re.findall(r"\b([a-z_]\w*)\(", code)) - {"for", "while", "if", "switch"}
+    ours = {name for name in called if name.startswith("pyvmm_")}
+    assert called - ours == {"memcpy", "memset", "descriptor_at", "head_at"}
+    assert not re.search(r"uintptr_t|\*\)\s*\(?u?int64", code)
 
 
 def test_protected_memory_is_reached_by_copying_system_calls_only() -> None:
