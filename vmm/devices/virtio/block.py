@@ -126,6 +126,7 @@ class VirtioBlock(VirtioDevice):
             queue.patience = self._patience
 
     def close(self) -> None:
+        self._planners.clear()  # large, and the rest of a machine may wait for the collector
         self._disk.close()
 
     def process(self, queue_index: int) -> bool:
