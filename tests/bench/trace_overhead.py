@@ -43,7 +43,7 @@ def inner(kernel: str, initrd: str, rounds: int) -> None:
     events: list[int] = []
     for number in range(rounds):
         for name in (UNTRACED, TRACED, TRACED, UNTRACED):
-            samples[name].append(boot_seconds(words[name]))
+            samples[name].append(boot_seconds(words[name])[0])
             print(f"round {number + 1}: {name} {samples[name][-1]:.2f} s", file=sys.stderr)
             if name == TRACED:
                 rows = (trace / "kind" / "shape.ninja").read_bytes()
