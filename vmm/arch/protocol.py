@@ -57,8 +57,8 @@ class Guest(Protocol):
         """What starts as private memory when there is any."""
         ...
 
-    def early_writes(self, ram: list[Range]) -> list[Range]:
-        """What it will surely write while it boots, as far as one can tell before it does."""
+    def early_private_writes(self, ram: list[Range]) -> list[Range]:
+        """What it will surely write as private memory while it boots, as far as one can tell."""
         ...
 
     def close(self) -> None:

@@ -161,7 +161,8 @@ class Machine:
                 fdops.forbid_core_dumps()
             self._connect_devices()
             self._vm.finish_memslots()
-            self._vm.map_ahead(self._guest.early_writes(self._vm.ram))
+            if self._vm.is_private:
+                self._vm.map_ahead(self._guest.early_private_writes(self._vm.ram))
         except (HostError, OSError):
             self._guest.finish_opening()  # where both are wrong, what the user gave comes first
             raise

@@ -44,19 +44,3 @@ def test_early_allocations_of_a_large_guest_stay_below_4_gib_without_struct_page
 
 def test_early_allocations_of_a_guest_that_they_would_mostly_fill_are_unknown() -> None:
     assert early_allocations(layout.ram_ranges(128 * MIB), 0) is None
-
-
-def test_early_allocations_without_bouncing_are_page_descriptors_and_initrd() -> None:
-    ram = layout.ram_ranges(512 * MIB)
-
-    bounced = early_allocations(ram, 10 * MIB)
-    plain = early_allocations(ram, 10 * MIB, bounces=False)
-
-    assert bounced is not None and plain is not None
-    assert plain.end == 512 * MIB
-    assert bounced.size - plain.size == bounce_buffer_size(512 * MIB)
-    assert plain.size >= 10 * MIB + 512 * MIB // 64
-
-
-def test_early_allocations_of_a_large_guest_without_bouncing_are_above_low_memory() -> None:
-    assert early_allocations(layout.ram_ranges(8 * GIB), 0, bounces=False) is None

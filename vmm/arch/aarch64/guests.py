@@ -87,7 +87,7 @@ class LinuxGuest:
         """All of RAM: Linux shares what it wants shared."""
         return ram
 
-    def early_writes(self, ram: list[Range]) -> list[Range]:
+    def early_private_writes(self, ram: list[Range]) -> list[Range]:
         """None: arm64's KVM has no KVM_PRE_FAULT_MEMORY."""
         return []
 
@@ -161,7 +161,7 @@ class PayloadGuest:
         start = layout.PAYLOAD_PRIVATE_START
         return [Range(start, ram[0].end - start)]
 
-    def early_writes(self, ram: list[Range]) -> list[Range]:
+    def early_private_writes(self, ram: list[Range]) -> list[Range]:
         """It has little memory and touches it bit by bit."""
         return []
 

@@ -1,9 +1,7 @@
-"""Where Linux will put what it writes first: page descriptors, and the bounce buffer (swiotlb) of
-a guest with memory encryption.
+"""Where Linux will put the bounce buffer (swiotlb) of a guest with memory encryption.
 
-The bounce buffer is the largest thing that such a kernel writes while it boots: the kernel zeroes
-it as private memory, then shares it. Knowing roughly where it will be lets the host map it in one
-go.
+It is the largest thing that such a kernel writes while it boots: the kernel zeroes it as private
+memory, then shares it. Knowing roughly where it will be lets the host map it in one go.
 """
 
 from __future__ import annotations
@@ -26,24 +24,17 @@ def bounce_buffer_size(ram_bytes: int) -> int:
     return min(max(ram_bytes * 6 // 100, _SMALLEST), _LARGEST)
 
 
-def early_allocations(
-    ram: Sequence[Range], initrd_bytes: int, *, bounces: bool = True
-) -> Range | None:
+def early_allocations(ram: Sequence[Range], initrd_bytes: int) -> Range | None:
     """The top of RAM below 4 GiB: bounce buffer, and what Linux allocates before it.
 
     memblock allocates downwards: initrd (we put it on top), struct pages (of all memory, above
-    4 GiB where there is some), sundries, then the bounce buffer, which must lie below 4 GiB. A
-    guest that doesn't bounce (`bounces`) has none.
+    4 GiB where there is some), sundries, then the bounce buffer, which must lie below 4 GiB.
     An estimate, for prefaulting only: nothing breaks where it is wrong. None where that would be
-    more than half of low memory (such a guest may well have no bounce buffer), or is above it.
+    more than half of low memory: such a guest may well have no bounce buffer.
     """
     low = ram[0]
     total = sum(area.size for area in ram)
-    if not bounces and len(ram) > 1:
-        return None
-    size = initrd_bytes + _SUNDRIES
-    if bounces:
-        size += bounce_buffer_size(total)
+    size = bounce_buffer_size(total) + initrd_bytes + _SUNDRIES
     if len(ram) == 1:
         size += total // _STRUCT_PAGE_SHARE
     if size > low.size // 2:

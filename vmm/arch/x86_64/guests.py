@@ -77,12 +77,10 @@ class LinuxGuest:
         """All of RAM: Linux shares what it wants shared."""
         return ram
 
-    def early_writes(self, ram: list[Range]) -> list[Range]:
+    def early_private_writes(self, ram: list[Range]) -> list[Range]:
         from vmm.arch.x86_64.bounce_buffer import early_allocations
 
-        bounces = self._options.is_private
-        initrd_bytes = 0 if self._initrd is None else self._initrd.size
-        expected = early_allocations(ram, initrd_bytes, bounces=bounces)
+        expected = early_allocations(ram, 0 if self._initrd is None else self._initrd.size)
         return [] if expected is None else [expected]
 
     def load(
@@ -150,7 +148,7 @@ class PayloadGuest:
         start = layout.PAYLOAD_PRIVATE_START
         return [Range(start, ram[0].end - start), *ram[1:]]
 
-    def early_writes(self, ram: list[Range]) -> list[Range]:
+    def early_private_writes(self, ram: list[Range]) -> list[Range]:
         """It has little memory and touches it bit by bit."""
         return []
 
