@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
 import random
 import socket
@@ -426,11 +427,13 @@ def test_device_that_keeps_memory_when_it_is_closed_would_be_found(
     fuzz_seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The oracle of resident memory does its work."""
-    kept: list[bytes] = []
+    kept: list[mmap.mmap] = []
     process = VirtioRng.process
 
     def leaking(device: VirtioRng, queue_index: int) -> bool:
-        kept.append(b"x" * (64 << 10))
+        # Pages of its own: what earlier tests have freed must not be used again here.
+        kept.append(mmap.mmap(-1, 64 << 10, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        kept[-1].write(b"x" * (64 << 10))
         return process(device, queue_index)
 
     monkeypatch.setattr(VirtioRng, "process", leaking)
