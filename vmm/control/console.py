@@ -8,10 +8,10 @@ import re
 import select
 import threading
 from collections.abc import Callable
-from typing import Protocol
 
 from vmm.core.errors import tell
 from vmm.core.event_loop import EventLoop, drain
+from vmm.core.lean_typing import Protocol
 from vmm.core.output import write_all
 from vmm.core.raw_terminal import RawTerminal
 

@@ -16,7 +16,6 @@ import math
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from vmm.conversion.accounting import Accounting, Refinements, Tally
 from vmm.conversion.deferral import RUNS_AT_ONCE, DueTimes
@@ -24,6 +23,7 @@ from vmm.conversion.scheme import Scheme
 from vmm.conversion.view import GuestView
 from vmm.core.errors import HostError
 from vmm.core.events import FAULT, FROM_HOST, NO_VCPU, ConversionRequest, Kind
+from vmm.core.lean_typing import TYPE_CHECKING
 from vmm.core.ranges import PAGE_SIZE, Range
 from vmm.memory.guest_memory import MOST_RUNS, GuestMemory, PageState
 from vmm.policy import (

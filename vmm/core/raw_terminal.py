@@ -7,7 +7,8 @@ import os
 import termios
 import tty
 from types import TracebackType
-from typing import Any, Self
+
+from vmm.core.lean_typing import Any, Self
 
 
 class RawTerminal:

@@ -6,11 +6,11 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from threading import Lock
-from typing import Protocol
 
 from kvm_bindings import MessageRoute, Vm, ioctls
 from vmm.core.errors import tell
 from vmm.core.event_loop import EventLoop, drain
+from vmm.core.lean_typing import Protocol
 from vmm.memory.backing import Backing
 
 
@@ -102,7 +102,6 @@ class Routes(Protocol):
 
     def set(self, gsi: int | None, address: int, data: int) -> int:
         """Have `gsi` (None: a new one) send the message; the GSI. Raises KvmError, unchanged."""
-        ...
 
 
 class MessageRoutes:
