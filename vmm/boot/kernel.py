@@ -6,10 +6,10 @@ What a kernel is made of, and the rest of a boot, is its architecture's business
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 from vmm.boot.errors import ImageError
 from vmm.boot.source import Source
+from vmm.core.lean_typing import Protocol
 from vmm.core.ranges import Range, page_align_down, page_align_up
 
 MIB = 1 << 20

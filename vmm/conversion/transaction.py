@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable
 
 from vmm.conversion.accounting import Accounting, Refinements, Tally
-from vmm.conversion.deferral import RUNS_AT_ONCE, DueTimes
 from vmm.conversion.scheme import Scheme
 from vmm.conversion.view import GuestView
 from vmm.core.errors import HostError
@@ -42,6 +41,7 @@ from vmm.policy.decisions import CarriedOut
 from vmm.policy.hooks import Hooks
 
 if TYPE_CHECKING:
+    from vmm.conversion.deferral import DueTimes
     from vmm.conversion.observer import ConversionObserver  # most runs do without
 
 _SETTLED = {
@@ -583,6 +583,8 @@ class Converter:
             self._memory.discard_shared(run)
 
     def _put_off(self, runs: list[Range], later: Defer) -> None:
+        from vmm.conversion.deferral import RUNS_AT_ONCE, DueTimes  # most runs put nothing off
+
         for first in range(0, len(runs), RUNS_AT_ONCE):
             with self._books:
                 if self._due is None:

@@ -10,10 +10,10 @@ it asked for.
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple, Protocol
 
 from vmm.core.disk_image import SECTOR
 from vmm.core.errors import GuestMemoryError
+from vmm.core.lean_typing import NamedTuple, Protocol
 from vmm.devices.virtio.budget import Pace
 from vmm.devices.virtio.queue import BatchMemory, Chain
 from vmm.devices.virtio.segments import total
