@@ -25,6 +25,14 @@ def byte_size(text: str) -> int | None:
     return int(digits) * _UNITS[unit]
 
 
+def size_text(size: int) -> str:
+    """A number of bytes as a user would write it: 300K, 512M, 2G; exact where it is whole KiB."""
+    for unit in "GM":
+        if size and size % _UNITS[unit] == 0:
+            return f"{size // _UNITS[unit]}{unit}"
+    return f"{size >> 10}K"
+
+
 class Suboptions:
     """The settings of one option's value; a comma in a value is written twice.
 

@@ -7,6 +7,7 @@ rewritten. Results come back as a tar archive on a raw drive.
 
 from __future__ import annotations
 
+import ast
 import os
 import shlex
 import shutil
@@ -108,6 +109,8 @@ def _take(job: Job, option: str, value: str, outputs: Sequence[str]) -> str:
             raise UsageError(f"{option} {value}: no permission to read it")
     if not value.startswith("--"):
         _carry_if_file(job, value)
+    if option == "--policy":
+        _carry_imports(job, _absolute(job, value.rpartition(":")[0]))
     return value
 
 
@@ -155,6 +158,29 @@ def _carry_if_file(job: Job, value: str) -> None:
             if path not in job.inputs:
                 job.inputs.append(path)
             return
+
+
+def _carry_imports(job: Job, source: Path) -> None:
+    """A policy file brings the modules and packages beside it that it imports, and theirs."""
+    if source.suffix != ".py" or not _is_file(source):
+        return
+    try:
+        tree = ast.parse(source.read_bytes())
+    except (OSError, SyntaxError, ValueError, RecursionError):
+        return  # the command inside says what is wrong with it
+    names: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.append(node.module)
+    for name in dict.fromkeys(name.partition(".")[0] for name in names):
+        module, package = source.parent / f"{name}.py", source.parent / name
+        if (package / "__init__.py").is_file() and package not in job.inputs:
+            job.inputs.append(package)
+        elif module.is_file() and module not in job.inputs:
+            job.inputs.append(module)
+            _carry_imports(job, module)
 
 
 def _is_file(path: Path) -> bool:

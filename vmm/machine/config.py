@@ -9,7 +9,7 @@ from vmm.conversion.matrix import BACKINGS, FOR_LINUX, LOADABLE, backings_of
 from vmm.core.errors import UsageError
 from vmm.core.lean_typing import TYPE_CHECKING, NamedTuple, Protocol
 from vmm.core.ranges import PAGE_SIZE
-from vmm.core.suboptions import byte_size
+from vmm.core.suboptions import byte_size, size_text
 
 if TYPE_CHECKING:
     from vmm.arch.options import GuestOptions
@@ -94,7 +94,7 @@ class MachineConfig(NamedTuple):
             raise UsageError(f"--mem {self.memory} bytes is not a multiple of {PAGE_SIZE}")
         if not SMALLEST_MEMORY <= self.memory <= limits.largest_memory:
             raise UsageError(
-                f"--mem {self.memory >> 20}M is out of range; "
+                f"--mem {size_text(self.memory)} is out of range; "
                 f"use {SMALLEST_MEMORY >> 20}M to {limits.largest_memory >> 30}G"
             )
         if not 1 <= self.cpus <= MAX_CPUS:

@@ -33,6 +33,7 @@ from vmm.machine.peripherals import open_devices
 from vmm.machine.report import ReportFile, build_report, unshared
 from vmm.memory.guest_memory import LaunchMemory
 from vmm.policy import End, Policy, PolicyError, PolicyKill
+from vmm.policy.protocol import BrokenOff
 
 if TYPE_CHECKING:
     from vmm.arch.protocol import Architecture, Guest
@@ -267,7 +268,7 @@ class Machine:
                 self._loop.run()
             except PolicyKill as kill:
                 self.stop(Outcome(KILLED, str(kill)))
-            except KeyboardInterrupt:
+            except BrokenOff:
                 pass  # `_end` raised it
             finally:
                 self.stop(Outcome(STOPPED, "the device loop failed"))
@@ -369,7 +370,7 @@ class Machine:
         """Somebody asked for the end by a signal; called in its handler, or later."""
         self.stop(Outcome(STOPPED, reason))
         if self._converter.hooks.is_this_thread_in_one:
-            raise KeyboardInterrupt  # else a hook that never returns would keep the run going
+            raise BrokenOff  # else a hook that never returns would keep the run going
 
 
 def _load_policies(config: MachineConfig) -> list[Policy]:

@@ -1,4 +1,5 @@
-"""`--policy-arg NAME=VALUE`: words turned into what a policy's constructor declares."""
+"""A policy's declarations: `--policy-arg NAME=VALUE` turned into what its constructor declares,
+and whether its hooks can be called."""
 
 from __future__ import annotations
 
@@ -8,9 +9,12 @@ import types
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import TYPE_CHECKING, Any, Literal, Union
 
 from vmm.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from vmm.policy.protocol import Policy
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _FLAGS = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
@@ -148,3 +152,35 @@ def _described(wanted: Any) -> str:
     if wanted is bool:
         return "bool: yes or no"
     return getattr(wanted, "__name__", str(wanted)) if isinstance(wanted, type) else str(wanted)
+
+
+def require_hooks(policy: Policy) -> None:
+    """Raise UsageError for a hook that would never be called, or could not be.
+
+    It would fail open: nobody would be asked about what the policy was written to refuse.
+    """
+    from vmm.policy.protocol import Policy
+
+    name = type(policy).__name__
+    known = [word for word in vars(Policy) if word.startswith("on_")]
+    for word in dir(policy):
+        if word.startswith("on_") and word not in known and callable(getattr(policy, word)):
+            import difflib  # of a mistake only
+
+            near = difflib.get_close_matches(word, known, 1)
+            remedy = f"did you mean {near[0]}?" if near else f"the hooks are {', '.join(known)}"
+            raise UsageError(f"{name}.{word} is no hook and would never be called; {remedy}")
+    for word in known:
+        hook = getattr(policy, word)
+        if not callable(hook):
+            raise UsageError(f"{name}.{word} is {hook!r}, not a method")
+        wanted = list(inspect.signature(getattr(Policy, word)).parameters)[1:]
+        try:
+            inspect.signature(hook).bind(*wanted)
+        except TypeError:
+            raise UsageError(
+                f"{name}.{word} is called with {len(wanted)} arguments; "
+                f"write def {word}(self, {', '.join(wanted)})"
+            ) from None
+        except ValueError:
+            pass  # written in C: it doesn't say what it takes

@@ -21,7 +21,16 @@ from vmm.policy.decisions import (
     Refusal,
     combined,
 )
-from vmm.policy.protocol import End, Event, IoEvent, Policy, PolicyError, PolicyKill, View
+from vmm.policy.protocol import (
+    BrokenOff,
+    End,
+    Event,
+    IoEvent,
+    Policy,
+    PolicyError,
+    PolicyKill,
+    View,
+)
 
 Hook = Callable[..., Any]
 
@@ -127,7 +136,12 @@ class Hooks:
     def boot(self, view: View) -> None:
         """The guest is about to run. Raises PolicyKill when a policy won't have it."""
         for hook in self._boot:
-            decision = self._call(hook, view)
+            try:
+                decision = self._call(hook, view)
+            except PolicyError as error:
+                if isinstance(error.__cause__, KeyboardInterrupt):
+                    raise error.__cause__ from None  # no signal of ours yet: it is the user's
+                raise
             if isinstance(decision, Kill):
                 raise PolicyKill(_killed(decision, hook))
             if not isinstance(decision, Allow):
@@ -158,7 +172,9 @@ class Hooks:
         self._called[thread] = (hook, given)
         try:
             return hook(*given)
-        except (Exception, SystemExit) as error:
+        except BrokenOff:
+            raise
+        except (Exception, SystemExit, KeyboardInterrupt) as error:
             # An OSError of the policy's own must not reach the guest as if it were an answer, nor
             # a SystemExit the shell as if it were pyvmm's status.
             raise blame(hook, given, f"raised {error!r}") from error

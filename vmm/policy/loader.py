@@ -34,14 +34,16 @@ def load_policy(spec: str, words: Sequence[str] = ()) -> Policy:
         raise UsageError(f"--policy {spec}: {place} has no class {name}")
     if not (isinstance(found, type) and issubclass(found, Policy)):
         raise UsageError(f"--policy {spec}: {name} is not a subclass of vmm.policy.Policy")
-    from vmm.policy.arguments import bind  # a run without policies does without
+    from vmm.policy.arguments import bind, require_hooks  # a run without policies does without
 
     try:
-        return found(**bind(found, words, load_policy))
+        policy = found(**bind(found, words, load_policy))
+        require_hooks(policy)
     except UsageError as error:
         raise UsageError(f"--policy {spec}: {error}") from error
     except (Exception, SystemExit) as error:
         raise UsageError(f"--policy {spec}: {name}() failed: {error!r}") from error
+    return policy
 
 
 def _load_module(spec: str, name: str) -> ModuleType:
@@ -61,6 +63,10 @@ def _load_file(spec: str, path: str) -> ModuleType:
         os.close(open_given(path, path, "give FILE.py", most=_MOST_SOURCE))
     except Unusable as error:
         raise UsageError(f"--policy {spec}: loading {path} failed: it {error.reason}") from error
+    folder = os.path.dirname(os.path.abspath(path))
+    if folder not in sys.path:
+        # For the modules beside it. At the end, so that none of them stands in for one of ours.
+        sys.path.append(folder)
     location = importlib.util.spec_from_file_location(_FILE_MODULE, path)
     assert location is not None and location.loader is not None  # a .py file always has one
     module = importlib.util.module_from_spec(location)

@@ -29,6 +29,10 @@ class PolicyKill(PyvmmError):
     """A policy ended the run; the text is its reason."""
 
 
+class BrokenOff(KeyboardInterrupt):
+    """A signal ends the run while this thread is in a hook, which may never return."""
+
+
 class Event(NamedTuple):
     """A validated request: `area` is page-aligned guest RAM, GPAs without the C-bit.
 

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from vmm.core.errors import UsageError
-from vmm.core.suboptions import Suboptions, byte_size
+from vmm.core.suboptions import Suboptions, byte_size, size_text
 
 
 def words(text: str) -> Suboptions:
@@ -65,4 +65,16 @@ def test_suboptions_given_twice_are_refused() -> None:
     [("64M", 64 << 20), ("1g", 1 << 30), ("4K", 4096), ("7", 7 << 20), ("x", None), ("", None)],
 )
 def test_byte_size_is_mebibytes_unless_it_says_so(text: str, size: int | None) -> None:
+    assert byte_size(text) == size
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0K"), (300 << 10, "300K"), (4 << 20, "4M"), ((4 << 20) + 4096, "4100K"),
+        (512 << 20, "512M"), (2 << 30, "2G"), (2560 << 20, "2560M"),
+    ],
+)  # fmt: skip
+def test_size_text_is_what_byte_size_reads(size: int, text: str) -> None:
+    assert size_text(size) == text
     assert byte_size(text) == size

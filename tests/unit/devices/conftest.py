@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,20 @@ from tests.support.fake_memory import BatchingFakeMemory, FakeMemory
 from tests.support.virtio_driver import VirtioPciDriver
 from vmm.devices.bus import PortBus
 from vmm.devices.pci import PciBus, host_bridge
+from vmm.devices.virtio import queue
 from vmm.devices.virtio.block import VirtioBlock
 from vmm.devices.virtio.block_file import open_disk
+from vmm.devices.virtio.budget import Budget
 from vmm.devices.virtio.device import DeviceObserver
 from vmm.devices.virtio.pci_transport import VirtioPciTransport
 from vmm.devices.virtio.queue import SplitQueue
 from vmm.devices.virtio.watched import Announce, WatchedMemory
+
+
+@pytest.fixture(autouse=True)
+def still_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Turns end by what they do, however slow this machine is; a test about time has a clock."""
+    monkeypatch.setattr(queue, "Budget", partial(Budget, lambda: 0.0))
 
 
 @pytest.fixture

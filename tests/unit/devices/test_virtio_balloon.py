@@ -250,7 +250,7 @@ def test_balloon_control_client_that_talks_without_end_is_hung_up(controlled: Co
     [
         ("size=x", "size=x is no size such as 64M; write --balloon [size=SIZE]"),
         ("size=", "'size' has no value"),
-        ("size=1G", "size=1024M is more than the guest's 512M"),
+        ("size=1G", "size=1G is more than the guest's 512M"),
         ("pages=3", "unknown option 'pages'"),
         ("control={dir}/no/c", "cannot listen there: No such file"),
     ],

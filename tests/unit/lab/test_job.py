@@ -36,6 +36,19 @@ def test_files_keep_their_names_and_are_taken_along(files: Path) -> None:
     assert job.inputs == [files / "kernel", files / "initrd", files / "policy.py"]
 
 
+def test_policy_brings_the_modules_beside_it_that_it_imports(files: Path) -> None:
+    (files / "policy.py").write_text("import os, near\nfrom pack.inner import x\nimport absent\n")
+    (files / "near.py").write_text("from nearer import y\nimport policy\n")
+    (files / "nearer.py").write_text("def broken(:\n")
+    (files / "unused.py").touch()
+    (files / "pack").mkdir()
+    (files / "pack" / "__init__.py").touch()
+
+    job = job_from_arguments(["--policy", "policy.py:Mine", "--policy=vmm.policy:Policy"], files)
+
+    assert job.inputs == [files / name for name in ("policy.py", "near.py", "nearer.py", "pack")]
+
+
 def test_word_that_is_too_long_for_a_file_name_is_left_alone(files: Path) -> None:
     words = ["python3", "-c", "print(1)\n" * 100]
 

@@ -30,6 +30,7 @@ from vmm.policy import (
     View,
 )
 from vmm.policy.hooks import Hooks
+from vmm.policy.protocol import BrokenOff
 
 VIEW = cast(View, None)
 AREA = pages(0, 8)
@@ -167,6 +168,31 @@ def test_policy_that_exits_at_boot_or_exit_is_blamed() -> None:
         Hooks([Exiting()]).boot(VIEW)
     with pytest.raises(PolicyError, match="Watching: on_exit raised SystemExit"):
         Hooks([Watching(SystemExit(0))]).exit(End("poweroff", ""), VIEW)
+
+
+class Interrupting(Policy):
+    def __init__(self, error: BaseException) -> None:
+        self._error = error
+
+    def on_share(self, event: Event, view: View) -> Decision:
+        raise self._error
+
+    def on_boot(self, view: View) -> Decision:
+        raise self._error
+
+
+def test_policy_that_raises_keyboard_interrupt_is_blamed() -> None:
+    hooks = Hooks([Interrupting(KeyboardInterrupt())])
+
+    with pytest.raises(PolicyError, match=r"Interrupting: on_share .* raised KeyboardInterrupt"):
+        hooks.decide(Kind.SHARE, Range(0, 4096), 0, "port", VIEW)
+
+
+def test_hook_that_a_signal_breaks_off_is_not_blamed() -> None:
+    with pytest.raises(BrokenOff):
+        Hooks([Interrupting(BrokenOff())]).decide(Kind.SHARE, Range(0, 4096), 0, "port", VIEW)
+    with pytest.raises(KeyboardInterrupt):  # Ctrl-C before the run's own handlers are there
+        Hooks([Interrupting(KeyboardInterrupt())]).boot(VIEW)
 
 
 def test_hook_is_named_while_it_is_being_waited_for_and_no_longer() -> None:

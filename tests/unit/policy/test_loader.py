@@ -114,6 +114,63 @@ def test_bad_spec_is_one_line_with_the_spec_and_the_reason(
     assert "\n" not in text
 
 
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("def on_shared(self, event, view): ...", "P.on_shared is no hook .* mean on_share?"),
+        ("def on_refuse(self): ...", "P.on_refuse is no hook .*; the hooks are on_share, "),
+        (
+            "def on_share(self, event): ...",
+            r"P.on_share is called with 2 arguments; write def on_share\(self, event, view\)",
+        ),
+        ("def on_boot(self): ...", r"P.on_boot is called with 1 arguments; .*\(self, view\)"),
+        ("def on_io(self, event, view, more): ...", "P.on_io is called with 2 arguments"),
+        ("on_exit = 3", "P.on_exit is 3, not a method"),
+    ],
+)
+def test_hook_that_could_not_be_called_is_refused(tmp_path: Path, body: str, words: str) -> None:
+    """It would fail open."""
+    path = tmp_path / "p.py"
+    path.write_text(f"from vmm.policy import Policy\nclass P(Policy):\n    {body}\n")
+
+    with pytest.raises(UsageError, match=words) as raised:
+        load_policy(f"{path}:P")
+
+    assert "\n" not in str(raised.value)
+
+
+def test_hook_that_takes_more_than_it_is_given_is_called(tmp_path: Path) -> None:
+    path = tmp_path / "p.py"
+    path.write_text(
+        "from vmm.policy import Deny, Policy\nclass P(Policy):\n"
+        "    @staticmethod\n    def on_share(*given): return Deny(len(given))\n"
+        "    def on_boot(self, view, extra=None, *, also=1): ...\n"
+        "    def once(self): ...\n"
+    )
+
+    policy = load_policy(f"{path}:P")
+
+    assert policy.on_share(None, None) == Deny(2)  # type: ignore[arg-type]
+
+
+def test_file_imports_the_modules_beside_it_but_none_of_them_stands_in_for_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "a_neighbour", raising=False)
+    (tmp_path / "a_neighbour.py").write_text("LIMIT = 7\n")
+    (tmp_path / "colorsys.py").write_text("1 / 0\n")  # as in the standard library
+    (tmp_path / "p.py").write_text(
+        "from vmm.policy import Policy\nfrom a_neighbour import LIMIT\nimport colorsys\n"
+        "class P(Policy):\n    limit = LIMIT\n"
+    )
+
+    policy = load_policy(f"{tmp_path}/p.py:P")
+
+    assert vars(type(policy))["limit"] == 7
+    sys.modules.pop("a_neighbour")
+
+
 def test_file_that_raises_leaves_no_half_made_module(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

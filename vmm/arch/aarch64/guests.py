@@ -137,10 +137,11 @@ class PayloadGuest:
     def __init__(self, options: GuestOptions) -> None:
         """Raises UsageError when the payload would not fit."""
         from firmware import MIN_RAM_BYTES
+        from vmm.core.suboptions import size_text
 
         if options.memory < MIN_RAM_BYTES:
             raise UsageError(
-                f"--mem {options.memory >> 20}M: the embedded payload needs "
+                f"--mem {size_text(options.memory)}: the embedded payload needs "
                 f"{MIN_RAM_BYTES >> 20}M or more"
             )
         self.doorbell = MMIO_DOORBELL_NAME

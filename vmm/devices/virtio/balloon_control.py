@@ -10,7 +10,7 @@ import contextlib
 import json
 import socket
 
-from vmm.core.suboptions import Suboptions, byte_size
+from vmm.core.suboptions import Suboptions, byte_size, size_text
 from vmm.core.unix_listener import UnixListener
 from vmm.devices.virtio.balloon import PAGE, VirtioBalloon
 
@@ -73,7 +73,7 @@ class SteeredBalloon(VirtioBalloon):
         if size is None:
             self._answer("error: say 'size 64M' or 'stats'")
         elif size // PAGE > self._most_pages:
-            self._answer(f"error: the guest has {self._most_pages * PAGE >> 20}M")
+            self._answer(f"error: the guest has {size_text(self._most_pages * PAGE)}")
         else:
             self.resize(size // PAGE)
             self._answer("ok")
@@ -94,7 +94,7 @@ def open_balloon(text: str, memory: int) -> VirtioBalloon:
     control = words.take("control")
     words.finish()
     if size > memory:
-        raise words.error(f"size={size >> 20}M is more than the guest's {memory >> 20}M")
+        raise words.error(f"size={size_text(size)} is more than the guest's {size_text(memory)}")
     if control is None:
         return VirtioBalloon(size // PAGE)
     listener = UnixListener("--balloon control=", control)
