@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import os
 from functools import cache
-from typing import Any
 
 from kvm_bindings._kvm import ffi
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 MACHINE = os.uname().machine
 """The architecture that the extension is compiled for."""

@@ -24,6 +24,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 from cffi import FFI
+from ioctl_opt import IO, IOC, IOC_READ, IOC_WRITE
 
 HERE = Path(__file__).resolve().parent
 MACHINES = sorted(header.parent.name for header in HERE.glob("*/kvm_abi.h"))
@@ -48,6 +49,17 @@ PRELUDE = """
 #include <time.h>
 #include <unistd.h>
 """
+
+_KVMIO = 0xAE
+REQUESTS = {
+    "PYVMM_IO": IO(_KVMIO, 0),
+    "PYVMM_IOR": IOC(IOC_READ, _KVMIO, 0, 0),
+    "PYVMM_IOW": IOC(IOC_WRITE, _KVMIO, 0, 0),
+    "PYVMM_IOWR": IOC(IOC_READ | IOC_WRITE, _KVMIO, 0, 0),
+    "PYVMM_IOC_SIZE": IOC(0, 0, 0, 1),
+}
+"""What kvm_bindings.requests makes numbers of. Here and not there: importing ioctl-opt takes 2 ms
+of every start, for it needs ctypes."""
 
 FUNCTIONS = """
 int pyvmm_ioctl_value(int fd, unsigned long request, unsigned long value);
@@ -118,7 +130,8 @@ def _require_known(machine: str) -> None:
 def _interface(machine: str) -> FFI:
     """What cffi makes the extension from: declarations, functions and their sources."""
     _require_known(machine)
-    abi = (HERE / "kvm_abi.h").read_text() + (HERE / machine / "kvm_abi.h").read_text()
+    abi = "".join(f"#define {name} {value:#x}\n" for name, value in REQUESTS.items())
+    abi += (HERE / "kvm_abi.h").read_text() + (HERE / machine / "kvm_abi.h").read_text()
     ffi = FFI()
     ffi.cdef(abi + FUNCTIONS + DATAPATH + VIRTQUEUE + MAPPED + FLOORS)
     parts = (

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno as errno_names
 import os
-from typing import NoReturn
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
 
 
 class KvmError(OSError):

@@ -6,7 +6,7 @@ table doesn't know is `UnknownExit`, not an error.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from kvm_bindings.record import Record
 
 # kvm_run.exit_reason, for all architectures (include/uapi/linux/kvm.h).
 KVM_EXIT_UNKNOWN = 0
@@ -62,59 +62,56 @@ EXIT_NAMES: dict[int, str] = {
 """What an exit is called in reports, by its number."""
 
 
-class _Bare:
-    """An exit without fields: equal to every other of its class."""
-
-    __slots__ = ()
-
-    def __eq__(self, other: object) -> bool:
-        return other.__class__ is self.__class__
-
-    def __hash__(self) -> int:
-        return hash(self.__class__)
-
-    def __repr__(self) -> str:
-        return f"{self.__class__.__name__}()"
-
-
-class IoExit(NamedTuple):
+class IoExit(Record):
     """KVM_EXIT_IO: `times` port accesses of `size` bytes, all to the same `port`.
 
     With times > 1 (string I/O) the data advances, the port does not. For a write `data` holds
     times * size bytes; for a read it is empty and Vcpu.answer_io gives the guest its bytes.
     """
 
-    port: int
-    size: int
-    times: int
-    is_write: bool
-    data: bytes
+    __slots__ = ("data", "is_write", "port", "size", "times")
+
+    def __init__(self, port: int, size: int, times: int, is_write: bool, data: bytes) -> None:
+        self.port = port
+        self.size = size
+        self.times = times
+        self.is_write = is_write
+        self.data = data
 
 
-class MmioExit(NamedTuple):
+class MmioExit(Record):
     """KVM_EXIT_MMIO: an access to a GPA without a memslot; reads: Vcpu.answer_mmio."""
 
-    gpa: int
-    size: int
-    is_write: bool
-    data: bytes
+    __slots__ = ("data", "gpa", "is_write", "size")
+
+    def __init__(self, gpa: int, size: int, is_write: bool, data: bytes) -> None:
+        self.gpa = gpa
+        self.size = size
+        self.is_write = is_write
+        self.data = data
 
 
-class HypercallExit(NamedTuple):
+class HypercallExit(Record):
     """KVM_EXIT_HYPERCALL. KVM presets the result to 0: always call Vcpu.answer_hypercall."""
 
-    number: int
-    args: tuple[int, int, int, int, int, int]
-    flags: int
+    __slots__ = ("args", "flags", "number")
+
+    def __init__(self, number: int, args: tuple[int, int, int, int, int, int], flags: int) -> None:
+        self.number = number
+        self.args = args
+        self.flags = flags
 
 
-class MemoryFaultExit(NamedTuple):
+class MemoryFaultExit(Record):
     """KVM_EXIT_MEMORY_FAULT: KVM_RUN failed with `errno` (EFAULT or EHWPOISON) on this range."""
 
-    flags: int
-    gpa: int
-    size: int
-    errno: int
+    __slots__ = ("errno", "flags", "gpa", "size")
+
+    def __init__(self, flags: int, gpa: int, size: int, errno: int) -> None:
+        self.flags = flags
+        self.gpa = gpa
+        self.size = size
+        self.errno = errno
 
     @property
     def private(self) -> bool:
@@ -122,7 +119,7 @@ class MemoryFaultExit(NamedTuple):
         return bool(self.flags & (1 << 3))
 
 
-class ArmNisvExit(NamedTuple):
+class ArmNisvExit(Record):
     """KVM_EXIT_ARM_NISV: an access outside all memslots by an instruction that the processor
     doesn't describe (no valid syndrome), so that KVM can't say what it reads or writes.
 
@@ -130,68 +127,96 @@ class ArmNisvExit(NamedTuple):
     otherwise KVM_RUN fails with ENOSYS, or the guest of a protected VM is sent an abort.
     """
 
-    esr_iss: int
-    gpa: int
+    __slots__ = ("esr_iss", "gpa")
+
+    def __init__(self, esr_iss: int, gpa: int) -> None:
+        self.esr_iss = esr_iss
+        self.gpa = gpa
 
 
-class RdmsrExit(NamedTuple):
+class RdmsrExit(Record):
     """KVM_EXIT_X86_RDMSR: answer with Vcpu.answer_msr."""
 
-    msr: int
-    reason: int
+    __slots__ = ("msr", "reason")
+
+    def __init__(self, msr: int, reason: int) -> None:
+        self.msr = msr
+        self.reason = reason
 
 
-class WrmsrExit(NamedTuple):
+class WrmsrExit(Record):
     """KVM_EXIT_X86_WRMSR: answer with Vcpu.answer_msr."""
 
-    msr: int
-    value: int
-    reason: int
+    __slots__ = ("msr", "reason", "value")
+
+    def __init__(self, msr: int, value: int, reason: int) -> None:
+        self.msr = msr
+        self.value = value
+        self.reason = reason
 
 
-class SystemEventExit(NamedTuple):
+class SystemEventExit(Record):
     """KVM_EXIT_SYSTEM_EVENT: 1 shutdown, 2 reset, 3 crash, 4 wakeup, 5 suspend, 6 SEV."""
 
-    type: int
-    data: tuple[int, ...]
+    __slots__ = ("data", "type")
+
+    def __init__(self, type: int, data: tuple[int, ...]) -> None:
+        self.type = type
+        self.data = data
 
 
-class ShutdownExit(_Bare):
+class ShutdownExit(Record):
     """KVM_EXIT_SHUTDOWN: a triple fault."""
 
+    __slots__ = ()
 
-class HltExit(_Bare):
+
+class HltExit(Record):
     """KVM_EXIT_HLT: only without an in-kernel interrupt controller."""
 
+    __slots__ = ()
 
-class FailEntryExit(NamedTuple):
+
+class FailEntryExit(Record):
     """KVM_EXIT_FAIL_ENTRY: the hardware refused the vCPU's state."""
 
-    hardware_reason: int
-    cpu: int
+    __slots__ = ("cpu", "hardware_reason")
+
+    def __init__(self, hardware_reason: int, cpu: int) -> None:
+        self.hardware_reason = hardware_reason
+        self.cpu = cpu
 
 
-class InternalErrorExit(NamedTuple):
+class InternalErrorExit(Record):
     """KVM_EXIT_INTERNAL_ERROR; suberror 1 is a failed emulation, with the instruction's bytes
     where KVM gives them (empty otherwise)."""
 
-    suberror: int
-    data: tuple[int, ...]
-    instruction: bytes
+    __slots__ = ("data", "instruction", "suberror")
+
+    def __init__(self, suberror: int, data: tuple[int, ...], instruction: bytes) -> None:
+        self.suberror = suberror
+        self.data = data
+        self.instruction = instruction
 
 
-class InterruptedExit(NamedTuple):
+class InterruptedExit(Record):
     """KVM_RUN returned without an exit: a signal or immediate_exit (EINTR), or an application
     processor was taken out of "uninitialised" (EAGAIN). Run again, unless asked to stop."""
 
-    errno: int
+    __slots__ = ("errno",)
+
+    def __init__(self, errno: int) -> None:
+        self.errno = errno
 
 
-class UnknownExit(NamedTuple):
+class UnknownExit(Record):
     """An exit reason that has no class here; `raw` is the exit union (256 bytes)."""
 
-    reason: int
-    raw: bytes
+    __slots__ = ("raw", "reason")
+
+    def __init__(self, reason: int, raw: bytes) -> None:
+        self.reason = reason
+        self.raw = raw
 
     @property
     def name(self) -> str:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
-from types import TracebackType
-from typing import Any, Self
 
 from kvm_bindings._kvm import lib
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Any, Self
 
 
 class OwnedFd:

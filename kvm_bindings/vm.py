@@ -5,30 +5,34 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, NamedTuple
 
 from kvm_bindings import ioctls
 from kvm_bindings._kvm import ffi
 from kvm_bindings.errors import check, fail
 from kvm_bindings.guest_memfd import GuestMemfd
 from kvm_bindings.owned_fd import OwnedFd
+from kvm_bindings.record import Record
 from kvm_bindings.vcpu import Vcpu
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kvm_bindings.device import Device
 
 
-class MessageRoute(NamedTuple):
+class MessageRoute(Record):
     """A message-signalled interrupt that a GSI sends.
 
     `device_id` is who sends it, for an interrupt controller that asks (arm64's ITS does): there
     the requester id of a PCI function.
     """
 
-    gsi: int
-    address: int
-    data: int
-    device_id: int | None = None
+    __slots__ = ("address", "data", "device_id", "gsi")
+
+    def __init__(self, gsi: int, address: int, data: int, device_id: int | None = None) -> None:
+        self.gsi = gsi
+        self.address = address
+        self.data = data
+        self.device_id = device_id
 
 
 class Vm(OwnedFd):
@@ -82,19 +86,19 @@ class Vm(OwnedFd):
         ]
         entries += [
             {
-                "gsi": gsi,
+                "gsi": message.gsi,
                 "type": ioctls.KVM_IRQ_ROUTING_MSI,
-                "flags": 0 if device_id is None else ioctls.KVM_MSI_VALID_DEVID,
+                "flags": 0 if message.device_id is None else ioctls.KVM_MSI_VALID_DEVID,
                 "u": {
                     "msi": {
-                        "address_lo": address & 0xFFFF_FFFF,
-                        "address_hi": address >> 32,
-                        "data": data,
-                        "devid": device_id or 0,
+                        "address_lo": message.address & 0xFFFF_FFFF,
+                        "address_hi": message.address >> 32,
+                        "data": message.data,
+                        "devid": message.device_id or 0,
                     }
                 },
             }
-            for gsi, address, data, device_id in messages
+            for message in messages
         ]
         table = ffi.new("struct kvm_irq_routing *", {"nr": len(entries), "entries": entries})
         result = self._pointer(ioctls.KVM_SET_GSI_ROUTING, table)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import kvm_bindings
 from kvm_bindings import exits
@@ -12,6 +11,10 @@ from kvm_bindings.abi import ffi_for
 from kvm_bindings.errors import check, fail
 from kvm_bindings.exits import Exit, IoExit, RdmsrExit, WrmsrExit
 from kvm_bindings.x86_64 import ioctls
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 RegisterValue = int | Mapping[str, int]
 

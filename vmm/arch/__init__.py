@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib
 import os
-from typing import TYPE_CHECKING
 
 from vmm.core.errors import HostError
+from vmm.core.lean_typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vmm.arch.protocol import Architecture

@@ -11,10 +11,10 @@ import signal
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Protocol
 
 from kvm_bindings import KvmError, Vcpu
 from kvm_bindings.exits import Exit, InterruptedExit
+from vmm.core.lean_typing import Protocol
 from vmm.core.ranges import PAGE_SIZE
 from vmm.exits.run_loop import KICK_SIGNAL
 

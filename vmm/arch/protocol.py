@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from typing import TYPE_CHECKING, Protocol
 
 from vmm.arch.options import GuestOptions
+from vmm.core.lean_typing import TYPE_CHECKING, Protocol
 from vmm.host.architecture import HostArchitecture
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
 
 from vmm.boot.isolate import IsolatedWork
 from vmm.boot.source import DEFAULT_LIMIT, Source
+from vmm.core.lean_typing import NamedTuple, Protocol
 
 CHUNK = 1 << 20
 # The kernel's build gives xz and zstd windows of up to 128 MiB; memory is touched only as far as

@@ -6,10 +6,10 @@ What a kernel is made of, and the rest of a boot, is its architecture's business
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
 
 from vmm.boot.errors import ImageError
 from vmm.boot.source import PathOrFd, Source, open_source
+from vmm.core.lean_typing import TYPE_CHECKING, Protocol
 from vmm.core.ranges import Range, page_align_down, page_align_up
 
 if TYPE_CHECKING:

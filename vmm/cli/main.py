@@ -10,10 +10,10 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
 
 from vmm.cli.run_options import parse
 from vmm.core.errors import HostError, PyvmmError, in_words, limit_met, tell
+from vmm.core.lean_typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from vmm.machine.config import MachineConfig

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+
+from vmm.core.lean_typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import argparse

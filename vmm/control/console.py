@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import select
 import threading
 from collections.abc import Callable
-from typing import Protocol
 
 from vmm.core.errors import tell
 from vmm.core.event_loop import EventLoop, drain
+from vmm.core.lean_typing import Protocol
 from vmm.core.output import write_all
 from vmm.core.raw_terminal import RawTerminal
 
@@ -25,7 +24,7 @@ _TAIL = 8192
 _LONGEST_SEQUENCE = 256
 # An escape sequence (ECMA-48: CSI, a string such as OSC, others) or a UTF-8 character that has
 # begun at the output's end and not ended.
-_UNFINISHED = re.compile(
+_UNFINISHED = (
     rb"(\x1b(\[[0-?]*[ -/]*|[]PX^_][^\x07\x1b]*\x1b?|[ -/]*)"
     rb"|[\xc2-\xdf]|[\xe0-\xef][\x80-\xbf]?|[\xf0-\xf4][\x80-\xbf]{0,2})\Z"
 )
@@ -89,10 +88,12 @@ class Console:
         Not in the middle of an escape sequence or a character, and not where nobody reads: the
         caller's thread must stay free. `patience`: seconds to wait for output under way.
         """
+        import re  # most runs have nothing to say
+
         if not self._output_lock.acquire(timeout=patience):
             return False
         try:
-            fits = not _UNFINISHED.search(self._tail[-_LONGEST_SEQUENCE:])
+            fits = not re.search(_UNFINISHED, self._tail[-_LONGEST_SEQUENCE:])
             if not fits or self._stdout is None or not _wait_writable(self._stdout, 0):
                 return False
             self._write(data)

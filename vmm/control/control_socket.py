@@ -14,11 +14,11 @@ import json
 import socket
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from vmm.control.operations import Operations
 from vmm.core.event_loop import EventLoop
 from vmm.core.events import Kind
+from vmm.core.lean_typing import Any
 from vmm.core.ranges import PAGE_SIZE
 from vmm.core.unix_listener import UnixListener
 

@@ -7,10 +7,10 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING
 
 from vmm.control.operations import Operations
 from vmm.core.event_loop import EventLoop, drain
+from vmm.core.lean_typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vmm.control.control_socket import ControlSocket

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from vmm.core.event_loop import EventLoop
 from vmm.core.events import Kind
+from vmm.core.lean_typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from vmm.core.ranges import Range, RangeMap
 from vmm.exits.outcome import QUIT, Outcome
 from vmm.exits.vcpu_group import VcpuGroup

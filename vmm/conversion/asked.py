@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 from vmm.core.errors import UsageError
+from vmm.core.lean_typing import Protocol
 from vmm.policy.protocol import Policy
 
 ALWAYS = ("on_boot", "on_io", "on_exit")

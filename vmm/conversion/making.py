@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from kvm_bindings import Vm, ioctls
 from vmm.conversion.matrix import TWO_ADDRESSES
 from vmm.conversion.scheme import Scheme
+from vmm.core.lean_typing import TYPE_CHECKING
 from vmm.memory.backing import Backing
 from vmm.memory.backings.memfd import MemfdBacking
 

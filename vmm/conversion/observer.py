@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 from vmm.core.events import ConversionRequest
+from vmm.core.lean_typing import Protocol
 from vmm.core.ranges import Range
 from vmm.memory.guest_memory import PageState
 from vmm.policy import Decision

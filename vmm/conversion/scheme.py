@@ -4,10 +4,10 @@ in `vmm.conversion.schemes`, one file each."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 from kvm_bindings import Vm
 from vmm.core.events import Kind
+from vmm.core.lean_typing import Protocol
 from vmm.core.ranges import Range
 from vmm.memory.backing import Backing
 from vmm.memory.guest_memory import GuestMemory
@@ -38,7 +38,6 @@ class Scheme(Protocol):
 
     def install(self, vm: Vm, memory: GuestMemory) -> None:
         """Make memslots, and what else KVM has to know, of memory in its first state."""
-        ...
 
     def apply(self, area: Range, kind: Kind) -> None: ...
     def revert(self, area: Range, kind: Kind) -> None: ...

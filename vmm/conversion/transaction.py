@@ -16,14 +16,13 @@ import math
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from vmm.conversion.accounting import Accounting, Refinements, Tally
-from vmm.conversion.deferral import RUNS_AT_ONCE, DueTimes
 from vmm.conversion.scheme import Scheme
 from vmm.conversion.view import GuestView
 from vmm.core.errors import HostError
 from vmm.core.events import FAULT, FROM_HOST, NO_VCPU, ConversionRequest, Kind
+from vmm.core.lean_typing import TYPE_CHECKING
 from vmm.core.ranges import PAGE_SIZE, Range
 from vmm.memory.guest_memory import MOST_RUNS, GuestMemory, PageState
 from vmm.policy import (
@@ -42,6 +41,7 @@ from vmm.policy.decisions import CarriedOut
 from vmm.policy.hooks import Hooks
 
 if TYPE_CHECKING:
+    from vmm.conversion.deferral import DueTimes
     from vmm.conversion.observer import ConversionObserver  # most runs do without
 
 _SETTLED = {
@@ -599,6 +599,8 @@ class Converter:
             self._memory.discard_shared(run)
 
     def _put_off(self, runs: list[Range], later: Defer) -> None:
+        from vmm.conversion.deferral import RUNS_AT_ONCE, DueTimes  # most runs put nothing off
+
         for first in range(0, len(runs), RUNS_AT_ONCE):
             with self._books:
                 if self._due is None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import Any
 
 from vmm.core.errors import UsageError
+from vmm.core.lean_typing import Any
 
 _KINDS = {
     stat.S_IFDIR: "a directory",

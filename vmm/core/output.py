@@ -12,9 +12,9 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
-from typing import Protocol
 
 from vmm.core.errors import OutputError, UsageError, limit_met
+from vmm.core.lean_typing import Protocol
 
 NO_ROOM = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOMEM))
 """What says nothing against a path: it may be different in a minute."""

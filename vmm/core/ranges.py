@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
-from typing import Generic, NamedTuple, TypeVar
+
+from vmm.core.lean_typing import Generic, NamedTuple, TypeVar
 
 T = TypeVar("T")
 

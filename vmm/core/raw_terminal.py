@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import termios
-import tty
-from types import TracebackType
-from typing import Any, Self
+
+from vmm.core.lean_typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from types import TracebackType
 
 
 class RawTerminal:
@@ -26,6 +27,9 @@ class RawTerminal:
     def enter(self) -> None:
         """Make the terminal raw; anything else is left as it is."""
         if os.isatty(self._fd):
+            import termios  # not where there is no terminal
+            import tty
+
             self._wanted = True
             if self._saved is None:
                 self._saved = termios.tcgetattr(self._fd)
@@ -54,6 +58,8 @@ class RawTerminal:
 
     def _give_back(self) -> None:
         if self._saved is not None:
+            import termios
+
             # At once: waiting for output to drain may take for ever.
             with contextlib.suppress(termios.error):  # the terminal is gone
                 termios.tcsetattr(self._fd, termios.TCSANOW, self._saved)

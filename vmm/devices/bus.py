@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from threading import Lock
-from typing import Protocol, runtime_checkable
 
 from vmm.core.errors import PyvmmError
+from vmm.core.lean_typing import Protocol, TypeGuard
 
 PORT_SPACE = 0x1_0000
 MEMORY_SPACE = 1 << 32  # registers lie below 4 GiB
@@ -28,11 +28,15 @@ class PortDevice(Protocol):
     def write(self, offset: int, size: int, value: int) -> None: ...
 
 
-@runtime_checkable
 class StreamDevice(PortDevice, Protocol):
     """One that also takes a whole string for its first port: string I/O as one call."""
 
     def write_bytes(self, data: bytes) -> None: ...
+
+
+def takes_strings(device: PortDevice) -> TypeGuard[StreamDevice]:
+    """Whether a device is a StreamDevice."""
+    return hasattr(device, "write_bytes")
 
 
 class Banked:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import sys
-from array import array
 
 from vmm.core.errors import PrivateAccess, UnmappedAccess
 from vmm.memory.guest_memory import GuestMemory
@@ -20,6 +19,8 @@ LARGEST_CHECK = 4 << 20
 
 def pattern(gpa: int, size: int, key: int) -> bytes:
     """`size` bytes (a multiple of 8) whose little-endian word at address a is a ^ key."""
+    from array import array  # long after the guest has begun
+
     ramp = array("Q", range(gpa, gpa + size, 8))
     if sys.byteorder == "big":
         ramp.byteswap()

@@ -9,7 +9,8 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Mapping
 from threading import Lock
-from typing import Protocol
+
+from vmm.core.lean_typing import Protocol
 
 BAR_SIZE = 0x1000
 TABLE, PENDING = 0x000, 0x800  # where the table and the pending bit array are in the BAR

@@ -11,8 +11,8 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from threading import RLock
-from typing import NamedTuple
 
+from vmm.core.lean_typing import NamedTuple
 from vmm.devices.bus import (
     MEMORY_PAGE,
     MEMORY_SPACE,

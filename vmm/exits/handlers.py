@@ -11,10 +11,10 @@ import errno
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Protocol
 
 from kvm_bindings import exits
 from vmm.core.events import ConversionRequest, Kind
+from vmm.core.lean_typing import Any, Protocol
 from vmm.devices.bus import Banked, PortDevice
 from vmm.exits.outcome import FAILED, INTERNAL_ERROR, PANIC, POWEROFF, RESET, Outcome
 

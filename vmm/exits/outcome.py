@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from vmm.core.lean_typing import NamedTuple
 
 POWEROFF = "poweroff"
 RESET = "reset"

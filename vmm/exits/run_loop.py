@@ -6,10 +6,10 @@ import signal
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Protocol
 
 from kvm_bindings import KvmError, Vcpu
 from kvm_bindings.exits import InterruptedExit
+from vmm.core.lean_typing import TYPE_CHECKING, Any, Protocol
 from vmm.core.thread_signals import leave_signals_to_the_main_thread
 from vmm.exits.outcome import INTERNAL_ERROR, KILLED, Outcome
 from vmm.policy import PolicyKill
@@ -32,7 +32,6 @@ class Gate(Protocol):
     @property
     def lock(self) -> AbstractContextManager[Any]:
         """Re-entrant: a signal handler on the main thread may stop vCPUs at any moment."""
-        ...
 
     def has_left(self) -> None: ...
     def admit(self, runner: VcpuRunner) -> bool: ...

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 from kvm_bindings import exits
@@ -10,14 +12,14 @@ from vmm.exits.handlers import AnsweringVcpu, Handler, Table
 from vmm.trace.layout import HOST, Kind
 from vmm.trace.recorder import Recorder
 
-_WITH_ADDRESS = (
-    exits.IoExit,
-    exits.MmioExit,
-    exits.HypercallExit,
-    exits.RdmsrExit,
-    exits.WrmsrExit,
-)
-"""Exits whose first field says where: port, GPA, hypercall's number, MSR."""
+_ADDRESSES: dict[type[Any], Callable[[Any], int]] = {
+    exits.IoExit: attrgetter("port"),
+    exits.MmioExit: attrgetter("gpa"),
+    exits.HypercallExit: attrgetter("number"),
+    exits.RdmsrExit: attrgetter("msr"),
+    exits.WrmsrExit: attrgetter("msr"),
+}
+"""What of an exit says where: port, GPA, hypercall's number, MSR."""
 
 
 def traced(table: Table, recorder: Recorder) -> Table:
@@ -32,7 +34,7 @@ def _traced_handler(
     exit_class: type[Any], name: str, handler: Handler, recorder: Recorder
 ) -> Handler:
     number = recorder.name(name)
-    has_address = exit_class in _WITH_ADDRESS
+    address = _ADDRESSES.get(exit_class, lambda exit: 0)
     now, record, kind = time.monotonic_ns, recorder.record, Kind.EXIT
 
     def handle(vcpu: AnsweringVcpu, exit: Any) -> None:
@@ -40,7 +42,7 @@ def _traced_handler(
         try:
             handler(vcpu, exit)
         finally:
-            record(kind, vcpu.index, started, exit[0] if has_address else 0, 0, number)
+            record(kind, vcpu.index, started, address(exit), 0, number)
 
     def handle_fault(vcpu: AnsweringVcpu, exit: exits.MemoryFaultExit) -> None:
         started = now()

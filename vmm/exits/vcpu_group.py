@@ -6,9 +6,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from kvm_bindings import Vcpu
+from vmm.core.lean_typing import TYPE_CHECKING
 from vmm.exits.outcome import Outcome
 from vmm.exits.run_loop import VcpuRunner
 

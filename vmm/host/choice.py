@@ -4,7 +4,6 @@ found out by trying, and remembers why the stronger ones were not taken."""
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING, NamedTuple
 
 from kvm_bindings import KvmError, System, Vm, ioctls
 from vmm.conversion.making import make_backing
@@ -17,6 +16,7 @@ from vmm.conversion.matrix import (
     backings_for,
 )
 from vmm.core.errors import HostError
+from vmm.core.lean_typing import TYPE_CHECKING, NamedTuple
 from vmm.core.ranges import PAGE_SIZE
 from vmm.memory.backing import Backing
 

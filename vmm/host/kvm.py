@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from kvm_bindings import KvmError, System, ioctls
 from vmm.core.errors import HostError
+from vmm.core.lean_typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vmm.host.architecture import HostArchitecture

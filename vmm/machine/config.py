@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from vmm.conversion import matrix
 from vmm.conversion.matrix import BACKINGS, FOR_LINUX, LOADABLE, backings_of
 from vmm.core.errors import UsageError
+from vmm.core.lean_typing import TYPE_CHECKING, NamedTuple, Protocol
 from vmm.core.ranges import PAGE_SIZE
 from vmm.core.suboptions import byte_size, size_text
 

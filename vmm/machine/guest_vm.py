@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
 
 from kvm_bindings import KvmError, System, Vm, ioctls
 from vmm.conversion.scheme import Scheme, make_memory
 from vmm.conversion.schemes.plain import PlainScheme
 from vmm.core.errors import HostError
+from vmm.core.lean_typing import TYPE_CHECKING
 from vmm.core.ranges import Range, page_align_down, page_align_up
 from vmm.host.kvm import open_kvm
 from vmm.machine.config import MachineConfig

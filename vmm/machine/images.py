@@ -6,7 +6,7 @@ process starts here, first of all, so that as much as possible happens beside it
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from vmm.core.lean_typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vmm.arch.protocol import Architecture, OpenedKernel

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING, Any
 
 from kvm_bindings import fdops
 from vmm.arch import architecture
@@ -14,6 +13,7 @@ from vmm.control.operations import Operations
 from vmm.control.signals import SignalReactions
 from vmm.core.errors import HostError, UsageError, in_words, tell
 from vmm.core.event_loop import EventLoop
+from vmm.core.lean_typing import TYPE_CHECKING, Any
 from vmm.exits.outcome import (
     KILLED,
     PANIC,

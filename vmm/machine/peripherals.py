@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
 
 from kvm_bindings import fdops
 from vmm.core.errors import UsageError
+from vmm.core.lean_typing import TYPE_CHECKING
 from vmm.machine.config import MachineConfig
 
 if TYPE_CHECKING:

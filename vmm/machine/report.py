@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import Any
 
 from vmm.conversion.accounting import Accounting, Refinements
 from vmm.conversion.matrix import TO_SHARE
 from vmm.core.errors import OutputError, tell
+from vmm.core.lean_typing import Any
 from vmm.core.output import Output
 from vmm.exits.outcome import Outcome
 from vmm.memory.backing import Backing

@@ -7,9 +7,9 @@ loading know addresses without it, as everywhere.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from vmm.core.errors import PrivateAccess, UnmappedAccess
+from vmm.core.lean_typing import TYPE_CHECKING
 from vmm.core.ranges import Range
 from vmm.memory.backing import Backing, Buffer, byte_count
 from vmm.memory.guest_memory import GuestMemory, MemoryThrough

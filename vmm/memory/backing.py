@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
 
 from kvm_bindings import fdops
+from vmm.core.lean_typing import NamedTuple, Protocol
 from vmm.core.ranges import PAGE_SIZE
 
 Buffer = bytes | bytearray | memoryview
@@ -79,7 +79,6 @@ class Backing(Protocol):
     @property
     def host_access(self) -> str:
         """What a host access to a private page meets: "kernel-refused" or "policy-refused"."""
-        ...
 
     def pread(self, size: int, offset: int) -> bytes: ...
     def pwrite(self, data: Buffer, offset: int) -> None: ...

@@ -11,10 +11,10 @@ import errno
 import os
 import threading
 from collections.abc import Iterator
-from typing import Any, Protocol
 
 from kvm_bindings import datapath, fdops
 from vmm.core.errors import HostError
+from vmm.core.lean_typing import Any, Protocol
 from vmm.memory import transfer
 from vmm.memory.backing import Backing
 

@@ -13,9 +13,9 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from enum import Enum
 from threading import get_ident
-from typing import TYPE_CHECKING, NamedTuple, cast
 
 from vmm.core.errors import PrivateAccess, UnmappedAccess
+from vmm.core.lean_typing import TYPE_CHECKING, NamedTuple, cast
 from vmm.core.ranges import PAGE_SIZE, Cut, Range, RangeMap
 from vmm.memory.backing import Backing, Buffer, byte_count
 
@@ -426,7 +426,7 @@ class GuestMemory:
                 runs = [(area, state)]
             elif self.is_ram(area):
                 cut = states.cut(area)
-                runs = cast(Cut[PageState], cut)
+                runs = cast("Cut[PageState]", cut)
             else:
                 raise UnmappedAccess(f"{area} is not wholly guest RAM")
             if target is not None and len(states) > MOST_RUNS - 2:

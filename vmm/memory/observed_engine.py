@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from vmm.core.errors import UsageError
+from vmm.core.lean_typing import Any
 from vmm.memory.backing import Backing
 from vmm.memory.backings.protected_memfd import ProtectedMemfdBacking
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, NoReturn
 
 from vmm.core.errors import PrivateAccess
+from vmm.core.lean_typing import NamedTuple, NoReturn
 from vmm.core.ranges import PAGE_SIZE, Range
 from vmm.memory.backings.protected_memfd import ProtectedMemfdBacking
 from vmm.memory.guest_memory import GuestMemory, PageState, Residency

@@ -8,7 +8,6 @@ its own: between file systems it is refused, within shared memory it is a splice
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import threading
 
@@ -34,6 +33,8 @@ class _Scratch:
 
     def pipe_ends(self) -> tuple[int, int]:
         if self.pipe is None:
+            import fcntl  # once a thread, where something is spliced
+
             self.pipe = os.pipe2(os.O_CLOEXEC)
             try:
                 fcntl.fcntl(self.pipe[1], fcntl.F_SETPIPE_SZ, _CHUNK)

@@ -7,8 +7,8 @@ import contextlib
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
 
+from vmm.core.lean_typing import Any
 from vmm.policy.protocol import End, Event, IoEvent, PolicyError
 
 _OURS = Path(__file__).resolve().parents[1]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
 
 from vmm.core.errors import AccessDenied
 from vmm.core.events import FAULT, Kind
+from vmm.core.lean_typing import TYPE_CHECKING, Any, NoReturn
 from vmm.core.ranges import Range
 from vmm.policy.decisions import (
     Allow,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
-
 from vmm.core.errors import PyvmmError
 from vmm.core.events import Kind
+from vmm.core.lean_typing import TYPE_CHECKING, NamedTuple, Protocol
 from vmm.core.ranges import Range
 from vmm.memory.guest_memory import PageState, Residency
 from vmm.policy.decisions import Allow, Decision
@@ -86,19 +85,16 @@ class View(Protocol):
     @property
     def now(self) -> float:
         """Seconds on a clock that never goes back; only differences mean something."""
-        ...
 
     @property
     def ram_bytes(self) -> int: ...
 
     def states(self, within: Range | None = None) -> list[tuple[Range, PageState]]:
         """The runs of pages in equal state; those of conversions under way are CONVERTING."""
-        ...
 
     def bytes_in(self, state: PageState) -> int:
         """How many bytes are in that state, or may be once the conversions under way have ended:
         their pages count for the state that they leave and for the one that they are to have."""
-        ...
 
     def residency(self) -> Residency: ...
     def counts(self, kind: Kind) -> Counts: ...

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+
+from vmm.core.lean_typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from typing import Protocol
-
     from kvm_bindings import Vm
     from vmm.core.event_loop import EventLoop
+    from vmm.core.lean_typing import Protocol
     from vmm.devices.bus import MemoryBus, PortBus
     from vmm.devices.pci import PciBus
     from vmm.memory.backing import Backing

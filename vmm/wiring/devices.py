@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
 
 from kvm_bindings import Vm
 from vmm.core.event_loop import EventLoop
+from vmm.core.lean_typing import TYPE_CHECKING, Any
 from vmm.memory.guest_memory import GuestMemory
 from vmm.wiring.board import BoardParts
 from vmm.wiring.interrupts import Lines, MsixMessages

@@ -6,11 +6,11 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from threading import Lock
-from typing import NamedTuple, Protocol
 
 from kvm_bindings import MessageRoute, Vm, ioctls
 from vmm.core.errors import tell
 from vmm.core.event_loop import EventLoop, drain
+from vmm.core.lean_typing import NamedTuple, Protocol
 from vmm.memory.backing import Backing
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, cast
 
 from vmm.arch.aarch64 import layout
 from vmm.core.errors import HostError
+from vmm.core.lean_typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     from kvm_bindings import System, Vm, aarch64

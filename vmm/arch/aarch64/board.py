@@ -4,13 +4,13 @@ in memory. There are no I/O ports, and no power button yet."""
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
 from vmm.arch.aarch64 import layout
 from vmm.arch.aarch64.devices.gic_v2m import GicV2m
 from vmm.arch.aarch64.devices.pci_ecam import PciEcam
 from vmm.arch.aarch64.devices.pl031 import Pl031
 from vmm.arch.aarch64.messages import V2mRoutes
+from vmm.core.lean_typing import TYPE_CHECKING
 from vmm.devices.bus import MemoryBus, PortBus
 from vmm.devices.pci import PciBus, PciFunction
 from vmm.devices.serial16550 import Serial16550

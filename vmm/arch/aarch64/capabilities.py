@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 from vmm.arch.aarch64.probes import cpu, events, protected
+from vmm.core.lean_typing import TYPE_CHECKING
 from vmm.host.capability import (
     ALL,
     KERNEL_PRIVATE,

@@ -6,10 +6,10 @@ Each node follows its binding in Linux' Documentation/devicetree/bindings, named
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from vmm.arch.aarch64 import layout
 from vmm.arch.aarch64.fdt import Node, cells64, flatten
+from vmm.core.lean_typing import NamedTuple
 from vmm.core.ranges import Range
 
 # Phandles: how one node refers to another.

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from typing import Protocol
 
 from kvm_bindings import KvmError, exits
 from kvm_bindings.aarch64.registers import CORE_REGISTERS
 from vmm.arch.aarch64 import rsi
+from vmm.core.lean_typing import Protocol
 from vmm.exits import handlers
 from vmm.exits.handlers import Conversions, Registers
 from vmm.exits.outcome import INTERNAL_ERROR, Outcome

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
 
 from vmm.arch.aarch64 import layout
 from vmm.arch.aarch64.rsi import DOORBELL_NAME
 from vmm.core.errors import UsageError
+from vmm.core.lean_typing import TYPE_CHECKING, NamedTuple
 from vmm.core.ranges import Range
 
 if TYPE_CHECKING:
-    from typing import Protocol
-
     from vmm.arch.aarch64 import kernel as arm
     from vmm.arch.options import GuestOptions
     from vmm.arch.protocol import Guest, OpenedKernel
     from vmm.boot.source import Source
+    from vmm.core.lean_typing import Protocol
     from vmm.memory.guest_memory import LaunchMemory
 
     class ArmGuest(Guest, Protocol):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterable, Sequence
 from threading import Lock
-from typing import Protocol
 
 from vmm.arch.aarch64 import layout
 from vmm.arch.aarch64.devices.gic_v2m import SETSPI
+from vmm.core.lean_typing import Protocol
 from vmm.wiring.interrupts import Message
 
 

@@ -6,9 +6,8 @@ its place, for guests that take themselves for realms; whoever isolates is pyvmm
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from vmm.arch.aarch64 import layout, rsi
+from vmm.core.lean_typing import TYPE_CHECKING
 from vmm.core.ranges import PAGE_SIZE, Range
 from vmm.memory.guest_memory import PageState
 

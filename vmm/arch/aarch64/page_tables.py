@@ -9,8 +9,8 @@ small guests run with the MMU on, as Linux does; the host writes the tables and 
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple
 
+from vmm.core.lean_typing import NamedTuple
 from vmm.core.ranges import PAGE_SIZE
 
 GIB = 1 << 30

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple
 
 from vmm.arch.aarch64 import layout
+from vmm.core.lean_typing import NamedTuple
 from vmm.core.ranges import PAGE_SIZE, Range
 
 MAGIC = int.from_bytes(b"PVMMINFO", "little")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, cast
 
 from kvm_bindings import KvmError
 from kvm_bindings.aarch64 import Vcpu, Vm, ioctls
@@ -14,6 +13,7 @@ from vmm.arch.aarch64 import layout
 from vmm.arch.aarch64.gic import create_gic
 from vmm.arch.aarch64.guests import MMIO_DOORBELL_NAME
 from vmm.core.errors import HostError
+from vmm.core.lean_typing import TYPE_CHECKING, cast
 from vmm.host.kvm import SEE_CHECK
 
 if TYPE_CHECKING:

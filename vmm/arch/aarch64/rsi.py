@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import errno
 import struct
-from typing import NamedTuple
 
 from vmm.core.events import ConversionRequest, Kind
+from vmm.core.lean_typing import NamedTuple
 from vmm.core.ranges import PAGE_SHIFT, PAGE_SIZE
 
 DOORBELL_NAME = "rsi"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, cast
 
 from vmm.arch.x86_64 import layout
+from vmm.core.lean_typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     from kvm_bindings import System, Vm, x86_64

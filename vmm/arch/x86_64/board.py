@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, cast
 
 from vmm.arch.x86_64 import layout
 from vmm.arch.x86_64.devices.acpi_pm import AcpiPm
 from vmm.arch.x86_64.devices.cmos import Cmos
 from vmm.arch.x86_64.devices.i8042 import I8042
 from vmm.arch.x86_64.devices.pci_conf1 import PciConf1
+from vmm.core.lean_typing import TYPE_CHECKING, cast
 from vmm.devices.bus import MemoryBus, PortBus
 from vmm.devices.pci import PciBus, host_bridge
 from vmm.devices.serial16550 import Serial16550

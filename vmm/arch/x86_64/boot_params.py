@@ -8,11 +8,11 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from enum import IntEnum
-from typing import NamedTuple
 
 from vmm.arch.x86_64 import layout
 from vmm.arch.x86_64.bzimage import HEADER_LIMIT, HEADER_START, LOADED_HIGH, XLF_KERNEL_64
 from vmm.core.errors import UsageError
+from vmm.core.lean_typing import NamedTuple
 from vmm.core.ranges import PAGE_SIZE, Range
 
 # struct boot_params

@@ -7,9 +7,9 @@ Kernel Header". Nothing in the header is trusted: each field is checked before i
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple
 
 from vmm.boot.source import Source, printable
+from vmm.core.lean_typing import NamedTuple
 from vmm.core.ranges import PAGE_SIZE
 
 SECTOR = 512

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 from vmm.arch.x86_64.probes import cpu, events
+from vmm.core.lean_typing import TYPE_CHECKING
 from vmm.host.capability import (
     KERNEL_PRIVATE,
     KERNELS,

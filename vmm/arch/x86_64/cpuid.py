@@ -7,10 +7,10 @@ that makes an unmodified kernel encrypt its page tables and ask for conversions.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
 
 from vmm.arch.x86_64 import layout
 from vmm.core.errors import HostError
+from vmm.core.lean_typing import NamedTuple
 
 DEFAULT_C_BIT = 38
 SIGNIFICANT_INDEX = 1 << 0  # KVM_CPUID_FLAG_SIGNIFCANT_INDEX

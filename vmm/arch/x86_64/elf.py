@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import itertools
 import struct
-from typing import NamedTuple
 
 from vmm.boot.source import Source
+from vmm.core.lean_typing import NamedTuple
 from vmm.core.ranges import Range
 
 ELF_MAGIC = b"\x7fELF"

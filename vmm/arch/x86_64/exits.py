@@ -5,11 +5,11 @@ from __future__ import annotations
 import errno
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
 
 from kvm_bindings import exits
 from vmm.arch.x86_64.doorbells import KVM_HC_MAP_GPA_RANGE, decode_map_gpa_range
-from vmm.devices.bus import Banked, PortDevice, StreamDevice
+from vmm.core.lean_typing import Any, Protocol
+from vmm.devices.bus import Banked, PortDevice, takes_strings
 from vmm.exits import handlers
 from vmm.exits.handlers import Conversions, Registers, bank_of
 from vmm.exits.outcome import FAILED, TRIPLE_FAULT, Outcome
@@ -119,7 +119,7 @@ class X86ExitHandlers(handlers.ExitHandlers):
 
     def _string_write(self, device: PortDevice, offset: int, exit: exits.IoExit) -> None:
         size, data = exit.size, exit.data
-        if offset == 0 and size == 1 and isinstance(device, StreamDevice):
+        if offset == 0 and size == 1 and takes_strings(device):
             device.write_bytes(data)
             return
         for start in range(0, len(data), size):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
 
 from vmm.arch.x86_64 import layout
 from vmm.arch.x86_64.doorbells import HYPERCALL_NAME, PORT_NAME
 from vmm.arch.x86_64.msrs import LINUX_ENTRY_MSRS
 from vmm.arch.x86_64.registers import InitialState, linux64_entry, payload_entry
 from vmm.core.errors import UsageError
+from vmm.core.lean_typing import TYPE_CHECKING, Protocol
 from vmm.core.ranges import Range
 from vmm.memory.guest_memory import LaunchMemory
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from enum import Enum
 from types import TracebackType
-from typing import NamedTuple
 
 from vmm.arch.x86_64.bzimage import SetupHeader, is_bzimage, parse_setup_header
 from vmm.arch.x86_64.elf import ElfImage, Segment, is_elf, parse_elf
 from vmm.boot.identify import PREFIX, describe
 from vmm.boot.kernel import MIB, KernelFile, Memory, transfer_exactly
 from vmm.boot.source import DEFAULT_LIMIT, PathOrFd, Source
+from vmm.core.lean_typing import NamedTuple
 from vmm.core.ranges import Range, page_align_up
 
 

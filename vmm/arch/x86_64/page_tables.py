@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
-from typing import NamedTuple
 
 from vmm.arch.x86_64 import layout
 from vmm.core.errors import HostError, UsageError
+from vmm.core.lean_typing import NamedTuple
 from vmm.core.ranges import PAGE_SIZE, Range
 
 PRESENT, WRITABLE, USER = 1 << 0, 1 << 1, 1 << 2

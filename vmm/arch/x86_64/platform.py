@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
 
 from kvm_bindings.x86_64 import System, Vcpu, Vm, ioctls
 from vmm.arch.x86_64 import layout
 from vmm.arch.x86_64.cpuid import guest_cpuid
 from vmm.arch.x86_64.doorbells import HYPERCALL_NAME, KVM_HC_MAP_GPA_RANGE, PORT_NAME
 from vmm.core.errors import HostError
+from vmm.core.lean_typing import TYPE_CHECKING
 from vmm.host.kvm import SEE_CHECK, in_lab
 
 if TYPE_CHECKING:

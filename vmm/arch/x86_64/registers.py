@@ -8,9 +8,9 @@ carries the boot-processor flag, so overwriting it with a constant would be wron
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple, TypedDict
 
 from vmm.arch.x86_64 import layout
+from vmm.core.lean_typing import NamedTuple, TypedDict
 
 # Intel SDM vol. 3, 2.5: control registers; 2.2.1: IA32_EFER.
 CR0_PE, CR0_MP, CR0_ET, CR0_NE = 1 << 0, 1 << 1, 1 << 4, 1 << 5

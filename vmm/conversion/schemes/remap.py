@@ -7,12 +7,12 @@ import itertools
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
 
 from kvm_bindings import KvmError, Vm, ioctls
 from vmm.conversion.scheme import private_side, set_slot
 from vmm.core.errors import HostError
 from vmm.core.events import Kind
+from vmm.core.lean_typing import NamedTuple
 from vmm.core.ranges import Range
 from vmm.memory.guest_memory import GuestMemory, PageState
 

@@ -10,11 +10,10 @@ asked for.
 
 from __future__ import annotations
 
-from typing import Protocol
-
 from kvm_bindings.virtqueue import Chains, DiskPlanner, Plan
 from vmm.core.disk_image import SECTOR
 from vmm.core.errors import GuestMemoryError
+from vmm.core.lean_typing import Protocol
 from vmm.devices.virtio.budget import Pace
 from vmm.devices.virtio.queue import BatchMemory
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from threading import Lock
-from typing import Protocol
 
 from vmm.core.errors import GuestMemoryError
+from vmm.core.lean_typing import Protocol
 from vmm.devices.virtio.budget import Work
 from vmm.devices.virtio.queue import Chain, QueueError, QueueObserver, SplitQueue
 

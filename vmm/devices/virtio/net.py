@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
+from vmm.core.lean_typing import Protocol
 from vmm.devices.virtio.device import EXPECTED, GuestMemory, VirtioDevice
 from vmm.devices.virtio.queue import Chain, QueueError, SplitQueue
 from vmm.devices.virtio.segments import gather, scatter, total

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from typing import Protocol
 
+from vmm.core.lean_typing import Protocol
 from vmm.devices import msix
 from vmm.devices.bus import MEMORY_PAGE
 from vmm.devices.msix import MsixTable

@@ -16,10 +16,10 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from itertools import chain
-from typing import NamedTuple, Protocol
 
 from kvm_bindings.virtqueue import MOST_ENTRIES, Chains
 from vmm.core.errors import PyvmmError
+from vmm.core.lean_typing import NamedTuple, Protocol
 from vmm.devices.virtio.budget import Budget, Work
 
 MAX_QUEUE_SIZE = 32768

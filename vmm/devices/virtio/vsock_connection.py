@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from typing import NamedTuple
 
+from vmm.core.lean_typing import NamedTuple
 from vmm.devices.virtio.vsock_packet import (
     COUNTER,
     SHUTDOWN_RECEIVE,

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import struct
 from enum import IntEnum
-from typing import NamedTuple, Self
+
+from vmm.core.lean_typing import NamedTuple, Self
 
 HOST_CID = 2
 TYPE_STREAM = 1

@@ -6,10 +6,10 @@ Its file operations have no read, write or splice (ESPIPE, up to Linux 7.3).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NoReturn, Protocol
 
 from kvm_bindings import fdops
 from vmm.core.errors import PrivateAccess
+from vmm.core.lean_typing import NoReturn, Protocol
 from vmm.core.ranges import PAGE_SIZE
 from vmm.memory.backing import Buffer, FdBacking, Traits, byte_count
 from vmm.memory.backings.mapped import MappedBacking

@@ -6,10 +6,10 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import NoReturn
 
 from kvm_bindings import mapped
 from vmm.core.errors import PrivateAccess
+from vmm.core.lean_typing import NoReturn
 from vmm.memory.backing import Buffer, Traits, byte_count, fill, write_all
 from vmm.memory.backings.memfd import MemfdBacking
 

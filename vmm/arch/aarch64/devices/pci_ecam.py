@@ -6,8 +6,7 @@ the first 256 bytes.
 
 from __future__ import annotations
 
-from typing import Protocol
-
+from vmm.core.lean_typing import Protocol
 from vmm.devices.bus import all_ones
 
 FUNCTION_SHIFT, DEVICE_SHIFT, BUS_SHIFT = 12, 15, 20

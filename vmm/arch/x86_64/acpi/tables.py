@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
 
 from vmm.arch.x86_64 import layout
 from vmm.arch.x86_64.acpi.dsdt import dsdt_body
 from vmm.core.errors import UsageError
+from vmm.core.lean_typing import NamedTuple
 
 RSDP_GPA = layout.ACPI_GPA
 

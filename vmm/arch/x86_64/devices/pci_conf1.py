@@ -5,7 +5,7 @@ PCI Local Bus Specification 3.0, 3.2.2.3.2.
 
 from __future__ import annotations
 
-from typing import Protocol
+from vmm.core.lean_typing import Protocol
 
 ADDRESS, DATA, END = 0, 4, 8  # offsets from port 0xcf8
 ENABLE = 1 << 31
@@ -21,13 +21,11 @@ class ConfigSpace(Protocol):
 
     def read_config(self, bus: int, device: int, function: int, register: int, size: int) -> int:
         """The value of `size` bytes at `register`."""
-        ...
 
     def write_config(
         self, bus: int, device: int, function: int, register: int, size: int, value: int
     ) -> None:
         """Write `size` bytes at `register`."""
-        ...
 
 
 class PciConf1:

@@ -35,8 +35,8 @@ def coalesced_ports(system: System) -> Finding:
         if not guest.vm.coalesce_port_writes(_PORT, 1):
             return no("not offered", "KVM_CAP_COALESCED_PIO = 0")
         exit = guest.run()
-        waiting = [(write[0], write.data) for write in guest.vcpu.coalesced_writes()]
-    if is_done(exit) and waiting == [(_PORT, bytes([_VALUE]))]:
+        waiting = list(guest.vcpu.coalesced_writes())
+    if is_done(exit) and waiting == [IoExit(_PORT, 1, 1, True, bytes([_VALUE]))]:
         return yes("works", f"a guest's write to port {_PORT:#x} was in the ring, without an exit")
     return broken("don't wait", f"a write to port {_PORT:#x}: {seen(exit)}, ring {waiting}")
 
