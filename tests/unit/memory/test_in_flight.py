@@ -204,13 +204,11 @@ def test_access_to_pages_used_before_a_conversion_is_refused_once_it_begins() ->
         memory.pread(16, page(9))
         memory.read_many([page(8), 4, page(20), 4])
         memory.begin_conversion(pages(8, 2))
-        for access in (
-            lambda: memory.pread(16, page(9)),
-            lambda: memory.read_many([page(8), 4, page(20), 4]),
-            lambda: memory.pread(16, page(9)),  # not what the one before has left
-        ):
+        for _ in range(2):  # nor does a refusal leave anything behind
             with pytest.raises(PrivateAccess):
-                access()
+                memory.pread(16, page(9))
+            with pytest.raises(PrivateAccess):
+                memory.read_many([page(8), 4, page(20), 4])
         memory.pread(16, page(20))
         memory.finish_conversion(PageState.PRIVATE)
 

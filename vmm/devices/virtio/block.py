@@ -38,8 +38,9 @@ MAX_ZERO_SECTORS, MAX_ZERO_RANGES = 1 << 16, 1
 _ZEROES = bytes(1 << 18)
 # Bytes deallocated by one call: as quick as other steps on the file systems of today.
 PUNCH_AT_ONCE = 32 << 20
-# Some tens of microseconds, in which a driver that keeps its queue full has its next request there.
-PATIENCE = 4
+# Some tens of microseconds, in which a driver that keeps its queue full has its next request there:
+# a look in vain takes three or four.
+PATIENCE = 12
 # Pieces of a request that is carried out without steps: header, data, status.
 SIMPLE = 3
 # Bytes of a request that is carried out without steps.

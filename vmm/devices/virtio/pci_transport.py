@@ -42,7 +42,7 @@ _STATUS_OF_DRIVER = (
 ISR_QUEUE, ISR_CONFIG = 1, 2
 NO_VECTOR = 0xFFFF
 
-LOOKS_AT_ONCE = 8
+LOOKS_AT_ONCE = 16
 """How often a turn looks at a queue whose driver is likely to be ready with more: a look by way of
 the loop costs three system calls and twice the time, and a queue that is never empty must not
 keep everybody else waiting for long."""
