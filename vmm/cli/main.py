@@ -199,6 +199,8 @@ def entry_point() -> NoReturn:
     # objects would only delay the guest. Later collections are as much rarer as they are longer.
     gc.set_threshold(100_000)
     _open_standard_fds()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see vmm.__main__
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         status = main(sys.argv[1:])
     except SystemExit as ended:  # --help

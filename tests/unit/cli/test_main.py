@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +20,7 @@ from vmm.host import kvm as host
 from vmm.machine.machine import Machine
 
 ROOT = Path(__file__).resolve().parents[3]
+THRESHOLDS = gc.get_threshold()
 
 
 def pyvmm(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -281,3 +284,51 @@ def test_lab_asks_nothing_about_the_words_of_a_program(
     result = command("lab", "--exec", "ls", "--bad-option")
 
     assert "a lab machine was about to be made" in result.complaint
+
+
+INTERRUPTED_IMPORT = """
+import os, signal, sys
+
+signal.signal(signal.SIGINT, signal.{before})
+
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == "vmm.cli.run_options":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupting())
+import vmm.__main__
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "status"), [("default_int_handler", -signal.SIGINT), ("SIG_IGN", 0)]
+)
+def test_interrupt_while_pyvmm_is_being_imported_shows_no_traceback(
+    before: str, status: int
+) -> None:
+    script = INTERRUPTED_IMPORT.format(before=before)
+
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+
+    assert (done.returncode, done.stderr) == (status, b"")
+
+
+def test_interrupts_are_errors_again_once_pyvmm_is_imported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def handled(arguments: list[str]) -> int:
+        del arguments
+        return 5 if signal.getsignal(signal.SIGINT) is signal.default_int_handler else 6
+
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    monkeypatch.setattr(cli, "main", handled)
+    monkeypatch.setattr(gc, "freeze", lambda: None)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.entry_point()
+    finally:
+        signal.signal(signal.SIGINT, before)
+        gc.set_threshold(*THRESHOLDS)
+
+    assert ended.value.code == 5
