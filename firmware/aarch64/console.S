@@ -87,6 +87,7 @@ end_line:
     strb    w3, [x2]                    // the transmitter is never busy for long
     subs    w1, w1, #1
     b.ne    .Lsend_next
+    ldrb    w3, [x2, #SERIAL_LSR]       // as drivers do: a monitor may have kept the bytes back
     ret
 
 // x0 = tag of the step that begins.

@@ -82,6 +82,10 @@ end_line:
     mov     dword ptr [rip + line_length], 0
     mov     edx, [rip + serial_port]
     rep outsb
+    push    rax
+    add     edx, SERIAL_LSR             # as drivers do: a monitor may have kept the bytes back
+    in      al, dx
+    pop     rax
     ret
 
 # rsi = tag of the step that begins.

@@ -82,9 +82,11 @@ def _held_now(control: Path) -> dict[str, int]:
             connection.connect(str(control))
             connection.sendall(b'{"command": "dump-state"}\n')
             with connection.makefile("rb") as answers:
-                answer = json.loads(answers.readline() or b"{}")
+                line = answers.readline()
         except OSError:
             return {}
+    # It may end in the middle of its answer.
+    answer = json.loads(line) if line.endswith(b"\n") else {}
     held: dict[str, int] = answer.get("residency", {})
     return held
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Protocol
+
+from vmm.core.lean_typing import Protocol
 
 SHORTEST_SECONDS = 0.01
 LONGEST_SECONDS = 1.0

@@ -3,9 +3,8 @@
 Everything that a policy needs is imported from here: `from vmm.policy import Policy, Allow, Deny`.
 """
 
-from typing import TYPE_CHECKING
-
 from vmm.core.events import Kind
+from vmm.core.lean_typing import TYPE_CHECKING
 from vmm.core.ranges import Range
 from vmm.memory.guest_memory import PageState
 from vmm.policy.decisions import Allow, Convert, Decision, Defer, Deny, Kill, Partial

@@ -24,6 +24,8 @@ entry32:
     mov     dx, SERIAL_PORT
     mov     al, '>'
     out     dx, al
+    add     dx, SERIAL_LSR                  # as drivers do: a monitor may have kept it back
+    in      al, dx
     mov     edi, [ebx + 24]                 # hvm_start_info.cmdline_paddr
     lgdt    [gdt_pointer]
     mov     eax, 1 << 5                     # PAE
@@ -45,6 +47,8 @@ entry64:
     mov     dx, SERIAL_PORT
     mov     al, '>'
     out     dx, al
+    add     dx, SERIAL_LSR                  # as drivers do: a monitor may have kept it back
+    in      al, dx
     mov     edi, [rsi + 0x228]              # cmd_line_ptr
     mov     eax, offset pml4
     mov     cr3, rax

@@ -218,6 +218,10 @@ end_line:
     mov     edx, SERIAL_PORT
     cld
     rep outsb
+    push    rax
+    add     edx, SERIAL_LSR                 # as drivers do: a monitor may have kept the bytes back
+    in      al, dx
+    pop     rax
     ret
 
 # rsi = NUL-terminated text, added to the line.
