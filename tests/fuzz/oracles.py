@@ -103,6 +103,7 @@ class Resources:
     as it imports things and fills caches."""
 
     def __init__(self) -> None:
+        gc.collect()  # what earlier tests have left must not go, or be taken for ours, later
         self._fds, self._threads = self._now()
         self._resident: int | None = None
 
