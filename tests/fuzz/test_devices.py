@@ -14,6 +14,7 @@ import random
 import socket
 import struct
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -42,7 +43,7 @@ STEPS = 150
 SECTORS = 64
 
 
-class Target:
+class Target(ABC):
     """A device, how to speak to it from both ends, and what has come out at the host's end."""
 
     inputs: frozenset[int] = frozenset()
@@ -54,13 +55,14 @@ class Target:
     def __init__(self) -> None:
         self.leaked = b""
 
+    @abstractmethod
     def device(self, folder: Path, stack: ExitStack) -> VirtioDevice:
-        raise NotImplementedError
+        """The device, with files in `folder`; `stack` ends what it needs besides."""
 
     def request(self, rng: random.Random) -> bytes:
         return rng.randbytes(rng.choice((1, 8, 100)))
 
-    def host(self, rng: random.Random) -> None:
+    def host(self, rng: random.Random) -> None:  # noqa: B027  # many have no such end
         """Do something at the host's end."""
 
     def came_out(self) -> bytes:
@@ -121,7 +123,7 @@ class Network(Target):
     def request(self, rng: random.Random) -> bytes:
         return bytes(12) + rng.randbytes(rng.choice((0, 14, 60, 1514)))
 
-    def host(self, rng: random.Random) -> None:
+    def host(self, rng: random.Random) -> None:  # many have no such end
         self._drain()
         with contextlib.suppress(OSError):
             if rng.random() < 0.9:
@@ -152,7 +154,7 @@ class Sockets(Target):
     def greeting(self, rng: random.Random) -> bytes:
         return b""
 
-    def host(self, rng: random.Random) -> None:
+    def host(self, rng: random.Random) -> None:  # many have no such end
         kind = rng.random()
         if kind < 0.2 and len(self._clients) < 5:
             client = socket.socket(socket.AF_UNIX)
@@ -216,7 +218,7 @@ class Vsock(Sockets):
     def greeting(self, rng: random.Random) -> bytes:
         return rng.choice((b"CONNECT 1\n", b"CONNECT 2\nhello", b"CONN", b"x" * 50))
 
-    def host(self, rng: random.Random) -> None:
+    def host(self, rng: random.Random) -> None:  # many have no such end
         with contextlib.suppress(OSError):
             link, _ = self._listener.accept()
             link.setblocking(False)

@@ -8,6 +8,7 @@ themselves are in `vmm.memory.backings`, one file each.
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from kvm_bindings import fdops
@@ -93,7 +94,7 @@ class Backing(Protocol):
     def close(self) -> None: ...
 
 
-class FdBacking:
+class FdBacking(ABC):
     """What all backings share: an fd, KVM's mapping of it, holes, and closing."""
 
     traits: Traits
@@ -116,11 +117,13 @@ class FdBacking:
         allowed = self.traits.private_access == "allowed"
         return "policy-refused" if allowed else "kernel-refused"
 
+    @abstractmethod
     def pread(self, size: int, offset: int) -> bytes:
-        raise NotImplementedError
+        """All of these bytes. Raises OSError."""
 
+    @abstractmethod
     def pwrite(self, data: Buffer, offset: int) -> None:
-        raise NotImplementedError
+        """Write all of `data`. Raises OSError."""
 
     def read_many(self, pieces: list[int]) -> bytes | bytearray:
         """The bytes of all pieces (offset, size, offset, size...), one after the other."""

@@ -140,7 +140,7 @@ def test_apt_is_told_the_architecture(tmp_path: Path, monkeypatch: pytest.Monkey
     etc, tools = tmp_path / "etc", tmp_path / "tools"
     for folder in (etc, tools):
         folder.mkdir()
-    (etc / "sources.list").write_text("deb http://deb.example/debian bookworm main\n")
+    (etc / "sources.list").write_text("deb copy:/archive bookworm main\n")
     for name in ("apt-get", "apt-cache", "apt-config", "dpkg-deb"):
         (tools / name).write_text("#!/bin/sh\n")
         (tools / name).chmod(0o755)
@@ -149,7 +149,7 @@ def test_apt_is_told_the_architecture(tmp_path: Path, monkeypatch: pytest.Monkey
     Apt(tmp_path / "apt", etc=etc, architecture="arm64").package_names("x")
 
     lines = (tmp_path / "apt" / "etc" / "sources.list").read_text().splitlines()
-    assert "deb [arch=arm64] http://deb.example/debian trixie main" in lines
+    assert "deb [arch=arm64] copy:/archive trixie main" in lines
     settings = (tmp_path / "apt" / "apt.conf").read_text().splitlines()
     assert 'APT::Architecture "arm64";' in settings
     assert 'APT::Architectures { "arm64"; };' in settings

@@ -8,6 +8,7 @@ Image inside (drivers/firmware/efi/libstub/zboot-header.S).
 from __future__ import annotations
 
 import struct
+from contextlib import ExitStack, closing
 from enum import Enum
 
 from vmm.arch.aarch64 import layout
@@ -149,7 +150,8 @@ class OpenedKernel:
         """
         self._file = KernelFile(path_or_fd)
         source = self._file.source
-        try:
+        with ExitStack() as opened:
+            opened.callback(self._file.close)
             kind = identify(source)
             if kind is Kind.IMAGE:
                 parse_header(source)
@@ -157,18 +159,15 @@ class OpenedKernel:
                 self._file.uncompress(0, source.size, limit)
             else:
                 self._file.uncompress(*_zboot_payload(source), limit)
-        except BaseException:
-            self._file.close()
-            raise
+            opened.pop_all()
 
     def finish(self) -> KernelImage:
         """The checked image, which the caller closes. Raises ImageError for a bad one."""
-        source = self._file.finish()
-        try:
-            return KernelImage(source, parse_header(source))
-        except BaseException:
-            source.close()
-            raise
+        with ExitStack() as opened:
+            source = opened.enter_context(closing(self._file.finish()))
+            image = KernelImage(source, parse_header(source))
+            opened.pop_all()
+        return image
 
     def close(self) -> None:
         """Give up what isn't finished; any number of times, and no harm after `finish`."""

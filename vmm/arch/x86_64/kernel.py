@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import ExitStack, closing
 from enum import Enum
 from types import TracebackType
 
@@ -127,26 +128,23 @@ class OpenedKernel:
         """
         self._file = KernelFile(path_or_fd)
         self._header: SetupHeader | None = None
-        try:
+        with ExitStack() as opened:
+            opened.callback(self._file.close)
             self._kind = identify(self._file.source)
-            if self._kind is Kind.ELF:
-                return
-            self._header = header = parse_setup_header(self._file.source)
-            # The kernel unpacks itself inside init_size bytes, so its payload can't be larger.
-            limit = min(limit, header.init_size)
-            self._file.uncompress(header.payload_start, header.payload_length, limit)
-        except BaseException:
-            self._file.close()
-            raise
+            if self._kind is not Kind.ELF:
+                self._header = header = parse_setup_header(self._file.source)
+                # The kernel unpacks itself inside init_size bytes: its payload can't be larger.
+                limit = min(limit, header.init_size)
+                self._file.uncompress(header.payload_start, header.payload_length, limit)
+            opened.pop_all()
 
     def finish(self) -> KernelImage:
         """The checked image, which the caller closes. Raises ImageError for a bad one."""
-        source = self._file.finish()
-        try:
-            return KernelImage(self._kind, source, parse_elf(source), self._header)
-        except BaseException:
-            source.close()
-            raise
+        with ExitStack() as opened:
+            source = opened.enter_context(closing(self._file.finish()))
+            image = KernelImage(self._kind, source, parse_elf(source), self._header)
+            opened.pop_all()
+        return image
 
     def close(self) -> None:
         """Give up what isn't finished; any number of times, and no harm after `finish`."""
@@ -158,9 +156,5 @@ def load_kernel_image(path_or_fd: PathOrFd, limit: int = DEFAULT_LIMIT) -> Kerne
 
     Raises ImageError for whatever is not a bootable x86-64 kernel.
     """
-    opened = OpenedKernel(path_or_fd, limit)
-    try:
+    with closing(OpenedKernel(path_or_fd, limit)) as opened:  # which lets go of what is finished
         return opened.finish()
-    except BaseException:
-        opened.close()
-        raise

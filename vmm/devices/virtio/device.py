@@ -6,6 +6,7 @@ with these members, one method per kind of request.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from threading import Lock
 
@@ -109,7 +110,7 @@ def _unconnected(*_: object, **__: object) -> None:
     """Stands for a transport or a loop that isn't there."""
 
 
-class VirtioDevice:
+class VirtioDevice(ABC):
     """The device behind a transport; each device file derives one class from it.
 
     `features` leaves out the transport's own bits. Memory and queues exist for the device from
@@ -152,10 +153,10 @@ class VirtioDevice:
         """The device configuration structure, of the same length every time."""
         return b""
 
-    def write_config(self, offset: int, data: bytes) -> None:
+    def write_config(self, offset: int, data: bytes) -> None:  # noqa: B027  # most have none
         """The driver wrote to the configuration structure; what may not be written is dropped."""
 
-    def start(self) -> None:
+    def start(self) -> None:  # noqa: B027  # most have nothing to begin
         """The machine is about to run: `wake`, `serve`, `watch` and `announce` work."""
 
     def activate(
@@ -166,6 +167,7 @@ class VirtioDevice:
         self._queues = queues
         self._agreed = features
 
+    @abstractmethod
     def process(self, queue_index: int) -> bool:
         """Serve what is available on a queue now, as far as the turn's budget (`queue.budget`)
         goes; with `queue.more` it is called again, after others. True when the driver wants an
@@ -173,7 +175,6 @@ class VirtioDevice:
 
         QueueError, GuestMemoryError and OSError mean that the device needs a reset.
         """
-        raise NotImplementedError
 
     def answer_all(self, queue: SplitQueue, answer: Answer) -> bool:
         """Go on with what the last turn left, then take what there is, as long as the turn's
@@ -232,5 +233,5 @@ class VirtioDevice:
         """The loop and the transport go away."""
         self.wake = self.serve = self.announce = self.watch = _unconnected
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  # nor to let go of
         """The machine ends: let go of what the device has opened on the host."""
