@@ -46,6 +46,7 @@ from tests.support import guests
 from tests.support.conversion import share, unshare
 from tests.support.fake_memory import FakeMemory
 from tests.support.memory import data_pages, page
+from tests.support.real_memory import RealMemory
 from tests.support.virtio_driver import Piece
 from tests.support.virtio_machine import VirtioMachine
 from vmm.conversion.schemes.cbit import CbitScheme
@@ -58,7 +59,6 @@ from vmm.exits.run_loop import install_kick_handler
 from vmm.machine.config import MachineConfig
 from vmm.machine.machine import Machine
 from vmm.memory.backings.memfd import MemfdBacking
-from vmm.memory.engines import make_engine
 from vmm.memory.guest_memory import GuestMemory, PageState
 from vmm.policy.builtin import DeferredDiscard
 
@@ -165,30 +165,6 @@ class Devices:
             opened.close()
             for left in (self._folder / name).iterdir():
                 left.unlink()
-
-
-class RealMemory:
-    """FakeMemory's verbs on guest memory, as a disk gets it: through an engine."""
-
-    def __init__(self, guest: GuestMemory) -> None:
-        self.size = guest.ram[-1].end
-        self._fd = cast(MemfdBacking, guest.shared).fd
-        self._engine = make_engine("auto", guest.shared)
-        through = guest.through(self._engine)
-        for verb in (
-            "pread", "pwrite", "transfer_in", "transfer_out", "discard",
-            "read_many", "write_many", "move_in", "move_out",
-        ):  # fmt: skip
-            setattr(self, verb, getattr(through, verb))
-
-    def peek(self, size: int, gpa: int) -> bytes:
-        return os.pread(self._fd, size, gpa)
-
-    def poke(self, data: bytes, gpa: int) -> None:
-        os.pwrite(self._fd, data, gpa)
-
-    def close(self) -> None:
-        self._engine.close()
 
 
 class Ledger:

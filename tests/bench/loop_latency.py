@@ -29,6 +29,7 @@ from typing import Any, cast
 from kvm_bindings.x86_64 import System
 from tests.support.control import FakeOperations
 from tests.support.fake_memory import FakeMemory
+from tests.support.real_memory import RealMemory
 from tests.support.virtio_driver import (
     DESC_INDIRECT,
     DESC_NEXT,
@@ -51,7 +52,6 @@ from vmm.devices.virtio.net import RX, TX, VirtioNet
 from vmm.devices.virtio.net_backend import Passt
 from vmm.devices.virtio.rng import VirtioRng
 from vmm.memory.backings.memfd import MemfdBacking
-from vmm.memory.engines import make_engine
 from vmm.memory.guest_memory import GuestMemory
 from vmm.wiring.devices import Devices
 
@@ -59,27 +59,16 @@ RAM = 512 << 20
 MIB = 1 << 20
 
 
-class Ram:
-    """Real guest memory with FakeMemory's verbs."""
+class Ram(RealMemory):
+    """Guest memory of its own."""
 
     def __init__(self) -> None:
         self.backing = MemfdBacking(RAM)
         self.guest = GuestMemory((Range(0, RAM),), self.backing)
-        self.size = RAM
-        through = self.guest.through(make_engine("auto", self.backing))
-        for verb in (
-            "pread", "pwrite", "transfer_in", "transfer_out", "discard",
-            "read_many", "write_many", "move_in", "move_out",
-        ):  # fmt: skip
-            setattr(self, verb, getattr(through, verb))
-
-    def peek(self, size: int, gpa: int) -> bytes:
-        return os.pread(self.backing.fd, size, gpa)
-
-    def poke(self, data: bytes, gpa: int) -> None:
-        os.pwrite(self.backing.fd, data, gpa)
+        super().__init__(self.guest)
 
     def close(self) -> None:
+        super().close()
         self.guest.close()
 
 
