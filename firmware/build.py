@@ -1,4 +1,4 @@
-"""Builds the embedded payload, the bench guest and the loader from their assembly source with GNU binutils.
+"""Builds the payload, the bench guest and the loader from assembly source with GNU binutils.
 
 `python firmware/build.py` writes the committed images, `--check` compares them with fresh builds.
 The output depends on the sources alone: no build id, no time stamps, no paths.

@@ -92,7 +92,10 @@ class StrictGuest:
             bell: PortDevice = DoorbellBank(0, PORT_NAME, actions)
             self._ports.add(layout.DOORBELL_PORT, layout.DOORBELL_PORTS, bell)
             into = LaunchMemory(self.memory)
-            for gpa, data in change([*self.launch.writes, (layout.PAYLOAD_GPA, after)]):
+            into.pwrite(after, layout.PAYLOAD_GPA)
+            self.placed = change(list(self.launch.writes))
+            """What the monitor put in place, in the end."""
+            for gpa, data in self.placed:
                 into.pwrite(data, gpa)
             into.seal()
             self.vcpu = self.vm.create_vcpu(0)

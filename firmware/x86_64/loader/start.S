@@ -94,6 +94,8 @@ loader_entry:
     xor     ebx, ebx
     xor     ebp, ebp
     xor     r8d, r8d
+    xor     r9d, r9d
+    xor     r10d, r10d
     xor     r12d, r12d
     xor     r13d, r13d
     xor     r14d, r14d

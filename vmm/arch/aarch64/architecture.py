@@ -77,6 +77,11 @@ class Arm64:
             )
         return layout.REALM_SHARED_BIT
 
+    def choose_loading(
+        self, system: System, guest: Guest, private_memory: str, scheme: str
+    ) -> None:
+        """Nothing: the host loads arm64's guests."""
+
     def check_doorbell(self, system: System, guest: Guest) -> None:
         """Registers in memory always work; whether KVM passes a realm's calls on is found out
         when its VM is made (`prepare_vm`)."""

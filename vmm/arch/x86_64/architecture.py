@@ -73,6 +73,17 @@ class X86:
 
             require_working_hypercalls(_x86(system))
 
+    def choose_loading(
+        self, system: System, guest: Guest, private_memory: str, scheme: str
+    ) -> None:
+        from vmm.arch.x86_64.guests import LinuxGuest
+
+        fits = private_memory in ("auto", "guest_memfd") and scheme in ("auto", "cbit")
+        if isinstance(guest, LinuxGuest) and fits:
+            from vmm.arch.x86_64.strict.choice import choose_loading
+
+            choose_loading(_x86(system), guest, by_name=private_memory != "auto")
+
     def micro_guest(
         self,
         system: System,

@@ -11,10 +11,14 @@ from firmware import loader_path
 from vmm.arch.x86_64 import layout
 from vmm.arch.x86_64.page_tables import launch_tables
 from vmm.arch.x86_64.registers import InitialState, SpecialRegisters, linux64_entry
-from vmm.boot.manifest import Part, measurement
+from vmm.boot.manifest import FilePart, Part, measurement
 from vmm.core.errors import UsageError
-from vmm.core.lean_typing import NamedTuple
+from vmm.core.lean_typing import TYPE_CHECKING, NamedTuple
 from vmm.core.ranges import PAGE_SIZE, Range
+
+if TYPE_CHECKING:
+    from vmm.arch.x86_64.kernel import KernelImage
+    from vmm.boot.source import Source
 
 AREA = Range(layout.LAUNCH_GPA, layout.LAUNCH_END - layout.LAUNCH_GPA)
 MAGIC = int.from_bytes(b"PVMMLOAD", "little")
@@ -123,8 +127,7 @@ def header(
         flags,
     )
     table = [
-        _PART.pack(part.gpa, part.size, digest)
-        for part, digest in zip(parts, digests, strict=True)
+        _PART.pack(part.gpa, part.size, digest) for part, digest in zip(parts, digests, strict=True)
     ]
     return fields.ljust(_HEADER_SIZE, b"\0") + b"".join(table)
 
@@ -170,12 +173,45 @@ def launch(
         *tables,
         *state.writes,
     ]
+    return Launch(writes, state, measured(writes, state), parts, digests)
+
+
+def measured(writes: Sequence[tuple[int, bytes]], state: InitialState) -> str:
+    """The measurement of a launch: all that is in memory at its start, and the vCPU's registers.
+
+    CPUID and MSRs, which are the host's or KVM's to say, are no part of it.
+    """
     registers = json.dumps([state.regs, state.sregs], sort_keys=True).encode()
     records = [(f"memory {gpa:#x}", data) for gpa, data in writes]
-    measured = measurement([*records, ("vCPU 0", registers)])
-    return Launch(writes, state, measured, parts, digests)
+    return measurement([*records, ("vCPU 0", registers)])
 
 
-def descriptors(state: InitialState) -> list[tuple[int, bytes]]:
-    """What the state refers to in low memory, in address order."""
-    return sorted(state.writes)
+def parts_of(
+    image: KernelImage,
+    initrd: tuple[Source, Range] | None,
+    tables: Sequence[tuple[str, Sequence[tuple[int, bytes]]]],
+) -> list[Part]:
+    """The kernel's segments, the initrd with its place, and tables, each as a part.
+
+    What lies past a segment's bytes (bss) is no part: private memory is zero until it is written.
+    """
+    parts = []
+    loaded = [segment for segment in image.segments if segment.filesz]
+    for number, segment in enumerate(loaded, start=1):
+        name = "kernel" if len(loaded) == 1 else f"kernel, segment {number}"
+        content = FilePart(image.source.fd, segment.offset, image.source.name)
+        parts.append(Part(name, segment.paddr, segment.filesz, content))
+    if initrd is not None:
+        source, place = initrd
+        content = FilePart(source.fd, 0, source.name)
+        parts.append(Part("initrd", place.start, place.size, content))
+    return parts + [joined(name, places) for name, places in tables]
+
+
+def joined(name: str, places: Sequence[tuple[int, bytes]]) -> Part:
+    """One part out of several pieces that lie close together, with zeros between them."""
+    start = min(gpa for gpa, _ in places)
+    data = bytearray(max(gpa + len(piece) for gpa, piece in places) - start)
+    for gpa, piece in places:
+        data[gpa - start : gpa - start + len(piece)] = piece
+    return Part(name, start, len(data), bytes(data))
