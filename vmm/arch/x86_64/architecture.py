@@ -80,7 +80,7 @@ class X86:
 
         fits = private_memory in ("auto", "guest_memfd") and scheme in ("auto", "cbit")
         if isinstance(guest, LinuxGuest) and fits:
-            from vmm.arch.x86_64.strict.choice import choose_loading
+            from vmm.arch.x86_64.probes.strict import choose_loading
 
             choose_loading(_x86(system), guest, by_name=private_memory != "auto")
 

@@ -17,9 +17,14 @@ from vmm.arch.x86_64 import layout
 from vmm.arch.x86_64.cpuid import choose_c_bit, is_amd
 from vmm.arch.x86_64.doorbells import KVM_HC_MAP_GPA_RANGE
 from vmm.arch.x86_64.micro_guest import AREA_GPA, DONE_PORT, OUT_DONE, MicroGuest
-from vmm.core.errors import HostError
+from vmm.core.errors import HostError, UsageError, tell
+from vmm.core.lean_typing import TYPE_CHECKING
+from vmm.host.kvm import SEE_CHECK
 from vmm.host.probes.finding import Finding, no, yes
 from vmm.host.probes.micro_guest import AREA_SIZE, mapped, seen
+
+if TYPE_CHECKING:
+    from vmm.arch.x86_64.guests import LinuxGuest
 
 _EFER = b"\xb9\x80\x00\x00\xc0"  # mov ecx, 0xc0000080
 _HYPERCALL = (
@@ -121,3 +126,34 @@ def private_code(system: System) -> Finding:
     needed = [name for name, why in failed.items() if why is not None]
     evidence = f"{what}: KVM has to read the instruction for {', '.join(needed) or 'none alone'}"
     return no("KVM reads it", evidence, needs_reading=needed)
+
+
+# -- what a run does with it ----------------------------------------------------------------------
+
+
+def choose_loading(system: System, guest: LinuxGuest, *, by_name: bool) -> None:
+    """Make the guest a strict one where that can be. Where it can't: UsageError or HostError if
+    the user wanted it `by_name`, else one line that says why."""
+    unfit = guest.unfit_to_load_itself
+    if unfit is not None:
+        if by_name:
+            raise UsageError(
+                f"--private-mem=guest_memfd: {unfit}; leave that out, or use "
+                "--private-mem=guest_memfd-mmap, which the host loads"
+            )
+        _tell_rehearsal(unfit)
+        return
+    obstacle = strict_obstacle(system)
+    if obstacle is None:
+        guest.load_itself()
+    elif by_name:
+        raise HostError(
+            f"--private-mem=guest_memfd: {obstacle}; use --private-mem=guest_memfd-mmap or memfd, "
+            f"which are rehearsals, or pyvmm lab --host bochs; {SEE_CHECK}"
+        )
+    else:
+        _tell_rehearsal(obstacle)
+
+
+def _tell_rehearsal(why: str) -> None:
+    tell(f"private memory is a rehearsal here, not kept from the host by its kernel: {why}")
