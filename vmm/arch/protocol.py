@@ -147,6 +147,14 @@ class Architecture(HostArchitecture, Protocol):
         """Raises HostError where the guest's way to ask for conversions does not work here."""
         ...
 
+    def measure(
+        self, guest: Guest, ram: Sequence[Range], functions: Sequence[str], bit: int
+    ) -> dict[str, Any]:
+        """What a report's `launch` is for such a guest that loads itself, from its files alone;
+        `bit` is the address bit that picks the private side. Raises UsageError for a guest that
+        can't, and for bad images."""
+        ...
+
     def platform(
         self, system: System, vm: Vm, guest: Guest, options: GuestOptions, scheme: str
     ) -> Platform:

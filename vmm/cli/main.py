@@ -46,6 +46,10 @@ def main(arguments: Sequence[str]) -> int:
             from vmm.cli.report import run as report
 
             return report(arguments[1:])
+        if arguments and arguments[0] == "measure":
+            from vmm.cli.measure import run as measure
+
+            return measure(arguments[1:], _configuration)
         if arguments and arguments[0] == "replay":
             from vmm.cli.replay import run as replay
 

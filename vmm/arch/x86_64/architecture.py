@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 from vmm.arch.x86_64 import layout
-from vmm.core.lean_typing import TYPE_CHECKING, cast
+from vmm.core.lean_typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from kvm_bindings import System, Vm, x86_64
@@ -128,6 +128,20 @@ class X86:
         from vmm.arch.x86_64.guests import PayloadGuest
 
         return PayloadGuest(options)
+
+    def measure(
+        self, guest: Guest, ram: Sequence[Range], functions: Sequence[str], bit: int
+    ) -> dict[str, Any]:
+        from vmm.arch.x86_64.guests import LinuxGuest
+        from vmm.core.errors import UsageError
+
+        if not isinstance(guest, LinuxGuest):
+            raise UsageError("measure needs --kernel: the embedded payload is loaded by the host")
+        if guest.unfit_to_load_itself is not None:
+            raise UsageError(f"measure: {guest.unfit_to_load_itself}; leave that out")
+        guest.load_itself()
+        guest.finish_opening()
+        return guest.measured(list(ram), 1 << bit, functions).as_dict()
 
     def platform(
         self, system: System, vm: Vm, guest: Guest, options: GuestOptions, scheme: str

@@ -73,11 +73,13 @@ class Launch(NamedTuple):
     measurement: str
     parts: Sequence[Part]
     digests: Sequence[bytes]
+    c_mask: int
 
     def as_dict(self) -> dict[str, object]:
         """For reports: the measurement, and what it is of."""
         return {
             "measurement": self.measurement,
+            "c_bit": self.c_mask.bit_length() - 1,
             "parts": [
                 {"name": part.name, "gpa": part.gpa, "bytes": part.size, "sha256": digest.hex()}
                 for part, digest in zip(self.parts, self.digests, strict=True)
@@ -173,7 +175,8 @@ def launch(
         *tables,
         *state.writes,
     ]
-    return Launch(writes, state, measured(writes, state), parts, digests)
+    c_mask = addressing.cr3 & -layout.FOUR_GIB or addressing.private
+    return Launch(writes, state, measured(writes, state), parts, digests, c_mask)
 
 
 def measured(writes: Sequence[tuple[int, bytes]], state: InitialState) -> str:
