@@ -53,18 +53,19 @@ class StrictGuest:
         flags: int = 0,
         after: bytes = VERBS[Verb.DONE_FOR_EVER],
         rsi: int = 0,
+        rdi: int = 0,
         change: Callable[[list[tuple[int, bytes]]], list[tuple[int, bytes]]] = lambda same: same,
         fill: Fill | None = None,
     ) -> None:
         """`after` is the code that runs when all is loaded, in shared memory at PAYLOAD_GPA, with
-        `rsi`. `change` is what a monitor does to what it puts in place."""
+        `rsi` and `rdi`. `change` is what a monitor does to what it puts in place."""
         alias = 1 << C_BIT
         ram = [Range(0, size)]
         tables = payload_tables(ram, alias)
         state = payload_entry(layout.LAUNCH_GPA, tables.cr3, layout.LAUNCH_HEADER_GPA)
         stays = layout.LAUNCH_STAGE_ONE_TABLES_GPA - layout.LAUNCH_GPA
         addressing = Addressing(0, alias, 0, stays, WINDOW)
-        entry = Entry(layout.PAYLOAD_GPA, rsi=rsi)
+        entry = Entry(layout.PAYLOAD_GPA, rsi, rdi)
         self.launch: Launch = launch(parts, addressing, entry, state, tables.writes, flags)
         self.reason: str | None = None
         """Why the loader failed."""

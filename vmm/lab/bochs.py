@@ -59,11 +59,13 @@ debug: action=ignore
 """
 
 # Bochs implements decode assists (a write to CR4 says from which register), but none of its
-# processors has them, and no option gives them one. What they have is a constant that their
-# get_svm_extensions_bitmask() returns: mov eax, 0x44f; ret. Bit 7 of it is what they lack (AMD APM
-# vol. 3, E.4.9).
-_WITHOUT_DECODE_ASSISTS = b"\xb8\x4f\x04\x00\x00\xc3"
-_WITH_DECODE_ASSISTS = b"\xb8\xcf\x04\x00\x00\xc3"
+# processors has them, and no option gives them one. What they have is a constant, 0x44f, that
+# get_svm_extensions_bitmask() returns and CPUID's leaf 0x8000000a shows, where the compiler put the
+# function's value next to a comparison. Bit 7 of it is what they lack (AMD APM vol. 3, E.4.9).
+_DECODE_ASSISTS = {
+    b"\xb8\x4f\x04\x00\x00\xc3": b"\xb8\xcf\x04\x00\x00\xc3",  # mov eax, 0x44f; ret
+    b"\xb8\x4f\x04\x00\x00\x48\x39\xca": b"\xb8\xcf\x04\x00\x00\x48\x39\xca",  # cmp rdx, rcx
+}
 
 
 def refuse(job: Job, options: LabOptions) -> None:
@@ -123,12 +125,14 @@ def give_decode_assists(program: Path, copy: Path) -> None:
     Raises HostError for a Bochs that is built differently.
     """
     code = program.read_bytes()
-    if _WITHOUT_DECODE_ASSISTS not in code:
-        raise HostError(
-            f"{program}: this Bochs doesn't say what its processors have as Debian's 3.0 does; "
-            "give the lab that version"
-        )
-    copy.write_bytes(code.replace(_WITHOUT_DECODE_ASSISTS, _WITH_DECODE_ASSISTS))
+    for without, having in _DECODE_ASSISTS.items():
+        if without not in code:
+            raise HostError(
+                f"{program}: this Bochs doesn't say what its processors have as Debian's 3.0 "
+                "does; give the lab that version"
+            )
+        code = code.replace(without, having)
+    copy.write_bytes(code)
     copy.chmod(0o755)
 
 
