@@ -81,6 +81,10 @@ def _refuse_early(arguments: Sequence[str], machine: str) -> None:
         from vmm.cli.bench import parser as bench_parser
 
         bench_parser().parse_args(arguments[1:])
+    elif arguments and arguments[0] == "measure":
+        from vmm.cli.measure import words_of
+
+        _configuration(words_of(arguments[1:])[1], machine)
     else:
         _configuration(arguments, machine)
 

@@ -45,12 +45,18 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(arguments: Sequence[str], configuration: Callable[[Sequence[str]], MachineConfig]) -> int:
-    """Measure and print; the exit status. `configuration` reads a run's options."""
+def words_of(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Its own options, and those of the run that is to be measured. Raises UsageError."""
     options, words = parser().parse_known_args(arguments)
     if options.c_bit not in _C_BITS:
         raise UsageError(f"--c-bit {options.c_bit}: use {_C_BITS.start} to {_C_BITS.stop - 1}")
-    launch = measure(configuration([*words, _STRICT]), options.c_bit)
+    return options, [*words, _STRICT]
+
+
+def run(arguments: Sequence[str], configuration: Callable[[Sequence[str]], MachineConfig]) -> int:
+    """Measure and print; the exit status. `configuration` reads a run's options."""
+    options, words = words_of(arguments)
+    launch = measure(configuration(words), options.c_bit)
     with printing():
         if options.json:
             print(json.dumps(launch, indent=2))
