@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from tests.lab.conftest import BOOT_SECONDS, Starter
 from vmm.core.errors import GuestFailure
+from vmm.lab.heartbeat import MachineStandsStill
 from vmm.lab.machine import Lab
 from vmm.lab.options import LabOptions
 
@@ -107,13 +109,22 @@ def test_time_limit_ends_the_machine(lab_start: Starter) -> None:
         run.wait(BOOT_SECONDS)
 
 
-def test_closing_a_run_leaves_no_process_and_no_files(lab_start: Starter) -> None:
-    run = lab_start(["sleep", "1000"], program=True)
+def test_machine_that_stands_still_is_told_apart_and_closing_it_leaves_nothing(
+    lab_start: Starter,
+) -> None:
+    run = lab_start(["sh", "-c", "echo done; sleep 1000"], program=True)
     process, folder = run.process_id, run.folder
     assert folder.is_dir()
+    run.expect(b"done", BOOT_SECONDS)
+    assert run.heartbeat.beats > 0
+    assert b"alive" not in run.log
+
+    os.kill(process, signal.SIGSTOP)
+    run.heartbeat.silence = 2.0
+    with pytest.raises(MachineStandsStill, match="no heartbeat for 2 s"):
+        run.wait(BOOT_SECONDS)
 
     run.close()
-
     assert not folder.exists()
     with pytest.raises(ProcessLookupError):
         os.kill(process, 0)

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from vmm.core.errors import HostError
+from vmm.lab import heartbeat
 from vmm.lab.architecture import AMD64, LabArchitecture
 from vmm.lab.cpio import CpioWriter
 from vmm.lab.devices import VIRTIO, Devices
@@ -45,9 +46,10 @@ load() {{
 mount -t devtmpfs none /dev
 mount -t proc none /proc
 mount -t sysfs none /sys
+while :; do echo {alive}; sleep {seconds}; done &
 load {storage}
-load {kvm} &
-load {net} &
+load {kvm} & kvm=$!
+load {net} & net=$!
 until [ -b {drives}c ]; do usleep 10000; done
 mkdir -p /lower /project /writes /root
 mount -t ext4 -o ro,noatime {drives}a /lower || fail "mounting the root image"
@@ -62,7 +64,7 @@ mount -t ext4 -o ro,noatime {drives}c /root/lab/job || fail "mounting the job im
 mount -o move /dev /root/dev
 mount -o move /proc /root/proc
 mount -o move /sys /root/sys
-wait
+wait $kvm $net
 exec chroot /root /bin/sh /lab/job/run
 """
 
@@ -125,6 +127,8 @@ def host_initramfs(
         kvm=" ".join(name for name, _ in kvm),
         net=" ".join(name for name, _ in net),
         drives=devices.drives,
+        alive=heartbeat.WORDS,
+        seconds=heartbeat.SECONDS,
     )
     loaded_bare = [(name, without_signature(data)) for name, data in [*storage, *kvm, *net]]
     return _archive(busybox, script, loaded_bare)

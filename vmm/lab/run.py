@@ -21,6 +21,7 @@ from typing import Self
 from vmm.core.errors import GuestFailure, HostError
 from vmm.lab import bochs, image, qemu
 from vmm.lab.emulator import Assets
+from vmm.lab.heartbeat import Heartbeat, MachineStandsStill
 from vmm.lab.job import (
     FIXED_DRIVES,
     RESULTS_BYTES,
@@ -71,6 +72,7 @@ class LabRun:
         self._time_limit = options.time_limit
         self._acknowledged = False
         self._status: int | None = None
+        self.heartbeat = Heartbeat(assets.host.silence)
         try:
             self._process, self._pump = self._boot(assets, options, terminal)
         except BaseException:
@@ -182,7 +184,8 @@ class LabRun:
     def pump(self, timeout: float = 1.0) -> bool:
         """Moves bytes for up to `timeout` seconds; False once the machine has ended.
 
-        Raises GuestFailure when the time limit is over, HostError when the machine failed.
+        Raises GuestFailure when the time limit is over or the machine stands still, HostError
+        when it failed.
         """
         if self._pump.process_ended:
             return False
@@ -199,6 +202,8 @@ class LabRun:
         if self._pump.process_ended:
             self._pump.drain()
             self._process.wait()
+        else:
+            self._check_heartbeat()
         return not self._pump.process_ended
 
     def feed_input_from(self, fd: int) -> None:
@@ -277,11 +282,18 @@ class LabRun:
 
     def _on_serial(self, data: bytes) -> None:
         self.log += data
+        self.heartbeat.take_from(self.log, len(data))
         self.running = self.running or _RUNNING in self.log
         at = self.log.find(_FAILED)
         if at >= 0 and b"\n" in self.log[at:]:
             line = self.log[at + len(_FAILED) :].split(b"\n", 1)[0].strip()
             raise HostError(f"the lab machine failed: {line.decode(errors='replace')}")
+
+    def _check_heartbeat(self) -> None:
+        try:
+            self.heartbeat.check()
+        except MachineStandsStill as error:
+            raise MachineStandsStill(f"{error}{self._last_words()}") from None
 
     def _acknowledge(self) -> None:
         """Tells the machine that its output was read; only then it powers off."""
