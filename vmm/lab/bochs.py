@@ -58,13 +58,17 @@ info: action=ignore
 debug: action=ignore
 """
 
-# Bochs implements decode assists (a write to CR4 says from which register), but none of its
-# processors has them, and no option gives them one. What they have is a constant, 0x44f, that
+# Bochs implements decode assists (an access to CR4 says which register goes with it), but none of
+# its processors has them, and no option gives them one. What they have is a constant, 0x44f, that
 # get_svm_extensions_bitmask() returns and CPUID's leaf 0x8000000a shows, where the compiler put the
 # function's value next to a comparison. Bit 7 of it is what they lack (AMD APM vol. 3, E.4.9).
+# And a read of a control register says its register without bit 63, which makes it valid (APM vol.
+# 2, 15.8.1): "if decode assists, edx = register" becomes "edx = register, with bit 63".
 _DECODE_ASSISTS = {
-    b"\xb8\x4f\x04\x00\x00\xc3": b"\xb8\xcf\x04\x00\x00\xc3",  # mov eax, 0x44f; ret
-    b"\xb8\x4f\x04\x00\x00\x48\x39\xca": b"\xb8\xcf\x04\x00\x00\x48\x39\xca",  # cmp rdx, rcx
+    "b8 4f 04 00 00 c3": "b8 cf 04 00 00 c3",  # mov eax, 0x44f; ret
+    "b8 4f 04 00 00 48 39 ca": "b8 cf 04 00 00 48 39 ca",  # mov eax, 0x44f; cmp rdx, rcx
+    # xor edx, edx; test byte ptr [rdi+88], 128; je .+4; movzx edx, byte ptr [rsi+36]
+    "31 d2 f6 47 58 80 74 04 0f b6 56 24": "0f b6 56 24 48 0f ba ea 3f 0f 1f 00",  # movzx; bts; nop
 }
 
 
@@ -125,7 +129,8 @@ def give_decode_assists(program: Path, copy: Path) -> None:
     Raises HostError for a Bochs that is built differently.
     """
     code = program.read_bytes()
-    for without, having in _DECODE_ASSISTS.items():
+    for words in _DECODE_ASSISTS.items():
+        without, having = map(bytes.fromhex, words)
         if without not in code:
             raise HostError(
                 f"{program}: this Bochs doesn't say what its processors have as Debian's 3.0 "
