@@ -20,6 +20,7 @@ _READY = "READY-TO-BE-HUNTED"
 SCRIPT = f"""
 kernel=$1 initrd=$2 backing=$3 seed=$4 words=$5
 cd /tmp
+exec 3<&0  # a command in the background has another standard input
 mkfifo fifo
 tee console <fifo &
 tee=$!
@@ -30,7 +31,7 @@ tee=$!
 ) &
 hunter=$!
 pyvmm --kernel $kernel --initrd $initrd --mem 256M --append "$words" --private-mem=$backing \\
-    --report report --trace trace <&0 >fifo &
+    --report report --trace trace <&3 >fifo &
 echo $! >pid
 wait $!
 status=$?
