@@ -147,6 +147,74 @@ def test_batch_is_cut_where_a_turn_ends_and_goes_on(
     assert turns == [heads[0:2], heads[2:4], heads[4:5]]
 
 
+@pytest.mark.parametrize("kind", [T_IN, T_OUT])
+def test_batch_that_the_host_is_too_slow_for_is_carried_out_one_by_one(
+    batching: DiskMachine, monkeypatch: pytest.MonkeyPatch, kind: int
+) -> None:
+    queue = batching.up()
+    stopped: list[int] = []
+
+    def stop(*_: object) -> int:
+        stopped.append(batching.block._pace.limit)
+        return 512
+
+    for name in ("move_in", "move_out"):
+        monkeypatch.setattr(batching.memory, name, stop)
+    data = b"in memory" * 100 + bytes(124)
+    batching.memory.poke(data, DATA)
+    pieces = [Piece(DATA + 512 * i, 512, kind == T_IN) for i in range(2)]
+
+    heads, statuses = offer(batching, queue, *((kind, 4 + i, [pieces[i]]) for i in range(2)))
+
+    assert len(stopped) == 1
+    assert answers(batching, statuses) == [S_OK] * 2
+    assert queue.collect() == [(head, 513 if kind == T_IN else 1) for head in heads]
+    assert batching.memory.peek(1024, DATA) == batching.disk_bytes()[2048:3072]
+    assert (batching.memory.peek(1024, DATA) == data) is (kind == T_OUT)
+
+
+def test_batch_whose_reads_were_slow_has_the_place_behind_them_looked_at(
+    batching: DiskMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue, now, looked = batching.up(), 0.0, []
+
+    def slow(_fd: int, moves: list[int]) -> int:
+        nonlocal now
+        now += 1.0
+        return sum(moves[2::3])
+
+    monkeypatch.setattr(batching.memory, "move_in", slow)
+    monkeypatch.setattr("vmm.devices.virtio.block_batch.time.monotonic", lambda: now)
+    monkeypatch.setattr(
+        "vmm.devices.virtio.read_ahead.keep_from_zeroing", lambda _fd, end: looked.append(end)
+    )
+    requests = [(T_IN, sector, [Piece(DATA + 512 * sector, 512, True)]) for sector in (9, 3)]
+
+    offer(batching, queue, *requests)
+
+    assert looked == [4 * 512]
+    assert queue.used_index() == 2
+
+
+def test_batch_is_less_than_the_one_that_was_stopped(
+    batching: DiskMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue, now = batching.up(), 0.0
+
+    def stop(_fd: int, _moves: list[int]) -> int:
+        nonlocal now
+        now += 1.0
+        return 0
+
+    monkeypatch.setattr(batching.memory, "move_in", stop)
+    monkeypatch.setattr("vmm.devices.virtio.block_batch.time.monotonic", lambda: now)
+    before = batching.block._pace.limit
+
+    offer(batching, queue, (T_IN, 0, [Piece(DATA, 512, True)]))
+
+    assert batching.block._pace.limit == before // 2
+
+
 @pytest.mark.parametrize(("features", "synced"), [(0, 1), (F_FLUSH, 0)])
 def test_batch_of_writes_is_synced_once_where_the_driver_cannot_flush(
     batching: DiskMachine, monkeypatch: pytest.MonkeyPatch, features: int, synced: int

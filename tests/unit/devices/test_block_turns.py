@@ -273,6 +273,28 @@ def test_disk_slow_host_gets_less_with_each_call(
     assert disk.device._pace.limit == Pace.LEAST
 
 
+def test_disk_slow_piece_has_the_place_behind_it_looked_at(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, looked = 0.0, []
+
+    def slow(size: int) -> int:
+        nonlocal now
+        now += 1.0
+        return CountingMemory._note(disk.memory, size)
+
+    monkeypatch.setattr(disk.memory, "_note", slow)
+    monkeypatch.setattr("vmm.devices.virtio.block.time.monotonic", lambda: now)
+    monkeypatch.setattr(
+        "vmm.devices.virtio.read_ahead.keep_from_zeroing", lambda _fd, end: looked.append(end)
+    )
+    disk.offer(T_IN, [(32 * MIB, 32 * MIB, DESC_WRITE)])
+
+    disk.turn()
+
+    assert looked[0] == MIB
+
+
 def test_disk_data_of_a_long_request_is_all_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -45,6 +45,8 @@ PATIENCE = 12
 SIMPLE = 3
 # Bytes of a request that is carried out without steps.
 SMALL = 64 << 10
+# Bytes at once of a request that is carried out in steps: more of them are no quicker.
+LARGE = 1 << 20
 
 _HEADER = struct.Struct("<IIQ")
 _ELEMENT = struct.Struct("<II")  # of the used ring
@@ -204,11 +206,15 @@ class VirtioBlock(VirtioDevice):
                 disk.sectors,
                 may_write=not disk.read_only,
                 most=pace.limit,
+                was_slow=self._read_was_slow,
             )
+            seconds = time.monotonic() - started
             if plan is None or (plan.bytes_written and not self._written_through()):
+                if seconds > pace.SLOW:  # it may have been stopped for that
+                    pace.took(pace.limit, seconds)
                 break
             planner.done(chains, plan)
-            pace.took(plan.cost, time.monotonic() - started)
+            pace.took(plan.cost, seconds)
             budget.spend(2, plan.bytes_read + plan.bytes_written)
             budget.look()
             whole.add(plan)
@@ -390,7 +396,7 @@ class VirtioBlock(VirtioDevice):
                 while gpa < end:
                     if budget.spent and done:
                         yield
-                    size = min(end - gpa, max(pace.limit, Pace.LEAST))
+                    size = min(end - gpa, max(pace.limit, Pace.LEAST), LARGE)
                     started = time.monotonic()
                     moved = transfer(position + done, gpa, size)
                     pace.took(size + Pace.EACH, time.monotonic() - started)
@@ -405,9 +411,18 @@ class VirtioBlock(VirtioDevice):
 
     def _transfer_in(self, position: int, gpa: int, size: int) -> int:
         assert self._memory is not None
+        started = time.monotonic()
         moved = self._memory.transfer_in(self._disk.fd, position, gpa, size)
+        if time.monotonic() - started > Pace.SLOW:
+            self._read_was_slow(position + moved)
         self.statistics.add("bytes_read", moved)
         return moved
+
+    def _read_was_slow(self, position: int) -> None:
+        """One that ended at this byte of the disk."""
+        from vmm.devices.virtio.read_ahead import keep_from_zeroing  # most disks do without
+
+        keep_from_zeroing(self._disk.fd, position)
 
     def _transfer_out(self, position: int, gpa: int, size: int) -> int:
         assert self._memory is not None

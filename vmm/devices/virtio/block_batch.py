@@ -10,6 +10,9 @@ asked for.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 from kvm_bindings.virtqueue import Chains, DiskPlanner, Plan
 from vmm.core.disk_image import SECTOR
 from vmm.core.errors import GuestMemoryError
@@ -60,9 +63,11 @@ def serve_together(
     *,
     may_write: bool,
     most: int,
+    was_slow: Callable[[int], None],
 ) -> Plan | None:
     """Carry out the first of the chains, as many as are plain and don't cost more than `most`
-    (see Pace); None where that are none, or something is in their way.
+    (see Pace); None where that are none, or something is in their way. `was_slow` is told where
+    a read ended that took longer than a turn should.
 
     The data has been moved then. What is left to the caller are status bytes, used ring, and
     `planner.done`.
@@ -75,10 +80,26 @@ def serve_together(
         plan = planner.plan(chains, headers, sectors * SECTOR, may_write, Pace.EACH, most)
         if not plan.requests:
             return None
-        if plan.reads and memory.move_in(fd, plan.reads) != plan.bytes_read:
-            return None
+        if plan.reads:
+            started = time.monotonic()
+            moved = memory.move_in(fd, plan.reads)
+            if time.monotonic() - started > Pace.SLOW:
+                was_slow(_end_of(plan.reads, moved))
+            if moved != plan.bytes_read:
+                return None
         if plan.writes and memory.move_out(plan.writes, fd) != plan.bytes_written:
             return None
     except (GuestMemoryError, OSError):
         return None
     return plan
+
+
+def _end_of(reads: list[int], moved: int) -> int:
+    """The file offset at which so many bytes of the reads (offset, gpa, size, offset...) end."""
+    end = 0
+    for offset, size in zip(reads[::3], reads[2::3], strict=True):
+        end = offset + min(size, moved)
+        moved -= size
+        if moved <= 0:
+            break
+    return end
