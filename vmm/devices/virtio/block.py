@@ -19,7 +19,7 @@ from vmm.core.disk_image import SECTOR
 from vmm.core.errors import GuestMemoryError
 from vmm.devices.virtio.block_batch import Batch, serve_together
 from vmm.devices.virtio.block_file import SERIAL_BYTES, DiskFile
-from vmm.devices.virtio.budget import Budget, Pace, Work
+from vmm.devices.virtio.budget import Budget, Looks, Pace, Work
 from vmm.devices.virtio.device import EXPECTED, GuestMemory, VirtioDevice
 from vmm.devices.virtio.queue import Chain, QueueError, Segment, SplitQueue, listed
 from vmm.devices.virtio.segments import aligned_pieces, gather, merged, take_front, total
@@ -83,6 +83,7 @@ class VirtioBlock(VirtioDevice):
         self._disk = disk
         self._punch = punch
         self._pace = Pace()
+        self._looks = Looks()
         self._planners: dict[SplitQueue, DiskPlanner] = {}
         self.queue_sizes = (QUEUE_SIZE,) * disk.queues
         self.concurrent = disk.queues > 1
@@ -206,7 +207,8 @@ class VirtioBlock(VirtioDevice):
                 disk.sectors,
                 may_write=not disk.read_only,
                 most=pace.limit,
-                was_slow=self._read_was_slow,
+                looks=self._looks,
+                look=self._look_behind,
             )
             seconds = time.monotonic() - started
             if plan is None or (plan.bytes_written and not self._written_through()):
@@ -413,14 +415,14 @@ class VirtioBlock(VirtioDevice):
         assert self._memory is not None
         started = time.monotonic()
         moved = self._memory.transfer_in(self._disk.fd, position, gpa, size)
-        if time.monotonic() - started > Pace.SLOW:
-            self._read_was_slow(position + moved)
+        if self._looks.is_due(time.monotonic() - started, moved):
+            self._look_behind(position + moved)
         self.statistics.add("bytes_read", moved)
         return moved
 
-    def _read_was_slow(self, position: int) -> None:
-        """One that ended at this byte of the disk."""
-        from vmm.devices.virtio.read_ahead import keep_from_zeroing  # most disks do without
+    def _look_behind(self, position: int) -> None:
+        """A read ended at this byte of the disk."""
+        from vmm.devices.virtio.read_ahead import keep_from_zeroing  # a start does without
 
         keep_from_zeroing(self._disk.fd, position)
 

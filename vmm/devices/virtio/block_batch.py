@@ -17,7 +17,7 @@ from kvm_bindings.virtqueue import Chains, DiskPlanner, Plan
 from vmm.core.disk_image import SECTOR
 from vmm.core.errors import GuestMemoryError
 from vmm.core.lean_typing import Protocol
-from vmm.devices.virtio.budget import Pace
+from vmm.devices.virtio.budget import Looks, Pace
 from vmm.devices.virtio.queue import BatchMemory
 
 
@@ -63,11 +63,12 @@ def serve_together(
     *,
     may_write: bool,
     most: int,
-    was_slow: Callable[[int], None],
+    looks: Looks,
+    look: Callable[[int], None],
 ) -> Plan | None:
     """Carry out the first of the chains, as many as are plain and don't cost more than `most`
-    (see Pace); None where that are none, or something is in their way. `was_slow` is told where
-    a read ended that took longer than a turn should.
+    (see Pace); None where that are none, or something is in their way. `look` is called where
+    `looks` says so, with the place on the disk where reads ended.
 
     The data has been moved then. What is left to the caller are status bytes, used ring, and
     `planner.done`.
@@ -83,8 +84,8 @@ def serve_together(
         if plan.reads:
             started = time.monotonic()
             moved = memory.move_in(fd, plan.reads)
-            if time.monotonic() - started > Pace.SLOW:
-                was_slow(_end_of(plan.reads, moved))
+            if looks.is_due(time.monotonic() - started, moved):
+                look(_end_of(plan.reads, moved))
             if moved != plan.bytes_read:
                 return None
         if plan.writes and memory.move_out(plan.writes, fd) != plan.bytes_written:

@@ -23,6 +23,7 @@ kernel reads on from."""
 # extents: logical, physical, length, 16 bytes reserved, flags, 12 bytes reserved.
 _FS_IOC_FIEMAP = 0xC020660B
 _UNWRITTEN = 1 << 11
+_FEW_EXTENTS = 32
 _MOST_EXTENTS = 2048  # with a page's hole behind each page they reach as far as AHEAD
 _HEAD = struct.Struct("<QQIIII")
 _EXTENT = struct.Struct("<QQQ16xI12x")
@@ -32,17 +33,15 @@ _DROPPED_AT_ONCE = 4 << 20
 
 
 def keep_from_zeroing(fd: int, position: int) -> None:
-    """If what follows `position` in the file is not all data, nothing is read ahead of any read
-    through `fd` any more, and what is there of the holes already is dropped.
+    """To be called after a read up to `position` that had to be waited for, and now and then.
 
-    Not for that place alone: a guest could mix its reads. And pages that were read ahead have to
-    go, as the kernel reads on when it meets one of them, whatever it was advised. Holes alone,
-    because pages that have been written would go to the disk first.
+    If what follows is not all data, nothing is read ahead any more until this is called where it
+    is, and what is there of the holes already is dropped: the kernel reads on when it meets a page
+    that was read ahead, whatever it was advised. Holes alone, because pages that have been written
+    would go to the disk first.
     """
     holes = _holes(fd, position, min(position + AHEAD, os.fstat(fd).st_size))
-    if not holes:
-        return
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM if holes else os.POSIX_FADV_NORMAL)
     until = time.monotonic() + TURN_SECONDS  # an unwritten extent may have been written to
     for start, end in holes:
         for at, size in aligned_pieces(start, end - start, _DROPPED_AT_ONCE):
@@ -56,14 +55,17 @@ def _holes(fd: int, start: int, end: int) -> list[tuple[int, int]]:
     system doesn't say, and in a block device, which has no size that stat(2) tells."""
     if start >= end:
         return []
-    request = bytearray(_HEAD.size + _MOST_EXTENTS * _EXTENT.size)
-    _HEAD.pack_into(request, 0, start, end - start, 0, 0, _MOST_EXTENTS, 0)
-    try:
-        fcntl.ioctl(fd, _FS_IOC_FIEMAP, request)
-    except OSError:
-        return []
-    holes = []
-    count = _HEAD.unpack_from(request)[3]
+    holes: list[tuple[int, int]] = []
+    for room in (_FEW_EXTENTS, _MOST_EXTENTS):
+        request = bytearray(_HEAD.size + room * _EXTENT.size)
+        _HEAD.pack_into(request, 0, start, end - start, 0, 0, room, 0)
+        try:
+            fcntl.ioctl(fd, _FS_IOC_FIEMAP, request)
+        except OSError:
+            return []
+        count = _HEAD.unpack_from(request)[3]
+        if count < room:
+            break
     for number in range(count):
         extent = _EXTENT.unpack_from(request, _HEAD.size + number * _EXTENT.size)
         first, _, size, flags = extent
