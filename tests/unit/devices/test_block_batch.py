@@ -12,6 +12,7 @@ from tests.support.virtio_driver import NEEDS_RESET, Piece, VirtioQueueDriver
 from vmm.core.ranges import Range
 from vmm.devices.virtio import budget
 from vmm.devices.virtio.block import F_FLUSH, S_IOERR, S_OK, T_FLUSH, T_GET_ID, T_IN, T_OUT
+from vmm.devices.virtio.block_file import ReadAhead
 
 SECTORS = 256
 
@@ -185,9 +186,7 @@ def test_batch_whose_reads_were_slow_has_the_place_behind_them_looked_at(
 
     monkeypatch.setattr(batching.memory, "move_in", slow)
     monkeypatch.setattr("vmm.devices.virtio.block_batch.time.monotonic", lambda: now)
-    monkeypatch.setattr(
-        "vmm.devices.virtio.read_ahead.keep_from_zeroing", lambda _fd, end: looked.append(end)
-    )
+    monkeypatch.setattr(ReadAhead, "look", lambda _, end: looked.append(end))
     requests = [(T_IN, sector, [Piece(DATA + 512 * sector, 512, True)]) for sector in (9, 3)]
 
     offer(batching, queue, *requests)

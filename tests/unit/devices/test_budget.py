@@ -5,9 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vmm.devices.virtio import budget
-from vmm.devices.virtio.budget import LOOK_EVERY, TURN_BYTES, TURN_CALLS, Budget, Looks, Pace
-
-MIB = 1 << 20
+from vmm.devices.virtio.budget import LOOK_EVERY, TURN_BYTES, TURN_CALLS, Budget, Pace
 
 
 class Clock:
@@ -94,23 +92,6 @@ def test_budget_takes_nothing_once_it_is_spent() -> None:
     turn.spend(size=TURN_BYTES)
 
     assert turn.left_to_take()[0] == 0
-
-
-def test_look_is_due_after_a_read_that_was_waited_for() -> None:
-    looks = Looks()
-
-    assert not looks.is_due(Looks.WAITED / 2, 4096)
-    assert looks.is_due(2 * Looks.WAITED, 4096)
-    assert not looks.is_due(2 * Looks.WAITED, 4 * MIB)  # as quick as memory
-    assert looks.is_due(5 * Looks.WAITED, 4 * MIB)
-
-
-def test_look_is_due_after_so_many_bytes() -> None:
-    looks = Looks()
-
-    found = [looks.is_due(0.0, MIB) for _ in range(17)]
-
-    assert found == [i in (7, 15) for i in range(17)]
 
 
 def test_pace_falls_where_a_call_is_slow_and_rises_where_it_is_quick() -> None:

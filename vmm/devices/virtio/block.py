@@ -18,8 +18,8 @@ from kvm_bindings.virtqueue import Chains, DiskPlanner
 from vmm.core.disk_image import SECTOR
 from vmm.core.errors import GuestMemoryError
 from vmm.devices.virtio.block_batch import Batch, serve_together
-from vmm.devices.virtio.block_file import SERIAL_BYTES, DiskFile
-from vmm.devices.virtio.budget import Budget, Looks, Pace, Work
+from vmm.devices.virtio.block_file import SERIAL_BYTES, DiskFile, ReadAhead
+from vmm.devices.virtio.budget import Budget, Pace, Work
 from vmm.devices.virtio.device import EXPECTED, GuestMemory, VirtioDevice
 from vmm.devices.virtio.queue import Chain, QueueError, Segment, SplitQueue, listed
 from vmm.devices.virtio.segments import aligned_pieces, gather, merged, take_front, total
@@ -83,7 +83,7 @@ class VirtioBlock(VirtioDevice):
         self._disk = disk
         self._punch = punch
         self._pace = Pace()
-        self._looks = Looks()
+        self._read_ahead = ReadAhead(disk.fd)
         self._planners: dict[SplitQueue, DiskPlanner] = {}
         self.queue_sizes = (QUEUE_SIZE,) * disk.queues
         self.concurrent = disk.queues > 1
@@ -207,8 +207,7 @@ class VirtioBlock(VirtioDevice):
                 disk.sectors,
                 may_write=not disk.read_only,
                 most=pace.limit,
-                looks=self._looks,
-                look=self._look_behind,
+                read_ahead=self._read_ahead,
             )
             seconds = time.monotonic() - started
             if plan is None or (plan.bytes_written and not self._written_through()):
@@ -415,16 +414,10 @@ class VirtioBlock(VirtioDevice):
         assert self._memory is not None
         started = time.monotonic()
         moved = self._memory.transfer_in(self._disk.fd, position, gpa, size)
-        if self._looks.is_due(time.monotonic() - started, moved):
-            self._look_behind(position + moved)
+        if self._read_ahead.is_due(time.monotonic() - started, moved):
+            self._read_ahead.look(position + moved)
         self.statistics.add("bytes_read", moved)
         return moved
-
-    def _look_behind(self, position: int) -> None:
-        """A read ended at this byte of the disk."""
-        from vmm.devices.virtio.read_ahead import keep_from_zeroing  # a start does without
-
-        keep_from_zeroing(self._disk.fd, position)
 
     def _transfer_out(self, position: int, gpa: int, size: int) -> int:
         assert self._memory is not None

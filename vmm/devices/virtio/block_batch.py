@@ -11,13 +11,13 @@ asked for.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 from kvm_bindings.virtqueue import Chains, DiskPlanner, Plan
 from vmm.core.disk_image import SECTOR
 from vmm.core.errors import GuestMemoryError
 from vmm.core.lean_typing import Protocol
-from vmm.devices.virtio.budget import Looks, Pace
+from vmm.devices.virtio.block_file import ReadAhead
+from vmm.devices.virtio.budget import Pace
 from vmm.devices.virtio.queue import BatchMemory
 
 
@@ -63,12 +63,11 @@ def serve_together(
     *,
     may_write: bool,
     most: int,
-    looks: Looks,
-    look: Callable[[int], None],
+    read_ahead: ReadAhead,
 ) -> Plan | None:
     """Carry out the first of the chains, as many as are plain and don't cost more than `most`
-    (see Pace); None where that are none, or something is in their way. `look` is called where
-    `looks` says so, with the place on the disk where reads ended.
+    (see Pace); None where that are none, or something is in their way. `read_ahead` is told of
+    reads.
 
     The data has been moved then. What is left to the caller are status bytes, used ring, and
     `planner.done`.
@@ -84,8 +83,8 @@ def serve_together(
         if plan.reads:
             started = time.monotonic()
             moved = memory.move_in(fd, plan.reads)
-            if looks.is_due(time.monotonic() - started, moved):
-                look(_end_of(plan.reads, moved))
+            if read_ahead.is_due(time.monotonic() - started, moved):
+                read_ahead.look(_end_of(plan.reads, moved))
             if moved != plan.bytes_read:
                 return None
         if plan.writes and memory.move_out(plan.writes, fd) != plan.bytes_written:

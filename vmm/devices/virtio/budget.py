@@ -26,7 +26,6 @@ LOOK_EVERY = 16
 """Steps, of a call or 16 KiB each, between two looks at the clock."""
 
 _STEP_SHIFT = 14
-_MIB = 1 << 20
 
 Work = Generator[None, None, int]
 """A request that is carried out in steps: it yields where the turn's budget is spent, to be gone
@@ -80,31 +79,6 @@ class Budget:
     def size_left(self) -> int:
         """How many bytes the turn may still move."""
         return max(self._size, 0)
-
-
-class Looks:
-    """When to look at what a disk's file has behind a read (`vmm.devices.virtio.read_ahead`):
-    after one that had to be waited for, and now and then, since the kernel may have read ahead so
-    far that none has to be."""
-
-    WAITED = 0.0005
-    """Seconds: a read of a MiB that takes longer has not found all of it in the host's memory."""
-    EVERY = 8 << 20
-    """Bytes read."""
-
-    __slots__ = ("_left",)
-
-    def __init__(self) -> None:
-        self._left = self.EVERY
-
-    def is_due(self, seconds: float, size: int) -> bool:
-        """A read of so many bytes took so long. Any thread may ask: a look more or less is no
-        matter."""
-        self._left -= size
-        if self._left > 0 and (seconds < self.WAITED or seconds * _MIB < self.WAITED * size):
-            return False
-        self._left = self.EVERY
-        return True
 
 
 class Pace:
