@@ -164,7 +164,7 @@ class FdCopier:
             self._no_splice.add(_between(src, dst))
             return self.copy_many(src, dst, moves)
         if moved != sum(sizes):
-            return moved  # the caller goes on one by one, and finds out if the file is short
+            return moved  # the caller asks for the rest, and finds out if the file is short
         inside = fell_back = 0
         if splice_from != datapath.NEVER:
             inside = sum([size for size in sizes if size >= splice_from])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import random
+from typing import cast
 
 import pytest
 
 from tests.support.disk_machine import DATA, DiskMachine, MakeMachine, pattern
+from tests.support.fake_memory import BatchingFakeMemory
 from tests.support.virtio_driver import NEEDS_RESET, Piece, VirtioQueueDriver
 from vmm.core.ranges import Range
 from vmm.devices.virtio import budget
@@ -149,29 +151,32 @@ def test_batch_is_cut_where_a_turn_ends_and_goes_on(
 
 
 @pytest.mark.parametrize("kind", [T_IN, T_OUT])
-def test_batch_that_the_host_is_too_slow_for_is_carried_out_one_by_one(
-    batching: DiskMachine, monkeypatch: pytest.MonkeyPatch, kind: int
+@pytest.mark.parametrize("step", [1, 512, 700])
+def test_batch_that_stops_because_the_host_is_slow_goes_on_where_it_was(
+    batching: DiskMachine, monkeypatch: pytest.MonkeyPatch, kind: int, step: int
 ) -> None:
-    queue = batching.up()
-    stopped: list[int] = []
+    queue, memory = batching.up(), cast(BatchingFakeMemory, batching.memory)
+    real_in, real_out = memory.move_in, memory.move_out
+    monkeypatch.setattr(memory, "move_in", lambda fd, m: real_in(fd, [*m[:2], min(m[2], step)]))
+    monkeypatch.setattr(memory, "move_out", lambda m, fd: real_out([*m[:2], min(m[2], step)], fd))
+    data = b"in memory" * 200
+    memory.poke(data, DATA)
+    sizes = (1024, 512)
+    requests = [
+        (kind, 4 + 4 * i, [Piece(DATA + 1024 * i, size, kind == T_IN)])
+        for i, size in enumerate(sizes)
+    ]
 
-    def stop(*_: object) -> int:
-        stopped.append(batching.block._pace.limit)
-        return 512
+    _, statuses = offer(batching, queue, *requests)
 
-    for name in ("move_in", "move_out"):
-        monkeypatch.setattr(batching.memory, name, stop)
-    data = b"in memory" * 100 + bytes(124)
-    batching.memory.poke(data, DATA)
-    pieces = [Piece(DATA + 512 * i, 512, kind == T_IN) for i in range(2)]
-
-    heads, statuses = offer(batching, queue, *((kind, 4 + i, [pieces[i]]) for i in range(2)))
-
-    assert len(stopped) == 1
     assert answers(batching, statuses) == [S_OK] * 2
-    assert queue.collect() == [(head, 513 if kind == T_IN else 1) for head in heads]
-    assert batching.memory.peek(1024, DATA) == batching.disk_bytes()[2048:3072]
-    assert (batching.memory.peek(1024, DATA) == data) is (kind == T_OUT)
+    assert len(queue.collect()) == 2
+    assert not {"transfer_in", "transfer_out"} & memory.calls.keys()
+    for i, size in enumerate(sizes):
+        found = memory.peek(size, DATA + 1024 * i)
+        start = 512 * (4 + 4 * i)
+        assert found == batching.disk_bytes()[start : start + size]
+        assert (found == data[1024 * i : 1024 * i + size]) is (kind == T_OUT)
 
 
 def test_batch_whose_reads_were_slow_has_the_place_behind_them_looked_at(
@@ -193,25 +198,6 @@ def test_batch_whose_reads_were_slow_has_the_place_behind_them_looked_at(
 
     assert looked == [4 * 512]
     assert queue.used_index() == 2
-
-
-def test_batch_is_less_than_the_one_that_was_stopped(
-    batching: DiskMachine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    queue, now = batching.up(), 0.0
-
-    def stop(_fd: int, _moves: list[int]) -> int:
-        nonlocal now
-        now += 1.0
-        return 0
-
-    monkeypatch.setattr(batching.memory, "move_in", stop)
-    monkeypatch.setattr("vmm.devices.virtio.block_batch.time.monotonic", lambda: now)
-    before = batching.block._pace.limit
-
-    offer(batching, queue, (T_IN, 0, [Piece(DATA, 512, True)]))
-
-    assert batching.block._pace.limit == before // 2
 
 
 @pytest.mark.parametrize(("features", "synced"), [(0, 1), (F_FLUSH, 0)])

@@ -209,13 +209,10 @@ class VirtioBlock(VirtioDevice):
                 most=pace.limit,
                 read_ahead=self._read_ahead,
             )
-            seconds = time.monotonic() - started
             if plan is None or (plan.bytes_written and not self._written_through()):
-                if seconds > pace.SLOW:  # it may have been stopped for that
-                    pace.took(pace.limit, seconds)
                 break
             planner.done(chains, plan)
-            pace.took(plan.cost, seconds)
+            pace.took(plan.cost, time.monotonic() - started)
             budget.spend(2, plan.bytes_read + plan.bytes_written)
             budget.look()
             whole.add(plan)
