@@ -109,9 +109,6 @@ class Lender:
     def _lend(self, endpoint: Endpoint, iova: int, area: Range, access: int, began: int) -> int:
         space = endpoint.space
         assert space is not None
-        low, high = space.within(iova, iova + area.size - 1)
-        if low != high:
-            return errno.EINVAL
         memory = self._memory
         try:
             try:
@@ -127,10 +124,13 @@ class Lender:
         if mapping is None:
             return errno.EACCES
         counts = self.counts
-        counts.peak_mappings = max(counts.peak_mappings, memory.mapped)
+        if memory.mapped > counts.peak_mappings:
+            counts.peak_mappings = memory.mapped
         if mapping.lent:
             counts.lent_bytes_total += area.size
-            counts.peak_lent_bytes = max(counts.peak_lent_bytes, memory.lent_bytes)
+            lent_bytes = memory.lent_bytes
+            if lent_bytes > counts.peak_lent_bytes:
+                counts.peak_lent_bytes = lent_bytes
             if self._observer is not None:
                 self._observer.lent(endpoint.name, area, 0, began)
         return 0
@@ -143,7 +143,8 @@ class Lender:
         if not converter.hooks.asks_about_lending:
             return memory.map(space, iova, area, access, now)
         with converter.asking:
-            if memory.kind_of(area) <= PRIVATE:
+            low, high = space.within(iova, iova + area.size - 1)
+            if low == high and memory.kind_of(area) <= PRIVATE:
                 event = _event(endpoint, iova, area, access)
                 if not converter.hooks.lending(event, converter.view):
                     return None
@@ -160,15 +161,15 @@ class Lender:
         """
         space = endpoint.space
         assert space is not None
-        if space.is_split_by(first, last):
+        low, high = space.within(first, last)
+        if space.is_split_by(first, last, low, high):
             self.counts.failed += 1
             return errno.ERANGE, False
-        low, high = space.within(first, last)
         some = min(high, low + AT_ONCE)
         allowed = self._allowed_back(endpoint, space.mappings[low:some])
         denied = low + allowed < some
         taken = self._memory.unmap(space, low, low + allowed)
-        if not self._drained(taken):
+        if not self._memory.drained(taken, self._patience):
             self._memory.put_back(space, taken)
             self.counts.failed += 1
             return errno.EBUSY, False
@@ -193,10 +194,6 @@ class Lender:
         event = _event(endpoint, mapping.iova, mapping.area, mapping.access, forced=forced)
         converter = self._converter
         return converter.hooks.lending(event, converter.view, is_return=True)
-
-    def _drained(self, mappings: Sequence[Mapping]) -> bool:
-        """Wait for the accesses under way to these pages; False when that takes too long."""
-        return all(self._memory.quiesce(mapping.area, self._patience) for mapping in mappings)
 
     def _give_back(self, endpoint: Endpoint, mappings: Sequence[Mapping]) -> None:
         now = self._clock()

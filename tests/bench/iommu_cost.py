@@ -1,0 +1,239 @@
+"""What a request to the virtual IOMMU costs, against conversions of the same pages.
+
+    python -m tests.bench.iommu_cost [--rounds N] [--json FILE]
+
+No guest runs: exits are made by hand and handled by what handles a guest's, and rings are written
+as a driver writes them, into a memfd. Each number is from the exit to the answer: a hypercall that
+converts pages (scheme cbit), and the write to the IOMMU's notify register, after which the answers
+to all requests on its queue are there. They take turns on the same pages: share, unshare, map,
+unmap, one after the other, pages that are given up being there before the clock starts. KVM_RUN,
+which costs both the same, is left out; with it the ratios would be smaller.
+
+The second table is what translation adds: the verbs that devices use, by GPA in shared memory
+(GuestMemory) and by IOVA in lent memory (IommuMemory), in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import struct
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from kvm_bindings.exits import HypercallExit, IoExit
+from tests.support.fake_vcpu import FakeVcpu
+from tests.support.iommu import map_request, unmap_request
+from tests.support.real_memory import RealMemory
+from tests.support.virtio_driver import Piece
+from tests.support.virtio_machine import BAR, VirtioMachine
+from tests.support.x86 import exit_handlers
+from vmm.arch.x86_64.doorbells import KVM_HC_MAP_GPA_RANGE
+from vmm.conversion.lending import Lender
+from vmm.conversion.schemes.cbit import CbitScheme
+from vmm.conversion.transaction import Converter
+from vmm.core.ranges import PAGE_SIZE, Range
+from vmm.devices.virtio import iommu
+from vmm.devices.virtio.iommu import VirtioIommu
+from vmm.devices.virtio.pci_function import NOTIFY
+from vmm.memory.backings.memfd import MemfdBacking
+from vmm.memory.lending import IommuMemory, LendingMemory
+
+RAM = 64 << 20
+PRIVATE_FROM = 2 << 20
+AREA = 32 << 20
+POOL = 16 << 20
+"""What is mapped all the time beside, page by page, as a guest's rings and buffers are."""
+POOL_PAGES = 64
+IOVA = 0x10_0000_0000
+DOMAIN = 1
+KEEP = 1  # FALLOC_FL_KEEP_SIZE
+TARGET = 2.0
+TARGET_US = 1.5
+
+CASES = {"4 KiB": (1, 1), "64 KiB": (16, 1), "4 KiB, 8 a kick": (1, 8), "4 KiB, 32 a kick": (1, 32)}
+"""Name -> pages of a mapping, and requests at one kick (as many conversions, one by one)."""
+
+
+class Guest:
+    """What the bench drives: an IOMMU, a device behind it, and the exits that lead there."""
+
+    def __init__(self, opened: ExitStack) -> None:
+        shared, private = MemfdBacking(RAM), MemfdBacking(RAM)
+        ram = Range(0, RAM)
+        areas = (Range(PRIVATE_FROM, RAM - PRIVATE_FROM),)
+        self.memory = LendingMemory((ram,), shared, private, areas)
+        opened.callback(self.memory.close)
+        self.shared, self.private = shared, private
+        converter = Converter(self.memory, CbitScheme(38))
+        self.device = VirtioIommu()
+        self.device.lending = Lender(self.memory, converter)
+        endpoint = self.device.endpoint("blk0", 8)
+        self.behind = IommuMemory(self.memory, endpoint)
+        self.machine = VirtioMachine(self.device, RealMemory(self.memory))  # type: ignore[arg-type]
+        opened.callback(self.machine.close)
+        # Its notify is served by the vCPU that writes it (vmm.wiring.prompt).
+        self.machine.transport._notified = self.machine.transport.notify
+        self.machine.up(size=64)
+        self.vcpu: Any = FakeVcpu()
+        self._handlers = exit_handlers(
+            self.memory, converter, print, ports=self.machine.ports
+        )
+        self._kick = IoExit(BAR + NOTIFY, 2, 1, True, struct.pack("<H", iommu.REQUESTS))
+        self._heads = [self.machine.room(64) for _ in range(64)]
+        self._tails = [self.machine.room(16) for _ in range(64)]
+        attach = struct.pack("<B3xIIII", iommu.T_ATTACH, DOMAIN, 8, 0, 0)
+        self.ask([attach])
+        for number in range(POOL_PAGES):
+            self.ask([map_request(number << 16, PAGE_SIZE, POOL + 2 * number * PAGE_SIZE, 3, 1)])
+
+    def ask(self, requests: list[bytes]) -> int:
+        """Nanoseconds from the kick to the answer."""
+        machine = self.machine
+        queue = machine.queues[iommu.REQUESTS]
+        for request, head, tail in zip(requests, self._heads, self._tails, strict=False):
+            machine.memory.poke(request, head)
+            chain = queue.chain([Piece(head, len(request)), Piece(tail, 4, True)])
+            queue.available = (queue.available + 1) & 0xFFFF
+            slot = queue.avail + 4 + 2 * ((queue.available - 1) % queue.size)
+            machine.memory.poke(struct.pack("<H", chain), slot)
+        queue.set_available_index(queue.available)
+        started = time.perf_counter_ns()
+        self._handlers.io(self.vcpu, self._kick)
+        while machine.rung:  # a turn's time was over
+            machine.transport.notify(machine.rung.pop())
+        elapsed = time.perf_counter_ns() - started
+        answers = {machine.memory.peek(1, tail) for tail in self._tails[: len(requests)]}
+        if answers != {b"\0"} or len(queue.collect()) != len(requests):
+            raise RuntimeError(f"the IOMMU answered {answers}")
+        return elapsed
+
+    def convert(self, gpas: list[int], pages: int, *, to_shared: bool) -> int:
+        """Nanoseconds from the first hypercall to the last answer."""
+        losing = self.private if to_shared else self.shared
+        for gpa in gpas:
+            os.posix_fallocate(losing.fd, gpa, pages * PAGE_SIZE)
+        attributes = 0 if to_shared else 16
+        exits = [
+            HypercallExit(KVM_HC_MAP_GPA_RANGE, (gpa, pages, attributes, 0, 0, 0), 1)
+            for gpa in gpas
+        ]
+        started = time.perf_counter_ns()
+        for each in exits:
+            self._handlers.hypercall(self.vcpu, each)
+        elapsed = time.perf_counter_ns() - started
+        if any(self.vcpu.hypercalls):
+            raise RuntimeError(f"conversions answered {self.vcpu.hypercalls}")
+        self.vcpu.hypercalls.clear()
+        return elapsed
+
+
+def requests(guest: Guest, pages: int, count: int, rounds: int) -> dict[str, float]:
+    """Medians in microseconds for one of each, and the ratio of a map and its unmap to a share
+    and its unshare, median of the rounds."""
+    size = pages * PAGE_SIZE
+    gpas = [AREA + 2 * size * number for number in range(count)]
+    maps = [map_request(IOVA + (gpa << 1), size, gpa, 3, DOMAIN) for gpa in gpas]
+    unmaps = [unmap_request(IOVA + (gpa << 1), size, DOMAIN) for gpa in gpas]
+    steps: dict[str, Callable[[], int]] = {
+        "share": lambda: guest.convert(gpas, pages, to_shared=True),
+        "unshare": lambda: guest.convert(gpas, pages, to_shared=False),
+        "map": lambda: guest.ask(maps),
+        "unmap": lambda: guest.ask(unmaps),
+    }
+    times: dict[str, list[int]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            times[name].append(step())
+    figures = {
+        f"{name}_us": statistics.median(each) / 1000 / count for name, each in times.items()
+    }
+    pairs = zip(times["map"], times["unmap"], times["share"], times["unshare"], strict=True)
+    figures["ratio"] = statistics.median((m + u) / (s + n) for m, u, s, n in pairs)
+    worst = max(figures["map_us"], figures["unmap_us"])
+    conversion = (figures["share_us"] + figures["unshare_us"]) / 2
+    figures["worst_ratio"] = worst / conversion
+    return figures
+
+
+def verbs(guest: Guest, rounds: int, repeats: int = 200) -> dict[str, tuple[float, float]]:
+    """Microseconds of a verb by GPA and by IOVA: medians of `rounds` turns of `repeats` calls."""
+    data = bytes(PAGE_SIZE)
+    memory, behind = guest.memory, guest.behind
+    memory.shared.pwrite(data * 64, 0x10_0000)
+    guest.private.pwrite(data * 2 * POOL_PAGES, POOL)
+    by_gpa = [number for n in range(32) for number in (0x10_0000 + 2 * n * PAGE_SIZE, 64)]
+    by_iova = [number for n in range(32) for number in (n << 16, 64)]
+    one = bytes(64 * 32)
+    cases: dict[str, tuple[Callable[[], object], Callable[[], object], int]] = {
+        "read of 16 bytes": (lambda: memory.pread(16, 0x10_0000), lambda: behind.pread(16, 0), 1),
+        "write of 16 bytes": (
+            lambda: memory.pwrite(data[:16], 0x10_0000),
+            lambda: behind.pwrite(data[:16], 0),
+            1,
+        ),
+        "read of 4 KiB": (
+            lambda: memory.pread(PAGE_SIZE, 0x10_0000),
+            lambda: behind.pread(PAGE_SIZE, 0),
+            1,
+        ),
+        "read of 32 pieces, each": (
+            lambda: memory.read_many(by_gpa),
+            lambda: behind.read_many(by_iova),
+            32,
+        ),
+        "write of 32 pieces, each": (
+            lambda: memory.write_many(by_gpa, one),
+            lambda: behind.write_many(by_iova, one),
+            32,
+        ),
+    }
+    found: dict[str, tuple[float, float]] = {}
+    for name, (gpa, iova, pieces) in cases.items():
+        times: tuple[list[int], list[int]] = [], []
+        for _ in range(rounds):
+            for call, kept in zip((gpa, iova), times, strict=True):
+                started = time.perf_counter_ns()
+                for _ in range(repeats):
+                    call()
+                kept.append(time.perf_counter_ns() - started)
+        plain, lent = (statistics.median(each) / 1000 / repeats / pieces for each in times)
+        found[name] = plain, lent
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Measure what the virtual IOMMU costs.")
+    parser.add_argument("--rounds", type=int, default=1000)
+    parser.add_argument("--json", type=Path, help="write the figures to this file, too")
+    options = parser.parse_args()
+    with ExitStack() as opened:
+        guest = Guest(opened)
+        table = {
+            name: requests(guest, pages, count, max(options.rounds // count, 1))
+            for name, (pages, count) in CASES.items()
+        }
+        added = verbs(guest, max(options.rounds // 20, 1))
+    print(f"{'us a request':<18}{'share':>8}{'unshare':>9}{'map':>8}{'unmap':>8}   ratio")
+    for name, each in table.items():
+        print(
+            f"{name:<18}{each['share_us']:>8.1f}{each['unshare_us']:>9.1f}{each['map_us']:>8.1f}"
+            f"{each['unmap_us']:>8.1f}   {each['ratio']:.2f}, "
+            f"the dearer {each['worst_ratio']:.2f} (target {TARGET})"
+        )
+    print(f"\n{'us':<26}{'by GPA':>8}{'by IOVA':>9}   more")
+    for name, (plain, lent) in added.items():
+        print(f"{name:<26}{plain:>8.2f}{lent:>9.2f}   {lent - plain:+.2f} (target {TARGET_US})")
+    if options.json is not None:
+        options.json.write_text(json.dumps({"requests": table, "verbs": added}, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
