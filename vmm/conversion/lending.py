@@ -28,6 +28,8 @@ class LendingCounts:
 
     def __init__(self) -> None:
         self.maps = 0
+        self.shared_maps = 0
+        """Those of `maps` that were of shared pages, and lent nothing."""
         self.unmaps = 0
         self.denied = 0
         """Requests that a policy has refused."""
@@ -133,6 +135,8 @@ class Lender:
                 counts.peak_lent_bytes = lent_bytes
             if self._observer is not None:
                 self._observer.lent(endpoint.name, area, 0, began)
+        else:
+            counts.shared_maps += 1
         return 0
 
     def _map(
