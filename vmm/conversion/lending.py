@@ -39,17 +39,34 @@ class LendingCounts:
         """Mapped private bytes, all together."""
         self.peak_lent_bytes = 0
         """Private bytes that were lent at the same time: all that devices could reach."""
+        self.average_lent_bytes = 0
+        """Their average over time, from the first mapping to the last change."""
         self.peak_mappings = 0
+        self.peak_runs = 0
+        """Runs of pages in equal state: how far lending has cut memory into pieces."""
         self.lent_us: dict[int, int] = {}
         """How long: the number of mappings that were there for less than so many microseconds
         (powers of two), and no less than half as long."""
+
+        # What was lent at the last change, since when, and bytes times nanoseconds until then.
+        self._held = self._since = self._first = self._area = 0
+
+    def now_lent(self, lent_bytes: int, now: int) -> None:
+        """So many bytes are lent from `now` on."""
+        if not self._first:
+            self._first = self._since = now
+        self._area += self._held * (now - self._since)
+        self._held, self._since = lent_bytes, now
+        if lent_bytes > self.peak_lent_bytes:
+            self.peak_lent_bytes = lent_bytes
 
     def ended(self, nanoseconds: int) -> None:
         limit = 1 << (nanoseconds // 1000).bit_length()
         self.lent_us[limit] = self.lent_us.get(limit, 0) + 1
 
     def as_dict(self) -> dict[str, Any]:
-        counts = dict(vars(self))
+        counts = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        counts["average_lent_bytes"] = self._area // max(self._since - self._first, 1)
         counts["lent_us"] = {str(limit): self.lent_us[limit] for limit in sorted(self.lent_us)}
         return counts
 
@@ -130,9 +147,9 @@ class Lender:
             counts.peak_mappings = memory.mapped
         if mapping.lent:
             counts.lent_bytes_total += area.size
-            lent_bytes = memory.lent_bytes
-            if lent_bytes > counts.peak_lent_bytes:
-                counts.peak_lent_bytes = lent_bytes
+            counts.now_lent(memory.lent_bytes, began)
+            if memory.runs > counts.peak_runs:
+                counts.peak_runs = memory.runs
             if self._observer is not None:
                 self._observer.lent(endpoint.name, area, 0, began)
         else:
@@ -207,6 +224,7 @@ class Lender:
                 self.counts.ended(now - mapping.since)
                 if self._observer is not None:
                     self._observer.returned(endpoint.name, mapping.area, mapping.since)
+        self.counts.now_lent(self._memory.lent_bytes, now)
 
     def close(self, endpoint: Endpoint, *, wait: bool = False) -> AddressSpace | None:
         """The endpoint reaches nothing from now on; its former space, whose pages are for

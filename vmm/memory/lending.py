@@ -158,6 +158,11 @@ class LendingMemory(GuestMemory):
     def lent_bytes(self) -> int:
         return self._states.total(PageState.LENT)
 
+    @property
+    def runs(self) -> int:
+        """How many runs of pages in equal state there are."""
+        return len(self._states)
+
     # -- mappings -----------------------------------------------------------------------------
 
     def kind_of(self, area: Range) -> set[PageState | None]:
