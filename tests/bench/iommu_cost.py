@@ -82,9 +82,7 @@ class Guest:
         self.machine.transport._notified = self.machine.transport.notify
         self.machine.up(size=64)
         self.vcpu: Any = FakeVcpu()
-        self._handlers = exit_handlers(
-            self.memory, converter, print, ports=self.machine.ports
-        )
+        self._handlers = exit_handlers(self.memory, converter, print, ports=self.machine.ports)
         self._kick = IoExit(BAR + NOTIFY, 2, 1, True, struct.pack("<H", iommu.REQUESTS))
         self._heads = [self.machine.room(64) for _ in range(64)]
         self._tails = [self.machine.room(16) for _ in range(64)]
@@ -151,9 +149,7 @@ def requests(guest: Guest, pages: int, count: int, rounds: int) -> dict[str, flo
     for _ in range(rounds):
         for name, step in steps.items():
             times[name].append(step())
-    figures = {
-        f"{name}_us": statistics.median(each) / 1000 / count for name, each in times.items()
-    }
+    figures = {f"{name}_us": statistics.median(each) / 1000 / count for name, each in times.items()}
     pairs = zip(times["map"], times["unmap"], times["share"], times["unshare"], strict=True)
     figures["ratio"] = statistics.median((m + u) / (s + n) for m, u, s, n in pairs)
     worst = max(figures["map_us"], figures["unmap_us"])

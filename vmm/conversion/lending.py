@@ -57,8 +57,7 @@ class LendingCounts:
             self._first = self._since = now
         self._area += self._held * (now - self._since)
         self._held, self._since = lent_bytes, now
-        if lent_bytes > self.peak_lent_bytes:
-            self.peak_lent_bytes = lent_bytes
+        self.peak_lent_bytes = max(self.peak_lent_bytes, lent_bytes)
 
     def ended(self, nanoseconds: int) -> None:
         limit = 1 << (nanoseconds // 1000).bit_length()
@@ -120,7 +119,7 @@ class Lender:
         elif answer == errno.EACCES:
             counts.denied += 1
             if self._observer is not None:
-                self._observer.lent(endpoint.name, area, answer, began)
+                self._observer.lent(endpoint.name, area, access, answer, began)
         else:
             counts.failed += 1
         return answer
@@ -143,15 +142,13 @@ class Lender:
         if mapping is None:
             return errno.EACCES
         counts = self.counts
-        if memory.mapped > counts.peak_mappings:
-            counts.peak_mappings = memory.mapped
+        counts.peak_mappings = max(counts.peak_mappings, memory.mapped)
         if mapping.lent:
             counts.lent_bytes_total += area.size
             counts.now_lent(memory.lent_bytes, began)
-            if memory.runs > counts.peak_runs:
-                counts.peak_runs = memory.runs
+            counts.peak_runs = max(counts.peak_runs, memory.runs)
             if self._observer is not None:
-                self._observer.lent(endpoint.name, area, 0, began)
+                self._observer.lent(endpoint.name, area, access, 0, began)
         else:
             counts.shared_maps += 1
         return 0

@@ -197,7 +197,7 @@ class LendingMemory(GuestMemory):
             states = self._states
             lent = False
             # Nearly always all of it is private, and nothing is being converted.
-            state = states.uniform(start, end) if 0 <= start and end <= self._end else None
+            state = states.uniform(start, end) if start >= 0 and end <= self._end else None
             if state is PageState.PRIVATE and not self._conversions and self.lends:
                 lent = True
                 if len(states) > MOST_RUNS - 2:

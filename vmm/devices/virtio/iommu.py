@@ -220,7 +220,7 @@ class VirtioIommu(VirtioDevice):
         if head[0] == T_PROBE:
             return self._probe(chain, room, *fields)
         answer: int | Work = verb(budget, *fields)
-        if answer.__class__ is int:
+        if isinstance(answer, int):
             return self._end(chain, answer)
         return self._in_steps(chain, answer)
 
