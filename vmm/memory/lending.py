@@ -124,6 +124,12 @@ class Endpoint:
         """Told of an access (the address, READ or WRITE) that was refused; from any thread."""
 
 
+def can_lend(backing: Backing) -> bool:
+    """Whether a device can be let at private pages there: the host has to reach them, and in place
+    it is KVM that refuses."""
+    return backing.access != "none" and not backing.traits.in_place
+
+
 class LendingMemory(GuestMemory):
     """GuestMemory whose private pages can be lent.
 
@@ -149,10 +155,8 @@ class LendingMemory(GuestMemory):
 
     @property
     def lends(self) -> bool:
-        """Whether private pages can be lent: the host has to reach them, in a backing of their
-        own (in place it is KVM that refuses)."""
-        private = self.private
-        return private is not None and private.access != "none" and not self.in_place
+        """Whether private pages can be lent."""
+        return self.private is not None and can_lend(self.private)
 
     @property
     def lent_bytes(self) -> int:
