@@ -40,7 +40,7 @@ class LendingCounts:
         self.peak_lent_bytes = 0
         """Private bytes that were lent at the same time: all that devices could reach."""
         self.average_lent_bytes = 0
-        """Their average over time, from the first mapping to the last change."""
+        """Their average over time, from the first mapping to the last change (`over_s`)."""
         self.peak_mappings = 0
         self.peak_runs = 0
         """Runs of pages in equal state: how far lending has cut memory into pieces."""
@@ -66,6 +66,7 @@ class LendingCounts:
     def as_dict(self) -> dict[str, Any]:
         counts = {name: value for name, value in vars(self).items() if not name.startswith("_")}
         counts["average_lent_bytes"] = self._area // max(self._since - self._first, 1)
+        counts["over_s"] = round((self._since - self._first) / 1e9, 6)
         counts["lent_us"] = {str(limit): self.lent_us[limit] for limit in sorted(self.lent_us)}
         return counts
 
