@@ -10,7 +10,9 @@ unmap, one after the other, pages that are given up being there before the clock
 which costs both the same, is left out; with it the ratios would be smaller.
 
 The second table is what translation adds: the verbs that devices use, by GPA in shared memory
-(GuestMemory) and by IOVA in lent memory (IommuMemory), in turns.
+(GuestMemory) and by IOVA in lent memory (IommuMemory), in turns. The third is a disk's queue with
+its driver: without an IOMMU, with buffers that are mapped all the time, and with a map and an unmap
+for each request.
 """
 
 from __future__ import annotations
@@ -40,9 +42,12 @@ from vmm.conversion.schemes.cbit import CbitScheme
 from vmm.conversion.transaction import Converter
 from vmm.core.ranges import PAGE_SIZE, Range
 from vmm.devices.virtio import iommu
+from vmm.devices.virtio.block import T_IN, VirtioBlock
+from vmm.devices.virtio.block_file import DiskFile
 from vmm.devices.virtio.iommu import VirtioIommu
 from vmm.devices.virtio.pci_function import NOTIFY
 from vmm.memory.backings.memfd import MemfdBacking
+from vmm.memory.engines import make_engine
 from vmm.memory.lending import IommuMemory, LendingMemory
 
 RAM = 64 << 20
@@ -204,6 +209,116 @@ def verbs(guest: Guest, rounds: int, repeats: int = 200) -> dict[str, tuple[floa
     return found
 
 
+class _Behind:
+    """The disk's memory with the guest's own accesses, for the driver: IOVA `at` is GPA `at` +
+    OFFSET, page by page."""
+
+    OFFSET = 4 << 20
+
+    def __init__(self, guest: Guest, memory: IommuMemory) -> None:
+        self.size = 1 << 20
+        self._fd = guest.private.fd
+        for verb in (
+            "pread", "pwrite", "transfer_in", "transfer_out", "discard",
+            "read_many", "write_many", "move_in", "move_out",
+        ):  # fmt: skip
+            setattr(self, verb, getattr(memory, verb))
+
+    def peek(self, size: int, gpa: int) -> bytes:
+        return os.pread(self._fd, size, gpa + self.OFFSET)
+
+    def poke(self, data: bytes, gpa: int) -> None:
+        os.pwrite(self._fd, data, gpa + self.OFFSET)
+
+    def close(self) -> None:
+        """The guest's memory is closed by who made it."""
+
+
+class Disk:
+    """A disk of the page cache, and a driver that keeps `DEPTH` reads of 4 KiB under way."""
+
+    DEPTH = 32
+
+    def __init__(self, opened: ExitStack, memory: Any) -> None:
+        fd = os.memfd_create("disk")
+        os.ftruncate(fd, 8 << 20)
+        opened.callback(os.close, fd)
+        disk = VirtioBlock(DiskFile(os.dup(fd), "disk", (8 << 20) // 512, False, b""))
+        self.machine = VirtioMachine(disk, memory)
+        opened.callback(self.machine.close)
+        self.machine.up(size=128)
+        self._heads = [self.machine.room(32) for _ in range(self.DEPTH)]
+        self.machine._next = (self.machine._next + PAGE_SIZE - 1) & -PAGE_SIZE
+        self.buffers = [self.machine.room(PAGE_SIZE) for _ in range(self.DEPTH)]
+
+    def turn(self, before: Callable[[int], object], after: Callable[[], object]) -> None:
+        """All reads once; `before` each, with its buffer, and `after` all of them."""
+        machine = self.machine
+        for number, (head, buffer) in enumerate(zip(self._heads, self.buffers, strict=True)):
+            before(buffer)
+            machine.memory.poke(struct.pack("<IIQ", T_IN, 0, 8 * (number * 37 % 1024)), head)
+            data = Piece(buffer, PAGE_SIZE, True)
+            machine.give(0, Piece(head, 16), data, Piece(head + 16, 1, True))
+        machine.kick(0)
+        if len(machine.queues[0].collect()) != self.DEPTH:
+            raise RuntimeError("a read was not answered")
+        after()
+
+
+def disks(opened: ExitStack, rounds: int) -> dict[str, float]:
+    """Microseconds a read, driver and all, medians of turns that the subjects take alternately."""
+    plain, guest = Guest(opened), Guest(opened)
+    endpoint = guest.device.endpoint("blk1", 16)
+    guest.ask([struct.pack("<B3xIIII", iommu.T_ATTACH, 2, 16, 0, 0)])
+    engines = make_engine("auto", guest.shared), make_engine("auto", guest.private)
+    for engine in engines:
+        opened.callback(engine.close)
+    behind = _Behind(guest, IommuMemory(guest.memory, endpoint, engines))
+
+    def lend(iova: int) -> None:
+        guest.ask([map_request(iova, PAGE_SIZE, iova + _Behind.OFFSET, 3, 2)])
+
+    def take_back(buffers: list[int], at_once: int) -> None:
+        for start in range(0, len(buffers), at_once):
+            guest.ask(
+                [unmap_request(iova, PAGE_SIZE, 2) for iova in buffers[start : start + at_once]]
+            )
+
+    for iova in range(0, 1 << 20, PAGE_SIZE):
+        lend(iova)
+    subjects = {
+        "by GPA, no IOMMU": Disk(opened, RealMemory(plain.memory)),
+        "premapped": Disk(opened, behind),
+    }
+    lent = subjects["premapped"]
+
+    def nothing(*_: object) -> None:
+        """A driver without an IOMMU, or whose buffers are mapped already."""
+
+    turns: dict[str, Callable[[], None]] = {
+        name: lambda disk=disk: disk.turn(nothing, nothing)  # type: ignore[misc]
+        for name, disk in subjects.items()
+    }
+    turns["mapped for each, unmapped one by one"] = lambda: lent.turn(
+        lend, lambda: take_back(lent.buffers, 1)
+    )
+    turns["mapped for each, unmapped together"] = lambda: lent.turn(
+        lend, lambda: take_back(lent.buffers, Disk.DEPTH)
+    )
+    times: dict[str, list[int]] = {name: [] for name in turns}
+    for _ in range(rounds):
+        for name, turn in turns.items():
+            if name.startswith("mapped"):
+                take_back(lent.buffers, Disk.DEPTH)
+            started = time.perf_counter_ns()
+            turn()
+            times[name].append(time.perf_counter_ns() - started)
+            if name.startswith("mapped"):
+                for buffer in lent.buffers:
+                    lend(buffer)
+    return {name: statistics.median(each) / 1000 / Disk.DEPTH for name, each in times.items()}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Measure what the virtual IOMMU costs.")
     parser.add_argument("--rounds", type=int, default=1000)
@@ -216,6 +331,7 @@ def main() -> int:
             for name, (pages, count) in CASES.items()
         }
         added = verbs(guest, max(options.rounds // 20, 1))
+        reads = disks(opened, max(options.rounds // 10, 1))
     print(f"{'us a request':<18}{'share':>8}{'unshare':>9}{'map':>8}{'unmap':>8}   ratio")
     for name, each in table.items():
         print(
@@ -226,8 +342,12 @@ def main() -> int:
     print(f"\n{'us':<26}{'by GPA':>8}{'by IOVA':>9}   more")
     for name, (plain, lent) in added.items():
         print(f"{name:<26}{plain:>8.2f}{lent:>9.2f}   {lent - plain:+.2f} (target {TARGET_US})")
+    print(f"\n{'reads of 4 KiB, depth 32':<38}{'us':>6}   times")
+    for name, taken in reads.items():
+        print(f"{name:<38}{taken:>6.1f}   {taken / reads['by GPA, no IOMMU']:.2f}")
     if options.json is not None:
-        options.json.write_text(json.dumps({"requests": table, "verbs": added}, indent=2) + "\n")
+        figures = {"requests": table, "verbs": added, "disks": reads}
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
     return 0
 
 

@@ -59,7 +59,8 @@ def parser() -> Parser:
         metavar="SECTION",
         action="append",
         choices=SECTIONS,
-        help=f"one of {', '.join(SECTIONS)}; may be given several times (default: all but linux and iommu)",
+        help=f"one of {', '.join(SECTIONS)}; may be given several times (default: all but "
+        "linux and iommu)",
     )
     made.add_argument("--rounds", metavar="N", type=int, help="how often each subject has its turn")
     made.add_argument("--json", metavar="FILE", help="write all samples to FILE")
