@@ -7,6 +7,7 @@ import json
 import os
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -413,6 +414,29 @@ def test_only_so_many_mappings_are_kept(rig: IommuRig, monkeypatch: pytest.Monke
     assert rig.map(IOVA + page(3), PRIVATE) == S_NOMEM
     assert rig.unmap(IOVA) == S_OK
     assert rig.map(IOVA + page(3), PRIVATE) == S_OK
+
+
+def test_guest_with_all_mappings_that_it_may_have_costs_megabytes_and_no_more(
+    rig: IommuRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lending, "MOST_MAPPINGS", 4096)  # of 32,768: it is quicker
+    tracemalloc.start()
+    try:
+        for number in range(lending.MOST_MAPPINGS):
+            # From both ends, the same page and others: what is hard for lists and counts.
+            at = number if number % 2 else lending.MOST_MAPPINGS + number
+            area = pages(PRIVATE + number % 3 * 2, 1)
+            assert rig.lender.lend(rig.endpoint, page(at), area, lending.READ) == 0
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert rig.map(IOVA, PRIVATE) == S_NOMEM
+    assert held < 4096 * 700, f"{held} bytes for 4,096 mappings"
+    assert rig.memory.lent_bytes == page(3)
+    assert rig.detach() == S_OK
+    assert (rig.memory.mapped, rig.memory.lent_bytes) == (0, 0)
+    assert len(rig.memory._again) == 1
 
 
 def test_lending_makes_no_more_runs_than_a_guest_may(
