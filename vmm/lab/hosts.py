@@ -21,6 +21,7 @@ class Host:
     architecture: LabArchitecture = AMD64
     other_devices: Devices | None = None  # than QEMU's of that architecture
     kernel_words: str = ""  # more for its kernel's command line
+    silence: float = 120.0  # seconds without its heartbeat after which it stands still
     guest_kernel: str | None = None  # what a guest runs when no --kernel is given
 
     @property
@@ -50,6 +51,7 @@ HOSTS = {
             sw_protected=True,
             bochs=True,
             cpus=1,
+            silence=1200.0,  # its clock goes with its instructions, of which there are few
             other_devices=PC,
         ),
         Host(
