@@ -13,6 +13,7 @@ from vmm.host.capability import JOBS, KERNEL_PRIVATE, MAIN_JOB, PRIVATE, Capabil
 from vmm.host.choice import Wanted, choose
 from vmm.host.kvm import open_kvm
 from vmm.host.probes.finding import Finding, broken, no, unknown
+from vmm.memory.lending import can_lend
 
 if TYPE_CHECKING:
     from vmm.host.architecture import HostArchitecture
@@ -40,12 +41,14 @@ class Row:
 
 class Choice(NamedTuple):
     """What "auto" comes to: the scheme, the private backing and what a host access to it meets,
-    and the stronger schemes with the reason why each does not serve."""
+    the stronger schemes with the reason why each does not serve, and whether devices behind a
+    virtual IOMMU can be lent private pages."""
 
     scheme: str
     backing: str
     host_access: str
     not_taken: dict[str, str]
+    lends: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +96,7 @@ class HostCheck:
                     "backing": job.choice and job.choice.backing,
                     "host_access": job.choice and job.choice.host_access,
                     "scheme": job.choice and job.choice.scheme,
+                    "lends": job.choice.lends if job.choice else None,
                     "schemes_not_taken": job.choice.not_taken if job.choice else {},
                 }
                 for name, job in self.jobs.items()
@@ -156,7 +160,11 @@ def probed_choice(architecture: HostArchitecture, system: System, *, kernel: boo
     except (KvmError, HostError):
         return None
     choice = Choice(
-        chosen.scheme, chosen.backing.name, chosen.backing.host_access, chosen.not_taken
+        chosen.scheme,
+        chosen.backing.name,
+        chosen.backing.host_access,
+        chosen.not_taken,
+        can_lend(chosen.backing),
     )
     chosen.backing.close()
     chosen.vm.close()

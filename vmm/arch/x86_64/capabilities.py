@@ -61,11 +61,11 @@ def capabilities(x86: HostArchitecture) -> tuple[Capability, ...]:
             PRIVATE,
         ),
         guest_memfd(x86, 0, _ATTRIBUTES, _INERT),
-        guest_memfd(x86, 1, "--private-mem=guest_memfd: the kernel keeps the host out",
-                    _MEMFD_SERVES),
+        guest_memfd(x86, 1, "--private-mem=guest_memfd: the kernel keeps the host out, "
+                    "so that no page can be lent (--iommu)", _MEMFD_SERVES),
         guest_memfd(x86, 2, _ATTRIBUTES, _INERT),
-        guest_memfd(x86, 3, "--private-mem=guest_memfd-mmap: the host can load a kernel",
-                    _MEMFD_SERVES),
+        guest_memfd(x86, 3, "--private-mem=guest_memfd-mmap: the host can load a kernel, "
+                    "and pages can be lent to devices (--iommu)", _MEMFD_SERVES),
         *memfds(x86),
         Capability(
             "vm_types", "VM types", partial(memory.vm_types, x86),
