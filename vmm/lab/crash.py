@@ -24,7 +24,7 @@ def first_lines(log: bytes) -> str | None:
         return None
     start = log.rfind(b"\n", 0, found.start()) + 1
     lines = [
-        _STAMP.sub("", line.strip())
+        _STAMP.sub("", line.strip()).strip()
         for line in log[start : start + 8192].decode(errors="replace").split("\n")
     ]
     telling = [line for line in lines if _TELLING.search(line)]

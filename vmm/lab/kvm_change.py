@@ -39,6 +39,7 @@ _NOT_THIS_MACHINES = re.compile(
 )
 _FAILED_HUNK = re.compile(r"Hunk #(\d+) FAILED at (\d+)")
 _FILE = re.compile(r"(?:patching|checking) file '?(.+?)'?$")
+_CHANGES = re.compile(rb"^(@@ -\d|new file |deleted |rename |copy |new mode )", re.MULTILINE)
 _LARGEST = 64 << 20  # bytes of a patch
 
 
@@ -194,6 +195,8 @@ def kvm_part(path: Path) -> tuple[bytes, list[str]]:
     part, left_out, any_file = b"", [], False
     for file in split_patch(read_patch(path)):
         any_file = True
+        if not _CHANGES.search(file.text):
+            raise UsageError(f"--kvm-patch {path}: garbage where {file.name} is to be changed")
         if ".." in Path(file.name).parts:
             raise UsageError(f"--kvm-patch {path}: {file.name} is no path in a kernel's tree")
         if _OURS.match(file.name):

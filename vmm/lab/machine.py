@@ -61,6 +61,11 @@ class Lab:
                 f"{self._changed_by()}: on {wanted.label} KVM is built into the kernel, which "
                 "isn't compiled here; use an x86 host"
             )
+        if options.kvm_parameters and (wanted is not HERE or self.host.bochs):
+            raise UsageError(
+                f"--kvm-parameter {options.kvm_parameters[0]}: the {self.host.name} host's kernel "
+                "takes none; use an x86 host under QEMU"
+            )
         self.kvm_change.check()
         other = None
         if wanted is not HERE:
@@ -102,8 +107,9 @@ class Lab:
         if self.kvm_change:
             host = replace(host, kernel_words=f"{host.kernel_words} {_CHANGED_KERNEL_WORDS}")
             kvm = self.packages.changed_kvm(kernel, self.kvm_change, self._changed_by())
+        words = [host.kernel_words, *options.kvm_parameters]
         assets = Assets(
-            host=host,
+            host=replace(host, kernel_words=" ".join(words)),
             emulator=emulator,
             kernel=kernel.image,
             initramfs=self._initramfs("host", busybox, kernel.modules, kvm),

@@ -38,6 +38,8 @@ boot ("--append loglevel=7" shows all of it, dmesg has it anyway).
                            in their order. x86; half a minute, once for each content
   --kvm-source DIR         take KVM from this kernel tree: virt, arch/x86/kvm, its headers
   --kvm-config NAME        with CONFIG_NAME=y, which KVM alone asks for; may be repeated
+  --kvm-parameter kvm.NAME=VALUE
+                           a parameter of KVM's modules (or kvm_amd.NAME=VALUE); may be repeated
 
   --exec PROGRAM ...       run this instead of pyvmm; takes the rest of the line
   --lab-mem SIZE           the lab machine's memory (default 2048M)
@@ -66,6 +68,7 @@ _VALUES = (
     "--kvm-patch",
     "--kvm-source",
     "--kvm-config",
+    "--kvm-parameter",
     "--lab-mem",
     "--lab-cpus",
     "--lab-time-limit",
@@ -91,6 +94,7 @@ class LabOptions:
     kvm_patches: list[Path] = field(default_factory=list)
     kvm_source: Path | None = None
     kvm_symbols: list[str] = field(default_factory=list)
+    kvm_parameters: list[str] = field(default_factory=list)  # module.name=value
     memory_mib: int = 2048
     cpus: int | None = None  # as many as the host has by itself
     time_limit: float | None = None
@@ -168,6 +172,10 @@ def _set(options: LabOptions, name: str, value: str) -> None:
             if not re.fullmatch(r"\w+", symbol, re.ASCII):
                 raise UsageError(f"{name} {value}: the form is NAME, as in KVM_XEN")
             options.kvm_symbols.append(symbol)
+        case "--kvm-parameter":
+            if not re.fullmatch(r"kvm(_amd)?\.\w+=[\w,.-]+", value, re.ASCII):
+                raise UsageError(f"{name} {value}: the form is kvm.NAME=VALUE")
+            options.kvm_parameters.append(value)
         case "--lab-mem":
             options.memory_mib = _mebibytes(name, value)
         case "--lab-cpus":
