@@ -103,6 +103,9 @@ class FakeGuestMemfd(GuestMemfd):
         there before."""
         fdops.punch_hole(self.pages, area.start, area.size)
 
+    def has_file_io(self) -> bool:
+        return self._kernel.file_io
+
     # -- what the kernel answers to the host --------------------------------------------------
 
     def host_pread(self, size: int, offset: int) -> bytes:

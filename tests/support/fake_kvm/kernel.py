@@ -41,6 +41,7 @@ class FakeKernel:
     )
     attributes_ioctl: bool = False
     in_place: bool = False
+    file_io: bool = False
     pre_fault: bool = True
     memslots: int = 32764
     binding_taken: int = errno.EINVAL

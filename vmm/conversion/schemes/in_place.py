@@ -8,7 +8,7 @@ from kvm_bindings import PagesInUse, Vm, ioctls
 from vmm.conversion.scheme import private_side, set_slot
 from vmm.core.events import Kind
 from vmm.core.ranges import PAGE_SIZE, Range
-from vmm.memory.backings.guest_memfd import InPlaceGuestMemfdBacking
+from vmm.memory.backings.guest_memfd import InPlaceBacking
 from vmm.memory.guest_memory import GuestMemory, PageState
 
 PRIVATE, SHARED = ioctls.KVM_MEMORY_ATTRIBUTE_PRIVATE, 0
@@ -39,7 +39,7 @@ class InPlaceScheme:
 
     def install(self, vm: Vm, memory: GuestMemory) -> None:
         backing = private_side(memory, self.name)
-        if not memory.in_place or not isinstance(backing, InPlaceGuestMemfdBacking):
+        if not memory.in_place or not isinstance(backing, InPlaceBacking):
             raise ValueError("the in-place scheme needs one backing for both sides, of that kind")
         self._memory = memory
         self._guest_memfd = backing.guest_memfd
