@@ -47,8 +47,6 @@ static struct page *kvm_vm_get_page(struct file *file, pgoff_t gfn, bool write)
 		return ERR_PTR(-EACCES);
 	if (kvm_memslot_is_gmem_only(slot))
 		return kvm_gmem_get_slot_page(slot, gfn, write);
-	if (write)
-		mark_page_dirty_in_slot(kvm, slot, gfn);
 	return kvm_vm_get_user_page(kvm, slot, gfn, write);
 }
 
