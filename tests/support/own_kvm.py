@@ -6,6 +6,7 @@ instead.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import json
@@ -22,6 +23,7 @@ from kvm_bindings.x86_64 import System
 from tests.support.private_code import CODE, EXPECTED, in_private_memory
 from vmm.arch.x86_64.micro_guest import AREA_GPA, DONE_PORT, MicroGuest
 from vmm.arch.x86_64.page_tables import payload_tables
+from vmm.conversion.holders import holders
 from vmm.core.ranges import PAGE_SIZE, Range
 from vmm.host.probes.micro_guest import AREA_SIZE, mapped, memory_file
 
@@ -183,11 +185,31 @@ def holders_of_pages_are_respected(system: System, opened: ExitStack) -> None:
         gmem.set_memory_attributes2(PAGE_SIZE, 8 * PAGE_SIZE, PRIVATE)
     except PagesInUse as busy:
         equal(busy.offset, 3 * PAGE_SIZE)
+        (named,) = holders(gmem.fd, busy.offset)
+        assert f"{PAGE_SIZE} bytes wait in the pipe" in named, named
     else:
         raise AssertionError("a page in a pipe was made private")
     equal(os.pread(gmem.fd, 1, PAGE_SIZE), b"x")
     os.read(ends[0], PAGE_SIZE)
     gmem.set_memory_attributes2(PAGE_SIZE, 8 * PAGE_SIZE, PRIVATE)
+
+
+@check
+def buffers_of_an_io_uring_are_respected(system: System, opened: ExitStack) -> None:
+    _, gmem = gmem_on(system, opened, MMAP | INIT_SHARED)
+    hva = mapped(opened, gmem.fd, AREA_SIZE)
+    libc = ctypes.CDLL(None, use_errno=True)
+    ring = libc.syscall(425, 2, ctypes.create_string_buffer(120))  # io_uring_setup
+    equal(ring >= 0, True)
+    vector = struct.pack("=QQ", hva + 2 * PAGE_SIZE, PAGE_SIZE)
+    try:
+        equal(libc.syscall(427, ring, 0, vector, 1), 0)  # IORING_REGISTER_BUFFERS
+        equal(set2(gmem, 0, AREA_SIZE, PRIVATE), ("EAGAIN", 2 * PAGE_SIZE))
+        assert any("io_uring" in words for words in holders(gmem.fd, 2 * PAGE_SIZE))
+        equal(libc.syscall(427, ring, 1, 0, 0), 0)  # IORING_UNREGISTER_BUFFERS
+    finally:
+        os.close(ring)
+    equal(set2(gmem, 0, AREA_SIZE, PRIVATE), ("ok", 0))
 
 
 # -- read, write, splice --------------------------------------------------------------------------
