@@ -133,7 +133,7 @@ def test_guest_memfd_is_read_by_its_fd_where_the_kernel_has_that(name: str, file
     kernel = FakeKernel.with_in_place()
     kernel.file_io = file_io
     with FakeSystem(kernel) as system, system.create_vm(1) as vm:
-        backing = make_backing(vm, name, SIZE)
+        backing = make_backing(vm.as_vm(), name, SIZE)
         try:
             backing.pwrite(b"words", 7)
             found = backing.pread(5, 7)
