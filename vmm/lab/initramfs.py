@@ -31,6 +31,8 @@ _GUEST_DEVICES = {
     "0x1057": "virtio_iommu",
 }
 
+# What the lab machine says when it waits for what is the run's own.
+READY = "pyvmm-lab: ready"
 _HOST_INIT = """\
 #!/bin/sh
 fail() {{
@@ -57,13 +59,23 @@ while :; do echo {alive}; sleep {seconds}; done &
 load {storage}
 load {kvm} & kvm=$!
 load {net} & net=$!
-until [ -b {drives}c ]; do usleep 10000; done
+until [ -b {drives}a ]; do usleep 10000; done
 mkdir -p /lower /project /writes /root
 mount -t ext4 -o ro,noatime {drives}a /lower || fail "mounting the root image"
 mount -t tmpfs -o size=75% none /writes
 mkdir /writes/upper /writes/work /writes/project-upper /writes/project-work
 mount -t overlay -o lowerdir=/lower,upperdir=/writes/upper,workdir=/writes/work none /root \\
     || fail "mounting the writable layer"
+wait $kvm $net
+# All that is the same in every run is done. The host may keep the machine as it is now, and gives
+# it the rest of its drives; what it says is the time, and noise for those that draw lots.
+stty -F {serial} -echo
+echo {ready}
+read -r now noise <{serial}
+stty -F {serial} echo
+date -s "@$now" >/dev/null
+echo "$noise" >/dev/urandom
+until [ -b {drives}c ]; do usleep 10000; done
 mount -t ext4 -o ro,noatime {drives}b /project || fail "mounting the project image"
 mount -t overlay -o lowerdir=/project,upperdir=/writes/project-upper,workdir=/writes/project-work \\
     none /root/lab/project || fail "mounting the project's writable layer"
@@ -71,7 +83,6 @@ mount -t ext4 -o ro,noatime {drives}c /root/lab/job || fail "mounting the job im
 mount -o move /dev /root/dev
 mount -o move /proc /root/proc
 mount -o move /sys /root/sys
-wait $kvm $net
 exec chroot /root /bin/sh /lab/job/run
 """
 
@@ -136,6 +147,8 @@ def host_initramfs(
         drives=devices.drives,
         alive=heartbeat.WORDS,
         seconds=heartbeat.SECONDS,
+        serial=devices.serial,
+        ready=READY,
     )
     loaded_bare = [(name, without_signature(data)) for name, data in [*storage, *kvm, *net]]
     return _archive(busybox, script, loaded_bare)

@@ -116,6 +116,7 @@ class Lab:
             root=image.root_image(self.cache, self.progress, busybox, self.python),
             project=image.project_image(self.cache, self.progress, self.python),
             inner_qemu=self._inner_qemu() if options.with_qemu else None,
+            cache=self.cache,
         )
         self._assets = assets
         return assets

@@ -54,6 +54,8 @@ boot ("--append loglevel=7" shows all of it, dmesg has it anyway).
   --lab-cache DIR          downloads and images (default $PYVMM_LAB_CACHE, else the user's cache)
   --lab-offline            download nothing
   --lab-log FILE           write the lab machine's kernel messages there
+  --lab-fresh              boot the machine's own kernel: a run begins, else, where an earlier one
+                           with the same kernel, processors and memory had booted
   --lab-quiet              no progress on stderr
   --lab-qemu FILE          a qemu-system-x86_64, or the host's architecture's
   --lab-busybox FILE       a busybox, linked statically
@@ -62,7 +64,7 @@ boot ("--append loglevel=7" shows all of it, dmesg has it anyway).
   --lab-guest-modules DIR  the guest kernel's modules, for the initramfs made for it
 """
 
-_FLAGS = ("--lab-with-qemu", "--lab-offline", "--lab-quiet")
+_FLAGS = ("--lab-with-qemu", "--lab-offline", "--lab-fresh", "--lab-quiet")
 _VALUES = (
     "--host",
     "--kvm-patch",
@@ -105,6 +107,7 @@ class LabOptions:
     with_qemu: bool = False
     cache: Path | None = None
     offline: bool = False
+    fresh: bool = False
     quiet: bool = False
     log: Path | None = None
     qemu: str | None = None
