@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from functools import partial
 
-from vmm.arch.x86_64.probes import cpu, events
+from vmm.arch.x86_64.probes import cpu, events, strict
 from vmm.core.lean_typing import TYPE_CHECKING
 from vmm.host.capability import (
     KERNEL_PRIVATE,
     KERNELS,
     PAYLOAD_PRIVATE,
     PRIVATE,
+    PRIVATE_CODE,
     Capability,
     file_io,
     guest_memfd,
@@ -56,6 +57,12 @@ def capabilities(x86: HostArchitecture) -> tuple[Capability, ...]:
         Capability(
             "share_announcement", "CPUID announcement", cpu.share_announcement,
             "Linux: learns there that it may share", lab, (KERNEL_PRIVATE,),
+        ),
+        Capability(
+            PRIVATE_CODE, "code KVM can't read", strict.private_code,
+            "--private-mem=guest_memfd for Linux, which loads itself: kernel-enforced",
+            "Linux' private memory is a rehearsal; processors that say next RIP and CR operands "
+            "(AMD: decode assists) have it, and pyvmm lab --host bochs",
         ),
         Capability(
             "c_bit", "C-bit", cpu.c_bit, "--scheme cbit: the guest picks private or shared", lab,
