@@ -20,6 +20,7 @@ from vmm.host.capability import (
 from vmm.host.choice import Wanted, choose
 from vmm.host.kvm import open_kvm
 from vmm.host.probes.finding import Finding, broken, no, unknown
+from vmm.memory.lending import can_lend
 
 if TYPE_CHECKING:
     from vmm.host.architecture import HostArchitecture
@@ -47,12 +48,14 @@ class Row:
 
 class Choice(NamedTuple):
     """What "auto" comes to: the scheme, the private backing and what a host access to it meets,
-    and the stronger schemes with the reason why each does not serve."""
+    the stronger schemes with the reason why each does not serve, and whether devices behind a
+    virtual IOMMU can be lent private pages."""
 
     scheme: str
     backing: str
     host_access: str
     not_taken: dict[str, str]
+    lends: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,7 @@ class HostCheck:
                     "backing": job.choice and job.choice.backing,
                     "host_access": job.choice and job.choice.host_access,
                     "scheme": job.choice and job.choice.scheme,
+                    "lends": job.choice.lends if job.choice else None,
                     "schemes_not_taken": job.choice.not_taken if job.choice else {},
                 }
                 for name, job in self.jobs.items()
@@ -168,7 +172,11 @@ def probed_choice(
     except (KvmError, HostError):
         return None
     choice = Choice(
-        chosen.scheme, chosen.backing.name, chosen.backing.host_access, chosen.not_taken
+        chosen.scheme,
+        chosen.backing.name,
+        chosen.backing.host_access,
+        chosen.not_taken,
+        can_lend(chosen.backing),
     )
     chosen.backing.close()
     chosen.vm.close()

@@ -287,7 +287,13 @@ class Machine:
             is_stuck=lambda: self._converter.hooks.is_this_thread_in_one,
         )
         operations = Operations(
-            self._vm.memory, self._converter, self._vcpus, self._devices, self._loop, self.stop
+            self._vm.memory,
+            self._converter,
+            self._vcpus,
+            self._devices,
+            self._loop,
+            self.stop,
+            None if self._lender is None else self._lender.as_dict,
         )
         # Beyond the guest's end: a signal must not cost the report.
         self._signals.enter_context(signals.installed())

@@ -13,6 +13,7 @@ from vmm.host.capability import (
     PRIVATE,
     PRIVATE_CODE,
     Capability,
+    file_io,
     guest_memfd,
     kvm,
     memfds,
@@ -68,12 +69,13 @@ def capabilities(x86: HostArchitecture) -> tuple[Capability, ...]:
             PRIVATE,
         ),
         guest_memfd(x86, 0, _ATTRIBUTES, _INERT),
-        guest_memfd(x86, 1, "--private-mem=guest_memfd: the kernel keeps the host out",
-                    _MEMFD_SERVES),
+        guest_memfd(x86, 1, "--private-mem=guest_memfd: the kernel keeps the host out, "
+                    "so that no page can be lent (--iommu)", _MEMFD_SERVES),
         guest_memfd(x86, 2, _ATTRIBUTES, _INERT),
-        guest_memfd(x86, 3, "--private-mem=guest_memfd-mmap: the host can load a kernel",
-                    _MEMFD_SERVES),
+        guest_memfd(x86, 3, "--private-mem=guest_memfd-mmap: the host can load a kernel, "
+                    "and pages can be lent to devices (--iommu)", _MEMFD_SERVES),
         *memfds(x86),
+        *file_io(x86),
         Capability(
             "vm_types", "VM types", partial(memory.vm_types, x86),
             "VMs that have memory attributes",
@@ -87,7 +89,7 @@ def capabilities(x86: HostArchitecture) -> tuple[Capability, ...]:
         Capability(
             "in_place", "in-place conversion", partial(attributes.in_place, x86),
             "--scheme in-place: pages keep their place in one guest_memfd",
-            "no kernel has it yet; --scheme attributes or cbit",
+            "no kernel has it yet, pyvmm lab --host experimental does; --scheme attributes or cbit",
         ),
         Capability(
             "memory_faults", "memory-fault exits", partial(attributes.memory_faults, x86),
