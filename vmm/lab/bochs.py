@@ -70,7 +70,9 @@ _DECODE_ASSISTS = {
     "b8 4f 04 00 00 c3": "b8 cf 04 00 00 c3",  # mov eax, 0x44f; ret
     "b8 4f 04 00 00 48 39 ca": "b8 cf 04 00 00 48 39 ca",  # mov eax, 0x44f; cmp rdx, rcx
     # xor edx, edx; test byte ptr [rdi+88], 128; je .+4; movzx edx, byte ptr [rsi+36]
-    "31 d2 f6 47 58 80 74 04 0f b6 56 24": "0f b6 56 24 48 0f ba ea 3f 0f 1f 00",  # movzx; bts; nop
+    "31 d2 f6 47 58 80 74 04 0f b6 56 24": (
+        "0f b6 56 24 48 0f ba ea 3f 0f 1f 00"  # movzx; bts rdx, 63; nop
+    ),
     # xor ecx, ecx; xor edx, edx; mov esi, 0x65; mov rdi, rbx; call Svm_Vmexit; jmp; nop
     "31 c9 31 d2 be 65 00 00 00 48 89 df e8 30 eb fb ff e9 9e fe ff ff 0f 1f 00": (
         # movzx edx, byte ptr [r13+37]; bts rdx, 63; push 0x65; pop rsi; push rbx; pop rdi; call; jmp

@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 DEFAULT_COMMAND_LINE = "console=ttyS0 panic=-1"
 """Before --append: console on the serial line; a panic ends the run at once."""
 STRICT_COMMAND_LINE = f"{DEFAULT_COMMAND_LINE} noapic"
-"""A strict guest's, which is told of no IOAPIC: without `noapic` Linux' setup_local_APIC() masks the
-line by which the 8259's interrupts come in, and its console waits for the first one for ever."""
+"""A strict guest's, which is told of no IOAPIC: without `noapic` Linux' setup_local_APIC() masks
+the line by which the 8259's interrupts come in, and its console waits for the first for ever."""
 
 
 class LinuxGuest:
