@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.lab.conftest import BOOT_SECONDS, Starter
 from vmm.core.errors import GuestFailure
+from vmm.lab.heartbeat import MachineStandsStill
 from vmm.lab.machine import Lab
 from vmm.lab.options import LabOptions
 
@@ -107,16 +110,56 @@ def test_time_limit_ends_the_machine(lab_start: Starter) -> None:
         run.wait(BOOT_SECONDS)
 
 
-def test_closing_a_run_leaves_no_process_and_no_files(lab_start: Starter) -> None:
-    run = lab_start(["sleep", "1000"], program=True)
+def test_machine_that_stands_still_is_told_apart_and_closing_it_leaves_nothing(
+    lab_start: Starter,
+) -> None:
+    run = lab_start(["sh", "-c", "echo done; sleep 1000"], program=True)
     process, folder = run.process_id, run.folder
     assert folder.is_dir()
+    run.expect(b"done", BOOT_SECONDS)
+    while not run.heartbeat.beats:
+        assert run.pump()
+    assert b"alive" not in run.log
+
+    os.kill(process, signal.SIGSTOP)
+    run.heartbeat.silence = 2.0
+    with pytest.raises(MachineStandsStill, match="no heartbeat for 2 s"):
+        run.wait(BOOT_SECONDS)
 
     run.close()
-
     assert not folder.exists()
     with pytest.raises(ProcessLookupError):
         os.kill(process, 0)
+
+
+def test_machine_begins_where_an_earlier_one_had_booted_and_anew_if_that_is_damaged(
+    lab_start: Starter, tmp_path: Path
+) -> None:
+    # A size of its own, so that no other test's machine is spoilt.
+    words = ["sh", "-c", "cat /proc/sys/kernel/random/uuid; date +%s; ls /dev"]
+
+    def run(restored: bool) -> tuple[str, Path]:
+        began = time.time()
+        with lab_start(words, program=True, memory_mib=600, disks=["disk"]) as machine:
+            assert machine.wait(BOOT_SECONDS) == 0
+            assert machine.saved_state is not None
+            assert machine.is_restored is restored
+            uuid, now, *devices = bytes(machine.stdout.data).decode().splitlines()
+        assert began - 1 <= float(now) <= time.time() + 1
+        assert {"vda", "vdb", "vdc", "vdd", "vde"} <= set(devices)
+        return uuid, machine.saved_state
+
+    (tmp_path / "disk").write_bytes(bytes(1 << 20))
+    _, state = run(restored=False)
+    size = state.stat().st_size
+    uuid, _ = run(restored=True)
+    other, _ = run(restored=True)
+
+    assert uuid != other
+    os.truncate(state, size // 2)
+    run(restored=False)
+    assert state.stat().st_size > size // 2
+    state.unlink()
 
 
 def test_expect_that_is_not_met_shows_what_was_there_and_a_signal_gives_the_shells_status(

@@ -31,6 +31,7 @@ class LabArchitecture:
     kernel_mark: tuple[int, bytes]  # where its kernels say in their first bytes what they are
     kvm_modules: tuple[str, ...] = ()  # in the order of loading; none where KVM is built in
     devices: Devices = VIRTIO
+    plugs: bool = False  # QEMU's machine takes drives while it runs (arm64's root bus doesn't)
     qemu_data: tuple[str, ...] = field(default=("qemu",))  # firmware, below usr/share
 
     @property
@@ -67,6 +68,7 @@ AMD64 = LabArchitecture(
     kernel_words=f"console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable {_SPARING}",
     kernel_mark=(0x202, b"HdrS"),  # Documentation/arch/x86/boot.rst of Linux
     kvm_modules=("irqbypass", "kvm", "kvm-amd"),
+    plugs=True,
     qemu_data=("qemu", "seabios"),
 )
 ARM64 = LabArchitecture(

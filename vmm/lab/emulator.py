@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vmm.lab.booted import Plugging
+from vmm.lab.cache import Cache
 from vmm.lab.hosts import Host
 from vmm.lab.packages import Bochs, Qemu
 from vmm.lab.streams import Stream
@@ -23,6 +25,7 @@ class Assets:
     root: Path
     project: Path
     inner_qemu: Path | None
+    cache: Cache
 
 
 @dataclass(slots=True)
@@ -34,3 +37,13 @@ class Launch:
     complaint: Callable[[str], str | None]  # what is wrong, in its output
     environment: dict[str, str] = field(default_factory=dict)
     inherited: list[socket.socket] = field(default_factory=list)  # closed here once it runs
+    plugging: Plugging | None = None  # what the machine gets once it has booted
+
+    def close(self) -> None:
+        """All of its sockets: those of the emulator's end, once it runs, are closed already."""
+        for stream in self.streams.values():
+            stream.socket.close()
+        for theirs in self.inherited:
+            theirs.close()
+        if self.plugging is not None:
+            self.plugging.close()

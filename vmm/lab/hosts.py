@@ -16,11 +16,13 @@ class Host:
     name: str
     summary: str
     sw_protected: bool = False  # its KVM is compiled anew, with KVM_X86_SW_PROTECTED_VM
+    additions: tuple[str, ...] = ()  # to its KVM, folders of vmm/lab/kernel
     bochs: bool = False  # emulated by Bochs, else by QEMU
     cpus: int = 2
     architecture: LabArchitecture = AMD64
     other_devices: Devices | None = None  # than QEMU's of that architecture
     kernel_words: str = ""  # more for its kernel's command line
+    silence: float = 120.0  # seconds without its heartbeat after which it stands still
     guest_kernel: str | None = None  # what a guest runs when no --kernel is given
 
     @property
@@ -43,6 +45,12 @@ HOSTS = {
             "KVM compiled with KVM_X86_SW_PROTECTED_VM (once, half a minute)",
             sw_protected=True,
         ),
+        Host(
+            "experimental",
+            "the same with KVM interfaces that no kernel has yet (vmm/lab/kernel)",
+            sw_protected=True,
+            additions=("own-reads", "in-place", "file-io", "vm-io"),
+        ),
         # QEMU's emulated SVM has no nrip-save: KVM there reads each instruction that it emulates.
         Host(
             "bochs",
@@ -50,6 +58,7 @@ HOSTS = {
             sw_protected=True,
             bochs=True,
             cpus=1,
+            silence=1200.0,  # its clock goes with its instructions, of which there are few
             other_devices=PC,
         ),
         Host(

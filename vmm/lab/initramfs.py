@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from vmm.core.errors import HostError
+from vmm.lab import heartbeat
 from vmm.lab.architecture import AMD64, LabArchitecture
 from vmm.lab.cpio import CpioWriter
 from vmm.lab.devices import VIRTIO, Devices
@@ -30,6 +31,8 @@ _GUEST_DEVICES = {
     "0x1057": "virtio_iommu",
 }
 
+# What the lab machine says when it waits for what is the run's own.
+READY = "pyvmm-lab: ready"
 _HOST_INIT = """\
 #!/bin/sh
 fail() {{
@@ -37,24 +40,42 @@ fail() {{
     poweroff -f
     sleep 60
 }}
+# Those of a module on the kernel's command line: kvm.name=value.
+parameters() {{
+    for word in $(cat /proc/cmdline); do
+        case "$word" in "$1".*) echo "${{word#*.}}" ;; esac
+    done
+}}
 load() {{
     for module in "$@"; do
-        insmod "/modules/$module.ko" || fail "loading module $module"
+        insmod "/modules/$module.ko" $(parameters "$module") \
+            || fail "loading module $module: $(dmesg | tail -n 1)"
     done
 }}
 mount -t devtmpfs none /dev
 mount -t proc none /proc
 mount -t sysfs none /sys
+while :; do echo {alive}; sleep {seconds}; done &
 load {storage}
-load {kvm} &
-load {net} &
-until [ -b {drives}c ]; do usleep 10000; done
+load {kvm} & kvm=$!
+load {net} & net=$!
+until [ -b {drives}a ]; do usleep 10000; done
 mkdir -p /lower /project /writes /root
 mount -t ext4 -o ro,noatime {drives}a /lower || fail "mounting the root image"
 mount -t tmpfs -o size=75% none /writes
 mkdir /writes/upper /writes/work /writes/project-upper /writes/project-work
 mount -t overlay -o lowerdir=/lower,upperdir=/writes/upper,workdir=/writes/work none /root \\
     || fail "mounting the writable layer"
+wait $kvm $net
+# All that is the same in every run is done. The host may keep the machine as it is now, and gives
+# it the rest of its drives; what it says is the time, and noise for those that draw lots.
+stty -F {serial} -echo
+echo {ready}
+read -r now noise <{serial}
+stty -F {serial} echo
+date -s "@$now" >/dev/null
+echo "$noise" >/dev/urandom
+until [ -b {drives}c ]; do usleep 10000; done
 mount -t ext4 -o ro,noatime {drives}b /project || fail "mounting the project image"
 mount -t overlay -o lowerdir=/project,upperdir=/writes/project-upper,workdir=/writes/project-work \\
     none /root/lab/project || fail "mounting the project's writable layer"
@@ -62,7 +83,6 @@ mount -t ext4 -o ro,noatime {drives}c /root/lab/job || fail "mounting the job im
 mount -o move /dev /root/dev
 mount -o move /proc /root/proc
 mount -o move /sys /root/sys
-wait
 exec chroot /root /bin/sh /lab/job/run
 """
 
@@ -125,6 +145,10 @@ def host_initramfs(
         kvm=" ".join(name for name, _ in kvm),
         net=" ".join(name for name, _ in net),
         drives=devices.drives,
+        alive=heartbeat.WORDS,
+        seconds=heartbeat.SECONDS,
+        serial=devices.serial,
+        ready=READY,
     )
     loaded_bare = [(name, without_signature(data)) for name, data in [*storage, *kvm, *net]]
     return _archive(busybox, script, loaded_bare)

@@ -3,26 +3,66 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Sequence
 
+from vmm.lab.booted import Plugging, saved_state
 from vmm.lab.emulator import Assets, Launch
 from vmm.lab.job import Drive
 from vmm.lab.options import LabOptions
 from vmm.lab.packages import Qemu
 from vmm.lab.streams import stream_pair
 
+_CHANNELS: dict[str, object] = {"driver": "virtio-serial-pci", "id": "channels"}
+
 
 def launch(
-    qemu: Qemu, assets: Assets, options: LabOptions, drives: Sequence[Drive], streams: list[str]
+    qemu: Qemu,
+    assets: Assets,
+    options: LabOptions,
+    drives: Sequence[Drive],
+    streams: list[str],
+    *,
+    afresh: bool = False,
 ) -> Launch:
-    """How QEMU is started, with a socket for each of the streams."""
+    """How QEMU is started, with a socket for each of the streams.
+
+    The first of the drives holds the machine's root. Where drives can be plugged into a machine
+    that runs, the others are, and it starts from a saved state unless `afresh`.
+    """
     pairs = {name: stream_pair(name) for name in streams}
+    inherited = [theirs for _, theirs in pairs.values()]
     fds = {name: theirs.fileno() for name, (_, theirs) in pairs.items()}
+    words = _command(qemu, assets, options)
+    nodes = [_block_node(f"drive{number}", drive) for number, drive in enumerate(drives)]
+    devices = [_block_device(number, drive) for number, drive in enumerate(drives)]
+    ports = _ports([name for name in streams if name != "serial"])
+    if not assets.host.architecture.plugs:
+        words += _chardevs(fds)
+        words += ["-device", json.dumps(_CHANNELS)]
+        for node in nodes:
+            words += ["-blockdev", json.dumps(node)]
+        for device in (*ports, *devices):
+            words += ["-device", json.dumps(device)]
+        plugging = None
+    else:
+        words += ["-blockdev", json.dumps(nodes[0])]
+        for device in (_CHANNELS, devices[0]):
+            words += ["-device", json.dumps(device)]
+        # The other files are the cache's, whose names say what is in them.
+        saved = saved_state(assets.cache, words, [qemu.program, assets.kernel])
+        restores = saved.exists and not afresh
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        words += [*_chardevs({**fds, "monitor": theirs.fileno()}), "-mon", "monitor,mode=control"]
+        words += ["-incoming", "defer"] if restores else []
+        inherited.append(theirs)
+        plugging = Plugging(ours, saved, nodes[1:], [*ports, *devices[1:]], restores)
     return Launch(
-        _command(qemu, assets, options, drives, fds),
+        words,
         {name: ours for name, (ours, _) in pairs.items()},
         _complaint,
-        inherited=[theirs for _, theirs in pairs.values()],
+        inherited=inherited,
+        plugging=plugging,
     )
 
 
@@ -31,32 +71,36 @@ def _complaint(output: str) -> str | None:
     return f"QEMU said: {lines[-1]}" if lines else None
 
 
-def _command(
-    qemu: Qemu,
-    assets: Assets,
-    options: LabOptions,
-    drives: Sequence[Drive],
-    fds: dict[str, int],
-) -> list[str]:
+def _command(qemu: Qemu, assets: Assets, options: LabOptions) -> list[str]:
     words = qemu.command()
     words += ["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]
     words += ["-accel", "tcg,thread=multi", *assets.host.architecture.qemu_machine]
     words += ["-smp", str(options.cpus or assets.host.cpus), "-m", str(options.memory_mib)]
     words += ["-kernel", str(assets.kernel), "-initrd", str(assets.initramfs)]
-    words += ["-append", assets.host.command_line]
+    words += ["-append", assets.host.command_line, "-serial", "chardev:serial"]
+    return words
+
+
+def _chardevs(fds: dict[str, int]) -> list[str]:
+    words = []
     for name, fd in fds.items():
         words += ["-chardev", f"socket,id={name},fd={fd}"]
-    words += ["-serial", "chardev:serial", "-device", "virtio-serial-pci"]
-    if "console" in fds:
-        words += ["-device", "virtconsole,chardev=console"]
-    else:
-        for number, name in enumerate(("in", "out", "error"), start=1):
-            words += ["-device", f"virtserialport,chardev={name},nr={number}"]
-    for number, drive in enumerate(drives):
-        words += ["-blockdev", json.dumps(_block_node(f"drive{number}", drive))]
-        shared = ",share-rw=on" if drive.shared else ""
-        words += ["-device", f"virtio-blk-pci,drive=drive{number}{shared}"]
     return words
+
+
+def _ports(names: Sequence[str]) -> list[dict[str, object]]:
+    """The command's terminal, or its three standard streams."""
+    if "console" in names:
+        return [{"driver": "virtconsole", "chardev": "console"}]
+    return [
+        {"driver": "virtserialport", "chardev": name, "nr": number}
+        for number, name in enumerate(names, start=1)
+    ]
+
+
+def _block_device(number: int, drive: Drive) -> dict[str, object]:
+    device: dict[str, object] = {"driver": "virtio-blk-pci", "drive": f"drive{number}"}
+    return device | ({"share-rw": True} if drive.shared else {})
 
 
 def _block_node(name: str, drive: Drive) -> dict[str, object]:

@@ -13,14 +13,17 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from vmm.core.errors import GuestFailure, HostError
-from vmm.lab import bochs, image, qemu
-from vmm.lab.emulator import Assets
+from vmm.lab import bochs, image, initramfs, qemu
+from vmm.lab.crash import first_lines
+from vmm.lab.emulator import Assets, Launch
+from vmm.lab.heartbeat import Heartbeat, MachineStandsStill
 from vmm.lab.job import (
     FIXED_DRIVES,
     RESULTS_BYTES,
@@ -35,6 +38,7 @@ from vmm.lab.packages import Bochs
 from vmm.lab.streams import EndMark, Pump
 from vmm.lab.tied import tied
 
+_READY = f"{initramfs.READY}\r\n".encode()
 _RUNNING = b"pyvmm-lab: running"
 _FINISHED = b"pyvmm-lab: finished"
 _FAILED = b"pyvmm-lab: failed: "
@@ -71,11 +75,14 @@ class LabRun:
         self._time_limit = options.time_limit
         self._acknowledged = False
         self._status: int | None = None
+        self.heartbeat = Heartbeat(assets.host.silence)
+        self._told = False
         try:
-            self._process, self._pump = self._boot(assets, options, terminal)
+            self._boot(assets, options, terminal)
         except BaseException:
             shutil.rmtree(self.folder, ignore_errors=True)
             raise
+        self._connect()
         self._began = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -91,9 +98,7 @@ class LabRun:
 
     # -- starting
 
-    def _boot(
-        self, assets: Assets, options: LabOptions, terminal: tuple[int, int] | None
-    ) -> tuple[subprocess.Popen[bytes], Pump]:
+    def _boot(self, assets: Assets, options: LabOptions, terminal: tuple[int, int] | None) -> None:
         self._results = self.folder / "results"
         with open(self._results, "wb") as file:
             file.truncate(RESULTS_BYTES)
@@ -108,26 +113,34 @@ class LabRun:
         if assets.inner_qemu is not None:
             fixed.append(Drive(assets.inner_qemu, True))
         drives = [*fixed, *self.job.drives]
-        if isinstance(assets.emulator, Bochs):
-            launch = bochs.launch(assets.emulator, options, drives, names, self.folder)
-        else:
-            launch = qemu.launch(assets.emulator, assets, options, drives, names)
-        self._streams, self._complaint = launch.streams, launch.complaint
-        self._connect()
-        with open(self.folder / "output", "wb") as output:
-            process = subprocess.Popen(
-                tied(launch.command),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                pass_fds=[theirs.fileno() for theirs in launch.inherited],
-                env={**_plain_environment(), **launch.environment},
-                start_new_session=True,  # the terminal's Ctrl-C is for the guest, or for us
-            )
-        for theirs in launch.inherited:
-            theirs.close()
-        self._process_fd = os.pidfd_open(process.pid)
-        return process, Pump(list(self._streams.values()), self._process_fd)
+        self._start(_launch(assets, options, drives, names, self.folder))
+        if self._launch.plugging is not None and self._launch.plugging.restores:
+            try:
+                self._launch.plugging.restore()
+            except BaseException as error:
+                self._end()
+                if not isinstance(error, HostError):
+                    raise
+                # Whatever is wrong with the saved state: there is another way, a little longer.
+                self._launch.plugging.saved.discard()
+                self._start(_launch(assets, options, drives, names, self.folder, afresh=True))
+
+    def _start(self, launch: Launch) -> None:
+        self._launch = launch
+        try:
+            with open(self.folder / "output", "wb") as output:
+                self._process = subprocess.Popen(
+                    tied(launch.command),
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    pass_fds=[theirs.fileno() for theirs in launch.inherited],
+                    env={**_plain_environment(), **launch.environment},
+                    start_new_session=True,  # the terminal's Ctrl-C is for the guest, or for us
+                )
+        finally:
+            for theirs in launch.inherited:
+                theirs.close()
 
     def _job_image(
         self, options: LabOptions, terminal: tuple[int, int] | None, assets: Assets
@@ -156,6 +169,7 @@ class LabRun:
         return job_image
 
     def _connect(self) -> None:
+        self._streams = self._launch.streams
         mark = self._token.encode()
         self._streams["serial"].sink = self._on_serial
         if self.is_terminal:
@@ -171,18 +185,31 @@ class LabRun:
             self._marked = [out, error]
         self.output = self._marked[0]
         self.errors = self._marked[-1]
+        self._process_fd = os.pidfd_open(self._process.pid)
+        self._pump = Pump(list(self._streams.values()), self._process_fd)
 
     @property
     def process_id(self) -> int:
         """QEMU's."""
         return self._process.pid
 
+    @property
+    def is_restored(self) -> bool:
+        """Whether the machine began from a saved state, and not by booting."""
+        return self._launch.plugging is not None and self._launch.plugging.restores
+
+    @property
+    def saved_state(self) -> Path | None:
+        """The file of the booted machine's state; None for one that boots each time."""
+        return None if self._launch.plugging is None else self._launch.plugging.saved.path
+
     # -- driving
 
     def pump(self, timeout: float = 1.0) -> bool:
         """Moves bytes for up to `timeout` seconds; False once the machine has ended.
 
-        Raises GuestFailure when the time limit is over, HostError when the machine failed.
+        Raises GuestFailure when the time limit is over or the machine stands still, HostError
+        when it failed.
         """
         if self._pump.process_ended:
             return False
@@ -195,10 +222,12 @@ class LabRun:
                 )
             timeout = min(timeout, left)
         self._pump.pump(timeout)
-        self._acknowledge()
+        self._answer()
         if self._pump.process_ended:
             self._pump.drain()
             self._process.wait()
+        else:
+            self._check_heartbeat()
         return not self._pump.process_ended
 
     def feed_input_from(self, fd: int) -> None:
@@ -247,6 +276,9 @@ class LabRun:
         if self._status is None:
             results = unpack_results(self._results, self.job.outputs)
             if results.status is None:
+                crash = first_lines(bytes(self.log))
+                if crash is not None:
+                    raise GuestFailure(f"the lab machine's kernel crashed: {crash}")
                 raise HostError(
                     "the lab machine ended before the command did"
                     f"{self._emulators_words() or self._last_words()}"
@@ -260,6 +292,14 @@ class LabRun:
 
     def close(self) -> None:
         """Ends QEMU if it still runs, by its process id, and removes what the run has left."""
+        self._pump.close()
+        self._end()
+        with contextlib.suppress(OSError):
+            os.close(self._process_fd)
+        self._process_fd = -1
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _end(self) -> None:
         if self._process.poll() is None:
             self._process.terminate()
             try:
@@ -267,24 +307,35 @@ class LabRun:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
-        self._pump.close()
-        with contextlib.suppress(OSError):
-            os.close(self._process_fd)
-        self._process_fd = -1
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._launch.close()
 
     # -- the machine's own words
 
     def _on_serial(self, data: bytes) -> None:
         self.log += data
+        self.heartbeat.take_from(self.log, len(data))
         self.running = self.running or _RUNNING in self.log
         at = self.log.find(_FAILED)
         if at >= 0 and b"\n" in self.log[at:]:
             line = self.log[at + len(_FAILED) :].split(b"\n", 1)[0].strip()
             raise HostError(f"the lab machine failed: {line.decode(errors='replace')}")
 
-    def _acknowledge(self) -> None:
-        """Tells the machine that its output was read; only then it powers off."""
+    def _check_heartbeat(self) -> None:
+        try:
+            self.heartbeat.check()
+        except MachineStandsStill as error:
+            raise MachineStandsStill(f"{error}{self._last_words()}") from None
+
+    def _answer(self) -> None:
+        """What the machine waits for: its drives, and at the end that its output was read."""
+        plugging = self._launch.plugging
+        if not self._told and (self.is_restored or _READY in self.log):
+            self._told = True
+            if plugging is not None:
+                plugging.plug()
+            # The time, and noise for its random numbers.
+            words = f"{time.time():.0f} {secrets.token_hex(32)}\n"
+            self._pump.send(self._streams["serial"], words.encode())
         complete = all(s.mark is not None and s.mark.complete for s in self._marked)
         if complete and not self._acknowledged and _FINISHED in self.log:
             self._acknowledged = True
@@ -302,8 +353,23 @@ class LabRun:
         """Of an emulator that gave up; those of one that still runs or ended well say nothing."""
         if not self._process.poll():
             return ""
-        complaint = self._complaint((self.folder / "output").read_text(errors="replace"))
+        complaint = self._launch.complaint((self.folder / "output").read_text(errors="replace"))
         return f"; {complaint}" if complaint is not None else ""
+
+
+def _launch(
+    assets: Assets,
+    options: LabOptions,
+    drives: Sequence[Drive],
+    streams: list[str],
+    folder: Path,
+    *,
+    afresh: bool = False,
+) -> Launch:
+    if isinstance(assets.emulator, Bochs):
+        return bochs.launch(assets.emulator, options, drives, streams, folder)
+    afresh = afresh or options.fresh
+    return qemu.launch(assets.emulator, assets, options, drives, streams, afresh=afresh)
 
 
 def _plain_environment() -> dict[str, str]:

@@ -13,7 +13,7 @@ import threading
 
 from kvm_bindings import datapath
 
-ENGINES = ("auto", "pread", "fd2fd", "mmap")
+ENGINES = ("auto", "pread", "fd2fd", "vmfd", "mmap")
 """What `vmm.memory.engines` makes: the ways a disk's bytes may go."""
 
 _CHUNK = 1 << 20

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from vmm.lab.cache import Cache
 from vmm.lab.command import run
 from vmm.lab.emulator import Assets
 from vmm.lab.initramfs import applets, host_initramfs
-from vmm.lab.job import Job, Surroundings, lay_out
+from vmm.lab.job import Drive, Job, Surroundings, lay_out
 from vmm.lab.machine import Lab, with_kernel
 from vmm.lab.options import LabOptions
 from vmm.lab.packages import Packages, Qemu, debian_version, kernel_release
@@ -62,15 +63,19 @@ def arm_packages(tmp_path: Path) -> Packages:
     )
 
 
-def qemu_words(host: hosts.Host) -> list[str]:
-    file = Path("f")
-    assets = Assets(host, Qemu(file), file, file, file, file, None)
-    return qemu.launch(Qemu(file), assets, LabOptions(), [], []).command
+def qemu_words(host: hosts.Host, tmp_path: Path) -> list[str]:
+    file = tmp_path / "f"
+    file.touch()
+    assets = Assets(host, Qemu(file), file, file, file, file, None, Cache(tmp_path))
+    with closing(qemu.launch(Qemu(file), assets, LabOptions(), [Drive(file, True)], [])) as launch:
+        return launch.command
 
 
 @pytest.mark.parametrize("host", ARM_HOSTS, ids=lambda host: host.name)
-def test_arm_machine_has_virtualization_and_the_processor_that_kvm_needs(host: hosts.Host) -> None:
-    words = qemu_words(host)
+def test_arm_machine_has_virtualization_and_the_processor_that_kvm_needs(
+    host: hosts.Host, tmp_path: Path
+) -> None:
+    words = qemu_words(host, tmp_path)
 
     assert words[words.index("-machine") + 1] == "virt,virtualization=on,gic-version=3"
     assert words[words.index("-cpu") + 1] == "neoverse-n1"
@@ -78,16 +83,16 @@ def test_arm_machine_has_virtualization_and_the_processor_that_kvm_needs(host: h
     assert "console=ttyAMA0" in words[words.index("-append") + 1].split()
 
 
-def test_only_the_pkvm_host_has_protected_kvm() -> None:
+def test_only_the_pkvm_host_has_protected_kvm(tmp_path: Path) -> None:
     protected = [h for h in hosts.HOSTS.values() if "kvm-arm.mode=protected" in h.command_line]
 
     assert [host.name for host in protected] == ["pkvm"]
-    words = qemu_words(protected[0])
+    words = qemu_words(protected[0], tmp_path)
     assert "kvm-arm.mode=protected" in words[words.index("-append") + 1].split()
 
 
-def test_x86_machine_stays_what_it_is() -> None:
-    words = qemu_words(hosts.DEFAULT)
+def test_x86_machine_stays_what_it_is(tmp_path: Path) -> None:
+    words = qemu_words(hosts.DEFAULT, tmp_path)
 
     assert words[words.index("-machine") + 1] == "pc"
     assert words[words.index("-cpu") + 1] == "EPYC,+svm"
@@ -175,7 +180,7 @@ def test_kernel_of_another_architecture_is_known_by_its_first_bytes(tmp_path: Pa
             x86_image,
             "a kernel for x86, and --host arm64 is arm64",
         ),
-        ("pkvm", x86_image, "use --host stock or sw-protected or bochs"),
+        ("pkvm", x86_image, "use --host stock or sw-protected or experimental or bochs"),
         ("stock", arm_image, "a kernel for arm64, and --host stock is x86; use --host arm64 or"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from vmm.lab.cache import Cache
 from vmm.lab.closure import libraries_of, parse_listing
 from vmm.lab.emulator import Assets
 from vmm.lab.initramfs import guest_initramfs, host_initramfs
+from vmm.lab.job import Drive
 from vmm.lab.machine import Lab, runs_several_vcpus
 from vmm.lab.options import LabOptions
 from vmm.lab.packages import Kernel, Qemu
@@ -244,7 +246,7 @@ def test_only_a_run_with_a_kernel_is_made_quiet(
     assert "--append" not in lab.pyvmm_words(words)
 
 
-@pytest.mark.parametrize("only", [["--only", "linux"], ["--only=linux"]])
+@pytest.mark.parametrize("only", [["--only", "linux"], ["--only=linux"], ["--only", "iommu"]])
 def test_bench_of_a_stock_kernel_gets_fio_where_it_is_to_be_had(
     only: list[str],
     tmp_path: Path,
@@ -289,17 +291,19 @@ def test_several_vcpus_are_seen_in_the_command(words: str, several: bool) -> Non
     [("--cpus 4", None, "1"), ("--cpus 4", 2, "2"), ("check", None, "2")],
 )
 def test_guest_with_several_vcpus_gets_a_lab_machine_with_one(
-    words: str, given: int | None, cpus: str, monkeypatch: pytest.MonkeyPatch
+    words: str, given: int | None, cpus: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     started: list[LabOptions] = []
     monkeypatch.setattr(machine, "LabRun", lambda assets, options, *rest: started.append(options))
-    file = Path("f")
-    assets = Assets(hosts.DEFAULT, Qemu(file), file, file, file, file, None)
+    file = tmp_path / "f"
+    file.touch()
+    assets = Assets(hosts.DEFAULT, Qemu(file), file, file, file, file, None, Cache(tmp_path))
     monkeypatch.setattr(Lab, "prepare", lambda self: assets)
 
     Lab(LabOptions(cpus=given)).start(words.split())
 
-    command = qemu.launch(Qemu(file), assets, started[0], [], []).command
+    with closing(qemu.launch(Qemu(file), assets, started[0], [Drive(file, True)], [])) as launch:
+        command = launch.command
     assert command[command.index("-smp") + 1] == cpus
 
 
