@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 
 from kvm_bindings import ioctls
 from kvm_bindings._kvm import ffi
@@ -25,6 +26,15 @@ class GuestMemfd(OwnedFd):
         super().__init__(fd)
         self.size = size
         self.flags = flags
+
+    def has_file_io(self) -> bool:
+        """Whether read, write and splice are file operations of a guest_memfd, as in no released
+        kernel: pread(2) of the first byte, which makes no page, gives it, or refuses a private
+        one."""
+        try:
+            return len(os.pread(self.fd, 1, 0)) == 1
+        except OSError as error:
+            return error.errno == errno.EACCES
 
     def set_memory_attributes2(self, offset: int, size: int, attributes: int) -> None:
         """KVM_SET_MEMORY_ATTRIBUTES2: make a range private (8) or shared (0), in place.

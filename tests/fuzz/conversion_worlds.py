@@ -6,8 +6,8 @@ Nothing here depends on the scheme: a rig says where the guest finds a page.
 from __future__ import annotations
 
 import errno
-from contextlib import ExitStack
-from typing import cast
+import os
+from contextlib import ExitStack, suppress
 
 from kvm_bindings import KvmError
 from tests.fuzz import conversion_ops as ops
@@ -112,6 +112,10 @@ class World:
             self._opened = opened.pop_all()
         self.reference = Reference(ops.PAGES, in_place=self.rig.memory.in_place)
         self._fruitless: tuple[Request | None, int] = (None, 0)
+        # A mapping's pages come into being when they are read.
+        in_place = self.rig.memory.in_place
+        self._reading_makes_pages = in_place and self.rig.private.access != "pread/pwrite"
+        self._pipe: tuple[int, int] | None = None
         self._counts = self.rig.private.traits.granule == PAGE_SIZE
 
     def __enter__(self) -> World:
@@ -252,7 +256,7 @@ class World:
             word = int.from_bytes(data[number * PAGE_SIZE :][:8], "little")
             if page.shared.word is None:
                 page.shared.word = word
-            if self.reference.in_place:  # it goes through a mapping, which makes the page
+            if self._reading_makes_pages:
                 page.shared.touch(word)
             self._expect(f"host word in page {first + number}", word, page.shared.word)
             rest = data[number * PAGE_SIZE + 8 : (number + 1) * PAGE_SIZE]
@@ -274,14 +278,40 @@ class World:
     def _hold(self, page: int | None) -> str:
         if not self.reference.in_place:
             return "two sides"
-        gmem = cast(FakeVm, self.rig.vm).guest_memfd(self.rig.private.fd)
         if page is None:
-            gmem.unpin()
+            self._let_go()
             self.reference.held.clear()
-        elif self.reference.pages[page].state is State.SHARED:
-            gmem.pin(self.rig.gpa(page), PAGE_SIZE)
+        elif self.reference.pages[page].state is State.SHARED and self._take_hold(page):
             self.reference.held.add(page)
         return f"{len(self.reference.held)} held"
+
+    def _take_hold(self, page: int) -> bool:
+        """A reference to a shared page: the model's, or a pipe's, which takes it where it is."""
+        vm, gpa = self.rig.vm, self.rig.gpa(page)
+        if isinstance(vm, FakeVm):
+            vm.guest_memfd(self.rig.private.fd).pin(gpa, PAGE_SIZE)
+            return True
+        resident = self.rig.private.resident_bytes(gpa, PAGE_SIZE)
+        if self.rig.private.access != "pread/pwrite" or not resident:
+            return False  # a hole has no page to hold
+        if self._pipe is None:
+            self._pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+            for end in self._pipe:
+                self._opened.callback(os.close, end)
+        try:
+            os.splice(self.rig.private.fd, self._pipe[1], PAGE_SIZE, offset_src=gpa)
+        except BlockingIOError:
+            return False
+        return True
+
+    def _let_go(self) -> None:
+        vm = self.rig.vm
+        if isinstance(vm, FakeVm):
+            vm.guest_memfd(self.rig.private.fd).unpin()
+        elif self._pipe is not None:
+            with suppress(BlockingIOError):
+                while os.read(self._pipe[0], PAGE_SIZE):
+                    pass
 
     def _peek(self, start: int, size: int) -> str:
         """Any bytes; an access of no bytes counts as one to the byte that it names."""
@@ -303,7 +333,7 @@ class World:
         whole = b"".join(word + bytes(PAGE_SIZE - 8) for word in words)
         expected = whole[start % PAGE_SIZE :][:size]
         self._expect(f"{size} bytes at {start:#x}", data.hex(), expected.hex())
-        if self.reference.in_place:
+        if self._reading_makes_pages:
             for page in pages:
                 page.shared.touch(page.shared.word)
         return "read"

@@ -41,6 +41,23 @@ class SetAttributes(NamedTuple):
     attributes: int
 
 
+class ConvertInPlace(NamedTuple):
+    """KVM_SET_MEMORY_ATTRIBUTES2."""
+
+    guest_memfd: int
+    offset: int
+    size: int
+    attributes: int
+
+
+class VmIo(NamedTuple):
+    """A host access by the VM's fd: "pread" or "pwrite"."""
+
+    what: str
+    page: int
+    word: int
+
+
 class Fallocate(NamedTuple):
     guest_memfd: int
     mode: int
@@ -49,7 +66,7 @@ class Fallocate(NamedTuple):
 
 
 class GuestMemfdIo(NamedTuple):
-    """A host access: "pread", "map", "load" or "store" (through the mapping), "resident"."""
+    """A host access: "pread", "pwrite", "map", "resident", through the mapping "load", "store"."""
 
     guest_memfd: int
     what: str
@@ -83,6 +100,8 @@ Op = (
     CreateGuestMemfd
     | SetSlot
     | SetAttributes
+    | ConvertInPlace
+    | VmIo
     | Fallocate
     | GuestMemfdIo
     | CloseGuestMemfd
@@ -112,7 +131,7 @@ class Generator:
     def _op(self) -> Op:
         chance = self._chance
         page = chance.randrange(PAGES)
-        match chance.randrange(24):
+        match chance.randrange(28):
             case 0 if chance.random() < 0.3:
                 return CloseGuestMemfd(self._gmem())
             case 0:
@@ -127,7 +146,9 @@ class Generator:
                 mode = chance.choice((_KEEP | _PUNCH,) * 6 + (_KEEP, _KEEP, _PUNCH, 0))
                 return Fallocate(self._gmem(), mode, offset, size)
             case 9 | 10 | 11:
-                what = chance.choice(("pread", "map", "load", "load", "store", "store", "resident"))
+                what = chance.choice(
+                    ("pread", "pwrite", "map", "load", "load", "store", "store", "resident")
+                )
                 offset = chance.randrange(GMEM_PAGES + 1) * PAGE_SIZE
                 return GuestMemfdIo(self._gmem(), what, offset, self._word())
             case 12:
@@ -136,6 +157,12 @@ class Generator:
                 return HostWrite(page, self._word())
             case 15 | 16 | 17 | 18:
                 return GuestWrite(page, self._word())
+            case 24 | 25:
+                offset, size = self._range(GMEM_PAGES + 1)
+                attributes = chance.choice((0, 0, 0, 8, 8, 8, 8, 1, 9))
+                return ConvertInPlace(self._gmem(), offset, size, attributes)
+            case 26:
+                return VmIo(chance.choice(("pread", "pwrite")), page, self._word())
         return GuestRead(page)
 
     def _create(self) -> CreateGuestMemfd:

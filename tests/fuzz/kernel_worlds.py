@@ -15,6 +15,7 @@ from kvm_bindings import GuestMemfd, KvmError, Vm, fdops, ioctls
 from kvm_bindings.exits import MemoryFaultExit, MmioExit
 from tests.fuzz import kernel_ops as ops
 from tests.support.fake_kvm import FakeKernel, FakeVm, VmType
+from tests.support.fake_kvm.kernel import INIT_SHARED, MMAP, PRIVATE
 from tests.support.fake_platform import FakePlatform
 from tests.support.x86 import X86
 from vmm.arch.guest_cpu import CODE_SIZE, WORD, Gate, GuestCpu, GuestStopped
@@ -28,6 +29,9 @@ class Files(Protocol):
     """The host's file operations on a guest_memfd. All raise OSError."""
 
     def pread(self, gmem: GuestMemfd, size: int, offset: int) -> bytes: ...
+    def pwrite(self, gmem: GuestMemfd, data: bytes, offset: int) -> None: ...
+    def vm_pread(self, vm: Vm, size: int, gpa: int) -> bytes: ...
+    def vm_pwrite(self, vm: Vm, data: bytes, gpa: int) -> None: ...
     def map(self, gmem: GuestMemfd) -> None: ...
     def load(self, gmem: GuestMemfd, size: int, offset: int) -> bytes: ...
     def store(self, gmem: GuestMemfd, data: bytes, offset: int) -> None: ...
@@ -47,6 +51,15 @@ class KernelFiles:
 
     def pread(self, gmem: GuestMemfd, size: int, offset: int) -> bytes:
         return os.pread(gmem.fd, size, offset)
+
+    def pwrite(self, gmem: GuestMemfd, data: bytes, offset: int) -> None:
+        os.pwrite(gmem.fd, data, offset)
+
+    def vm_pread(self, vm: Vm, size: int, gpa: int) -> bytes:
+        return os.pread(vm.fd, size, gpa)
+
+    def vm_pwrite(self, vm: Vm, data: bytes, gpa: int) -> None:
+        os.pwrite(vm.fd, data, gpa)
 
     def map(self, gmem: GuestMemfd) -> None:
         self._address(gmem)
@@ -93,6 +106,15 @@ class ModelFiles:
 
     def pread(self, gmem: GuestMemfd, size: int, offset: int) -> bytes:
         return self._vm.guest_memfd(gmem.fd).host_pread(size, offset)
+
+    def pwrite(self, gmem: GuestMemfd, data: bytes, offset: int) -> None:
+        self._vm.guest_memfd(gmem.fd).host_pwrite(data, offset)
+
+    def vm_pread(self, vm: Vm, size: int, gpa: int) -> bytes:
+        return self._vm.host_pread(size, gpa)
+
+    def vm_pwrite(self, vm: Vm, data: bytes, gpa: int) -> None:
+        self._vm.host_pwrite(data, gpa)
 
     def map(self, gmem: GuestMemfd) -> None:
         self._vm.guest_memfd(gmem.fd).host_map()
@@ -160,6 +182,11 @@ class World:
                 self._set_slot(op)
             case ops.SetAttributes(gpa, size, attributes):
                 self._vm.set_memory_attributes(AREA_GPA + gpa, size, attributes)
+            case ops.VmIo("pread", page, _):
+                return _hex(self._files.vm_pread(self._vm, WORD, AREA_GPA + page * PAGE_SIZE))
+            case ops.VmIo(_, page, word):
+                data = word.to_bytes(WORD, "little")
+                self._files.vm_pwrite(self._vm, data, AREA_GPA + page * PAGE_SIZE)
             case ops.HostRead(page):
                 return _hex(os.pread(self._memfd, WORD, page * PAGE_SIZE))
             case ops.HostWrite(page, word):
@@ -192,7 +219,8 @@ class World:
         return self._gmems[index]
 
     def _on_guest_memfd(self, op: ops.Op) -> object:
-        assert isinstance(op, ops.Fallocate | ops.GuestMemfdIo | ops.CloseGuestMemfd)
+        kinds = ops.Fallocate | ops.GuestMemfdIo | ops.CloseGuestMemfd | ops.ConvertInPlace
+        assert isinstance(op, kinds)
         gmem = self._gmem(op.guest_memfd)
         if gmem is None:
             return "not there"
@@ -202,6 +230,10 @@ class World:
                 files.fallocate(gmem, mode, offset, size)
             case ops.CloseGuestMemfd():
                 files.close(gmem)
+            case ops.ConvertInPlace(_, offset, size, attributes):
+                gmem.set_memory_attributes2(offset, size, attributes)
+            case ops.GuestMemfdIo(_, "pwrite", offset, word):
+                files.pwrite(gmem, word.to_bytes(WORD, "little"), offset)
             case ops.GuestMemfdIo(_, "pread", offset, _):
                 return _hex(files.pread(gmem, WORD, offset))
             case ops.GuestMemfdIo(_, "map", _, _):
@@ -251,9 +283,37 @@ def model_of(platform: Platform) -> FakePlatform:
                 vm.check_extension(ioctls.KVM_CAP_GUEST_MEMFD_FLAGS),
             )
             model.attributes_ioctl |= _has_attributes_ioctl(vm)
+            _model_experiments(model, vm, number)
             model.memslots = vm.check_extension(ioctls.KVM_CAP_NR_MEMSLOTS)
             model.binding_taken = _binding_taken(vm)
     return FakePlatform(model)
+
+
+def _model_experiments(model: FakeKernel, vm: Vm, vm_type: int) -> None:
+    """What no released kernel has: by trying."""
+    flags = model.vm_types[vm_type].guest_memfd_flags & (MMAP | INIT_SHARED)
+    with vm.create_guest_memfd(PAGE_SIZE, flags) as gmem:
+        if flags & INIT_SHARED:
+            model.file_io = gmem.has_file_io()
+        try:
+            os.pread(vm.fd, 1, 0)
+        except OSError as error:
+            model.vm_io = error.errno == errno.EFAULT
+        try:
+            gmem.set_memory_attributes2(0, PAGE_SIZE, 0)
+        except KvmError as error:
+            model.in_place = error.errno != errno.ENOTTY
+            return
+        model.in_place = True
+        try:
+            if model.file_io:
+                os.pwrite(gmem.fd, b"x", 0)
+            gmem.set_memory_attributes2(0, PAGE_SIZE, PRIVATE)
+        except KvmError:
+            return
+        model.vm_types[vm_type] = VmType(PRIVATE, flags)
+        gmem.set_memory_attributes2(0, PAGE_SIZE, 0)
+        model.keeps_content = model.file_io and os.pread(gmem.fd, 1, 0) == b"x"
 
 
 def _has_attributes_ioctl(vm: Vm) -> bool:

@@ -24,7 +24,7 @@ _MARK = 0x0100_0000
 _ADD_MARK = b"\x05" + _MARK.to_bytes(4, "little")  # add eax, _MARK
 _OUT_EAX = b"\xe7" + bytes([DONE_PORT])  # out DONE_PORT, eax
 _MAP_GPA_RANGE, _ATTRIBUTES = 12, 0x10  # KVM_HC_MAP_GPA_RANGE, "encrypted"
-_CODE = {
+CODE = {
     # xor eax, eax; cpuid; mov eax, ebx
     "cpuid": b"\x31\xc0\x0f\xa2\x89\xd8",
     # mov ecx, 0xc0000080 (EFER); rdmsr
@@ -55,22 +55,30 @@ EXPECTED = {
 _COPY_AND_GO = b"\xf3\xa4\xb8" + AREA_GPA.to_bytes(4, "little") + b"\xff\xe0"
 
 
-def in_private_memory(system: System, code: bytes) -> object:
-    """What the guest's `out` says; before it, a hypercall's arguments. Else what came instead."""
+def in_private_memory(system: System, code: bytes, *, attributes: bool = True) -> object:
+    """What the guest's `out` says; before it, a hypercall's arguments. Else what came instead.
+
+    The code is private by attribute, or on a default VM in a guest_memfd that the host can't reach.
+    """
     code += _ADD_MARK + _OUT_EAX
     start = _COPY_AND_GO.ljust(16, b"\x90") + code
     registers = {"rsi": layout.PAYLOAD_GPA + 16, "rdi": AREA_GPA, "rcx": len(code)}
     with (
         ExitStack() as opened,
-        MicroGuest(system, start, "kernel", registers=registers, vm_type=1, seconds=30.0) as guest,
+        MicroGuest(
+            system, start, "kernel", registers=registers, vm_type=int(attributes), seconds=30.0
+        ) as guest,
     ):
         # IMUL with 7 bytes, wherever one begins: who reads the code here steps over _MARK too.
         shared = memory_file(opened, AREA_SIZE)
         os.pwrite(shared, b"\x69" * 4096, 0)
-        private = opened.enter_context(guest.vm.create_guest_memfd(AREA_SIZE))
+        flags = 0 if attributes else ioctls.GUEST_MEMFD_FLAG_MMAP
+        private = opened.enter_context(guest.vm.create_guest_memfd(AREA_SIZE, flags))
         hva = mapped(opened, shared, AREA_SIZE)
         guest.vm.set_user_memory_region2(1, AREA_GPA, AREA_SIZE, hva, private.fd, 0)
-        guest.vm.set_memory_attributes(AREA_GPA, AREA_SIZE, ioctls.KVM_MEMORY_ATTRIBUTE_PRIVATE)
+        if attributes:
+            private_attribute = ioctls.KVM_MEMORY_ATTRIBUTE_PRIVATE
+            guest.vm.set_memory_attributes(AREA_GPA, AREA_SIZE, private_attribute)
         guest.vm.enable_cap(x86.KVM_CAP_EXIT_HYPERCALL, 1 << _MAP_GPA_RANGE)
         exit = guest.run()
         called = None
@@ -86,7 +94,7 @@ def in_private_memory(system: System, code: bytes) -> object:
 
 def main() -> None:
     with System() as system:
-        print(json.dumps({name: in_private_memory(system, code) for name, code in _CODE.items()}))
+        print(json.dumps({name: in_private_memory(system, code) for name, code in CODE.items()}))
 
 
 if __name__ == "__main__":

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
-from kvm_bindings import System, fdops, floors
+from kvm_bindings import System, Vm, fdops, floors
 from vmm.bench.series import Series, interleaved
 from vmm.conversion.making import make_backing
+from vmm.conversion.scheme import set_slot
 from vmm.core.ranges import Range
 from vmm.memory.backing import Backing
 from vmm.memory.backings.memfd import MemfdBacking
@@ -53,47 +55,63 @@ def timed(call: Callable[[int], object], size: int) -> Callable[[], float]:
 def measure(system: System | None, rounds: int, sizes: tuple[int, ...]) -> Iterator[Series]:
     """Reads and writes on each backing that there is, then transfers from a file."""
     for name in ("memfd", "guest_memfd-mmap"):
-        with _memory(system, name) as memory:
+        with _memory(system, name) as (memory, vm_fd):
             if memory is None:
                 continue
             for size in sizes:
                 for write in (False, True):
                     verb = "write" if write else "read"
                     case = f"{verb} {size_name(size)}, {name}"
-                    subjects = _ways(memory, size, write)
+                    subjects = _ways(memory, vm_fd, size, write)
                     yield from interleaved("accessors", case, "us", subjects, rounds)
-    with _memory(None, "memfd") as memory, _file() as file:
-        assert memory is not None
-        for size in sizes:
-            for write in (False, True):
-                verb = "memory to file" if write else "file to memory"
-                subjects = _transfers(memory, file, size, write)
-                case = f"{verb} {size_name(size)}"
-                yield from interleaved("transfers", case, "us", subjects, rounds)
+    for name, words in (("memfd", ""), ("guest_memfd-mmap", ", guest_memfd-mmap")):
+        with _memory(system, name) as (memory, vm_fd), _file() as file:
+            if memory is None or memory.shared.access != "pread/pwrite":
+                continue  # a guest_memfd has no transfers of its own up to Linux 7.3
+            for size in sizes:
+                for write in (False, True):
+                    verb = "memory to file" if write else "file to memory"
+                    subjects = _transfers(memory, vm_fd, file, size, write)
+                    case = f"{verb} {size_name(size)}{words}"
+                    yield from interleaved("transfers", case, "us", subjects, rounds)
 
 
 @contextmanager
-def _memory(system: System | None, backing: str) -> Iterator[GuestMemory | None]:
-    """Shared guest memory of SPAN bytes, every page there; None where the host lacks it."""
+def _memory(
+    system: System | None, backing: str
+) -> Iterator[tuple[GuestMemory, int] | tuple[None, int]]:
+    """Shared guest memory of SPAN bytes, every page there; None where the host lacks it. With it
+    the fd of a VM that has it as RAM from 0 on, where that can be read and written, else -1."""
     with ExitStack() as opened:
         side: Backing
-        if backing == "memfd":
-            side = MemfdBacking(SPAN)
-        else:
-            if system is None:
-                yield None
-                return
-            try:
+        vm = None
+        try:
+            if system is not None:
                 vm = opened.enter_context(system.create_vm())
+            if backing == "memfd":
+                side = MemfdBacking(SPAN)
+            elif vm is not None:
                 side = make_backing(vm, backing, SPAN)
-            except OSError:
-                yield None
+            else:
+                yield None, -1
                 return
+        except OSError:
+            yield None, -1
+            return
         memory = GuestMemory([Range(0, SPAN)], side)
         opened.callback(memory.close)
         for offset in range(0, SPAN, 1 << 20):
             memory.pwrite(b"\x5a" * (1 << 20), offset)
-        yield memory
+        yield memory, -1 if vm is None else _vm_io(vm, side)
+
+
+def _vm_io(vm: Vm, side: Backing) -> int:
+    try:
+        set_slot(vm, 0, 0, Range(0, SPAN), side)
+        os.pread(vm.fd, 1, 0)
+    except OSError:
+        return -1
+    return vm.fd
 
 
 @contextmanager
@@ -106,7 +124,9 @@ def _file() -> Iterator[int]:
         yield file.fileno()
 
 
-def _ways(memory: GuestMemory, size: int, write: bool) -> dict[str, Callable[[], float]]:
+def _ways(
+    memory: GuestMemory, vm_fd: int, size: int, write: bool
+) -> dict[str, Callable[[], float]]:
     side = memory.shared
     count = _count(size)
     scratch = os.memfd_create("scratch", os.MFD_CLOEXEC)
@@ -118,20 +138,34 @@ def _ways(memory: GuestMemory, size: int, write: bool) -> dict[str, Callable[[],
     if side.access == "pread/pwrite":
         bare = floors.pwrite_ns if write else floors.pread_ns
         ways["C pread/pwrite"] = lambda: bare(side.fd, buffer, size, SPAN, count) / 1000
+        if vm_fd >= 0:
+            ways["C VM fd"] = lambda: bare(vm_fd, buffer, size, SPAN, count) / 1000
     if write:
         ways["C memcpy"] = lambda: (
             floors.memcpy_ns(side.hva, SPAN, buffer, size, size, count) / 1000
         )
         data = b"\x5a" * size
         ways["GuestMemory"] = timed(lambda offset: memory.pwrite(data, offset), size)
+        if side.is_guest_memfd and side.access == "pread/pwrite":
+            # What there is where a guest_memfd can't be written.
+            mem, hva = _own_memory(), side.hva
+            ways["/proc/self/mem"] = timed(lambda offset: os.pwrite(mem, data, hva + offset), size)
     else:
         ways["C memcpy"] = lambda: (
             floors.memcpy_ns(buffer, size, side.hva, SPAN, size, count) / 1000
         )
         ways["GuestMemory"] = timed(lambda offset: memory.pread(size, offset), size)
+        if side.is_guest_memfd and side.access == "pread/pwrite":
+            mem, hva = _own_memory(), side.hva
+            ways["/proc/self/mem"] = timed(lambda offset: os.pread(mem, size, hva + offset), size)
     if size <= 4096:
         ways[f"GuestMemory, batch of {BATCH}"] = _batched(memory, size, write)
     return ways
+
+
+@functools.cache
+def _own_memory() -> int:
+    return os.open("/proc/self/mem", os.O_RDWR | os.O_CLOEXEC)
 
 
 def _batched(memory: GuestMemory, size: int, write: bool) -> Callable[[], float]:
@@ -147,12 +181,12 @@ def _batched(memory: GuestMemory, size: int, write: bool) -> Callable[[], float]
 
 
 def _transfers(
-    memory: GuestMemory, file: int, size: int, write: bool
+    memory: GuestMemory, vm_fd: int, file: int, size: int, write: bool
 ) -> dict[str, Callable[[], float]]:
     side, count = memory.shared, _count(size)
     ways: dict[str, Callable[[], float]] = {}
-    for name in ("pread", "fd2fd", "mmap"):
-        seen = memory.through(make_engine(name, side))
+    for name in ("pread", "fd2fd", *(("vmfd",) if vm_fd >= 0 else ()), "mmap"):
+        seen = memory.through(make_engine(name, side, vm_fd))
         if write:
             ways[name] = timed(lambda at, seen=seen: seen.transfer_out(at, size, file, at), size)  # type: ignore[misc]
         else:

@@ -41,7 +41,11 @@ _RESULT = re.compile(r"result (\S+): (\d+) ticks")
 
 
 def measure(
-    disk: Path, tests: dict[str, str], rounds: int, qemu: list[str] | None
+    disk: Path,
+    tests: dict[str, str],
+    rounds: int,
+    qemu: list[str] | None,
+    engines: tuple[str, ...] = ENGINES,
 ) -> Iterator[Series]:
     """Microseconds a request, for each test, then those of them that the host's threads were on
     a processor, which other work on the machine does not change. A round boots every subject once.
@@ -55,7 +59,7 @@ def measure(
             "--kernel", str(kernel), "--mem", "256M", "--append", append,
             "--disk", f"{str(disk).replace(',', ',,')},io={engine}", "--allow-mapped-io",
         )
-        for engine in ENGINES
+        for engine in engines
     }  # fmt: skip
     if qemu is not None:
         commands["QEMU"] = yardstick.disk_guest(qemu, kernel, str(disk), append)

@@ -36,8 +36,14 @@ def make_backing(vm: Vm, name: str, size: int) -> Backing:
             "guest_memfd-mmap": guest_memfd.MappedGuestMemfdBacking,
         }
         made = vm.create_guest_memfd(size, flags)
+        # Seen by trying: no released kernel has it.
+        file_io = flags & _INIT_SHARED and made.has_file_io()
         if name == "guest_memfd-in-place":
+            if file_io:
+                return guest_memfd.InPlaceFdIoBacking(made, size)
             return guest_memfd.InPlaceGuestMemfdBacking(made, size)
+        if file_io:
+            return guest_memfd.FdIoGuestMemfdBacking(made.fd, size)
         return classes[name](made.fd, size)
     if name == "memfd-hugetlb":
         from vmm.memory.backings.hugetlb_memfd import HugetlbMemfdBacking

@@ -44,7 +44,8 @@ NEEDS = {
     "realm": "needs a KVM that passes a guest's SMC calls on (KVM_ARM_VM_SMCCC_FILTER, Linux 6.4)",
     "attributes": "needs a kernel with CONFIG_KVM_SW_PROTECTED_VM, as pyvmm lab --host "
     "sw-protected has",
-    "in-place": "needs a kernel with KVM_SET_MEMORY_ATTRIBUTES2, which none has yet",
+    "in-place": "needs a kernel with KVM_SET_MEMORY_ATTRIBUTES2, as pyvmm lab --host "
+    "experimental has",
     "guest_memfd": "Linux 6.18 or later has it",
     "guest_memfd-mmap": "Linux 6.18 or later has it",
 }

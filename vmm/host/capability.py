@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvm_bindings import System
 from vmm.host.kvm import missing_basics
+from vmm.host.probes import file_io as probes
 from vmm.host.probes import files, memory
 from vmm.host.probes.finding import Finding, no, yes
 
@@ -21,9 +22,12 @@ JOBS = {
     PAYLOAD_PRIVATE: "the embedded payload with --private-mem",
     KERNEL: "a stock kernel without --private-mem",
 }
+PRIVATE_CODE = "private_code"
+"""The line whose capability makes a kernel's private memory kernel-enforced."""
 MAIN_JOB = KERNEL_PRIVATE
 ALL = tuple(JOBS)
 PRIVATE = (KERNEL_PRIVATE, PAYLOAD_PRIVATE)
+_EXPERIMENTAL = "no kernel has it yet; pyvmm lab --host experimental does"
 KERNELS = (KERNEL_PRIVATE, KERNEL)
 
 
@@ -95,6 +99,21 @@ def memfds(architecture: HostArchitecture) -> tuple[Capability, ...]:
         Capability(
             "memfd_secret", "memfd_secret", partial(files.secret_memfd, architecture),
             "nothing yet: KVM would have to map it", "nothing: no backing is made of it",
+        ),
+    )  # fmt: skip
+
+
+def file_io(architecture: HostArchitecture) -> tuple[Capability, ...]:
+    """Guest memory by read, write and splice."""
+    return (
+        Capability(
+            "guest_memfd_io", "guest_memfd, read and write",
+            partial(probes.guest_memfd_io, architecture),
+            "guest memory without a mapping that the host touches", _EXPERIMENTAL,
+        ),
+        Capability(
+            "vm_io", "VM fd, read and write", partial(probes.vm_io, architecture),
+            "--disk FILE,io=vmfd: KVM itself says which pages the host may touch", _EXPERIMENTAL,
         ),
     )  # fmt: skip
 

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvm_bindings import KvmError, System
 from vmm.core.errors import HostError
-from vmm.host.capability import JOBS, KERNEL_PRIVATE, MAIN_JOB, PRIVATE, Capability
+from vmm.host.capability import (
+    JOBS,
+    KERNEL_PRIVATE,
+    MAIN_JOB,
+    PRIVATE,
+    PRIVATE_CODE,
+    Capability,
+)
 from vmm.host.choice import Wanted, choose
 from vmm.host.kvm import open_kvm
 from vmm.host.probes.finding import Finding, broken, no, unknown
@@ -128,8 +135,9 @@ def check_host(architecture: HostArchitecture) -> HostCheck:
         return _closed(capabilities, str(error), architecture.lab)
     with system:
         rows = tuple(Row(each, probed(each.probe, system)) for each in capabilities)
+        strict = any(row.works for row in rows if row.capability.key == PRIVATE_CODE)
         choices = {
-            job: probed_choice(architecture, system, kernel=job == KERNEL_PRIVATE)
+            job: probed_choice(architecture, system, kernel=job == KERNEL_PRIVATE, strict=strict)
             for job in PRIVATE
         }
     return HostCheck(rows, judge(rows, choices), None, architecture.lab)
@@ -152,9 +160,13 @@ def probed(probe: Callable[[Any], Finding], system: System) -> Finding:
         return broken("fails", str(error))
 
 
-def probed_choice(architecture: HostArchitecture, system: System, *, kernel: bool) -> Choice | None:
-    """What --private-mem=auto --scheme auto gives; None when nothing serves."""
-    wanted = Wanted("auto", "auto", 2 << 20, two_addresses=kernel, host_loads=kernel)
+def probed_choice(
+    architecture: HostArchitecture, system: System, *, kernel: bool, strict: bool = False
+) -> Choice | None:
+    """What --private-mem=auto --scheme auto gives; None when nothing serves. `strict`: kernels
+    load themselves here."""
+    host_loads = kernel and not strict
+    wanted = Wanted("auto", "auto", 2 << 20, two_addresses=kernel, host_loads=host_loads)
     try:
         chosen = choose(architecture, system, wanted)
     except (KvmError, HostError):

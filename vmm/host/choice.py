@@ -138,9 +138,9 @@ def _try_attributes(vm: Vm) -> None:
 def _try_in_place(backing: Backing | str) -> None:
     """A page that is made private must be out of the host's reach, and come back. Raises KvmError
     (also when it is not)."""
-    from vmm.memory.backings.guest_memfd import InPlaceGuestMemfdBacking
+    from vmm.memory.backings.guest_memfd import InPlaceBacking
 
-    if not isinstance(backing, InPlaceGuestMemfdBacking):
+    if isinstance(backing, str) or not isinstance(backing, InPlaceBacking):
         return
     try:
         for attribute, reached in ((ioctls.KVM_MEMORY_ATTRIBUTE_PRIVATE, False), (0, True)):

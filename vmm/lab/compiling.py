@@ -46,7 +46,8 @@ def unpack_sources(tree: Path, into: Path, options: Sequence[str]) -> None:
     archive = next(iter(sorted((tree / "usr" / "src").glob("linux-source-*.tar.xz"))))
     top = archive.name.removesuffix(".tar.xz")
     with subprocess.Popen(
-        [str(tree / "usr" / "bin" / "xz"), "-dc", "-T0", str(archive)], stdout=subprocess.PIPE
+        [*_started(tree, tree / "usr" / "bin" / "xz"), "-dc", "-T0", str(archive)],
+        stdout=subprocess.PIPE,
     ) as unpacking:
         taken = subprocess.run(
             ["tar", "-x", "-C", str(into), "--strip-components=1"]
@@ -84,9 +85,17 @@ def running(command: list[str], environment: dict[str, str]) -> Iterator[subproc
 
 
 def first_error(output: list[str]) -> str:
-    """The compiler's first complaint, else make's last words."""
-    errors = [line for line in output if "error: " in line or "Error " in line]
+    """The compiler's first complaint, else the linker's, else make's last words."""
+    errors = [line for mark in ("error: ", "ERROR: ", "Error ") for line in output if mark in line]
     return (errors or output[-1:] or ["make said nothing"])[0]
+
+
+def _started(tree: Path, program: Path) -> list[str]:
+    """The words that start an unpacked program, whether or not `run_by_own_loader` was there."""
+    if not is_elf(program):
+        return [str(program)]
+    libraries = libraries_of_tree(tree)
+    return [str(libraries / HERE.loader), "--library-path", str(libraries), str(program)]
 
 
 def run_by_own_loader(tree: Path, place: Path | None = None) -> None:

@@ -16,6 +16,7 @@ class Host:
     name: str
     summary: str
     sw_protected: bool = False  # its KVM is compiled anew, with KVM_X86_SW_PROTECTED_VM
+    additions: tuple[str, ...] = ()  # to its KVM, folders of vmm/lab/kernel
     bochs: bool = False  # emulated by Bochs, else by QEMU
     cpus: int = 2
     architecture: LabArchitecture = AMD64
@@ -43,6 +44,12 @@ HOSTS = {
             "sw-protected",
             "KVM compiled with KVM_X86_SW_PROTECTED_VM (once, half a minute)",
             sw_protected=True,
+        ),
+        Host(
+            "experimental",
+            "the same with KVM interfaces that no kernel has yet (vmm/lab/kernel)",
+            sw_protected=True,
+            additions=("own-reads", "in-place", "file-io", "vm-io"),
         ),
         # QEMU's emulated SVM has no nrip-save: KVM there reads each instruction that it emulates.
         Host(

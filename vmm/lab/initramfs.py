@@ -40,9 +40,16 @@ fail() {{
     poweroff -f
     sleep 60
 }}
+# Those of a module on the kernel's command line: kvm.name=value.
+parameters() {{
+    for word in $(cat /proc/cmdline); do
+        case "$word" in "$1".*) echo "${{word#*.}}" ;; esac
+    done
+}}
 load() {{
     for module in "$@"; do
-        insmod "/modules/$module.ko" || fail "loading module $module"
+        insmod "/modules/$module.ko" $(parameters "$module") \
+            || fail "loading module $module: $(dmesg | tail -n 1)"
     done
 }}
 mount -t devtmpfs none /dev

@@ -22,6 +22,7 @@ from vmm.lab.hosts import Host
 from vmm.lab.initramfs import guest_initramfs, host_initramfs
 from vmm.lab.interpreter import RunningPython
 from vmm.lab.job import FIXED_DRIVES, attach, job_from_arguments
+from vmm.lab.kvm_change import KvmChange
 from vmm.lab.options import LabOptions
 from vmm.lab.packages import Bochs, Kernel, MissingFiles, Packages, Qemu, Wants, modules_beside
 from vmm.lab.progress import Progress, Silent
@@ -33,6 +34,8 @@ PAYLOAD = "payload"
 # What a run gets for --append: under emulation each character that a guest prints while it boots
 # is an exit of a third of a millisecond or more, and there are 20,000 of them.
 QUIET = "quiet"
+# A kernel that stumbles over its new KVM stops with a trace, rather than going on half dead.
+_CHANGED_KERNEL_WORDS = "oops=panic"
 
 
 class Lab:
@@ -45,7 +48,25 @@ class Lab:
         self.progress = progress if progress is not None else Silent()
         self.cache = Cache(options.cache or default_directory())
         self.host = hosts.named(options.host)
+        self.kvm_change = KvmChange(
+            self.host.sw_protected,
+            self.host.additions,
+            tuple(options.kvm_patches),
+            options.kvm_source,
+            tuple(options.kvm_symbols),
+        )
         wanted = self.host.architecture
+        if self.kvm_change and wanted is not HERE:
+            raise UsageError(
+                f"{self._changed_by()}: on {wanted.label} KVM is built into the kernel, which "
+                "isn't compiled here; use an x86 host"
+            )
+        if options.kvm_parameters and (wanted is not HERE or self.host.bochs):
+            raise UsageError(
+                f"--kvm-parameter {options.kvm_parameters[0]}: the {self.host.name} host's kernel "
+                "takes none; use an x86 host under QEMU"
+            )
+        self.kvm_change.check()
         other = None
         if wanted is not HERE:
             other = Apt(self.cache.path(f"apt{wanted.suffix()}"), architecture=wanted.debian)
@@ -82,9 +103,13 @@ class Lab:
         wants.settle(self.cache.root)
         assert emulator is not None and busybox is not None and kernel is not None
         self._refuse_foreign("--lab-host-kernel", kernel.image)
-        kvm = self.packages.sw_protected_kvm(kernel) if host.sw_protected else None
+        kvm = None
+        if self.kvm_change:
+            host = replace(host, kernel_words=f"{host.kernel_words} {_CHANGED_KERNEL_WORDS}")
+            kvm = self.packages.changed_kvm(kernel, self.kvm_change, self._changed_by())
+        words = [host.kernel_words, *options.kvm_parameters]
         assets = Assets(
-            host=host,
+            host=replace(host, kernel_words=" ".join(words)),
             emulator=emulator,
             kernel=kernel.image,
             initramfs=self._initramfs("host", busybox, kernel.modules, kvm),
@@ -95,6 +120,15 @@ class Lab:
         )
         self._assets = assets
         return assets
+
+    def _changed_by(self) -> str:
+        """The option for which KVM is compiled."""
+        options = self.options
+        if options.kvm_patches:
+            return f"--kvm-patch {options.kvm_patches[0]}"
+        if options.kvm_source is not None:
+            return f"--kvm-source {options.kvm_source}"
+        return f"--host {self.host.name}"
 
     def _inner_qemu(self) -> Path:
         return image.qemu_image(self.cache, self.progress, self.packages.qemu(self.options.qemu))

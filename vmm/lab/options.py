@@ -6,6 +6,7 @@ have to know what pyvmm can do.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,13 @@ boot ("--append loglevel=7" shows all of it, dmesg has it anyway).
                            without --kernel gets it
   --kernel payload         the embedded payload, which other hosts run without --kernel
 
+  --kvm-patch FILE         compile the machine's KVM with this patch (git's or diff -u); several
+                           in their order. x86; half a minute, once for each content
+  --kvm-source DIR         take KVM from this kernel tree: virt, arch/x86/kvm, its headers
+  --kvm-config NAME        with CONFIG_NAME=y, which KVM alone asks for; may be repeated
+  --kvm-parameter kvm.NAME=VALUE
+                           a parameter of KVM's modules (or kvm_amd.NAME=VALUE); may be repeated
+
   --exec PROGRAM ...       run this instead of pyvmm; takes the rest of the line
   --lab-mem SIZE           the lab machine's memory (default 2048M)
   --lab-cpus N             its processors (default 2, for guests with several vCPUs 1: under QEMU's
@@ -59,6 +67,10 @@ boot ("--append loglevel=7" shows all of it, dmesg has it anyway).
 _FLAGS = ("--lab-with-qemu", "--lab-offline", "--lab-fresh", "--lab-quiet")
 _VALUES = (
     "--host",
+    "--kvm-patch",
+    "--kvm-source",
+    "--kvm-config",
+    "--kvm-parameter",
     "--lab-mem",
     "--lab-cpus",
     "--lab-time-limit",
@@ -81,6 +93,10 @@ class LabOptions:
     """How the lab machine is made; sizes in MiB, times in seconds."""
 
     host: str = hosts.DEFAULT.name
+    kvm_patches: list[Path] = field(default_factory=list)
+    kvm_source: Path | None = None
+    kvm_symbols: list[str] = field(default_factory=list)
+    kvm_parameters: list[str] = field(default_factory=list)  # module.name=value
     memory_mib: int = 2048
     cpus: int | None = None  # as many as the host has by itself
     time_limit: float | None = None
@@ -128,7 +144,7 @@ def parse(argv: Sequence[str]) -> LabCommand:
             command.help = True
         elif word in _FLAGS:
             setattr(command.options, _field(word), True)
-        elif word.startswith("--lab-") or word.partition("=")[0] == "--host":
+        elif word.startswith(("--lab-", "--kvm-")) or word.partition("=")[0] == "--host":
             name, equals, value = word.partition("=")
             if name not in _VALUES:
                 raise UsageError(f"{name}: no such option of the lab; see pyvmm lab --help")
@@ -150,6 +166,19 @@ def _set(options: LabOptions, name: str, value: str) -> None:
     match name:
         case "--host":
             options.host = hosts.named(value).name
+        case "--kvm-patch":
+            options.kvm_patches.append(Path(value).absolute())
+        case "--kvm-source":
+            options.kvm_source = Path(value).absolute()
+        case "--kvm-config":
+            symbol = value.removeprefix("CONFIG_")
+            if not re.fullmatch(r"\w+", symbol, re.ASCII):
+                raise UsageError(f"{name} {value}: the form is NAME, as in KVM_XEN")
+            options.kvm_symbols.append(symbol)
+        case "--kvm-parameter":
+            if not re.fullmatch(r"kvm(_amd)?\.\w+=[\w,.-]+", value, re.ASCII):
+                raise UsageError(f"{name} {value}: the form is kvm.NAME=VALUE")
+            options.kvm_parameters.append(value)
         case "--lab-mem":
             options.memory_mib = _mebibytes(name, value)
         case "--lab-cpus":

@@ -18,6 +18,7 @@ from vmm.lab import guest_kernel, kvm_build
 from vmm.lab.apt import QEMU_SUITE, Apt, PackagesUnavailable, newest
 from vmm.lab.architecture import AMD64, ARM64, HERE, LabArchitecture
 from vmm.lab.cache import Cache
+from vmm.lab.kvm_change import KvmChange
 from vmm.lab.progress import Progress
 
 # guest_memfd with host mappings on ordinary VMs, the newest KVM that Debian builds.
@@ -214,12 +215,16 @@ class Packages:
         image = next(iter(sorted(tree.rglob("vmlinuz*"))))
         return Kernel(image, next(iter(sorted(tree.glob("**/lib/modules/*"))), None))
 
-    def sw_protected_kvm(self, kernel: Kernel) -> Path:
-        """A directory with KVM modules for this kernel that have KVM_X86_SW_PROTECTED_VM."""
+    def changed_kvm(self, kernel: Kernel, change: KvmChange, wanted_by: str) -> Path:
+        """A directory with KVM's modules for this kernel, changed so.
+
+        `wanted_by`: the option that asks for it. Raises UsageError for a change that can't be
+        carried out, or for another kernel than Debian's.
+        """
         release, version = kernel_release(kernel.image), debian_version(kernel.image)
         if release is None or version is None or not version.startswith(f"{HOST_SERIES}."):
             raise UsageError(
-                f"--host sw-protected: KVM can be compiled for Debian's Linux {HOST_SERIES} only, "
+                f"{wanted_by}: KVM can be compiled for Debian's Linux {HOST_SERIES} only, "
                 f"which {kernel.image} is not; leave --lab-host-kernel out"
             )
 
@@ -229,8 +234,14 @@ class Packages:
             with self.cache.lock("apt"):
                 self.apt.download_closure(packages, QEMU_SUITE, into)
 
-        name = f"packages/kvm-sw-protected-{version}-{kvm_build.RECIPE}"
-        build = kvm_build.KvmBuild(release, version, self.progress, download)
+        def build(into: Path) -> None:
+            name = f"packages/kvm-tree-{version}-{kvm_build.TREE_RECIPE}"
+            place = self.cache.path(name)
+            tree = kvm_build.KvmTree(release, version, self.progress, download, place)
+            unpacked = self.cache.entry(name, tree)
+            kvm_build.KvmBuild(release, unpacked, change, self.progress)(into)
+
+        name = f"packages/{change.name()}-{version}-{kvm_build.RECIPE}"
         try:
             return self.cache.entry(name, build)
         except PackagesUnavailable as error:

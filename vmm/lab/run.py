@@ -21,6 +21,7 @@ from typing import Self
 
 from vmm.core.errors import GuestFailure, HostError
 from vmm.lab import bochs, image, initramfs, qemu
+from vmm.lab.crash import first_lines
 from vmm.lab.emulator import Assets, Launch
 from vmm.lab.heartbeat import Heartbeat, MachineStandsStill
 from vmm.lab.job import (
@@ -275,6 +276,9 @@ class LabRun:
         if self._status is None:
             results = unpack_results(self._results, self.job.outputs)
             if results.status is None:
+                crash = first_lines(bytes(self.log))
+                if crash is not None:
+                    raise GuestFailure(f"the lab machine's kernel crashed: {crash}")
                 raise HostError(
                     "the lab machine ended before the command did"
                     f"{self._emulators_words() or self._last_words()}"

@@ -1,8 +1,9 @@
 """Data-path engines: how a device's bytes get from its file to guest memory, and back.
 
 One protocol, chosen for each disk. They differ in who copies: `pread` the kernel, twice, through a
-buffer of ours; `fd2fd` the kernel, once, user space sees nothing; `mmap` the processor in user
-space, between two mappings. `auto` is fd2fd from 64 KiB up and pread below, whichever is quicker.
+buffer of ours; `fd2fd` the kernel, once, user space sees nothing; `vmfd` the same on the VM's fd,
+whose offsets are guest-physical addresses, where KVM has that; `mmap` the processor in user space,
+between two mappings. `auto` is fd2fd from 64 KiB up and pread below, whichever is quicker.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
-def make_engine(name: str, side: Backing) -> Engine:
-    """The engine of that name (one of transfer.ENGINES) for this shared side.
+def make_engine(name: str, side: Backing, vm_fd: int = -1) -> Engine:
+    """The engine of that name (one of transfer.ENGINES) for this shared side, in the VM `vm_fd`.
 
     Raises HostError for all but `auto` where the side's fd has no pread and pwrite, UsageError for
     what a protected guest's memory must not meet.
@@ -59,6 +60,14 @@ def make_engine(name: str, side: Backing) -> Engine:
         from vmm.memory.observed_engine import ObservedEngine  # other runs do without
 
         return ObservedEngine(name, side)
+    if name == "vmfd":
+        require_vm_io(vm_fd)
+        return CopyingEngine(name, vm_fd)
+    if name == "mmap" and side.traits.in_place:
+        raise HostError(
+            f"io=mmap: a private page in a mapping of {side.name} is a SIGBUS for whoever is "
+            "late; leave io= away"
+        )
     if side.access != "pread/pwrite":
         if name == "auto":
             return BackingsOwnEngine(side)
@@ -68,7 +77,21 @@ def make_engine(name: str, side: Backing) -> Engine:
         )
     if name == "mmap":
         return MappedEngine(side)
-    return CopyingEngine(name, side)
+    return CopyingEngine(name, side.fd)
+
+
+def require_vm_io(vm_fd: int) -> None:
+    """Raises HostError where a VM's fd has no pread: tried, as no released kernel has it."""
+    try:
+        os.pread(vm_fd, 1, 0)
+    except OSError as error:
+        # Refused for the page at address 0: private, or no memory there yet.
+        if error.errno not in (errno.EACCES, errno.EFAULT):
+            raise HostError(
+                f"io=vmfd needs a KVM whose VM fds can be read and written, here pread says "
+                f"{errno.errorcode.get(error.errno or 0, error.errno)}; use pyvmm lab --host "
+                "experimental, or leave io= away"
+            ) from None
 
 
 def _triples(moves: list[int]) -> Iterator[tuple[int, int, int]]:
@@ -81,14 +104,14 @@ def _as_dict(engine: Engine) -> dict[str, Any]:
 
 
 class CopyingEngine:
-    """`auto`, `pread` and `fd2fd`: system calls on the two fds."""
+    """`auto`, `pread`, `fd2fd` and `vmfd`: system calls on the two fds."""
 
-    def __init__(self, name: str, side: Backing) -> None:
+    def __init__(self, name: str, memory_fd: int) -> None:
+        """`memory_fd`: where the offsets are guest-physical addresses. It stays its owner's."""
         self.name = name
-        self._side = side
-        self._copier = transfer.FdCopier(
-            splice_from={"auto": transfer.SPLICE_FROM, "pread": None, "fd2fd": 0}[name]
-        )
+        self._fd = memory_fd
+        sizes = {"auto": transfer.SPLICE_FROM, "pread": None, "fd2fd": 0}
+        self._copier = transfer.FdCopier(splice_from=sizes.get(name, transfer.SPLICE_FROM))
         self.bytes_by = self._copier.bytes_by
 
     @property
@@ -96,16 +119,16 @@ class CopyingEngine:
         return self._copier.fallbacks
 
     def transfer_in(self, src_fd: int, src_offset: int, offset: int, size: int) -> int:
-        return self._copier.copy(src_fd, src_offset, self._side.fd, offset, size)
+        return self._copier.copy(src_fd, src_offset, self._fd, offset, size)
 
     def transfer_out(self, offset: int, size: int, dst_fd: int, dst_offset: int) -> int:
-        return self._copier.copy(self._side.fd, offset, dst_fd, dst_offset, size)
+        return self._copier.copy(self._fd, offset, dst_fd, dst_offset, size)
 
     def move_in(self, src_fd: int, moves: list[int]) -> int:
-        return self._copier.copy_many(src_fd, self._side.fd, moves)
+        return self._copier.copy_many(src_fd, self._fd, moves)
 
     def move_out(self, moves: list[int], dst_fd: int) -> int:
-        return self._copier.copy_many(self._side.fd, dst_fd, moves)
+        return self._copier.copy_many(self._fd, dst_fd, moves)
 
     def as_dict(self) -> dict[str, Any]:
         return _as_dict(self)

@@ -140,7 +140,7 @@ class Devices:
         if device.engine is not None:
             from vmm.memory.engines import make_engine
 
-            engine = make_engine(device.engine, self._memory.shared)
+            engine = make_engine(device.engine, self._memory.shared, self._vm.fd)
             self._opened.callback(engine.close)
             self._engines[name] = engine
         announce = self._watch(name)

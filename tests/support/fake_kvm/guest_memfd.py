@@ -77,7 +77,14 @@ class FakeGuestMemfd(GuestMemfd):
         self._pinned.clear()
 
     def is_private(self, offset: int) -> bool:
-        return bool(self.attributes.get(offset) & PRIVATE)
+        """Of a file that is closed nobody can be asked: its pages count as shared."""
+        return self.alive and bool(self.attributes.get(offset) & PRIVATE)
+
+    def is_shared(self, offset: int) -> bool:
+        """Whether the host may touch the page, on VM types with private memory and without."""
+        if self._kernel.in_place:
+            return not self.attributes.get(offset) & PRIVATE
+        return bool(self.flags & INIT_SHARED)
 
     def set_memory_attributes2(self, offset: int, size: int, attributes: int) -> None:
         words = f"{offset=:#x}, {size=:#x}, {attributes=:#x}"
@@ -94,7 +101,7 @@ class FakeGuestMemfd(GuestMemfd):
                 first = max(min(held), offset)
                 raise PagesInUse("KVM_SET_MEMORY_ATTRIBUTES2", errno.EAGAIN, words, first)
         changing = [r for r, was in self.attributes.runs(area) if was != attributes]
-        for run in changing:
+        for run in [] if self._kernel.keeps_content else changing:
             self._scramble(run)
         self.attributes.set(area, attributes)
 
@@ -103,11 +110,30 @@ class FakeGuestMemfd(GuestMemfd):
         there before."""
         fdops.punch_hole(self.pages, area.start, area.size)
 
+    def has_file_io(self) -> bool:
+        return self._kernel.file_io
+
     # -- what the kernel answers to the host --------------------------------------------------
 
     def host_pread(self, size: int, offset: int) -> bytes:
-        """pread(2) on the fd: the file has no read at all."""
-        raise OSError(errno.ESPIPE, os.strerror(errno.ESPIPE))
+        """pread(2) on the fd, within one page: released kernels have no read at all."""
+        if not self._kernel.file_io:
+            raise OSError(errno.ESPIPE, os.strerror(errno.ESPIPE))
+        if offset >= self.size:
+            return b""
+        if not self.is_shared(offset):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        return os.pread(self.pages, size, offset)
+
+    def host_pwrite(self, data: bytes, offset: int) -> None:
+        """pwrite(2) on the fd, within one page, of a VM that has vCPUs."""
+        if not self._kernel.file_io:
+            raise OSError(errno.ESPIPE, os.strerror(errno.ESPIPE))
+        if offset >= self.size:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        if not self.is_shared(offset):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        os.pwrite(self.pages, data, offset)
 
     def host_map(self) -> None:
         """mmap(2) with MAP_SHARED. Raises OSError."""
@@ -124,10 +150,7 @@ class FakeGuestMemfd(GuestMemfd):
         os.pwrite(self.pages, data, offset)
 
     def _require_accessible(self, offset: int) -> None:
-        refused = not self.flags & INIT_SHARED
-        if self._kernel.in_place and offset < self.size:
-            refused = self.is_private(offset)
-        if refused or offset >= self.size:
+        if offset >= self.size or not self.is_shared(offset):
             raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
         self.populate(offset)
 

@@ -41,6 +41,11 @@ class FakeKernel:
     )
     attributes_ioctl: bool = False
     in_place: bool = False
+    file_io: bool = False
+    """Whether guest_memfds can be read and written by their fds, and VMs by theirs (`vm_io`)."""
+    vm_io: bool = False
+    keeps_content: bool = False
+    """Whether a page's bytes outlive a conversion in place: nobody may count on either."""
     pre_fault: bool = True
     memslots: int = 32764
     binding_taken: int = errno.EINVAL

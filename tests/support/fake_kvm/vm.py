@@ -240,6 +240,46 @@ class FakeVm:
         flags = _FAULT_PRIVATE if private else 0
         return MemoryFaultExit(flags, page_align_down(gpa), PAGE_SIZE, errno.EFAULT)
 
+    # -- the VM's fd as a file of guest memory ------------------------------------------------
+
+    def host_pread(self, size: int, gpa: int) -> bytes:
+        """pread(2) on the VM's fd, within one page. Raises OSError."""
+        place = self._host_place(gpa, write=False)
+        try:
+            return os.pread(place.fd, size, place.offset)
+        except OSError:
+            raise OSError(EFAULT, os.strerror(EFAULT)) from None
+
+    def host_pwrite(self, data: bytes, gpa: int) -> None:
+        """pwrite(2) likewise."""
+        place = self._host_place(gpa, write=True)
+        try:
+            os.pwrite(place.fd, data, place.offset)
+        except OSError:
+            raise OSError(EFAULT, os.strerror(EFAULT)) from None
+
+    def _host_place(self, gpa: int, *, write: bool) -> _Place:
+        slot = self.slots.at(gpa)
+        refused = 0
+        if not self.kernel.vm_io:
+            refused = errno.ESPIPE
+        elif slot is None:
+            refused = EFAULT
+        elif (write and slot.flags & READONLY) or self.is_private(gpa, slot):
+            refused = errno.EACCES
+        elif slot.gmem_only and (slot.guest_memfd is None or not slot.guest_memfd.alive):
+            refused = EFAULT
+        if slot is None or refused:
+            raise OSError(refused, os.strerror(refused))
+        if not slot.gmem_only:
+            return _Place(self._memory, slot.hva + gpa - slot.area.start, slot)
+        offset = slot.offset + gpa - slot.area.start
+        gmem = slot.guest_memfd
+        assert gmem is not None
+        if not gmem.is_shared(offset):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        return _Place(gmem.pages, offset, slot)
+
     # -- the rest -----------------------------------------------------------------------------
 
     def create_vcpu(self, vcpu_id: int) -> FakeVcpu:

@@ -39,7 +39,8 @@ class Rig:
         self.backing = InPlaceGuestMemfdBacking(self.guest_memfd, SIZE)
         half = Range(page(32), page(32))
         self.memory = GuestMemory([Range(0, SIZE)], self.backing, self.backing, [half])
-        self.scheme = InPlaceScheme(patience)
+        self.told: list[str] = []
+        self.scheme = InPlaceScheme(patience, self.told.append)
         self.scheme.install(self.vm.as_vm(), self.memory)
         self.converter = Converter(self.memory, self.scheme, *policies)
 
@@ -106,6 +107,22 @@ def test_residency_is_counted_by_the_state_of_each_page(rig: Rig) -> None:
     assert rig.memory.residency() == (page(3), page(2))
     rig.converter.convert(share(32, 1))
     assert rig.memory.residency() == (page(2), page(2))
+
+
+def test_holder_of_a_page_is_told_once_with_the_page(rig: Rig) -> None:
+    reading, writing = os.pipe()
+    try:
+        os.write(writing, b"pages, as it may be")
+        rig.guest_memfd.pin(page(5), PAGE_SIZE)
+        for _ in range(2):
+            assert rig.converter.convert(unshare(3, 4)) == -errno.EAGAIN
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+    (told,) = [words for words in rig.told if f"process {os.getpid()} " in words]
+    assert told.startswith(f"the page at {page(5):#x} can't be made private: ")
+    assert "19 bytes wait in the pipe" in told
 
 
 def test_pages_in_use_are_the_guests_eagain_and_change_nothing(rig: Rig) -> None:

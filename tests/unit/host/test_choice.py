@@ -127,6 +127,25 @@ def test_named_backing_leaves_the_schemes_that_take_it() -> None:
     assert not_taken["attributes"] == "does not take --private-mem=memfd"
 
 
+@pytest.mark.parametrize("file_io", [False, True])
+@pytest.mark.parametrize("name", ["guest_memfd-mmap", "guest_memfd-in-place"])
+def test_guest_memfd_is_read_by_its_fd_where_the_kernel_has_that(name: str, file_io: bool) -> None:
+    kernel = FakeKernel.with_in_place()
+    kernel.file_io = file_io
+    with FakeSystem(kernel) as system, system.create_vm(1) as vm:
+        backing = make_backing(vm.as_vm(), name, SIZE)
+        try:
+            backing.pwrite(b"words", 7)
+            found = backing.pread(5, 7)
+        finally:
+            backing.close()
+
+    assert found == b"words"
+    assert backing.name == name
+    assert backing.access == ("pread/pwrite" if file_io else "/proc/self/mem")
+    assert backing.traits.pread == backing.traits.splice == file_io
+
+
 def test_memfd_asks_kvm_for_no_guest_memfd() -> None:
     kernel = FakeKernel()
 
@@ -144,7 +163,7 @@ def test_memfd_asks_kvm_for_no_guest_memfd() -> None:
         ),
         (
             PAYLOAD._replace(scheme="in-place"),
-            ["in-place: KVM_CREATE_VM(type=1) failed: EINVAL", "which none has yet"],
+            ["in-place: KVM_CREATE_VM(type=1) failed: EINVAL", "--host experimental has"],
         ),
         (PAYLOAD._replace(backing="guest_memfd-plain"), ["--private-mem=guest_memfd-plain: not"]),
     ],

@@ -180,7 +180,7 @@ def test_kernel_of_another_architecture_is_known_by_its_first_bytes(tmp_path: Pa
             x86_image,
             "a kernel for x86, and --host arm64 is arm64",
         ),
-        ("pkvm", x86_image, "use --host stock or sw-protected or bochs"),
+        ("pkvm", x86_image, "use --host stock or sw-protected or experimental or bochs"),
         ("stock", arm_image, "a kernel for arm64, and --host stock is x86; use --host arm64 or"),
     ],
 )

@@ -18,11 +18,13 @@ from vmm.lab.apt import PackagesUnavailable
 from vmm.lab.cache import Cache
 from vmm.lab.closure import libraries_of
 from vmm.lab.compiling import run_by_own_loader
+from vmm.lab.kvm_change import KvmChange
 from vmm.lab.packages import Kernel, Packages, debian_version
 from vmm.lab.progress import Reporter, Silent
 
 RELEASE = "7.3.4+deb13-cloud-amd64"
 VERSION = "7.3.4-1~bpo13+1"
+SW_PROTECTED = KvmChange(sw_protected=True)
 GOOD_MAKE = """
 for word in "$@"; do
     case "$word" in M=*) sources=${word#M=};; esac
@@ -74,7 +76,7 @@ class Noted(Silent):
     part = step
 
 
-Builder = Callable[[str], Path]
+Builder = Callable[..., Path]
 
 
 @pytest.fixture
@@ -92,17 +94,19 @@ def kernel(tmp_path: Path) -> Kernel:
 def build(
     tmp_path: Path, progress: Noted, kernel: Kernel, monkeypatch: pytest.MonkeyPatch
 ) -> Builder:
-    def with_make(make: str) -> Path:
+    def with_make(make: str, change: KvmChange = SW_PROTECTED) -> Path:
         make = make.replace("$ARGUMENTS", str(tmp_path / "arguments"))
         make = make.replace("$FIFO", str(tmp_path / "fifo"))
         packages = Packages(Cache(tmp_path / "cache"), progress, Archive(tmp_path / "apt", make))
-        return packages.sw_protected_kvm(kernel)
+        return packages.changed_kvm(kernel, change, "--host sw-protected")
 
     return with_make
 
 
 def left_in_cache(tmp_path: Path) -> list[Path]:
-    return list((tmp_path / "cache" / "packages").iterdir())
+    """Modules, and whatever else is there beside the tree that they are built from."""
+    entries = (tmp_path / "cache" / "packages").iterdir()
+    return [path for path in entries if path.name != f"kvm-tree-{VERSION}-1"]
 
 
 def test_modules_are_compiled_from_the_sources_and_nothing_else_is_kept(
@@ -133,13 +137,14 @@ def test_packages_of_the_kernels_own_version_are_asked_for(
     archive = Archive(tmp_path / "apt", GOOD_MAKE.replace("$ARGUMENTS", "/dev/null"))
     packages = Packages(Cache(tmp_path / "cache"), Silent(), archive)
 
-    packages.sw_protected_kvm(kernel)
-    packages.sw_protected_kvm(kernel)
+    packages.changed_kvm(kernel, SW_PROTECTED, "--host sw-protected")
+    packages.changed_kvm(kernel, SW_PROTECTED, "--host sw-protected")
 
     assert archive.asked == [
         f"linux-headers-{RELEASE}={VERSION}",
         f"linux-source-7.3={VERSION}",
         "make",
+        "patch",
     ]
 
 
@@ -170,7 +175,7 @@ def test_compilation_that_fails_is_one_line_and_leaves_nothing(
 def test_sources_that_cannot_be_unpacked_say_so(
     build: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vmm.lab.kvm_build._SOURCES", ("arch/nowhere",))
+    monkeypatch.setattr("vmm.lab.kvm_build.FOLDERS", ("arch/nowhere",))
 
     with pytest.raises(HostError, match=r"unpacking linux-source-7\.3\.tar\.xz failed: .*nowhere"):
         build(GOOD_MAKE)
@@ -217,7 +222,7 @@ def test_kernel_that_debian_has_no_sources_for_is_refused(words: str, tmp_path: 
     with pytest.raises(
         UsageError, match=r"sw-protected: .*Linux 7\.3 only, which .*vmlinuz is not"
     ):
-        packages.sw_protected_kvm(kernel)
+        packages.changed_kvm(kernel, SW_PROTECTED, "--host sw-protected")
 
 
 def test_version_that_left_the_archive_says_what_to_remove(
@@ -230,21 +235,21 @@ def test_version_that_left_the_archive_says_what_to_remove(
     monkeypatch.setattr(FakeApt, "download_closure", refuse)
 
     with pytest.raises(HostError, match=r"remove .*packages/linux-7\.3.*not found"):
-        packages.sw_protected_kvm(kernel)
+        packages.changed_kvm(kernel, SW_PROTECTED, "--host sw-protected")
 
 
 def test_offline_without_the_modules_names_what_is_missing(tmp_path: Path, kernel: Kernel) -> None:
     packages = Packages(Cache(tmp_path), Silent(), FakeApt(tmp_path / "apt"), offline=True)
 
     with pytest.raises(HostError, match=f"sources of Linux .*{tmp_path}.*--lab-offline"):
-        packages.sw_protected_kvm(kernel)
+        packages.changed_kvm(kernel, SW_PROTECTED, "--host sw-protected")
 
 
 def test_cache_whose_path_make_cannot_take_names_the_option(tmp_path: Path, kernel: Kernel) -> None:
     packages = Packages(Cache(tmp_path / "a b"), Silent(), Archive(tmp_path / "apt", GOOD_MAKE))
 
     with pytest.raises(HostError, match=r"blank or a colon.*--lab-cache DIR"):
-        packages.sw_protected_kvm(kernel)
+        packages.changed_kvm(kernel, SW_PROTECTED, "--host sw-protected")
 
 
 def test_debian_version_is_read_from_the_image(tmp_path: Path, kernel: Kernel) -> None:

@@ -10,6 +10,7 @@ from vmm.host.capability import (
     ALL,
     KERNEL_PRIVATE,
     Capability,
+    file_io,
     guest_memfd,
     kvm,
     memfds,
@@ -56,6 +57,7 @@ def capabilities(arm64: HostArchitecture) -> tuple[Capability, ...]:
         guest_memfd(arm64, 3, "--private-mem=guest_memfd-mmap: the host can load a kernel (realm)",
                     _MEMFD_SERVES),
         *memfds(arm64),
+        *file_io(arm64),
         Capability(
             "vm_types", "VM types", partial(memory.vm_types, arm64),
             "protected VMs", "see the line of protected VMs",

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from functools import partial
 
-from vmm.arch.x86_64.probes import cpu, events
+from vmm.arch.x86_64.probes import cpu, events, strict
 from vmm.core.lean_typing import TYPE_CHECKING
 from vmm.host.capability import (
     KERNEL_PRIVATE,
     KERNELS,
     PAYLOAD_PRIVATE,
     PRIVATE,
+    PRIVATE_CODE,
     Capability,
+    file_io,
     guest_memfd,
     kvm,
     memfds,
@@ -57,6 +59,12 @@ def capabilities(x86: HostArchitecture) -> tuple[Capability, ...]:
             "Linux: learns there that it may share", lab, (KERNEL_PRIVATE,),
         ),
         Capability(
+            PRIVATE_CODE, "code KVM can't read", strict.private_code,
+            "--private-mem=guest_memfd for Linux, which loads itself: kernel-enforced",
+            "Linux' private memory is a rehearsal; processors that say next RIP and CR operands "
+            "(AMD: decode assists) have it, and pyvmm lab --host bochs",
+        ),
+        Capability(
             "c_bit", "C-bit", cpu.c_bit, "--scheme cbit: the guest picks private or shared", lab,
             PRIVATE,
         ),
@@ -67,6 +75,7 @@ def capabilities(x86: HostArchitecture) -> tuple[Capability, ...]:
         guest_memfd(x86, 3, "--private-mem=guest_memfd-mmap: the host can load a kernel, "
                     "and pages can be lent to devices (--iommu)", _MEMFD_SERVES),
         *memfds(x86),
+        *file_io(x86),
         Capability(
             "vm_types", "VM types", partial(memory.vm_types, x86),
             "VMs that have memory attributes",
@@ -80,7 +89,7 @@ def capabilities(x86: HostArchitecture) -> tuple[Capability, ...]:
         Capability(
             "in_place", "in-place conversion", partial(attributes.in_place, x86),
             "--scheme in-place: pages keep their place in one guest_memfd",
-            "no kernel has it yet; --scheme attributes or cbit",
+            "no kernel has it yet, pyvmm lab --host experimental does; --scheme attributes or cbit",
         ),
         Capability(
             "memory_faults", "memory-fault exits", partial(attributes.memory_faults, x86),

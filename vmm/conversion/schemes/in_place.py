@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from kvm_bindings import PagesInUse, Vm, ioctls
 from vmm.conversion.scheme import private_side, set_slot
+from vmm.core import errors
 from vmm.core.events import Kind
 from vmm.core.ranges import PAGE_SIZE, Range
-from vmm.memory.backings.guest_memfd import InPlaceGuestMemfdBacking
+from vmm.memory.backings.guest_memfd import InPlaceBacking
 from vmm.memory.guest_memory import GuestMemory, PageState
 
 PRIVATE, SHARED = ioctls.KVM_MEMORY_ATTRIBUTE_PRIVATE, 0
@@ -16,6 +18,7 @@ PRIVATE, SHARED = ioctls.KVM_MEMORY_ATTRIBUTE_PRIVATE, 0
 PATIENCE = 1.0
 """Seconds that an unshare waits for pages that somebody still holds."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.0005, 0.05
+_MOST_HOLDERS = 32  # told of in a run
 
 
 class InPlaceScheme:
@@ -33,13 +36,18 @@ class InPlaceScheme:
     told = True
     side_by_side = True
 
-    def __init__(self, patience: float = PATIENCE) -> None:
-        """`patience`: seconds to wait for pages in use."""
+    def __init__(
+        self, patience: float = PATIENCE, told: Callable[[str], None] = errors.tell
+    ) -> None:
+        """`patience`: seconds to wait for pages in use. `told` hears who holds those that aren't
+        given back, each holder once."""
         self._patience = patience
+        self._told = told
+        self._known: set[str] = set()
 
     def install(self, vm: Vm, memory: GuestMemory) -> None:
         backing = private_side(memory, self.name)
-        if not memory.in_place or not isinstance(backing, InPlaceGuestMemfdBacking):
+        if not memory.in_place or not isinstance(backing, InPlaceBacking):
             raise ValueError("the in-place scheme needs one backing for both sides, of that kind")
         self._memory = memory
         self._guest_memfd = backing.guest_memfd
@@ -66,7 +74,16 @@ class InPlaceScheme:
             except PagesInUse as busy:
                 left = deadline - time.monotonic()
                 if left <= 0:
+                    self._tell_holders(busy.offset)
                     raise
                 self._memory.quiesce(Range(busy.offset, PAGE_SIZE), left)
             time.sleep(min(pause, left))
             pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _tell_holders(self, offset: int) -> None:
+        from vmm.conversion.holders import holders  # where all is well, nobody asks
+
+        for holder in holders(self._guest_memfd.fd, offset):
+            if holder not in self._known and len(self._known) < _MOST_HOLDERS:
+                self._known.add(holder)
+                self._told(f"the page at {offset:#x} can't be made private: {holder}")

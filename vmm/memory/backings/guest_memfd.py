@@ -1,6 +1,7 @@
 """guest_memfd, in each combination of its creation flags that is good for something.
 
-Its file operations have no read, write or splice (ESPIPE, up to Linux 7.3).
+Its file operations have no read, write or splice (ESPIPE, up to Linux 7.3), except where a kernel
+was changed so: then the host's access goes that way, and nothing of it through a mapping.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from vmm.core.errors import PrivateAccess
 from vmm.core.lean_typing import NoReturn, Protocol
 from vmm.core.ranges import PAGE_SIZE
 from vmm.memory.backing import Buffer, FdBacking, Traits, byte_count
+from vmm.memory.backings.fd_io import FdIoBacking
 from vmm.memory.backings.mapped import MappedBacking
 
 
@@ -77,6 +79,13 @@ class MappedGuestMemfdBacking(_GuestMemfd, MappedBacking):
     traits = _traits("allowed")
 
 
+class FdIoGuestMemfdBacking(_GuestMemfd, FdIoBacking):
+    """The same where the kernel has read, write and splice for it."""
+
+    name = "guest_memfd-mmap"
+    traits = MappedGuestMemfdBacking.traits._replace(pread=True, pwrite=True, splice=True)
+
+
 class AttributedFd(Protocol):
     """The part of kvm_bindings.GuestMemfd that in-place conversion needs."""
 
@@ -85,7 +94,7 @@ class AttributedFd(Protocol):
     def set_memory_attributes2(self, offset: int, size: int, attributes: int) -> None: ...
 
 
-class InPlaceGuestMemfdBacking(_GuestMemfd, MappedBacking):
+class InPlaceBacking(_GuestMemfd):
     """Flags MMAP and INIT_SHARED on a VM that has private memory: both sides in one file.
 
     Whether the host reaches a page follows its attribute in the file itself
@@ -101,3 +110,13 @@ class InPlaceGuestMemfdBacking(_GuestMemfd, MappedBacking):
         """Takes over the guest_memfd's fd, also when it raises OSError."""
         self.guest_memfd = guest_memfd
         super().__init__(guest_memfd.fd, size)
+
+
+class InPlaceGuestMemfdBacking(InPlaceBacking, MappedBacking):
+    """With the host's access through a mapping, which meets private pages with EFAULT or EIO."""
+
+
+class InPlaceFdIoBacking(InPlaceBacking, FdIoBacking):
+    """With read, write and splice on the fd, which meet private pages with EACCES."""
+
+    traits = InPlaceBacking.traits._replace(pread=True, pwrite=True, splice=True)

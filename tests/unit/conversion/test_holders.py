@@ -1,0 +1,119 @@
+"""Each kind of holder of a page, injected: on a memfd, which /proc shows like a guest_memfd."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from vmm.conversion.holders import holders
+from vmm.core.ranges import PAGE_SIZE
+
+SIZE = 8 * PAGE_SIZE
+US = f"process {os.getpid()} "
+
+
+@pytest.fixture
+def opened() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+def memfd(opened: ExitStack) -> int:
+    fd = os.memfd_create("held", os.MFD_CLOEXEC)
+    opened.callback(os.close, fd)
+    os.ftruncate(fd, SIZE)
+    os.pwrite(fd, b"x" * SIZE, 0)
+    return fd
+
+
+def mapping(opened: ExitStack, memfd: int) -> mmap.mmap:
+    made = mmap.mmap(memfd, SIZE)
+    opened.callback(made.close)
+    return made
+
+
+def pipe(opened: ExitStack) -> tuple[int, int]:
+    ends = os.pipe()
+    for end in ends:
+        opened.callback(os.close, end)
+    return ends
+
+
+def about_us(fd: int, page: int) -> list[str]:
+    return [words for words in holders(fd, page * PAGE_SIZE) if words.startswith(US)]
+
+
+def test_page_that_nobody_holds_has_no_holder(opened: ExitStack, memfd: int) -> None:
+    mapping(opened, memfd)
+
+    assert about_us(memfd, 0) == []
+
+
+def test_page_in_a_pipe_is_held_until_it_is_read(opened: ExitStack, memfd: int) -> None:
+    reading, writing = pipe(opened)
+    os.splice(memfd, writing, PAGE_SIZE, offset_src=PAGE_SIZE)
+
+    during = about_us(memfd, 1)
+    os.read(reading, PAGE_SIZE)
+
+    assert len(during) == 1
+    assert f"{PAGE_SIZE} bytes wait in the pipe of fd " in during[0]
+    assert about_us(memfd, 1) == []
+
+
+def test_buffer_of_a_system_call_under_way_is_named_with_its_thread(
+    opened: ExitStack, memfd: int
+) -> None:
+    reading, writing = pipe(opened)
+    buffer = memoryview(mapping(opened, memfd))
+    opened.callback(buffer.release)
+    part = buffer[3 * PAGE_SIZE : 4 * PAGE_SIZE]
+    opened.callback(part.release)
+    file = opened.enter_context(os.fdopen(reading, "rb", buffering=0, closefd=False))
+    reader = threading.Thread(target=lambda: file.readinto(part))
+    reader.start()
+    try:
+        state = Path(f"/proc/self/task/{reader.native_id}/syscall")
+        deadline = time.monotonic() + 30
+        while state.read_text().startswith("running") and time.monotonic() < deadline:
+            pass
+        held, beside = about_us(memfd, 3), about_us(memfd, 5)
+    finally:
+        os.write(writing, b"y")
+        reader.join()
+
+    assert held == [
+        f"{held[0].split(':')[0]}: thread {reader.native_id} is in read on fd {reading} "
+        "with the page as its buffer"
+    ]
+    assert beside == []
+
+
+def test_buffer_registered_with_io_uring_is_named(opened: ExitStack, memfd: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    parameters = ctypes.create_string_buffer(120)
+    ring = libc.syscall(425, 2, parameters)  # io_uring_setup
+    if ring < 0:
+        pytest.skip(f"no io_uring here: {os.strerror(ctypes.get_errno())}")
+    opened.callback(os.close, ring)
+    mapped = mapping(opened, memfd)
+    view = ctypes.c_char.from_buffer(mapped)
+    address = ctypes.addressof(view) + 2 * PAGE_SIZE
+    vector = struct.pack("=QQ", address, PAGE_SIZE)
+    registered = libc.syscall(427, ring, 0, vector, 1)  # IORING_REGISTER_BUFFERS
+    del view
+    if registered < 0:
+        pytest.skip(f"buffers can't be registered here: {os.strerror(ctypes.get_errno())}")
+
+    assert any("registered as a buffer of the io_uring" in words for words in about_us(memfd, 2))
+    assert not any("io_uring" in words for words in about_us(memfd, 4))
