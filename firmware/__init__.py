@@ -4,6 +4,7 @@ The embedded payload runs when no kernel is given: it tries private memory, shar
 I/O from the guest's side, and says what it saw (each architecture's `start.S` has its steps).
 The bench guest drives a disk as fast as it can (see `x86_64/bench/main.S` for what it is told and
 what it answers); pyvmm starts it as a kernel, QEMU by its PVH note.
+The loader fills the private memory of a strict guest from inside (`x86_64/loader/start.S`).
 """
 
 from __future__ import annotations
@@ -34,6 +35,12 @@ def payload_bytes(architecture: str = "x86_64") -> bytes:
 def bench_path(architecture: str = "x86_64") -> str:
     """Where the ELF of the bench guest lies; raises LookupError if there is none."""
     return _path("bench guest", architecture, os.path.join("bench", "bench.elf"))
+
+
+def loader_path(architecture: str = "x86_64") -> str:
+    """Where the flat image of the strict guest's loader lies; raises LookupError if there is
+    none."""
+    return _path("loader", architecture, os.path.join("loader", "loader.bin"))
 
 
 def _path(what: str, architecture: str, name: str) -> str:

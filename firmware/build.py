@@ -1,4 +1,4 @@
-"""Builds the embedded payload and the bench guest from their assembly source with GNU binutils.
+"""Builds the payload, the bench guest and the loader from assembly source with GNU binutils.
 
 `python firmware/build.py` writes the committed images, `--check` compares them with fresh builds.
 The output depends on the sources alone: no build id, no time stamps, no paths.
@@ -75,8 +75,18 @@ def build_bench(source_directory: Path | None = None, architecture: str = "x86_6
     return _link(directory / "bench", "bench.ld", architecture, flat=False)
 
 
+def build_loader(source_directory: Path | None = None, architecture: str = "x86_64") -> bytes:
+    """The strict guest's loader, a flat image that runs anywhere (loader.ld); raises BuildError."""
+    directory = source_directory or SOURCES / architecture
+    return _link(directory / "loader", "loader.ld", architecture, flat=True)
+
+
 IMAGES = {
-    "x86_64": {"payload.bin": build, "bench/bench.elf": build_bench},
+    "x86_64": {
+        "payload.bin": build,
+        "bench/bench.elf": build_bench,
+        "loader/loader.bin": build_loader,
+    },
     "aarch64": {"payload.bin": build},
 }
 """Each architecture's committed images below its source directory, and what builds them."""

@@ -79,7 +79,8 @@ DATAPATH = """
 int64_t pyvmm_pread_many(int fd, const void *table, uint32_t count, char *data);
 int64_t pyvmm_pwrite_many(int fd, const void *table, uint32_t count, const char *data);
 int64_t pyvmm_move_many(int from, int to, const void *table, uint32_t count, char *buffer,
-                        uint64_t buffer_size, int pipe_out, int pipe_in, uint64_t splice_from);
+                        uint64_t buffer_size, int pipe_out, int pipe_in, uint64_t splice_from,
+                        uint64_t most);
 void pyvmm_copy_memory(uint64_t target, uint64_t source, uint64_t size);
 """
 

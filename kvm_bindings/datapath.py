@@ -15,7 +15,7 @@ from kvm_bindings._kvm import ffi, lib
 from kvm_bindings.errors import check
 
 NEVER = (1 << 64) - 1
-"""A `splice_from` that no move reaches."""
+"""A `splice_from` that no move reaches, a `most` that no time does."""
 
 
 class Buffer:
@@ -58,12 +58,13 @@ def move_many(
     buffer: Buffer,
     pipe: tuple[int, int],
     splice_from: int,
+    most: int = NEVER,
 ) -> int:
     """Copy between two fds: `moves` are source offset, target offset, size, source offset...
 
     Moves of `splice_from` bytes or more go through `pipe` (read end, write end) inside the
-    kernel, the others through `buffer`. The number of bytes, short at the source's end.
-    Raises OSError: the pipe may hold bytes then.
+    kernel, the others through `buffer`. The number of bytes, short at the source's end, and when
+    it has taken longer than `most` nanoseconds. Raises OSError: the pipe may hold bytes then.
     """
     count, room = len(moves), len(buffer.bytes)
     table = struct.pack(f"{count}Q", *moves)
@@ -72,7 +73,7 @@ def move_many(
     while moved == -errno.EINTR:  # handlers of signals run in between, as PEP 475 has it
         moved = lib.pyvmm_move_many(
             source, target, table, count // 3, buffer.pointer, room, read_end, write_end,
-            splice_from,
+            splice_from, most,
         )  # fmt: skip
     if moved < 0:
         raise OSError(-moved, f"copying from {source=} to {target=}: {os.strerror(-moved)}")

@@ -1,6 +1,7 @@
 """Many lives of a machine's parts in one process, for as long as one likes: does anything grow?
 
-    python -m tests.bench.long_run [--seconds 3600] [--every 60] [--seed N] [--json FILE]
+    python -m tests.bench.long_run [--seconds 3600] [--guest-hours 24] [--every 60] [--seed N]
+                                   [--json FILE]
 
 What would take a guest a day happens here without its pauses, in rounds. Each round has
 - payload runs: whole machines on this host's KVM with every kind of device, opened and closed;
@@ -11,6 +12,10 @@ What would take a guest a day happens here without its pauses, in rounds. Each r
 - conversions by one `Converter` that lives for all of the run, beside a disk whose data is read
   back: page states, accounting and the kernel's count of each side have to agree at every look;
 - pauses and dumps of a guest that another pyvmm runs all the while.
+
+`--guest-hours` is how long the guest of that one `Converter` believes to have run at the end: its
+clock, which late discards are due by, goes as much faster. All else has no clock but the host's:
+KVM's timers count as ever, and what a day does to those isn't seen here.
 
 Every `--every` seconds a line says what this process and the other one hold. Exit status 1 when
 open fds, threads, or mappings of guest memory are not what they were, when resident memory of
@@ -177,18 +182,20 @@ class Ledger:
     FIRST = 512
     DATA = 64 << 10
 
-    def __init__(self, folder: Path, rng: random.Random) -> None:
+    def __init__(self, folder: Path, rng: random.Random, rate: float) -> None:
+        """`rate`: seconds of the guest in one of the host."""
         self.done: Counter[str] = Counter()
         self._rng = rng
+        self._rate, self._started = rate, time.monotonic()
         size = page(self.PAGES)
         self._private, self._shared = MemfdBacking(size), MemfdBacking(size)
         half = page(self.PAGES // 2)
         self._memory = GuestMemory(
             (Range(0, size),), self._shared, self._private, [Range(half, half)]
         )
-        self._now = 0.0
+        self._skipped = 0.0
         self._converter = Converter(
-            self._memory, CbitScheme(47), DeferredDiscard(1.0, 4 << 20), clock=lambda: self._now
+            self._memory, CbitScheme(47), DeferredDiscard(1.0, 4 << 20), clock=self.now
         )
         self._is_shared = [number < self.PAGES // 2 for number in range(self.PAGES)]
         self._start = sum(self._is_shared)
@@ -202,11 +209,15 @@ class Ledger:
         self._header, self._status = self._machine.place(bytes(16)), self._machine.blank(1)
         self._data = self._machine.blank(self.DATA)
 
+    def now(self) -> float:
+        """The guest's seconds since the start."""
+        return self._skipped + (time.monotonic() - self._started) * self._rate
+
     def round(self) -> None:
         for _ in range(200):
             self._convert()
             self._touch()
-        self._now += 2.0
+        self._skipped += 2.0
         while self._memory.bytes_in(PageState.DEFERRED):
             self._converter.settle()
         self._look()
@@ -217,7 +228,7 @@ class Ledger:
         first = rng.randrange(self.FIRST, self.PAGES)
         count = min(rng.choice((1, 1, 2, 16, 64)), self.PAGES - first)
         to_shared = rng.random() < 0.5
-        self._now += rng.random() / 20
+        self._skipped += rng.random() / 20
         if rng.random() < 0.2:
             self._converter.settle()
         answer = self._converter.convert((share if to_shared else unshare)(first, count))
@@ -366,7 +377,8 @@ def run(
 ) -> dict[str, Any]:
     rng = random.Random(options.seed)
     install_kick_handler()
-    ledger, outside = Ledger(folder, rng), Outside(folder)
+    rate = options.guest_hours * 3600 / options.seconds
+    ledger, outside = Ledger(folder, rng, rate), Outside(folder)
     devices = Devices(folder, rng)
     for opened in (ledger, outside, devices):
         stack.callback(opened.close)
@@ -397,6 +409,7 @@ def run(
         "ok": not problems,
         "wrong": problems,
         "seconds": round(time.monotonic() - started),
+        "guest_seconds": round(ledger.now()),
         "seed": options.seed,
         "rounds": rounds,
         "done": dict(sorted(done.items())),
@@ -408,6 +421,7 @@ def run(
 def main() -> int:
     parser = argparse.ArgumentParser(description="Does anything grow while machines come and go?")
     parser.add_argument("--seconds", type=float, default=3600.0)
+    parser.add_argument("--guest-hours", type=float, default=24.0, help="the guest's time")
     parser.add_argument("--every", type=float, default=60.0, help="seconds between two looks")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
     parser.add_argument("--json", type=Path, help="write the result there as well")

@@ -102,6 +102,17 @@ def disk(folder: Path) -> VirtioBlock:
     return VirtioBlock(open_disk(str(path)))
 
 
+def cold_disk(folder: Path) -> VirtioBlock:
+    """It begins with data that are read from the device, for which the kernel reads ahead as much
+    as it may; then comes the hole."""
+    device = disk(folder)
+    for at in range(0, 64 * MIB, MIB):
+        os.pwrite(device._disk.fd, os.urandom(MIB), at)
+    os.fsync(device._disk.fd)
+    os.posix_fadvise(device._disk.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    return device
+
+
 def request(kind: int, body: list[tuple[int, int, int]]) -> Callable[[VirtioMachine], int]:
     def arrange(machine: VirtioMachine) -> int:
         header = machine.place(struct.pack("<IIQ", kind, 0, 0))
@@ -149,6 +160,9 @@ def network(folder: Path) -> VirtioNet:
 GUESTS: dict[str, tuple[Callable[[Path], VirtioDevice], Callable[[VirtioMachine], int]]] = {
     "balloon, 65,000 isolated pages a chain": (lambda folder: VirtioBalloon(), pages),
     "disk, reads of 4 GiB": (disk, request(0, [(64 * MIB, 4 * MIB, DESC_WRITE)] * 1000)),
+    "disk, reads of 4 GiB, data first": (
+        cold_disk, request(0, [(64 * MIB, 4 * MIB, DESC_WRITE)] * 1000)
+    ),
     "disk, writes of 4 GiB": (disk, request(1, [(64 * MIB, 4 * MIB, 0)] * 1000)),
     "disk, zeroes of 32 MiB": (disk, zeroes),
     "disk, reads in pieces of a byte": (disk, request(0, crumbs(DESC_WRITE, 1024 - 2)[:512])),

@@ -1,7 +1,10 @@
 """Random conversion programs over pyvmm's transaction, on the model of KVM or on a real one.
 
-    python -m tests.fuzz.conversion_programs [--kvm] [--count N] [--seed N] [--only SCHEME/BACKING]
+    python -m tests.fuzz.conversion_programs [--kvm] [--count N] [--seed N] [--first N]
+                                             [--only SCHEME/BACKING]
 
+A program is made of the seed and its number alone, so that a run may be shared by processes
+and gone on with later (`--first`).
 Every answer, page state, word seen by guest or host and resident page is compared with the
 reference model. Exit status 0 without a divergence, 1 with one, which is shortened and printed.
 """
@@ -14,7 +17,7 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from kvm_bindings.x86_64 import System
@@ -33,6 +36,8 @@ from vmm.selftest.entries import Combination, combinations
 from vmm.selftest.platform import KvmPlatform, Platform
 
 LENGTH = 24
+PROGRESS = 50_000
+"""A line each so many programs."""
 
 
 class Cell(NamedTuple):
@@ -129,10 +134,21 @@ def _shortened(cell: Cell, program: Program) -> Program:
     return program
 
 
-def run_many(cells: list[Cell], seed: int, count: int) -> tuple[Counter[str], Divergence | None]:
-    """`count` programs, each on the cell whose turn it is; how many each cell ran."""
+def run_many(
+    cells: list[Cell],
+    seed: int,
+    count: int,
+    *,
+    first: int = 0,
+    told: Callable[[int], None] = lambda number: None,
+) -> tuple[Counter[str], Divergence | None]:
+    """`count` programs, each on the cell whose turn it is; how many each cell ran.
+
+    `told` hears of each program's number before it runs.
+    """
     ran: Counter[str] = Counter()
-    for number in range(count):
+    for number in range(first, first + count):
+        told(number)
         cell = cells[number % len(cells)]
         divergence = compare(cell, seed, number)
         ran[cell.name] += 1
@@ -146,6 +162,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--kvm", action="store_true", help="on this host's KVM, not on the model")
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
+    parser.add_argument("--first", type=int, default=0, help="number of the first program")
     parser.add_argument("--only", metavar="SCHEME/BACKING", help="in this cell alone")
     options = parser.parse_args(words)
     install_kick_handler()
@@ -158,7 +175,12 @@ def main(words: list[str]) -> int:
     where = "this host's KVM" if options.kvm else "the model of KVM"
     print(f"conversion programs: seed {options.seed}, {options.count} on {where}", flush=True)
     started = time.monotonic()
-    ran, divergence = run_many(cells, options.seed, options.count)
+
+    def told(number: int) -> None:
+        if number % PROGRESS == 0 and number > options.first:
+            print(f"  before program {number}: {time.monotonic() - started:.0f} s", flush=True)
+
+    ran, divergence = run_many(cells, options.seed, options.count, first=options.first, told=told)
     for name, count in sorted(ran.items()):
         print(f"  {name}: {count}")
     if divergence is not None:

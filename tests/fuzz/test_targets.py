@@ -10,7 +10,7 @@ from tests.fuzz.oracles import Resources
 from tests.fuzz.targets import TARGETS, corpus
 from vmm.conversion.transaction import Converter
 from vmm.core.ranges import Range
-from vmm.memory.lending import LendingMemory
+from vmm.memory.lending import READ, WRITE, IommuMemory, LendingMemory, _Plan
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -69,6 +69,35 @@ def test_iommu_target_notices_pages_that_stay_lent(monkeypatch: pytest.MonkeyPat
     with pytest.raises(AssertionError):
         for data in corpus("iommu"):
             TARGETS["iommu"](data)
+
+
+def test_dma_target_notices_a_translation_that_ignores_the_direction(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begin = IommuMemory._begin
+
+    def lax(memory: IommuMemory, pieces: list[int], access: int) -> _Plan:
+        return begin(memory, pieces, READ | WRITE)
+
+    monkeypatch.setattr(IommuMemory, "_begin", lax)
+
+    with pytest.raises(AssertionError, match="are not mapped, and were reached"):
+        for data in corpus("dma"):
+            TARGETS["dma"](data)
+
+
+def test_dma_target_notices_bytes_in_the_wrong_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    write = IommuMemory._write
+
+    def astray(memory: IommuMemory, plan: _Plan, data: bytes) -> None:
+        write(memory, plan, data)
+        memory._memory.shared.pwrite(b"x", 0)
+
+    monkeypatch.setattr(IommuMemory, "_write", astray)
+
+    with pytest.raises(AssertionError, match="another byte has changed"):
+        for data in corpus("dma"):
+            TARGETS["dma"](data)
 
 
 def test_image_target_notices_an_unforeseen_exception(monkeypatch: pytest.MonkeyPatch) -> None:

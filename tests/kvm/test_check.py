@@ -59,6 +59,14 @@ def test_interpreted_kernel_mode_is_said(kvm: System, found: dict[str, dict[str,
     assert found["user_mode"]["status"] == "yes"
 
 
+def test_interpreted_code_has_to_be_read(found: dict[str, dict[str, Any]]) -> None:
+    if found["kernel_mode"]["status"] == "yes":
+        pytest.skip("this KVM runs kernel mode on the processor; one that interprets it shows")
+
+    assert found["private_code"]["status"] == "no"
+    assert "cpuid" in found["private_code"]["data"]["needs_reading"]
+
+
 def test_hypercall_that_hangs_is_said_within_two_seconds(
     kvm: System, found: dict[str, dict[str, Any]]
 ) -> None:

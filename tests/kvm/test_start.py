@@ -10,10 +10,13 @@ import pytest
 pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("usable_kvm")]
 
 UNWANTED = {
-    "argparse", "array", "ast", "ctypes", "dataclasses", "fcntl", "heapq", "inspect", "ioctl_opt",
+    "argparse", "array", "ast", "ctypes", "dataclasses", "fcntl", "hashlib", "heapq", "inspect",
+    "ioctl_opt",
     "logging", "numpy", "pathlib", "re", "rich", "shutil", "socket", "subprocess", "tempfile",
-    "termios", "tty", "typing", "vmm.boot", "vmm.control.control_socket",
-    "vmm.control.status_line", "vmm.conversion.deferral", "vmm.devices.virtio", "vmm.lab",
+    "termios", "tty", "typing", "vmm.arch.x86_64.probes.strict", "vmm.arch.x86_64.strict",
+    "vmm.boot", "vmm.control.control_socket",
+    "vmm.control.status_line", "vmm.conversion.deferral", "vmm.devices.load_window",
+    "vmm.devices.virtio", "vmm.lab",
     "vmm.machine.tracing", "vmm.memory.engines", "vmm.policy.loader", "vmm.trace",
 }  # fmt: skip
 """What takes long to import, or what a run without kernel, devices and policy has no use for."""

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from vmm.core.errors import HostError
+from vmm.lab.heartbeat import MachineStandsStill
 from vmm.lab.machine import Lab
 from vmm.lab.options import LabOptions
 from vmm.lab.run import LabRun
@@ -31,6 +32,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if here in item.path.parents:
             item.add_marker(pytest.mark.lab)
+            # Seen a few times in hundreds of machines: the emulator's processor stands still, and all
+            # that is in the machine with it. Told apart by the heartbeat, tried once more, and
+            # counted as "rerun" in pytest's summary. A guest or pyvmm that hangs is a failure.
+            item.add_marker(pytest.mark.flaky(reruns=1, only_rerun=[MachineStandsStill.__name__]))
             if item.get_closest_marker("timeout") is None:
                 item.add_marker(pytest.mark.timeout(TIME_LIMIT))
 

@@ -66,9 +66,13 @@ class Events:
         vcpu: int = 0,
         decision: str = "none",
         high: int = 0,
+        by: str = "",
     ) -> None:
-        if name not in self.names:
-            self.names.append(name)
+        """`high`, or the number of the name `by`, is the detail's upper half."""
+        for each in filter(None, (name, by)):
+            if each not in self.names:
+                self.names.append(each)
+        high = high or self.names.index(by)
         self.rows.append(
             ROW.pack(
                 round(at * MILLISECOND), gpa, size, round(took * MILLISECOND),

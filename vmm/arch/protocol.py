@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 
 from vmm.arch.options import GuestOptions
-from vmm.core.lean_typing import TYPE_CHECKING, Protocol
+from vmm.core.lean_typing import TYPE_CHECKING, Any, Protocol
 from vmm.host.architecture import HostArchitecture
 
 if TYPE_CHECKING:
@@ -42,12 +42,19 @@ class Guest(Protocol):
 
     host_loads_private: bool
     """Whether its private memory is filled by the host before it runs."""
+    loads_itself: bool
+    """Whether a loader inside it fills its private memory, from images that stay open meanwhile."""
     two_addresses: bool
     """Whether it picks the side of a page by an address bit, and can't do without."""
     doorbell: str
     """How it asks for conversions, where it has private memory."""
     unpaged_end: int
     """Below this it runs processors without paging, which can't set an address bit (bytes)."""
+
+    @property
+    def launch(self) -> dict[str, Any] | None:
+        """For reports: what its loader was started with; None where it has none."""
+        ...
 
     def finish_opening(self) -> None:
         """Wait for images that are on their way. Raises UsageError for a bad one."""
@@ -128,8 +135,24 @@ class Architecture(HostArchitecture, Protocol):
         """The embedded payload. Raises UsageError where it does not fit."""
         ...
 
+    def choose_loading(
+        self, system: System, guest: Guest, private_memory: str, scheme: str
+    ) -> None:
+        """Decide whether the guest loads itself, as those do whose private memory no host program
+        reaches (`private_memory` and `scheme`: what the user asked for). Raises HostError where
+        that was asked for by name and can't be; says in a line why "auto" does without."""
+        ...
+
     def check_doorbell(self, system: System, guest: Guest) -> None:
         """Raises HostError where the guest's way to ask for conversions does not work here."""
+        ...
+
+    def measure(
+        self, guest: Guest, ram: Sequence[Range], functions: Sequence[str], bit: int
+    ) -> dict[str, Any]:
+        """What a report's `launch` is for such a guest that loads itself, from its files alone;
+        `bit` is the address bit that picks the private side. Raises UsageError for a guest that
+        can't, and for bad images."""
         ...
 
     def platform(

@@ -160,12 +160,12 @@ def session(words: Sequence[str], work: Sequence[Step]) -> list[tuple[str, float
     ) as process:  # fmt: skip
         assert process.stdin is not None and process.stdout is not None
         try:
-            _until_prompt(process.stdout.fileno())
+            until_prompt(process.stdout.fileno())
             taken = [(BOOT, (time.monotonic() - started) * 1000)]
             for step in work:
                 started = time.monotonic()
                 os.write(process.stdin.fileno(), step.command.encode() + b" && echo $((40 + 2))\n")
-                said = _until_prompt(process.stdout.fileno())
+                said = until_prompt(process.stdout.fileno())
                 milliseconds = (time.monotonic() - started) * 1000
                 if b"\n42\r" not in said:
                     raise HostError(f"the guest's shell did not do {step.command!r}: {said!r}")
@@ -187,7 +187,7 @@ def _by_fio(said: bytes) -> float:
     return float(reading + writing)
 
 
-def _until_prompt(fd: int) -> bytes:
+def until_prompt(fd: int) -> bytes:
     deadline = time.monotonic() + LONGEST
     seen = b""
     while PROMPT not in seen:

@@ -74,7 +74,7 @@ def results_of(words: Sequence[str]) -> list[tuple[str, int]]:
                 lines.append(line.rstrip())
                 # A thread that has ended keeps what it had.
                 before = times[-1] if times else {}
-                times.append({**before, **_on_processor(process.pid)})
+                times.append({**before, **on_processor(process.pid)})
         finally:
             watchdog.cancel()
         said = process.stderr.read()
@@ -90,7 +90,7 @@ def results_of(words: Sequence[str]) -> list[tuple[str, int]]:
     ]
 
 
-def _on_processor(pid: int) -> dict[str, int]:
+def on_processor(pid: int) -> dict[str, int]:
     """Nanoseconds by thread (schedstat); threads that end just now are left out."""
     found = {}
     with contextlib.suppress(OSError):

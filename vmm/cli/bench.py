@@ -15,7 +15,17 @@ from typing import Any
 
 from kvm_bindings import System
 from vmm.arch import architecture
-from vmm.bench import accessors, conversions, disk, exits, linux, network, results, start_up
+from vmm.bench import (
+    accessors,
+    conversions,
+    disk,
+    exits,
+    iommu,
+    linux,
+    network,
+    results,
+    start_up,
+)
 from vmm.bench.chart import chart
 from vmm.bench.host import host_facts
 from vmm.bench.series import Series
@@ -26,7 +36,9 @@ from vmm.core.output import Output
 from vmm.exits.run_loop import install_kick_handler
 from vmm.host.kvm import open_kvm
 
-SECTIONS = ("accessors", "conversions", "exits", "disk", "start-up", "memory", "linux")
+SECTIONS = ("accessors", "conversions", "exits", "disk", "start-up", "memory", "linux", "iommu")
+OF_LINUX = ("linux", "iommu")
+"""They need a stock kernel, which this host may not run: not without being asked for."""
 QEMU = "qemu-system-x86_64"
 
 
@@ -47,7 +59,8 @@ def parser() -> Parser:
         metavar="SECTION",
         action="append",
         choices=SECTIONS,
-        help=f"one of {', '.join(SECTIONS)}; may be given several times (default: all but linux)",
+        help=f"one of {', '.join(SECTIONS)}; may be given several times (default: all but "
+        "linux and iommu)",
     )
     made.add_argument("--rounds", metavar="N", type=int, help="how often each subject has its turn")
     made.add_argument("--json", metavar="FILE", help="write all samples to FILE")
@@ -62,10 +75,12 @@ def parser() -> Parser:
         metavar="DIR",
         help="where disk images are made (default: for temporary files)",
     )
-    made.add_argument("--kernel", metavar="FILE", help="for linux: a stock kernel")
-    made.add_argument("--initrd", metavar="FILE", help="for linux: an initrd that ends in a shell")
+    made.add_argument("--kernel", metavar="FILE", help="for linux, iommu: a stock kernel")
     made.add_argument(
-        "--fio", metavar="FILE", help="for linux: an image with fio in it; pyvmm lab has one"
+        "--initrd", metavar="FILE", help="for linux, iommu: an initrd that ends in a shell"
+    )
+    made.add_argument(
+        "--fio", metavar="FILE", help="for linux, iommu: an image with fio in it; pyvmm lab has one"
     )
     made.add_argument("--debug", action="store_true", help="show a traceback for errors")
     return made
@@ -113,6 +128,7 @@ class _Run:
             "start-up": lambda: start_up.measure(self.rounds(7, 25), self.qemu),
             "memory": lambda: start_up.measure_memory(self.rounds(1, 3)),
             "linux": self._linux,
+            "iommu": self._iommu,
         }
         return sections[section]()
 
@@ -136,12 +152,14 @@ class _Run:
             engines = (*engines, "vmfd")
         return disk.measure(image, tests, self.rounds(3, 7), self.qemu, engines)
 
-    def _linux(self) -> Iterator[Series]:
+    def _guest(self, section: str) -> linux.Guest:
+        """The stock kernel that was named, with a disk of random bytes. Raises UsageError."""
         options = self._options
         if options.kernel is None or options.initrd is None:
+            more = " --lab-with-qemu" if section == "linux" else ""
             raise UsageError(
-                "--only linux needs --kernel and --initrd; in the lab: pyvmm lab --lab-with-qemu "
-                "bench --only linux --kernel debian:6.12"
+                f"--only {section} needs --kernel and --initrd; in the lab: pyvmm lab{more} "
+                f"bench --only {section} --kernel debian:6.12"
             )
         for name in ("kernel", "initrd", "fio"):
             path = getattr(options, name)
@@ -152,9 +170,19 @@ class _Run:
             file.write(os.urandom(1 << 20) * (linux.DISK_BYTES >> 20))
         if options.fio is None:
             tell("bench: fio is left out: no --fio FILE")
-        guest = linux.Guest(
-            options.kernel, options.initrd, str(image), options.fio, self._peer_or_none()
+        return linux.Guest(options.kernel, options.initrd, str(image), options.fio, None)
+
+    def _iommu(self) -> Iterator[Series]:
+        started = time.monotonic()
+        return iommu.measure(
+            self._guest("iommu"),
+            self.quick,
+            self.rounds(1, 2),
+            lambda turn: _progress(f"iommu: {turn}", time.monotonic() - started),
         )
+
+    def _linux(self) -> Iterator[Series]:
+        guest = self._guest("linux")._replace(peer=self._peer_or_none())
         started = time.monotonic()
         return linux.measure(
             guest,
@@ -182,7 +210,7 @@ def run(arguments: Sequence[str]) -> int:
             # The files' names are anybody's, terminal sequences in them too.
             print("\n".join(map(one_line, results.compared(before, after).split("\n"))))
         return 0
-    sections = options.only or [name for name in SECTIONS if name != "linux"]
+    sections = options.only or [name for name in SECTIONS if name not in OF_LINUX]
     outputs = {name: _output(name, getattr(options, name)) for name in ("json", "html", "svg")}
     install_kick_handler()
     with ExitStack() as opened:

@@ -12,6 +12,7 @@ from vmm.arch import architecture
 from vmm.cli.output import printing
 from vmm.cli.parser import Parser
 from vmm.core.errors import one_line
+from vmm.host.capability import KERNEL_PRIVATE
 from vmm.host.check import HostCheck, Job, check_host
 
 _COLOURS = {"yes": "green", "no": "yellow", "broken": "red", "unknown": "dim"}
@@ -54,6 +55,12 @@ def run(arguments: Sequence[str]) -> int:
     return found.exit_status
 
 
+_LENDS_NOTHING = (
+    "cannot lend its pages to devices, as the host reaches none of them; "
+    "--private-mem=guest_memfd-mmap or memfd can"
+)
+
+
 def _cells(found: HostCheck) -> list[tuple[str, ...]]:
     return [
         tuple(
@@ -87,8 +94,11 @@ def plain_lines(found: HostCheck) -> list[str]:
 def closing_lines(found: HostCheck) -> list[str]:
     """Which jobs run, and below each why a stronger scheme doesn't serve it."""
     lines = []
-    for job in found.jobs.values():
+    for name, job in found.jobs.items():
         lines.append(job_line(found, job))
+        if name == KERNEL_PRIVATE and job.choice:  # --iommu needs a kernel
+            lends = "lends private pages to devices" if job.choice.lends else _LENDS_NOTHING
+            lines.append(f"  with --iommu: {lends}")
         not_taken = job.choice.not_taken if job.choice else {}
         lines += [f"  not scheme {scheme}: {one_line(why)}" for scheme, why in not_taken.items()]
     return lines
@@ -99,7 +109,7 @@ def job_line(found: HostCheck, job: Job) -> str:
     if job.can_run:
         if job.choice is None:
             return f"{job.title}: can run"
-        scheme, backing, host_access, _ = job.choice
+        scheme, backing, host_access, *_ = job.choice
         strength = _BY_SCHEME.get(scheme) or _HOST_ACCESS[host_access]
         return f"{job.title}: can run, private pages in {backing} ({strength}), scheme {scheme}"
     reasons = [

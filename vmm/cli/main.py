@@ -46,6 +46,10 @@ def main(arguments: Sequence[str]) -> int:
             from vmm.cli.report import run as report
 
             return report(arguments[1:])
+        if arguments and arguments[0] == "measure":
+            from vmm.cli.measure import run as measure
+
+            return measure(arguments[1:], _configuration)
         if arguments and arguments[0] == "replay":
             from vmm.cli.replay import run as replay
 
@@ -77,6 +81,10 @@ def _refuse_early(arguments: Sequence[str], machine: str) -> None:
         from vmm.cli.bench import parser as bench_parser
 
         bench_parser().parse_args(arguments[1:])
+    elif arguments and arguments[0] == "measure":
+        from vmm.cli.measure import words_of
+
+        _configuration(words_of(arguments[1:])[1], machine)
     else:
         _configuration(arguments, machine)
 

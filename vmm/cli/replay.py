@@ -18,7 +18,7 @@ from vmm.trace.cost import CostModel, Line, Requests, learn, requests_of
 from vmm.trace.layout import DECISIONS, NO_ANSWER, Kind
 from vmm.trace.reader import Trace
 from vmm.trace.states import bytes_over_time, initial_states, state_rows
-from vmm.trace.summary import duration_ns, errno_name
+from vmm.trace.summary import duration_ns, errno_name, lent_bytes_peak
 from vmm.trace.views.tables import Row
 from vmm.trace.views.units import bytes_text, count_text, time_text
 
@@ -136,11 +136,24 @@ def _recorded(trace: Trace, requests: Requests, model: CostModel, until: int) ->
         "conversions": _count(changed > 0),
         "converted_bytes": int(changed.sum()),
         "late_discards": len(late),
+        **_recorded_lending(trace),
         "shared_bytes_peak": over_time.peak[0],
         "shared_bytes_mean": round(over_time.mean_shared(until)),
         "guest_ns": modelled + model.nothing * _count(changed == 0),
         "host_ns": sum(map(model.late_discard, late.tolist())),
         "waited_ns": int(trace["latency_ns"][rows].sum(dtype=np.uint64)),
+    }
+
+
+def _recorded_lending(trace: Trace) -> Numbers:
+    kinds, answers = trace["kind"], trace["errno"]
+    is_lend = kinds == Kind.LEND
+    rows = np.flatnonzero(is_lend | (kinds == Kind.RETURN))
+    return {
+        "lends": _count(is_lend),
+        "returns": _count(kinds == Kind.RETURN),
+        "lends_refused": _count(is_lend & (answers != 0)),
+        "lent_bytes_peak": lent_bytes_peak(trace, rows),
     }
 
 
@@ -161,6 +174,10 @@ def _replayed(replay: Replay, until: int) -> Numbers:
         "conversions": replay.conversions,
         "converted_bytes": replay.converted_bytes,
         "late_discards": replay.late_discards,
+        "lends": replay.lends,
+        "returns": replay.returns,
+        "lends_refused": replay.lends_refused,
+        "lent_bytes_peak": replay.lent_bytes_peak,
         "shared_bytes_peak": over_time.peak[0],
         "shared_bytes_mean": round(over_time.mean_shared(until)),
         "guest_ns": replay.guest_ns,
@@ -178,6 +195,10 @@ _LABELS = {
     "conversions": ("conversions while the guest waits", count_text),
     "converted_bytes": ("  bytes", bytes_text),
     "late_discards": ("discards later, by the host", count_text),
+    "lends": ("pages lent to devices, times", count_text),
+    "lends_refused": ("  refused by a policy", count_text),
+    "returns": ("  taken back, times", count_text),
+    "lent_bytes_peak": ("  lent at most", bytes_text),
     "shared_bytes_peak": ("shared at most", bytes_text),
     "shared_bytes_mean": ("shared on average", bytes_text),
     "guest_ns": ("the guest waits, by the model", time_text),

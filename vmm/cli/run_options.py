@@ -32,6 +32,7 @@ examples:
   pyvmm selftest                              whether its KVM and pyvmm do it right
   pyvmm bench --quick                         how fast all of it is, beside QEMU and bare C
   pyvmm report DIR                            what a run with --trace DIR did
+  pyvmm measure --kernel bzImage ...          what a strict guest's launch measures (see README)
   pyvmm replay DIR --policy MODULE:CLASS      what another policy would have made of it
 
 While the guest runs on a terminal, Ctrl-A x quits.
@@ -113,7 +114,8 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             "nargs": "?",
             "const": "auto",
             "metavar": "auto|guest_memfd|guest_memfd-mmap|memfd|...",
-            "help": "give the guest private memory; the value picks what stands behind it, for "
+            "help": "give the guest private memory; the value picks what stands behind it; with "
+            "guest_memfd the host's kernel keeps the host out, and a kernel loads itself; for "
             "experiments also guest_memfd-plain, guest_memfd-in-place, memfd-sealed, memfd-hugetlb "
             "(default auto: the strongest that this host has and the guest can use)",
         },
@@ -198,7 +200,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     parser = Parser(
         prog="pyvmm",
-        usage="pyvmm [run] [options]   or   pyvmm check|selftest|bench|lab|report|replay [options]",
+        usage="pyvmm [run] [options]   or   "
+        "pyvmm check|selftest|bench|lab|measure|report|replay [options]",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -55,7 +55,10 @@ class Operations:
         devices: HeldDevices,
         loop: EventLoop,
         stop: Callable[[Outcome], None],
+        lending: Callable[[], dict[str, Any]] | None = None,
     ) -> None:
+        """`lending`: what the virtual IOMMU has lent so far, where there is one."""
+        self._lending = lending
         self._memory = memory
         self._converter = converter
         self._vcpus = vcpus
@@ -106,6 +109,7 @@ class Operations:
                 "conversions": converter.accounting.as_dict() if told else None,
                 "refinements": converter.refinements.as_dict() if told else None,
                 "io": self._devices.io_statistics(),
+                "iommu": None if self._lending is None else self._lending(),
                 "exits": [dict(runner.exit_counts) for runner in self._vcpus.runners],
             }
 

@@ -28,6 +28,8 @@ class LendingCounts:
 
     def __init__(self) -> None:
         self.maps = 0
+        self.shared_maps = 0
+        """Those of `maps` that were of shared pages, and lent nothing."""
         self.unmaps = 0
         self.denied = 0
         """Requests that a policy has refused."""
@@ -37,17 +39,34 @@ class LendingCounts:
         """Mapped private bytes, all together."""
         self.peak_lent_bytes = 0
         """Private bytes that were lent at the same time: all that devices could reach."""
+        self.average_lent_bytes = 0
+        """Their average over time, from the first mapping to the last change (`over_s`)."""
         self.peak_mappings = 0
+        self.peak_runs = 0
+        """Runs of pages in equal state: how far lending has cut memory into pieces."""
         self.lent_us: dict[int, int] = {}
         """How long: the number of mappings that were there for less than so many microseconds
         (powers of two), and no less than half as long."""
+
+        # What was lent at the last change, since when, and bytes times nanoseconds until then.
+        self._held = self._since = self._first = self._area = 0
+
+    def now_lent(self, lent_bytes: int, now: int) -> None:
+        """So many bytes are lent from `now` on."""
+        if not self._first:
+            self._first = self._since = now
+        self._area += self._held * (now - self._since)
+        self._held, self._since = lent_bytes, now
+        self.peak_lent_bytes = max(self.peak_lent_bytes, lent_bytes)
 
     def ended(self, nanoseconds: int) -> None:
         limit = 1 << (nanoseconds // 1000).bit_length()
         self.lent_us[limit] = self.lent_us.get(limit, 0) + 1
 
     def as_dict(self) -> dict[str, Any]:
-        counts = dict(vars(self))
+        counts = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        counts["average_lent_bytes"] = self._area // max(self._since - self._first, 1)
+        counts["over_s"] = round((self._since - self._first) / 1e9, 6)
         counts["lent_us"] = {str(limit): self.lent_us[limit] for limit in sorted(self.lent_us)}
         return counts
 
@@ -101,7 +120,7 @@ class Lender:
         elif answer == errno.EACCES:
             counts.denied += 1
             if self._observer is not None:
-                self._observer.lent(endpoint.name, area, answer, began)
+                self._observer.lent(endpoint.name, area, access, answer, began)
         else:
             counts.failed += 1
         return answer
@@ -109,9 +128,6 @@ class Lender:
     def _lend(self, endpoint: Endpoint, iova: int, area: Range, access: int, began: int) -> int:
         space = endpoint.space
         assert space is not None
-        low, high = space.within(iova, iova + area.size - 1)
-        if low != high:
-            return errno.EINVAL
         memory = self._memory
         try:
             try:
@@ -130,9 +146,12 @@ class Lender:
         counts.peak_mappings = max(counts.peak_mappings, memory.mapped)
         if mapping.lent:
             counts.lent_bytes_total += area.size
-            counts.peak_lent_bytes = max(counts.peak_lent_bytes, memory.lent_bytes)
+            counts.now_lent(memory.lent_bytes, began)
+            counts.peak_runs = max(counts.peak_runs, memory.runs)
             if self._observer is not None:
-                self._observer.lent(endpoint.name, area, 0, began)
+                self._observer.lent(endpoint.name, area, access, 0, began)
+        else:
+            counts.shared_maps += 1
         return 0
 
     def _map(
@@ -143,7 +162,8 @@ class Lender:
         if not converter.hooks.asks_about_lending:
             return memory.map(space, iova, area, access, now)
         with converter.asking:
-            if memory.kind_of(area) <= PRIVATE:
+            low, high = space.within(iova, iova + area.size - 1)
+            if low == high and memory.kind_of(area) <= PRIVATE:
                 event = _event(endpoint, iova, area, access)
                 if not converter.hooks.lending(event, converter.view):
                     return None
@@ -160,15 +180,15 @@ class Lender:
         """
         space = endpoint.space
         assert space is not None
-        if space.is_split_by(first, last):
+        low, high = space.within(first, last)
+        if space.is_split_by(first, last, low, high):
             self.counts.failed += 1
             return errno.ERANGE, False
-        low, high = space.within(first, last)
         some = min(high, low + AT_ONCE)
         allowed = self._allowed_back(endpoint, space.mappings[low:some])
         denied = low + allowed < some
         taken = self._memory.unmap(space, low, low + allowed)
-        if not self._drained(taken):
+        if not self._memory.drained(taken, self._patience):
             self._memory.put_back(space, taken)
             self.counts.failed += 1
             return errno.EBUSY, False
@@ -194,10 +214,6 @@ class Lender:
         converter = self._converter
         return converter.hooks.lending(event, converter.view, is_return=True)
 
-    def _drained(self, mappings: Sequence[Mapping]) -> bool:
-        """Wait for the accesses under way to these pages; False when that takes too long."""
-        return all(self._memory.quiesce(mapping.area, self._patience) for mapping in mappings)
-
     def _give_back(self, endpoint: Endpoint, mappings: Sequence[Mapping]) -> None:
         now = self._clock()
         for mapping in mappings:
@@ -206,6 +222,7 @@ class Lender:
                 self.counts.ended(now - mapping.since)
                 if self._observer is not None:
                     self._observer.returned(endpoint.name, mapping.area, mapping.since)
+        self.counts.now_lent(self._memory.lent_bytes, now)
 
     def close(self, endpoint: Endpoint, *, wait: bool = False) -> AddressSpace | None:
         """The endpoint reaches nothing from now on; its former space, whose pages are for

@@ -14,8 +14,9 @@ from vmm.policy import Decision
 class LendingObserver(Protocol):
     """Told of private pages that a guest lends to its devices; times are time.monotonic_ns."""
 
-    def lent(self, device: str, area: Range, answer: int, began: int) -> None:
-        """They are mapped for the device, asked for at `began`; or an errno says why not."""
+    def lent(self, device: str, area: Range, access: int, answer: int, began: int) -> None:
+        """They are mapped for the device (access: vmm.memory.lending's READ, WRITE or both), asked
+        for at `began`; or an errno says why not."""
         ...
 
     def returned(self, device: str, area: Range, since: int) -> None:

@@ -8,7 +8,7 @@ from vmm.core.events import ConversionRequest, Kind
 from vmm.core.ranges import PAGE_SIZE, Range
 from vmm.memory.guest_memory import PageState
 from vmm.policy import Decision
-from vmm.trace.layout import DECISIONS, HOST, LARGEST, NO_ANSWER
+from vmm.trace.layout import DECISIONS, DIRECTIONS, HOST, LARGEST, NO_ANSWER
 from vmm.trace.layout import Kind as Traced
 from vmm.trace.recorder import Recorder
 
@@ -19,9 +19,9 @@ class LendingTrace:
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
 
-    def lent(self, device: str, area: Range, answer: int, began: int) -> None:
-        name = self._recorder.name(device)
-        self._recorder.record(Traced.LEND, HOST, began, *area, name, answer)
+    def lent(self, device: str, area: Range, access: int, answer: int, began: int) -> None:
+        detail = self._recorder.name(device) | self._recorder.name(DIRECTIONS[access]) << 16
+        self._recorder.record(Traced.LEND, HOST, began, *area, detail, answer)
 
     def returned(self, device: str, area: Range, since: int) -> None:
         self._recorder.record(Traced.RETURN, HOST, since, *area, self._recorder.name(device))

@@ -22,6 +22,8 @@ JOBS = {
     PAYLOAD_PRIVATE: "the embedded payload with --private-mem",
     KERNEL: "a stock kernel without --private-mem",
 }
+PRIVATE_CODE = "private_code"
+"""The line whose capability makes a kernel's private memory kernel-enforced."""
 MAIN_JOB = KERNEL_PRIVATE
 ALL = tuple(JOBS)
 PRIVATE = (KERNEL_PRIVATE, PAYLOAD_PRIVATE)

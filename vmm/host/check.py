@@ -9,10 +9,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvm_bindings import KvmError, System
 from vmm.core.errors import HostError
-from vmm.host.capability import JOBS, KERNEL_PRIVATE, MAIN_JOB, PRIVATE, Capability
+from vmm.host.capability import (
+    JOBS,
+    KERNEL_PRIVATE,
+    MAIN_JOB,
+    PRIVATE,
+    PRIVATE_CODE,
+    Capability,
+)
 from vmm.host.choice import Wanted, choose
 from vmm.host.kvm import open_kvm
 from vmm.host.probes.finding import Finding, broken, no, unknown
+from vmm.memory.lending import can_lend
 
 if TYPE_CHECKING:
     from vmm.host.architecture import HostArchitecture
@@ -40,12 +48,14 @@ class Row:
 
 class Choice(NamedTuple):
     """What "auto" comes to: the scheme, the private backing and what a host access to it meets,
-    and the stronger schemes with the reason why each does not serve."""
+    the stronger schemes with the reason why each does not serve, and whether devices behind a
+    virtual IOMMU can be lent private pages."""
 
     scheme: str
     backing: str
     host_access: str
     not_taken: dict[str, str]
+    lends: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +103,7 @@ class HostCheck:
                     "backing": job.choice and job.choice.backing,
                     "host_access": job.choice and job.choice.host_access,
                     "scheme": job.choice and job.choice.scheme,
+                    "lends": job.choice.lends if job.choice else None,
                     "schemes_not_taken": job.choice.not_taken if job.choice else {},
                 }
                 for name, job in self.jobs.items()
@@ -124,8 +135,9 @@ def check_host(architecture: HostArchitecture) -> HostCheck:
         return _closed(capabilities, str(error), architecture.lab)
     with system:
         rows = tuple(Row(each, probed(each.probe, system)) for each in capabilities)
+        strict = any(row.works for row in rows if row.capability.key == PRIVATE_CODE)
         choices = {
-            job: probed_choice(architecture, system, kernel=job == KERNEL_PRIVATE)
+            job: probed_choice(architecture, system, kernel=job == KERNEL_PRIVATE, strict=strict)
             for job in PRIVATE
         }
     return HostCheck(rows, judge(rows, choices), None, architecture.lab)
@@ -148,15 +160,23 @@ def probed(probe: Callable[[Any], Finding], system: System) -> Finding:
         return broken("fails", str(error))
 
 
-def probed_choice(architecture: HostArchitecture, system: System, *, kernel: bool) -> Choice | None:
-    """What --private-mem=auto --scheme auto gives; None when nothing serves."""
-    wanted = Wanted("auto", "auto", 2 << 20, two_addresses=kernel, host_loads=kernel)
+def probed_choice(
+    architecture: HostArchitecture, system: System, *, kernel: bool, strict: bool = False
+) -> Choice | None:
+    """What --private-mem=auto --scheme auto gives; None when nothing serves. `strict`: kernels
+    load themselves here."""
+    host_loads = kernel and not strict
+    wanted = Wanted("auto", "auto", 2 << 20, two_addresses=kernel, host_loads=host_loads)
     try:
         chosen = choose(architecture, system, wanted)
     except (KvmError, HostError):
         return None
     choice = Choice(
-        chosen.scheme, chosen.backing.name, chosen.backing.host_access, chosen.not_taken
+        chosen.scheme,
+        chosen.backing.name,
+        chosen.backing.host_access,
+        chosen.not_taken,
+        can_lend(chosen.backing),
     )
     chosen.backing.close()
     chosen.vm.close()

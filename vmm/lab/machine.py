@@ -298,7 +298,8 @@ def runs_several_vcpus(words: Sequence[str]) -> bool:
 def measures_linux(words: Sequence[str]) -> bool:
     """Whether pyvmm, given these words, measures a stock kernel, which takes fio."""
     only = [value for option, value in itertools.pairwise(words) if option == "--only"]
-    return "bench" in words[:1] and ("linux" in only or "--only=linux" in words)
+    only += [word.removeprefix("--only=") for word in words if word.startswith("--only=")]
+    return "bench" in words[:1] and not {"linux", "iommu"}.isdisjoint(only)
 
 
 def _value_of(words: Sequence[str], option: str) -> tuple[int, str] | None:

@@ -203,9 +203,8 @@ class Pump:
                 pass
 
     def close(self) -> None:
+        """The streams stay open: they belong to who made them."""
         self._selector.close()
-        for stream in self._streams:
-            stream.socket.close()
 
     def _watch_input(self) -> None:
         """The input is read no faster than the guest takes it."""

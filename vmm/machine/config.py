@@ -87,7 +87,11 @@ class MachineConfig(NamedTuple):
         from vmm.arch.options import GuestOptions  # not before there is a guest
 
         return GuestOptions(
-            self.memory, self.cpus, self.append, is_private=self.private_memory is not None
+            self.memory,
+            self.cpus,
+            self.append,
+            is_private=self.private_memory is not None,
+            iommu=self.iommu,
         )
 
     def validate(self, limits: Limits) -> None:
@@ -150,7 +154,8 @@ class MachineConfig(NamedTuple):
                 f"--scheme {scheme}: Linux tells private from shared pages by {by}; "
                 f"use --scheme {' or '.join(ways)}, or run without --kernel"
             )
-        if self.kernel is not None and backing not in ("auto", *LOADABLE):
+        loads_itself = backing == "guest_memfd" and limits.name == "x86_64"
+        if self.kernel is not None and backing not in ("auto", *LOADABLE) and not loads_itself:
             schemes = limits.schemes if scheme == "auto" else (scheme,)
             takers = [name for name in schemes if name in FOR_LINUX]
             loadable = [name for name in backings_of(takers) if name in LOADABLE]

@@ -60,6 +60,9 @@ class GuestVm:
         self._system: System = system
         if self.is_private:
             self._architecture.check_doorbell(system, self._guest)
+            wanted = self._config.private_memory
+            assert wanted is not None
+            self._architecture.choose_loading(system, self._guest, wanted, self._config.scheme)
         self.ram: list[Range] = self._architecture.ram_ranges(self._config.memory)
         self.chosen = self._choose_scheme()
         if self.chosen is None:

@@ -259,7 +259,8 @@ class Machine:
         platform = self._vm.platform
         platform.load(launch, self._vm.ram, self._vm.scheme.alias, list(self._virtio))
         launch.seal()
-        self._guest.close()  # the kernel's bytes are in guest memory now
+        if not self._guest.loads_itself:
+            self._guest.close()  # the kernel's bytes are in guest memory now
         self._vm.map_ahead(launch.written)
 
     def _refusal_to_boot(self) -> Outcome | None:
@@ -286,7 +287,13 @@ class Machine:
             is_stuck=lambda: self._converter.hooks.is_this_thread_in_one,
         )
         operations = Operations(
-            self._vm.memory, self._converter, self._vcpus, self._devices, self._loop, self.stop
+            self._vm.memory,
+            self._converter,
+            self._vcpus,
+            self._devices,
+            self._loop,
+            self.stop,
+            None if self._lender is None else self._lender.as_dict,
         )
         # Beyond the guest's end: a signal must not cost the report.
         self._signals.enter_context(signals.installed())
@@ -368,6 +375,8 @@ class Machine:
             ports=self._handlers.port_counts(),
             wall_seconds=wall_seconds,
         )
+        if self._guest.launch is not None:
+            self.report["launch"] = self._guest.launch
         if self._lender is not None:
             self.report["iommu"] = self._lender.as_dict()
         if self._report_file is not None:

@@ -16,6 +16,20 @@ MOST_DEVICES = 31
 """PCI slots of bus 0 besides the host bridge's."""
 
 
+def device_names(config: MachineConfig) -> list[str]:
+    """What `open_devices` would call its devices, in their order, with nothing opened."""
+    single = {
+        "vsock": config.vsock is not None,
+        "console": bool(config.consoles),
+        "rng": config.rng,
+        "balloon": config.balloon is not None,
+        "iommu": config.iommu,
+    }
+    several = [f"blk{number}" for number in range(len(config.disks))]
+    several += [f"net{number}" for number in range(len(config.nets))]
+    return several + [name for name, is_there in single.items() if is_there]
+
+
 def open_devices(config: MachineConfig, owner: ExitStack) -> dict[str, VirtioDevice]:
     """The devices by their names in the report, in the order of their PCI slots: disks first.
 

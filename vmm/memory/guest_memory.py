@@ -594,7 +594,8 @@ class MemoryThrough:
         """Move bytes of a file into guest memory: file offset, gpa, size, file offset...
 
         All of it is refused before a byte moves (GuestMemoryError), or the number of bytes is
-        what was asked for, unless the file ends. Raises OSError with some of it moved.
+        what was asked for, unless the file ends, or the engine stops because the host is slow.
+        Raises OSError with some of it moved.
         """
         self._enter_moves(moves[1::3], moves[2::3])
         try:

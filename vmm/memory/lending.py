@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from vmm.core.errors import GuestMemoryError, PrivateAccess, UnmappedAccess
 from vmm.core.ranges import Range, RangeMap
 from vmm.memory.backing import Backing, Buffer, byte_count
-from vmm.memory.guest_memory import GuestMemory, PageState
+from vmm.memory.guest_memory import MOST_RUNS, GuestMemory, PageState
 
 if TYPE_CHECKING:
     from vmm.memory.engines import Engine
@@ -27,6 +27,8 @@ READ, WRITE = 1, 2  # VIRTIO_IOMMU_MAP_F_READ, _WRITE (virtio 1.3, 5.13.6.5)
 MOST_MAPPINGS = 1 << 15
 """How many mappings a guest may have in all its address spaces together. A pool of 64 MiB that is
 mapped page by page has 16,384."""
+
+_NO_WINDOW = 0, 0, 0
 
 _RUNS_AT_ONCE = 512
 """How many runs of pages change their state with memory's lock held."""
@@ -65,11 +67,15 @@ class AddressSpace:
     LendingMemory's lock serialises changes and lookups.
     """
 
-    __slots__ = ("mappings", "starts")
+    __slots__ = ("mappings", "starts", "windows")
 
     def __init__(self) -> None:
         self.starts: list[int] = []
         self.mappings: list[Mapping] = []
+        self.windows: list[tuple[int, int, int]] = [_NO_WINDOW]
+        """What most translations need of each mapping: its end, what makes a GPA of an IOVA, and
+        the access that it allows where its pages are the private backing's, else 0. One more than
+        there are mappings, for index -1."""
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -81,23 +87,26 @@ class AddressSpace:
             low -= 1
         return low, bisect_right(self.starts, last, low)
 
-    def is_split_by(self, first: int, last: int) -> bool:
-        """Whether a mapping has addresses both in [first, last] and outside of it."""
-        low, high = self.within(first, last)
+    def is_split_by(self, first: int, last: int, low: int, high: int) -> bool:
+        """Whether one of the mappings [low, high), which are those within [first, last], has
+        addresses outside of it."""
         if low == high:
             return False
         end = self.mappings[high - 1]
         return self.starts[low] < first or end.iova + end.size - 1 > last
 
-    def add(self, mapping: Mapping) -> None:
-        at = bisect_left(self.starts, mapping.iova)
-        self.starts.insert(at, mapping.iova)
+    def add(self, at: int, mapping: Mapping, common_end: int) -> None:
+        """Put the mapping in front of the one that is number `at` so far."""
+        iova, size, gpa, access, lent, _ = mapping
+        window = iova + size, gpa - iova, access if lent and gpa >= common_end else 0
+        self.starts.insert(at, iova)
         self.mappings.insert(at, mapping)
+        self.windows.insert(at, window)
 
     def remove(self, low: int, high: int) -> list[Mapping]:
         """Take the mappings [low, high) out."""
         taken = self.mappings[low:high]
-        del self.starts[low:high], self.mappings[low:high]
+        del self.starts[low:high], self.mappings[low:high], self.windows[low:high]
         return taken
 
 
@@ -113,6 +122,12 @@ class Endpoint:
         self.space: AddressSpace | None = None
         self.fault: Callable[[Endpoint, int, int], None] = lambda endpoint, iova, access: None
         """Told of an access (the address, READ or WRITE) that was refused; from any thread."""
+
+
+def can_lend(backing: Backing) -> bool:
+    """Whether a device can be let at private pages there: the host has to reach them, and in place
+    it is KVM that refuses."""
+    return backing.access != "none" and not backing.traits.in_place
 
 
 class LendingMemory(GuestMemory):
@@ -132,21 +147,25 @@ class LendingMemory(GuestMemory):
         common_end: int = 0,
     ) -> None:
         super().__init__(ram, shared, private_backing, private, common_end)
-        # How many mappings each page is lent by. Its owner is whoever maps: no lock.
-        self._lent = RangeMap(Range(0, self._end), 0)
+        # How many mappings each page is lent by beyond the first: for nearly all that is none.
+        # Its owner is whoever maps: no lock.
+        self._again = RangeMap(Range(0, self._end), 0)
         self.mapped = 0
         """How many mappings there are."""
 
     @property
     def lends(self) -> bool:
-        """Whether private pages can be lent: the host has to reach them, in a backing of their
-        own (in place it is KVM that refuses)."""
-        private = self.private
-        return private is not None and private.access != "none" and not self.in_place
+        """Whether private pages can be lent."""
+        return self.private is not None and can_lend(self.private)
 
     @property
     def lent_bytes(self) -> int:
         return self._states.total(PageState.LENT)
+
+    @property
+    def runs(self) -> int:
+        """How many runs of pages in equal state there are."""
+        return len(self._states)
 
     # -- mappings -----------------------------------------------------------------------------
 
@@ -163,31 +182,55 @@ class LendingMemory(GuestMemory):
         return self._states.values(area)
 
     def map(self, space: AddressSpace, iova: int, area: Range, access: int, since: int) -> Mapping:
-        """Let the device of `space` have `area` (whole pages) at `iova`, where nothing is mapped.
+        """Let the device of `space` have `area` (whole pages) at `iova`.
 
-        Raises OSError: EFAULT for what is no RAM, or private and can't be lent; EINVAL for pages
-        some of which are shared and some not; EAGAIN where one is being converted or deferred;
-        ENOSPC for too many mappings, or runs of pages in equal state.
+        Raises OSError: EINVAL where something is mapped already, or for pages some of which are
+        shared and some not; EFAULT for what is no RAM, or private and can't be lent; EAGAIN where
+        one is being converted or deferred; ENOSPC for too many mappings, or runs of pages in equal
+        state.
         """
+        start, size = area
+        end = start + size
+        again: list[Range] = []
         with self._lock:
+            at, high = space.within(iova, iova + size - 1)
+            if at != high:
+                raise OSError(errno.EINVAL, f"something is mapped at {iova:#x} already")
             if self.mapped >= MOST_MAPPINGS:
                 raise OSError(errno.ENOSPC, f"{MOST_MAPPINGS} mappings are the most")
-            states = self._kind_of(area)
-            lent = states <= PRIVATE
-            if lent:
-                if not self.lends:
-                    raise OSError(errno.EFAULT, f"{area} is private, and its backing can't lend")
-                self._require_room(area, PageState.LENT)
-                self._states.set(area, PageState.LENT)
-            elif states != {PageState.SHARED}:
-                raise OSError(_why_not(states), f"{area} can't be mapped: {states}")
-            mapping = Mapping(iova, area.size, area.start, access, lent, since)
-            space.add(mapping)
+            states = self._states
+            lent = False
+            # Nearly always all of it is private, and nothing is being converted.
+            state = states.uniform(start, end) if start >= 0 and end <= self._end else None
+            if state is PageState.PRIVATE and not self._conversions and self.lends:
+                lent = True
+                if len(states) > MOST_RUNS - 2:
+                    self._require_room(area, PageState.LENT)
+                states.set(area, PageState.LENT)
+            else:
+                kinds = self._kind_of(area)
+                if kinds <= PRIVATE:
+                    lent = True
+                    again = self._lend_again(area)
+                elif kinds != {PageState.SHARED}:
+                    raise OSError(_why_not(kinds), f"{area} can't be mapped: {kinds}")
+            mapping = Mapping(iova, size, start, access, lent, since)
+            space.add(at, mapping, self.common_end)
             self.mapped += 1
-        if lent:
-            for run, count in list(self._lent.runs(area)):
-                self._lent.set(run, count + 1)
+        for run in again:
+            for part, count in list(self._again.runs(run)):
+                self._again.set(part, count + 1)
         return mapping
+
+    def _lend_again(self, area: Range) -> list[Range]:
+        """Make private and lent pages lent ones; those that were so already. With the lock held.
+        Raises OSError."""
+        if not self.lends:
+            raise OSError(errno.EFAULT, f"{area} is private, and its backing can't lend")
+        self._require_room(area, PageState.LENT)
+        already = [run for run, state in self._states.runs(area) if state is PageState.LENT]
+        self._states.set(area, PageState.LENT)
+        return already
 
     def unmap(self, space: AddressSpace, low: int, high: int) -> list[Mapping]:
         """Take the mappings [low, high) out of the space: no access by them begins any more.
@@ -203,18 +246,31 @@ class LendingMemory(GuestMemory):
         """Undo `unmap`: the pages are lent still."""
         with self._lock:
             for mapping in mappings:
-                space.add(mapping)
+                space.add(bisect_left(space.starts, mapping.iova), mapping, self.common_end)
             self.mapped += len(mappings)
+
+    def drained(self, mappings: Sequence[Mapping], timeout: float) -> bool:
+        """`quiesce` for the pages of mappings, one after the other."""
+        if not self._in_flight:
+            return True
+        return all(self.quiesce(mapping.area, timeout) for mapping in mappings)
 
     def take_back(self, mapping: Mapping) -> list[Range]:
         """The pages of a mapping that was taken out are lent once less; those that are private
         again, in ranges."""
         if not mapping.lent:
             return []
+        area = mapping.area
+        again = self._again
+        if again.is_uniform(area.start, area.end, 0):
+            with self._lock:
+                self._states.set(area, PageState.PRIVATE)
+            return [area]
         freed: list[Range] = []
-        for run, count in list(self._lent.runs(mapping.area)):
-            self._lent.set(run, count - 1)
-            if count == 1:
+        for run, count in list(again.runs(area)):
+            if count:
+                again.set(run, count - 1)
+            else:
                 freed.append(run)
         for at in range(0, len(freed), _RUNS_AT_ONCE):
             with self._lock:
@@ -286,15 +342,19 @@ class IommuMemory:
         """Translate all pieces (IOVA, size, IOVA, size...), and hold off unmaps and conversions
         of what they are until `_leave`. Raises IommuFault, GuestMemoryError."""
         memory, endpoint = self._memory, self._endpoint
-        found: list[int] = []
         sides: list[bool] = []
         with memory._lock:
             space = endpoint.space
             refused = None
+            found: list[int] = []
             if space is None:
                 refused = pieces[0] if pieces else 0
             else:
-                refused = self._translate(space, pieces, access, found, sides)
+                windows = _in_windows(space, pieces, access)
+                if windows is not None:
+                    found, sides = windows, [True] * (len(windows) // 2)
+                else:
+                    refused = self._translate(space, pieces, access, found, sides)
             if refused is None:
                 gpas = found[::2]
                 start, end = 0, 0
@@ -325,20 +385,6 @@ class IommuMemory:
         starts, mappings = space.starts, space.mappings
         common_end = memory.common_end
         for iova, size in zip(pieces[::2], pieces[1::2], strict=True):
-            # Most pieces are in one mapping, of private pages.
-            index = bisect_right(starts, iova) - 1
-            if index >= 0 and size > 0:
-                start, length, gpa, allowed, lent, _ = mappings[index]
-                gpa += iova - start
-                if (
-                    lent
-                    and allowed & access
-                    and iova + size <= start + length
-                    and gpa >= common_end
-                ):
-                    found += (gpa, size)
-                    sides.append(True)
-                    continue
             at, left = iova, size
             if size < 0:
                 return iova
@@ -397,18 +443,11 @@ class IommuMemory:
         with memory._lock:
             space = self._endpoint.space
             if space is not None:
-                index = bisect_right(space.starts, iova) - 1
-                if index >= 0:
-                    start, length, gpa, allowed, lent, _ = space.mappings[index]
-                    gpa += iova - start
-                    if (
-                        lent
-                        and allowed & access
-                        and 0 < size <= start + length - iova
-                        and gpa >= memory.common_end
-                    ):
-                        memory._in_flight[get_ident()] = (gpa, gpa + size, None)
-                        return gpa
+                end, distance, allowed = space.windows[bisect_right(space.starts, iova) - 1]
+                if allowed & access and 0 < size <= end - iova:
+                    gpa = iova + distance
+                    memory._in_flight[get_ident()] = (gpa, gpa + size, None)
+                    return gpa
         return None
 
     def pread(self, size: int, gpa: int) -> bytes:
@@ -547,6 +586,18 @@ class IommuMemory:
         for at, size, private in _triples(plan):
             self._side(private).pwrite(data[done : done + size], at)
             done += size
+
+
+def _in_windows(space: AddressSpace, pieces: Sequence[int], access: int) -> list[int] | None:
+    """The pieces by GPA where each is in one mapping of the private backing's pages; else None."""
+    starts, windows = space.starts, space.windows
+    found: list[int] = []
+    for iova, size in zip(pieces[::2], pieces[1::2], strict=True):
+        end, distance, allowed = windows[bisect_right(starts, iova) - 1]
+        if not allowed & access or not 0 < size <= end - iova:
+            return None
+        found += (iova + distance, size)
+    return found
 
 
 def _triples(plan: _Plan) -> Iterator[tuple[int, int, bool]]:

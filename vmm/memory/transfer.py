@@ -20,6 +20,8 @@ _CHUNK = 1 << 20
 _UNINTERRUPTED = 16 << 20
 # Below this size one pread and one pwrite are as quick as two splices and touch fewer pages.
 SPLICE_FROM = 64 << 10
+SLOW_NS = 3_000_000
+"""What `copy_many` doesn't begin another move after: a device's turn is to be over by then."""
 
 _NOT_THIS_WAY = frozenset({errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF, errno.ENOSYS})
 
@@ -141,7 +143,8 @@ class FdCopier:
     def copy_many(self, src: int, dst: int, moves: list[int]) -> int:
         """As `copy`, for source offset, target offset, size, source offset...: bytes moved.
 
-        Raises OSError, with some of it moved.
+        They are short also where the host is so slow that the caller had better look around
+        before it asks for the rest (SLOW_NS). Raises OSError, with some of it moved.
         """
         sizes, wanted = moves[2::3], self._splice_from
         splice_from = datapath.NEVER
@@ -152,7 +155,7 @@ class FdCopier:
         scratch = _scratches.own
         try:
             moved = datapath.move_many(
-                src, dst, moves, scratch.bounce(), scratch.pipe_ends(), splice_from
+                src, dst, moves, scratch.bounce(), scratch.pipe_ends(), splice_from, SLOW_NS
             )
         except OSError as error:
             scratch.drop_pipe()  # it may hold bytes
@@ -161,7 +164,7 @@ class FdCopier:
             self._no_splice.add(_between(src, dst))
             return self.copy_many(src, dst, moves)
         if moved != sum(sizes):
-            return moved  # the caller will find out by `copy` which one is short
+            return moved  # the caller asks for the rest, and finds out if the file is short
         inside = fell_back = 0
         if splice_from != datapath.NEVER:
             inside = sum([size for size in sizes if size >= splice_from])

@@ -6,11 +6,13 @@ What is replayed is what the guest asked for, when it asked: it does not react t
 
 from __future__ import annotations
 
+import errno
 import math
 from array import array
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
+from vmm.conversion.lending import Lender
 from vmm.conversion.schemes.plain import PlainScheme
 from vmm.conversion.transaction import Converter
 from vmm.core.errors import UsageError
@@ -18,16 +20,20 @@ from vmm.core.events import ConversionRequest, Kind
 from vmm.core.ranges import PAGE_SIZE, Range
 from vmm.memory.backings.memfd import MemfdBacking
 from vmm.memory.guest_memory import GuestMemory, PageState
+from vmm.memory.lending import READ, WRITE, Endpoint, LendingMemory
 from vmm.policy import Decision, End, Policy, PolicyKill
 from vmm.trace.arrays import np
 from vmm.trace.cost import CostModel, Requests
-from vmm.trace.layout import DECISIONS
+from vmm.trace.layout import DECISIONS, DIRECTIONS
 from vmm.trace.layout import Kind as Traced
 from vmm.trace.reader import Trace
 from vmm.trace.states import STATES, StateRows, initial_states, is_told
 
 _BATCH = 1 << 14
+_IOVAS = 1 << 40
+"""How far apart the addresses are that mappings get here: a trace doesn't have the guest's."""
 MOST_REFUSALS = 1000
+BOTH = READ | WRITE
 _CARRIED_OUT = [DECISIONS.index(word) for word in ("allow", "defer", "convert")]
 
 
@@ -51,7 +57,10 @@ class ModelBacking(MemfdBacking):
 
 
 class Refusal(NamedTuple):
-    """A request that the guest would not have got; times in ns since the guest's start."""
+    """A request that the guest would not have got; times in ns since the guest's start.
+
+    `kind` is share or unshare, or lend or return for what its IOMMU maps and takes back.
+    """
 
     time_ns: int
     kind: str
@@ -61,6 +70,20 @@ class Refusal(NamedTuple):
     by: str | None
     """The policy that had it so; None for what is invalid."""
     errno: int
+
+
+class _Lending(NamedTuple):
+    """A mapping that the guest wants for a device, or (no access) wants no more; `since`: when it
+    was made, in the trace's ns."""
+
+    device: str
+    area: Range
+    access: int
+    since: int
+
+    @property
+    def key(self) -> tuple[str, int, int, int]:
+        return (self.device, *self.area, self.since)
 
 
 class Replay:
@@ -93,6 +116,20 @@ class Replay:
             wake_at=self._wake_at,
             observer=self,
         )
+        self.lender = Lender(
+            self._memory, self.converter, clock=lambda: round(self._now * 1e9), observer=self
+        )
+        self._endpoints: dict[str, Endpoint] = {}
+        # Mappings by what the trace has of them, device and area and when it was made: their IOVAs.
+        self._mapped: dict[tuple[str, int, int, int], list[int]] = {}
+        self._next_iova = 0
+        self.lends = 0
+        self.returns = 0
+        self.lends_refused = 0
+        """Those of `lends` and `returns` that a policy has refused."""
+        self.lent_bytes_peak = 0
+        """By mappings, as a trace has them: a page of two counts twice."""
+        self._lent_bytes = 0
         self.refused: list[Refusal] = []
         """The first MOST_REFUSALS of them."""
         self.refused_requests = 0
@@ -162,6 +199,26 @@ class Replay:
         elif state is not PageState.DEFERRED:  # what is put off costs the guest nothing
             self._changed += size
 
+    def lent(self, device: str, area: Range, access: int, answer: int, began: int) -> None:
+        """Part of being a LendingObserver."""
+        if answer:
+            self._refused_lending("lend", area)
+        else:
+            self._lent_bytes += area.size
+            self.lent_bytes_peak = max(self.lent_bytes_peak, self._lent_bytes)
+
+    def returned(self, device: str, area: Range, since: int) -> None:
+        """Part of being a LendingObserver."""
+        self._lent_bytes -= area.size
+
+    def _refused_lending(self, kind: str, area: Range) -> None:
+        self.lends_refused += 1
+        self.refused_requests += 1
+        if len(self.refused) < MOST_REFUSALS:
+            now = round(self._now * 1e9)
+            one = Refusal(now, kind, area.start, area.size, "deny", None, errno.EACCES)
+            self.refused.append(one)
+
     # -- the replay ---------------------------------------------------------------------------
 
     def run(self, model: CostModel, until_ns: int) -> None:
@@ -175,7 +232,10 @@ class Replay:
                 # A vCPU that waited for another's conversion came before it.
                 self._now = max(self._now, at)
                 self._changed = 0
-                self.converter.convert(request)
+                if isinstance(request, ConversionRequest):
+                    self.converter.convert(request)
+                else:
+                    self._lend_or_return(request)
             self._settle_until(until_ns / 1e9)
         except PolicyKill as kill:
             self.ended = (self._now, str(kill))
@@ -190,14 +250,58 @@ class Replay:
             self.converter.settle()
             self._settling = False
 
-    def _recorded(self) -> Any:
-        """(seconds, request) in the order in which the converter took them."""
-        trace, rows = self._trace, self._requests.rows
+    def _lend_or_return(self, asked: _Lending) -> None:
+        """What the guest's IOMMU was asked for. What was refused here doesn't come back."""
+        endpoint = self._endpoint(asked.device)
+        if asked.access:
+            self.lends += 1
+            start, size = asked.area
+            if not size or (start | size) % PAGE_SIZE:
+                return  # a damaged trace
+            iova, self._next_iova = self._next_iova, self._next_iova + _IOVAS
+            if self.lender.lend(endpoint, iova, asked.area, asked.access) == 0:
+                self._mapped.setdefault(asked.key, []).append(iova)
+            return
+        self.returns += 1
+        iovas = self._mapped.get(asked.key)
+        if not iovas:
+            return
+        answer, _ = self.lender.take_back(endpoint, iovas[-1], iovas[-1] + _IOVAS - 1)
+        if answer:
+            self._refused_lending("return", asked.area)
+            return
+        iovas.pop()
+        if not iovas:
+            del self._mapped[asked.key]
+
+    def _endpoint(self, device: str) -> Endpoint:
+        found = self._endpoints.get(device)
+        if found is None:
+            found = self._endpoints[device] = Endpoint(device, len(self._endpoints))
+            self.lender.attach(found)
+        return found
+
+    def _recorded(self) -> Iterator[tuple[float, ConversionRequest | _Lending]]:
+        """(seconds, request) in the order in which the converter, and the lender, took them."""
+        trace = self._trace
+        kinds = trace["kind"]
+        lending = np.flatnonzero((kinds == Traced.LEND) | (kinds == Traced.RETURN))
+        rows = np.sort(np.concatenate((self._requests.rows, lending)))
         none = DECISIONS.index("none")
-        names = ("time_ns", "kind", "gpa", "bytes", "vcpu", "detail", "decision")
+        names = ("time_ns", "latency_ns", "kind", "gpa", "bytes", "vcpu", "detail", "decision")
         for start in range(0, len(rows), _BATCH):
             columns = [trace[name][rows[start : start + _BATCH]].tolist() for name in names]
-            for at, kind, gpa, size, vcpu, detail, decision in zip(*columns, strict=True):
+            for at, took, kind, gpa, size, vcpu, detail, decision in zip(*columns, strict=True):
+                if kind in (Traced.LEND, Traced.RETURN):
+                    device, words = trace.name(detail & 0xFFFF), trace.name(detail >> 16)
+                    back = kind == Traced.RETURN
+                    # Traces of before directions were recorded have none.
+                    access = DIRECTIONS.index(words) if words in DIRECTIONS else 0
+                    yield (
+                        (at + took if back else at) / 1e9,
+                        _Lending(device, Range(gpa, size), 0 if back else access or BOTH, at),
+                    )
+                    continue
                 way = Kind.SHARE if kind == Traced.SHARE else Kind.UNSHARE
                 doorbell = trace.name(detail & 0xFFFF)
                 # What was invalid stays so, whatever it was: attribute bits are not recorded.
@@ -235,7 +339,7 @@ class Replay:
         self._memory.close()
 
 
-def _model_memory(initial: Sequence[tuple[int, int, int]]) -> GuestMemory:
+def _model_memory(initial: Sequence[tuple[int, int, int]]) -> LendingMemory:
     ram = [Range(gpa, size) for gpa, size, state in sorted(initial) if state]
     joined: list[Range] = []
     for area in ram:
@@ -246,7 +350,7 @@ def _model_memory(initial: Sequence[tuple[int, int, int]]) -> GuestMemory:
     private = [Range(gpa, size) for gpa, size, state in initial if STATES[state] == "private"]
     size = joined[-1].end
     shared_side, private_side = ModelBacking(size), ModelBacking(size)
-    memory = GuestMemory(joined, shared_side, private_side, private)
+    memory = LendingMemory(joined, shared_side, private_side, private)
     private_side.state = PageState.PRIVATE
     shared_side.memory = private_side.memory = memory
     return memory

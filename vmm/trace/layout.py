@@ -67,7 +67,7 @@ class Kind:
     EXIT = 8
     """An exit handled in user space: name = reason."""
     LEND = 9
-    """Private pages that the guest's IOMMU maps for a device: name = device."""
+    """Private pages that the guest's IOMMU maps for a device: name = device [DIRECTIONS]."""
     RETURN = 10
     """Pages of such a mapping that come back; it was there for `latency_ns`: name = device."""
 
@@ -84,6 +84,9 @@ KIND_NAMES: dict[int, str] = {
     Kind.LEND: "lend",
     Kind.RETURN: "return",
 }
+
+DIRECTIONS = ("", "read", "write", "read and write")
+"""What a device may do with pages that are lent to it, by VIRTIO_IOMMU_MAP_F_READ (1), _WRITE."""
 
 DECISIONS = ("none", "allow", "deny", "partial", "defer", "convert", "kill")
 """`decision` is an index into this; none: the request was invalid, no policy was asked."""

@@ -7,7 +7,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from vmm.trace.arrays import Booleans, Integers, np
-from vmm.trace.layout import DECISIONS, HOST, KIND_NAMES, NO_ANSWER, Kind, decision_name
+from vmm.trace.layout import (
+    DECISIONS,
+    HOST,
+    KIND_NAMES,
+    MOST_MEMORY,
+    NO_ANSWER,
+    Kind,
+    decision_name,
+)
 from vmm.trace.reader import Trace
 from vmm.trace.states import BytesOverTime, bytes_over_time, initial_states, is_told, state_rows
 
@@ -190,6 +198,28 @@ def _devices(trace: Trace) -> dict[str, dict[str, Any]]:
     return result
 
 
+def lent_bytes_peak(trace: Trace, rows: Integers) -> int:
+    """How much was lent at the same time, at most, of these rows of lending, in their order; pages
+    of two mappings count twice."""
+    # No guest has memory beyond, whatever a damaged trace says.
+    sizes = np.minimum(trace["bytes"][rows], MOST_MEMORY).astype(np.float64)
+    back = trace["kind"][rows] == Kind.RETURN
+    change = np.where(back, -sizes, np.where(trace["errno"][rows] == 0, sizes, 0))
+    return max(int(np.cumsum(change).max(initial=0)), 0)
+
+
+def _times(nanoseconds: Integers) -> dict[str, int]:
+    """How many were shorter than so many microseconds (powers of two), and no less than half as
+    long: LendingCounts.lent_us."""
+    microseconds = nanoseconds // 1000
+    limits, counts = np.unique(
+        np.where(microseconds == 0, 0, np.frexp(microseconds.astype(np.float64))[1]),
+        return_counts=True,
+    )
+    found = zip(limits.tolist(), counts.tolist(), strict=True)
+    return {str(1 << limit): count for limit, count in found}
+
+
 def _lending(trace: Trace) -> dict[str, dict[str, Any]]:
     """What was lent to each device; nothing where the guest has no IOMMU."""
     result: dict[str, dict[str, Any]] = {}
@@ -201,6 +231,8 @@ def _lending(trace: Trace) -> dict[str, dict[str, Any]]:
             "lends": _moved(lends & (answers == 0), trace["bytes"][mine]),
             "refused": int(np.count_nonzero(lends & (answers != 0))),
             "returns": int(np.count_nonzero(back)),
+            "peak_bytes": lent_bytes_peak(trace, mine),
+            "lent_us": _times(trace["latency_ns"][mine][back]),
             "lent_ns": latencies(trace["latency_ns"][mine][back]),
         }
     return result

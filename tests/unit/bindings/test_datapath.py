@@ -73,6 +73,25 @@ def test_move_many_stops_at_the_sources_end(
     os.close(target)
 
 
+@pytest.mark.parametrize("splice_from", [0, datapath.NEVER])
+def test_move_many_that_takes_too_long_stops_between_two_pieces(
+    pipe: tuple[int, int], splice_from: int
+) -> None:
+    """No time at all is too long; 256 KiB go between two looks at the clock."""
+    source, target = os.memfd_create("source"), os.memfd_create("target")
+    os.truncate(source, 1 << 20)
+    moves = [number for i in range(8) for number in (i << 17, i << 17, 1 << 17)]
+
+    moved = datapath.move_many(
+        source, target, moves, datapath.Buffer(1 << 17), pipe, splice_from, 0
+    )
+
+    assert 256 << 10 <= moved < 1 << 20
+    assert os.stat(target).st_size == moved
+    os.close(source)
+    os.close(target)
+
+
 def test_move_many_that_splice_refuses_is_an_error(memfd: int, pipe: tuple[int, int]) -> None:
     eventfd = os.eventfd(0)
 

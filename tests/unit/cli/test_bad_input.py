@@ -172,7 +172,7 @@ def test_command_line_that_is_too_long_is_refused(command: Command, tmp_path: Pa
 def test_host_side_load_into_unreachable_memory_is_refused(command: Command) -> None:
     refused(
         command,
-        "--kernel x --private-mem=guest_memfd",
+        "--kernel x --private-mem=guest_memfd-plain",
         "use --private-mem alone, .* or one of guest_memfd-mmap, memfd, ",
     )
 

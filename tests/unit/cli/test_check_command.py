@@ -79,7 +79,29 @@ def test_plain_table_is_aligned_with_one_line_each(capsys: pytest.CaptureFixture
     assert lines[-4].startswith("a stock kernel with --private-mem: cannot run here (hypercalls: ")
     assert lines[-3].endswith("in x (the kernel keeps the host out), scheme cbit")
     assert lines[-2] == "  not scheme attributes: no \\x1b[2Jtype"
+    assert "  with --iommu:" not in "\n".join(lines)  # no kernel with private memory runs
     assert lines[-1] == "a stock kernel without --private-mem: can run"
+
+
+@pytest.mark.parametrize(
+    ("lends", "told"),
+    [
+        (True, "  with --iommu: lends private pages to devices"),
+        (False, "  with --iommu: cannot lend its pages to devices, as the host reaches none"),
+    ],
+)
+def test_kernels_backing_is_told_to_lend_pages_or_not(
+    lends: bool, told: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = tuple(Row(each, FINE) for each in CAPABILITIES)
+    choice = Choice("cbit", "some", "policy-refused", {}, lends)
+    found = HostCheck(rows, judge(rows, {MAIN_JOB: choice}), None)
+    monkeypatch.setattr(shown, "check_host", lambda arch: found)
+
+    assert main(["check"]) == 0
+    assert told in capsys.readouterr().out
+    assert main(["check", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["jobs"][MAIN_JOB]["lends"] is lends
 
 
 @pytest.mark.usefixtures("pretend")

@@ -101,6 +101,7 @@ def test_dump_has_everything_at_one_moment(bench: Bench) -> None:
         [0, PRIVATE_START, "shared"], [PRIVATE_START, RAM - PRIVATE_START, "private"],
     ]  # fmt: skip
     assert state["io"] == {"blk0": {"requests": 3}}
+    assert state["iommu"] is None
     assert state["status"]["state"] == "running"
     assert not bench.vcpus.paused
 

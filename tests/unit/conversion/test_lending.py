@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from vmm.policy import (
     Decision,
     Defer,
     Deny,
+    End,
     Event,
     Kill,
     LendEvent,
@@ -36,7 +39,8 @@ from vmm.policy import (
     PolicyKill,
     View,
 )
-from vmm.policy.builtin import Quota
+from vmm.policy.builtin import Audit, LeastPrivilege, Quota
+from vmm.trace.reader import Trace
 
 IOVA = 0x4000_0000
 PRIVATE = 20
@@ -314,6 +318,64 @@ def test_quota_counts_lent_pages_with_shared_ones() -> None:
     rig.close()
 
 
+def test_least_privilege_lends_buffers_and_not_memory_at_large() -> None:
+    rig = with_policy(LeastPrivilege(largest=page(4)))
+
+    assert rig.map(IOVA, PRIVATE, 4) == S_OK
+    assert rig.map(IOVA + page(8), PRIVATE + 4, 5) == S_FAULT
+    assert rig.map(IOVA + page(16), 0, 16) == S_OK  # shared pages are not lent
+
+    assert rig.lender.counts.denied == 1
+    assert rig.memory.lent_bytes == page(4)
+    rig.close()
+
+
+def test_audit_has_a_line_for_what_is_lent_and_comes_back(tmp_path: Path) -> None:
+    policy = Audit(tmp_path / "audit", of=Quota(page(16 + 1)))
+    rig = with_policy(policy)
+
+    assert rig.map(IOVA, PRIVATE, 1, lending.WRITE) == S_OK
+    assert rig.map(IOVA + page(1), PRIVATE + 1) == S_FAULT
+    assert rig.detach() == S_OK
+    policy.on_exit(End("poweroff", ""), rig.converter.view)
+
+    *lines, _ = [json.loads(line) for line in (tmp_path / "audit").read_text().splitlines()]
+    told = [
+        (each["kind"], each["device"], int(each["iova"], 16), int(each["gpa"], 16), each["bytes"])
+        for each in lines
+    ]
+    first, second = page(PRIVATE), page(PRIVATE + 1)
+    assert told == [
+        ("lend", "blk0", IOVA, first, PAGE_SIZE),
+        ("lend", "blk0", IOVA + page(1), second, PAGE_SIZE),
+        ("return", "blk0", IOVA, first, PAGE_SIZE),
+    ]
+    assert [(each["read"], each["write"], each["forced"]) for each in lines] == [
+        (False, True, False), (True, True, False), (False, True, True),
+    ]  # fmt: skip
+    assert [each["decision"].split("(")[0] for each in lines] == ["Allow", "Deny", "Allow"]
+    rig.close()
+
+
+def test_report_says_how_much_was_lent_and_for_how_long(rig: IommuRig) -> None:
+    rig.now = 1.0
+    assert rig.map(IOVA, PRIVATE, 3) == S_OK
+    rig.now = 3.0
+    assert rig.map(IOVA + page(8), 0, 2) == S_OK  # shared pages
+    assert rig.map(IOVA + page(16), PRIVATE + 8) == S_OK
+    rig.now = 5.0
+    assert rig.unmap(IOVA, 3) == S_OK
+
+    told = rig.lender.as_dict()
+
+    assert told["average_lent_bytes"] == (2 * page(3) + 2 * page(4)) // 4
+    assert (told["peak_lent_bytes"], told["lent_bytes"]) == (page(4), page(1))
+    assert (told["maps"], told["shared_maps"], told["unmaps"]) == (3, 1, 1)
+    assert told["lent_us"] == {str(1 << 22): 1}  # 4 s
+    assert told["peak_runs"] == 6  # shared, private, lent, private, lent, private
+    assert told["lent_bytes_total"] == page(4)
+
+
 # --- what is recorded ---------------------------------------------------------------------------
 
 
@@ -330,6 +392,8 @@ def test_trace_has_what_was_lent_refused_and_came_back(tmp_path: Path) -> None:
     recorder.close(complete=True)
 
     rows = rows_of(tmp_path / "t")
+    told = Trace(tmp_path / "t")
+    assert [told.name(row["detail"] >> 16) for row in rows] == ["read", "read and write", ""]
     assert [(r["kind"], r["name"], r["gpa"], r["bytes"], r["errno"]) for r in rows] == [
         ("lend", "blk0", page(PRIVATE), page(2), 0),
         ("lend", "blk0", page(PRIVATE + 8), page(1), errno.EACCES),
@@ -352,12 +416,36 @@ def test_only_so_many_mappings_are_kept(rig: IommuRig, monkeypatch: pytest.Monke
     assert rig.map(IOVA + page(3), PRIVATE) == S_OK
 
 
+def test_guest_with_all_mappings_that_it_may_have_costs_megabytes_and_no_more(
+    rig: IommuRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lending, "MOST_MAPPINGS", 4096)  # of 32,768: it is quicker
+    tracemalloc.start()
+    try:
+        for number in range(lending.MOST_MAPPINGS):
+            # From both ends, the same page and others: what is hard for lists and counts.
+            at = number if number % 2 else lending.MOST_MAPPINGS + number
+            area = pages(PRIVATE + number % 3 * 2, 1)
+            assert rig.lender.lend(rig.endpoint, page(at), area, lending.READ) == 0
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert rig.map(IOVA, PRIVATE) == S_NOMEM
+    assert held < 4096 * 700, f"{held} bytes for 4,096 mappings"
+    assert rig.memory.lent_bytes == page(3)
+    assert rig.detach() == S_OK
+    assert (rig.memory.mapped, rig.memory.lent_bytes) == (0, 0)
+    assert len(rig.memory._again) == 1
+
+
 def test_lending_makes_no_more_runs_than_a_guest_may(
     rig: IommuRig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from vmm.memory import guest_memory
 
-    monkeypatch.setattr(guest_memory, "MOST_RUNS", 6)
+    for module in (guest_memory, lending):
+        monkeypatch.setattr(module, "MOST_RUNS", 6)
     assert rig.map(IOVA, 20) == rig.map(IOVA + page(1), 22) == S_OK
 
     assert rig.map(IOVA + page(2), 24) == S_NOMEM

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import random
+from typing import cast
 
 import pytest
 
 from tests.support.disk_machine import DATA, DiskMachine, MakeMachine, pattern
+from tests.support.fake_memory import BatchingFakeMemory
 from tests.support.virtio_driver import NEEDS_RESET, Piece, VirtioQueueDriver
 from vmm.core.ranges import Range
 from vmm.devices.virtio import budget
 from vmm.devices.virtio.block import F_FLUSH, S_IOERR, S_OK, T_FLUSH, T_GET_ID, T_IN, T_OUT
+from vmm.devices.virtio.block_file import ReadAhead
 
 SECTORS = 256
 
@@ -145,6 +148,56 @@ def test_batch_is_cut_where_a_turn_ends_and_goes_on(
         turns.append([head for head, _ in queue.collect()])
 
     assert turns == [heads[0:2], heads[2:4], heads[4:5]]
+
+
+@pytest.mark.parametrize("kind", [T_IN, T_OUT])
+@pytest.mark.parametrize("step", [1, 512, 700])
+def test_batch_that_stops_because_the_host_is_slow_goes_on_where_it_was(
+    batching: DiskMachine, monkeypatch: pytest.MonkeyPatch, kind: int, step: int
+) -> None:
+    queue, memory = batching.up(), cast(BatchingFakeMemory, batching.memory)
+    real_in, real_out = memory.move_in, memory.move_out
+    monkeypatch.setattr(memory, "move_in", lambda fd, m: real_in(fd, [*m[:2], min(m[2], step)]))
+    monkeypatch.setattr(memory, "move_out", lambda m, fd: real_out([*m[:2], min(m[2], step)], fd))
+    data = b"in memory" * 200
+    memory.poke(data, DATA)
+    sizes = (1024, 512)
+    requests = [
+        (kind, 4 + 4 * i, [Piece(DATA + 1024 * i, size, kind == T_IN)])
+        for i, size in enumerate(sizes)
+    ]
+
+    _, statuses = offer(batching, queue, *requests)
+
+    assert answers(batching, statuses) == [S_OK] * 2
+    assert len(queue.collect()) == 2
+    assert not {"transfer_in", "transfer_out"} & memory.calls.keys()
+    for i, size in enumerate(sizes):
+        found = memory.peek(size, DATA + 1024 * i)
+        start = 512 * (4 + 4 * i)
+        assert found == batching.disk_bytes()[start : start + size]
+        assert (found == data[1024 * i : 1024 * i + size]) is (kind == T_OUT)
+
+
+def test_batch_whose_reads_were_slow_has_the_place_behind_them_looked_at(
+    batching: DiskMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue, now, looked = batching.up(), 0.0, []
+
+    def slow(_fd: int, moves: list[int]) -> int:
+        nonlocal now
+        now += 1.0
+        return sum(moves[2::3])
+
+    monkeypatch.setattr(batching.memory, "move_in", slow)
+    monkeypatch.setattr("vmm.devices.virtio.block_batch.time.monotonic", lambda: now)
+    monkeypatch.setattr(ReadAhead, "look", lambda _, end: looked.append(end))
+    requests = [(T_IN, sector, [Piece(DATA + 512 * sector, 512, True)]) for sector in (9, 3)]
+
+    offer(batching, queue, *requests)
+
+    assert looked == [4 * 512]
+    assert queue.used_index() == 2
 
 
 @pytest.mark.parametrize(("features", "synced"), [(0, 1), (F_FLUSH, 0)])

@@ -17,7 +17,7 @@ from tests.support.virtio_driver import DESC_INDIRECT, DESC_NEXT, DESC_WRITE, NE
 from tests.support.virtio_machine import VirtioMachine
 from vmm.core.ranges import Range
 from vmm.devices.virtio.block import F_FLUSH, PUNCH_AT_ONCE, VirtioBlock
-from vmm.devices.virtio.block_file import open_disk
+from vmm.devices.virtio.block_file import ReadAhead, open_disk
 from vmm.devices.virtio.budget import TURN_BYTES, TURN_CALLS, Pace
 
 T_IN, T_OUT, T_FLUSH, T_DISCARD, T_WRITE_ZEROES = 0, 1, 4, 11, 13
@@ -271,6 +271,26 @@ def test_disk_slow_host_gets_less_with_each_call(
 
     assert disk.memory.moved - before <= TURN_BYTES
     assert disk.device._pace.limit == Pace.LEAST
+
+
+def test_disk_slow_piece_has_the_place_behind_it_looked_at(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, looked = 0.0, []
+
+    def slow(size: int) -> int:
+        nonlocal now
+        now += 1.0
+        return CountingMemory._note(disk.memory, size)
+
+    monkeypatch.setattr(disk.memory, "_note", slow)
+    monkeypatch.setattr("vmm.devices.virtio.block.time.monotonic", lambda: now)
+    monkeypatch.setattr(ReadAhead, "look", lambda _, end: looked.append(end))
+    disk.offer(T_IN, [(32 * MIB, 32 * MIB, DESC_WRITE)])
+
+    disk.turn()
+
+    assert looked[0] == MIB
 
 
 def test_disk_data_of_a_long_request_is_all_there(

@@ -6,7 +6,7 @@ import errno
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -19,6 +19,7 @@ from vmm.host import kvm as host
 from vmm.host.capability import JOBS, MAIN_JOB, Capability
 from vmm.host.check import Choice, HostCheck, Row, check_host, judge, probed
 from vmm.host.probes.finding import Finding, broken, no, unknown, yes
+from vmm.memory.lending import can_lend
 
 CAPABILITIES = X86.capabilities()
 FINE = yes("works", "seen")
@@ -44,7 +45,8 @@ def assert_complete(found: HostCheck) -> dict[str, Any]:
     assert list(data["jobs"]) == ["kernel_private", "payload_private", "kernel"]
     for job in data["jobs"].values():
         assert set(job) == {
-            "title", "can_run", "missing", "backing", "host_access", "scheme", "schemes_not_taken",
+            "title", "can_run", "missing", "backing", "host_access", "scheme", "lends",
+            "schemes_not_taken",
         }  # fmt: skip
         assert job["can_run"] == (job["missing"] == [])
     assert [each["key"] for each in data["capabilities"]] == [each.key for each in CAPABILITIES]
@@ -186,3 +188,27 @@ def test_host_on_which_no_vm_can_be_made_gets_a_complete_answer(
 
     assert found.exit_status == 3
     assert_complete(found)
+
+
+def test_backings_that_the_host_cannot_reach_lend_nothing() -> None:
+    """Strict guest_memfd keeps the host out, and in place it is KVM that refuses."""
+    from vmm.memory.backing import Backing
+    from vmm.memory.backings import guest_memfd, memfd
+
+    kinds: list[type[Any]] = [
+        guest_memfd.GuestMemfdBacking,
+        guest_memfd.PlainGuestMemfdBacking,
+        guest_memfd.MappedGuestMemfdBacking,
+        guest_memfd.InPlaceGuestMemfdBacking,
+        memfd.MemfdBacking,
+    ]
+
+    lending = {made.__name__: can_lend(cast(Backing, object.__new__(made))) for made in kinds}
+
+    assert lending == {
+        "GuestMemfdBacking": False,
+        "PlainGuestMemfdBacking": False,
+        "MappedGuestMemfdBacking": True,
+        "InPlaceGuestMemfdBacking": False,
+        "MemfdBacking": True,
+    }

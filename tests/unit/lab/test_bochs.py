@@ -24,16 +24,43 @@ from vmm.lab.streams import Pieces, Pump, Stream, TerminalEnd
 STREAMS = ["serial", "in", "out", "error"]
 
 
+WITHOUT = tuple(map(bytes.fromhex, bochs._DECODE_ASSISTS))
+
+
 @pytest.fixture
 def launched(tmp_path: Path) -> Iterator[tuple[Launch, str]]:
     drives = [
         Drive(Path(f"/images/{name}"), name != "results") for name in ("a", "b", "c", "results")
     ]
-    emulator = Bochs(Path("/tree"), Path("/images/floppy"))
+    program = tmp_path / "tree" / "usr" / "bin" / "bochs-bin"
+    program.parent.mkdir(parents=True)
+    program.write_bytes(b"ELF".join(WITHOUT))
+    emulator = Bochs(tmp_path / "tree", Path("/images/floppy"))
     launch = bochs.launch(emulator, LabOptions(memory_mib=512), drives, STREAMS, tmp_path)
     yield launch, (tmp_path / "bochsrc").read_text()
     for stream in launch.streams.values():
         stream.socket.close()
+
+
+def test_processors_get_decode_assists_wherever_they_say_what_they_have(tmp_path: Path) -> None:
+    program, copy = tmp_path / "bochs-bin", tmp_path / "copy"
+    program.write_bytes(b"--".join([*WITHOUT, *WITHOUT]))
+
+    bochs.give_decode_assists(program, copy)
+
+    having = list(map(bytes.fromhex, bochs._DECODE_ASSISTS.values()))
+    assert [len(code) for code in having] == [len(code) for code in WITHOUT]
+    assert copy.read_bytes() == b"--".join([*having, *having])
+    assert os.access(copy, os.X_OK)
+
+
+@pytest.mark.parametrize("there", WITHOUT)
+def test_bochs_that_is_built_differently_is_refused(there: bytes, tmp_path: Path) -> None:
+    program = tmp_path / "bochs-bin"
+    program.write_bytes(there)
+
+    with pytest.raises(HostError, match="this Bochs doesn't say what its processors have"):
+        bochs.give_decode_assists(program, tmp_path / "copy")
 
 
 def test_shared_images_are_never_opened_for_writing(
@@ -63,13 +90,14 @@ def test_each_stream_is_a_serial_line_in_order(launched: tuple[Launch, str]) -> 
 
 
 def test_command_runs_the_unpacked_program_with_its_own_libraries(
-    launched: tuple[Launch, str],
+    launched: tuple[Launch, str], tmp_path: Path
 ) -> None:
     launch, configuration = launched
 
-    assert launch.command[0] == "/tree/usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2"
-    assert "/tree/usr/bin/bochs-bin" in launch.command
-    assert launch.environment["LTDL_LIBRARY_PATH"].startswith("/tree/")
+    tree = tmp_path / "tree"
+    assert launch.command[0] == f"{tree}/usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2"
+    assert f"{tmp_path}/bochs-bin" in launch.command
+    assert launch.environment["LTDL_LIBRARY_PATH"].startswith(f"{tree}/")
     assert "memory: guest=512, host=512\n" in configuration
 
 

@@ -246,7 +246,7 @@ def test_only_a_run_with_a_kernel_is_made_quiet(
     assert "--append" not in lab.pyvmm_words(words)
 
 
-@pytest.mark.parametrize("only", [["--only", "linux"], ["--only=linux"]])
+@pytest.mark.parametrize("only", [["--only", "linux"], ["--only=linux"], ["--only", "iommu"]])
 def test_bench_of_a_stock_kernel_gets_fio_where_it_is_to_be_had(
     only: list[str],
     tmp_path: Path,

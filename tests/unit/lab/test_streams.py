@@ -30,6 +30,7 @@ def ends() -> Iterator[Ends]:
     pump = Pump([stream], read_end)
     yield Ends(pump, stream, guest, received, write_end)
     pump.close()
+    stream.socket.close()
     guest.close()
     for fd in (read_end, write_end):
         try:

@@ -127,9 +127,9 @@ def test_sensible_configuration_is_accepted(config: MachineConfig) -> None:
         (MachineConfig(policies=(("m:C", ()),)), "--policy needs --private-mem"),
         (PRIVATE._replace(iommu=True), "--iommu needs --kernel: the embedded payload has"),
         (
-            KERNEL._replace(private_memory="guest_memfd"),
-            "--private-mem=guest_memfd: .*use --private-mem alone, .*, or one of guest_memfd-mmap, "
-            "memfd, memfd-sealed, memfd-hugetlb$",
+            KERNEL._replace(private_memory="guest_memfd-plain"),
+            "--private-mem=guest_memfd-plain: .*use --private-mem alone, .*, or one of "
+            "guest_memfd-mmap, memfd, memfd-sealed, memfd-hugetlb$",
         ),
     ],
 )

@@ -23,12 +23,14 @@ from vmm.policy import (
     Deny,
     Event,
     Kill,
+    LendEvent,
     PageState,
     Partial,
     Policy,
     PolicyError,
     View,
 )
+from vmm.policy.builtin import Quota
 from vmm.replay.replay import Replay
 from vmm.trace.cost import learn, requests_of
 from vmm.trace.layout import Kind
@@ -232,6 +234,97 @@ def test_replay_says_that_residency_is_not_known(tmp_path: Path) -> None:
 
     assert replayed(events(), tmp_path / "1", Asking()).residency_asked
     assert not replayed(events(), tmp_path / "2", Policy()).residency_asked
+
+
+# --- pages lent to devices ----------------------------------------------------------------------
+
+
+def lending() -> Events:
+    """64 pages, all private: two lent to a disk at 10 and 12 ms, one to a network function."""
+    made = Events((0, 64, "private"))
+    made.add(Kind.LEND, 10, "blk0", gpa=32 * PAGE, size=2 * PAGE, by="write")
+    made.add(Kind.LEND, 12, "blk0", gpa=40 * PAGE, size=PAGE, by="read and write")
+    made.add(Kind.RETURN, 10, "blk0", gpa=32 * PAGE, size=2 * PAGE, took=10)
+    made.add(Kind.LEND, 21, "net0", gpa=32 * PAGE, size=PAGE, by="read")
+    made.add(Kind.RETURN, 12, "blk0", gpa=40 * PAGE, size=PAGE, took=10)
+    return made
+
+
+class Noting(Policy):
+    """Writes down what it is asked about lending, when, and how much is lent then."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str, Range, bool, bool, int, int]] = []
+
+    def _note(self, kind: str, event: LendEvent, view: View) -> Decision:
+        lent = view.bytes_in(PageState.LENT) // PAGE
+        way = event.may_read, event.may_write
+        self.asked.append((kind, event.device, event.area, *way, round(view.now * 1000), lent))
+        return Allow()
+
+    def on_lend(self, event: LendEvent, view: View) -> Decision:
+        return self._note("lend", event, view)
+
+    def on_return(self, event: LendEvent, view: View) -> Decision:
+        return self._note("return", event, view)
+
+
+def test_replay_asks_about_lending_as_the_run_did(tmp_path: Path) -> None:
+    policy = Noting()
+
+    replay = replayed(lending(), tmp_path, policy)
+
+    disk, other, net = (Range(at * PAGE, n * PAGE) for at, n in ((32, 2), (40, 1), (32, 1)))
+    assert policy.asked == [
+        ("lend", "blk0", disk, False, True, 10, 0),
+        ("lend", "blk0", other, True, True, 12, 2),
+        ("return", "blk0", disk, False, True, 20, 3),
+        ("lend", "net0", net, True, False, 21, 1),
+        ("return", "blk0", other, True, True, 22, 2),
+    ]
+    assert (replay.lends, replay.returns, replay.lends_refused) == (3, 2, 0)
+    assert replay.lent_bytes_peak == 3 * PAGE
+    assert replay.lender.counts.lent_us == {16384: 2}  # 10 ms each
+
+
+def test_replay_of_lending_that_is_refused_has_no_return_of_it(tmp_path: Path) -> None:
+    replay = replayed(lending(), tmp_path, Quota(PAGE))
+
+    assert (replay.lends, replay.returns, replay.lends_refused) == (3, 2, 2)
+    assert replay.lent_bytes_peak == PAGE
+    assert [(r.kind, r.gpa // PAGE, r.errno) for r in replay.refused] == [
+        ("lend", 32, errno.EACCES),
+        ("lend", 32, errno.EACCES),
+    ]
+    assert replay.lender.lent_bytes == 0
+
+
+class NoReturn(Policy):
+    def on_return(self, event: LendEvent, view: View) -> Decision:
+        return Deny()
+
+
+def test_replay_of_a_return_that_is_refused_leaves_the_pages_lent(tmp_path: Path) -> None:
+    made = lending()
+    made.convert(Kind.SHARE, 30, 32, 1, took=1.0)
+
+    replay = replayed(made, tmp_path, NoReturn())
+
+    assert [r.kind for r in replay.refused] == ["return", "return", "share"]
+    assert replay.refused[-1].errno == errno.EBUSY  # what is lent isn't shared
+    assert replay.lender.lent_bytes == 3 * PAGE
+
+
+def test_replay_of_lending_that_makes_no_sense_lends_nothing(tmp_path: Path) -> None:
+    made = Events((0, 64, "private"))
+    for gpa, size in ((PAGE, 0), (PAGE + 1, PAGE), (PAGE, 1), (1 << 50, PAGE), (0, 65 * PAGE)):
+        made.add(Kind.LEND, 10, "blk0", gpa=gpa, size=size)
+    made.add(Kind.RETURN, 10, "blk0", gpa=PAGE, size=PAGE, took=1)
+
+    replay = replayed(made, tmp_path)
+
+    assert (replay.lends, replay.returns, replay.lent_bytes_peak) == (5, 1, 0)
+    assert replay.lender.lent_bytes == 0
 
 
 def test_replay_of_a_trace_without_memory_is_refused(tmp_path: Path) -> None:

@@ -103,9 +103,15 @@ def test_summary_has_what_was_lent_by_device(events: Events, tmp_path: Path) -> 
     assert blk0["lends"] == {"requests": 2, "bytes": 3 * PAGE}
     assert (blk0["refused"], blk0["returns"]) == (1, 1)
     assert blk0["lent_ns"]["max"] == 5_000_000
+    assert blk0["lent_us"] == {"8192": 1}
+    assert (blk0["peak_bytes"], told["lending"]["net0"]["peak_bytes"]) == (3 * PAGE, PAGE)
     assert told["io"] == {} and told["refusals"] == []
+    (table,) = [t for t in tables([told]) if t.title == "private pages lent to blk0"]
+    assert ("lent for less than 8192 us", ["1"]) in [row[:2] for row in table.rows]
     (table,) = [t for t in tables([told]) if t.title == "private pages lent to net0"]
-    assert [row.label for row in table.rows] == ["mappings", "their bytes"]
+    assert [row.label for row in table.rows] == [
+        "mappings", "their bytes", "lent at the same time, at most",
+    ]  # fmt: skip
 
 
 def test_summary_has_exits_by_reason_port_and_vcpu(events: Events, tmp_path: Path) -> None:

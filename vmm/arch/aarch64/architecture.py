@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 
 from vmm.arch.aarch64 import layout
-from vmm.core.errors import HostError
-from vmm.core.lean_typing import TYPE_CHECKING, cast
+from vmm.core.errors import HostError, UsageError
+from vmm.core.lean_typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from kvm_bindings import System, Vm, aarch64
@@ -77,6 +77,11 @@ class Arm64:
             )
         return layout.REALM_SHARED_BIT
 
+    def choose_loading(
+        self, system: System, guest: Guest, private_memory: str, scheme: str
+    ) -> None:
+        """Nothing: the host loads arm64's guests."""
+
     def check_doorbell(self, system: System, guest: Guest) -> None:
         """Registers in memory always work; whether KVM passes a realm's calls on is found out
         when its VM is made (`prepare_vm`)."""
@@ -123,6 +128,11 @@ class Arm64:
         from vmm.arch.aarch64.guests import PayloadGuest
 
         return PayloadGuest(options)
+
+    def measure(
+        self, guest: Guest, ram: Sequence[Range], functions: Sequence[str], bit: int
+    ) -> dict[str, Any]:
+        raise UsageError("measure: arm64 guests are loaded by the host, which measures nothing")
 
     def platform(
         self, system: System, vm: Vm, guest: Guest, options: GuestOptions, scheme: str

@@ -52,6 +52,8 @@ class LinuxGuest:
     """An arm64 Image, entered at its first byte."""
 
     host_loads_private = True
+    loads_itself = False
+    launch = None
     two_addresses = True
     unpaged_end = 0  # it starts processors through PSCI, at private addresses like any other
 
@@ -131,6 +133,8 @@ class PayloadGuest:
     """The embedded payload: shared code, private data from 2 MiB into RAM on."""
 
     host_loads_private = False
+    loads_itself = False
+    launch = None
     two_addresses = False
     unpaged_end = 0
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 from vmm.arch.x86_64 import layout
-from vmm.core.lean_typing import TYPE_CHECKING, cast
+from vmm.core.lean_typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from kvm_bindings import System, Vm, x86_64
@@ -73,6 +73,17 @@ class X86:
 
             require_working_hypercalls(_x86(system))
 
+    def choose_loading(
+        self, system: System, guest: Guest, private_memory: str, scheme: str
+    ) -> None:
+        from vmm.arch.x86_64.guests import LinuxGuest
+
+        fits = private_memory in ("auto", "guest_memfd") and scheme in ("auto", "cbit")
+        if isinstance(guest, LinuxGuest) and fits:
+            from vmm.arch.x86_64.probes.strict import choose_loading
+
+            choose_loading(_x86(system), guest, by_name=private_memory != "auto")
+
     def micro_guest(
         self,
         system: System,
@@ -117,6 +128,20 @@ class X86:
         from vmm.arch.x86_64.guests import PayloadGuest
 
         return PayloadGuest(options)
+
+    def measure(
+        self, guest: Guest, ram: Sequence[Range], functions: Sequence[str], bit: int
+    ) -> dict[str, Any]:
+        from vmm.arch.x86_64.guests import LinuxGuest
+        from vmm.core.errors import UsageError
+
+        if not isinstance(guest, LinuxGuest):
+            raise UsageError("measure needs --kernel: the embedded payload is loaded by the host")
+        if guest.unfit_to_load_itself is not None:
+            raise UsageError(f"measure: {guest.unfit_to_load_itself}; leave that out")
+        guest.load_itself()
+        guest.finish_opening()
+        return guest.measured(list(ram), 1 << bit, functions).as_dict()
 
     def platform(
         self, system: System, vm: Vm, guest: Guest, options: GuestOptions, scheme: str

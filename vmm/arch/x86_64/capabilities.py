@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from functools import partial
 
-from vmm.arch.x86_64.probes import cpu, events
+from vmm.arch.x86_64.probes import cpu, events, strict
 from vmm.core.lean_typing import TYPE_CHECKING
 from vmm.host.capability import (
     KERNEL_PRIVATE,
     KERNELS,
     PAYLOAD_PRIVATE,
     PRIVATE,
+    PRIVATE_CODE,
     Capability,
     file_io,
     guest_memfd,
@@ -58,15 +59,21 @@ def capabilities(x86: HostArchitecture) -> tuple[Capability, ...]:
             "Linux: learns there that it may share", lab, (KERNEL_PRIVATE,),
         ),
         Capability(
+            PRIVATE_CODE, "code KVM can't read", strict.private_code,
+            "--private-mem=guest_memfd for Linux, which loads itself: kernel-enforced",
+            "Linux' private memory is a rehearsal; processors that say next RIP and CR operands "
+            "(AMD: decode assists) have it, and pyvmm lab --host bochs",
+        ),
+        Capability(
             "c_bit", "C-bit", cpu.c_bit, "--scheme cbit: the guest picks private or shared", lab,
             PRIVATE,
         ),
         guest_memfd(x86, 0, _ATTRIBUTES, _INERT),
-        guest_memfd(x86, 1, "--private-mem=guest_memfd: the kernel keeps the host out",
-                    _MEMFD_SERVES),
+        guest_memfd(x86, 1, "--private-mem=guest_memfd: the kernel keeps the host out, "
+                    "so that no page can be lent (--iommu)", _MEMFD_SERVES),
         guest_memfd(x86, 2, _ATTRIBUTES, _INERT),
-        guest_memfd(x86, 3, "--private-mem=guest_memfd-mmap: the host can load a kernel",
-                    _MEMFD_SERVES),
+        guest_memfd(x86, 3, "--private-mem=guest_memfd-mmap: the host can load a kernel, "
+                    "and pages can be lent to devices (--iommu)", _MEMFD_SERVES),
         *memfds(x86),
         *file_io(x86),
         Capability(

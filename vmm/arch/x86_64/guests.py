@@ -10,7 +10,7 @@ from vmm.arch.x86_64.doorbells import HYPERCALL_NAME, PORT_NAME
 from vmm.arch.x86_64.msrs import LINUX_ENTRY_MSRS
 from vmm.arch.x86_64.registers import InitialState, linux64_entry, payload_entry
 from vmm.core.errors import UsageError
-from vmm.core.lean_typing import TYPE_CHECKING, Protocol
+from vmm.core.lean_typing import TYPE_CHECKING, Any, Protocol
 from vmm.core.ranges import Range
 from vmm.memory.guest_memory import LaunchMemory
 
@@ -18,13 +18,18 @@ if TYPE_CHECKING:
     from vmm.arch.options import GuestOptions
     from vmm.arch.protocol import Guest, OpenedKernel
     from vmm.arch.x86_64 import kernel as x86
+    from vmm.arch.x86_64.strict.launch import Launch
+    from vmm.boot.manifest import Part
     from vmm.boot.source import Source
+    from vmm.devices.load_window import LoadWindow
 
     class X86Guest(Guest, Protocol):
         """What x86's platform needs of a guest besides."""
 
         msrs: Mapping[int, int]
         """Model-specific registers that it expects to find set."""
+        window: LoadWindow | None
+        """What its loader asks, made by the platform; None where it has no loader."""
 
         def load(
             self, launch: LaunchMemory, ram: list[Range], alias: int, functions: Sequence[str]
@@ -38,9 +43,13 @@ DEFAULT_COMMAND_LINE = "console=ttyS0 panic=-1"
 
 
 class LinuxGuest:
-    """A bzImage or vmlinux, entered at the uncompressed kernel's 64-bit entry."""
+    """A bzImage or vmlinux, entered at the uncompressed kernel's 64-bit entry.
+
+    The host loads it, or (`load_itself`) the loader that it starts with does.
+    """
 
     host_loads_private = True
+    loads_itself = False
     doorbell = HYPERCALL_NAME
     two_addresses = True
     msrs: Mapping[int, int] = LINUX_ENTRY_MSRS
@@ -52,9 +61,38 @@ class LinuxGuest:
         self.unpaged_end = layout.EBDA_END if options.cpus > 1 else 0
         self._opened: x86.OpenedKernel = kernel  # type: ignore[assignment]  # X86.open_kernel's
         self._initrd = initrd
+        self._reserved: tuple[Range, ...] = _BOOT_MEMORY
         self._image: x86.KernelImage | None = None
         self._command_line = b""
         self._initrd_place: Range | None = None
+        self._launch: Launch | None = None
+        self.window: LoadWindow | None = None
+        """What the loader asks, from the platform; it is opened by `load`."""
+
+    def load_itself(self) -> None:
+        """Be a strict guest: before anything else but the constructor."""
+        from vmm.arch.x86_64.strict.launch import AREA
+
+        self.host_loads_private = False
+        self.loads_itself = True
+        self._reserved = (*_BOOT_MEMORY, AREA)
+
+    @property
+    def unfit_to_load_itself(self) -> str | None:
+        """Why this guest can't be a strict one; None where it can."""
+        if self._options.cpus > 1:
+            return (
+                f"--cpus {self._options.cpus}: processors start in low memory without an address "
+                "bit, which would have to be shared with the host"
+            )
+        if self._options.iommu:
+            return "--iommu lends devices private memory, which the host can't reach"
+        return None
+
+    @property
+    def launch(self) -> dict[str, Any] | None:
+        """For reports: how it was loaded, where it loaded itself."""
+        return None if self._launch is None else self._launch.as_dict()
 
     def finish_opening(self) -> None:
         from vmm.arch.x86_64.boot_params import command_line
@@ -62,20 +100,24 @@ class LinuxGuest:
 
         self._image = image = self._opened.finish()
         ram = layout.ram_ranges(self._options.memory)
-        image.check_fits(ram, reserved=_BOOT_MEMORY)
+        image.check_fits(ram, reserved=self._reserved)
         text = f"{DEFAULT_COMMAND_LINE} {self._options.append}".strip()
         header = image.setup_header
         if self._initrd is not None:
             limit = layout.FOUR_GIB if header is None else header.initrd_addr_max + 1
-            occupied = [*_BOOT_MEMORY, image.memory]
+            occupied = [*self._reserved, image.memory]
             self._initrd_place = place_initrd(self._initrd, ram[0], limit, occupied)
         self._command_line = (
             command_line(text) if header is None else command_line(text, header.cmdline_size)
         )
 
     def private_ranges(self, ram: list[Range]) -> list[Range]:
-        """All of RAM: Linux shares what it wants shared."""
-        return ram
+        """All of RAM, for Linux shares what it wants shared; but not where a loader starts."""
+        if not self.loads_itself:
+            return ram
+        from vmm.arch.x86_64.strict.launch import AREA
+
+        return [piece for area in ram for piece in without(area, AREA)]
 
     def early_private_writes(self, ram: list[Range]) -> list[Range]:
         from vmm.arch.x86_64.bounce_buffer import early_allocations
@@ -86,31 +128,81 @@ class LinuxGuest:
     def load(
         self, launch: LaunchMemory, ram: list[Range], alias: int, functions: Sequence[str]
     ) -> InitialState:
-        from vmm.arch.x86_64.acpi.tables import RSDP_GPA, acpi_tables
-        from vmm.arch.x86_64.boot_params import boot_params
+        if self.loads_itself:
+            return self._start_loader(launch, ram, alias, functions)
         from vmm.arch.x86_64.page_tables import identity_tables
         from vmm.boot.kernel import transfer_exactly
 
         image, initrd = self._image, self._initrd_place
         assert image is not None
-        header = image.setup_header
         if self._initrd is not None and initrd is not None:
             transfer_exactly(self._initrd, launch, 0, initrd.start, initrd.size)
         image.load(launch)
-        others = _iommu_table(functions) if "iommu" in functions else []
-        tables = acpi_tables(self._options.cpus, _pci_interrupts(len(functions)), others)
         page_tables = identity_tables(alias)
         state = linux64_entry(image.entry, page_tables.cr3)
+        tables = [place for _, places in self._tables(ram, functions) for place in places]
+        for gpa, data in [*tables, *page_tables.writes, *state.writes]:
+            launch.pwrite(data, gpa)
+        return state
+
+    def _tables(
+        self, ram: list[Range], functions: Sequence[str]
+    ) -> list[tuple[str, list[tuple[int, bytes]]]]:
+        """What the kernel is told of its machine: by name, what goes where as (gpa, bytes)."""
+        from vmm.arch.x86_64.acpi.tables import RSDP_GPA, acpi_tables
+        from vmm.arch.x86_64.boot_params import boot_params
+
+        assert self._image is not None
+        header = self._image.setup_header
+        others = _iommu_table(functions) if "iommu" in functions else []
+        tables = acpi_tables(
+            self._options.cpus,
+            _pci_interrupts(len(functions)),
+            others,
+            ioapic=not self.loads_itself,
+        )
         params = boot_params(
             ram,
             setup_header=None if header is None else header.raw,
-            initrd=initrd,
+            initrd=self._initrd_place,
             rsdp_gpa=RSDP_GPA,
         )
-        writes = [(layout.CMDLINE_GPA, self._command_line), (layout.BOOT_PARAMS_GPA, params)]
-        for gpa, data in [*writes, *tables, *page_tables.writes, *state.writes]:
+        return [
+            ("command line", [(layout.CMDLINE_GPA, self._command_line)]),
+            ("boot_params", [(layout.BOOT_PARAMS_GPA, params)]),
+            ("ACPI tables", tables),
+        ]
+
+    def parts(self, ram: list[Range], functions: Sequence[str]) -> list[Part]:
+        """All that a strict guest's loader loads; the files stay this guest's."""
+        from vmm.arch.x86_64.strict.launch import parts_of
+
+        image, initrd = self._image, self._initrd_place
+        assert image is not None
+        return parts_of(
+            image,
+            None if initrd is None or self._initrd is None else (self._initrd, initrd),
+            [*self._tables(ram, functions), ("descriptors", linux64_entry(0, 0).writes)],
+        )
+
+    def measured(self, ram: list[Range], alias: int, functions: Sequence[str]) -> Launch:
+        """The launch of a strict guest, with its measurement. Raises ImageError, UsageError."""
+        from vmm.arch.x86_64.strict.launch import linux_launch
+
+        assert self._image is not None
+        return linux_launch(self.parts(ram, functions), self._image.entry, alias)
+
+    def _start_loader(
+        self, launch: LaunchMemory, ram: list[Range], alias: int, functions: Sequence[str]
+    ) -> InitialState:
+        found = self._launch = self.measured(ram, alias, functions)
+        for gpa, data in found.writes:
             launch.pwrite(data, gpa)
-        return state
+        # Not filled yet, but sure to be: the same reason to map it ahead.
+        launch.written += [Range(part.gpa, part.size) for part in found.parts]
+        assert self.window is not None
+        self.window.open(layout.LAUNCH_WINDOW_GPA, layout.LAUNCH_WINDOW_SIZE, found.parts)
+        return found.state
 
     def close(self) -> None:
         self._opened.close()
@@ -124,6 +216,9 @@ class PayloadGuest:
     """The embedded payload: shared code, private data from 2 MiB up."""
 
     host_loads_private = False
+    loads_itself = False
+    launch = None
+    window = None
     doorbell = PORT_NAME
     two_addresses = False
     msrs: Mapping[int, int] = {}
@@ -182,6 +277,13 @@ class PayloadGuest:
 
     def close(self) -> None:
         """Nothing is held open."""
+
+
+def without(area: Range, hole: Range) -> list[Range]:
+    """What of `area` lies before and behind `hole`."""
+    before, rest = area.split(max(area.start, min(hole.start, area.end)))
+    _, behind = rest.split(max(rest.start, min(hole.end, rest.end)))
+    return [piece for piece in (before, behind) if piece.size]
 
 
 _BOOT_MEMORY = (Range(0, layout.HIGH_RAM_START),)

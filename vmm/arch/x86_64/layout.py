@@ -29,6 +29,18 @@ HIGH_RAM_START = 0x100000  # RAM from here on is one run up to the hole below 4 
 PAYLOAD_GPA = 0x100000  # the embedded payload is linked here
 PAYLOAD_PRIVATE_START = 0x200000  # the payload's first private byte; all below starts shared
 
+# A strict guest's launch area: all that starts shared, below where kernels are linked. Its first
+# part is copied by the loader into private memory; offsets are those of firmware's loader.inc.
+LAUNCH_GPA = 0x400000
+LAUNCH_END = 0x600000  # one large page, so that page tables can name it apart from all else
+LAUNCH_HEADER_GPA = LAUNCH_GPA + 0x3000
+LAUNCH_STAGE_ONE_TABLES_GPA = LAUNCH_GPA + 0x4000
+LAUNCH_TABLES_GPA = LAUNCH_GPA + 0x9000  # with these the guest goes on
+LAUNCH_COPY_SIZE = 0x11000
+LAUNCH_WINDOW_GPA = LAUNCH_GPA + 0x100000
+LAUNCH_WINDOW_SIZE = 0x100000
+LAUNCH_SHARED_OFFSET = 1 << 39  # VA - GPA of shared memory: the second entry of the PML4
+
 LARGEST_MEMORY = 1 << 38  # the C-bit is bit 38 where the processor has that many address bits
 RAM_HOLE_START = 0xC000_0000  # RAM stops here: the last GiB below 4 GiB belongs to devices
 RAM_HOLE_END = FOUR_GIB  # and goes on here
@@ -49,6 +61,8 @@ COM1_PORT = 0x3F8  # what console=ttyS0 means
 COM1_PORTS = 8
 DOORBELL_PORT = 0x500  # share/unshare by port write, for hosts whose hypercalls don't work
 DOORBELL_PORTS = 0x20
+LOADER_PORT = 0x520  # what a strict guest's loader asks through
+LOADER_PORTS = 0x0C
 ACPI_PM_PORT = 0x600  # event block, control, timer and reset register: one device
 ACPI_PM_PORTS = 0x10
 PM1A_EVT_PORT = 0x600  # 4 bytes: status, enable

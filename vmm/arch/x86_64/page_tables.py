@@ -33,9 +33,12 @@ class PageTables(NamedTuple):
 
 
 class _Builder:
-    """Four-level tables laid out one after the other from PAGE_TABLES_GPA, PML4 first."""
+    """Four-level tables laid out one after the other from `start`, PML4 first."""
 
-    def __init__(self, table_flags: int, page_flags: int, end: int) -> None:
+    def __init__(
+        self, table_flags: int, page_flags: int, end: int, start: int = layout.PAGE_TABLES_GPA
+    ) -> None:
+        self._start = start
         self._tables: list[list[int]] = [[0] * ENTRIES]
         self._table_flags = table_flags
         self._page_flags = page_flags
@@ -45,9 +48,9 @@ class _Builder:
         """The number of the table that this entry points to, created when it is empty."""
         entry = self._tables[table][index]
         if entry:
-            return ((entry ^ self._table_flags) - layout.PAGE_TABLES_GPA) // PAGE_SIZE
+            return ((entry ^ self._table_flags) - self._start) // PAGE_SIZE
         number = len(self._tables)
-        gpa = layout.PAGE_TABLES_GPA + number * PAGE_SIZE
+        gpa = self._start + number * PAGE_SIZE
         if gpa + PAGE_SIZE > self._end:
             raise UsageError(
                 f"page tables for the guest do not fit below {self._end:#x}: "
@@ -88,6 +91,34 @@ def identity_tables(c_mask: int = 0, end: int = layout.FOUR_GIB) -> PageTables:
     builder = _Builder(common, common | DIRTY | LARGE, layout.CMDLINE_GPA)
     builder.map(0, 0, end)
     return PageTables([(layout.PAGE_TABLES_GPA, builder.bytes())], layout.PAGE_TABLES_GPA | c_mask)
+
+
+def launch_tables(c_mask: int) -> tuple[PageTables, PageTables]:
+    """What a strict guest starts with: tables for the loader's first steps, in shared memory, and
+    those that it copies and goes on with, in private memory, which are Linux' first ones, too.
+
+    In both, the launch area is private at VA = GPA and shared at VA = GPA + LAUNCH_SHARED_OFFSET.
+    """
+    area = layout.LAUNCH_GPA
+    size = layout.LAUNCH_END - area
+    common = PRESENT | WRITABLE | ACCESSED
+    leaf = common | DIRTY | LARGE
+    first = _Builder(common, leaf, layout.LAUNCH_TABLES_GPA, layout.LAUNCH_STAGE_ONE_TABLES_GPA)
+    # A leaf's address carries the C-bit where it is private; a table's, in the second set, always.
+    first.map(area, area | c_mask, size)
+    first.map(area + layout.LAUNCH_SHARED_OFFSET, area, size)
+    second = _Builder(
+        common | c_mask, leaf, area + layout.LAUNCH_COPY_SIZE, layout.LAUNCH_TABLES_GPA
+    )
+    second.map(0, c_mask, layout.FOUR_GIB)
+    second.map(area + layout.LAUNCH_SHARED_OFFSET, area, size)
+    return (
+        PageTables(
+            [(layout.LAUNCH_STAGE_ONE_TABLES_GPA, first.bytes())],
+            layout.LAUNCH_STAGE_ONE_TABLES_GPA,
+        ),
+        PageTables([(layout.LAUNCH_TABLES_GPA, second.bytes())], layout.LAUNCH_TABLES_GPA | c_mask),
+    )
 
 
 def payload_tables(ram: Iterable[Range], c_mask: int = 0) -> PageTables:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from vmm.arch.x86_64.guests import X86Guest
     from vmm.conversion.transaction import Converter
     from vmm.core.ranges import Range
+    from vmm.devices.bus import PortBus
     from vmm.exits.outcome import Outcome
     from vmm.memory.guest_memory import GuestMemory, LaunchMemory
     from vmm.wiring.board import Board, BoardParts
@@ -95,7 +96,21 @@ class X86Platform:
             layout.DOORBELL_PORTS,
             doorbell(self._options.cpus, PORT_NAME, actions),
         )
+        if self._guest.loads_itself:
+            self._open_window(ports, memory, stop)
         return X86ExitHandlers(ports, board.registers, MsrTable(is_private), converter, stop)
+
+    def _open_window(
+        self, ports: PortBus, memory: GuestMemory, stop: Callable[[Outcome], None]
+    ) -> None:
+        from vmm.devices.load_window import LoadWindow
+        from vmm.exits.outcome import FAILED, Outcome
+
+        def failed(reason: str) -> None:
+            stop(Outcome(FAILED, f"the guest's loader {reason}; nothing of the guest has run"))
+
+        self._guest.window = LoadWindow(memory, self._guest.close, failed)
+        ports.add(layout.LOADER_PORT, layout.LOADER_PORTS, self._guest.window)
 
     def load(
         self, launch: LaunchMemory, ram: list[Range], alias: int, functions: Sequence[str]

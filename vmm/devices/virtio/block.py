@@ -18,7 +18,7 @@ from kvm_bindings.virtqueue import Chains, DiskPlanner
 from vmm.core.disk_image import SECTOR
 from vmm.core.errors import GuestMemoryError
 from vmm.devices.virtio.block_batch import Batch, serve_together
-from vmm.devices.virtio.block_file import SERIAL_BYTES, DiskFile
+from vmm.devices.virtio.block_file import SERIAL_BYTES, DiskFile, ReadAhead
 from vmm.devices.virtio.budget import Budget, Pace, Work
 from vmm.devices.virtio.device import EXPECTED, GuestMemory, VirtioDevice
 from vmm.devices.virtio.queue import Chain, QueueError, Segment, SplitQueue, listed
@@ -45,6 +45,8 @@ PATIENCE = 12
 SIMPLE = 3
 # Bytes of a request that is carried out without steps.
 SMALL = 64 << 10
+# Bytes at once of a request that is carried out in steps: more of them are no quicker.
+LARGE = 1 << 20
 
 _HEADER = struct.Struct("<IIQ")
 _ELEMENT = struct.Struct("<II")  # of the used ring
@@ -81,6 +83,7 @@ class VirtioBlock(VirtioDevice):
         self._disk = disk
         self._punch = punch
         self._pace = Pace()
+        self._read_ahead = ReadAhead(disk.fd)
         self._planners: dict[SplitQueue, DiskPlanner] = {}
         self.queue_sizes = (QUEUE_SIZE,) * disk.queues
         self.concurrent = disk.queues > 1
@@ -204,6 +207,7 @@ class VirtioBlock(VirtioDevice):
                 disk.sectors,
                 may_write=not disk.read_only,
                 most=pace.limit,
+                read_ahead=self._read_ahead,
             )
             if plan is None or (plan.bytes_written and not self._written_through()):
                 break
@@ -390,7 +394,7 @@ class VirtioBlock(VirtioDevice):
                 while gpa < end:
                     if budget.spent and done:
                         yield
-                    size = min(end - gpa, max(pace.limit, Pace.LEAST))
+                    size = min(end - gpa, max(pace.limit, Pace.LEAST), LARGE)
                     started = time.monotonic()
                     moved = transfer(position + done, gpa, size)
                     pace.took(size + Pace.EACH, time.monotonic() - started)
@@ -405,7 +409,10 @@ class VirtioBlock(VirtioDevice):
 
     def _transfer_in(self, position: int, gpa: int, size: int) -> int:
         assert self._memory is not None
+        started = time.monotonic()
         moved = self._memory.transfer_in(self._disk.fd, position, gpa, size)
+        if self._read_ahead.is_due(time.monotonic() - started, moved):
+            self._read_ahead.look(position + moved)
         self.statistics.add("bytes_read", moved)
         return moved
 

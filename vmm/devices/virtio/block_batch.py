@@ -10,10 +10,13 @@ asked for.
 
 from __future__ import annotations
 
+import time
+
 from kvm_bindings.virtqueue import Chains, DiskPlanner, Plan
 from vmm.core.disk_image import SECTOR
 from vmm.core.errors import GuestMemoryError
 from vmm.core.lean_typing import Protocol
+from vmm.devices.virtio.block_file import ReadAhead
 from vmm.devices.virtio.budget import Pace
 from vmm.devices.virtio.queue import BatchMemory
 
@@ -60,9 +63,11 @@ def serve_together(
     *,
     may_write: bool,
     most: int,
+    read_ahead: ReadAhead,
 ) -> Plan | None:
     """Carry out the first of the chains, as many as are plain and don't cost more than `most`
-    (see Pace); None where that are none, or something is in their way.
+    (see Pace); None where that are none, or something is in their way. `read_ahead` is told of
+    reads.
 
     The data has been moved then. What is left to the caller are status bytes, used ring, and
     `planner.done`.
@@ -75,10 +80,45 @@ def serve_together(
         plan = planner.plan(chains, headers, sectors * SECTOR, may_write, Pace.EACH, most)
         if not plan.requests:
             return None
-        if plan.reads and memory.move_in(fd, plan.reads) != plan.bytes_read:
+        if plan.reads and not _read(memory, fd, plan.reads, plan.bytes_read, read_ahead):
             return None
-        if plan.writes and memory.move_out(plan.writes, fd) != plan.bytes_written:
+        if plan.writes and not _write(memory, plan.writes, plan.bytes_written, fd):
             return None
     except (GuestMemoryError, OSError):
         return None
     return plan
+
+
+def _read(memory: DiskMemory, fd: int, moves: list[int], left: int, read_ahead: ReadAhead) -> bool:
+    """Carry out reads of `left` bytes; False where the file ends. Who moves stops where the host
+    is slow, so that something can be done about it."""
+    while True:
+        started = time.monotonic()
+        moved = memory.move_in(fd, moves)
+        left -= moved
+        rest = _after(moves, moved) if left else []
+        if read_ahead.is_due(time.monotonic() - started, moved):
+            read_ahead.look(rest[0] if rest else moves[-3] + moves[-1])
+        if not (left and moved):
+            return not left
+        moves = rest
+
+
+def _write(memory: DiskMemory, moves: list[int], left: int, fd: int) -> bool:
+    """As `_read`."""
+    while True:
+        moved = memory.move_out(moves, fd)
+        left -= moved
+        if not (left and moved):
+            return not left
+        moves = _after(moves, moved)
+
+
+def _after(moves: list[int], moved: int) -> list[int]:
+    """What is left of moves (source, target, size, source...) when so many bytes have moved."""
+    at = 0
+    while moved >= moves[at + 2]:
+        moved -= moves[at + 2]
+        at += 3
+    source, target, size = moves[at : at + 3]
+    return [source + moved, target + moved, size - moved, *moves[at + 3 :]]

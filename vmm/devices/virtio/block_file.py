@@ -48,6 +48,62 @@ class DiskFile:
             self.fd = -1
 
 
+class ReadAhead:
+    """Whether the kernel reads ahead of a disk's reads: where they have to be waited for, and data
+    follow.
+
+    It reads ahead as much as the file's device is set to, which may be 8 MiB at a time. Data it
+    asks the device for, and goes on; holes it fills with zeros at once, in the time of the thread
+    that reads: some 2 ms for each MiB. And once it has read ahead, it does so again when a read
+    meets what was, whatever it was advised since: that has to be dropped.
+
+    Any thread may call: what two of them confuse is one look more or less.
+    """
+
+    WAITED = 0.0005
+    """Seconds: a read of a MiB that takes longer has not found all of it in the host's memory."""
+    EVERY = 8 << 20
+    """Bytes read between two looks, where nothing has to be waited for because of it."""
+    AHEAD = 32 << 20
+    """Bytes that are looked at: as many as may be read ahead before the next look."""
+    DROPPED = 16 << 20
+    """Bytes that may have been read ahead."""
+
+    __slots__ = ("_fd", "_is_on", "_left")
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._is_on = False
+        self._left = self.EVERY
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+
+    def is_due(self, seconds: float, size: int) -> bool:
+        """A read of so many bytes took so long; whether to `look`."""
+        if seconds >= self.WAITED and seconds * (1 << 20) >= self.WAITED * size:
+            return True
+        if self._is_on:
+            self._left -= size
+        return self._left <= 0
+
+    def look(self, position: int) -> None:
+        """A read ended there: look at what follows."""
+        from vmm.devices.virtio.read_ahead import drop, holes  # a start does without
+
+        self._left = self.EVERY
+        found, was_on = holes(self._fd, position, self.AHEAD), self._is_on
+        wanted = not found
+        if wanted != was_on:
+            self._is_on = wanted
+            advice = os.POSIX_FADV_NORMAL if wanted else os.POSIX_FADV_RANDOM
+            os.posix_fadvise(self._fd, 0, 0, advice)
+        if not wanted:
+            end = position + self.DROPPED
+            # Holes always: other programs' reads may have been read ahead of, too. Data cost
+            # another read, and nothing is read ahead of them but by this.
+            near = [(position, end)] if was_on else [part for part in found if part[0] < end]
+            drop(self._fd, near)
+
+
 def open_disk(spec: str) -> DiskFile:
     """Open the disk that `spec` names; a comma in a file name is written twice.
 

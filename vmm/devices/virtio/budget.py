@@ -85,17 +85,19 @@ class Pace:
     """How much one uninterrupted call may be asked to do: less of it where the host is slow.
 
     A cost is bytes, plus EACH for every request: a disk may have to be waited for with each. MOST
-    is what a queue of large requests needs to be as quick as without bounds: four of 1 MiB.
+    is what a queue of large requests needs to be as quick as without bounds: four of 1 MiB. It
+    begins with one.
     """
 
     EACH = 32 << 10
     LEAST, MOST = 64 << 10, (4 << 20) + 4 * EACH
+    FIRST = MOST // 4
     SLOW = TURN_SECONDS
 
     __slots__ = ("limit",)
 
     def __init__(self) -> None:
-        self.limit = self.MOST
+        self.limit = self.FIRST
 
     def took(self, cost: int, seconds: float) -> None:
         """A call of that cost took so long. Safe from several threads: any answer will do."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import struct
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -41,6 +41,7 @@ LAST_DOMAIN = 0xFFFF
 
 # Interrupt messages are no accesses to memory: the driver is told to leave their window alone.
 MSI_WINDOW = Range(0xFEE0_0000, 0x10_0000)
+_MSI_END = MSI_WINDOW.end
 _PROPERTY = struct.Struct("<HHB3xQQ")  # type, length, subtype, first, last
 _RESV_MEM, _RESV_MEM_MSI = 1, 1
 PROBE_SIZE = 64
@@ -81,12 +82,9 @@ class IommuStatistics(IoStatistics):
         self.events_dropped = 0
 
 
-Verb = Callable[..., int | Work]
-"""Carries out a request, given its fields: a status, or the steps to one."""
-
-
 class _Request(NamedTuple):
-    """A type of request: its header and fields, and the method that carries it out."""
+    """A type of request: its header and fields, and the method that carries it out, given them:
+    a status, or the steps to one."""
 
     layout: struct.Struct
     verb: str
@@ -118,6 +116,10 @@ class VirtioIommu(VirtioDevice):
         super().__init__()
         self.statistics = IommuStatistics()
         self.lending: Lending | None = None
+        self._kinds = {
+            kind: (made.layout.size, made.layout.unpack_from, getattr(self, made.verb))
+            for kind, made in _TYPES.items()
+        }
         self._endpoints: dict[int, Endpoint] = {}
         self._domains: dict[int, Endpoint] = {}
         # Domains that have ended, whose pages are on their way back.
@@ -201,19 +203,23 @@ class VirtioIommu(VirtioDevice):
         assert memory is not None
         self.statistics.requests += 1
         budget.spend(2)
-        head = heads.get(chain.head)
+        _, readable, writable = chain
+        head = heads.get(chain.head) if heads else None
         if head is None:
-            head = gather(memory, first(chain.readable, _LARGEST)) if chain.readable else b""
-        kind = _TYPES.get(head[0]) if head else None
-        room = total(chain.writable)
-        if kind is None or len(head) < kind.layout.size or room < _TAIL.size:
+            head = gather(memory, first(readable, _LARGEST)) if readable else b""
+        kind = self._kinds.get(head[0]) if head else None
+        room = writable[0][1] if len(writable) == 1 else total(writable)
+        if kind is None or room < _TAIL.size:
             self.statistics.errors += 1
             return 0
-        fields = kind.layout.unpack_from(head)
-        if kind.verb == "_probe":
+        size, fields_of, verb = kind
+        if len(head) < size:
+            self.statistics.errors += 1
+            return 0
+        fields = fields_of(head)
+        if head[0] == T_PROBE:
             return self._probe(chain, room, *fields)
-        verb: Verb = getattr(self, kind.verb)
-        answer = verb(budget, *fields)
+        answer: int | Work = verb(budget, *fields)
         if isinstance(answer, int):
             return self._end(chain, answer)
         return self._in_steps(chain, answer)
@@ -298,7 +304,7 @@ class VirtioIommu(VirtioDevice):
         size = last + 1 - start
         if (start | size | physical) & (PAGE_SIZE - 1) or size <= 0 or last > LAST_INPUT:
             return S_RANGE
-        if MSI_WINDOW.overlaps(Range(start, size)):
+        if last >= MSI_WINDOW.start and start < _MSI_END:
             return S_INVAL
         assert self.lending is not None
         answer = self.lending.lend(endpoint, start, Range(physical, size), flags)

@@ -138,7 +138,10 @@ class VirtioPciTransport:
         device.wake = self._ring
         device.serve = self.notify
         device.announce = self.config_changed
-        self._offered = device.features | REQUIRED_FEATURES | RING_FEATURES
+        # A driver that waits for each answer has no use for them: an indirect table is one more
+        # read of guest memory, event indexes are two more and a write.
+        ring_features = 0 if device.prompt else RING_FEATURES
+        self._offered = device.features | REQUIRED_FEATURES | ring_features
         self._required = REQUIRED_FEATURES & ~device.may_decline
         self._config = device.config()
         self._generation = 0

@@ -180,7 +180,10 @@ class SplitQueue:
         if (
             self._batch is not None
             and self.size <= MOST_ENTRIES
-            and (not 0 < self._looks < self.patience or self._available_index() != self._next_avail)
+            and (
+                not 0 < self._looks < self.patience - 1
+                or self._available_index() != self._next_avail
+            )
         ):
             ring = self._batch.read_many(self._ring)
             index = ring[2] | ring[3] << 8

@@ -70,6 +70,8 @@ def take_front(segments: list[Segment], count: int) -> tuple[list[Segment], list
 
 def first(segments: list[Segment], count: int) -> list[Segment]:
     """The segments of at most the first `count` bytes."""
+    if segments and segments[0][1] >= count:
+        return [(segments[0][0], count)] if count > 0 else []
     taken: list[Segment] = []
     for gpa, size in segments:
         if count <= 0:

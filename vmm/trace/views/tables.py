@@ -192,9 +192,17 @@ def _lent(summaries: Sequence[Summary], name: str) -> Table:
     lines.number("mappings", "lends/requests", root=root)
     lines.number("their bytes", "lends/bytes", bytes_text, root)
     lines.number("refused by a policy", "refused", root=root)
+    lines.number("lent at the same time, at most", "peak_bytes", bytes_text, root)
     lines.number("taken back", "returns", root=root)
     for key, label in (("p50", "lent for, median"), ("p99", "99 %"), ("max", "longest")):
         lines.number(label, f"lent_ns/{key}", time_text, root)
+    limits = {
+        int(limit)
+        for summary in summaries
+        for limit in summary["lending"].get(name, {}).get("lent_us", {})
+    }
+    for limit in sorted(limits):
+        lines.number(f"lent for less than {limit} us", f"lent_us/{limit}", root=root)
     return lines.table
 
 

@@ -115,9 +115,10 @@ def fadt(facs_gpa: int, dsdt_gpa: int) -> bytes:
     return table(b"FACP", FADT_REVISION, bytes(data))
 
 
-def madt(cpus: int, pci_gsis: Iterable[int]) -> bytes:
+def madt(cpus: int, pci_gsis: Iterable[int], *, ioapic: bool = True) -> bytes:
     """Multiple APIC Description Table (5.2.12): processors by APIC id, IOAPIC, ISA overrides.
 
+    Without the IOAPIC, whose registers are in memory, interrupts go through the pair of 8259s.
     No override for the timer: PCs wire it to IOAPIC pin 2, KVM's default routing to pin 0.
     """
     entries = [struct.pack("<II", layout.LAPIC_GPA, PCAT_COMPAT)]
@@ -126,7 +127,8 @@ def madt(cpus: int, pci_gsis: Iterable[int]) -> bytes:
             entries.append(struct.pack("<BBBBI", LOCAL_APIC, 8, cpu, cpu, CPU_ENABLED))
         else:
             entries.append(struct.pack("<BBHIII", LOCAL_X2APIC, 16, 0, cpu, CPU_ENABLED, cpu))
-    entries.append(struct.pack("<BBBBII", IO_APIC, 12, 0, 0, layout.IOAPIC_GPA, 0))
+    if ioapic:
+        entries.append(struct.pack("<BBBBII", IO_APIC, 12, 0, 0, layout.IOAPIC_GPA, 0))
     entries.append(_override(layout.SCI_IRQ, layout.SCI_IRQ, LEVEL_HIGH))
     # Below 16 an interrupt is ISA's, edge-triggered, unless said otherwise; PCI's are level, low.
     isa_gsis = sorted({gsi for gsi in pci_gsis if gsi < ISA_IRQS})
@@ -165,19 +167,23 @@ class _Placement:
 
 
 def acpi_tables(
-    cpus: int, pci_interrupts: Mapping[int, int], others: Iterable[bytes] = ()
+    cpus: int,
+    pci_interrupts: Mapping[int, int],
+    others: Iterable[bytes] = (),
+    *,
+    ioapic: bool = True,
 ) -> list[tuple[int, bytes]]:
     """All tables as (gpa, bytes), the RSDP first, at RSDP_GPA.
 
     `pci_interrupts` maps PCI device numbers on bus 0 to the GSI of their INTA. `others` are whole
-    tables that a machine has besides.
+    tables that a machine has besides. `ioapic`: see `madt`.
     """
     placement = _Placement()
     dsdt = placement.put(table(b"DSDT", DSDT_REVISION, dsdt_body(pci_interrupts)))
     control = placement.put(facs())
     described = [
         placement.put(fadt(control, dsdt)),
-        placement.put(madt(cpus, pci_interrupts.values())),
+        placement.put(madt(cpus, pci_interrupts.values(), ioapic=ioapic)),
         *map(placement.put, others),
     ]
     xsdt = placement.put(

@@ -1,0 +1,53 @@
+"""A stock kernel in memory that its host's user space can't read. Minutes, so only when asked."""
+
+from __future__ import annotations
+
+import os
+import secrets
+
+import pytest
+
+from tests.lab.conftest import Starter
+from tests.support.strict_lab import Guest, Told, files_of, words_of
+from vmm.lab.machine import Lab
+
+_FORCE = "PYVMM_LAB_SLOW"
+SECONDS = 600.0
+
+pytestmark = [
+    pytest.mark.timeout(3000),
+    pytest.mark.skipif(
+        not os.environ.get(_FORCE), reason=f"Bochs takes minutes; {_FORCE}=1 runs these tests"
+    ),
+]
+
+
+def told(lab: Lab, lab_start: Starter, backing: str) -> Told:
+    seed = secrets.token_hex(16)
+    run = lab_start(words_of(lab, backing, seed), program=True, host="bochs", files=files_of(lab))
+    return Guest(run, SECONDS, SECONDS).be_hunted(seed)
+
+
+def test_stock_kernel_is_out_of_its_hosts_reach_where_a_rehearsal_is_not(
+    lab: Lab, lab_start: Starter
+) -> None:
+    strict = told(lab, lab_start, "guest_memfd")
+
+    assert strict.release.startswith("6.12") and "AMD SEV" in strict.encryption
+    assert "XT-PIC" in strict.interrupts and "IO-APIC" not in strict.interrupts
+    report = strict.report
+    assert report["guest"]["exit"] == "poweroff"
+    assert report["isolation"].startswith("kernel-enforced")
+    assert report["host_access"]["private"] == "kernel-refused"
+    assert report["launch"]["measurement"] == strict.measured
+    assert "mmio" not in report["exits"]
+    assert {way: found["times"] for way, found in strict.hunt.items()} == dict.fromkeys(
+        strict.hunt, 0
+    )
+    assert strict.hunt["mappings"]["refused"] == {"SIGBUS": 1}
+
+    rehearsal = told(lab, lab_start, "guest_memfd-mmap")
+
+    assert "launch" not in rehearsal.report
+    ways = ("mappings", "/proc/PID/mem", "process_vm_readv", "core dump")
+    assert all(rehearsal.hunt[way]["times"] > 0 for way in ways)

@@ -1,0 +1,230 @@
+"""Looks for a secret by every way that a host's user space has into a running pyvmm.
+
+    python -m tests.support.hunt PID SEED [FILE...]
+
+The secret is the SHA-256 of SEED in hexadecimal digits, so that neither the hunter's words nor the
+guest's console have it. JSON on stdout: for each way how often it was found, what was looked
+through (bytes), and what refused.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import hashlib
+import json
+import mmap
+import os
+import re
+import signal
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+_PIECE = 1 << 20
+_SYS_PIDFD_GETFD = 438
+_MOST_OF_A_MAPPING = 2 << 30
+
+
+@dataclass
+class Found:
+    """What one way came to."""
+
+    times: int = 0
+    looked_at: int = 0
+    refused: Counter[str] = field(default_factory=Counter)
+
+    def as_dict(self) -> dict[str, object]:
+        return {"times": self.times, "bytes": self.looked_at, "refused": dict(self.refused)}
+
+
+class Hunter:
+    """Hunts in one process."""
+
+    def __init__(self, pid: int, secret: bytes) -> None:
+        self._pid = pid
+        self._secret = secret
+
+    def hunt(self, files: list[Path]) -> dict[str, Found]:
+        """All ways, the gentle ones first."""
+        return {
+            "file descriptors": self.file_descriptors(),
+            "mappings": self.mappings(),
+            "/proc/PID/mem": self.proc_mem(),
+            "process_vm_readv": self.process_vm_readv(),
+            "files": self.files(files),
+            "core dump": self.core_dump(),
+        }
+
+    # -- ways ---------------------------------------------------------------------------------
+
+    def file_descriptors(self) -> Found:
+        """Its open files, taken over and read."""
+        found = Found()
+        for fd in self._fds(found):
+            offset, tail = 0, b""
+            try:
+                while data := os.pread(fd, _PIECE, offset):
+                    tail = self._look(found, tail, data)
+                    offset += len(data)
+            except OSError as error:
+                what = re.sub(r"\d+", "N", os.readlink(f"/proc/self/fd/{fd}"))
+                found.refused[f"{what}: {os.strerror(error.errno or 0)}"] += 1
+        return found
+
+    def mappings(self) -> Found:
+        """The same, each mapped in a child, which may die of it."""
+        found = Found()
+        for fd in self._fds(found):
+            size = os.fstat(fd).st_size
+            if size == 0 or size > _MOST_OF_A_MAPPING:
+                continue
+            reading, writing = os.pipe()
+            child = os.fork()
+            if child == 0:
+                self._scan_mapping(fd, size, writing)
+            os.close(writing)
+            with os.fdopen(reading) as answers:
+                said = answers.read().split()
+            _, status = os.waitpid(child, 0)
+            if os.WIFSIGNALED(status):
+                found.refused[signal.Signals(os.WTERMSIG(status)).name] += 1
+            elif said and said[0].isdigit():
+                found.times += int(said[0])
+                found.looked_at += size
+            else:
+                found.refused[" ".join(said)] += 1
+        return found
+
+    def _scan_mapping(self, fd: int, size: int, writing: int) -> None:
+        faulthandler.disable()  # the signal that may come is an answer, no fault
+        try:
+            with mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ) as area:
+                times, at = 0, area.find(self._secret)
+                while at >= 0:
+                    times += 1
+                    at = area.find(self._secret, at + 1)
+            os.write(writing, str(times).encode())
+        except (OSError, ValueError) as error:
+            os.write(writing, str(getattr(error, "strerror", error)).encode())
+        finally:
+            os._exit(0)
+
+    def proc_mem(self) -> Found:
+        """All of its address space, by the file that a debugger uses."""
+        found = Found()
+        with open(f"/proc/{self._pid}/mem", "rb", buffering=0) as file:
+            for start, end in self._areas():
+                self._scan_area(found, start, end, lambda at, n: os.pread(file.fileno(), n, at))
+        return found
+
+    def process_vm_readv(self) -> Found:
+        """The same, by the system call."""
+        found = Found()
+        for start, end in self._areas():
+            self._scan_area(found, start, end, self._vm_read)
+        return found
+
+    def files(self, names: list[Path]) -> Found:
+        """Report, trace, disks, console: what it has written, and the page cache behind it."""
+        found = Found()
+        for name in names:
+            inside = [each for each in name.rglob("*") if each.is_file()] if name.is_dir() else []
+            for file in [*inside, *([name] if name.is_file() else [])]:
+                data = file.read_bytes()
+                self._look(found, b"", data)
+        for line in Path("/proc/swaps").read_text().splitlines()[1:]:
+            found.refused[f"swap {line.split()[0]} was not looked at"] += 1
+        return found
+
+    def core_dump(self) -> Found:
+        """What gcore would write: every mapping that /proc says is readable, page by page, where a
+        whole piece of it can't be read."""
+        found = Found()
+        with open(f"/proc/{self._pid}/mem", "rb", buffering=0) as file:
+            for start, end in self._areas(all_of_them=False):
+                self._scan_area(
+                    found, start, end, lambda at, n: os.pread(file.fileno(), n, at), step=4096
+                )
+        return found
+
+    # -- their means --------------------------------------------------------------------------
+
+    def _fds(self, found: Found) -> Iterator[int]:
+        libc = ctypes.CDLL(None, use_errno=True)
+        pidfd = os.pidfd_open(self._pid)
+        try:
+            for name in sorted(os.listdir(f"/proc/{self._pid}/fd"), key=int):
+                fd = libc.syscall(_SYS_PIDFD_GETFD, pidfd, int(name), 0)
+                if fd < 0:
+                    found.refused[f"pidfd_getfd: {os.strerror(ctypes.get_errno())}"] += 1
+                    continue
+                try:
+                    yield fd
+                finally:
+                    os.close(fd)
+        finally:
+            os.close(pidfd)
+
+    def _areas(self, *, all_of_them: bool = True) -> list[tuple[int, int]]:
+        areas = []
+        for line in Path(f"/proc/{self._pid}/maps").read_text().splitlines():
+            place, rights = line.split()[:2]
+            start, end = (int(part, 16) for part in place.split("-"))
+            if (all_of_them or rights.startswith("r")) and start < 1 << 47:
+                areas.append((start, end))
+        return areas
+
+    def _scan_area(
+        self, found: Found, start: int, end: int, read: object, step: int = _PIECE
+    ) -> None:
+        tail, at = b"", start
+        while at < end:
+            wanted = min(step, end - at)
+            try:
+                data = read(at, wanted)  # type: ignore[operator]
+            except OSError as error:
+                found.refused[os.strerror(error.errno or 0)] += 1
+                data = b""
+            tail = self._look(found, tail, data) if data else b""
+            at += wanted if len(data) < wanted else len(data)
+
+    def _vm_read(self, address: int, size: int) -> bytes:
+        libc = ctypes.CDLL(None, use_errno=True)
+        buffer = ctypes.create_string_buffer(size)
+
+        class Iovec(ctypes.Structure):
+            _fields_ = (("base", ctypes.c_void_p), ("size", ctypes.c_size_t))
+
+        here = Iovec(ctypes.addressof(buffer), size)
+        there = Iovec(address, size)
+        libc.process_vm_readv.restype = ctypes.c_ssize_t
+        done = libc.process_vm_readv(
+            self._pid, ctypes.byref(here), 1, ctypes.byref(there), 1, ctypes.c_ulong(0)
+        )
+        if done < 0:
+            raise OSError(ctypes.get_errno(), "process_vm_readv")
+        return buffer.raw[:done]
+
+    def _look(self, found: Found, tail: bytes, data: bytes) -> bytes:
+        """Count the secret in what follows `tail`; what the next piece has to begin with."""
+        found.looked_at += len(data)
+        found.times += (tail + data).count(self._secret)
+        return data[-len(self._secret) + 1 :]
+
+
+def secret_of(seed: str) -> bytes:
+    """What the guest makes of the seed: sha256sum's digits."""
+    return hashlib.sha256(seed.encode()).hexdigest().encode()
+
+
+def main() -> None:
+    pid, seed, *files = sys.argv[1:]
+    found = Hunter(int(pid), secret_of(seed)).hunt([Path(name) for name in files])
+    print(json.dumps({way: each.as_dict() for way, each in found.items()}))
+
+
+if __name__ == "__main__":
+    main()
