@@ -63,12 +63,21 @@ debug: action=ignore
 # get_svm_extensions_bitmask() returns and CPUID's leaf 0x8000000a shows, where the compiler put the
 # function's value next to a comparison. Bit 7 of it is what they lack (AMD APM vol. 3, E.4.9).
 # And a read of a control register says its register without bit 63, which makes it valid (APM vol.
-# 2, 15.8.1): "if decode assists, edx = register" becomes "edx = register, with bit 63".
+# 2, 15.8.1): "if decode assists, edx = register" becomes "edx = register, with bit 63". A selective
+# intercept of a write to CR0 (exit 0x65) says none at all: it is told as other writes are, in as
+# many bytes, for which EXITINFO2 keeps what is in rcx (it means nothing there).
 _DECODE_ASSISTS = {
     "b8 4f 04 00 00 c3": "b8 cf 04 00 00 c3",  # mov eax, 0x44f; ret
     "b8 4f 04 00 00 48 39 ca": "b8 cf 04 00 00 48 39 ca",  # mov eax, 0x44f; cmp rdx, rcx
     # xor edx, edx; test byte ptr [rdi+88], 128; je .+4; movzx edx, byte ptr [rsi+36]
-    "31 d2 f6 47 58 80 74 04 0f b6 56 24": "0f b6 56 24 48 0f ba ea 3f 0f 1f 00",  # movzx; bts; nop
+    "31 d2 f6 47 58 80 74 04 0f b6 56 24": (
+        "0f b6 56 24 48 0f ba ea 3f 0f 1f 00"  # movzx; bts rdx, 63; nop
+    ),
+    # xor ecx, ecx; xor edx, edx; mov esi, 0x65; mov rdi, rbx; call Svm_Vmexit; jmp; nop
+    "31 c9 31 d2 be 65 00 00 00 48 89 df e8 30 eb fb ff e9 9e fe ff ff 0f 1f 00": (
+        # movzx edx, byte ptr [r13+37]; bts rdx, 63; push 0x65; pop rsi; push rbx; pop rdi; call; jmp
+        "41 0f b6 55 25 48 0f ba ea 3f 6a 65 5e 53 5f e8 2d eb fb ff e9 9b fe ff ff"
+    ),
 }
 
 

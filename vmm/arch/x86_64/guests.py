@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 
 DEFAULT_COMMAND_LINE = "console=ttyS0 panic=-1"
 """Before --append: console on the serial line; a panic ends the run at once."""
+STRICT_COMMAND_LINE = f"{DEFAULT_COMMAND_LINE} noapic"
+"""A strict guest's, which is told of no IOAPIC: without `noapic` Linux' setup_local_APIC() masks
+the line by which the 8259's interrupts come in, and its console waits for the first for ever."""
 
 
 class LinuxGuest:
@@ -101,7 +104,8 @@ class LinuxGuest:
         self._image = image = self._opened.finish()
         ram = layout.ram_ranges(self._options.memory)
         image.check_fits(ram, reserved=self._reserved)
-        text = f"{DEFAULT_COMMAND_LINE} {self._options.append}".strip()
+        default = STRICT_COMMAND_LINE if self.loads_itself else DEFAULT_COMMAND_LINE
+        text = f"{default} {self._options.append}".strip()
         header = image.setup_header
         if self._initrd is not None:
             limit = layout.FOUR_GIB if header is None else header.initrd_addr_max + 1

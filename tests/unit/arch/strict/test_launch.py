@@ -241,6 +241,12 @@ def test_linux_is_told_of_no_ioapic(measured: Launch) -> None:
     assert 0 in kinds and 1 not in kinds  # a local APIC, and no I/O APIC
 
 
+def test_linux_is_told_to_take_interrupts_from_the_8259(measured: Launch) -> None:
+    (words,) = (part.content for part in measured.parts if part.name == "command line")
+
+    assert words == b"console=ttyS0 panic=-1 noapic\0"
+
+
 def test_private_memory_is_all_but_the_launch_area(kernel: Path) -> None:
     with closing(guest_of(kernel)) as guest:
         private = guest.private_ranges(RAM)
