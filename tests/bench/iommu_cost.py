@@ -12,8 +12,9 @@ same four.
 
 The second table is what translation adds: the verbs that devices use, by GPA in shared memory
 (GuestMemory) and by IOVA in lent memory (IommuMemory), in turns. The third is a disk's queue with
-its driver: without an IOMMU, with buffers that are mapped all the time, and with a map and an unmap
-for each request.
+its driver: from shared memory, with a copy for each read (bounced), and behind the IOMMU with data
+buffers that are mapped all the time, mapped for each read and unmapped together or one by one.
+Rings and headers are mapped all the time, and not in what is said to be lent.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from kvm_bindings.exits import HypercallExit, IoExit
 from kvm_bindings.x86_64 import System
@@ -59,10 +60,10 @@ from vmm.memory.backings.memfd import MemfdBacking
 from vmm.memory.engines import make_engine
 from vmm.memory.lending import IommuMemory, LendingMemory
 
-RAM = 64 << 20
-PRIVATE_FROM = 2 << 20
-AREA = 32 << 20
-POOL = 16 << 20
+RAM = 256 << 20
+PRIVATE_FROM = 64 << 20
+AREA = 96 << 20
+POOL = 80 << 20
 """What is mapped all the time beside, page by page, as a guest's rings and buffers are."""
 POOL_PAGES = 64
 IOVA = 0x10_0000_0000
@@ -323,10 +324,10 @@ class _Behind:
     """The disk's memory with the guest's own accesses, for the driver: IOVA `at` is GPA `at` +
     OFFSET, page by page."""
 
-    OFFSET = 4 << 20
+    OFFSET = 128 << 20
 
     def __init__(self, guest: Guest, memory: IommuMemory) -> None:
-        self.size = 1 << 20
+        self.size = PRIVATE_FROM
         self._fd = guest.private.fd
         for verb in (
             "pread", "pwrite", "transfer_in", "transfer_out", "discard",
@@ -345,88 +346,151 @@ class _Behind:
 
 
 class Disk:
-    """A disk of the page cache, and a driver that keeps `DEPTH` reads of 4 KiB under way."""
+    """A disk in the page cache; its driver has it read `depth` times `size` bytes at once."""
 
-    DEPTH = 32
+    BYTES = 64 << 20
+    BUFFERS = 1 << 20
+    """Where they begin; what is below, rings and headers, is mapped all the time."""
 
-    def __init__(self, opened: ExitStack, memory: Any) -> None:
-        fd = os.memfd_create("disk")
-        os.ftruncate(fd, 8 << 20)
-        opened.callback(os.close, fd)
-        disk = VirtioBlock(DiskFile(os.dup(fd), "disk", (8 << 20) // 512, False, b""))
-        self.machine = VirtioMachine(disk, memory)
+    def __init__(self, opened: ExitStack, memory: Any, fd: int) -> None:
+        sectors = self.BYTES // 512
+        self.machine = VirtioMachine(
+            VirtioBlock(DiskFile(os.dup(fd), "d", sectors, False, b"")), memory
+        )
         opened.callback(self.machine.close)
         self.machine.up(size=128)
-        self._heads = [self.machine.room(32) for _ in range(self.DEPTH)]
-        self.machine._next = (self.machine._next + PAGE_SIZE - 1) & -PAGE_SIZE
-        self.buffers = [self.machine.room(PAGE_SIZE) for _ in range(self.DEPTH)]
+        self._heads = [self.machine.room(32) for _ in range(32)]
 
-    def turn(self, before: Callable[[int], object], after: Callable[[], object]) -> None:
-        """All reads once; `before` each, with its buffer, and `after` all of them."""
+    def turn(
+        self, size: int, depth: int, before: Callable[[int], object], after: Callable[[int], object]
+    ) -> None:
+        """`before` and `after` each read, with its buffer."""
         machine = self.machine
-        for number, (head, buffer) in enumerate(zip(self._heads, self.buffers, strict=True)):
+        buffers = [self.BUFFERS + 2 * size * number for number in range(depth)]
+        if 2 * size * depth > PRIVATE_FROM - self.BUFFERS:
+            buffers = [self.BUFFERS + size * number for number in range(depth)]
+        for number, (head, buffer) in enumerate(zip(self._heads, buffers, strict=False)):
             before(buffer)
-            machine.memory.poke(struct.pack("<IIQ", T_IN, 0, 8 * (number * 37 % 1024)), head)
-            data = Piece(buffer, PAGE_SIZE, True)
+            sector = number * 37 * size % (self.BYTES - size) // 512
+            machine.memory.poke(struct.pack("<IIQ", T_IN, 0, sector), head)
+            data = Piece(buffer, size, True)
             machine.give(0, Piece(head, 16), data, Piece(head + 16, 1, True))
         machine.kick(0)
-        if len(machine.queues[0].collect()) != self.DEPTH:
-            raise RuntimeError("a read was not answered")
-        after()
+        answered = len(machine.queues[0].collect())
+        while answered < depth:
+            machine.settle()
+            more = len(machine.queues[0].collect())
+            if not more:
+                raise RuntimeError(f"{depth - answered} reads were not answered")
+            answered += more
+        for buffer in buffers:
+            after(buffer)
 
 
-def disks(opened: ExitStack, rounds: int) -> dict[str, float]:
-    """Microseconds a read, driver and all, medians of turns that the subjects take alternately."""
+class Reads(NamedTuple):
+    """Microseconds a read by way, and the bytes that the device could reach where buffers are
+    mapped for each read: average over the turns, and most."""
+
+    us: dict[str, float]
+    average: int
+    peak: int
+
+
+SHAPES = ((4 << 10, 1), (4 << 10, 32), (64 << 10, 8), (1 << 20, 4), (1 << 20, 32))
+BOUNCE_BUFFER = 64 << 20
+"""What stock Linux shares for it with 512 MiB or more."""
+
+
+def disks(opened: ExitStack, rounds: int) -> dict[str, Reads]:
+    """Reads, driver and all: medians of turns that the ways take alternately."""
     plain, guest = Guest(opened), Guest(opened)
+    fd = os.memfd_create("disk")
+    opened.callback(os.close, fd)
+    os.ftruncate(fd, Disk.BYTES)
+    os.posix_fallocate(fd, 0, Disk.BYTES)
     endpoint = guest.device.endpoint("blk1", 16)
     guest.ask([struct.pack("<B3xIIII", iommu.T_ATTACH, 2, 16, 0, 0)])
     engines = make_engine("auto", guest.shared), make_engine("auto", guest.private)
     for engine in engines:
         opened.callback(engine.close)
     behind = _Behind(guest, IommuMemory(guest.memory, endpoint, engines))
-
-    def lend(iova: int) -> None:
-        guest.ask([map_request(iova, PAGE_SIZE, iova + _Behind.OFFSET, 3, 2)])
-
-    def take_back(buffers: list[int], at_once: int) -> None:
-        for start in range(0, len(buffers), at_once):
-            guest.ask(
-                [unmap_request(iova, PAGE_SIZE, 2) for iova in buffers[start : start + at_once]]
-            )
-
-    for iova in range(0, 1 << 20, PAGE_SIZE):
-        lend(iova)
-    subjects = {
-        "by GPA, no IOMMU": Disk(opened, RealMemory(plain.memory)),
-        "premapped": Disk(opened, behind),
+    whole = map_request(0, Disk.BUFFERS, _Behind.OFFSET, 3, 2)
+    guest.ask([whole])
+    shared = Disk(opened, RealMemory(plain.memory), fd)
+    lent = Disk(opened, behind, fd)
+    return {
+        f"{size >> 10} KiB, depth {depth}": _reads(guest, shared, lent, size, depth, rounds)
+        for size, depth in SHAPES
     }
-    lent = subjects["premapped"]
 
-    def nothing(*_: object) -> None:
-        """A driver without an IOMMU, or whose buffers are mapped already."""
 
-    turns: dict[str, Callable[[], None]] = {
-        name: lambda disk=disk: disk.turn(nothing, nothing)  # type: ignore[misc]
-        for name, disk in subjects.items()
+def _reads(guest: Guest, shared: Disk, lent: Disk, size: int, depth: int, rounds: int) -> Reads:
+    """One size and depth."""
+    lender = guest.device.lending
+    assert isinstance(lender, Lender)
+
+    def lend(iova: int, size: int) -> None:
+        guest.ask([map_request(iova, size, iova + _Behind.OFFSET, 3, 2)])
+
+    bounce, private = bytearray(1 << 20), bytearray(1 << 20)
+    pool = 2 * size * depth
+    pending: list[int] = []
+
+    def copy(buffer: int) -> None:
+        private[:size] = bounce[:size]  # the guest's own copy
+
+    def lend_one(buffer: int) -> None:
+        lend(buffer, size)
+
+    def give_back(buffer: int) -> None:
+        guest.ask([unmap_request(buffer, size, 2)])
+
+    def give_back_later(buffer: int) -> None:
+        pending.append(buffer)
+        if len(pending) == depth:
+            guest.ask([unmap_request(each, size, 2) for each in pending])
+            pending.clear()
+
+    def nothing(buffer: int) -> None:
+        """No IOMMU, or mapped already."""
+
+    def premapped() -> None:
+        lent.turn(size, depth, nothing, nothing)
+
+    ways: dict[str, Callable[[], None]] = {
+        "shared": lambda: shared.turn(size, depth, nothing, nothing),
+        "bounced": lambda: shared.turn(size, depth, nothing, copy),
+        "premapped": premapped,
+        "lazy": lambda: lent.turn(size, depth, lend_one, give_back_later),
+        "strict": lambda: lent.turn(size, depth, lend_one, give_back),
     }
-    turns["mapped for each, unmapped one by one"] = lambda: lent.turn(
-        lend, lambda: take_back(lent.buffers, 1)
-    )
-    turns["mapped for each, unmapped together"] = lambda: lent.turn(
-        lend, lambda: take_back(lent.buffers, Disk.DEPTH)
-    )
-    times: dict[str, list[int]] = {name: [] for name in turns}
-    for _ in range(rounds):
-        for name, turn in turns.items():
-            if name.startswith("mapped"):
-                take_back(lent.buffers, Disk.DEPTH)
+    times: dict[str, list[int]] = {name: [] for name in ways}
+    held = over = 0.0
+    counts = lender.counts
+    counts.peak_lent_bytes = 0
+    for _ in range(max(rounds * 32 // depth // (1 + size // (64 << 10)), 5)):
+        for name, way in ways.items():
+            if name == "premapped":
+                lend(Disk.BUFFERS, min(pool, PRIVATE_FROM - Disk.BUFFERS))
+            before = lender.as_dict()
             started = time.perf_counter_ns()
-            turn()
+            way()
             times[name].append(time.perf_counter_ns() - started)
-            if name.startswith("mapped"):
-                for buffer in lent.buffers:
-                    lend(buffer)
-    return {name: statistics.median(each) / 1000 / Disk.DEPTH for name, each in times.items()}
+            if name == "premapped":
+                guest.ask([unmap_request(0, PRIVATE_FROM, 2)])
+                lend(0, Disk.BUFFERS)
+                counts.peak_lent_bytes = 0
+            elif name == "strict":
+                now = lender.as_dict()
+                over += now["over_s"] - before["over_s"]
+                held += now["average_lent_bytes"] * now["over_s"]
+                held -= before["average_lent_bytes"] * before["over_s"]
+    always = Disk.BUFFERS + POOL_PAGES * PAGE_SIZE
+    return Reads(
+        {name: statistics.median(each) / 1000 / depth for name, each in times.items()},
+        round(held / over) - always if over else 0,
+        counts.peak_lent_bytes - always,
+    )
 
 
 def main() -> int:
@@ -462,11 +526,22 @@ def main() -> int:
     print(f"\n{'us':<26}{'by GPA':>8}{'by IOVA':>9}   more")
     for name, (plain, lent) in added.items():
         print(f"{name:<26}{plain:>8.2f}{lent:>9.2f}   {lent - plain:+.2f} (target {TARGET_US})")
-    print(f"\n{'reads of 4 KiB, depth 32':<38}{'us':>6}   times")
-    for name, taken in reads.items():
-        print(f"{name:<38}{taken:>6.1f}   {taken / reads['by GPA, no IOMMU']:.2f}")
+    ways = ("shared", "bounced", "premapped", "lazy", "strict")
+    print(f"\n{'us a read':<19}{''.join(f'{way:>11}' for way in ways)}   lent: average, most")
+    for name, read in reads.items():
+        print(
+            f"{name:<19}{''.join(f'{read.us[way]:>11.1f}' for way in ways)}   "
+            f"{read.average / 1024:,.0f} KiB, {read.peak / 1024:,.0f} KiB, "
+            f"{100 * read.average / BOUNCE_BUFFER:.2f} and {100 * read.peak / BOUNCE_BUFFER:.2f} % "
+            "of 64 MiB"
+        )
     if options.json is not None:
-        figures = {"requests": table, "exits": exits, "verbs": added, "disks": reads}
+        figures = {
+            "requests": table,
+            "exits": exits,
+            "verbs": added,
+            "disks": {name: each._asdict() for name, each in reads.items()},
+        }
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
     return 0
 

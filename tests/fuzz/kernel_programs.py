@@ -11,9 +11,11 @@ import argparse
 import random
 import sys
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 from kvm_bindings.x86_64 import System
+from tests.fuzz import emit_c
 from tests.fuzz.kernel_ops import Generator, Program
 from tests.fuzz.kernel_worlds import World, model_of
 from tests.support.fake_platform import FakePlatform
@@ -86,6 +88,7 @@ def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz.kernel_programs")
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
+    parser.add_argument("--emit-c", metavar="DIR", type=Path, help="write a divergence as C, too")
     options = parser.parse_args(words)
     install_kick_handler()
     print(f"kernel programs: seed {options.seed}, {options.count} programs", flush=True)
@@ -97,6 +100,9 @@ def main(words: list[str]) -> int:
             divergence = comparison.compare(options.seed, number)
             if divergence is not None:
                 print(f"DIVERGENCE: {divergence}")
+                if options.emit_c is not None:
+                    found = divergence.vm_type, divergence.program, divergence.model
+                    print(f"as C: {emit_c.write(options.emit_c, *found)}")
                 return 1
     seconds = time.monotonic() - started
     print(f"kernel programs: {options.count} run, no divergence, {seconds:.1f} s")

@@ -32,9 +32,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if here in item.path.parents:
             item.add_marker(pytest.mark.lab)
-            # Seen a few times in hundreds of machines: the emulator's processor stands still, and all
-            # that is in the machine with it. Told apart by the heartbeat, tried once more, and
-            # counted as "rerun" in pytest's summary. A guest or pyvmm that hangs is a failure.
+            # Seen a few times in hundreds of machines: the emulator's processor stands still, and
+            # all that is in the machine with it. The heartbeat tells; such a test is tried once
+            # more, and counted as "rerun" in pytest's summary. A guest or pyvmm that hangs fails.
             item.add_marker(pytest.mark.flaky(reruns=1, only_rerun=[MachineStandsStill.__name__]))
             if item.get_closest_marker("timeout") is None:
                 item.add_marker(pytest.mark.timeout(TIME_LIMIT))

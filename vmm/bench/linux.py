@@ -187,8 +187,9 @@ def _by_fio(said: bytes) -> float:
     return float(reading + writing)
 
 
-def until_prompt(fd: int) -> bytes:
-    deadline = time.monotonic() + LONGEST
+def until_prompt(fd: int, seconds: float = LONGEST) -> bytes:
+    """What is said up to the prompt, and it. Raises HostError where that takes longer."""
+    deadline = time.monotonic() + seconds
     seen = b""
     while PROMPT not in seen:
         ready, _, _ = select.select([fd], [], [], max(deadline - time.monotonic(), 0))

@@ -131,8 +131,9 @@ def machine(host: dict[str, Any]) -> str:
 
 def _verdict_cells(verdict: Verdict) -> list[str]:
     target, ratio = verdict.target, verdict.ratio
+    what = f"{target.case}, processor time" if target.section == "disk-cpu" else target.case
     return [
-        f"{target.case}: {target.subject} / {target.against}",
+        f"{what}: {target.subject} / {target.against}",
         f"{ratio.median:.2f} ({ratio.low:.2f}..{ratio.high:.2f})",
         f">= {target.wanted:.2f}",
         "reached" if verdict.reached else "missed",

@@ -75,7 +75,8 @@ _DECODE_ASSISTS = {
     ),
     # xor ecx, ecx; xor edx, edx; mov esi, 0x65; mov rdi, rbx; call Svm_Vmexit; jmp; nop
     "31 c9 31 d2 be 65 00 00 00 48 89 df e8 30 eb fb ff e9 9e fe ff ff 0f 1f 00": (
-        # movzx edx, byte ptr [r13+37]; bts rdx, 63; push 0x65; pop rsi; push rbx; pop rdi; call; jmp
+        # movzx edx, byte ptr [r13+37]; bts rdx, 63; push 0x65; pop rsi; push rbx; pop rdi;
+        # call; jmp
         "41 0f b6 55 25 48 0f ba ea 3f 6a 65 5e 53 5f e8 2d eb fb ff e9 9b fe ff ff"
     ),
 }

@@ -67,6 +67,19 @@ def test_text_shows_medians_and_judges_ratios() -> None:
     assert judged == {"OUT to a device": "missed", "1 MiB sequential reads, depth 4": "reached"}
 
 
+def test_text_tells_processor_time_from_time() -> None:
+    case = "4 KiB random reads, depth 1"
+    series = [
+        Series("disk-cpu", case, subject, "us", [value])
+        for subject, value in (("pyvmm auto", 26.0), ("QEMU", 20.0))
+    ]
+
+    judged = results.text(HOST, series).splitlines()[-1]
+
+    assert judged.startswith(f"{case}, processor time: pyvmm auto / QEMU  0.77")
+    assert judged.endswith("reached")
+
+
 def test_json_has_the_ratios_with_their_spread() -> None:
     ratios = results.as_json(HOST, {}, some_series())["ratios"]
 

@@ -1,0 +1,309 @@
+/*
+ * What an emitted program needs: a VM, a vCPU that loads and stores words, and the operations, each
+ * of which gives what was seen as text. Needs no headers newer than Linux 6.1's.
+ */
+#ifndef KVM_REPLAY_H
+#define KVM_REPLAY_H
+
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/kvm.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define PAGE 4096ull
+#define CODE_SLOT 32000
+#define MOST_FILES 3	/* more are not made */
+#define OP __attribute__((unused)) static const char *
+
+struct region2 {
+	uint32_t slot, flags;
+	uint64_t gpa, size, hva, offset;
+	uint32_t fd, pad1;
+	uint64_t pad2[14];
+};
+struct attributes { uint64_t gpa, size, attributes, flags; };
+struct attributes2 { uint64_t offset, size, attributes, flags, error_offset, reserved[11]; };
+struct new_gmem { uint64_t size, flags, reserved[6]; };
+struct fault { uint64_t flags, gpa, size; };
+
+#define SET_REGION2	_IOW(KVMIO, 0x49, struct region2)
+#define SET_ATTRIBUTES	_IOW(KVMIO, 0xd2, struct attributes)
+#define SET_ATTRIBUTES2	_IOWR(KVMIO, 0xd2, struct attributes2)
+#define CREATE_GMEM	_IOWR(KVMIO, 0xd4, struct new_gmem)
+#define EXIT_FAULT	39
+
+static int vm, vcpu, memfd, scratch, files[MOST_FILES], made, failures;
+static void *maps[MOST_FILES];
+static uint64_t sizes[MOST_FILES], area, hva;
+static struct kvm_run *run;
+static char seen[256];
+
+static int need(int result, const char *what)
+{
+	if (result < 0) {
+		perror(what);
+		exit(3);
+	}
+	return result;
+}
+
+static const char *said(long result)
+{
+	snprintf(seen, sizeof(seen), result < 0 ? "%s" : "ok", strerrorname_np(errno));
+	return seen;
+}
+
+static const char *word(long result, uint64_t value)
+{
+	if (result < 0)
+		return said(result);
+	snprintf(seen, sizeof(seen), "0x%llx", (unsigned long long)value);
+	return seen;
+}
+
+static void check(const char *operation, const char *found, const char *expected)
+{
+	bool same = !strcmp(found, expected);
+
+	printf("%s %s -> %s\n", same ? "ok  " : "FAIL", operation, found);
+	if (!same) {
+		printf("     expected: %s\n", expected);
+		failures++;
+	}
+}
+
+/* Protected mode, flat, no paging. At 0x1000 a load of [ebx], at 0x1100 a store. */
+static void start(unsigned long type, uint64_t area_gpa, uint64_t pages)
+{
+	static const uint8_t load[] = { 0x8b, 0x03, 0x8b, 0x53, 0x04, 0xe6, 0x10 };
+	static const uint8_t store[] = { 0x89, 0x03, 0x89, 0x53, 0x04, 0xe6, 0x10 };
+	struct kvm_userspace_memory_region code = { CODE_SLOT, 0, 0, area_gpa, 0 };
+	struct kvm_segment flat = { .limit = ~0u, .selector = 8, .type = 11, .present = 1,
+				    .db = 1, .s = 1, .g = 1 };
+	struct kvm_sregs sregs;
+	int kvm = need(open("/dev/kvm", O_RDWR | O_CLOEXEC), "/dev/kvm");
+	uint8_t *ram;
+
+	area = area_gpa;
+	vm = need(ioctl(kvm, KVM_CREATE_VM, type), "KVM_CREATE_VM");
+	ram = mmap(NULL, area_gpa, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	memcpy(ram + 0x1000, load, sizeof(load));
+	memcpy(ram + 0x1100, store, sizeof(store));
+	code.userspace_addr = (uintptr_t)ram;
+	need(ioctl(vm, KVM_SET_USER_MEMORY_REGION, &code), "the code's memslot");
+	vcpu = need(ioctl(vm, KVM_CREATE_VCPU, 0), "KVM_CREATE_VCPU");
+	run = mmap(NULL, need(ioctl(kvm, KVM_GET_VCPU_MMAP_SIZE, 0), "kvm_run"),
+		   PROT_READ | PROT_WRITE, MAP_SHARED, vcpu, 0);
+	need(ioctl(vcpu, KVM_GET_SREGS, &sregs), "KVM_GET_SREGS");
+	sregs.cr0 |= 1;
+	sregs.cs = flat;
+	flat.type = 3;
+	flat.selector = 16;
+	sregs.ds = sregs.es = sregs.ss = sregs.fs = sregs.gs = flat;
+	need(ioctl(vcpu, KVM_SET_SREGS, &sregs), "KVM_SET_SREGS");
+
+	memfd = need(memfd_create("memory", MFD_CLOEXEC), "memfd_create");
+	scratch = need(memfd_create("scratch", MFD_CLOEXEC), "memfd_create");
+	need(ftruncate(memfd, pages * PAGE), "ftruncate");
+	hva = (uintptr_t)mmap(NULL, 2 * pages * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, memfd, 0);
+}
+
+static const char *guest(uint64_t entry, uint64_t gpa, uint64_t *value)
+{
+	struct kvm_regs regs = { .rip = entry, .rflags = 2, .rbx = gpa,
+				 .rax = *value & ~0u, .rdx = *value >> 32 };
+	struct fault *fault = (struct fault *)&run->hw;
+	int result;
+
+	/* An exit that is still to be completed: with immediate_exit it is, and nothing runs. */
+	run->immediate_exit = 1;
+	ioctl(vcpu, KVM_RUN, 0);
+	run->immediate_exit = 0;
+	need(ioctl(vcpu, KVM_SET_REGS, &regs), "KVM_SET_REGS");
+	result = ioctl(vcpu, KVM_RUN, 0);
+	if (result < 0 && run->exit_reason == EXIT_FAULT && errno == EFAULT) {
+		snprintf(seen, sizeof(seen), "memory fault, flags=%llu, gpa=+0x%llx",
+			 (unsigned long long)fault->flags, (unsigned long long)(fault->gpa - area));
+		return seen;
+	}
+	if (result < 0)
+		return said(result);
+	if (run->exit_reason == KVM_EXIT_MMIO)
+		return "mmio";
+	if (run->exit_reason != KVM_EXIT_IO) {
+		snprintf(seen, sizeof(seen), "exit %u", run->exit_reason);
+		return seen;
+	}
+	need(ioctl(vcpu, KVM_GET_REGS, &regs), "KVM_GET_REGS");
+	*value = (regs.rax & ~0u) | regs.rdx << 32;
+	return NULL;
+}
+
+OP guest_read(uint64_t page)
+{
+	uint64_t value = 0;
+	const char *other = guest(0x1000, area + page * PAGE, &value);
+
+	return other ?: word(0, value);
+}
+
+OP guest_write(uint64_t page, uint64_t value)
+{
+	return guest(0x1100, area + page * PAGE, &value) ?: "ok";
+}
+
+OP create_guest_memfd(uint64_t size, uint64_t flags)
+{
+	struct new_gmem wanted = { size, flags };
+	int fd;
+
+	if (made == MOST_FILES)
+		return "ok";
+	fd = ioctl(vm, CREATE_GMEM, &wanted);
+
+	if (fd >= 0) {
+		sizes[made] = size;
+		files[made++] = fd;
+	}
+	return said(fd);
+}
+
+static int file(int number)
+{
+	return number >= 0 && number < made ? files[number] : -1;
+}
+
+OP set_slot(uint32_t slot, uint64_t gpa, uint64_t size, uint64_t at,
+			    uint32_t flags, int gmem, uint64_t offset, bool old)
+{
+	struct region2 wanted = { slot, flags, area + gpa, size, hva + at, offset,
+				  gmem < 0 ? memfd : file(gmem) };
+
+	if (old)
+		return said(ioctl(vm, KVM_SET_USER_MEMORY_REGION, &wanted));
+	return said(ioctl(vm, SET_REGION2, &wanted));
+}
+
+OP set_attributes(uint64_t gpa, uint64_t size, uint64_t value)
+{
+	struct attributes wanted = { area + gpa, size, value };
+
+	return said(ioctl(vm, SET_ATTRIBUTES, &wanted));
+}
+
+#define OPEN(number) do { if (file(number) < 0) return "not there"; } while (0)
+
+OP convert(int number, uint64_t offset, uint64_t size, uint64_t value)
+{
+	struct attributes2 wanted = { offset, size, value };
+
+	OPEN(number);
+	return said(ioctl(file(number), SET_ATTRIBUTES2, &wanted));
+}
+
+OP gmem_fallocate(int number, int mode, uint64_t offset, uint64_t size)
+{
+	OPEN(number);
+	return said(syscall(SYS_fallocate, file(number), mode, offset, size));
+}
+
+OP gmem_map(int number)
+{
+	OPEN(number);
+	if (!maps[number]) {
+		void *at = mmap(NULL, sizes[number] + 8 * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED,
+				file(number), 0);
+
+		if (at == MAP_FAILED)
+			return said(-1);
+		maps[number] = at;
+	}
+	return "ok";
+}
+
+OP read_or_write(int fd, uint64_t offset, bool write, uint64_t value)
+{
+	long moved = write ? pwrite(fd, &value, 8, offset) : pread(fd, &value, 8, offset);
+
+	if (write)
+		return said(moved);
+	return word(moved, moved ? value : 0);
+}
+
+OP gmem_pread(int number, uint64_t offset)
+{
+	OPEN(number);
+	return read_or_write(file(number), offset, false, 0);
+}
+
+OP gmem_pwrite(int number, uint64_t offset, uint64_t value)
+{
+	OPEN(number);
+	return read_or_write(file(number), offset, true, value);
+}
+
+/* By system calls into the mapping: what were a SIGBUS is EFAULT. */
+OP gmem_load(int number, uint64_t offset)
+{
+	const char *unmapped = gmem_map(number);
+	uint64_t value = 0;
+	long moved;
+
+	if (strcmp(unmapped, "ok"))
+		return unmapped;
+	moved = pwrite(scratch, (char *)maps[number] + offset, 8, 0);
+	if (moved > 0)
+		need(pread(scratch, &value, 8, 0), "scratch");
+	return word(moved, value);
+}
+
+OP gmem_store(int number, uint64_t offset, uint64_t value)
+{
+	const char *unmapped = gmem_map(number);
+
+	if (strcmp(unmapped, "ok"))
+		return unmapped;
+	need(pwrite(scratch, &value, 8, 0), "scratch");
+	return said(pread(scratch, (char *)maps[number] + offset, 8, 0));
+}
+
+OP gmem_close(int number)
+{
+	OPEN(number);
+	if (maps[number])
+		munmap(maps[number], sizes[number] + 8 * PAGE);
+	maps[number] = NULL;
+	close(files[number]);
+	files[number] = -1;
+	return "ok";
+}
+
+OP host_read(uint64_t page)
+{
+	return read_or_write(memfd, page * PAGE, false, 0);
+}
+
+OP host_write(uint64_t page, uint64_t value)
+{
+	return read_or_write(memfd, page * PAGE, true, value);
+}
+
+OP vm_pread(uint64_t page)
+{
+	return read_or_write(vm, area + page * PAGE, false, 0);
+}
+
+OP vm_pwrite(uint64_t page, uint64_t value)
+{
+	return read_or_write(vm, area + page * PAGE, true, value);
+}
+#endif
