@@ -1,6 +1,7 @@
-"""A stock kernel in memory that its host's user space can't read. Minutes, so only when asked.
+"""A stock kernel in memory that its host's user space can't read.
 
-Under Bochs, and where KVM reads a guest's instructions in guest_memfd itself, if the lab has that.
+On the lab host whose KVM reads a guest's instructions in guest_memfd itself; and under Bochs, whose
+KVM need not read them, which takes minutes and is done when asked for.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ from vmm.lab.machine import Lab
 _FORCE = "PYVMM_LAB_SLOW"
 SECONDS = 600.0
 
-pytestmark = [
-    pytest.mark.timeout(3000),
-    pytest.mark.skipif(
-        not os.environ.get(_FORCE), reason=f"Bochs takes minutes; {_FORCE}=1 runs these tests"
-    ),
+pytestmark = pytest.mark.timeout(3000)
+
+slow = pytest.mark.skipif(
+    not os.environ.get(_FORCE), reason=f"Bochs takes minutes; {_FORCE}=1 runs these tests"
+)
+HOSTS = [
+    *(name for name in ("experimental",) if name in hosts.HOSTS),
+    pytest.param("bochs", marks=slow),
 ]
-
-
-HOSTS = [name for name in ("bochs", "experimental") if name in hosts.HOSTS]
 
 
 def told(lab: Lab, lab_start: Starter, host: str, backing: str) -> Told:
