@@ -97,6 +97,8 @@ def main(words: list[str]) -> int:
         comparison = Comparison(system)
         print(f"model: {comparison.vm_types} VM types", flush=True)
         for number in range(options.count):
+            if number and number % 500 == 0:
+                print(f"{number} programs, no divergence", flush=True)
             divergence = comparison.compare(options.seed, number)
             if divergence is not None:
                 print(f"DIVERGENCE: {divergence}")
