@@ -70,7 +70,8 @@ AMD64 = LabArchitecture(
     qemu_program="qemu-system-x86_64",
     qemu_package="qemu-system-x86",
     qemu_machine=("-machine", "pc", "-cpu", "EPYC,+svm"),
-    kernel_words=f"console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable {_SPARING} {_PAUSES}",
+    kernel_words="console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable "
+    f"{_SPARING} {_PAUSES}",
     kernel_mark=(0x202, b"HdrS"),  # Documentation/arch/x86/boot.rst of Linux
     kvm_modules=("irqbypass", "kvm", "kvm-amd"),
     plugs=True,
