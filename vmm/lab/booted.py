@@ -99,7 +99,7 @@ class Plugging:
             self.saved.write(self._monitor)
         for node in self._nodes:
             self._monitor.do("blockdev-add", node)
-        # While it stands, so that Linux finds all of them at once, in the order of their slots.
+        # While it stands, so that Linux finds all of them at once.
         for device in self._devices:
             self._monitor.do("device_add", device)
         self._monitor.do("cont")

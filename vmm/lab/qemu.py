@@ -13,6 +13,7 @@ from vmm.lab.options import LabOptions
 from vmm.lab.packages import Qemu
 from vmm.lab.streams import stream_pair
 
+_SLOT, _FUNCTIONS = 0x10, 8
 _CHANNELS: dict[str, object] = {"driver": "virtio-serial-pci", "id": "channels"}
 
 
@@ -37,7 +38,7 @@ def launch(
     nodes = [_block_node(f"drive{number}", drive) for number, drive in enumerate(drives)]
     devices = [_block_device(number, drive) for number, drive in enumerate(drives)]
     ports = _ports([name for name in streams if name != "serial"])
-    if not assets.host.architecture.plugs:
+    if not assets.host.architecture.plugs or len(drives) > 1 + _FUNCTIONS:
         words += _chardevs(fds)
         words += ["-device", json.dumps(_CHANNELS)]
         for node in nodes:
@@ -56,7 +57,8 @@ def launch(
         words += [*_chardevs({**fds, "monitor": theirs.fileno()}), "-mon", "monitor,mode=control"]
         words += ["-incoming", "defer"] if restores else []
         inherited.append(theirs)
-        plugging = Plugging(ours, saved, nodes[1:], [*ports, *devices[1:]], restores)
+        plugged = [*ports, *_in_one_slot(devices[1:])]
+        plugging = Plugging(ours, saved, nodes[1:], plugged, restores)
     return Launch(
         words,
         {name: ours for name, (ours, _) in pairs.items()},
@@ -101,6 +103,19 @@ def _ports(names: Sequence[str]) -> list[dict[str, object]]:
 def _block_device(number: int, drive: Drive) -> dict[str, object]:
     device: dict[str, object] = {"driver": "virtio-blk-pci", "drive": f"drive{number}"}
     return device | ({"share-rw": True} if drive.shared else {})
+
+
+def _in_one_slot(devices: Sequence[dict[str, object]]) -> list[dict[str, object]]:
+    """The devices as functions of one PCI slot, in the order in which they have to be plugged.
+
+    Linux looks at a slot when its function 0 is there, which comes last, and finds the others in
+    the order of their numbers. Slots are looked at in any order (two workers of ACPI's), and the
+    names of drives would go by that.
+    """
+    return [
+        device | {"addr": f"{_SLOT:x}.{number:x}", "multifunction": True}
+        for number, device in reversed(list(enumerate(devices)))
+    ]
 
 
 def _block_node(name: str, drive: Drive) -> dict[str, object]:
