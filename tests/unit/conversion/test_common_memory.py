@@ -25,7 +25,7 @@ CONTENT = pattern(COMMON * PAGE_SIZE)
 @pytest.fixture
 def memory() -> Iterator[GuestMemory]:
     """64 private pages, of which the first 8 are common."""
-    with guest_memory(pages(0, 64), common_end=page(COMMON)) as made:
+    with guest_memory(pages(0, 64), common=pages(0, COMMON)) as made:
         made.shared.pwrite(CONTENT, 0)
         yield made
 

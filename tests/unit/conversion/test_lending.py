@@ -477,7 +477,7 @@ def test_common_pages_are_lent_from_the_shared_backing() -> None:
     """Both of a guest's aliases show them there (scheme cbit with several vCPUs)."""
     size = page(8)
     shared, private = MemfdBacking(size), MemfdBacking(size)
-    memory = LendingMemory((Range(0, size),), shared, private, (Range(0, size),), page(2))
+    memory = LendingMemory((Range(0, size),), shared, private, (Range(0, size),), pages(0, 2))
     rig = IommuRig()
     endpoint = rig.endpoint
     endpoint.space = AddressSpace()

@@ -183,7 +183,7 @@ def test_ordinary_vm_has_everything_on_the_shared_side() -> None:
 @both_ways
 def test_common_memory_is_filled_once_on_the_shared_side(fill: Fill) -> None:
     data = pattern(4 * PAGE_SIZE)
-    with guest_memory(pages(0, 64), common_end=page(6)) as memory:
+    with guest_memory(pages(0, 64), common=pages(0, 6)) as memory:
         shared, private = sides(memory)
 
         fill(LaunchMemory(memory), data, page(4))
@@ -195,5 +195,5 @@ def test_common_memory_is_filled_once_on_the_shared_side(fill: Fill) -> None:
 
 
 def test_host_access_to_a_private_page_of_common_memory_is_refused() -> None:
-    with guest_memory(pages(0, 64), common_end=page(6)) as memory, pytest.raises(PrivateAccess):
+    with guest_memory(pages(0, 64), common=pages(0, 6)) as memory, pytest.raises(PrivateAccess):
         memory.pread(1, page(5))
