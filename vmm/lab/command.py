@@ -57,7 +57,8 @@ def run(argv: list[str], check: Callable[[list[str], str], object] | None = None
     if command.help:
         print(HELP, end="")
         return 0
-    if check is not None and not command.is_program:
+    pyvmms = not command.is_program and command.options.kernel_selftests is None
+    if check is not None and pyvmms:
         host = hosts.named(command.options.host)
         check(with_kernel(command.arguments, host), host.architecture.name)
     progress: Progress = Silent() if command.options.quiet else Reporter()
@@ -74,9 +75,10 @@ def run(argv: list[str], check: Callable[[list[str], str], object] | None = None
 def _run(command: LabCommand, progress: Progress, signals: _Signals) -> int:
     lab = Lab(command.options, progress)
     has_terminal = terminal.interactive()
+    tests = command.options.kernel_selftests
     started = lab.start(
-        command.arguments,
-        program=command.is_program,
+        command.arguments if tests is None else lab.selftest_words(tests, command.arguments),
+        program=command.is_program or tests is not None,
         terminal=terminal.size() if has_terminal else None,
     )
     with started as machine:
