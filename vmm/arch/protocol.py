@@ -135,6 +135,11 @@ class Architecture(HostArchitecture, Protocol):
         """The embedded payload. Raises UsageError where it does not fit."""
         ...
 
+    def with_bench_guest(self) -> Architecture:
+        """This architecture with the bench guest in the payload's place, for measurements with
+        private memory. Raises HostError where there is none."""
+        ...
+
     def choose_loading(
         self, system: System, guest: Guest, private_memory: str, scheme: str
     ) -> None:

@@ -10,13 +10,16 @@ from typing import NoReturn
 from vmm.core.errors import UsageError
 from vmm.core.near import did_you_mean
 
+_USUAL, _LEAST = 80, 40
 
-def _width() -> int:
-    """Columns for help texts, as argparse finds them."""
+
+def width() -> int:
+    """Columns for help and other texts, as argparse finds them."""
     try:
-        return int(os.environ.get("COLUMNS") or os.get_terminal_size(1).columns) - 2
+        columns = int(os.environ.get("COLUMNS") or os.get_terminal_size(1).columns)
     except (OSError, ValueError):
-        return 78
+        columns = 0
+    return max(columns or _USUAL, _LEAST) - 2  # a terminal may not know its own: 0
 
 
 class Parser(argparse.ArgumentParser):
@@ -26,7 +29,7 @@ class Parser(argparse.ArgumentParser):
         # With a width, because finding one out imports shutil and all archive formats behind it,
         # for each option that is added.
         formatter: Callable[..., argparse.HelpFormatter] = self.formatter_class
-        return formatter(prog=self.prog, width=_width())
+        return formatter(prog=self.prog, width=width())
 
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: None = None

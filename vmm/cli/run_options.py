@@ -136,7 +136,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "output": {
         "--report": {
             "metavar": "FILE",
-            "help": "write what happened to FILE as JSON when the run ends",
+            "help": "write what happened to FILE (-: stdout) as JSON when the run ends",
         },
         "--trace": {
             "metavar": "DIR",

@@ -168,3 +168,10 @@ def test_module_that_cannot_be_opened_for_want_of_files_is_the_limits_fault() ->
 
     assert status == 3
     assert sentence.startswith("the host refused: Too many open files; ")
+
+
+def test_output_named_minus_is_stdout_and_no_file(tmp_path: Path, folder: Path) -> None:
+    result = shell(tmp_path, f"pyvmm report {folder} --html - | head -c 15")
+
+    assert (result.stdout.lower(), result.stderr) == ("<!doctype html>", "")
+    assert not (tmp_path / "-").exists()
