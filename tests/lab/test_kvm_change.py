@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import random
 import subprocess
@@ -12,9 +11,9 @@ import pytest
 
 from tests.fuzz import emit_c
 from tests.fuzz import kernel_ops as ops
+from tests.fuzz.kernel_replay import experimental
 from tests.fuzz.kernel_worlds import World
 from tests.lab.conftest import BOOT_SECONDS, Starter
-from tests.support.fake_kvm import FakeKernel, VmType
 from tests.support.fake_platform import FakePlatform
 from tests.support.own_kvm import CHECKS
 from vmm.core.errors import GuestFailure
@@ -67,23 +66,12 @@ true
 """
 
 
-# As tests.fuzz.kernel_worlds.model_of finds it.
-_MODEL = FakeKernel(
-    {0: VmType(0, 3), 1: VmType(8, 3)},
-    in_place=True,
-    file_io=True,
-    vm_io=True,
-    keeps_content=True,
-    binding_taken=errno.EEXIST,
-)
-
-
 def c_programs(folder: Path) -> list[Path]:
     """Random programs on both VM types, compiled: they show without pyvmm what the model says."""
     made = []
     for number in range(6):
         program = ops.Generator(random.Random(number)).program(24)
-        expected = World(FakePlatform(_MODEL), number % 2).run(program)
+        expected = World(FakePlatform(experimental()), number % 2).run(program)
         source = emit_c.write(folder / str(number), number % 2, program, expected)
         made.append(source.with_suffix(""))
         subprocess.run(["cc", "-static", "-o", str(made[-1]), str(source)], check=True)

@@ -22,6 +22,7 @@ from vmm.lab.hosts import Host
 from vmm.lab.initramfs import guest_initramfs, host_initramfs
 from vmm.lab.interpreter import RunningPython
 from vmm.lab.job import FIXED_DRIVES, attach, job_from_arguments
+from vmm.lab.kernel_selftests import RUNNER, KernelSelftests
 from vmm.lab.kvm_change import KvmChange
 from vmm.lab.options import LabOptions
 from vmm.lab.packages import Bochs, Kernel, MissingFiles, Packages, Qemu, Wants, modules_beside
@@ -216,6 +217,19 @@ class Lab:
             except MissingFiles as error:
                 tell(f"the lab goes on without fio: not to be downloaded ({error.reason})")
         return words
+
+    def selftest_words(self, tree: Path, names: Sequence[str]) -> list[str]:
+        """A program's words that run the kernel's self-tests, built from its tree."""
+        if self.host.architecture is not HERE or self.host.bochs:
+            raise UsageError(
+                f"--kernel-selftests {tree}: built for x86 hosts under QEMU, which "
+                f"--host {self.host.name} is not"
+            )
+        if self.options.cpus is None:
+            # Some have several vCPUs (`runs_several_vcpus`).
+            self.options = replace(self.options, cpus=1)
+        programs = KernelSelftests(tree, names, self.cache, self.progress).programs()
+        return ["sh", "-c", RUNNER, "sh", *map(str, programs)]
 
     def _refuse_foreign(self, option: str, kernel: Path) -> None:
         """Raises UsageError for a kernel of another architecture than the machine's."""

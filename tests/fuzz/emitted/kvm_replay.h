@@ -43,8 +43,9 @@ struct fault { uint64_t flags, gpa, size; };
 
 static int vm, vcpu, memfd, scratch, files[MOST_FILES], made, failures;
 static void *maps[MOST_FILES];
-static uint64_t sizes[MOST_FILES], area, hva;
+static uint64_t sizes[MOST_FILES], area, hva, mapped, run_size;
 static struct kvm_run *run;
+static uint8_t *ram;
 static char seen[256];
 
 static int need(int result, const char *what)
@@ -91,7 +92,6 @@ static void start(unsigned long type, uint64_t area_gpa, uint64_t pages)
 				    .db = 1, .s = 1, .g = 1 };
 	struct kvm_sregs sregs;
 	int kvm = need(open("/dev/kvm", O_RDWR | O_CLOEXEC), "/dev/kvm");
-	uint8_t *ram;
 
 	area = area_gpa;
 	vm = need(ioctl(kvm, KVM_CREATE_VM, type), "KVM_CREATE_VM");
@@ -101,8 +101,9 @@ static void start(unsigned long type, uint64_t area_gpa, uint64_t pages)
 	code.userspace_addr = (uintptr_t)ram;
 	need(ioctl(vm, KVM_SET_USER_MEMORY_REGION, &code), "the code's memslot");
 	vcpu = need(ioctl(vm, KVM_CREATE_VCPU, 0), "KVM_CREATE_VCPU");
-	run = mmap(NULL, need(ioctl(kvm, KVM_GET_VCPU_MMAP_SIZE, 0), "kvm_run"),
-		   PROT_READ | PROT_WRITE, MAP_SHARED, vcpu, 0);
+	run_size = need(ioctl(kvm, KVM_GET_VCPU_MMAP_SIZE, 0), "kvm_run");
+	run = mmap(NULL, run_size, PROT_READ | PROT_WRITE, MAP_SHARED, vcpu, 0);
+	close(kvm);
 	need(ioctl(vcpu, KVM_GET_SREGS, &sregs), "KVM_GET_SREGS");
 	sregs.cr0 |= 1;
 	sregs.cs = flat;
@@ -114,7 +115,30 @@ static void start(unsigned long type, uint64_t area_gpa, uint64_t pages)
 	memfd = need(memfd_create("memory", MFD_CLOEXEC), "memfd_create");
 	scratch = need(memfd_create("scratch", MFD_CLOEXEC), "memfd_create");
 	need(ftruncate(memfd, pages * PAGE), "ftruncate");
-	hva = (uintptr_t)mmap(NULL, 2 * pages * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, memfd, 0);
+	mapped = 2 * pages * PAGE;
+	hva = (uintptr_t)mmap(NULL, mapped, PROT_READ | PROT_WRITE, MAP_SHARED, memfd, 0);
+}
+
+/* Lets go of all, so that another program can start. */
+__attribute__((unused)) static void finish(void)
+{
+	int number;
+
+	for (number = 0; number < made; number++) {
+		if (maps[number])
+			munmap(maps[number], sizes[number] + 8 * PAGE);
+		maps[number] = NULL;
+		if (files[number] >= 0)
+			close(files[number]);
+	}
+	made = 0;
+	munmap(run, run_size);
+	munmap((void *)hva, mapped);
+	munmap(ram, area);
+	close(vcpu);
+	close(vm);
+	close(memfd);
+	close(scratch);
 }
 
 static const char *guest(uint64_t entry, uint64_t gpa, uint64_t *value)
@@ -274,6 +298,18 @@ OP gmem_store(int number, uint64_t offset, uint64_t value)
 		return unmapped;
 	need(pwrite(scratch, &value, 8, 0), "scratch");
 	return said(pread(scratch, (char *)maps[number] + offset, 8, 0));
+}
+
+/* The pages in the page cache, by cachestat(2), which has its number from Linux 6.5 on. */
+OP gmem_resident(int number)
+{
+	uint64_t all[2] = { 0, 0 }, found[5] = { 0 };
+
+	OPEN(number);
+	if (syscall(451, file(number), all, found, 0) < 0)
+		return said(-1);
+	snprintf(seen, sizeof(seen), "%llu", (unsigned long long)found[0]);
+	return seen;
 }
 
 OP gmem_close(int number)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from vmm.arch.x86_64 import layout
 from vmm.arch.x86_64.architecture import X86
-from vmm.arch.x86_64.guests import PayloadGuest, without
+from vmm.arch.x86_64.guests import PayloadGuest
 from vmm.core.errors import UsageError
 from vmm.core.lean_typing import TYPE_CHECKING
 from vmm.core.ranges import Range
@@ -49,7 +49,7 @@ class BenchGuest(PayloadGuest):
             )
 
     def private_ranges(self, ram: list[Range]) -> list[Range]:
-        return [piece for area in ram for piece in without(area, IMAGE)]
+        return [piece for area in ram for piece in area.without(IMAGE)]
 
     def load(
         self, launch: LaunchMemory, ram: list[Range], alias: int, functions: Sequence[str]
