@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 from pathlib import Path
@@ -16,7 +17,9 @@ from tests.fuzz.kernel_worlds import World
 from tests.lab.conftest import BOOT_SECONDS, Starter
 from tests.support.fake_platform import FakePlatform
 from tests.support.own_kvm import CHECKS
-from vmm.core.errors import GuestFailure
+from vmm.core.errors import GuestFailure, HostError
+
+_SLOW = "PYVMM_LAB_SLOW"
 
 # A parameter whose writing is a crash: one file more, and a line of the makefile.
 _OOPS = """\
@@ -43,6 +46,22 @@ diff --git a/virt/kvm/Makefile.kvm b/virt/kvm/Makefile.kvm
 @@ -8 +8,2 @@
  kvm-y := $(KVM)/kvm_main.o $(KVM)/eventfd.o $(KVM)/binary_stats.o
 +kvm-y += $(KVM)/oops.o
+"""
+# A processor that never comes back from KVM_CREATE_VM.
+_SPIN = """\
+--- a/virt/kvm/kvm_main.c
++++ b/virt/kvm/kvm_main.c
+@@ -5545,0 +5546,3 @@
++	local_irq_disable();
++	for (;;)
++		cpu_relax();
+"""
+_NO_START = """\
+--- a/arch/x86/kvm/x86.c
++++ b/arch/x86/kvm/x86.c
+@@ -11038 +11038 @@
+-	return 0;
++	return -EINVAL;
 """
 # The experiments, tried; then a line for each run of the payload, and the complaints of a kernel
 # whose modules don't fit it.
@@ -135,3 +154,44 @@ def test_crash_of_a_patched_kernel_is_told_by_its_trace(lab_start: Starter, tmp_
     assert message.startswith("the lab machine's kernel crashed: BUG: kernel NULL pointer")
     assert "oops_on_purpose" in message
     assert "\n" not in message
+
+
+@pytest.mark.timeout(900)
+def test_modules_that_do_not_load_are_told_with_their_reason(
+    lab_start: Starter, tmp_path: Path
+) -> None:
+    patch = tmp_path / "no-start.patch"
+    patch.write_text(_NO_START)
+    run = lab_start(["true"], program=True, kvm_patches=[patch])
+
+    with pytest.raises(HostError, match=r"failed: loading module kvm: Invalid argument") as caught:
+        run.wait(BOOT_SECONDS)
+
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(
+    not os.environ.get(_SLOW), reason=f"a hang is told after minutes; {_SLOW}=1 runs these tests"
+)
+@pytest.mark.parametrize(
+    ("cpus", "told"),
+    [
+        (1, "the lab machine stands still: no heartbeat for 120 s"),
+        (2, "the lab machine's kernel crashed: rcu: INFO: rcu_"),
+    ],
+)
+def test_kernel_that_hangs_with_interrupts_off_is_told(
+    cpus: int, told: str, lab_start: Starter, tmp_path: Path
+) -> None:
+    patch = tmp_path / "spin.patch"
+    patch.write_text(_SPIN)
+    words = "import fcntl; fcntl.ioctl(open('/dev/kvm'), 0xAE01, 0)"
+    run = lab_start(["python3", "-c", words], program=True, kvm_patches=[patch], cpus=cpus)
+
+    with pytest.raises(GuestFailure) as caught:
+        run.wait(3 * BOOT_SECONDS)
+
+    assert caught.value.exit_status == 1
+    assert str(caught.value).startswith(told)
+    assert "\n" not in str(caught.value)

@@ -71,6 +71,7 @@ static const char *word(long result, uint64_t value)
 	return seen;
 }
 
+__attribute__((unused))
 static void check(const char *operation, const char *found, const char *expected)
 {
 	bool same = !strcmp(found, expected);
