@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conformance.test_emit_c import FAILING, IN_PLACE
 from tests.fuzz import emit_c
 from tests.fuzz import kernel_ops as ops
 from tests.fuzz.kernel_replay import experimental
@@ -18,6 +19,8 @@ from tests.lab.conftest import BOOT_SECONDS, Starter
 from tests.support.fake_platform import FakePlatform
 from tests.support.own_kvm import CHECKS
 from vmm.core.errors import GuestFailure, HostError
+from vmm.selftest.emit_c import write
+from vmm.selftest.recorder import as_c
 
 _SLOW = "PYVMM_LAB_SLOW"
 
@@ -86,15 +89,21 @@ true
 
 
 def c_programs(folder: Path) -> list[Path]:
-    """Random programs on both VM types, compiled: they show without pyvmm what the model says."""
+    """Random programs on both VM types, and a case, compiled: they show without pyvmm what the
+    model says."""
     made = []
     for number in range(6):
         program = ops.Generator(random.Random(number)).program(24)
         expected = World(FakePlatform(experimental()), number % 2).run(program)
         source = emit_c.write(folder / str(number), number % 2, program, expected)
-        made.append(source.with_suffix(""))
-        subprocess.run(["cc", "-static", "-o", str(made[-1]), str(source)], check=True)
-    return made
+        made.append(source)
+    case = as_c(FakePlatform(experimental()), IN_PLACE, FAILING)
+    made.append(write(folder / "case", "case", case))
+    for source in made:
+        subprocess.run(
+            ["cc", "-static", "-o", str(source.with_suffix("")), str(source)], check=True
+        )
+    return [source.with_suffix("") for source in made]
 
 
 @pytest.mark.timeout(900)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from vmm.arch import architecture
 from vmm.cli.output import printing
@@ -16,7 +19,7 @@ from vmm.host.kvm import open_kvm
 from vmm.selftest.case import Case
 from vmm.selftest.cases.all_cases import all_cases
 from vmm.selftest.entries import Combination, combinations
-from vmm.selftest.platform import KvmPlatform
+from vmm.selftest.platform import KvmPlatform, Platform
 from vmm.selftest.runner import Result, as_json, run_matrix
 
 _MARKS = {"pass": "ok", "skip": "-", "fail": "FAIL"}
@@ -40,6 +43,12 @@ def parser() -> Parser:
         help="these cells alone, as in cbit/guest_memfd; may be given several times",
     )
     made.add_argument("--json", metavar="FILE", help="write the results to FILE as well")
+    made.add_argument(
+        "--emit-c",
+        metavar="DIR",
+        help="write each case that fails as a C program that shows it without pyvmm, to compile "
+        "with cc; those that C has no words for are named",
+    )
     made.add_argument("--debug", action="store_true", help="show a traceback for errors")
     return made
 
@@ -57,10 +66,13 @@ def run(arguments: Sequence[str]) -> int:
     results: list[Result] = []
     install_kick_handler()
     with open_kvm(arch, complete=False) as system:
-        for result in run_matrix(KvmPlatform(arch, system), cases, cells):
+        platform = KvmPlatform(arch, system)
+        for result in run_matrix(platform, cases, cells):
             results.append(result)
             _show_progress(len(results), len(cases) * len(cells), result)
-    _show_progress(0, 0, None)
+        _show_progress(0, 0, None)
+        if options.emit_c is not None:
+            emit(platform, results, Path(options.emit_c))
     if output is not None:
         output.write((json.dumps(as_json(results), indent=2) + "\n").encode())
         output.close()
@@ -68,6 +80,29 @@ def run(arguments: Sequence[str]) -> int:
         if not (sys.stdout.isatty() and _print_table(cases, cells, results)):
             print("\n".join(plain_lines(cases, cells, results)))
     return 1 if any(result.status == "fail" for result in results) else 0
+
+
+def emit(platform: Platform, results: Sequence[Result], directory: Path) -> None:
+    """Each failure as a C program in `directory`. Raises UsageError where that can't be written."""
+    from vmm.selftest.emit_c import write  # only failures are emitted
+    from vmm.selftest.recorder import Inexpressible, as_c
+
+    for result in results:
+        if result.status != "fail":
+            continue
+        where = f"{result.case.name} in {result.combination}"
+        if os.uname().machine != "x86_64":
+            tell(f"--emit-c: {where}: the C program's guest is x86's")
+            continue
+        name = re.sub(r"\W", "_", f"{result.case.name}-{result.combination}")
+        try:
+            path = write(directory, name, as_c(platform, result.combination, result.case))
+        except Inexpressible as obstacle:
+            tell(f"--emit-c: {where} can't be said in C: {obstacle}")
+        except OSError as error:
+            raise UsageError(f"--emit-c {directory}: {error.strerror}") from error
+        else:
+            tell(f"{where} as C: cc -o {path.with_suffix('')} {path}")
 
 
 def _chosen(names: Sequence[str], schemes: Sequence[str]) -> list[Combination]:
