@@ -29,7 +29,7 @@ TITLES = {
     "start-up": "Start-up",
     "memory": "Memory",
     "linux": "A stock kernel",
-    "iommu": "A stock kernel's disk behind the virtual IOMMU",
+    "iommu": "A disk behind the virtual IOMMU",
 }
 
 

@@ -6,13 +6,15 @@ import json
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from vmm.arch import architecture
 from vmm.cli.output import printing
 from vmm.cli.parser import Parser
-from vmm.core.errors import UsageError, tell
+from vmm.cli.parser import width as columns
+from vmm.core.errors import UsageError, one_line, tell
 from vmm.core.output import Output
 from vmm.exits.run_loop import install_kick_handler
 from vmm.host.kvm import open_kvm
@@ -22,8 +24,9 @@ from vmm.selftest.entries import Combination, combinations
 from vmm.selftest.platform import KvmPlatform, Platform
 from vmm.selftest.runner import Result, as_json, run_matrix
 
-_MARKS = {"pass": "ok", "skip": "-", "fail": "FAIL"}
-_COLOURS = {"pass": "green", "skip": "dim", "fail": "bold red"}
+_MARKS = {"pass": "ok", "skip": "-", "fail": "XX"}
+_COLOURS = {"XX": "bold red", "FAIL": "bold red", "ok": "green", "-": "dim"}
+_COLUMN = 3
 
 
 def parser() -> Parser:
@@ -77,8 +80,7 @@ def run(arguments: Sequence[str]) -> int:
         output.write((json.dumps(as_json(results), indent=2) + "\n").encode())
         output.close()
     with printing():
-        if not (sys.stdout.isatty() and _print_table(cases, cells, results)):
-            print("\n".join(plain_lines(cases, cells, results)))
+        _print(lines(cases, cells, results))
     return 1 if any(result.status == "fail" for result in results) else 0
 
 
@@ -166,46 +168,42 @@ def _where(results: Sequence[Result]) -> str:
     return f"{what} in {where}"
 
 
-def plain_lines(
+def lines(
     cases: Sequence[Case], cells: Sequence[Combination], results: Sequence[Result]
-) -> list[str]:
-    """The matrix for a file or a pipe: cells numbered, one line for each case."""
+) -> Iterator[str]:
+    """The cells, numbered; the matrix with a line for each case, under the room that it is of;
+    what failed, what was skipped, and the sum."""
     matrix = Matrix(results)
-    lines = [f"{number:>4}  {cell}" for number, cell in enumerate(cells, 1)]
-    width = max(len(case.name) for case in cases)
-    head = " " * width + "".join(f"{number:>5}" for number in range(1, len(cells) + 1))
-    lines += ["", head]
-    for case in cases:
-        marks = "".join(f"{_MARKS[matrix.at(case, cell).status]:>5}" for cell in cells)
-        lines.append(f"{case.name:<{width}}{marks}")
-    return [*lines, "", *notes(results)]
+    for number, cell in enumerate(cells, 1):
+        yield f"{number:>{_COLUMN}}  {cell}"
+    names = {case: case.name.partition(".")[::2] for case in cases}
+    width = max(len(name) for _, name in names.values()) + 2
+    head = "".join(f"{number:>{_COLUMN}}" for number in range(1, len(cells) + 1))
+    room = None
+    for case, (room_of_case, name) in names.items():
+        if room != room_of_case:
+            room = room_of_case
+            yield ""
+            yield f"{room:<{width}}{head}"
+        marks = "".join(f"{_MARKS[matrix.at(case, cell).status]:>{_COLUMN}}" for cell in cells)
+        yield f"{f'  {name}':<{width}}{marks}"
+    yield ""
+    for note in notes(results):
+        yield from textwrap.wrap(
+            one_line(note), columns(), subsequent_indent="  ", break_on_hyphens=False
+        )
 
 
-def _print_table(
-    cases: Sequence[Case], cells: Sequence[Combination], results: Sequence[Result]
-) -> bool:
-    """A table in colours; False, and nothing, where the terminal is too narrow for it."""
-    from rich import box
+def _print(text: Iterator[str]) -> None:
+    if not sys.stdout.isatty():
+        print("\n".join(text))
+        return
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     console = Console(highlight=False)
-    if console.width < 40 + sum(_column_width(cell) + 2 for cell in cells):
-        return False
-    matrix = Matrix(results)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("case", overflow="fold")
-    for cell in cells:
-        table.add_column(f"{cell.scheme}\n{cell.backing}", justify="center", overflow="fold")
-    for case in cases:
-        found = [matrix.at(case, cell).status for cell in cells]
-        table.add_row(case.title, *(Text(_MARKS[word], style=_COLOURS[word]) for word in found))
-    console.print(table)
-    for note in notes(results):
-        console.print(Text(note, style="bold red" if note.startswith("FAIL") else ""))
-    return True
-
-
-def _column_width(cell: Combination) -> int:
-    return max(len(cell.scheme), len(cell.backing))
+    for line in text:
+        shown = Text(line)
+        for word, style in _COLOURS.items():
+            shown.highlight_regex(rf"(?<=\s){word}(?=\s|$)|^FAIL ", style)
+        console.print(shown, soft_wrap=True)

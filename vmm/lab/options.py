@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vmm.core.errors import UsageError
+from vmm.core.near import did_you_mean
 from vmm.lab import hosts
 from vmm.lab.kvm_change import OWN_KERNEL
 
@@ -158,7 +159,8 @@ def parse(argv: Sequence[str]) -> LabCommand:
         elif word.startswith(("--lab-", "--kvm-")) or word.partition("=")[0] in _OTHERS:
             name, equals, value = word.partition("=")
             if name not in _VALUES:
-                raise UsageError(f"{name}: no such option of the lab; see pyvmm lab --help")
+                remedy = did_you_mean(name, (*_VALUES, *_FLAGS)) or "see pyvmm lab --help"
+                raise UsageError(f"{name}: no such option of the lab; {remedy}")
             if not equals:
                 if not rest:
                     raise UsageError(f"{name}: its value is missing")

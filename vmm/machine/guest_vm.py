@@ -10,7 +10,7 @@ from vmm.conversion.scheme import Scheme, make_memory
 from vmm.conversion.schemes.plain import PlainScheme
 from vmm.core.errors import HostError
 from vmm.core.lean_typing import TYPE_CHECKING
-from vmm.core.ranges import Range, page_align_down, page_align_up
+from vmm.core.ranges import NOWHERE, Range, page_align_down, page_align_up
 from vmm.host.kvm import open_kvm
 from vmm.machine.config import MachineConfig
 from vmm.memory.backings.memfd import MemfdBacking
@@ -114,14 +114,14 @@ class GuestVm:
             private = self._guest.private_ranges(self.ram)
         in_place = backing is not None and backing.traits.in_place
         shared = backing if in_place and backing else MemfdBacking(size, "pyvmm-shared")
-        common_end = self._guest.unpaged_end if self.scheme.alias else 0
+        common = self._guest.unpaged if self.scheme.alias else NOWHERE
         self.memory = make_memory(
             self.scheme,
             self.ram,
             shared,
             backing,
             private,
-            common_end,
+            common,
             lending=self._config.iommu,
         )
         self._cleanup.callback(self.memory.close)

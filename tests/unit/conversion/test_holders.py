@@ -16,11 +16,19 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.holders import pipes_of_the_test
 from vmm.conversion.holders import holders
 from vmm.core.ranges import PAGE_SIZE
 
 SIZE = 8 * PAGE_SIZE
-US = f"process {os.getpid()} "
+AboutUs = Callable[[int, int], list[str]]
+
+
+@pytest.fixture
+def about_us() -> AboutUs:
+    """Who holds a page of a file, as far as it is this test."""
+    of_the_test = pipes_of_the_test()
+    return lambda fd, page: of_the_test(holders(fd, page * PAGE_SIZE))
 
 
 @pytest.fixture
@@ -51,17 +59,17 @@ def pipe(opened: ExitStack) -> tuple[int, int]:
     return ends
 
 
-def about_us(fd: int, page: int) -> list[str]:
-    return [words for words in holders(fd, page * PAGE_SIZE) if words.startswith(US)]
-
-
-def test_page_that_nobody_holds_has_no_holder(opened: ExitStack, memfd: int) -> None:
+def test_page_that_nobody_holds_has_no_holder(
+    about_us: AboutUs, opened: ExitStack, memfd: int
+) -> None:
     mapping(opened, memfd)
 
     assert about_us(memfd, 0) == []
 
 
-def test_page_in_a_pipe_is_held_until_it_is_read(opened: ExitStack, memfd: int) -> None:
+def test_page_in_a_pipe_is_held_until_it_is_read(
+    about_us: AboutUs, opened: ExitStack, memfd: int
+) -> None:
     reading, writing = pipe(opened)
     os.splice(memfd, writing, PAGE_SIZE, offset_src=PAGE_SIZE)
 
@@ -74,7 +82,7 @@ def test_page_in_a_pipe_is_held_until_it_is_read(opened: ExitStack, memfd: int) 
 
 
 def test_buffer_of_a_system_call_under_way_is_named_with_its_thread(
-    opened: ExitStack, memfd: int
+    about_us: AboutUs, opened: ExitStack, memfd: int
 ) -> None:
     reading, writing = pipe(opened)
     buffer = memoryview(mapping(opened, memfd))
@@ -179,7 +187,9 @@ def test_another_process_with_the_page_as_its_buffer_is_told_by_name(
     )
 
 
-def test_buffer_registered_with_io_uring_is_named(opened: ExitStack, memfd: int) -> None:
+def test_buffer_registered_with_io_uring_is_named(
+    about_us: AboutUs, opened: ExitStack, memfd: int
+) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     parameters = ctypes.create_string_buffer(120)
     ring = libc.syscall(425, 2, parameters)  # io_uring_setup
