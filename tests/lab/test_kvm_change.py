@@ -55,7 +55,7 @@ _SPIN = """\
 --- a/virt/kvm/kvm_main.c
 +++ b/virt/kvm/kvm_main.c
 @@ -5545,0 +5546,3 @@
-+	local_irq_disable();
++	{held}_disable();
 +	for (;;)
 +		cpu_relax();
 """
@@ -184,17 +184,19 @@ def test_modules_that_do_not_load_are_told_with_their_reason(
     not os.environ.get(_SLOW), reason=f"a hang is told after minutes; {_SLOW}=1 runs these tests"
 )
 @pytest.mark.parametrize(
-    ("cpus", "told"),
+    ("held", "cpus", "told"),
     [
-        (1, "the lab machine stands still: no heartbeat for 120 s"),
-        (2, "the lab machine's kernel crashed: rcu: INFO: rcu_"),
+        # Nobody is left to see it.
+        ("local_irq", 1, "the lab machine stands still: no heartbeat for 120 s"),
+        # The other processor's heart goes on beating.
+        ("preempt", 2, "the lab machine's kernel crashed: watchdog: BUG: soft lockup"),
     ],
 )
-def test_kernel_that_hangs_with_interrupts_off_is_told(
-    cpus: int, told: str, lab_start: Starter, tmp_path: Path
+def test_kernel_that_hangs_is_told(
+    held: str, cpus: int, told: str, lab_start: Starter, tmp_path: Path
 ) -> None:
     patch = tmp_path / "spin.patch"
-    patch.write_text(_SPIN)
+    patch.write_text(_SPIN.format(held=held))
     words = "import fcntl; fcntl.ioctl(open('/dev/kvm'), 0xAE01, 0)"
     run = lab_start(["python3", "-c", words], program=True, kvm_patches=[patch], cpus=cpus)
 
