@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -16,9 +18,13 @@ from vmm.cli.selftest import emit
 from vmm.host.kvm import open_kvm
 from vmm.selftest.case import Case, Cell, Failed
 from vmm.selftest.entries import Combination
+from vmm.selftest.from_trace import case_of, cell_of
 from vmm.selftest.platform import KvmPlatform
 from vmm.selftest.recorder import Inexpressible, as_c
 from vmm.selftest.runner import run_case
+from vmm.trace.layout import ROW, Kind
+from vmm.trace.reader import Trace
+from vmm.trace.store import TraceStore
 
 CBIT = Combination("cbit", "memfd")
 IN_PLACE = Combination("in-place", "guest_memfd-in-place")
@@ -110,3 +116,40 @@ def test_program_sees_on_this_kvm_what_the_case_saw(tmp_path: Path) -> None:
 
     assert (first.returncode, first.stdout.count("FAIL")) == (0, 0)
     assert (second.returncode, second.stdout.count("FAIL")) == (1, 1)
+
+
+def test_conversions_of_a_trace_become_a_program_on_memory_laid_out_as_it_was(
+    tmp_path: Path,
+) -> None:
+    store = TraceStore(str(tmp_path / "t"))
+    store.open_columns()
+    rows = [
+        (Kind.SHARE, 0x300000, 0x2000, 0),
+        (Kind.UNSHARE, 0x301000, 0x1000, errno.EPERM),
+        (Kind.UNSHARE, 0x300000, 0x1000, 0),
+        (Kind.EXIT, 0x3F8, 1, 0),
+    ]
+    packed = b"".join(
+        ROW.pack(time, gpa, size, 0, 0, number, 0, kind, 0)
+        for time, (kind, gpa, size, number) in enumerate(rows)
+    )
+    store.append(memoryview(packed), len(rows))
+    store.write_sidecar(
+        {
+            "scheme": "cbit",
+            "backings": {"private": "memfd", "shared": "memfd"},
+            "states": [[0, 0x200000, "shared"], [0x200000, 0x400000, "private"]],
+            "names": [""],
+            "rows": len(rows),
+        }
+    )
+    store.close()
+    with closing(Trace(tmp_path / "t")) as trace:
+        cell, case = cell_of(trace), case_of(trace)
+
+    text = as_c(model(), cell, case)
+
+    assert cell == CBIT
+    assert text.count("hole(") == 2 * 2  # each as words, and as a call
+    assert 'hole(0, 0x700000, 0x2000),\n\t      "ok"' in text
+    assert 'hole(1, 0x700000, 0x1000),\n\t      "ok"' in text

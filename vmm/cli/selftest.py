@@ -8,6 +8,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 from vmm.arch import architecture
@@ -52,6 +53,11 @@ def parser() -> Parser:
         help="write each case that fails as a C program that shows it without pyvmm, to compile "
         "with cc; those that C has no words for are named",
     )
+    made.add_argument(
+        "--from-trace",
+        metavar="DIR",
+        help="run no case: write the conversions of this trace as a C program, with --emit-c",
+    )
     made.add_argument("--debug", action="store_true", help="show a traceback for errors")
     return made
 
@@ -64,6 +70,8 @@ def run(arguments: Sequence[str]) -> int:
     options = parser().parse_args(arguments)
     arch = architecture()
     cells = _chosen(options.only, arch.schemes)
+    if options.from_trace is not None:
+        return _from_trace(options.from_trace, options.emit_c)
     output = None if options.json is None else Output(f"--json {options.json}", options.json)
     cases = all_cases()
     results: list[Result] = []
@@ -82,6 +90,34 @@ def run(arguments: Sequence[str]) -> int:
     with printing():
         _print(lines(cases, cells, results))
     return 1 if any(result.status == "fail" for result in results) else 0
+
+
+def _from_trace(trace: str, directory: str | None) -> int:
+    """The trace's conversions as a C program; the exit status. Raises UsageError, HostError."""
+    from vmm.selftest.emit_c import write
+    from vmm.selftest.from_trace import case_of, cell_of
+    from vmm.selftest.recorder import Inexpressible, as_c
+    from vmm.trace.reader import Trace
+
+    if directory is None:
+        raise UsageError(f"--from-trace {trace}: say with --emit-c DIR where the program is to be")
+    with closing(Trace(trace)) as recorded:
+        arch, cell, case = architecture(), cell_of(recorded), case_of(recorded)
+    install_kick_handler()
+    with open_kvm(arch, complete=False) as system:
+        try:
+            text = as_c(KvmPlatform(arch, system), cell, case)
+        except Inexpressible as obstacle:
+            raise UsageError(
+                f"--from-trace {trace}: it can't be said in C: {obstacle}"
+            ) from obstacle
+    try:
+        path = write(Path(directory), "trace", text)
+    except OSError as error:
+        raise UsageError(f"--emit-c {directory}: {error.strerror}") from error
+    with printing():
+        print(f"cc -o {path.with_suffix('')} {path}")
+    return 0
 
 
 def emit(platform: Platform, results: Sequence[Result], directory: Path) -> None:
