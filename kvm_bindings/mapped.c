@@ -1,6 +1,6 @@
-/* Guest memory by the one way that pages of a protected guest survive: the kernel copies, and KVM's mapping is the
-   buffer of the call. A page out of reach is EFAULT, with exactly what lies before it copied. Nothing here touches an
-   address of guest memory itself. */
+/* Guest memory by copies of the kernel, with KVM's mapping as the buffer of the call: the one way that pages of a
+   protected guest survive, and the quickest for a disk's. A page out of reach is EFAULT, with exactly what lies before
+   it copied. Nothing here touches an address of guest memory itself. */
 
 #include <fcntl.h>
 #include <sys/stat.h>

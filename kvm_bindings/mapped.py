@@ -3,7 +3,8 @@
 The only way in and out of a protected guest's memory (pKVM) that is safe whatever a page's state:
 a page that the guest keeps to itself is EFAULT, and stays as it is. Reads and writes of the
 memory's own fd, pinning (O_DIRECT, splice) and loads are not: they destroy the page, or get past
-the protection. Measured on Linux 7.3. An address here is a number that goes to the kernel.
+the protection. Measured on Linux 7.3. For a memfd of ours it is the quickest way between memory
+and a disk's file (`move_in`, `move_out`). An address here is a number that goes to the kernel.
 """
 
 from __future__ import annotations
