@@ -102,7 +102,8 @@ void pyvmm_disk_plan(const uint64_t *chains, uint32_t count, const void *headers
 
 MAPPED = """
 int64_t pyvmm_copy_mapped(const void *table, uint32_t count, char *data, int writing);
-int64_t pyvmm_move_mapped(int fd, const void *table, uint32_t count, int writing);
+int64_t pyvmm_move_mapped(int fd, uint64_t memory, uint64_t room, const void *table, uint32_t count,
+                          int writing, uint64_t most);
 int64_t pyvmm_probe_mapped(const void *addresses, uint32_t count, char *reached);
 int pyvmm_is_copied(int fd);
 """
