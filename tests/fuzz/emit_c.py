@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,25 +20,18 @@ from tests.fuzz import kernel_ops as ops
 from tests.fuzz.kernel_worlds import AREA_GPA, World, model_of
 from vmm.arch import architecture
 from vmm.exits.run_loop import install_kick_handler
+from vmm.selftest import emit_c
 from vmm.selftest.platform import KvmPlatform
-
-RUNTIME = Path(__file__).with_name("emitted") / "kvm_replay.h"
 
 
 def c_program(vm_type: int, program: ops.Program, expected: Sequence[str]) -> str:
     """The text of program.c."""
-    lines = [
-        "/* Random operations on private memory, and what should be seen of them. */",
-        '#include "kvm_replay.h"',
-        "",
-        "int main(void)",
-        "{",
-        f"\tstart({vm_type}, {AREA_GPA:#x}, {ops.PAGES});",
+    steps = [
+        emit_c.Step(_call(op), _shortened(words))
+        for op, words in zip(program, expected, strict=True)
     ]
-    for op, words in zip(program, expected, strict=True):
-        call = _call(op)
-        lines.append(f'\tcheck("{call}", {call},\n\t      "{_shortened(words)}");')
-    return "\n".join([*lines, "\treturn failures != 0;", "}", ""])
+    head = "Random operations on private memory, and what should be seen of them."
+    return emit_c.c_program(head, (vm_type, AREA_GPA, ops.PAGES), steps)
 
 
 def text_program(vm_type: int, program: ops.Program, expected: Sequence[str]) -> str:
@@ -98,11 +90,7 @@ def _call(op: ops.Op) -> str:
 
 def write(directory: Path, vm_type: int, program: ops.Program, expected: Sequence[str]) -> Path:
     """Leaves the C program and its header there; the program's path."""
-    directory.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(RUNTIME, directory / RUNTIME.name)
-    path = directory / "program.c"
-    path.write_text(c_program(vm_type, program, expected))
-    return path
+    return emit_c.write(directory, "program", c_program(vm_type, program, expected))
 
 
 def main(words: list[str]) -> int:

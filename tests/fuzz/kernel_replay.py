@@ -22,6 +22,7 @@ from tests.fuzz.kernel_programs import LENGTH
 from tests.fuzz.kernel_worlds import World
 from tests.support.fake_kvm import FakeKernel, VmType
 from tests.support.fake_platform import FakePlatform
+from vmm.selftest.emit_c import RUNTIME
 
 
 def experimental() -> FakeKernel:
@@ -53,9 +54,11 @@ def main(words: list[str]) -> int:
             program = Generator(chance).program(LENGTH)
             expected = World(platform, vm_type).run(program)
             file.write(emit_c.text_program(vm_type, program, expected))
-    source = emit_c.RUNTIME.with_name("kvm_replay_many.c")
+    source = Path(__file__).with_name("emitted") / "kvm_replay_many.c"
     target = options.directory / "replay"
-    subprocess.run(["cc", "-O1", "-static", "-o", str(target), str(source)], check=True)
+    subprocess.run(
+        ["cc", "-O1", "-static", f"-I{RUNTIME.parent}", "-o", str(target), str(source)], check=True
+    )
     return 0
 
 

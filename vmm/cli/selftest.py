@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
 
 from vmm.arch import architecture
 from vmm.cli.output import printing
@@ -18,7 +22,7 @@ from vmm.host.kvm import open_kvm
 from vmm.selftest.case import Case
 from vmm.selftest.cases.all_cases import all_cases
 from vmm.selftest.entries import Combination, combinations
-from vmm.selftest.platform import KvmPlatform
+from vmm.selftest.platform import KvmPlatform, Platform
 from vmm.selftest.runner import Result, as_json, run_matrix
 
 _MARKS = {"pass": "ok", "skip": "-", "fail": "XX"}
@@ -43,6 +47,17 @@ def parser() -> Parser:
         help="these cells alone, as in cbit/guest_memfd; may be given several times",
     )
     made.add_argument("--json", metavar="FILE", help="write the results to FILE as well")
+    made.add_argument(
+        "--emit-c",
+        metavar="DIR",
+        help="write each case that fails as a C program that shows it without pyvmm, to compile "
+        "with cc; those that C has no words for are named",
+    )
+    made.add_argument(
+        "--from-trace",
+        metavar="DIR",
+        help="run no case: write the conversions of this trace as a C program, with --emit-c",
+    )
     made.add_argument("--debug", action="store_true", help="show a traceback for errors")
     return made
 
@@ -55,21 +70,77 @@ def run(arguments: Sequence[str]) -> int:
     options = parser().parse_args(arguments)
     arch = architecture()
     cells = _chosen(options.only, arch.schemes)
+    if options.from_trace is not None:
+        return _from_trace(options.from_trace, options.emit_c)
     output = None if options.json is None else Output(f"--json {options.json}", options.json)
     cases = all_cases()
     results: list[Result] = []
     install_kick_handler()
     with open_kvm(arch, complete=False) as system:
-        for result in run_matrix(KvmPlatform(arch, system), cases, cells):
+        platform = KvmPlatform(arch, system)
+        for result in run_matrix(platform, cases, cells):
             results.append(result)
             _show_progress(len(results), len(cases) * len(cells), result)
-    _show_progress(0, 0, None)
+        _show_progress(0, 0, None)
+        if options.emit_c is not None:
+            emit(platform, results, Path(options.emit_c))
     if output is not None:
         output.write((json.dumps(as_json(results), indent=2) + "\n").encode())
         output.close()
     with printing():
         _print(lines(cases, cells, results))
     return 1 if any(result.status == "fail" for result in results) else 0
+
+
+def _from_trace(trace: str, directory: str | None) -> int:
+    """The trace's conversions as a C program; the exit status. Raises UsageError, HostError."""
+    from vmm.selftest.emit_c import write
+    from vmm.selftest.from_trace import case_of, cell_of
+    from vmm.selftest.recorder import Inexpressible, as_c
+    from vmm.trace.reader import Trace
+
+    if directory is None:
+        raise UsageError(f"--from-trace {trace}: say with --emit-c DIR where the program is to be")
+    with closing(Trace(trace)) as recorded:
+        arch, cell, case = architecture(), cell_of(recorded), case_of(recorded)
+    install_kick_handler()
+    with open_kvm(arch, complete=False) as system:
+        try:
+            text = as_c(KvmPlatform(arch, system), cell, case)
+        except Inexpressible as obstacle:
+            raise UsageError(
+                f"--from-trace {trace}: it can't be said in C: {obstacle}"
+            ) from obstacle
+    try:
+        path = write(Path(directory), "trace", text)
+    except OSError as error:
+        raise UsageError(f"--emit-c {directory}: {error.strerror}") from error
+    with printing():
+        print(f"cc -o {path.with_suffix('')} {path}")
+    return 0
+
+
+def emit(platform: Platform, results: Sequence[Result], directory: Path) -> None:
+    """Each failure as a C program in `directory`. Raises UsageError where that can't be written."""
+    from vmm.selftest.emit_c import write  # only failures are emitted
+    from vmm.selftest.recorder import Inexpressible, as_c
+
+    for result in results:
+        if result.status != "fail":
+            continue
+        where = f"{result.case.name} in {result.combination}"
+        if os.uname().machine != "x86_64":
+            tell(f"--emit-c: {where}: the C program's guest is x86's")
+            continue
+        name = re.sub(r"\W", "_", f"{result.case.name}-{result.combination}")
+        try:
+            path = write(directory, name, as_c(platform, result.combination, result.case))
+        except Inexpressible as obstacle:
+            tell(f"--emit-c: {where} can't be said in C: {obstacle}")
+        except OSError as error:
+            raise UsageError(f"--emit-c {directory}: {error.strerror}") from error
+        else:
+            tell(f"{where} as C: cc -o {path.with_suffix('')} {path}")
 
 
 def _chosen(names: Sequence[str], schemes: Sequence[str]) -> list[Combination]:

@@ -30,7 +30,10 @@ RESULTS_BYTES = 8 << 30  # sparse: costs what is written
 
 _INPUT_OPTIONS = ("--kernel", "--initrd")
 _OUTPUT_OPTIONS = ("--report", "--trace")
-_OUTPUTS_OF = {"selftest": ("--json",), "bench": ("--json", "--html")}  # of these commands only
+_OUTPUTS_OF = {
+    "selftest": ("--json", "--emit-c"),
+    "bench": ("--json", "--html"),
+}  # of these commands only
 # Directories that the kernel makes inside too: what lies there is not carried.
 _NOT_CARRIED = ("/dev", "/proc", "/sys")
 

@@ -35,8 +35,13 @@ PAYLOAD = "payload"
 # What a run gets for --append: under emulation each character that a guest prints while it boots
 # is an exit of a third of a millisecond or more, and there are 20,000 of them.
 QUIET = "quiet"
-# A kernel that stumbles over its new KVM stops with a trace, rather than going on half dead.
-_CHANGED_KERNEL_WORDS = "oops=panic"
+# A kernel that stumbles over its new KVM stops with a trace, rather than going on half dead: at an
+# oops, and where a processor or a task hasn't got on for a minute or two. (Where no other processor
+# is left to see that, the heartbeat tells.)
+_CHANGED_KERNEL_WORDS = (
+    "oops=panic softlockup_panic=1 watchdog_thresh=30 hung_task_panic=1 "
+    "rcupdate.rcu_cpu_stall_timeout=60 sysctl.kernel.panic_on_rcu_stall=1"
+)
 
 
 class Lab:

@@ -14,6 +14,7 @@ from pathlib import Path
 from vmm.core.errors import UsageError
 from vmm.core.near import did_you_mean
 from vmm.lab import hosts
+from vmm.lab.kvm_change import OWN_KERNEL
 
 _HOSTS = "\n".join(f"  --host {host.name:<17} {host.summary}" for host in hosts.HOSTS.values())
 
@@ -151,6 +152,8 @@ def parse(argv: Sequence[str]) -> LabCommand:
             break
         if word == "--lab-help" or (word in ("--help", "-h") and not command.arguments):
             command.help = True
+        elif word == "--kernel-build":
+            raise UsageError(f"--kernel-build: {OWN_KERNEL}")
         elif word in _FLAGS:
             setattr(command.options, _field(word), True)
         elif word.startswith(("--lab-", "--kvm-")) or word.partition("=")[0] in _OTHERS:

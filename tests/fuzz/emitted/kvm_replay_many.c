@@ -5,8 +5,10 @@
  *	CALL NUMBERS... | WHAT SHOULD BE SEEN
  *
  * Says where something else was seen, and how many programs there were. Status 1 with a difference.
+ * With arguments: the number of the first program, and seconds after which no other one is begun.
  */
 #include "kvm_replay.h"
+#include <time.h>
 
 #define IS(word) (!strcmp(name, word))
 
@@ -52,26 +54,33 @@ static const char *carry_out(const char *name, const unsigned long long *n)
 	exit(2);
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
 	static char line[512];
-	int programs = 0, steps = 0, skipping = 0;
+	int first = argc > 1 ? atoi(argv[1]) : 0, number = -1, programs = 0, steps = 0, skipping = 0;
+	time_t end = time(NULL) + (argc > 2 ? atoi(argv[2]) : 1 << 30);
 
 	while (fgets(line, sizeof(line), stdin)) {
 		unsigned long long n[8] = { 0 };
-		char *expected = strstr(line, " | "), *end = line, *word;
+		char *expected = strstr(line, " | "), *at = line, *word;
 		const char *found;
 		int i;
 
 		line[strcspn(line, "\n")] = 0;
-		word = strsep(&end, " ");
-		for (i = 0; i < 8 && end && *end && *end != '|'; i++)
-			n[i] = strtoull(end, &end, 0), end += *end == ' ';
+		word = strsep(&at, " ");
+		for (i = 0; i < 8 && at && *at && *at != '|'; i++) {
+			n[i] = strtoull(at, &at, 0);
+			at += *at == ' ';
+		}
 		if (!strcmp(word, "program")) {
+			skipping = ++number < first;
+			if (skipping)
+				continue;
+			if (time(NULL) > end)
+				break;
 			if (programs++)
 				finish();
 			start(n[0], n[1], n[2]);
-			skipping = 0;
 			continue;
 		}
 		if (skipping)
@@ -79,12 +88,13 @@ int main(void)
 		steps++;
 		found = carry_out(word, n);
 		if (!expected || strcmp(found, expected + 3)) {
-			printf("program %d: %s %#llx %#llx %#llx %#llx -> %s, expected %s\n", programs - 1,
+			printf("program %d: %s %#llx %#llx %#llx %#llx -> %s, expected %s\n", number,
 			       word, n[0], n[1], n[2], n[3], found, expected ? expected + 3 : "nothing");
 			failures++;
 			skipping = 1;
 		}
 	}
-	printf("%d programs, %d operations, %d differ\n", programs, steps, failures);
+	printf("%d programs from %d on, %d operations, %d differ\n", programs, first, steps,
+	       failures);
 	return failures != 0;
 }
