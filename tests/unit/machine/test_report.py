@@ -128,6 +128,15 @@ def test_isolation_of_a_memfd_is_only_a_rehearsal() -> None:
     backing.close()
 
 
+def test_isolation_names_the_common_memory() -> None:
+    backing = MemfdBacking(4096)
+
+    said = isolation_of(backing, Range(0x90000, 0x8000))
+
+    assert said.startswith(POLICY_ENFORCED + "; the 32 KiB at 0x90000, where processors start")
+    backing.close()
+
+
 # -- content --------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -22,6 +24,7 @@ from vmm.arch.x86_64.boot_params import E820Type
 from vmm.arch.x86_64.guests import LinuxGuest
 from vmm.arch.x86_64.kernel import OpenedKernel
 from vmm.arch.x86_64.page_tables import launch_tables
+from vmm.arch.x86_64.platform import X86Platform
 from vmm.arch.x86_64.strict.launch import (
     APIC_BASE,
     AREA,
@@ -343,3 +346,22 @@ def test_ordinary_guest_keeps_its_low_memory_whatever_its_processors(kernel: Pat
     options = GuestOptions(64 * MIB, 2, "", is_private=False)
     with closing(LinuxGuest(options, OpenedKernel(kernel), None)) as guest:
         assert guest.unpaged.size == 0
+
+
+@pytest.mark.parametrize("loads_itself", [True, False])
+def test_other_processors_of_a_strict_guest_have_their_apic_in_x2apic_mode(
+    loads_itself: bool, measured: Launch
+) -> None:
+    set_up: list[dict[str, object]] = []
+    vcpu = SimpleNamespace(update_sregs=set_up.append, set_regs=lambda regs: None)
+    platform = X86Platform.__new__(X86Platform)
+    platform.vcpus = cast(Any, [vcpu] * 3)
+    platform._guest = cast(
+        Any, SimpleNamespace(loads_itself=loads_itself, load=lambda *given: measured.state)
+    )
+
+    platform.load(cast(Any, None), RAM, C38, [])
+
+    others = [{"apic_base": 0xFEE0_0C00}] * 2 if loads_itself else []
+    assert sorted(set_up, key=len)[: len(others)] == others
+    assert len(set_up) == 1 + len(others)
