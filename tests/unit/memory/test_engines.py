@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -311,10 +311,11 @@ def test_hva_has_the_fds_error_where_neither_way_works(
     monkeypatch.setattr(datapath, "move_many", no_space)
     seen = reachable.through(make_engine("hva", reachable.shared))
 
-    for attempt in (
+    attempts: list[Callable[[], int]] = [
         lambda: seen.move_in(disk, [0, 0, 512]),
         lambda: seen.transfer_in(disk, 0, 0, 8),
-    ):
+    ]
+    for attempt in attempts:
         with pytest.raises(OSError, match="no") as caught:
             attempt()
         assert caught.value.errno == errno.ENOSPC
@@ -369,12 +370,13 @@ def test_hva_never_has_a_private_page_for_a_buffer(
     monkeypatch.setattr(mapped, "move_out", lambda *words: called.append(words))
     seen = reachable.through(make_engine("hva", reachable.shared))
 
-    for attempt in (
+    attempts: list[Callable[[], int]] = [
         lambda: seen.transfer_in(disk, 0, page(31), page(2)),
         lambda: seen.transfer_out(page(32), 1, disk, 0),
         lambda: seen.move_in(disk, [0, 0, 512, 512, page(31), page(2)]),
         lambda: seen.move_out([0, 0, 512, page(63), 512, 512], disk),
-    ):
+    ]
+    for attempt in attempts:
         with pytest.raises(PrivateAccess):
             attempt()
 
