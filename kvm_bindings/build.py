@@ -38,6 +38,7 @@ PRELUDE = """
 #endif
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -73,6 +74,7 @@ int64_t pyvmm_pwrite_from_address(int fd, uint64_t address, uint64_t size, uint6
 int64_t pyvmm_cached_pages(int fd, uint64_t offset, uint64_t size);
 int pyvmm_memfd_secret(unsigned int flags);
 int pyvmm_forbid_core_dumps(void);
+int pyvmm_interrupt_by(int number);
 """
 
 DATAPATH = """

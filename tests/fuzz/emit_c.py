@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,26 +20,28 @@ from tests.fuzz import kernel_ops as ops
 from tests.fuzz.kernel_worlds import AREA_GPA, World, model_of
 from vmm.arch import architecture
 from vmm.exits.run_loop import install_kick_handler
+from vmm.selftest import emit_c
 from vmm.selftest.platform import KvmPlatform
-
-RUNTIME = Path(__file__).with_name("emitted") / "kvm_replay.h"
 
 
 def c_program(vm_type: int, program: ops.Program, expected: Sequence[str]) -> str:
     """The text of program.c."""
-    lines = [
-        "/* Random operations on private memory, and what should be seen of them. */",
-        '#include "kvm_replay.h"',
-        "",
-        "int main(void)",
-        "{",
-        f"\tstart({vm_type}, {AREA_GPA:#x}, {ops.PAGES});",
+    steps = [
+        emit_c.Step(_call(op), _shortened(words))
+        for op, words in zip(program, expected, strict=True)
     ]
+    head = "Random operations on private memory, and what should be seen of them."
+    return emit_c.c_program(head, (vm_type, AREA_GPA, ops.PAGES), steps)
+
+
+def text_program(vm_type: int, program: ops.Program, expected: Sequence[str]) -> str:
+    """The same for kvm_replay_many.c, which reads any number of them."""
+    lines = [f"program {vm_type} {AREA_GPA:#x} {ops.PAGES}"]
     for op, words in zip(program, expected, strict=True):
-        call = _call(op)
-        if call is not None:
-            lines.append(f'\tcheck("{call}", {call},\n\t      "{_shortened(words)}");')
-    return "\n".join([*lines, "\treturn failures != 0;", "}", ""])
+        name, _, rest = _call(op).partition("(")
+        numbers = rest.rstrip(")").replace(",", "")
+        lines.append(f"{name} {numbers} | {_shortened(words)}")
+    return "\n".join([*lines, ""])
 
 
 def _shortened(words: str) -> str:
@@ -50,8 +51,8 @@ def _shortened(words: str) -> str:
     return words.partition(", size=")[0].replace("ENOTSUP", "EOPNOTSUPP")
 
 
-def _call(op: ops.Op) -> str | None:
-    """The call that does the same; None for what the C program has no words for."""
+def _call(op: ops.Op) -> str:
+    """The call that does the same."""
     match op:
         case ops.CreateGuestMemfd(size, flags):
             return f"create_guest_memfd({size:#x}, {flags:#x})"
@@ -68,8 +69,8 @@ def _call(op: ops.Op) -> str | None:
             return f"gmem_{what}({gmem}, {offset:#x})"
         case ops.GuestMemfdIo(gmem, "pwrite" | "store" as what, offset, word):
             return f"gmem_{what}({gmem}, {offset:#x}, {word:#x})"
-        case ops.GuestMemfdIo(gmem, "map", _, _):
-            return f"gmem_map({gmem})"
+        case ops.GuestMemfdIo(gmem, "map" | "resident" as what, _, _):
+            return f"gmem_{what}({gmem})"
         case ops.CloseGuestMemfd(gmem):
             return f"gmem_close({gmem})"
         case ops.VmIo("pread", page, _):
@@ -84,16 +85,12 @@ def _call(op: ops.Op) -> str | None:
             return f"guest_read({page})"
         case ops.GuestWrite(page, word):
             return f"guest_write({page}, {word:#x})"
-    return None  # "resident" asks the page cache, not KVM
+    raise AssertionError(op)
 
 
 def write(directory: Path, vm_type: int, program: ops.Program, expected: Sequence[str]) -> Path:
     """Leaves the C program and its header there; the program's path."""
-    directory.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(RUNTIME, directory / RUNTIME.name)
-    path = directory / "program.c"
-    path.write_text(c_program(vm_type, program, expected))
-    return path
+    return emit_c.write(directory, "program", c_program(vm_type, program, expected))
 
 
 def main(words: list[str]) -> int:

@@ -63,7 +63,11 @@ def test_bench_guest_is_served_the_engines_way(
 
     assert status == 0
     assert output.splitlines()[-1] == "done"
-    results = re.findall(r"^result (\S+): \d+ ticks, \d+ notifications$", output, re.MULTILINE)
+    results = re.findall(
+        r"^result (\S+): \d+ ticks, \d+ notifications, \d+ idle, 0 maps, 0 unmaps, 0 kicks$",
+        output,
+        re.MULTILINE,
+    )
     assert results == [*READS.split(), *WRITES.split()]
     counts = report["io"]["blk0"]
     assert counts["requests"] == 160
@@ -132,3 +136,9 @@ def test_fd2fd_keeps_guest_data_out_of_user_space(tmp_path: Path) -> None:
     # Both load the guest and look at rings and headers; one of them reads and writes the data.
     assert inside_kernel < data // 16
     assert 0 <= through_buffer - 2 * data < data // 16
+
+
+def test_bench_guest_without_private_memory_lends_none(tmp_path: Path) -> None:
+    _, output, _ = run(tmp_path, "brr4096x1n4", "auto")
+
+    assert output.splitlines()[-1] == "error a test for private memory, of which there is none"

@@ -140,11 +140,12 @@ def test_kernel_whose_hypercalls_do_not_work_is_pointed_to_check(
     assert done.stderr.endswith(b"; pyvmm check shows what this host can do\n")
 
 
-def test_terminal_shows_the_table_and_is_left_as_it_was(
+def test_terminal_shows_the_verdict_and_is_left_as_it_was(
     checked: tuple[int, dict[str, Any]],
 ) -> None:
     with command.Session(["check"]) as session:
         session.expect(b"without --private-mem: can")
+        session.expect(b"pyvmm check -v")
         assert session.wait() == (checked[0], "")
         assert session.modes() == session.modes_before
 

@@ -5,7 +5,9 @@ Under a rehearsal it is found, which shows that the hunt works; under strict it 
 
 from __future__ import annotations
 
+import os
 import secrets
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -29,16 +31,20 @@ BY_MEMORY = ("mappings", "/proc/PID/mem", "process_vm_readv", "core dump")
 
 
 @contextmanager
-def guest_with_a_secret(backing: str, seed: int) -> Iterator[int]:
-    """The process that runs the guest, by its number."""
-    words = [sys.executable, "-m", "tests.support.strict_program", backing, str(seed)]
+def guest_with_a_secret(
+    backing: str, seed: int, *options: str, directory: Path = ROOT
+) -> Iterator[subprocess.Popen[str]]:
+    """The process that runs the guest."""
+    words = [sys.executable, "-m", "tests.support.strict_program", backing, str(seed), *options]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
-        words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
+        words, cwd=directory, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        text=True,
+    ) as process:  # fmt: skip
         assert process.stdin is not None and process.stdout is not None
         try:
             assert process.stdout.readline() == "ready\n"
-            yield process.pid
+            yield process
         finally:
             process.stdin.close()
             process.wait(30)
@@ -46,8 +52,8 @@ def guest_with_a_secret(backing: str, seed: int) -> Iterator[int]:
 
 def hunted(backing: str) -> dict[str, Found]:
     seed = secrets.randbits(60)
-    with guest_with_a_secret(backing, seed) as pid:
-        return Hunter(pid, secret_of(seed)).hunt([])
+    with guest_with_a_secret(backing, seed) as process:
+        return Hunter(process.pid, secret_of(seed)).hunt([])
 
 
 def test_secret_of_a_strict_guest_is_found_nowhere() -> None:
@@ -70,3 +76,25 @@ def test_the_same_hunt_finds_the_secret_of_a_rehearsal(backing: str, ways: tuple
     found = hunted(backing)
 
     assert {way for way, each in found.items() if each.times} == set(ways)
+
+
+@pytest.mark.skipif(
+    Path("/proc/sys/kernel/core_pattern").read_text().strip() != "core",
+    reason="core files go elsewhere here (kernel.core_pattern is not 'core')",
+)
+@pytest.mark.parametrize(
+    ("backing", "found"), [("guest_memfd", False), ("guest_memfd-mmap", True), ("memfd", True)]
+)
+def test_core_file_that_leaves_nothing_out_has_a_rehearsals_secret_alone(
+    backing: str, found: bool, tmp_path: Path
+) -> None:
+    """The kernel itself writes it; the monitor has asked for all of its memory in it."""
+    seed = secrets.randbits(60)
+    with guest_with_a_secret(backing, seed, "dumps", directory=tmp_path) as process:
+        process.send_signal(signal.SIGABRT)
+        assert process.wait(60) == -signal.SIGABRT
+
+    (core,) = tmp_path.glob("core*")
+    # RAM has its room in the file, readable or not.
+    assert core.stat().st_size > 2 * 32 << 20
+    assert bool(Hunter(0, secret_of(seed)).files([core]).times) is found

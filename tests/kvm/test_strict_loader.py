@@ -10,7 +10,7 @@ import pytest
 
 from kvm_bindings.exits import IoExit
 from kvm_bindings.x86_64 import System
-from tests.support.strict_guest import MIB, WINDOW, StrictGuest, random_part
+from tests.support.strict_guest import C_BIT, MIB, WINDOW, StrictGuest, random_part
 from vmm.arch.x86_64 import layout
 from vmm.arch.x86_64.micro_guest import DONE_PORT
 from vmm.arch.x86_64.strict.launch import AREA, FLAG_PLAIN_HASH, measured
@@ -285,6 +285,41 @@ def test_conversion_that_is_refused_stops_the_loader(kvm: System) -> None:
         guest.run()
 
     assert guest.reason == "could not convert its window back to private memory"
+
+
+# -- what strict does not keep a monitor from: said in the README, and shown here ------------------
+
+# mov rax, [rdi]; mov [rsi], rax; out, for ever
+_COPY_A_WORD = b"\x48\x8b\x07\x48\x89\x06\xe6" + bytes([DONE_PORT]) + b"\xeb\xfc"
+_READ_INTO = layout.PAYLOAD_GPA + 0x800
+
+
+def test_monitor_that_sets_registers_has_the_guest_read_its_memory_out(kvm: System) -> None:
+    """A default VM's registers are its monitor's to set: KVM keeps nobody from it."""
+    parts = two_parts()
+    with StrictGuest(kvm, parts) as guest:
+        guest.run()
+        guest.memory.pwrite(_COPY_A_WORD, layout.PAYLOAD_GPA + 0x400)
+        stolen = {"rdi": FIRST | 1 << C_BIT, "rsi": _READ_INTO}
+        start = {"rip": layout.PAYLOAD_GPA + 0x400}
+        guest.vcpu.set_regs({**guest.launch.state.regs, **stolen, **start})
+        guest.run()
+        found = guest.memory.pread(8, _READ_INTO)
+
+    assert guest.loaded and found == bytes(parts[0].content)[:8]  # type: ignore[arg-type]
+
+
+def test_common_memory_is_the_monitors_to_write_for_as_long_as_the_guest_runs(kvm: System) -> None:
+    place = layout.TRAMPOLINE.start
+    with StrictGuest(
+        kvm, two_parts(), common=layout.TRAMPOLINE,
+        after=_COPY_A_WORD, rdi=place | 1 << C_BIT, rsi=_READ_INTO,
+    ) as guest:  # fmt: skip
+        guest.memory.shared.pwrite(b"rewrote!", place)
+        guest.run()
+        found = guest.memory.pread(8, _READ_INTO)
+
+    assert guest.loaded and found == b"rewrote!"
 
 
 def test_areas_that_stay_shared_are_those_of_the_launch() -> None:

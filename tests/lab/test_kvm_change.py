@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import errno
 import json
+import os
 import random
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from tests.conformance.test_emit_c import FAILING, IN_PLACE
 from tests.fuzz import emit_c
 from tests.fuzz import kernel_ops as ops
+from tests.fuzz.kernel_replay import experimental
 from tests.fuzz.kernel_worlds import World
 from tests.lab.conftest import BOOT_SECONDS, Starter
-from tests.support.fake_kvm import FakeKernel, VmType
 from tests.support.fake_platform import FakePlatform
 from tests.support.own_kvm import CHECKS
-from vmm.core.errors import GuestFailure
+from vmm.core.errors import GuestFailure, HostError
+from vmm.selftest.emit_c import write
+from vmm.selftest.recorder import as_c
+
+_SLOW = "PYVMM_LAB_SLOW"
 
 # A parameter whose writing is a crash: one file more, and a line of the makefile.
 _OOPS = """\
@@ -45,6 +50,22 @@ diff --git a/virt/kvm/Makefile.kvm b/virt/kvm/Makefile.kvm
  kvm-y := $(KVM)/kvm_main.o $(KVM)/eventfd.o $(KVM)/binary_stats.o
 +kvm-y += $(KVM)/oops.o
 """
+# A processor that never comes back from KVM_CREATE_VM.
+_SPIN = """\
+--- a/virt/kvm/kvm_main.c
++++ b/virt/kvm/kvm_main.c
+@@ -5545,0 +5546,3 @@
++	{held}_disable();
++	for (;;)
++		cpu_relax();
+"""
+_NO_START = """\
+--- a/arch/x86/kvm/x86.c
++++ b/arch/x86/kvm/x86.c
+@@ -11038 +11038 @@
+-	return 0;
++	return -EINVAL;
+"""
 # The experiments, tried; then a line for each run of the payload, and the complaints of a kernel
 # whose modules don't fit it.
 _SCRIPT = r"""
@@ -67,27 +88,22 @@ true
 """
 
 
-# As tests.fuzz.kernel_worlds.model_of finds it.
-_MODEL = FakeKernel(
-    {0: VmType(0, 3), 1: VmType(8, 3)},
-    in_place=True,
-    file_io=True,
-    vm_io=True,
-    keeps_content=True,
-    binding_taken=errno.EEXIST,
-)
-
-
 def c_programs(folder: Path) -> list[Path]:
-    """Random programs on both VM types, compiled: they show without pyvmm what the model says."""
+    """Random programs on both VM types, and a case, compiled: they show without pyvmm what the
+    model says."""
     made = []
     for number in range(6):
         program = ops.Generator(random.Random(number)).program(24)
-        expected = World(FakePlatform(_MODEL), number % 2).run(program)
+        expected = World(FakePlatform(experimental()), number % 2).run(program)
         source = emit_c.write(folder / str(number), number % 2, program, expected)
-        made.append(source.with_suffix(""))
-        subprocess.run(["cc", "-static", "-o", str(made[-1]), str(source)], check=True)
-    return made
+        made.append(source)
+    case = as_c(FakePlatform(experimental()), IN_PLACE, FAILING)
+    made.append(write(folder / "case", "case", case))
+    for source in made:
+        subprocess.run(
+            ["cc", "-static", "-o", str(source.with_suffix("")), str(source)], check=True
+        )
+    return [source.with_suffix("") for source in made]
 
 
 @pytest.mark.timeout(900)
@@ -147,3 +163,46 @@ def test_crash_of_a_patched_kernel_is_told_by_its_trace(lab_start: Starter, tmp_
     assert message.startswith("the lab machine's kernel crashed: BUG: kernel NULL pointer")
     assert "oops_on_purpose" in message
     assert "\n" not in message
+
+
+@pytest.mark.timeout(900)
+def test_modules_that_do_not_load_are_told_with_their_reason(
+    lab_start: Starter, tmp_path: Path
+) -> None:
+    patch = tmp_path / "no-start.patch"
+    patch.write_text(_NO_START)
+    run = lab_start(["true"], program=True, kvm_patches=[patch])
+
+    with pytest.raises(HostError, match=r"failed: loading module kvm: Invalid argument") as caught:
+        run.wait(BOOT_SECONDS)
+
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(
+    not os.environ.get(_SLOW), reason=f"a hang is told after minutes; {_SLOW}=1 runs these tests"
+)
+@pytest.mark.parametrize(
+    ("held", "cpus", "told"),
+    [
+        # Nobody is left to see it.
+        ("local_irq", 1, "the lab machine stands still: no heartbeat for 120 s"),
+        # The other processor's heart goes on beating.
+        ("preempt", 2, "the lab machine's kernel crashed: watchdog: BUG: soft lockup"),
+    ],
+)
+def test_kernel_that_hangs_is_told(
+    held: str, cpus: int, told: str, lab_start: Starter, tmp_path: Path
+) -> None:
+    patch = tmp_path / "spin.patch"
+    patch.write_text(_SPIN.format(held=held))
+    words = "import fcntl; fcntl.ioctl(open('/dev/kvm'), 0xAE01, 0)"
+    run = lab_start(["python3", "-c", words], program=True, kvm_patches=[patch], cpus=cpus)
+
+    with pytest.raises(GuestFailure) as caught:
+        run.wait(3 * BOOT_SECONDS)
+
+    assert caught.value.exit_status == 1
+    assert str(caught.value).startswith(told)
+    assert "\n" not in str(caught.value)

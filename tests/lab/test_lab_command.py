@@ -9,7 +9,7 @@ import sys
 import termios
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -89,24 +89,48 @@ def test_command_on_a_terminal_passes_it_on_and_gives_it_back(
     assert stopped == termios.tcgetattr(theirs) == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_ends_the_command_and_its_machine(number: signal.Signals, lab: Lab) -> None:
-    words = command("--exec", "sh", "-c", "echo started; sleep 1000")
+@contextmanager
+def started(*words: str, directory: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A lab command whose program has said that it is there."""
+    with subprocess.Popen(
+        command(*words), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        cwd=directory, env=environment(),
+    ) as process:  # fmt: skip
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"started\n"
+            yield process
+        finally:
+            process.kill()
 
-    with ExitStack() as stack:
-        process = stack.enter_context(
-            subprocess.Popen(
-                words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=environment()
-            )
-        )
-        stack.callback(process.kill)
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"started\n"
+
+def test_signal_reaches_the_command_and_its_outputs_come_back(lab: Lab, tmp_path: Path) -> None:
+    script = "trap 'echo kept >out; exit 7' TERM; echo started; while :; do sleep 0.1; done"
+
+    with started("--lab-out", "out", "--exec", "sh", "-c", script, directory=tmp_path) as process:
         machine = children(process.pid)
-        process.send_signal(number)
+        process.send_signal(signal.SIGTERM)
         status = process.wait()
 
-    assert status == 128 + number
+    assert status == 7
+    assert (tmp_path / "out").read_text() == "kept\n"
+    assert machine and not [p for p in machine if Path(f"/proc/{p}").exists()]
+
+
+def test_second_signal_ends_the_machine_of_a_command_that_ignores_the_first(
+    lab: Lab, tmp_path: Path
+) -> None:
+    script = "trap 'echo told' INT; echo started; while :; do sleep 0.1; done"
+
+    with started("--exec", "sh", "-c", script, directory=tmp_path) as process:
+        machine = children(process.pid)
+        process.send_signal(signal.SIGINT)
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"told\n"
+        process.send_signal(signal.SIGINT)
+        status = process.wait()
+
+    assert status == 128 + signal.SIGINT
     assert machine and not [p for p in machine if Path(f"/proc/{p}").exists()]
 
 

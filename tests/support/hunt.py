@@ -1,10 +1,12 @@
 """Looks for a secret by every way that a host's user space has into a running pyvmm.
 
-    python -m tests.support.hunt PID SEED [FILE...]
+    python -m tests.support.hunt PID SEED [kernel-memory] [FILE...]
+    python -m tests.support.hunt files SEED FILE...
 
 The secret is the SHA-256 of SEED in hexadecimal digits, so that neither the hunter's words nor the
-guest's console have it. JSON on stdout: for each way how often it was found, what was looked
-through (bytes), and what refused.
+guest's console have it; and the hunter itself has it only in two halves, so that it doesn't find
+itself in its kernel's memory. JSON on stdout: for each way how often it was found, what was looked
+through (bytes), and what refused. With `files` it looks through these alone.
 """
 
 from __future__ import annotations
@@ -17,15 +19,20 @@ import mmap
 import os
 import re
 import signal
+import struct
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
 _PIECE = 1 << 20
 _SYS_PIDFD_GETFD = 438
 _MOST_OF_A_MAPPING = 2 << 30
+_PT_LOAD, _NOT_PHYSICAL = 1, (1 << 64) - 1
+KERNEL_MEMORY = "kernel-memory"
+_KERNEL_IMAGE = 0xFFFF_FFFF_8000_0000  # Documentation/arch/x86/x86_64/mm.rst
 
 
 @dataclass
@@ -40,10 +47,36 @@ class Found:
         return {"times": self.times, "bytes": self.looked_at, "refused": dict(self.refused)}
 
 
+class Searched(Protocol):
+    """Bytes, or a mapping."""
+
+    def find(self, sub: bytes, start: int = ..., /) -> int: ...
+    def __getitem__(self, key: slice, /) -> bytes: ...
+
+
+class Secret(NamedTuple):
+    """What is looked for, in halves of equal size."""
+
+    first: bytes
+    second: bytes
+
+    @property
+    def size(self) -> int:
+        return len(self.first) + len(self.second)
+
+    def count(self, data: Searched) -> int:
+        """How often it is in there."""
+        times, half, at = 0, len(self.first), data.find(self.first)
+        while at >= 0:
+            times += data[at + half : at + self.size] == self.second
+            at = data.find(self.first, at + 1)
+        return times
+
+
 class Hunter:
     """Hunts in one process."""
 
-    def __init__(self, pid: int, secret: bytes) -> None:
+    def __init__(self, pid: int, secret: Secret) -> None:
         self._pid = pid
         self._secret = secret
 
@@ -55,6 +88,7 @@ class Hunter:
             "/proc/PID/mem": self.proc_mem(),
             "process_vm_readv": self.process_vm_readv(),
             "files": self.files(files),
+            "swap": self.swap(),
             "core dump": self.core_dump(),
         }
 
@@ -102,10 +136,7 @@ class Hunter:
         faulthandler.disable()  # the signal that may come is an answer, no fault
         try:
             with mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ) as area:
-                times, at = 0, area.find(self._secret)
-                while at >= 0:
-                    times += 1
-                    at = area.find(self._secret, at + 1)
+                times = self._secret.count(area)
             os.write(writing, str(times).encode())
         except (OSError, ValueError) as error:
             os.write(writing, str(getattr(error, "strerror", error)).encode())
@@ -128,15 +159,50 @@ class Hunter:
         return found
 
     def files(self, names: list[Path]) -> Found:
-        """Report, trace, disks, console: what it has written, and the page cache behind it."""
+        """Report, trace, disks, console: what it has written, by way of the page cache."""
         found = Found()
         for name in names:
             inside = [each for each in name.rglob("*") if each.is_file()] if name.is_dir() else []
             for file in [*inside, *([name] if name.is_file() else [])]:
-                data = file.read_bytes()
-                self._look(found, b"", data)
+                with file.open("rb") as opened:
+                    tail = b""
+                    while data := opened.read(_PIECE):
+                        tail = self._look(found, tail, data)
+        return found
+
+    def swap(self) -> Found:
+        """Where its pages could have been put: guest_memfd's never are, and there may be none."""
+        found = Found()
         for line in Path("/proc/swaps").read_text().splitlines()[1:]:
-            found.refused[f"swap {line.split()[0]} was not looked at"] += 1
+            try:
+                with open(line.split()[0], "rb", buffering=0) as area:
+                    tail = b""
+                    while data := area.read(_PIECE):
+                        tail = self._look(found, tail, data)
+            except OSError as error:
+                found.refused[os.strerror(error.errno or 0)] += 1
+        return found
+
+    def kernel_memory(self) -> Found:
+        """All memory of the machine as its kernel maps it: what root may read of the kernel."""
+        found = Found()
+        try:
+            fd = os.open("/proc/kcore", os.O_RDONLY)
+        except OSError as error:
+            found.refused[os.strerror(error.errno or 0)] += 1
+            return found
+        try:
+            header = os.pread(fd, 64, 0)
+            (table,) = struct.unpack_from("<Q", header, 32)
+            (count,) = struct.unpack_from("<H", header, 56)
+            for number in range(count):
+                segment = os.pread(fd, 56, table + 56 * number)
+                kind, _, offset, virtual, physical, size = struct.unpack_from("<IIQQQQ", segment)
+                # The direct map has each page once; the kernel's own image is a second view.
+                if kind == _PT_LOAD and physical != _NOT_PHYSICAL and virtual < _KERNEL_IMAGE:
+                    self._scan_area(found, offset, offset + size, lambda at, n: os.pread(fd, n, at))
+        finally:
+            os.close(fd)
         return found
 
     def core_dump(self) -> Found:
@@ -211,18 +277,26 @@ class Hunter:
     def _look(self, found: Found, tail: bytes, data: bytes) -> bytes:
         """Count the secret in what follows `tail`; what the next piece has to begin with."""
         found.looked_at += len(data)
-        found.times += (tail + data).count(self._secret)
-        return data[-len(self._secret) + 1 :]
+        found.times += self._secret.count(tail + data)
+        return data[1 - self._secret.size :]
 
 
-def secret_of(seed: str) -> bytes:
+def secret_of(seed: str) -> Secret:
     """What the guest makes of the seed: sha256sum's digits."""
-    return hashlib.sha256(seed.encode()).hexdigest().encode()
+    digest = hashlib.sha256(seed.encode()).digest()
+    return Secret(digest[:16].hex().encode(), digest[16:].hex().encode())
 
 
 def main() -> None:
-    pid, seed, *files = sys.argv[1:]
-    found = Hunter(int(pid), secret_of(seed)).hunt([Path(name) for name in files])
+    pid, seed, *names = sys.argv[1:]
+    files = [Path(name) for name in names if name != KERNEL_MEMORY]
+    if pid == "files":
+        found = {"files": Hunter(0, secret_of(seed)).files(files)}
+    else:
+        hunter = Hunter(int(pid), secret_of(seed))
+        # First what the machine's kernel maps: the rest leaves copies of what it finds.
+        kernel = {"/proc/kcore": hunter.kernel_memory()} if KERNEL_MEMORY in names else {}
+        found = {**kernel, **hunter.hunt(files)}
     print(json.dumps({way: each.as_dict() for way, each in found.items()}))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from kvm_bindings import KvmError
-from vmm.core.ranges import PAGE_SIZE, Range
+from vmm.core.ranges import NOWHERE, PAGE_SIZE, Range
 from vmm.memory.backings.memfd import MemfdBacking
 from vmm.memory.guest_memory import GuestMemory
 
@@ -44,7 +44,7 @@ def guest_memory(
     ram: tuple[Range, ...] = SMALL_RAM,
     shared: MemfdBacking | None = None,
     private_backing: MemfdBacking | None = None,
-    common_end: int = 0,
+    common: Range = NOWHERE,
 ) -> Iterator[GuestMemory]:
     """GuestMemory over two memfds, `private` ranges private, the rest shared."""
     size = ram[-1].end
@@ -53,7 +53,7 @@ def guest_memory(
         shared or MemfdBacking(size),
         private_backing or MemfdBacking(size),
         private,
-        common_end,
+        common,
     )
     try:
         yield memory

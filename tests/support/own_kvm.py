@@ -11,10 +11,11 @@ import errno
 import fcntl
 import json
 import os
+import signal
 import struct
 import traceback
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 
 from kvm_bindings import GuestMemfd, PagesInUse, Vm, fdops, ioctls
@@ -140,7 +141,7 @@ def arguments_of_conversions(system: System, opened: ExitStack) -> None:
     equal(vm.check_extension(ioctls.KVM_CAP_MEMORY_ATTRIBUTES), 0)
     _, plain = gmem_on(system, opened, MMAP | INIT_SHARED, vm_type=0)
     equal(set2(plain, 0, PAGE_SIZE, PRIVATE), ("EINVAL", 0))
-    equal(set2(plain, 0, PAGE_SIZE, 0), ("ok", 0))
+    equal(set2(plain, 0, PAGE_SIZE, 0), ("EINVAL", 0))
 
 
 @check
@@ -192,6 +193,42 @@ def holders_of_pages_are_respected(system: System, opened: ExitStack) -> None:
     equal(os.pread(gmem.fd, 1, PAGE_SIZE), b"x")
     os.read(ends[0], PAGE_SIZE)
     gmem.set_memory_attributes2(PAGE_SIZE, 8 * PAGE_SIZE, PRIVATE)
+    equal(os.splice(gmem.fd, ends[1], PAGE_SIZE, offset_src=0), PAGE_SIZE)
+    stale = 5 * PAGE_SIZE
+    equal(set2(gmem, 0, PAGE_SIZE, PRIVATE, 0, stale), ("EAGAIN", 0))
+    equal(set2(gmem, 1, PAGE_SIZE, PRIVATE, 0, stale), ("EINVAL", stale))
+
+
+@check
+def reads_past_the_page_cache_are_respected(system: System, opened: ExitStack) -> None:
+    size = 32 << 20  # takes the disk a while
+    vm = opened.enter_context(system.create_vm(SW_PROTECTED))
+    gmem = opened.enter_context(vm.create_guest_memfd(size, MMAP | INIT_SHARED))
+    hva = mapped(opened, gmem.fd, size)
+    reader = os.fork()
+    if not reader:
+        disk = os.open("/dev/vda", os.O_RDONLY | os.O_DIRECT)
+        while True:
+            with suppress(OSError):  # EFAULT while the pages are private
+                fdops.pread_to_address(disk, hva, size, 0)
+    try:
+        named = False
+        for _ in range(5000):
+            said, offset = set2(gmem, 0, size, PRIVATE)
+            if said == "ok":
+                gmem.set_memory_attributes2(0, size, 0)
+                continue
+            equal(said, "EAGAIN")
+            who = f"process {reader} "
+            found = [words for words in holders(gmem.fd, offset) if words.startswith(who)]
+            named = any("pread64" in words and "(O_DIRECT)" in words for words in found)
+            if named:
+                break
+        equal(named, True)
+    finally:
+        os.kill(reader, signal.SIGKILL)
+        os.waitpid(reader, 0)
+    equal(set2(gmem, 0, size, PRIVATE), ("ok", 0))
 
 
 @check

@@ -25,7 +25,7 @@ from vmm.boot.manifest import Part
 from vmm.conversion.making import make_backing
 from vmm.conversion.schemes.cbit import CbitScheme
 from vmm.conversion.transaction import Converter
-from vmm.core.ranges import Range
+from vmm.core.ranges import NOWHERE, Range
 from vmm.devices.bus import PortBus, PortDevice
 from vmm.devices.doorbell import DoorbellActions, DoorbellBank
 from vmm.devices.load_window import LoadWindow
@@ -56,6 +56,7 @@ class StrictGuest:
         rdi: int = 0,
         change: Callable[[list[tuple[int, bytes]]], list[tuple[int, bytes]]] = lambda same: same,
         fill: Fill | None = None,
+        common: Range = NOWHERE,
     ) -> None:
         """`after` is the code that runs when all is loaded, in shared memory at PAYLOAD_GPA, with
         `rsi` and `rdi`. `change` is what a monitor does to what it puts in place."""
@@ -80,7 +81,7 @@ class StrictGuest:
                 Range(layout.PAYLOAD_PRIVATE_START, AREA.start - layout.PAYLOAD_PRIVATE_START),
                 Range(AREA.end, size - AREA.end),
             ]
-            self.memory = GuestMemory(ram, shared, self.private, private)
+            self.memory = GuestMemory(ram, shared, self.private, private, common)
             opened.callback(self.memory.close)
             scheme = CbitScheme(C_BIT)
             scheme.install(self.vm, self.memory)

@@ -48,8 +48,8 @@ class Guest(Protocol):
     """Whether it picks the side of a page by an address bit, and can't do without."""
     doorbell: str
     """How it asks for conversions, where it has private memory."""
-    unpaged_end: int
-    """Below this it runs processors without paging, which can't set an address bit (bytes)."""
+    unpaged: Range
+    """Where it runs processors without paging, which can't set an address bit; may be empty."""
 
     @property
     def launch(self) -> dict[str, Any] | None:
@@ -133,6 +133,11 @@ class Architecture(HostArchitecture, Protocol):
 
     def payload_guest(self, options: GuestOptions) -> Guest:
         """The embedded payload. Raises UsageError where it does not fit."""
+        ...
+
+    def with_bench_guest(self) -> Architecture:
+        """This architecture with the bench guest in the payload's place, for measurements with
+        private memory. Raises HostError where there is none."""
         ...
 
     def choose_loading(

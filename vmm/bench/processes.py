@@ -37,8 +37,8 @@ def bench_guest() -> Path:
         return Path(firmware.bench_path(machine))
     except LookupError:
         raise HostError(
-            f"there is no bench guest for {machine}, which the sections disk and start-up run; "
-            "measure them on an x86-64 machine"
+            f"there is no bench guest for {machine}, which the sections disk, iommu and start-up "
+            "run; measure them on an x86-64 machine"
         ) from None
 
 

@@ -22,13 +22,15 @@ TITLES = {
     "accessors": "Access to guest memory",
     "transfers": "From a file to guest memory and back",
     "conversions": "A share and an unshare of touched pages",
+    "conversions-memory": "Memory of pages that are shared with their content, both sides",
     "exits": "One exit",
     "disk": "A virtio-blk request, as the bench guest sees it",
     "disk-cpu": "Processor time of the host's side for that request",
     "start-up": "Start-up",
     "memory": "Memory",
     "linux": "A stock kernel",
-    "iommu": "A stock kernel's disk behind the virtual IOMMU",
+    "iommu-calls": "A page for a device",
+    "iommu": "A disk behind the virtual IOMMU",
 }
 
 

@@ -21,6 +21,7 @@ from vmm.bench import (
     disk,
     exits,
     iommu,
+    iommu_guest,
     linux,
     network,
     results,
@@ -28,6 +29,7 @@ from vmm.bench import (
 )
 from vmm.bench.chart import chart
 from vmm.bench.host import host_facts
+from vmm.bench.processes import bench_guest
 from vmm.bench.series import Series
 from vmm.cli.output import printing
 from vmm.cli.parser import Parser
@@ -37,8 +39,8 @@ from vmm.exits.run_loop import install_kick_handler
 from vmm.host.kvm import open_kvm
 
 SECTIONS = ("accessors", "conversions", "exits", "disk", "start-up", "memory", "linux", "iommu")
-OF_LINUX = ("linux", "iommu")
-"""They need a stock kernel, which this host may not run: not without being asked for."""
+IF_ASKED = ("linux", "iommu")
+"""They take minutes; linux needs a stock kernel, which this host may not run."""
 QEMU = "qemu-system-x86_64"
 
 
@@ -75,7 +77,11 @@ def parser() -> Parser:
         metavar="DIR",
         help="where disk images are made (default: for temporary files)",
     )
-    made.add_argument("--kernel", metavar="FILE", help="for linux, iommu: a stock kernel")
+    made.add_argument(
+        "--kernel",
+        metavar="FILE",
+        help="for linux, iommu: a stock kernel (iommu without it: the bench guest)",
+    )
     made.add_argument(
         "--initrd", metavar="FILE", help="for linux, iommu: an initrd that ends in a shell"
     )
@@ -173,6 +179,8 @@ class _Run:
         return linux.Guest(options.kernel, options.initrd, str(image), options.fio, None)
 
     def _iommu(self) -> Iterator[Series]:
+        if self._options.kernel is None:
+            return self._iommu_guest()
         started = time.monotonic()
         return iommu.measure(
             self._guest("iommu"),
@@ -180,6 +188,15 @@ class _Run:
             self.rounds(1, 2),
             lambda turn: _progress(f"iommu: {turn}", time.monotonic() - started),
         )
+
+    def _iommu_guest(self) -> Iterator[Series]:
+        bench_guest()
+        self.system()
+        image = self.directory / "disk.img"
+        disk.fill(image)
+        works = iommu_guest.QUICK if self.quick else iommu_guest.FULL
+        yield from iommu_guest.measure_calls(image, 10 if self.quick else 40)
+        yield from iommu_guest.measure(image, works, self.rounds(3, 3))
 
     def _linux(self) -> Iterator[Series]:
         guest = self._guest("linux")._replace(peer=self._peer_or_none())
@@ -210,7 +227,7 @@ def run(arguments: Sequence[str]) -> int:
             # The files' names are anybody's, terminal sequences in them too.
             print("\n".join(map(one_line, results.compared(before, after).split("\n"))))
         return 0
-    sections = options.only or [name for name in SECTIONS if name not in OF_LINUX]
+    sections = options.only or [name for name in SECTIONS if name not in IF_ASKED]
     outputs = {name: _output(name, getattr(options, name)) for name in ("json", "html", "svg")}
     install_kick_handler()
     with ExitStack() as opened:

@@ -1,22 +1,23 @@
-"""`pyvmm check`, and how it shows what it found: a table on a terminal, aligned lines elsewhere,
-JSON."""
+"""`pyvmm check`, and how it shows what it found: the verdict first, then a line for each
+capability, with -v all that is known of it; or JSON."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterator, Sequence
 
 from vmm.arch import architecture
 from vmm.cli.output import printing
-from vmm.cli.parser import Parser
+from vmm.cli.parser import Parser, width
 from vmm.core.errors import one_line
 from vmm.host.capability import KERNEL_PRIVATE
 from vmm.host.check import HostCheck, Job, check_host
 
 _COLOURS = {"yes": "green", "no": "yellow", "broken": "red", "unknown": "dim"}
-_HEADINGS = ("status", "capability", "result", "evidence", "enables", "what to do")
+_STATUS_WIDTH = max(map(len, _COLOURS))
 _HOST_ACCESS = {
     "kernel-refused": "the kernel keeps the host out",
     "policy-refused": "a rehearsal: pyvmm keeps out, the kernel would not",
@@ -30,11 +31,18 @@ def parser() -> argparse.ArgumentParser:
     """Its options."""
     parser = Parser(
         prog="pyvmm check",
-        description="Probes what this host can do: one line for each capability, with evidence, "
-        "what it enables and what to do without it, then which jobs can run.",
+        description="Probes what this host can do: first which jobs can run, then one line for "
+        "each capability.",
         epilog="exit status: 0 a stock kernel with --private-mem can run here, 2 bad usage, "
         "3 it cannot",
         allow_abbrev=False,
+    )
+    parser.add_argument(
+        "-v",
+        "--verbose",
+        action="store_true",
+        help="with each capability the evidence, what it is good for and what to do without it; "
+        "with each job why it doesn't use a stronger scheme",
     )
     parser.add_argument("--json", action="store_true", help="print JSON, whose keys are stable")
     parser.add_argument("--debug", action="store_true", help="show a traceback for errors")
@@ -48,10 +56,8 @@ def run(arguments: Sequence[str]) -> int:
     with printing():
         if options.json:
             print(json.dumps(found.as_json(), indent=2))
-        elif sys.stdout.isatty():
-            _print_table(found)
         else:
-            print("\n".join(plain_lines(found)))
+            _print(list(shown(found, options.verbose)))
     return found.exit_status
 
 
@@ -61,45 +67,47 @@ _LENDS_NOTHING = (
 )
 
 
-def _cells(found: HostCheck) -> list[tuple[str, ...]]:
-    return [
-        tuple(
-            map(
-                one_line,
-                (
-                    row.finding.status,
-                    row.capability.title,
-                    row.finding.result,
-                    row.finding.evidence,
-                    row.capability.enables,
-                    row.advice,
-                ),
-            )
+def shown(found: HostCheck, verbose: bool) -> Iterator[tuple[str, str]]:
+    """Lines of `width()` columns at most: a status, or nothing, and the text after it."""
+    for line in verdict(found, verbose):
+        indent = " " * (len(line) - len(line.lstrip()) + 2)
+        yield from (("", part) for part in _wrapped(line, indent))
+    yield "", ""
+    titles = max((len(one_line(row.capability.title)) for row in found.rows), default=0)
+    for row in found.rows:
+        title, result = one_line(row.capability.title), one_line(row.finding.result)
+        if not verbose:
+            yield row.finding.status, f"{title.ljust(titles)}  {result}"
+            continue
+        yield row.finding.status, f"{title}: {result}"
+        about = (
+            ("", row.finding.evidence),
+            ("good for: ", row.capability.enables),
+            ("without it: ", row.advice),
         )
-        for row in found.rows
-    ]
+        indent = " " * (_STATUS_WIDTH + 2)
+        for label, text in about:
+            if text:
+                lines = _wrapped(f"{indent}{label}{one_line(text)}", f"{indent}  ")
+                yield from (("", line) for line in lines)
+    if not verbose:
+        yield "", ""
+        yield "", "pyvmm check -v: the evidence, and what to do without what is missing"
 
 
-def plain_lines(found: HostCheck) -> list[str]:
-    """One aligned line for each capability, then one for each job."""
-    cells = [_HEADINGS, *_cells(found)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
-        for row in cells
-    ]
-    return [*lines, "", *closing_lines(found)]
+def _wrapped(text: str, indent: str) -> list[str]:
+    return textwrap.wrap(text, width(), subsequent_indent=indent, break_on_hyphens=False)
 
 
-def closing_lines(found: HostCheck) -> list[str]:
-    """Which jobs run, and below each why a stronger scheme doesn't serve it."""
+def verdict(found: HostCheck, verbose: bool) -> list[str]:
+    """Which jobs run; and, below each, why a stronger scheme doesn't serve it."""
     lines = []
     for name, job in found.jobs.items():
         lines.append(job_line(found, job))
         if name == KERNEL_PRIVATE and job.choice:  # --iommu needs a kernel
             lends = "lends private pages to devices" if job.choice.lends else _LENDS_NOTHING
             lines.append(f"  with --iommu: {lends}")
-        not_taken = job.choice.not_taken if job.choice else {}
+        not_taken = job.choice.not_taken if job.choice and verbose else {}
         lines += [f"  not scheme {scheme}: {one_line(why)}" for scheme, why in not_taken.items()]
     return lines
 
@@ -120,20 +128,16 @@ def job_line(found: HostCheck, job: Job) -> str:
     return f"{job.title}: cannot run here ({'; '.join(reasons)}); {found.lab} can run it"
 
 
-def _print_table(found: HostCheck) -> None:
-    from rich import box
+def _print(lines: Sequence[tuple[str, str]]) -> None:
+    if not sys.stdout.isatty():
+        for status, text in lines:
+            print(f"{status.ljust(_STATUS_WIDTH)}  {text}" if status else text)
+        return
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 1, 0), pad_edge=False)
-    for heading in _HEADINGS:
-        table.add_column(heading, overflow="fold", no_wrap=heading == "status")
-    for row in _cells(found):
-        status, *rest = row
-        table.add_row(Text(status, style=_COLOURS[status]), *map(Text, rest))
     console = Console(highlight=False)
-    console.print(table)
-    for line in closing_lines(found):
-        style = "dim" if line.startswith(" ") else "green" if "can run," in line else ""
-        console.print(Text(line, style=style), soft_wrap=True)
+    for status, text in lines:
+        style = "green" if "can run," in text or text.endswith("can run") else ""
+        line = Text(f"{status.ljust(_STATUS_WIDTH)}  ", _COLOURS[status]) if status else Text()
+        console.print(line.append(text, "" if status else style), soft_wrap=True)

@@ -12,49 +12,30 @@ import sys
 from collections.abc import Sequence
 
 from vmm.cli.run_options import parse
-from vmm.core.errors import HostError, PyvmmError, in_words, limit_met, tell
+from vmm.core.errors import HostError, PyvmmError, UsageError, in_words, limit_met, tell
 from vmm.core.lean_typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from vmm.machine.config import MachineConfig
 
+_COMMANDS = (
+    "run",
+    "check",
+    "selftest",
+    "bench",
+    "lab",
+    "ctl",
+    "report",
+    "replay",
+    "measure",
+    "help",
+)
+
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; the exit status. Errors become one line on stderr."""
     try:
-        if arguments and arguments[0] == "lab":
-            from vmm.lab.command import run as run_lab
-
-            return run_lab(list(arguments[1:]), check=_refuse_early)
-        if arguments and arguments[0] == "check":
-            from vmm.cli.check import run as check
-
-            return check(arguments[1:])
-        if arguments and arguments[0] == "selftest":
-            from vmm.cli.selftest import run as selftest
-
-            return selftest(arguments[1:])
-        if arguments and arguments[0] == "bench":
-            from vmm.cli.bench import run as bench
-
-            return bench(arguments[1:])
-        if arguments and arguments[0] == "ctl":
-            from vmm.cli.ctl import run as run_ctl
-
-            return run_ctl(arguments[1:])
-        if arguments and arguments[0] == "report":
-            from vmm.cli.report import run as report
-
-            return report(arguments[1:])
-        if arguments and arguments[0] == "measure":
-            from vmm.cli.measure import run as measure
-
-            return measure(arguments[1:], _configuration)
-        if arguments and arguments[0] == "replay":
-            from vmm.cli.replay import run as replay
-
-            return replay(arguments[1:])
-        return _run(arguments)
+        return _command(_without_help(arguments))
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in arguments:
             import traceback  # not on the start-up path
@@ -63,6 +44,46 @@ def main(arguments: Sequence[str]) -> int:
         status, sentence = _explain(error)
         tell(sentence)
         return status
+
+
+def _command(arguments: Sequence[str]) -> int:
+    word = arguments[0] if arguments else "run"
+    match word:
+        case "lab":
+            from vmm.lab.command import run as lab
+
+            return lab(list(arguments[1:]), check=_refuse_early)
+        case "measure":
+            from vmm.cli.measure import run as measure
+
+            return measure(arguments[1:], _configuration)
+        case "check" | "selftest" | "bench" | "ctl" | "report" | "replay":
+            import importlib
+
+            status: int = importlib.import_module(f"vmm.cli.{word}").run(arguments[1:])
+            return status
+    _require_command(word)
+    return _run(arguments)
+
+
+def _require_command(word: str) -> None:
+    """Raise UsageError for a first word that is neither a command nor an option."""
+    if word in _COMMANDS or word.startswith("-"):
+        return
+    from vmm.core.near import did_you_mean
+
+    if os.path.isfile(word):
+        remedy = f"a kernel is given as --kernel {word}"
+    else:
+        remedy = did_you_mean(word, _COMMANDS) or f"the commands are {', '.join(_COMMANDS)}"
+    raise UsageError(f"there is no command {word}; {remedy}")
+
+
+def _without_help(arguments: Sequence[str]) -> Sequence[str]:
+    """`help COMMAND` is COMMAND --help, `help` alone is --help."""
+    if arguments and arguments[0] == "help":
+        return [*arguments[1:2], "--help"]
+    return arguments
 
 
 def _refuse_early(arguments: Sequence[str], machine: str) -> None:
@@ -86,6 +107,8 @@ def _refuse_early(arguments: Sequence[str], machine: str) -> None:
 
         _configuration(words_of(arguments[1:])[1], machine)
     else:
+        if arguments:
+            _require_command(arguments[0])
         _configuration(arguments, machine)
 
 
@@ -101,6 +124,8 @@ def _explain(error: BaseException) -> tuple[int, str]:
     if type(error) is OSError and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         remedy = "" if limit_met(error) else "; make room"
         return 1, f"output could not be written: {in_words(error)}{remedy}"
+    if isinstance(error, ImportError) and os.strerror(errno.EMFILE) in str(error):
+        error = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
     if isinstance(error, OSError):
         return HostError.exit_status, f"the host refused: {in_words(error)}"
     return 1, f"internal error: {error!r}; --debug shows where, for a bug report"

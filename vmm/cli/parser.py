@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from vmm.core.errors import UsageError
+from vmm.core.near import did_you_mean
+
+_USUAL, _LEAST = 80, 40
 
 
-def _width() -> int:
-    """Columns for help texts, as argparse finds them."""
+def width() -> int:
+    """Columns for help and other texts, as argparse finds them."""
     try:
-        return int(os.environ.get("COLUMNS") or os.get_terminal_size(1).columns) - 2
+        columns = int(os.environ.get("COLUMNS") or os.get_terminal_size(1).columns)
     except (OSError, ValueError):
-        return 78
+        columns = 0
+    return max(columns or _USUAL, _LEAST) - 2  # a terminal may not know its own: 0
 
 
 class Parser(argparse.ArgumentParser):
@@ -25,10 +29,48 @@ class Parser(argparse.ArgumentParser):
         # With a width, because finding one out imports shutil and all archive formats behind it,
         # for each option that is added.
         formatter: Callable[..., argparse.HelpFormatter] = self.formatter_class
-        return formatter(prog=self.prog, width=_width())
+        return formatter(prog=self.prog, width=width())
+
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: None = None
+    ) -> argparse.Namespace:
+        """As argparse's own, but a misspelt option is told with the one that it is like."""
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            words = [self._about(word.partition("=")[0]) for word in unknown]
+            self.error(f"unrecognized arguments: {' '.join(words)}")
+        return found
+
+    def _about(self, word: str) -> str:
+        options = (name for name in self._option_string_actions if name.startswith("--"))
+        remedy = did_you_mean(word, options) if word.startswith("--") else None
+        return f"{word} ({remedy})" if remedy else word
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see {self.prog} --help")
+
+
+class Version(argparse.Action):
+    """Prints the version that is installed, which only this option needs to find out."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help=help)
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> NoReturn:
+        from importlib import metadata
+
+        try:
+            version = metadata.version("pyvmm")
+        except metadata.PackageNotFoundError:
+            version = "of a source tree that is not installed"
+        print(f"pyvmm {version}")
+        parser.exit()
 
 
 def add_policy_options(options: argparse._ActionsContainer) -> None:

@@ -26,7 +26,7 @@ examples:
   pyvmm --kernel bzImage --private-mem        boot a stock kernel with private memory
   pyvmm lab --kernel bzImage --private-mem    the same under full emulation, where the host's
                                               KVM can't do it or there is none
-  pyvmm lab --help                            the lab's own options
+  pyvmm help lab                              the lab's own options (help COMMAND for others)
   pyvmm ctl --help                            asking a running pyvmm (--control)
   pyvmm check                                 what this host can do, and what is missing
   pyvmm selftest                              whether its KVM and pyvmm do it right
@@ -137,7 +137,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "output": {
         "--report": {
             "metavar": "FILE",
-            "help": "write what happened to FILE as JSON when the run ends",
+            "help": "write what happened to FILE (-: stdout) as JSON when the run ends",
         },
         "--trace": {
             "metavar": "DIR",
@@ -197,12 +197,12 @@ def build_parser() -> argparse.ArgumentParser:
     """argparse's parser of all options."""
     import argparse
 
-    from vmm.cli.parser import Parser, add_policy_options
+    from vmm.cli.parser import Parser, Version, add_policy_options
 
     parser = Parser(
         prog="pyvmm",
         usage="pyvmm [run] [options]   or   "
-        "pyvmm check|selftest|bench|lab|measure|report|replay [options]",
+        "pyvmm check|selftest|bench|lab|ctl|report|replay|measure|help [options]",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -214,4 +214,5 @@ def build_parser() -> argparse.ArgumentParser:
             add_policy_options(group)
         for name, about in options.items():
             group.add_argument(name, **about)
+    parser.add_argument("--version", action=Version, help="say which pyvmm this is, and exit")
     return parser

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
 
 from vmm.arch import architecture
 from vmm.cli.output import printing
 from vmm.cli.parser import Parser
-from vmm.core.errors import UsageError, tell
+from vmm.cli.parser import width as columns
+from vmm.core.errors import UsageError, one_line, tell
 from vmm.core.output import Output
 from vmm.exits.run_loop import install_kick_handler
 from vmm.host.kvm import open_kvm
 from vmm.selftest.case import Case
 from vmm.selftest.cases.all_cases import all_cases
 from vmm.selftest.entries import Combination, combinations
-from vmm.selftest.platform import KvmPlatform
+from vmm.selftest.platform import KvmPlatform, Platform
 from vmm.selftest.runner import Result, as_json, run_matrix
 
-_MARKS = {"pass": "ok", "skip": "-", "fail": "FAIL"}
-_COLOURS = {"pass": "green", "skip": "dim", "fail": "bold red"}
+_MARKS = {"pass": "ok", "skip": "-", "fail": "XX"}
+_COLOURS = {"XX": "bold red", "FAIL": "bold red", "ok": "green", "-": "dim"}
+_COLUMN = 3
 
 
 def parser() -> Parser:
@@ -40,6 +47,17 @@ def parser() -> Parser:
         help="these cells alone, as in cbit/guest_memfd; may be given several times",
     )
     made.add_argument("--json", metavar="FILE", help="write the results to FILE as well")
+    made.add_argument(
+        "--emit-c",
+        metavar="DIR",
+        help="write each case that fails as a C program that shows it without pyvmm, to compile "
+        "with cc; those that C has no words for are named",
+    )
+    made.add_argument(
+        "--from-trace",
+        metavar="DIR",
+        help="run no case: write the conversions of this trace as a C program, with --emit-c",
+    )
     made.add_argument("--debug", action="store_true", help="show a traceback for errors")
     return made
 
@@ -52,22 +70,77 @@ def run(arguments: Sequence[str]) -> int:
     options = parser().parse_args(arguments)
     arch = architecture()
     cells = _chosen(options.only, arch.schemes)
+    if options.from_trace is not None:
+        return _from_trace(options.from_trace, options.emit_c)
     output = None if options.json is None else Output(f"--json {options.json}", options.json)
     cases = all_cases()
     results: list[Result] = []
     install_kick_handler()
     with open_kvm(arch, complete=False) as system:
-        for result in run_matrix(KvmPlatform(arch, system), cases, cells):
+        platform = KvmPlatform(arch, system)
+        for result in run_matrix(platform, cases, cells):
             results.append(result)
             _show_progress(len(results), len(cases) * len(cells), result)
-    _show_progress(0, 0, None)
+        _show_progress(0, 0, None)
+        if options.emit_c is not None:
+            emit(platform, results, Path(options.emit_c))
     if output is not None:
         output.write((json.dumps(as_json(results), indent=2) + "\n").encode())
         output.close()
     with printing():
-        if not (sys.stdout.isatty() and _print_table(cases, cells, results)):
-            print("\n".join(plain_lines(cases, cells, results)))
+        _print(lines(cases, cells, results))
     return 1 if any(result.status == "fail" for result in results) else 0
+
+
+def _from_trace(trace: str, directory: str | None) -> int:
+    """The trace's conversions as a C program; the exit status. Raises UsageError, HostError."""
+    from vmm.selftest.emit_c import write
+    from vmm.selftest.from_trace import case_of, cell_of
+    from vmm.selftest.recorder import Inexpressible, as_c
+    from vmm.trace.reader import Trace
+
+    if directory is None:
+        raise UsageError(f"--from-trace {trace}: say with --emit-c DIR where the program is to be")
+    with closing(Trace(trace)) as recorded:
+        arch, cell, case = architecture(), cell_of(recorded), case_of(recorded)
+    install_kick_handler()
+    with open_kvm(arch, complete=False) as system:
+        try:
+            text = as_c(KvmPlatform(arch, system), cell, case)
+        except Inexpressible as obstacle:
+            raise UsageError(
+                f"--from-trace {trace}: it can't be said in C: {obstacle}"
+            ) from obstacle
+    try:
+        path = write(Path(directory), "trace", text)
+    except OSError as error:
+        raise UsageError(f"--emit-c {directory}: {error.strerror}") from error
+    with printing():
+        print(f"cc -o {path.with_suffix('')} {path}")
+    return 0
+
+
+def emit(platform: Platform, results: Sequence[Result], directory: Path) -> None:
+    """Each failure as a C program in `directory`. Raises UsageError where that can't be written."""
+    from vmm.selftest.emit_c import write  # only failures are emitted
+    from vmm.selftest.recorder import Inexpressible, as_c
+
+    for result in results:
+        if result.status != "fail":
+            continue
+        where = f"{result.case.name} in {result.combination}"
+        if os.uname().machine != "x86_64":
+            tell(f"--emit-c: {where}: the C program's guest is x86's")
+            continue
+        name = re.sub(r"\W", "_", f"{result.case.name}-{result.combination}")
+        try:
+            path = write(directory, name, as_c(platform, result.combination, result.case))
+        except Inexpressible as obstacle:
+            tell(f"--emit-c: {where} can't be said in C: {obstacle}")
+        except OSError as error:
+            raise UsageError(f"--emit-c {directory}: {error.strerror}") from error
+        else:
+            tell(f"{where} as C: cc -o {path.with_suffix('')} {path}")
 
 
 def _chosen(names: Sequence[str], schemes: Sequence[str]) -> list[Combination]:
@@ -131,46 +204,42 @@ def _where(results: Sequence[Result]) -> str:
     return f"{what} in {where}"
 
 
-def plain_lines(
+def lines(
     cases: Sequence[Case], cells: Sequence[Combination], results: Sequence[Result]
-) -> list[str]:
-    """The matrix for a file or a pipe: cells numbered, one line for each case."""
+) -> Iterator[str]:
+    """The cells, numbered; the matrix with a line for each case, under the room that it is of;
+    what failed, what was skipped, and the sum."""
     matrix = Matrix(results)
-    lines = [f"{number:>4}  {cell}" for number, cell in enumerate(cells, 1)]
-    width = max(len(case.name) for case in cases)
-    head = " " * width + "".join(f"{number:>5}" for number in range(1, len(cells) + 1))
-    lines += ["", head]
-    for case in cases:
-        marks = "".join(f"{_MARKS[matrix.at(case, cell).status]:>5}" for cell in cells)
-        lines.append(f"{case.name:<{width}}{marks}")
-    return [*lines, "", *notes(results)]
+    for number, cell in enumerate(cells, 1):
+        yield f"{number:>{_COLUMN}}  {cell}"
+    names = {case: case.name.partition(".")[::2] for case in cases}
+    width = max(len(name) for _, name in names.values()) + 2
+    head = "".join(f"{number:>{_COLUMN}}" for number in range(1, len(cells) + 1))
+    room = None
+    for case, (room_of_case, name) in names.items():
+        if room != room_of_case:
+            room = room_of_case
+            yield ""
+            yield f"{room:<{width}}{head}"
+        marks = "".join(f"{_MARKS[matrix.at(case, cell).status]:>{_COLUMN}}" for cell in cells)
+        yield f"{f'  {name}':<{width}}{marks}"
+    yield ""
+    for note in notes(results):
+        yield from textwrap.wrap(
+            one_line(note), columns(), subsequent_indent="  ", break_on_hyphens=False
+        )
 
 
-def _print_table(
-    cases: Sequence[Case], cells: Sequence[Combination], results: Sequence[Result]
-) -> bool:
-    """A table in colours; False, and nothing, where the terminal is too narrow for it."""
-    from rich import box
+def _print(text: Iterator[str]) -> None:
+    if not sys.stdout.isatty():
+        print("\n".join(text))
+        return
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     console = Console(highlight=False)
-    if console.width < 40 + sum(_column_width(cell) + 2 for cell in cells):
-        return False
-    matrix = Matrix(results)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("case", overflow="fold")
-    for cell in cells:
-        table.add_column(f"{cell.scheme}\n{cell.backing}", justify="center", overflow="fold")
-    for case in cases:
-        found = [matrix.at(case, cell).status for cell in cells]
-        table.add_row(case.title, *(Text(_MARKS[word], style=_COLOURS[word]) for word in found))
-    console.print(table)
-    for note in notes(results):
-        console.print(Text(note, style="bold red" if note.startswith("FAIL") else ""))
-    return True
-
-
-def _column_width(cell: Combination) -> int:
-    return max(len(cell.scheme), len(cell.backing))
+    for line in text:
+        shown = Text(line)
+        for word, style in _COLOURS.items():
+            shown.highlight_regex(rf"(?<=\s){word}(?=\s|$)|^FAIL ", style)
+        console.print(shown, soft_wrap=True)

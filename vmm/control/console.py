@@ -17,6 +17,8 @@ from vmm.core.raw_terminal import RawTerminal
 ESCAPE = 0x01  # Ctrl-A
 _HELP = b"\r\nCtrl-A x  quit    Ctrl-A Ctrl-A  send Ctrl-A    Ctrl-A h  this help\r\n"
 _CHUNK = 4096
+_MOST_TYPED = 1 << 20
+"""Bytes from a terminal that wait for a guest which doesn't read them; later ones are lost."""
 _TURN_READS = 16
 _PATIENCE = 0.2  # seconds that a key's effect waits for the guest's output
 _TAIL = 8192
@@ -40,7 +42,8 @@ class SerialInput(Protocol):
 class Console:
     """Copies serial output to stdout and stdin to the serial line, with back-pressure.
 
-    On a terminal, Ctrl-A starts a command: x quits, h helps, Ctrl-A sends itself.
+    On a terminal, Ctrl-A starts a command: x quits, h helps, Ctrl-A sends itself. Therefore a
+    terminal is always read, and what the guest doesn't take is kept for it.
     """
 
     def __init__(self, on_quit: Callable[[], None], stdin: int = 0, stdout: int = 1) -> None:
@@ -49,7 +52,7 @@ class Console:
         self._terminal = RawTerminal(stdin)
         self._loop: EventLoop | None = None
         self._serial: SerialInput | None = None
-        self._pending = b""
+        self._pending = bytearray()
         self._escaped = False
         self._watching = False
         self._ended = False
@@ -178,7 +181,7 @@ class Console:
         self._feed()
 
     def _readable(self) -> None:
-        if not self._pending:
+        if not self._pending or self._terminal.is_raw:
             self._read()
         self._feed()
 
@@ -194,7 +197,9 @@ class Console:
             self._ended = True
             self._unwatch()
             return
-        self._pending = self._commands(data) if self._terminal.is_raw else data
+        if self._terminal.is_raw:
+            data = self._commands(data)[: _MOST_TYPED - len(self._pending)]
+        self._pending += data
 
     def _feed(self) -> None:
         """Hand pending input to the UART; while it is full, nothing more is read.
@@ -205,11 +210,12 @@ class Console:
         assert self._serial is not None
         for _ in range(_TURN_READS):
             if self._pending:
-                accepted = self._serial.receive(self._pending)
-                self._pending = self._pending[accepted:]
+                accepted = self._serial.receive(bytes(self._pending[:_CHUNK]))
+                del self._pending[:accepted]
             if self._pending or not self._serial.can_receive():
-                self._unwatch()  # `room` will be called
-                return
+                if not self._terminal.is_raw:
+                    self._unwatch()
+                return  # `room` will be called
             if self._ended or self._watching:
                 return
             if self._watch():

@@ -34,8 +34,24 @@ _WITH_BUFFER = {
     },
 }
 _WITH_VECTOR = {
-    "x86_64": {19: "readv", 20: "writev", 295: "preadv", 296: "pwritev", 278: "vmsplice"},
-    "aarch64": {65: "readv", 66: "writev", 69: "preadv", 70: "pwritev", 75: "vmsplice"},
+    "x86_64": {
+        19: "readv",
+        20: "writev",
+        278: "vmsplice",
+        295: "preadv",
+        296: "pwritev",
+        327: "preadv2",  # what C libraries call for preadv
+        328: "pwritev2",
+    },
+    "aarch64": {
+        65: "readv",
+        66: "writev",
+        69: "preadv",
+        70: "pwritev",
+        75: "vmsplice",
+        286: "preadv2",
+        287: "pwritev2",
+    },
 }
 _MOST_VECTORS = 1024
 
@@ -124,12 +140,25 @@ def _calls(process: str, areas: list[tuple[int, int]], who: str) -> Iterator[str
         number, fd, buffer, count = (int(word, 0) for word in words[:4])
         name = with_buffer.get(number)
         if name is not None and _overlaps(areas, buffer, count):
-            yield f"{who}: thread {thread} is in {name} on fd {fd} with the page as its buffer"
+            on = _file_in_words(process, fd)
+            yield f"{who}: thread {thread} is in {name} on {on} with the page as its buffer"
         name = with_vector.get(number)
         if name is not None and any(
             _overlaps(areas, *piece) for piece in _vector(process, buffer, count)
         ):
-            yield f"{who}: thread {thread} is in {name} on fd {fd} with the page among its buffers"
+            on = _file_in_words(process, fd)
+            yield f"{who}: thread {thread} is in {name} on {on} with the page among its buffers"
+
+
+def _file_in_words(process: str, fd: int) -> str:
+    """Whether it was opened O_DIRECT: then the device has the page itself for as long."""
+    try:
+        with open(f"{process}/fdinfo/{fd}") as file:
+            flags = re.search(r"^flags:\s+([0-7]+)", file.read(), re.MULTILINE)
+    except OSError:
+        flags = None
+    direct = flags is not None and int(flags[1], 8) & os.O_DIRECT
+    return f"fd {fd} (O_DIRECT)" if direct else f"fd {fd}"
 
 
 def _vector(process: str, address: int, count: int) -> list[tuple[int, int]]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from kvm_bindings import Vm
 from vmm.core.events import Kind
 from vmm.core.lean_typing import Protocol
-from vmm.core.ranges import Range
+from vmm.core.ranges import NOWHERE, Range
 from vmm.memory.backing import Backing
 from vmm.memory.guest_memory import GuestMemory
 
@@ -71,7 +71,7 @@ def make_memory(
     shared: Backing,
     backing: Backing | None,
     private: Sequence[Range],
-    common_end: int = 0,
+    common: Range = NOWHERE,
     *,
     lending: bool = False,
 ) -> GuestMemory:
@@ -82,7 +82,7 @@ def make_memory(
 
         if not scheme.told or scheme.shared_alias:
             raise ValueError(f"the {scheme.name} scheme lends no memory")
-        return LendingMemory(ram, shared, backing, private, common_end)
+        return LendingMemory(ram, shared, backing, private, common)
     if not scheme.told:
         from vmm.memory.backings.protected_memfd import ProtectedMemfdBacking
         from vmm.memory.observed_memory import ObservedMemory
@@ -94,7 +94,7 @@ def make_memory(
         from vmm.memory.aliased_memory import AliasedMemory
 
         return AliasedMemory(ram, shared, backing, private, shared_bit=scheme.shared_alias)
-    return GuestMemory(ram, shared, backing, private, common_end)
+    return GuestMemory(ram, shared, backing, private, common)
 
 
 def private_side(memory: GuestMemory, scheme: str) -> Backing:

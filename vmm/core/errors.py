@@ -33,9 +33,11 @@ def limit_met(error: OSError) -> str:
     """What to do about an error that a limit of this process explains: "; ...", or nothing."""
     if error.errno not in (errno.EMFILE, errno.EFBIG):
         return ""
-    import resource  # most runs meet no limit
-
     files = error.errno == errno.EMFILE
+    try:
+        import resource  # most runs meet no limit
+    except ImportError:  # a file of its own, and none can be opened
+        return f"; raise `ulimit -{'n' if files else 'f'}`"
     most, _ = resource.getrlimit(resource.RLIMIT_NOFILE if files else resource.RLIMIT_FSIZE)
     if most == resource.RLIM_INFINITY:
         return ""

@@ -81,6 +81,7 @@ class Output:
 
     A regular file is replaced (mode 0666 less the umask; a symbolic link stays one). FIFOs,
     terminals, /dev/stdout and the like are opened now, without waiting, and written in place.
+    "-" is /dev/stdout.
     """
 
     def __init__(self, name: str, path: str) -> None:
@@ -88,6 +89,7 @@ class Output:
         path is no good; a disk that is full now may not be so later."""
         self.name = name
         self._fd: int | None = None
+        path = "/dev/stdout" if path == "-" else path
         try:
             if _is_descriptor(path):
                 self._path = path

@@ -51,8 +51,20 @@ class Range(NamedTuple):
         end = min(self.end, other.end)
         return Range(start, end - start) if start < end else None
 
+    def without(self, hole: Range) -> list[Range]:
+        """What of it lies before and behind `hole`."""
+        if not hole.size:
+            return [self] if self.size else []
+        before, rest = self.split(hole.start)
+        behind = rest.split(hole.end)[1]
+        return [piece for piece in (before, behind) if piece.size]
+
     def __str__(self) -> str:
         return f"[{self.start:#x}, {self.end:#x})"
+
+
+NOWHERE = Range(0, 0)
+"""An empty range, where there is nothing of the kind."""
 
 
 class Cut(NamedTuple, Generic[T]):

@@ -4,6 +4,8 @@ The line is infinitely fast: the transmitter is always empty, whatever the divis
 interrupt is an edge on a latch that remembers one (an ISA line), so the rule here is that an
 edge is sent when a cause appears, and again whenever the guest has dealt with one cause and
 another is left: a handler that serves one cause per interrupt still sees them all.
+Host input waits until the guest listens: until the receive interrupt can reach it, or it polls
+for input. A driver empties the receiver when it starts, and with it what came before its time.
 Registers and bits: TI PC16550D data sheet; names as in Linux's serial_reg.h.
 """
 
@@ -30,6 +32,9 @@ MSR_CTS, MSR_DSR, MSR_RING, MSR_CARRIER = 0x10, 0x20, 0x40, 0x80
 MSR_DELTAS, MSR_DELTA_RING = 0x0F, 0x04
 
 _TRIGGER_LEVELS = (1, 4, 8, 14)
+_POLLS = 16
+"""Reads of LSR in a row, with nothing sent between, by which a guest polls for input. Who waits
+for the transmitter needs one, and drivers that try out what is there a few."""
 
 
 class Serial16550:
@@ -47,10 +52,12 @@ class Serial16550:
         "_interrupt",
         "_lcr",
         "_line_errors",
+        "_listens",
         "_lock",
         "_mcr",
         "_modem_deltas",
         "_output",
+        "_polls",
         "_received",
         "_room",
         "_scratch",
@@ -80,6 +87,8 @@ class Serial16550:
         self._trigger = 1
         self._line_errors = 0
         self._modem_deltas = 0
+        self._listens = False  # from when on it stays so: console output masks IER at times
+        self._polls = 0  # reads of LSR in a row, before that
         self._transmit_cause = False  # "holding register empty" not yet acknowledged
 
     # --- the guest's side ---
@@ -87,7 +96,8 @@ class Serial16550:
     def read(self, offset: int, size: int) -> int:
         """IN: the UART is one byte wide, so a wider access reads the following registers."""
         if size == 1:
-            if offset == LSR and not self._line_errors:  # once for each character, no lock needed
+            # Once for each character, no lock needed.
+            if offset == LSR and self._listens and not self._line_errors:
                 return LSR_IDLE | LSR_READY if self._received else LSR_IDLE
             return self._read_register(offset)
         value = 0
@@ -122,7 +132,8 @@ class Serial16550:
     def receive(self, data: bytes) -> int:
         """Put host input into the receive FIFO; returns how many bytes were accepted.
 
-        When that is fewer than offered, `room()` is called once the guest has drained the FIFO.
+        When that is fewer than offered, `room()` is called once the guest listens and has
+        drained the FIFO.
         """
         with self._lock:
             accepted = min(len(data), self._space())
@@ -157,6 +168,10 @@ class Serial16550:
                 if self._line_errors:
                     self._line_errors = 0
                     edge = self._pending()
+                if not self._listens:
+                    self._polls += 1
+                    self._listens = self._polls >= _POLLS
+                    wake = self._wants_room()
             elif offset == IIR_FCR:
                 value = self._identify()
                 if value == IIR_TRANSMIT:  # reading it is the acknowledgement
@@ -189,6 +204,7 @@ class Serial16550:
             self._output(bytes((value,)))
         with self._lock:
             if offset == RBR_THR:
+                self._polls = 0
                 if self._lcr & LCR_DLAB:
                     self._divisor = (self._divisor & 0xFF00) | value
                 else:
@@ -201,7 +217,8 @@ class Serial16550:
                     if value & ~self._ier & IER_TRANSMIT:
                         self._transmit_cause = True  # enabling it with an empty THR raises it
                     self._ier = value & 0x0F
-                    edge = self._pending()
+                    self._listen()
+                    edge, wake = self._pending(), self._wants_room()
             elif offset == IIR_FCR:
                 edge = self._control_fifo(value)
                 wake = self._wants_room()
@@ -209,6 +226,7 @@ class Serial16550:
                 self._lcr = value
             elif offset == MCR:
                 edge = self._control_modem(value)
+                self._listen()
                 wake = self._wants_room()
             elif offset == SCR:
                 self._scratch = value
@@ -226,12 +244,22 @@ class Serial16550:
         return FIFO_DEPTH if self._fifo_enabled else 1
 
     def _space(self) -> int:
-        """Bytes that the host may add now; none in loopback, where the line is cut off."""
-        return 0 if self._mcr & MCR_LOOP else self._depth() - len(self._received)
+        """Bytes that the host may add now; none in loopback, where the line is cut off, and none
+        that the guest would throw away."""
+        if self._mcr & MCR_LOOP or not self._listens:
+            return 0
+        return self._depth() - len(self._received)
+
+    def _listen(self) -> None:
+        """IER or MCR was written: whether the receive interrupt reaches the guest from now on."""
+        # OUT2 gates the interrupt line (IBM PC/AT). Linux sets it when a port is opened, while its
+        # search for ports enables the interrupts for a moment without it.
+        if self._ier & IER_RECEIVE and self._mcr & MCR_OUT2:
+            self._listens = True
 
     def _wants_room(self) -> bool:
         """Whether to call room(): once per cut-short receive, when the FIFO is empty again."""
-        if not self._starved or self._received or self._mcr & MCR_LOOP:
+        if not self._starved or self._received or not self._space():
             return False
         self._starved = False
         return True
@@ -275,7 +303,9 @@ class Serial16550:
     def _control_fifo(self, value: int) -> bool:
         """FCR; True when clearing the receiver leaves another cause pending."""
         enabled = bool(value & FCR_ENABLE)
-        cleared = enabled != self._fifo_enabled or bool(value & FCR_CLEAR_RECEIVE)
+        # Enabling the FIFO clears it too, says the data sheet. Linux does that when it listens
+        # already, and a byte that has just come in would be lost.
+        cleared = enabled < self._fifo_enabled or bool(value & FCR_CLEAR_RECEIVE)
         if cleared:
             self._received.clear()
         self._fifo_enabled = enabled

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from types import FrameType
 
 from vmm.core.ending_signals import on_ending_signal
+from vmm.core.errors import tell
 from vmm.core.job_control import on_stop_and_continue
 from vmm.core.output import write_all
 from vmm.core.raw_terminal import RawTerminal
@@ -16,6 +18,10 @@ from vmm.lab.machine import Lab, with_kernel
 from vmm.lab.options import HELP, LabCommand, parse
 from vmm.lab.progress import Progress, Reporter, Silent, finished
 from vmm.lab.run import LabRun, ended_by
+
+_GRACE_SECONDS = 60.0
+"""How long a command inside may take to end after a signal, and its results to come back; pyvmm
+gives a guest half of it to power off."""
 
 
 class _Interrupted(BaseException):
@@ -26,9 +32,19 @@ class _Interrupted(BaseException):
         self.number = number
 
 
-def _unwind(number: int, frame: FrameType | None) -> None:
-    """Unwinds the stack, so that QEMU and the terminal are seen to."""
-    raise _Interrupted(number)
+class _Signals:
+    """What signals ask of us: the first, while a command runs inside, is passed on to it; any
+    other ends the lab at once."""
+
+    def __init__(self) -> None:
+        self.running = False  # a command does
+        self.asked: int | None = None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.running and self.asked is None:
+            self.asked = number
+        else:
+            raise _Interrupted(number)  # unwinds the stack: QEMU and the terminal are seen to
 
 
 def run(argv: list[str], check: Callable[[list[str], str], object] | None = None) -> int:
@@ -41,37 +57,40 @@ def run(argv: list[str], check: Callable[[list[str], str], object] | None = None
     if command.help:
         print(HELP, end="")
         return 0
-    if check is not None and not command.is_program:
+    pyvmms = not command.is_program and command.options.kernel_selftests is None
+    if check is not None and pyvmms:
         host = hosts.named(command.options.host)
         check(with_kernel(command.arguments, host), host.architecture.name)
     progress: Progress = Silent() if command.options.quiet else Reporter()
+    signals = _Signals()
     try:
-        with on_ending_signal(_unwind), finished(progress):
-            return _run(command, progress)
+        with on_ending_signal(signals), finished(progress):
+            return _run(command, progress, signals)
     except _Interrupted as interrupted:
         return ended_by(interrupted.number)
     except BrokenPipeError:
         return ended_by(signal.SIGPIPE)  # nobody reads the console any more
 
 
-def _run(command: LabCommand, progress: Progress) -> int:
+def _run(command: LabCommand, progress: Progress, signals: _Signals) -> int:
     lab = Lab(command.options, progress)
     has_terminal = terminal.interactive()
+    tests = command.options.kernel_selftests
     started = lab.start(
-        command.arguments,
-        program=command.is_program,
+        command.arguments if tests is None else lab.selftest_words(tests, command.arguments),
+        program=command.is_program or tests is not None,
         terminal=terminal.size() if has_terminal else None,
     )
     with started as machine:
         try:
-            status = _drive(machine, has_terminal, progress)
+            status = _drive(machine, has_terminal, progress, signals)
         finally:
             if command.options.log is not None:
                 command.options.log.write_bytes(bytes(machine.log))
         return status
 
 
-def _drive(machine: LabRun, has_terminal: bool, progress: Progress) -> int:
+def _drive(machine: LabRun, has_terminal: bool, progress: Progress, signals: _Signals) -> int:
     machine.output.sink = _writer(1)
     if not has_terminal:
         machine.errors.sink = _writer(2)
@@ -85,7 +104,25 @@ def _drive(machine: LabRun, has_terminal: bool, progress: Progress) -> int:
                     raw.enter()
                     machine.feed_input_from(0)
                 break
+        signals.running = True
+        _pass_on(machine, signals)
         return machine.wait()
+
+
+def _pass_on(machine: LabRun, signals: _Signals) -> None:
+    """Move bytes until the machine has ended; a signal goes to the command inside meanwhile."""
+    until: float | None = None
+    while machine.pump():
+        if signals.asked is not None and until is None:
+            machine.send_signal(signals.asked)
+            until = time.monotonic() + _GRACE_SECONDS
+        if until is not None and time.monotonic() > until:
+            tell(
+                f"the command in the lab didn't end within {_GRACE_SECONDS:g} s of the signal; "
+                "what it was to bring back is lost"
+            )
+            assert signals.asked is not None
+            raise _Interrupted(signals.asked)
 
 
 def _feed_input(machine: LabRun) -> None:

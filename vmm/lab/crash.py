@@ -8,11 +8,12 @@ import re
 _FIRST = re.compile(
     rb"BUG: |kernel BUG at |Oops: |Internal error: |Unable to handle kernel |Kernel panic - not "
     rb"|general protection fault|watchdog: BUG: soft lockup|rcu: INFO: rcu_\w+ .*stall"
+    rb"|INFO: task \S+ blocked for more than"
 )
 _STAMP = re.compile(r"^\[ *\d+\.\d+\](\[.*?\])? ")
 _TELLING = re.compile(
     r"BUG: |kernel BUG at |Oops: |Internal error: |Unable to handle|panic|protection fault|lockup"
-    r"|stall|^RIP: |^pc : | ?[\w.]+\+0x[0-9a-f]+/0x[0-9a-f]+"
+    r"|stall|blocked for|^RIP: |^pc : | ?[\w.]+\+0x[0-9a-f]+/0x[0-9a-f]+"
 )
 _LINES = 8
 

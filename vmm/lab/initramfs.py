@@ -48,8 +48,9 @@ parameters() {{
 }}
 load() {{
     for module in "$@"; do
-        insmod "/modules/$module.ko" $(parameters "$module") \
-            || fail "loading module $module: $(dmesg | tail -n 1)"
+        said=$(insmod "/modules/$module.ko" $(parameters "$module") 2>&1) && continue
+        kernel=$(dmesg | grep "$module" | tail -n 1)
+        fail "loading module $module: ${{said##*: }}${{kernel:+; $kernel}}"
     done
 }}
 mount -t devtmpfs none /dev

@@ -30,7 +30,10 @@ RESULTS_BYTES = 8 << 30  # sparse: costs what is written
 
 _INPUT_OPTIONS = ("--kernel", "--initrd")
 _OUTPUT_OPTIONS = ("--report", "--trace")
-_OUTPUTS_OF = {"selftest": ("--json",), "bench": ("--json", "--html")}  # of these commands only
+_OUTPUTS_OF = {
+    "selftest": ("--json", "--emit-c"),
+    "bench": ("--json", "--html"),
+}  # of these commands only
 # Directories that the kernel makes inside too: what lies there is not carried.
 _NOT_CARRIED = ("/dev", "/proc", "/sys")
 
@@ -238,7 +241,8 @@ def _script(job: Job, surroundings: Surroundings, links: list[tuple[str, str]]) 
     for output in job.outputs:
         lines.append(f"mkdir -p {quote(str(output.parent))}")
     lines.append(f"mkdir -p {quote(str(job.directory))}; cd {quote(str(job.directory))}")
-    words = " ".join(quote(word) for word in job.words)
+    lines.append(_SIGNALS.format(serial=devices.serial))
+    words = " ".join([_NOTING_ITS_PROCESS, *(quote(word) for word in job.words)])
     if surroundings.terminal is not None:
         rows, columns = surroundings.terminal
         lines.append(
@@ -270,6 +274,11 @@ mount -t tmpfs none /dev/shm
 ip link set lo up
 hostname lab
 """
+# While the command runs, the host's words on the serial line are signals for it.
+_SIGNALS = """\
+while read -r signal; do kill -"$signal" "$(cat /lab/pid)"; done <{serial} 2>/dev/null & signals=$!
+"""
+_NOTING_ITS_PROCESS = """sh -c 'echo $$ >/lab/pid; exec "$@"' sh"""
 _ON_PORTS = """\
 while [ ! -c {error} ]; do usleep 20000; done
 exec 5<{input} 6>{output} 7>{error}
@@ -317,6 +326,7 @@ setsid -c sh -c '
 """
 # The token tells the host that a stream is complete; the host's answer, that it has read it.
 _FINISH = """\
+kill $signals 2>/dev/null
 cd /
 set -- ./{status}
 for name in {names}; do

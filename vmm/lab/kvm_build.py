@@ -7,20 +7,23 @@ sched_ext, another task_struct), and its modules load all the same. Kconfig's sy
 which picks files by them, and to the compiler; nothing outside KVM asks for them. The kernel takes
 the modules since Debian's have neither symbol versions nor enforced signatures.
 
-Compiler, headers and sources stay in the cache, so that a changed patch costs the compilation
-alone; each compilation has a tree of links to them.
+Compiler, headers and sources stay in the cache, and so does the tree that a kind of KVM is compiled
+in: links to them, KVM's own files, and make's objects. A changed patch changes some of the files,
+and make compiles what depends on them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from vmm.core.errors import HostError, UsageError, tell
+from vmm.lab.cache import remove_tree
 from vmm.lab.compiling import (
     first_error,
     require_plain,
@@ -36,6 +39,7 @@ MODULES = ("kvm", "kvm-amd")
 # older cached ones aren't used.
 RECIPE = 1
 TREE_RECIPE = 1
+_FILES = "files"  # in a work folder: the names of KVM's files, which are no product of make's
 _SW_PROTECTED = ("KVM_SW_PROTECTED_VM", "KVM_GENERIC_MEMORY_ATTRIBUTES")
 # The lab's processors are AMD's; nobody asks for type information of these modules.
 _SETTINGS = ("CONFIG_KVM_INTEL=n", "CONFIG_DEBUG_INFO_BTF_MODULES=")
@@ -82,61 +86,114 @@ class KvmBuild:
     tree: Path
     change: KvmChange
     progress: Progress
+    work: Path  # where it is compiled, in whatever state an earlier build left that
 
     def __call__(self, into: Path) -> None:
         """Compiles, and leaves kvm.ko and kvm-amd.ko in the new directory `into`.
 
-        Raises UsageError for what the user's change does wrong, else HostError.
+        Raises UsageError for what the user's change does wrong, else HostError. The caller holds a
+        lock on `work`.
         """
-        require_plain(into.parent)
-        build = into.parent / "build"
-        common = self._lay_out(build)
-        left_out = self.change.apply(common, [str(self.tree / "usr" / "bin" / "patch")])
+        require_plain(self.work)
+        changed = into.parent / "changed"
+        for path in _kvm_files(_common(self.tree)):
+            target = changed / path.relative_to(_common(self.tree))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+        left_out = self.change.apply(changed, [str(self.tree / "usr" / "bin" / "patch")])
         if left_out:
             tell(f"not compiled here, and left out of the patches: {', '.join(left_out)}")
         self.progress.step(f"compiling KVM {self._words()}")
-        sources = common / "arch" / "x86" / "kvm"
-        self._compile(build, sources)
+        sources = self._compiled(changed)
         into.mkdir()
         for name in MODULES:
             shutil.copyfile(sources / f"{name}.ko", into / f"{name}.ko")
+
+    def _compiled(self, changed: Path) -> Path:
+        """The folder with the modules of the files in `changed`."""
+        goes_on = (self.work / _FILES).exists() and not self._unfinished.exists()
+        if not goes_on:
+            self._lay_out()
+        try:
+            return self._make_in(changed)
+        except _MakeFailed:
+            # Perhaps for what earlier builds left.
+            if not goes_on:
+                raise
+        self._lay_out()
+        return self._make_in(changed)
+
+    @property
+    def _unfinished(self) -> Path:
+        """There while files change and make runs: who ends in between leaves half a build."""
+        return self.work / ".unfinished"
+
+    def _make_in(self, changed: Path) -> Path:
+        common = _common(self.work)
+        self._unfinished.touch()
+        self._take_over(changed, common)
+        sources = common / "arch" / "x86" / "kvm"
+        try:
+            self._make(sources)
+        except (UsageError, _MakeFailed):
+            self._unfinished.unlink()  # make has ended by itself, and knows what it has
+            raise
+        self._unfinished.unlink()
+        return sources
+
+    def _take_over(self, changed: Path, common: Path) -> None:
+        """The files of `changed` in place of those there, and only where their contents differ:
+        make goes by times."""
+        wanted = {str(path.relative_to(changed)) for path in changed.rglob("*") if path.is_file()}
+        noted = self.work / _FILES
+        for name in set(noted.read_text().splitlines()) - wanted:
+            (common / name).unlink(missing_ok=True)
+        noted.write_text("".join(f"{name}\n" for name in sorted(wanted)))
+        for name in wanted:
+            target, content = common / name, (changed / name).read_bytes()
+            if not target.exists() or target.read_bytes() != content:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.unlink(missing_ok=True)  # perhaps a link to the cached tree's
+                target.write_bytes(content)
 
     def _words(self) -> str:
         if self.change.is_users:
             return "with your change"
         return "with experiments" if self.change.additions else "with KVM_X86_SW_PROTECTED_VM"
 
-    def _lay_out(self, build: Path) -> Path:
-        """A tree of links to the cached one, in which KVM's files are files of their own."""
-        (build / "usr").mkdir(parents=True)
+    def _lay_out(self) -> None:
+        """A new tree of links to the cached one."""
+        remove_tree(self.work)
+        self.work.mkdir(parents=True)
+        self._unfinished.touch()
+        (self.work / "usr").mkdir()
         for folder in (self.tree / "usr").iterdir():
             if folder.name != "src":
-                (build / "usr" / folder.name).symlink_to(folder)
+                (self.work / "usr" / folder.name).symlink_to(folder)
         subprocess.run(
-            ["cp", "-al", str(self.tree / "usr" / "src"), str(build / "usr" / "src")], check=True
+            ["cp", "-al", str(self.tree / "usr" / "src"), str(self.work / "usr" / "src")],
+            check=True,
         )
-        common = _common(build)
-        for path in [*(common / name for name in FOLDERS), *_headers(common)]:
-            for linked in [path] if path.is_file() else path.rglob("*"):
-                if linked.is_file():
-                    content = linked.read_bytes()
-                    linked.unlink()
-                    linked.write_bytes(content)
-        makefile = self._headers_folder(build) / "Makefile"
-        text = makefile.read_text().replace("/usr/src/", f"{build}/usr/src/")
+        makefile = self._headers_folder / "Makefile"
+        text = makefile.read_text().replace("/usr/src/", f"{self.work}/usr/src/")
         makefile.unlink()
         makefile.write_text(text)
-        return common
+        common = _common(self.work)
+        names = [str(path.relative_to(common)) for path in _kvm_files(common)]
+        (self.work / _FILES).write_text("".join(f"{name}\n" for name in names))
 
-    def _headers_folder(self, build: Path) -> Path:
-        return build / "usr" / "src" / f"linux-headers-{self.release}"
+    @property
+    def _headers_folder(self) -> Path:
+        return self.work / "usr" / "src" / f"linux-headers-{self.release}"
 
-    def _compile(self, build: Path, sources: Path) -> None:
+    def _make(self, sources: Path) -> None:
+        for name in MODULES:
+            (sources / f"{name}.ko").unlink(missing_ok=True)
         symbols = [*(_SW_PROTECTED if self.change.sw_protected else ()), *self.change.symbols]
         defined = "".join(f"-DCONFIG_{symbol}=1 " for symbol in symbols)
         programs = self.tree / "usr" / "bin"
         command = [str(programs / "make"), f"-j{len(os.sched_getaffinity(0))}"]
-        command += ["-C", str(self._headers_folder(build)), f"M={sources}"]
+        command += ["-C", str(self._headers_folder), f"M={sources}"]
         command += [f"CONFIG_{symbol}=y" for symbol in symbols] + list(_SETTINGS)
         # Debugging information would be stripped, and takes a third more time.
         command += [f"KCFLAGS={defined}-g0", "modules"]
@@ -154,12 +211,26 @@ class KvmBuild:
         missing = [name for name in MODULES if not (sources / f"{name}.ko").exists()]
         if make.returncode != 0 or missing:
             reason = first_error(output).replace("../../../", "").replace(f"{sources}/", "")
-            if self.change.is_users:
+            if self.change.is_users and make.returncode >= 0 and _names_a_fault(reason):
                 raise UsageError(f"your KVM does not compile for Linux {self.release}: {reason}")
-            raise HostError(
+            raise _MakeFailed(
                 f"compiling KVM for Linux {self.release} failed: {reason}; "
                 "the lab's stock host needs no compiler"
             )
+
+
+def work_name(version: str, change: KvmChange) -> str:
+    """Of the folder where changes that differ in their patches alone are compiled."""
+    kind = repr((RECIPE, TREE_RECIPE, change.sw_protected, change.additions, change.symbols))
+    return f"kvm-work/{version}-{hashlib.sha256(kind.encode()).hexdigest()[:8]}"
+
+
+class _MakeFailed(HostError):
+    """make failed, and the user's sources are not to blame."""
+
+
+def _names_a_fault(reason: str) -> bool:
+    return "error: " in reason or "ERROR: " in reason
 
 
 def _common(tree: Path) -> Path:
@@ -167,5 +238,9 @@ def _common(tree: Path) -> Path:
     return next(iter(sorted((tree / "usr" / "src").glob("linux-headers-*-common"))))
 
 
-def _headers(common: Path) -> list[Path]:
-    return [path for pattern in HEADERS for path in common.glob(pattern)]
+def _kvm_files(common: Path) -> Iterator[Path]:
+    """KVM's own files in a kernel's sources."""
+    for folder in FOLDERS:
+        yield from (path for path in (common / folder).rglob("*") if path.is_file())
+    for pattern in HEADERS:
+        yield from common.glob(pattern)

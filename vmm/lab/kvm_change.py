@@ -30,6 +30,11 @@ HEADERS = (
 ADDITIONS = Path(__file__).with_name("kernel")
 """Our own changes, a folder each: `tree/` is laid over the sources, then `hooks.patch` applied."""
 
+OWN_KERNEL = (
+    "whole kernels are not (tens of minutes): give one of your own with --lab-host-kernel FILE "
+    "--lab-host-modules DIR"
+)
+
 _OURS = re.compile(
     r"virt/(kvm|lib)/|arch/x86/kvm/|include/(uapi/)?linux/kvm[^/]*\.h$"
     r"|include/trace/events/kvm[^/]*\.h$|arch/x86/include/(uapi/)?asm/kvm[^/]*\.h$"
@@ -206,8 +211,7 @@ def kvm_part(path: Path) -> tuple[bytes, list[str]]:
         else:
             raise UsageError(
                 f"--kvm-patch {path}: it also changes {file.name}, which is outside KVM's "
-                "directories; only KVM's modules are compiled, and a whole kernel (--kernel-build) "
-                "is not yet"
+                f"directories; only KVM's modules are compiled, {OWN_KERNEL}"
             )
     if not any_file:
         raise UsageError(f"--kvm-patch {path}: no patch (no line --- followed by +++)")

@@ -22,6 +22,7 @@ from vmm.lab.hosts import Host
 from vmm.lab.initramfs import guest_initramfs, host_initramfs
 from vmm.lab.interpreter import RunningPython
 from vmm.lab.job import FIXED_DRIVES, attach, job_from_arguments
+from vmm.lab.kernel_selftests import RUNNER, KernelSelftests
 from vmm.lab.kvm_change import KvmChange
 from vmm.lab.options import LabOptions
 from vmm.lab.packages import Bochs, Kernel, MissingFiles, Packages, Qemu, Wants, modules_beside
@@ -34,8 +35,13 @@ PAYLOAD = "payload"
 # What a run gets for --append: under emulation each character that a guest prints while it boots
 # is an exit of a third of a millisecond or more, and there are 20,000 of them.
 QUIET = "quiet"
-# A kernel that stumbles over its new KVM stops with a trace, rather than going on half dead.
-_CHANGED_KERNEL_WORDS = "oops=panic"
+# A kernel that stumbles over its new KVM stops with a trace, rather than going on half dead: at an
+# oops, and where a processor or a task hasn't got on for a minute or two. (Where no other processor
+# is left to see that, the heartbeat tells.)
+_CHANGED_KERNEL_WORDS = (
+    "oops=panic softlockup_panic=1 watchdog_thresh=30 hung_task_panic=1 "
+    "rcupdate.rcu_cpu_stall_timeout=60 sysctl.kernel.panic_on_rcu_stall=1"
+)
 
 
 class Lab:
@@ -216,6 +222,19 @@ class Lab:
             except MissingFiles as error:
                 tell(f"the lab goes on without fio: not to be downloaded ({error.reason})")
         return words
+
+    def selftest_words(self, tree: Path, names: Sequence[str]) -> list[str]:
+        """A program's words that run the kernel's self-tests, built from its tree."""
+        if self.host.architecture is not HERE or self.host.bochs:
+            raise UsageError(
+                f"--kernel-selftests {tree}: built for x86 hosts under QEMU, which "
+                f"--host {self.host.name} is not"
+            )
+        if self.options.cpus is None:
+            # Some have several vCPUs (`runs_several_vcpus`).
+            self.options = replace(self.options, cpus=1)
+        programs = KernelSelftests(tree, names, self.cache, self.progress).programs()
+        return ["sh", "-c", RUNNER, "sh", *map(str, programs)]
 
     def _refuse_foreign(self, option: str, kernel: Path) -> None:
         """Raises UsageError for a kernel of another architecture than the machine's."""

@@ -12,13 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vmm.core.errors import UsageError
+from vmm.core.near import did_you_mean
 from vmm.lab import hosts
+from vmm.lab.kvm_change import OWN_KERNEL
 
 _HOSTS = "\n".join(f"  --host {host.name:<17} {host.summary}" for host in hosts.HOSTS.values())
 
 HELP = f"""\
 usage: pyvmm lab [lab options] [pyvmm's own command and options]
        pyvmm lab [lab options] --exec PROGRAM [ARGUMENTS...]
+       pyvmm lab [lab options] --kernel-selftests DIR [TESTS...]
 
 Runs pyvmm (or PROGRAM) inside a machine under full emulation that has a hardware-like KVM.
 Console, files named by options, --disk, --report, --trace and the exit status pass through.
@@ -40,6 +43,10 @@ boot ("--append loglevel=7" shows all of it, dmesg has it anyway).
   --kvm-config NAME        with CONFIG_NAME=y, which KVM alone asks for; may be repeated
   --kvm-parameter kvm.NAME=VALUE
                            a parameter of KVM's modules (or kvm_amd.NAME=VALUE); may be repeated
+
+  --kernel-selftests DIR   build the kernel's own self-tests of guest_memfd from this kernel tree,
+                           which is only read, and run them; or the tests of selftests/kvm that
+                           the rest of the line names. x86
 
   --exec PROGRAM ...       run this instead of pyvmm; takes the rest of the line
   --lab-mem SIZE           the lab machine's memory (default 2048M)
@@ -71,6 +78,7 @@ _VALUES = (
     "--kvm-source",
     "--kvm-config",
     "--kvm-parameter",
+    "--kernel-selftests",
     "--lab-mem",
     "--lab-cpus",
     "--lab-time-limit",
@@ -86,6 +94,7 @@ _VALUES = (
     "--lab-host-modules",
     "--lab-guest-modules",
 )
+_OTHERS = ("--host", "--kernel-selftests")  # of ours with no prefix of their own
 
 
 @dataclass(slots=True)
@@ -97,6 +106,7 @@ class LabOptions:
     kvm_source: Path | None = None
     kvm_symbols: list[str] = field(default_factory=list)
     kvm_parameters: list[str] = field(default_factory=list)  # module.name=value
+    kernel_selftests: Path | None = None  # a kernel tree
     memory_mib: int = 2048
     cpus: int | None = None  # as many as the host has by itself
     time_limit: float | None = None
@@ -142,12 +152,15 @@ def parse(argv: Sequence[str]) -> LabCommand:
             break
         if word == "--lab-help" or (word in ("--help", "-h") and not command.arguments):
             command.help = True
+        elif word == "--kernel-build":
+            raise UsageError(f"--kernel-build: {OWN_KERNEL}")
         elif word in _FLAGS:
             setattr(command.options, _field(word), True)
-        elif word.startswith(("--lab-", "--kvm-")) or word.partition("=")[0] == "--host":
+        elif word.startswith(("--lab-", "--kvm-")) or word.partition("=")[0] in _OTHERS:
             name, equals, value = word.partition("=")
             if name not in _VALUES:
-                raise UsageError(f"{name}: no such option of the lab; see pyvmm lab --help")
+                remedy = did_you_mean(name, (*_VALUES, *_FLAGS)) or "see pyvmm lab --help"
+                raise UsageError(f"{name}: no such option of the lab; {remedy}")
             if not equals:
                 if not rest:
                     raise UsageError(f"{name}: its value is missing")
@@ -155,7 +168,18 @@ def parse(argv: Sequence[str]) -> LabCommand:
             _set(command.options, name, value)
         else:
             command.arguments.append(word)
+    if command.options.kernel_selftests is not None:
+        _names_tests(command)
     return command
+
+
+def _names_tests(command: LabCommand) -> None:
+    """Raises UsageError where something else than tests is to be run, too."""
+    if command.is_program:
+        raise UsageError(f"--kernel-selftests runs tests instead of {command.arguments[0]}")
+    wrong = [word for word in command.arguments if not re.fullmatch(r"\w+", word, re.ASCII)]
+    if wrong:
+        raise UsageError(f"--kernel-selftests: {wrong[0]!r} is no test's name")
 
 
 def _field(name: str) -> str:
@@ -170,6 +194,8 @@ def _set(options: LabOptions, name: str, value: str) -> None:
             options.kvm_patches.append(Path(value).absolute())
         case "--kvm-source":
             options.kvm_source = Path(value).absolute()
+        case "--kernel-selftests":
+            options.kernel_selftests = Path(value).absolute()
         case "--kvm-config":
             symbol = value.removeprefix("CONFIG_")
             if not re.fullmatch(r"\w+", symbol, re.ASCII):

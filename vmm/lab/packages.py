@@ -239,7 +239,11 @@ class Packages:
             place = self.cache.path(name)
             tree = kvm_build.KvmTree(release, version, self.progress, download, place)
             unpacked = self.cache.entry(name, tree)
-            kvm_build.KvmBuild(release, unpacked, change, self.progress)(into)
+            work = kvm_build.work_name(version, change)
+            with self.cache.lock(work):
+                kvm_build.KvmBuild(release, unpacked, change, self.progress, self.cache.path(work))(
+                    into
+                )
 
         name = f"packages/{change.name()}-{version}-{kvm_build.RECIPE}"
         try:

@@ -242,6 +242,11 @@ class LabRun:
         """The command's standard input ends after what was sent."""
         self._pump.close_sending(self.input)
 
+    def send_signal(self, number: int) -> None:
+        """Send the command a signal; its outputs and its status come back as at any other end."""
+        name = signal.Signals(number).name.removeprefix("SIG")
+        self._pump.send(self._streams["serial"], f"{name}\n".encode())
+
     def expect(self, wanted: bytes, timeout: float) -> bytes:
         """Waits for `wanted` in the output; returns all up to and including it.
 

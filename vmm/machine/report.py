@@ -10,6 +10,7 @@ from vmm.conversion.matrix import TO_SHARE
 from vmm.core.errors import OutputError, tell
 from vmm.core.lean_typing import Any
 from vmm.core.output import Output
+from vmm.core.ranges import NOWHERE, Range
 from vmm.exits.outcome import Outcome
 from vmm.memory.backing import Backing
 from vmm.memory.guest_memory import GuestMemory, PageState
@@ -35,7 +36,7 @@ _MOST_OLD = 1000
 NO_ISOLATION = "none: an ordinary VM, all memory is shared with the host"
 
 
-def isolation_of(private: Backing | None, common_end: int = 0, scheme: str = "") -> str:
+def isolation_of(private: Backing | None, common: Range = NOWHERE, scheme: str = "") -> str:
     """The sentence that says how strong the isolation of the private side is."""
     if private is None:
         return NO_ISOLATION
@@ -46,10 +47,10 @@ def isolation_of(private: Backing | None, common_end: int = 0, scheme: str = "")
         strength = KERNEL_ENFORCED.format(how=_HOW[private.traits.private_access])
     if scheme == "realm":
         strength += _REALM
-    if common_end:
+    if common.size:
         strength += (
-            f"; the first {common_end >> 10} KiB, where processors start without paging, are one "
-            "memory at both aliases, in the shared backing"
+            f"; the {common.size >> 10} KiB at {common.start:#x}, where processors start without "
+            "paging, are one memory at both aliases, in the shared backing"
         )
     return strength
 
@@ -75,7 +76,7 @@ def _pages(memory: GuestMemory) -> dict[str, Any]:
             "private_bytes": memory.bytes_in(PageState.PRIVATE),
             "shared_bytes": memory.bytes_in(PageState.SHARED),
             "deferred_bytes": memory.bytes_in(PageState.DEFERRED),
-            "common_bytes": memory.common_end,
+            "common_bytes": memory.common.size,
             **({"lent_bytes": lent} if (lent := memory.bytes_in(PageState.LENT)) else {}),
         }
     from vmm.memory.observed_memory import ObservedMemory
@@ -122,7 +123,7 @@ def build_report(
             "launch": None if private is None else private.access if told else "pread/pwrite",
             "shared": _shared_access(memory, io),
         },
-        "isolation": isolation_of(private, memory.common_end, scheme),
+        "isolation": isolation_of(private, memory.common, scheme),
         "states": TOLD if told else OBSERVED,
         "guest": {"exit": outcome.exit, "reason": outcome.reason},
         "conversions": accounting.as_dict() if told else None,

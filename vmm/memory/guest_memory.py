@@ -16,7 +16,7 @@ from threading import get_ident
 
 from vmm.core.errors import PrivateAccess, UnmappedAccess
 from vmm.core.lean_typing import TYPE_CHECKING, NamedTuple, cast
-from vmm.core.ranges import PAGE_SIZE, Cut, Range, RangeMap
+from vmm.core.ranges import NOWHERE, PAGE_SIZE, Cut, Range, RangeMap
 from vmm.memory.backing import Backing, Buffer, byte_count
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class GuestMemory:
     as private pages, all other RAM starts shared. One backing given twice stands behind both
     sides (in-place conversion). Safe to use from several threads.
 
-    RAM below `common_end` is *common*: the scheme shows the guest the same memory whether it
+    RAM in `common` is *common*: the scheme shows the guest the same memory whether it
     means the private or the shared page, and that memory is the shared backing's. States and
     refusals are as everywhere, but there is no other side that a conversion could discard.
     """
@@ -131,11 +131,11 @@ class GuestMemory:
         shared: Backing,
         private_backing: Backing | None = None,
         private: Sequence[Range] = (),
-        common_end: int = 0,
+        common: Range = NOWHERE,
     ) -> None:
         if private and private_backing is None:
             raise ValueError("private ranges need a private backing")
-        self.common_end = common_end
+        self.common = common
         self.ram = tuple(ram)
         self.shared = shared
         self.private = private_backing
@@ -522,9 +522,8 @@ class GuestMemory:
     def discard_shared(self, area: Range) -> None:
         """Give the shared side's pages of `area` back to the host's kernel, except common ones,
         whose only side it is. Raises KvmError."""
-        start = max(area.start, self.common_end)
-        if start < area.end:
-            self.shared.punch(start, area.end - start)
+        for own in area.without(self.common):
+            self.shared.punch(own.start, own.size)
 
     def residency(self) -> Residency:
         """What the kernel holds for either side right now."""
@@ -549,8 +548,8 @@ class GuestMemory:
                 if state is PageState.SHARED:
                     found += self.private.resident_bytes(run.start, run.size)
                 elif state in (PageState.PRIVATE, PageState.LENT):
-                    own = run.split(self.common_end)[1]  # of common pages there is one side
-                    found += self.shared.resident_bytes(own.start, own.size) if own.size else 0
+                    for own in run.without(self.common):  # of common pages there is one side
+                        found += self.shared.resident_bytes(own.start, own.size)
         except OSError:
             return None
         return found
@@ -681,8 +680,9 @@ class LaunchMemory:
             if state is not PageState.PRIVATE or memory.private is None:
                 runs.append((run, memory.shared))
                 continue
-            common, own = run.split(memory.common_end)
-            runs += [(common, memory.shared)] if common.size else []
-            runs += [(own, memory.private)] if own.size else []
+            common = run.intersection(memory.common)
+            pieces = [(own, memory.private) for own in run.without(memory.common)]
+            pieces += [(common, memory.shared)] if common is not None else []
+            runs += sorted(pieces, key=lambda piece: piece[0].start)
         self.written.append(area)
         return runs

@@ -15,7 +15,7 @@ from threading import get_ident
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmm.core.errors import GuestMemoryError, PrivateAccess, UnmappedAccess
-from vmm.core.ranges import Range, RangeMap
+from vmm.core.ranges import NOWHERE, Range, RangeMap
 from vmm.memory.backing import Backing, Buffer, byte_count
 from vmm.memory.guest_memory import MOST_RUNS, GuestMemory, PageState
 
@@ -95,10 +95,11 @@ class AddressSpace:
         end = self.mappings[high - 1]
         return self.starts[low] < first or end.iova + end.size - 1 > last
 
-    def add(self, at: int, mapping: Mapping, common_end: int) -> None:
+    def add(self, at: int, mapping: Mapping, common: Range) -> None:
         """Put the mapping in front of the one that is number `at` so far."""
         iova, size, gpa, access, lent, _ = mapping
-        window = iova + size, gpa - iova, access if lent and gpa >= common_end else 0
+        own = lent and (gpa >= common.end or gpa + size <= common.start)
+        window = iova + size, gpa - iova, access if own else 0
         self.starts.insert(at, iova)
         self.mappings.insert(at, mapping)
         self.windows.insert(at, window)
@@ -144,9 +145,9 @@ class LendingMemory(GuestMemory):
         shared: Backing,
         private_backing: Backing | None = None,
         private: Sequence[Range] = (),
-        common_end: int = 0,
+        common: Range = NOWHERE,
     ) -> None:
-        super().__init__(ram, shared, private_backing, private, common_end)
+        super().__init__(ram, shared, private_backing, private, common)
         # How many mappings each page is lent by beyond the first: for nearly all that is none.
         # Its owner is whoever maps: no lock.
         self._again = RangeMap(Range(0, self._end), 0)
@@ -215,7 +216,7 @@ class LendingMemory(GuestMemory):
                 elif kinds != {PageState.SHARED}:
                     raise OSError(_why_not(kinds), f"{area} can't be mapped: {kinds}")
             mapping = Mapping(iova, size, start, access, lent, since)
-            space.add(at, mapping, self.common_end)
+            space.add(at, mapping, self.common)
             self.mapped += 1
         for run in again:
             for part, count in list(self._again.runs(run)):
@@ -246,7 +247,7 @@ class LendingMemory(GuestMemory):
         """Undo `unmap`: the pages are lent still."""
         with self._lock:
             for mapping in mappings:
-                space.add(bisect_left(space.starts, mapping.iova), mapping, self.common_end)
+                space.add(bisect_left(space.starts, mapping.iova), mapping, self.common)
             self.mapped += len(mappings)
 
     def drained(self, mappings: Sequence[Mapping], timeout: float) -> bool:
@@ -383,7 +384,7 @@ class IommuMemory:
         memory's lock held."""
         memory = self._memory
         starts, mappings = space.starts, space.mappings
-        common_end = memory.common_end
+        common_start, common_end = memory.common.start, memory.common.end
         for iova, size in zip(pieces[::2], pieces[1::2], strict=True):
             at, left = iova, size
             if size < 0:
@@ -402,8 +403,8 @@ class IommuMemory:
                     if not memory._is_shared(gpa, gpa + part):
                         return at
                 elif gpa < common_end:  # one memory at both aliases, in the shared backing
-                    part = min(part, common_end - gpa)
-                    lent = False
+                    lent = gpa < common_start
+                    part = min(part, (common_start if lent else common_end) - gpa)
                 found += (gpa, part)
                 sides.append(lent)
                 at += part

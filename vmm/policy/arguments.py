@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union
 
 from vmm.core.errors import UsageError
+from vmm.core.near import did_you_mean
 
 if TYPE_CHECKING:
     from vmm.policy.protocol import Policy
@@ -165,10 +166,7 @@ def require_hooks(policy: Policy) -> None:
     known = [word for word in vars(Policy) if word.startswith("on_")]
     for word in dir(policy):
         if word.startswith("on_") and word not in known and callable(getattr(policy, word)):
-            import difflib  # of a mistake only
-
-            near = difflib.get_close_matches(word, known, 1)
-            remedy = f"did you mean {near[0]}?" if near else f"the hooks are {', '.join(known)}"
+            remedy = did_you_mean(word, known) or f"the hooks are {', '.join(known)}"
             raise UsageError(f"{name}.{word} is no hook and would never be called; {remedy}")
     for word in known:
         hook = getattr(policy, word)

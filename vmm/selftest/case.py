@@ -27,9 +27,17 @@ class Skipped(Exception):
 class Cell:
     """A scheme and a backing on a platform. What cases open in it is closed with it."""
 
-    def __init__(self, platform: Platform, combination: Combination) -> None:
+    def __init__(
+        self,
+        platform: Platform,
+        combination: Combination,
+        *,
+        watch: Callable[[Backing], Backing] = lambda backing: backing,
+    ) -> None:
+        """`watch` sees each backing before a rig uses it."""
         self.platform = platform
         self.combination = combination
+        self._watch = watch
         self._rigs: list[Rig] = []
         self._opened = ExitStack()
 
@@ -49,6 +57,8 @@ class Cell:
         return self._rig(**options)
 
     def _rig(self, **options: Any) -> Rig:
+        wrap = options.pop("wrap", lambda backing: backing)
+        options["wrap"] = lambda backing: wrap(self._watch(backing))
         rig = self._opened.enter_context(Rig(self.platform, self.combination, **options))
         self._rigs.append(rig)
         return rig

@@ -1,10 +1,11 @@
-# Finds a modern virtio-blk function on PCI bus 0, its structures in I/O or memory BARs, and brings
-# it up with one queue (virtio 1.2, 3.1.1, 4.1.4).
+# Finds modern virtio functions on PCI bus 0, their structures in I/O or memory BARs, and brings
+# them up with one queue (virtio 1.2, 3.1.1, 4.1.4).
 .include "bench.inc"
 
 .equ PCI_ADDRESS_PORT,  0xcf8
 .equ PCI_DATA_PORT,     0xcfc
 .equ PCI_ID_VIRTIO_BLK, 0x10421af4
+.equ PCI_ID_VIRTIO_IOMMU, 0x10571af4
 .equ PCI_COMMAND,       0x04
 .equ PCI_BARS,          0x10
 .equ PCI_CAPABILITIES,  0x34
@@ -25,8 +26,16 @@
 .equ QUEUE_DRIVER,      0x28
 .equ QUEUE_DEVICE,      0x30
 
-.equ FEATURES_LOW,      1 << 29 | 1 << 9    # EVENT_IDX, FLUSH
+.equ DISK_FEATURES,     1 << 29 | 1 << 9    # EVENT_IDX, FLUSH
+.equ IOMMU_FEATURES,    7                   # INPUT_RANGE, DOMAIN_RANGE, MAP_UNMAP
 .equ FEATURES_HIGH,     3                   # VERSION_1, ACCESS_PLATFORM
+
+    .section .rodata
+    .globl disk_needs, iommu_needs
+disk_needs:
+    .long   PCI_ID_VIRTIO_BLK, DISK_FEATURES, DESCRIPTORS, AVAILABLE, USED
+iommu_needs:
+    .long   PCI_ID_VIRTIO_IOMMU, IOMMU_FEATURES, IOMMU_DESCRIPTORS, IOMMU_AVAILABLE, IOMMU_USED
 
     .text
 
@@ -52,20 +61,31 @@ config_write:
     out     dx, eax
     ret
 
+# rdi = what is needed: the first such function is the one that start_device brings up.
     .globl find_device
 find_device:
     push    rbx
     push    rbp
+    mov     rbx, rdi
+    lea     rdi, [rip + places]
+    mov     ecx, 5
+    xor     eax, eax
+    cld
+    rep stosq
     mov     dword ptr [rip + function], 0x80000000
 .Lnext_function:
     xor     edi, edi
     call    config_read
-    cmp     eax, PCI_ID_VIRTIO_BLK
+    cmp     eax, [rbx + NEEDS_ID]
     je      .Lfound
     add     dword ptr [rip + function], 0x800
     cmp     dword ptr [rip + function], 0x80010000
     jb      .Lnext_function
+    cmp     dword ptr [rbx + NEEDS_ID], PCI_ID_VIRTIO_IOMMU
+    je      .Lno_iommu
     FAIL    "no modern virtio-blk function on PCI bus 0"
+.Lno_iommu:
+    FAIL    "no virtio-iommu function on PCI bus 0"
 .Lfound:
     mov     edi, PCI_CAPABILITIES
     call    config_read
@@ -225,17 +245,26 @@ accept_features:
     mov     eax, r8d
     jmp     write32
 
-    .globl start_device
-start_device:
+# The function that was found last: it forgets its queues.
+    .globl reset_device
+reset_device:
     SET     8, DEVICE_STATUS, 0
 .Lwait_for_reset:
     mov     edi, DEVICE_STATUS
     call    read8
     test    al, al
     jnz     .Lwait_for_reset
+    ret
+
+# rdi = what is needed of the function that was found last.
+    .globl start_device
+start_device:
+    push    rbx
+    mov     rbx, rdi
+    call    reset_device
     SET     8, DEVICE_STATUS, 3             # ACKNOWLEDGE, DRIVER
     xor     ecx, ecx
-    mov     r8d, FEATURES_LOW
+    mov     r8d, [rbx + NEEDS_FEATURES]
     call    accept_features
     mov     [rip + features], r8d
     mov     ecx, 1
@@ -253,23 +282,35 @@ start_device:
     jb      .Lrefused
     SET     16, QUEUE_SIZE, QUEUE_ENTRIES
     mov     edi, QUEUE_DESC
-    mov     eax, DESCRIPTORS
+    mov     eax, [rbx + NEEDS_DESCRIPTORS]
     call    write_address
     mov     edi, QUEUE_DRIVER
-    mov     eax, AVAILABLE
+    mov     eax, [rbx + NEEDS_AVAILABLE]
     call    write_address
     mov     edi, QUEUE_DEVICE
-    mov     eax, USED
+    mov     eax, [rbx + NEEDS_USED]
     call    write_address
     mov     edi, QUEUE_NOTIFY_OFF
     call    read16
     mul     dword ptr [rip + notify_multiplier]
     add     rax, [rip + places + 2 * 8]
     mov     [rip + notify_place], rax
-    mov     word ptr [AVAILABLE], 1         # no interrupt, please
-    mov     word ptr [AVAILABLE + 4 + 2 * QUEUE_ENTRIES], 0x8000 # with event indexes: far away
+    mov     edi, [rbx + NEEDS_AVAILABLE]
+    mov     dword ptr [rdi], 1              # no interrupt, please; index 0
+    mov     word ptr [rdi + 4 + 2 * QUEUE_ENTRIES], 0x8000 # with event indexes: far away
+    mov     edi, [rbx + NEEDS_USED]
+    mov     dword ptr [rdi], 0
+    mov     word ptr [rdi + 4 + 8 * QUEUE_ENTRIES], 0 # with event indexes: tell it of the first
     SET     16, QUEUE_ENABLE, 1
     SET     8, DEVICE_STATUS, 0x0f          # and DRIVER_OK
+    pop     rbx
+    ret
+.Lrefused:
+    FAIL    "the device does not want this driver"
+
+# Of the disk that was found last.
+    .globl read_capacity
+read_capacity:
     xor     edi, edi
     call    config32
     mov     r8d, eax
@@ -279,12 +320,22 @@ start_device:
     or      rax, r8
     mov     [rip + capacity], rax
     ret
-.Lrefused:
-    FAIL    "the device does not want this driver"
+
+# rdx = where a device is notified (an odd number: behind a port): of its queue 0.
+    .globl notify
+notify:
+    xor     eax, eax
+    test    edx, 1
+    jz      1f
+    dec     edx
+    out     dx, ax
+    ret
+1:  mov     [rdx], ax
+    ret
 
     .bss
     .balign 8
-    .globl capacity, notify_place, features
+    .globl capacity, notify_place, features, function
 places:         .skip 5 * 8
 notify_place:   .skip 8
 capacity:       .skip 8                     # in sectors

@@ -2,8 +2,6 @@
 # that the host's side is what is measured; the driver notifies as rarely as the device lets it.
 .include "bench.inc"
 
-.equ TIMEOUT_TICKS,     1 << 38             # about 90 s
-
 # Of the available ring; the used ring has the same layout.
 .equ RING_INDEX,        2
 .equ RING_ENTRIES,      4
@@ -21,7 +19,7 @@ disk_test:
     push    r13
     push    r14
     push    r15
-    mov     dword ptr [rip + notifications], 0
+    call    clear_counts
     mov     ecx, [rip + test_size]
     shr     ecx, 9
     mov     [rip + sectors], ecx
@@ -58,11 +56,12 @@ disk_test:
     rdtsc
     shl     rdx, 32
     or      rax, rdx
+    mov     r9, rax
     movabs  r8, TIMEOUT_TICKS
     add     r8, rax
 .Lpoll:
     cmp     [USED + RING_INDEX], r13w
-    jne     .Lcompleted
+    jne     .Larrived
     pause
     rdtsc
     shl     rdx, 32
@@ -70,6 +69,12 @@ disk_test:
     cmp     rax, r8
     jb      .Lpoll
     FAIL    "a request that does not come back"
+.Larrived:
+    rdtsc
+    shl     rdx, 32
+    or      rax, rdx
+    sub     rax, r9
+    add     [rip + idle_ticks], rax
 .Lcompleted:
     movzx   eax, r13w
     and     eax, QUEUE_ENTRIES - 1
@@ -86,6 +91,7 @@ disk_test:
     shl     eax, 6
     cmp     byte ptr [REQUESTS + REQUEST_STATUS + rax], 0
     jne     .Lwrong
+    call    after_request
     inc     r13d
     dec     r15d
     test    r14d, r14d
@@ -98,6 +104,7 @@ disk_test:
     test    r15d, r15d
     jnz     .Lwait
 
+    call    iommu_kick                      # what is mapped still, if anything
     call    ticks
     sub     rax, [rip + started]
     pop     r15
@@ -184,6 +191,7 @@ submit:
     shl     ecx, 6
     mov     [REQUESTS + REQUEST_SECTOR + rcx], rax
     mov     byte ptr [REQUESTS + REQUEST_STATUS + rcx], 0xff
+    call    before_request
     movzx   eax, r12w
     and     eax, QUEUE_ENTRIES - 1
     imul    ecx, ebx, 3
@@ -194,6 +202,10 @@ submit:
 
 # Shows the device what has been submitted, and tells it where it wants to be told (2.7.10, 2.7.13).
 publish:
+    cmp     dword ptr [rip + test_mode], MODE_GROUPED
+    jne     .Lno_group
+    call    iommu_kick
+.Lno_group:
     cmp     r12w, bp
     je      .Lnothing_new
     mov     [AVAILABLE + RING_INDEX], r12w
@@ -212,16 +224,9 @@ publish:
     test    word ptr [USED], 1              # NO_NOTIFY
     jnz     .Lquiet
 .Lnotify:
-    inc     dword ptr [rip + notifications]
+    inc     qword ptr [rip + notifications]
     mov     rdx, [rip + notify_place]
-    xor     eax, eax                        # queue 0
-    test    edx, 1
-    jz      .Lnotify_by_memory
-    dec     edx
-    out     dx, ax
-    jmp     .Lquiet
-.Lnotify_by_memory:
-    mov     [rdx], ax
+    call    notify
 .Lquiet:
     mov     ebp, r12d
     # No interrupts with event indexes either: the one asked for is always half of all indexes away.

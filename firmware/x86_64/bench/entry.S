@@ -1,6 +1,6 @@
-# The two entries, the way to user mode, and page tables for it.
+# The three entries, the way to user mode, and page tables for it.
 #
-# The first instructions put one byte on the serial line: who measures start-up stops the clock there.
+# The first instructions of those for loaders put one byte on the serial line: who measures start-up stops the clock there.
 # Then everything happens at CPL 3, which hosts that interpret kernel mode run natively. Port I/O at
 # CPL 3 goes by IOPL 3, or by the TSS' permission map where the host drops IOPL (PVM, Linux 6.18).
 .include "bench.inc"
@@ -10,6 +10,8 @@
 .equ USER_CODE64, 0x28 | 3
 .equ TSS, 0x38
 .equ USER_FLAGS, 0x3002                     # IOPL 3, interrupts off
+.equ INFO_C_BIT_MASK,   16
+.equ INFO_DOORBELL_PORT, 32
 
 # XEN_ELFNOTE_PHYS32_ENTRY: where a PVH loader enters, in 32-bit mode with EBX = hvm_start_info.
     .section .note.pvh, "a", @note
@@ -17,6 +19,20 @@
     .long   4, 4, 18
     .asciz  "Xen"
     .long   entry32
+
+# The image's first byte: in user mode already, on page tables that know private memory.
+# RDI = info page (firmware/x86_64/defs.inc), RSI = command line.
+    .section .text.entry, "ax"
+    .code64
+    .globl entry_user
+entry_user:
+    mov     rsp, offset stack_top
+    mov     eax, [rdi + INFO_DOORBELL_PORT]
+    mov     [rip + doorbell_port], eax
+    mov     rax, [rdi + INFO_C_BIT_MASK]
+    mov     [rip + c_bit_mask], rax
+    mov     rdi, rsi
+    call    main                            # never returns
 
     .text
     .code32
@@ -118,6 +134,9 @@ tss:
 tss_end:
 
     .bss
+    .globl c_bit_mask, doorbell_port
     .balign 16
     .skip   4096
 stack_top:
+c_bit_mask:     .skip 8
+doorbell_port:  .skip 4                     # 0: no private memory

@@ -2,8 +2,16 @@
 #
 # After "-- " come words: PATTERN SIZE x DEPTH n COUNT without blanks, as in rr4096x32n8000:
 # r or w (read, write), r or s (random, sequential); or eCOUNT: so many port writes that exit.
+# With private memory also cCOUNT: a page is shared and unshared so often, and mCOUNT: mapped for
+# the disk and unmapped; each by one exit, and ticks are those of the calls alone.
+# With private memory a letter before the pattern says how the disk gets at the bytes, as in
+# srr4096x32n8000: b bounced; by a virtual IOMMU p premapped, g grouped, l lazy, s strict (see
+# bench.inc). A v at the end: each 8 bytes that are read have to be what data.S says,
+# and that is written.
 # Answers, one line each:
-#   result <word>: <ticks> ticks, <notifications> notifications
+#   result <word>: <ticks> ticks, <notifications> notifications, <ticks> idle, <maps> maps,
+#     <unmaps> unmaps, <kicks> kicks
+# (on one line: idle is waiting for the disk; kicks are those of the IOMMU's queue)
 #   error <what>
 #   done
 .include "bench.inc"
@@ -34,14 +42,33 @@ main:
     jz      .Ldone
     cmp     al, 'e'
     je      .Lexits
+    cmp     al, 'c'
+    je      .Lconversions
+    cmp     al, 'm'
+    je      .Lmaps
     call    parse_disk_test
     cmp     dword ptr [rip + device_found], 0
     jne     .Lfound
+    call    open_way
+    lea     rdi, [rip + disk_needs]
     call    find_device
+    call    attach_disk
+    lea     rdi, [rip + disk_needs]
     call    start_device
+    call    read_capacity
     mov     dword ptr [rip + device_found], 1
 .Lfound:
+    call    touch_buffers
+    call    map_pool
     call    disk_test
+    push    rax
+    cmp     dword ptr [rip + test_mode], MODE_BOUNCED
+    jbe     .Lstays
+    call    reset_device                    # nothing is lent to it when the answer is there
+    call    detach_disk
+    mov     dword ptr [rip + device_found], 0
+.Lstays:
+    pop     rax
     call    put_result
     jmp     .Lnext
 .Ldone:
@@ -79,9 +106,49 @@ fail:
     jnz     .Lexit
     call    ticks
     sub     rax, r8
-    mov     dword ptr [rip + notifications], 0
+    push    rax
+    call    clear_counts
+    pop     rax
     call    put_result
     jmp     .Lnext
+
+.Lconversions:
+    inc     qword ptr [rip + next_word]
+    call    parse_number
+    push    rax
+    call    clear_counts
+    pop     rax
+    call    convert_often
+    call    put_result
+    jmp     .Lnext
+
+.Lmaps:
+    inc     qword ptr [rip + next_word]
+    call    parse_number
+    push    rax
+    mov     dword ptr [rip + test_mode], MODE_STRICT
+    call    open_way
+    lea     rdi, [rip + disk_needs]
+    call    find_device
+    call    attach_disk
+    call    clear_counts
+    pop     rax
+    call    map_often
+    push    rax
+    call    detach_disk
+    mov     dword ptr [rip + device_found], 0
+    pop     rax
+    call    put_result
+    jmp     .Lnext
+
+    .globl clear_counts
+clear_counts:
+    lea     rdi, [rip + counts]
+    mov     ecx, COUNTS
+    xor     eax, eax
+    cld
+    rep stosq
+    ret
 
 # The tests begin behind the word "--"; without it there are none.
 skip_to_tests:
@@ -99,8 +166,21 @@ skip_to_tests:
     mov     [rip + next_word], rbx
     ret
 
-# op pattern size x depth n count
+# [mode] op pattern size x depth n count [v]
 parse_disk_test:
+    mov     rbx, [rip + next_word]
+    lea     rdx, [rip + mode_letters]
+    mov     ecx, MODE_STRICT
+    movzx   eax, byte ptr [rbx]
+.Lmode:
+    cmp     al, [rdx + rcx]
+    je      .Lmode_known
+    dec     ecx
+    jnz     .Lmode
+    dec     qword ptr [rip + next_word]
+.Lmode_known:
+    mov     [rip + test_mode], ecx
+    inc     qword ptr [rip + next_word]
     mov     rbx, [rip + next_word]
     movzx   eax, byte ptr [rbx]
     xor     ecx, ecx
@@ -142,7 +222,18 @@ parse_disk_test:
     mov     [rip + test_count], eax
     cmp     eax, [rip + test_depth]
     jb      .Lbad_word
+    mov     rbx, [rip + next_word]
+    xor     eax, eax
+    cmp     byte ptr [rbx], 'v'
+    sete    al
+    mov     [rip + test_checks], eax
+    add     [rip + next_word], rax
     ret
+
+    .section .rodata
+mode_letters:
+    .ascii  " bpgls"                        # in the order of MODE_...
+    .text
 
 expect_letter:
     mov     rbx, [rip + next_word]
@@ -202,9 +293,21 @@ put_result:
     pop     rax
     call    put_decimal
     PRINT   " ticks, "
-    mov     eax, [rip + notifications]
+    mov     rax, [rip + notifications]
     call    put_decimal
-    PRINT   " notifications"
+    PRINT   " notifications, "
+    mov     rax, [rip + idle_ticks]
+    call    put_decimal
+    PRINT   " idle, "
+    mov     rax, [rip + maps]
+    call    put_decimal
+    PRINT   " maps, "
+    mov     rax, [rip + unmaps]
+    call    put_decimal
+    PRINT   " unmaps, "
+    mov     rax, [rip + kicks]
+    call    put_decimal
+    PRINT   " kicks"
     # falls through
 
 # Sends the line.
@@ -258,7 +361,15 @@ put_decimal:
     jmp     put_text
 
     .bss
-    .globl test_type, test_random, test_size, test_depth, test_count, notifications
+    .globl test_type, test_random, test_size, test_depth, test_count, test_mode, test_checks
+    .globl counts, notifications, idle_ticks, maps, unmaps, kicks
+    .balign 8
+counts:                                     # COUNTS of them
+notifications:  .skip 8
+idle_ticks:     .skip 8
+maps:           .skip 8
+unmaps:         .skip 8
+kicks:          .skip 8
 next_word:      .skip 8
 word_start:     .skip 8
 test_type:      .skip 4
@@ -266,7 +377,8 @@ test_random:    .skip 4
 test_size:      .skip 4
 test_depth:     .skip 4
 test_count:     .skip 4
-notifications:  .skip 4
+test_mode:      .skip 4
+test_checks:    .skip 4
 device_found:   .skip 4
 line_length:    .skip 4
 line:           .skip 4200                  # a command line has at most 4096 characters

@@ -92,7 +92,8 @@ class FakeGuestMemfd(GuestMemfd):
         if not self._kernel.in_place:
             raise KvmError("KVM_SET_MEMORY_ATTRIBUTES2", errno.ENOTTY, words)
         unaligned = offset % PAGE_SIZE or size % PAGE_SIZE or not size
-        if attributes & ~self._supported or unaligned or offset + size > self.size:
+        known = self._supported & PRIVATE and not attributes & ~self._supported
+        if not known or unaligned or offset + size > self.size:
             raise KvmError("KVM_SET_MEMORY_ATTRIBUTES2", EINVAL, words)
         area = Range(offset, size)
         if attributes & PRIVATE:

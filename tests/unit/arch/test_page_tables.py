@@ -8,7 +8,12 @@ from typing import NamedTuple
 import pytest
 
 from vmm.arch.x86_64 import layout
-from vmm.arch.x86_64.page_tables import PageTables, identity_tables, payload_tables
+from vmm.arch.x86_64.page_tables import (
+    PageTables,
+    identity_tables,
+    payload_tables,
+    user_tables,
+)
 from vmm.core.errors import HostError, UsageError
 from vmm.core.ranges import PAGE_SIZE, Range
 
@@ -118,3 +123,22 @@ def test_payload_tables_with_non_canonical_alias_raise() -> None:
 def test_payload_tables_of_too_much_ram_raise() -> None:
     with pytest.raises(UsageError, match="--mem"):
         payload_tables([Range(0, 3 << 30), Range(4 << 30, 100 << 30)], C38)
+
+
+@pytest.mark.parametrize(
+    ("virtual", "alias"),
+    [(0, 0), (0x3F_FFFF, 0), (0x40_0000, C38), (0x80_1000, 0), (0xA0_0000, C38), (0x1FF_FFFF, C38)],
+)
+def test_user_tables_name_each_page_by_one_alias(virtual: int, alias: int) -> None:
+    shared = [Range(0, 0x40_0000), Range(0x80_0000, 0x20_0000)]
+
+    tables = user_tables([Range(0, 32 << 20)], shared, C38)
+
+    found = walk(tables, virtual, C38)
+    assert found is not None
+    assert found.physical == virtual | alias
+    assert all(entry & 0b111 == 0b111 for entry in found.entries), "user, writable"
+    private = walk(tables, virtual | C38, C38)
+    assert private is not None and private.physical == virtual | C38
+    assert not tables.cr3 & C38
+    assert walk(tables, 32 << 20, C38) is None

@@ -70,4 +70,4 @@ def test_architecture_without_a_bench_guest_is_named_with_the_sections_in_one_li
         processes.bench_guest()
 
     said = str(caught.value)
-    assert "disk and start-up" in said and "\n" not in said
+    assert "disk, iommu and start-up" in said and "\n" not in said

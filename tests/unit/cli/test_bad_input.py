@@ -30,8 +30,13 @@ def refused(command: Command, arguments: str | list[str], message: str) -> None:
     ("arguments", "message"),
     [
         ("--frobnicate", "unrecognized arguments: --frobnicate; see pyvmm --help"),
-        ("vmlinuz", "unrecognized arguments: vmlinuz"),
-        ("--kern x", "unrecognized arguments: --kern x"),
+        ("--dsk x", "unrecognized arguments: --dsk .did you mean --disk.. x; see pyvmm --help"),
+        ("vmlinuz", "there is no command vmlinuz; the commands are run, check, "),
+        ("chek --json", "there is no command chek; did you mean check."),
+        ("help chek", "there is no command chek; did you mean check."),
+        ("check --jsn", "unrecognized arguments: --jsn .did you mean --json.."),
+        ("lab --lab-quite", "--lab-quite: no such option of the lab; did you mean --lab-quiet."),
+        ("--kern x", "unrecognized arguments: --kern .did you mean --kernel.. x"),
         ("run run", "unrecognized arguments: run"),
         ("--mem", "argument --mem: expected one argument"),
         ("--mem nonsense", "--mem 'nonsense' is not a memory size.*512M"),
@@ -70,6 +75,13 @@ def refused(command: Command, arguments: str | list[str], message: str) -> None:
 )
 def test_bad_option_is_refused(command: Command, arguments: str, message: str) -> None:
     refused(command, arguments, message)
+
+
+def test_kernel_without_its_option_is_told_the_option(command: Command, tmp_path: Path) -> None:
+    kernel = tmp_path / "bzImage"
+    kernel.write_bytes(b"")
+
+    refused(command, [str(kernel)], f"there is no command {kernel}; a kernel is given as --kernel ")
 
 
 @pytest.mark.parametrize("text", ["1\n2", "\x1b[2J", "\u202e", "\udcff"])

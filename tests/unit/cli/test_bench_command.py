@@ -40,7 +40,7 @@ def test_compare_prints_both_runs(tmp_path: Path, capsys: pytest.CaptureFixture[
         (["--json", "/no/such/directory/x", "--only", "exits"], "cannot be written"),
         (["--qemu", "/no/such/qemu", "--only", "disk"], "--qemu /no/such/qemu: no such program"),
         (["--only", "linux", "--rounds", "1"], "--only linux needs --kernel and --initrd"),
-        (["--only", "iommu", "--quick"], "--only iommu needs --kernel and --initrd"),
+        (["--only", "iommu", "--kernel", "k"], "--only iommu needs --kernel and --initrd"),
         (
             ["--only", "linux", "--kernel", __file__, "--initrd", __file__, "--fio", "/no/fio"],
             "--fio /no/fio: no such file",

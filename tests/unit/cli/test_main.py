@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,25 @@ def test_run_is_the_default_command(capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(["run", "--help"])
 
     assert "usage: pyvmm [run]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["check", "selftest", "bench", "report", "replay", "measure"])
+def test_help_with_a_command_is_the_commands_help(
+    capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["help", command])
+
+    assert ended.value.code == 0
+    assert f"usage: pyvmm {command} " in capsys.readouterr().out
+
+
+def test_version_is_the_installed_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--private-mem", "--version"])
+
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"pyvmm {metadata.version('pyvmm')}\n"
 
 
 # -- hosts that can't -----------------------------------------------------------------------------
@@ -263,6 +283,7 @@ class NoLab:
         (["--lab-quiet", "--mem", "lots"], "--mem 'lots' is not a memory size"),
         (["--kernel", "debian:6.12", "--scheme", "cbit"], "--scheme cbit needs --private-mem"),
         (["lab"], "unrecognized arguments: lab"),
+        (["selftst"], "there is no command selftst; did you mean selftest?"),
     ],
 )
 def test_lab_refuses_bad_usage_before_a_machine_is_made(

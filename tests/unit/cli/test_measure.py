@@ -64,7 +64,6 @@ def test_another_c_bit_is_another_measurement(command: Command, kernel: str) -> 
     [
         ((), "measure needs --kernel"),
         (("--c-bit", "64"), "--c-bit 64: use 32 to 51"),
-        (("--kernel", "K", "--cpus", "2"), "measure: --cpus 2: processors start in low memory"),
         (("--kernel", "K", "--iommu"), "measure: --iommu lends devices private memory"),
         (("--kernel", "missing"), "kernel missing: no such file"),
         (("--kernel", "K", "--scheme", "remap"), "--scheme remap: Linux tells private"),

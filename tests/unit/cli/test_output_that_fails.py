@@ -151,3 +151,27 @@ def test_no_limit_is_named_where_there_is_none(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(resource, "getrlimit", lambda which: (resource.RLIM_INFINITY,) * 2)
 
     assert in_words(OSError(errno.EFBIG, "File too large")) == "File too large"
+
+
+def test_limit_without_a_file_to_spare_for_its_number_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "resource", None)
+
+    assert in_words(OSError(errno.EMFILE, "Too many open files")).endswith("; raise `ulimit -n`")
+
+
+def test_module_that_cannot_be_opened_for_want_of_files_is_the_limits_fault() -> None:
+    error = ImportError("x.so: cannot open shared object file: Too many open files")
+
+    status, sentence = _explain(error)
+
+    assert status == 3
+    assert sentence.startswith("the host refused: Too many open files; ")
+
+
+def test_output_named_minus_is_stdout_and_no_file(tmp_path: Path, folder: Path) -> None:
+    result = shell(tmp_path, f"pyvmm report {folder} --html - | head -c 15")
+
+    assert (result.stdout.lower(), result.stderr) == ("<!doctype html>", "")
+    assert not (tmp_path / "-").exists()

@@ -328,6 +328,38 @@ def test_terminal_is_delivered_whole_once_the_guest_reads(fds: Fds, bench_on: Ma
     writer.join()
 
 
+def test_command_works_while_the_guest_reads_nothing(fds: Fds, bench_on: MakeBench) -> None:
+    master, slave = fds.pty()
+    bench = bench_on(slave)
+    bench.attach()
+    typed = bytes(range(0x20, 0x7F))
+    fds.type(master, slave, typed)
+    bench.settle()
+
+    fds.type(master, slave, b"\x01x!")
+    bench.settle()
+
+    assert bench.quits == 1
+    assert bench.uart.fifo == typed[:FIFO]
+    assert bench.until(len(typed) + 1) == typed + b"!"
+
+
+def test_only_so_much_is_kept_of_what_nobody_reads(
+    fds: Fds, bench_on: MakeBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vmm.control.console._MOST_TYPED", 100)
+    master, slave = fds.pty()
+    bench = bench_on(slave)
+    bench.attach()
+    for typed in (b"a" * FIFO, b"b" * 90, b"c" * 90, b"\x01x"):
+        fds.type(master, slave, typed)
+        bench.settle()
+
+    assert bench.quits == 1
+    kept = b"a" * FIFO + b"b" * 90 + b"c" * 10
+    assert bench.until(len(kept)) == kept
+
+
 @pytest.mark.parametrize("size", [0, 1, 15, 16, 17, 4096, 4112, len(PATTERN)])
 def test_regular_file_is_delivered_whole(
     fds: Fds, bench_on: MakeBench, tmp_path: Path, size: int

@@ -18,15 +18,15 @@ from vmm.memory.backings.memfd import MemfdBacking
 from vmm.memory.guest_memory import GuestMemory, PageState
 from vmm.policy import Decision, Defer, Event, Policy, View
 
-COMMON = 8
+FIRST, COMMON = 4, 8
 CONTENT = pattern(COMMON * PAGE_SIZE)
 
 
 @pytest.fixture
 def memory() -> Iterator[GuestMemory]:
-    """64 private pages, of which the first 8 are common."""
-    with guest_memory(pages(0, 64), common_end=page(COMMON)) as made:
-        made.shared.pwrite(CONTENT, 0)
+    """64 private pages, of which 8 from the fourth on are common."""
+    with guest_memory(pages(0, 64), common=pages(FIRST, COMMON)) as made:
+        made.shared.pwrite(CONTENT, page(FIRST))
         yield made
 
 
@@ -39,13 +39,13 @@ def sides(memory: GuestMemory) -> tuple[MemfdBacking, MemfdBacking]:
 def test_share_and_unshare_keep_the_guests_bytes(memory: GuestMemory) -> None:
     converter = Converter(memory, RecordingScheme(memory))
 
-    assert converter.convert(share(2, 3)) == 0
-    assert memory.pread(3 * PAGE_SIZE, page(2)) == CONTENT[2 * PAGE_SIZE : 5 * PAGE_SIZE]
-    assert converter.convert(unshare(2, 3)) == 0
+    assert converter.convert(share(6, 3)) == 0
+    assert memory.pread(3 * PAGE_SIZE, page(6)) == CONTENT[2 * PAGE_SIZE : 5 * PAGE_SIZE]
+    assert converter.convert(unshare(6, 3)) == 0
 
     with pytest.raises(PrivateAccess):
-        memory.pread(1, page(2))
-    assert memory.shared.pread(len(CONTENT), 0) == CONTENT
+        memory.pread(1, page(6))
+    assert memory.shared.pread(len(CONTENT), page(FIRST)) == CONTENT
     assert memory.states() == [(pages(0, 64), PageState.PRIVATE)]
 
 
@@ -53,14 +53,14 @@ def test_unshare_of_everything_discards_only_what_has_another_side(memory: Guest
     shared, private = sides(memory)
     converter = Converter(memory, RecordingScheme(memory))
     assert converter.convert(share(0, 64)) == 0
-    memory.pwrite(b"x", page(COMMON))
-    memory.pwrite(b"x", page(63))
+    for number in (FIRST - 1, FIRST + COMMON, 63):
+        memory.pwrite(b"x", page(number))
 
     assert converter.convert(unshare(0, 64)) == 0
 
-    assert data_pages(shared.fd) == set(range(COMMON))
+    assert data_pages(shared.fd) == set(range(FIRST, FIRST + COMMON))
     assert data_pages(private.fd) == set()
-    assert shared.pread(len(CONTENT), 0) == CONTENT
+    assert shared.pread(len(CONTENT), page(FIRST)) == CONTENT
 
 
 def test_late_discard_spares_common_memory(memory: GuestMemory) -> None:
@@ -70,10 +70,11 @@ def test_late_discard_spares_common_memory(memory: GuestMemory) -> None:
 
     converter = Converter(memory, RecordingScheme(memory), Later(), clock=lambda: 1.0)
     assert converter.convert(share(0, 16)) == 0
+    memory.pwrite(b"x", page(2))
     memory.pwrite(b"x", page(12))
     assert converter.convert(unshare(0, 16)) == 0
 
     converter.settle()
 
-    assert data_pages(memory.shared.fd) == set(range(COMMON))
+    assert data_pages(memory.shared.fd) == set(range(FIRST, FIRST + COMMON))
     assert memory.bytes_in(PageState.DEFERRED) == 0

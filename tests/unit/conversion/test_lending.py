@@ -477,18 +477,19 @@ def test_common_pages_are_lent_from_the_shared_backing() -> None:
     """Both of a guest's aliases show them there (scheme cbit with several vCPUs)."""
     size = page(8)
     shared, private = MemfdBacking(size), MemfdBacking(size)
-    memory = LendingMemory((Range(0, size),), shared, private, (Range(0, size),), page(2))
+    memory = LendingMemory((Range(0, size),), shared, private, (Range(0, size),), pages(2, 1))
     rig = IommuRig()
     endpoint = rig.endpoint
     endpoint.space = AddressSpace()
     device = IommuMemory(memory, endpoint)
-    memory.map(endpoint.space, IOVA, pages(1, 2), 3, 0)
-    data = pattern(2 * PAGE_SIZE)
+    memory.map(endpoint.space, IOVA, pages(1, 3), 3, 0)
+    data = pattern(3 * PAGE_SIZE)
 
     device.pwrite(data, IOVA)
 
-    assert shared.pread(PAGE_SIZE, page(1)) == data[:PAGE_SIZE]
-    assert private.pread(PAGE_SIZE, page(2)) == data[PAGE_SIZE:]
+    assert private.pread(PAGE_SIZE, page(1)) == data[:PAGE_SIZE]
+    assert shared.pread(PAGE_SIZE, page(2)) == data[PAGE_SIZE : 2 * PAGE_SIZE]
+    assert private.pread(PAGE_SIZE, page(3)) == data[2 * PAGE_SIZE :]
     assert device.pread(len(data), IOVA) == data
     memory.close()
     rig.close()

@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 
 from kvm_bindings import Vm
-from tests.support.memory import SPLIT_RAM, guest_memory, page, pages
+from tests.support.memory import SPLIT_RAM, guest_memory, pages
 from vmm.conversion.scheme import make_memory
 from vmm.conversion.schemes.cbit import CbitScheme
 from vmm.conversion.schemes.pkvm import PkvmScheme
@@ -99,16 +99,17 @@ def test_apply_and_revert_need_no_kvm_where_the_guest_picks_the_side(scheme: Any
 
 def test_cbit_scheme_shows_common_memory_at_both_aliases() -> None:
     vm = RecordingVm()
-    end = page(10)
-    with guest_memory(ram=SPLIT_RAM, common_end=end) as memory:
+    common = pages(2, 8)
+    with guest_memory(ram=SPLIT_RAM, common=common) as memory:
         CbitScheme(C_BIT).install(cast(Vm, vm), memory)
 
         assert memory.private is not None
         low, high = SPLIT_RAM
         assert list(vm.slots.values()) == [
             (0, low.size, memory.shared.hva),
-            (1 << C_BIT, end, memory.shared.hva),
-            (end | 1 << C_BIT, low.size - end, memory.private.hva + end),
+            (common.start | 1 << C_BIT, common.size, memory.shared.hva + common.start),
+            (1 << C_BIT, common.start, memory.private.hva),
+            (common.end | 1 << C_BIT, low.size - common.end, memory.private.hva + common.end),
             (high.start, high.size, memory.shared.hva + high.start),
             (high.start | 1 << C_BIT, high.size, memory.private.hva + high.start),
         ]

@@ -39,6 +39,22 @@ def test_range_relations_agree_with_sets_of_addresses(one: Range, other: Range) 
         assert one.contains(other) == (theirs <= mine)
 
 
+@pytest.mark.parametrize(
+    ("hole", "left"),
+    [
+        (Range(0x4000, 0x2000), [Range(0x2000, 0x2000), Range(0x6000, 0x2000)]),
+        (Range(0x2000, 0x2000), [Range(0x4000, 0x4000)]),
+        (Range(0x0000, 0x2000), [Range(0x2000, 0x6000)]),
+        (Range(0x7000, 0x9000), [Range(0x2000, 0x5000)]),
+        (Range(0x9000, 0x1000), [Range(0x2000, 0x6000)]),
+        (Range(0x0000, 0x9000), []),
+        (Range(0x4000, 0), [Range(0x2000, 0x6000)]),
+    ],
+)
+def test_range_without_a_hole_is_what_lies_around_it(hole: Range, left: list[Range]) -> None:
+    assert Range(0x2000, 0x6000).without(hole) == left
+
+
 def test_range_as_text_is_half_open_and_hexadecimal() -> None:
     assert str(Range(0x1000, 0x1000)) == "[0x1000, 0x2000)"
 

@@ -28,6 +28,7 @@ from vmm.devices.serial16550 import (
     LSR_READY,
     MCR,
     MCR_LOOP,
+    MCR_OUT2,
     MSR,
     RBR_THR,
     SCR,
@@ -70,7 +71,13 @@ class Uart:
 
 @pytest.fixture
 def uart() -> Uart:
-    return Uart()
+    """Of a guest that listens: it has enabled the receive interrupt once."""
+    uart = Uart()
+    uart.put(MCR, MCR_OUT2)
+    uart.put(IER, IER_RECEIVE)
+    uart.put(IER, 0)
+    uart.put(MCR, 0)
+    return uart
 
 
 def test_uart_transmit_reaches_output_and_stays_empty(uart: Uart) -> None:
@@ -158,6 +165,52 @@ def test_uart_sixteen_bytes_in_a_row_send_one_edge(uart: Uart) -> None:
         uart.put(RBR_THR, byte)
 
     assert uart.edges - before == 1
+
+
+def test_uart_holds_input_until_the_receive_interrupt_reaches_the_guest() -> None:
+    uart = Uart()
+    assert uart.device.receive(b"abc") == 0
+    uart.put(IER, 0x0F)  # Linux' look at what the port is
+    assert not uart.device.can_receive()
+    uart.put(IER, 0)
+    uart.put(MCR, MCR_OUT2)
+    assert uart.rooms == 0
+
+    uart.put(IER, IER_RECEIVE)
+
+    assert uart.rooms == 1
+    assert uart.device.receive(b"abc") == 1
+    uart.put(IIR_FCR, FCR_ENABLE)
+    assert uart.device.receive(b"bc") == 2
+    assert bytes(uart.get(RBR_THR) for _ in range(3)) == b"abc"
+
+
+def test_uart_listens_on_while_output_masks_its_interrupts() -> None:
+    uart = Uart()
+    uart.put(MCR, MCR_OUT2)
+    uart.put(IER, IER_RECEIVE)
+
+    uart.put(IER, 0)
+
+    assert uart.device.can_receive()
+
+
+def test_uart_gives_input_to_a_guest_that_polls_for_it() -> None:
+    uart = Uart()
+    assert uart.device.receive(b"a") == 0
+    for _ in range(1000):
+        uart.get(LSR)
+        uart.put(RBR_THR, ord("."))
+    assert uart.rooms == 0
+
+    polls = 0
+    while uart.rooms == 0:
+        uart.get(LSR)
+        polls += 1
+
+    assert 8 < polls < 100
+    assert uart.device.receive(b"a") == 1
+    assert uart.get(LSR) & LSR_READY
 
 
 def test_uart_receive_without_fifo_takes_one_byte(uart: Uart) -> None:
@@ -296,7 +349,7 @@ def test_uart_after_any_history_a_one_cause_handler_sees_every_byte(
             uart.put(where, value)
         else:
             uart.device.receive(bytes(where))
-    for register, value in ((LCR, 3), (MCR, 0), (IER, 0), (IIR_FCR, FCR_ENABLE | 2)):
+    for register, value in ((LCR, 3), (MCR, MCR_OUT2), (IER, 0), (IIR_FCR, FCR_ENABLE | 2)):
         uart.put(register, value)
     uart.get(LSR)
     uart.get(MSR)

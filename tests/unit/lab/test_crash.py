@@ -42,6 +42,8 @@ def test_oops_is_told_by_its_reason_place_and_callers() -> None:
         b"[    1.0] Kernel panic - not syncing: Attempted to kill init!",
         b"[   77.0] watchdog: BUG: soft lockup - CPU#0 stuck for 26s! [pyvmm:84]",
         b"[    1.0] Oops: general protection fault, probably for non-canonical address",
+        b"[   77.0] rcu: INFO: rcu_preempt detected stalls on CPUs/tasks:",
+        b"[  200.0] INFO: task python3:84 blocked for more than 120 seconds.",
     ],
 )
 def test_each_kind_of_crash_is_seen(line: bytes) -> None:

@@ -235,10 +235,10 @@ def test_results_drive_that_was_not_written_has_no_status(tmp_path: Path, conten
 
 
 def test_selftests_json_comes_back_and_that_of_check_names_no_file(files: Path) -> None:
-    selftest = job_from_arguments(["selftest", "--json", "m.json"], files)
+    selftest = job_from_arguments(["selftest", "--json", "m.json", "--emit-c", "c"], files)
     check = job_from_arguments(["check", "--json"], files)
     report = job_from_arguments(["report", "--json", "kernel"], files)
 
-    assert selftest.outputs == [files / "m.json"]
+    assert selftest.outputs == [files / "m.json", files / "c"]
     assert check.outputs == report.outputs == []
     assert report.inputs == [files / "kernel"]

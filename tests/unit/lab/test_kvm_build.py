@@ -212,6 +212,126 @@ def test_leftovers_of_a_killed_build_are_cleared_away(build: Builder, tmp_path: 
     assert left_in_cache(tmp_path) == [entry]
 
 
+# -- builds that follow others in the same folder
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Path:
+    """A kernel tree of the user's own."""
+    tree = tmp_path / "linux"
+    for name in ("arch/x86/kvm/x86.c", "virt/kvm/kvm_main.c", "virt/kvm/extra.c"):
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_text(f"my {name}\n")
+    return tree
+
+
+def of(sources: Path) -> KvmChange:
+    return KvmChange(sw_protected=True, source=sources)
+
+
+def in_work(tmp_path: Path, name: str) -> Path:
+    (found,) = (tmp_path / "cache" / "kvm-work").glob(f"*/usr/src/*-common/{name}")
+    return found
+
+
+def test_second_change_replaces_only_the_files_that_differ(
+    build: Builder, tmp_path: Path, sources: Path
+) -> None:
+    build(GOOD_MAKE, of(sources))
+    names = ("arch/x86/kvm/x86.c", "virt/kvm/kvm_main.c")
+    before = [in_work(tmp_path, name).stat() for name in names]
+    (sources / names[0]).write_text("changed\n")
+
+    entry = build(GOOD_MAKE, of(sources))
+
+    after = [in_work(tmp_path, name).stat() for name in names]
+    assert (entry / "kvm.ko").read_text() == f"changed\nmy {names[1]}\n"
+    assert after[0].st_mtime_ns > before[0].st_mtime_ns
+    assert after[1].st_mtime_ns == before[1].st_mtime_ns
+
+
+def test_file_that_a_change_no_longer_has_is_gone(
+    build: Builder, tmp_path: Path, sources: Path
+) -> None:
+    build(GOOD_MAKE, of(sources))
+    extra = in_work(tmp_path, "virt/kvm/extra.c")
+    (sources / "virt/kvm/extra.c").unlink()
+
+    build(GOOD_MAKE, of(sources))
+
+    assert not extra.exists()
+
+
+def test_cached_tree_keeps_its_own_files(build: Builder, tmp_path: Path, sources: Path) -> None:
+    build(GOOD_MAKE, of(sources))
+
+    tree = tmp_path / "cache" / "packages" / f"kvm-tree-{VERSION}-1"
+    (original,) = tree.glob("usr/src/*-common/arch/x86/kvm/x86.c")
+    assert original.read_text() == "arch/x86/kvm/x86.c"
+
+
+# Leaves an object, and says whether it found one.
+_OBJECT_MAKE = GOOD_MAKE.replace(
+    'cat "$sources', 'test -e "$sources/x.o" && echo kept >>"$ARGUMENTS"\n: >"$sources/x.o"\n'
+    'cat "$sources', 1
+)  # fmt: skip
+
+
+def kept_objects(tmp_path: Path) -> int:
+    return (tmp_path / "arguments").read_text().splitlines().count("kept")
+
+
+def test_interrupted_build_is_begun_from_nothing(
+    build: Builder,
+    tmp_path: Path,
+    sources: Path,
+    progress: Noted,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupt(text: str) -> None:
+        raise KeyboardInterrupt
+
+    build(_OBJECT_MAKE, of(sources))
+    (sources / "virt/kvm/kvm_main.c").write_text("changed\n")
+    with monkeypatch.context() as patching:
+        patching.setattr(progress, "part", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            build(_OBJECT_MAKE, of(sources))
+    (tmp_path / "arguments").unlink()
+
+    build(_OBJECT_MAKE, of(sources))
+
+    assert kept_objects(tmp_path) == 0
+
+
+def test_build_after_a_compile_error_of_the_users_goes_on(
+    build: Builder, tmp_path: Path, sources: Path
+) -> None:
+    complains = 'grep -q bad "$sources/x86.c" && { echo "x86.c:1:1: error: bad"; exit 2; }\n'
+    make = _OBJECT_MAKE.replace('cat "$sources', f'{complains}cat "$sources', 1)
+    build(make, of(sources))
+    (sources / "arch/x86/kvm/x86.c").write_text("bad\n")
+    with pytest.raises(UsageError, match=r"your KVM does not compile .*x86\.c:1:1: error: bad"):
+        build(make, of(sources))
+    (sources / "arch/x86/kvm/x86.c").write_text("good\n")
+
+    build(make, of(sources))
+
+    assert kept_objects(tmp_path) == 2
+
+
+def test_build_that_only_fails_after_others_is_begun_from_nothing(
+    build: Builder, tmp_path: Path, sources: Path
+) -> None:
+    make = GOOD_MAKE.replace('cat "$sources', 'mkdir "$sources/spoilt" || exit 2\ncat "$sources', 1)
+    build(make, of(sources))
+    (sources / "arch/x86/kvm/x86.c").write_text("changed\n")
+
+    entry = build(make, of(sources))
+
+    assert (entry / "kvm.ko").read_text().startswith("changed\n")
+
+
 @pytest.mark.parametrize(
     "words", ["6.12.107+deb13-cloud-amd64 (x@y) #1 Debian 6.12.107-1", "7.3.4-mine (me) #1 SMP"]
 )

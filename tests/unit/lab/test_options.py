@@ -66,6 +66,7 @@ def test_help_before_an_inner_command_is_the_labs() -> None:
         (["--lab-time-limit", "soon"], "soon"),
         (["--lab-env", "1=2"], "1=2"),
         (["--lab-file", "/nonexistent/file"], "/nonexistent/file"),
+        (["--kernel-build"], "--kernel-build: whole kernels are not .*--lab-host-kernel"),
         (["--exec"], "--exec"),
         (["check", "--exec", "sh"], "check"),
     ],

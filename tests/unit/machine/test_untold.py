@@ -104,7 +104,7 @@ def test_report_of_observed_memory_has_null_for_what_nobody_knows(observed: Pair
 def test_isolation_of_a_realm_is_a_rehearsal_that_names_the_realm() -> None:
     backing = MemfdBacking(PAGE_SIZE)
 
-    sentence = isolation_of(backing, 0, "realm")
+    sentence = isolation_of(backing, scheme="realm")
 
     assert sentence.startswith("policy-enforced rehearsal")
     assert sentence.endswith("monitor of an Arm CCA realm, which it is not")

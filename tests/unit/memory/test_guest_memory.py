@@ -301,7 +301,7 @@ def test_residency_counts_what_the_kernel_holds_for_either_side(mixed: GuestMemo
 
 def test_memory_behind_the_side_that_nobody_uses_is_counted() -> None:
     """A guest that reaches both sides of a page can fill both."""
-    with guest_memory(pages(8, 56), common_end=page(10)) as memory:
+    with guest_memory(pages(8, 56), common=pages(8, 2)) as memory:
         assert memory.private is not None
         memory.pwrite(pattern(page(3)), 0)
         memory.private.pwrite(pattern(page(2)), page(20))

@@ -183,17 +183,18 @@ def test_ordinary_vm_has_everything_on_the_shared_side() -> None:
 @both_ways
 def test_common_memory_is_filled_once_on_the_shared_side(fill: Fill) -> None:
     data = pattern(4 * PAGE_SIZE)
-    with guest_memory(pages(0, 64), common_end=page(6)) as memory:
+    with guest_memory(pages(0, 64), common=pages(5, 2)) as memory:
         shared, private = sides(memory)
 
         fill(LaunchMemory(memory), data, page(4))
 
-        assert data_pages(shared.fd) == {4, 5}
-        assert data_pages(private.fd) == {6, 7}
-        assert shared.pread(2 * PAGE_SIZE, page(4)) == data[: 2 * PAGE_SIZE]
-        assert private.pread(2 * PAGE_SIZE, page(6)) == data[2 * PAGE_SIZE :]
+        assert data_pages(shared.fd) == {5, 6}
+        assert data_pages(private.fd) == {4, 7}
+        assert private.pread(PAGE_SIZE, page(4)) == data[:PAGE_SIZE]
+        assert shared.pread(2 * PAGE_SIZE, page(5)) == data[PAGE_SIZE : 3 * PAGE_SIZE]
+        assert private.pread(PAGE_SIZE, page(7)) == data[3 * PAGE_SIZE :]
 
 
 def test_host_access_to_a_private_page_of_common_memory_is_refused() -> None:
-    with guest_memory(pages(0, 64), common_end=page(6)) as memory, pytest.raises(PrivateAccess):
+    with guest_memory(pages(0, 64), common=pages(0, 6)) as memory, pytest.raises(PrivateAccess):
         memory.pread(1, page(5))

@@ -129,6 +129,9 @@ class Arm64:
 
         return PayloadGuest(options)
 
+    def with_bench_guest(self) -> Architecture:
+        raise HostError("there is no bench guest for arm64; measure on an x86-64 machine")
+
     def measure(
         self, guest: Guest, ram: Sequence[Range], functions: Sequence[str], bit: int
     ) -> dict[str, Any]:

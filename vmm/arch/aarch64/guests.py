@@ -9,7 +9,7 @@ from vmm.arch.aarch64 import layout
 from vmm.arch.aarch64.rsi import DOORBELL_NAME
 from vmm.core.errors import UsageError
 from vmm.core.lean_typing import TYPE_CHECKING, NamedTuple
-from vmm.core.ranges import Range
+from vmm.core.ranges import NOWHERE, Range
 
 if TYPE_CHECKING:
     from vmm.arch.aarch64 import kernel as arm
@@ -55,7 +55,7 @@ class LinuxGuest:
     loads_itself = False
     launch = None
     two_addresses = True
-    unpaged_end = 0  # it starts processors through PSCI, at private addresses like any other
+    unpaged = NOWHERE  # it starts processors through PSCI, at private addresses like any other
 
     def __init__(self, options: GuestOptions, kernel: OpenedKernel, initrd: Source | None) -> None:
         """Takes over the images, of which the kernel may still be on its way."""
@@ -136,7 +136,7 @@ class PayloadGuest:
     loads_itself = False
     launch = None
     two_addresses = False
-    unpaged_end = 0
+    unpaged = NOWHERE
 
     def __init__(self, options: GuestOptions) -> None:
         """Raises UsageError when the payload would not fit."""

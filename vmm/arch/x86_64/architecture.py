@@ -129,6 +129,11 @@ class X86:
 
         return PayloadGuest(options)
 
+    def with_bench_guest(self) -> Architecture:
+        from vmm.arch.x86_64.bench_guest import WithBenchGuest
+
+        return WithBenchGuest()
+
     def measure(
         self, guest: Guest, ram: Sequence[Range], functions: Sequence[str], bit: int
     ) -> dict[str, Any]:

@@ -51,17 +51,18 @@ class E820Entry(NamedTuple):
     type: E820Type
 
 
-def e820_map(ram: Sequence[Range]) -> list[E820Entry]:
+def e820_map(ram: Sequence[Range], low_ram: Range = layout.LOW_RAM) -> list[E820Entry]:
     """The PC memory map over the RAM ranges; the first of them starts at 0 and passes 1 MiB.
 
-    The low megabyte is cut as every PC has it. The ACPI tables' place is type 3: under SEV Linux
-    maps that encrypted like RAM, and would look for a *reserved* range unencrypted.
+    The low megabyte is cut as every PC has it, but of RAM there `low_ram` alone is named. The ACPI
+    tables' place is type 3: under SEV Linux maps that encrypted like RAM, and would look for a
+    *reserved* range unencrypted.
     """
     if not ram or ram[0].start != 0 or ram[0].end <= layout.HIGH_RAM_START:
         found = ", ".join(str(span) for span in ram) or "none"
         raise UsageError(f"guest RAM must start at 0 and be larger than 1 MiB, not {found}")
     entries = [
-        E820Entry(0, layout.LOW_RAM_END, E820Type.RAM),
+        E820Entry(low_ram.start, low_ram.size, E820Type.RAM),
         E820Entry(layout.LOW_RAM_END, layout.EBDA_END - layout.LOW_RAM_END, E820Type.RESERVED),
         E820Entry(layout.ACPI_GPA, layout.ACPI_END - layout.ACPI_GPA, E820Type.ACPI),
         E820Entry(layout.HIGH_RAM_START, ram[0].end - layout.HIGH_RAM_START, E820Type.RAM),
@@ -122,6 +123,7 @@ def boot_params(
     cmdline_gpa: int = layout.CMDLINE_GPA,
     initrd: Range | None = None,
     rsdp_gpa: int = 0,
+    low_ram: Range = layout.LOW_RAM,
 ) -> bytes:
     """The zero page, 4096 bytes.
 
@@ -145,7 +147,7 @@ def boot_params(
     _put_initrd(page, initrd)
     struct.pack_into("<Q", page, ACPI_RSDP_ADDR, rsdp_gpa)
 
-    entries = e820_map(ram)
+    entries = e820_map(ram, low_ram)
     page[E820_ENTRIES] = len(entries)
     for index, entry in enumerate(entries):
         struct.pack_into("<QQI", page, E820_TABLE + 20 * index, *entry)

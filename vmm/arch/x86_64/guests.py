@@ -11,7 +11,7 @@ from vmm.arch.x86_64.msrs import LINUX_ENTRY_MSRS
 from vmm.arch.x86_64.registers import InitialState, linux64_entry, payload_entry
 from vmm.core.errors import UsageError
 from vmm.core.lean_typing import TYPE_CHECKING, Any, Protocol
-from vmm.core.ranges import Range
+from vmm.core.ranges import NOWHERE, Range
 from vmm.memory.guest_memory import LaunchMemory
 
 if TYPE_CHECKING:
@@ -60,8 +60,9 @@ class LinuxGuest:
     def __init__(self, options: GuestOptions, kernel: OpenedKernel, initrd: Source | None) -> None:
         """Takes over the images, of which the kernel may still be on its way."""
         self._options = options
-        # Linux starts every processor but the first in real mode, somewhere in low RAM.
-        self.unpaged_end = layout.EBDA_END if options.cpus > 1 else 0
+        # Linux starts every processor but the first in real mode, from a trampoline in low RAM.
+        several = options.is_private and options.cpus > 1
+        self.unpaged = layout.TRAMPOLINE if several else NOWHERE
         self._opened: x86.OpenedKernel = kernel  # type: ignore[assignment]  # X86.open_kernel's
         self._initrd = initrd
         self._reserved: tuple[Range, ...] = _BOOT_MEMORY
@@ -83,11 +84,6 @@ class LinuxGuest:
     @property
     def unfit_to_load_itself(self) -> str | None:
         """Why this guest can't be a strict one; None where it can."""
-        if self._options.cpus > 1:
-            return (
-                f"--cpus {self._options.cpus}: processors start in low memory without an address "
-                "bit, which would have to be shared with the host"
-            )
         if self._options.iommu:
             return "--iommu lends devices private memory, which the host can't reach"
         return None
@@ -121,7 +117,7 @@ class LinuxGuest:
             return ram
         from vmm.arch.x86_64.strict.launch import AREA
 
-        return [piece for area in ram for piece in without(area, AREA)]
+        return [piece for area in ram for piece in area.without(AREA)]
 
     def early_private_writes(self, ram: list[Range]) -> list[Range]:
         from vmm.arch.x86_64.bounce_buffer import early_allocations
@@ -170,6 +166,7 @@ class LinuxGuest:
             setup_header=None if header is None else header.raw,
             initrd=self._initrd_place,
             rsdp_gpa=RSDP_GPA,
+            low_ram=self.unpaged if self.unpaged.size else layout.LOW_RAM,
         )
         return [
             ("command line", [(layout.CMDLINE_GPA, self._command_line)]),
@@ -194,7 +191,9 @@ class LinuxGuest:
         from vmm.arch.x86_64.strict.launch import linux_launch
 
         assert self._image is not None
-        return linux_launch(self.parts(ram, functions), self._image.entry, alias)
+        return linux_launch(
+            self.parts(ram, functions), self._image.entry, alias, self._options.cpus, self.unpaged
+        )
 
     def _start_loader(
         self, launch: LaunchMemory, ram: list[Range], alias: int, functions: Sequence[str]
@@ -226,7 +225,7 @@ class PayloadGuest:
     doorbell = PORT_NAME
     two_addresses = False
     msrs: Mapping[int, int] = {}
-    unpaged_end = 0  # it never starts another processor
+    unpaged = NOWHERE  # it never starts another processor
 
     def __init__(self, options: GuestOptions) -> None:
         """Raises UsageError when the payload would not fit."""
@@ -281,13 +280,6 @@ class PayloadGuest:
 
     def close(self) -> None:
         """Nothing is held open."""
-
-
-def without(area: Range, hole: Range) -> list[Range]:
-    """What of `area` lies before and behind `hole`."""
-    before, rest = area.split(max(area.start, min(hole.start, area.end)))
-    _, behind = rest.split(max(rest.start, min(hole.end, rest.end)))
-    return [piece for piece in (before, behind) if piece.size]
 
 
 _BOOT_MEMORY = (Range(0, layout.HIGH_RAM_START),)

@@ -20,8 +20,14 @@ PAGE_TABLES_GPA = 0x9000  # PML4, PDPT, then page directories, growing upward
 CMDLINE_GPA = 0x20000  # clear of the page tables of the largest guest that boots Linux
 CMDLINE_MAX = 2048  # bytes with the closing NUL, Linux' COMMAND_LINE_SIZE
 PAYLOAD_TABLES_END = 0x9E000  # the payload has no command line: its tables may fill low memory
+TRAMPOLINE = Range(0x90000, 0x8000)
+"""All low RAM that a private guest with several processors is told of: common memory, in which
+Linux starts them. Its trampoline takes 28 KiB (6.1 to 7.3: 0x6264 bytes, in whole pages); one page
+is to spare, since a Linux that finds no place panics. It keeps clear of the first 64 KiB, and of
+what lies from 0x9f000 to 1 MiB."""
 BOOT_STACK_TOP = 0x9F000  # a page of stack nobody should need: entry code sets its own
 LOW_RAM_END = 0x9FC00  # where a PC's extended BIOS data area starts
+LOW_RAM = Range(0, LOW_RAM_END)
 EBDA_END = 0xA0000  # described as reserved, so that no kernel hands out the old VGA window
 ACPI_GPA = 0xE0000  # where the BIOS scan for "RSD PTR " looks, so acpi_rsdp is found twice
 ACPI_END = 0x100000  # e820 type 3: Linux maps those encrypted under SEV, reserved ones not

@@ -7,7 +7,7 @@ payload sees all RAM twice, at VA = GPA and at VA = GPA | C-bit, and may touch i
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from vmm.arch.x86_64 import layout
 from vmm.core.errors import HostError, UsageError
@@ -138,4 +138,23 @@ def payload_tables(ram: Iterable[Range], c_mask: int = 0) -> PageTables:
         builder.map(span.start, span.start, span.size)
         if c_mask:
             builder.map(span.start | c_mask, span.start | c_mask, span.size)
+    return PageTables([(layout.PAGE_TABLES_GPA, builder.bytes())], layout.PAGE_TABLES_GPA)
+
+
+def user_tables(ram: Iterable[Range], shared: Sequence[Range], c_mask: int) -> PageTables:
+    """The bench guest's tables: every RAM page user-accessible at VA = GPA, by the alias of the
+    private side (`c_mask`) but for what is in `shared`, whose ranges are in address order; and
+    by that of the private side at VA = GPA | `c_mask`."""
+    common = PRESENT | WRITABLE | USER | ACCESSED
+    builder = _Builder(common, common | DIRTY | LARGE, layout.CMDLINE_GPA)
+    for span in ram:
+        at = span.start
+        for area in shared:
+            if span.start <= area.start < span.end:
+                if area.start > at:
+                    builder.map(at, at | c_mask, area.start - at)
+                builder.map(area.start, area.start, area.size)
+                at = area.end
+        builder.map(at, at | c_mask, span.end - at)
+        builder.map(span.start | c_mask, span.start | c_mask, span.size)
     return PageTables([(layout.PAGE_TABLES_GPA, builder.bytes())], layout.PAGE_TABLES_GPA)

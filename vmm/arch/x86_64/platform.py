@@ -117,7 +117,12 @@ class X86Platform:
     ) -> None:
         state = self._guest.load(launch, ram, alias, functions)
         # The others stay as KVM made them, until the first one starts them (INIT, SIPI).
-        first = self.vcpus[0]
+        first, *others = self.vcpus
+        if self._guest.loads_itself:
+            from vmm.arch.x86_64.strict.launch import OTHERS_APIC_BASE
+
+            for other in others:
+                other.update_sregs({"apic_base": OTHERS_APIC_BASE})
         first.update_sregs(state.sregs)  # type: ignore[arg-type]  # a TypedDict
         first.set_regs(state.regs)
 

@@ -15,7 +15,7 @@ class CbitScheme:
 
     The guest picks the side with every access, as a SEV guest does, so that KVM needs no telling:
     a conversion is complete once the losing side's pages are discarded. Common memory
-    (GuestMemory.common_end) is the shared backing at both aliases.
+    (GuestMemory.common) is the shared backing at both aliases.
     """
 
     name = "cbit"
@@ -32,11 +32,13 @@ class CbitScheme:
         private = private_side(memory, self.name)
         slots: list[tuple[int, Range, Backing]] = []
         for area in memory.ram:
-            common, own = area.split(memory.common_end)
             slots.append((area.start, area, memory.shared))
-            slots.append((common.start | self.alias, common, memory.shared))
-            slots.append((own.start | self.alias, own, private))
-        for number, (gpa, area, backing) in enumerate(slot for slot in slots if slot[1].size):
+            common = area.intersection(memory.common)
+            if common is not None:
+                slots.append((common.start | self.alias, common, memory.shared))
+            for own in area.without(memory.common):
+                slots.append((own.start | self.alias, own, private))
+        for number, (gpa, area, backing) in enumerate(slots):
             set_slot(vm, number, gpa, area, backing)
 
     def apply(self, area: Range, kind: Kind) -> None:

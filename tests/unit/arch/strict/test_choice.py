@@ -69,20 +69,20 @@ def test_strict_by_name_on_a_host_that_cannot_is_status_3(obstacle: list[str | N
 
 
 def test_strict_by_name_of_a_guest_that_cannot_is_status_2(obstacle: list[str | None]) -> None:
-    with pytest.raises(UsageError, match="--private-mem=guest_memfd: --cpus 2: why; leave that"):
-        strict.choose_loading(SYSTEM, Linux("--cpus 2: why"), by_name=True)
+    with pytest.raises(UsageError, match="--private-mem=guest_memfd: --iommu lends; leave that"):
+        strict.choose_loading(SYSTEM, Linux("--iommu lends"), by_name=True)
 
 
 def test_auto_for_a_guest_that_cannot_rehearses_without_asking_the_host(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delattr(strict, "strict_obstacle")
-    guest = Linux("--cpus 2: why")
+    guest = Linux("--iommu lends")
 
     strict.choose_loading(SYSTEM, guest, by_name=False)
 
     assert not guest.loads_itself
-    assert capfd.readouterr().err.endswith("by its kernel: --cpus 2: why\n")
+    assert capfd.readouterr().err.endswith("by its kernel: --iommu lends\n")
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,12 @@ import pytest
 from firmware import build
 from tests.support.images import Part as Segment
 from tests.support.images import build_elf
+from tests.unit.arch.test_boot_params import e820_of
 from tests.unit.arch.test_page_tables import walk
 from vmm.arch.options import GuestOptions
 from vmm.arch.x86_64 import layout
-from vmm.arch.x86_64.guests import LinuxGuest, without
+from vmm.arch.x86_64.boot_params import E820Type
+from vmm.arch.x86_64.guests import LinuxGuest
 from vmm.arch.x86_64.kernel import OpenedKernel
 from vmm.arch.x86_64.page_tables import launch_tables
 from vmm.arch.x86_64.strict.launch import (
@@ -159,21 +161,6 @@ def test_pieces_that_lie_together_become_one_part_with_zeros_between() -> None:
     assert found.size == 18
 
 
-@pytest.mark.parametrize(
-    ("hole", "left"),
-    [
-        (Range(0x4000, 0x2000), [Range(0x2000, 0x2000), Range(0x6000, 0x2000)]),
-        (Range(0x2000, 0x2000), [Range(0x4000, 0x4000)]),
-        (Range(0x0000, 0x2000), [Range(0x2000, 0x6000)]),
-        (Range(0x7000, 0x9000), [Range(0x2000, 0x5000)]),
-        (Range(0x9000, 0x1000), [Range(0x2000, 0x6000)]),
-        (Range(0x0000, 0x9000), []),
-    ],
-)
-def test_memory_without_a_hole_is_what_lies_around_it(hole: Range, left: list[Range]) -> None:
-    assert without(Range(0x2000, 0x6000), hole) == left
-
-
 # -- a Linux guest --------------------------------------------------------------------------------
 
 
@@ -196,7 +183,8 @@ RAM = layout.ram_ranges(64 * MIB)
 
 
 def guest_of(kernel: Path, initrd: Path | None = None, **options: int | str) -> LinuxGuest:
-    given = GuestOptions(64 * MIB, 1, str(options.get("append", "")), is_private=True)
+    cpus = int(options.get("cpus", 1))
+    given = GuestOptions(64 * MIB, cpus, str(options.get("append", "")), is_private=True)
     source = None if initrd is None else open_source(initrd, "initrd")
     guest = LinuxGuest(given, OpenedKernel(kernel), source)
     guest.load_itself()
@@ -254,7 +242,9 @@ def test_private_memory_is_all_but_the_launch_area(kernel: Path) -> None:
     assert private == [Range(0, AREA.start), Range(AREA.end, 64 * MIB - AREA.end)]
 
 
-@pytest.mark.parametrize("changed", ["kernel", "initrd", "append", "devices", "memory", "c-bit"])
+@pytest.mark.parametrize(
+    "changed", ["kernel", "initrd", "append", "devices", "memory", "c-bit", "cpus"]
+)
 def test_measurement_tells_apart_what_differs(
     changed: str, kernel: Path, initrd: Path, measured: Launch
 ) -> None:
@@ -268,8 +258,9 @@ def test_measurement_tells_apart_what_differs(
     functions = ["blk0", "blk1"] if changed == "devices" else ["blk0"]
     alias = C38 >> 1 if changed == "c-bit" else C38
     words = "quiet" if changed == "append" else ""
+    cpus = 2 if changed == "cpus" else 1
 
-    with closing(guest_of(kernel, initrd, append=words)) as guest:
+    with closing(guest_of(kernel, initrd, append=words, cpus=cpus)) as guest:
         found = guest.measured(ram, alias, functions)
 
     assert found.measurement != measured.measurement
@@ -288,15 +279,67 @@ def test_kernel_in_the_launch_area_is_refused(tmp_path: Path) -> None:
         guest_of(file)
 
 
-@pytest.mark.parametrize(
-    ("cpus", "iommu", "why"),
-    [(1, False, None), (2, False, "--cpus 2: processors start in low"), (1, True, "--iommu lends")],
-)
-def test_guest_that_cannot_load_itself_says_why(
-    cpus: int, iommu: bool, why: str | None, kernel: Path
-) -> None:
-    options = GuestOptions(64 * MIB, cpus, "", is_private=True, iommu=iommu)
+@pytest.mark.parametrize(("iommu", "why"), [(False, None), (True, "--iommu lends")])
+def test_guest_that_cannot_load_itself_says_why(iommu: bool, why: str | None, kernel: Path) -> None:
+    options = GuestOptions(64 * MIB, 2, "", is_private=True, iommu=iommu)
     with closing(LinuxGuest(options, OpenedKernel(kernel), None)) as guest:
         found = guest.unfit_to_load_itself
 
     assert found is None if why is None else found is not None and found.startswith(why)
+
+
+# -- with several processors ----------------------------------------------------------------------
+
+
+def test_common_memory_holds_nothing_of_the_launch(kernel: Path, initrd: Path) -> None:
+    with closing(guest_of(kernel, initrd, cpus=2)) as guest:
+        common = guest.unpaged
+        launch = guest.measured(RAM, C38, ["blk0"])
+
+    assert common.size == 32 << 10
+    taken = [Range(part.gpa, part.size) for part in launch.parts]
+    taken += [Range(gpa, len(data)) for gpa, data in launch.writes]
+    assert not any(each.overlaps(common) for each in taken)
+
+
+def test_common_memory_is_all_low_memory_that_linux_is_told_of(kernel: Path) -> None:
+    with closing(guest_of(kernel, cpus=2)) as guest:
+        common = guest.unpaged
+        (page,) = (
+            part.content
+            for part in guest.measured(RAM, C38, []).parts
+            if part.name == "boot_params"
+        )
+
+    assert isinstance(page, bytes)
+    usable = [(start, size) for start, size, kind in e820_of(page) if kind == E820Type.RAM]
+    assert [each for each in usable if each[0] < MIB] == [(common.start, common.size)]
+
+
+def test_linux_finds_a_place_for_its_trampoline_in_common_memory() -> None:
+    """What arch/x86/realmode/init.c looks for, and what setup.c and ebda.c reserve around it."""
+    common = layout.TRAMPOLINE
+
+    assert common.start >= 64 << 10
+    assert common.end <= 0x9F000
+    assert common.size >= 0x6264
+    assert common.start % 4096 == common.size % 4096 == 0
+
+
+def test_launch_says_what_is_common_and_for_how_long(kernel: Path) -> None:
+    with closing(guest_of(kernel, cpus=2)) as guest:
+        said = guest.measured(RAM, C38, []).as_dict()["common"]
+
+    assert said == {"gpa": 0x90000, "bytes": 32768, "until": "the guest's end"}
+
+
+def test_one_processor_leaves_nothing_common(kernel: Path) -> None:
+    with closing(guest_of(kernel)) as guest:
+        assert guest.unpaged.size == 0
+        assert "common" not in guest.measured(RAM, C38, []).as_dict()
+
+
+def test_ordinary_guest_keeps_its_low_memory_whatever_its_processors(kernel: Path) -> None:
+    options = GuestOptions(64 * MIB, 2, "", is_private=False)
+    with closing(LinuxGuest(options, OpenedKernel(kernel), None)) as guest:
+        assert guest.unpaged.size == 0

@@ -14,7 +14,7 @@ from vmm.arch.x86_64.registers import InitialState, SpecialRegisters, linux64_en
 from vmm.boot.manifest import FilePart, Part, measurement
 from vmm.core.errors import UsageError
 from vmm.core.lean_typing import TYPE_CHECKING, NamedTuple
-from vmm.core.ranges import PAGE_SIZE, Range
+from vmm.core.ranges import NOWHERE, PAGE_SIZE, Range
 
 if TYPE_CHECKING:
     from vmm.arch.x86_64.kernel import KernelImage
@@ -32,7 +32,9 @@ _PART = struct.Struct("<QQ32s")
 # Intel SDM vol. 3, 11.4.4 and 11.12.1: in x2APIC mode every access to the local APIC is an RDMSR
 # or a WRMSR, so that KVM never has to read an instruction for it.
 _APIC_BOOT_PROCESSOR, _APIC_X2APIC, _APIC_ENABLED = 1 << 8, 1 << 10, 1 << 11
-APIC_BASE = layout.LAPIC_GPA | _APIC_ENABLED | _APIC_X2APIC | _APIC_BOOT_PROCESSOR
+OTHERS_APIC_BASE = layout.LAPIC_GPA | _APIC_ENABLED | _APIC_X2APIC
+"""Of the processors that the first one starts: an INIT leaves it as it is (SDM vol. 3, 11.12.5)."""
+APIC_BASE = OTHERS_APIC_BASE | _APIC_BOOT_PROCESSOR
 
 
 class StrictRegisters(SpecialRegisters):
@@ -74,12 +76,17 @@ class Launch(NamedTuple):
     parts: Sequence[Part]
     digests: Sequence[bytes]
     c_mask: int
+    cpus: int = 1
+    common: Range = NOWHERE
+    """Where its processors start, open to the host for as long as the guest runs."""
 
     def as_dict(self) -> dict[str, object]:
         """For reports: the measurement, and what it is of."""
+        common = {"gpa": self.common.start, "bytes": self.common.size, "until": "the guest's end"}
         return {
             "measurement": self.measurement,
             "c_bit": self.c_mask.bit_length() - 1,
+            **({"common": common} if self.common.size else {}),
             "parts": [
                 {"name": part.name, "gpa": part.gpa, "bytes": part.size, "sha256": digest.hex()}
                 for part, digest in zip(self.parts, self.digests, strict=True)
@@ -134,9 +141,11 @@ def header(
     return fields.ljust(_HEADER_SIZE, b"\0") + b"".join(table)
 
 
-def linux_launch(parts: Sequence[Part], entry: int, c_mask: int) -> Launch:
-    """The launch of a Linux kernel with all parts of it. Raises UsageError, and ImageError for a
-    file that can't be read."""
+def linux_launch(
+    parts: Sequence[Part], entry: int, c_mask: int, cpus: int = 1, common: Range = NOWHERE
+) -> Launch:
+    """The launch of a Linux kernel with all parts of it, for so many processors. Raises UsageError,
+    and ImageError for a file that can't be read."""
     first, second = launch_tables(c_mask)
     addressing = Addressing(
         layout.LAUNCH_SHARED_OFFSET, 0, second.cr3, layout.LAUNCH_COPY_SIZE, AREA
@@ -156,7 +165,8 @@ def linux_launch(parts: Sequence[Part], entry: int, c_mask: int) -> Launch:
         Entry(entry, rsi=layout.BOOT_PARAMS_GPA),
         InitialState(regs, sregs, []),
         [*first.writes, *second.writes],
-    )
+        cpus=cpus,
+    )._replace(common=common)
 
 
 def launch(
@@ -166,6 +176,7 @@ def launch(
     state: InitialState,
     tables: Sequence[tuple[int, bytes]],
     flags: int = 0,
+    cpus: int = 1,
 ) -> Launch:
     """Loader, manifest and tables in their places, measured with the vCPU's state."""
     digests = [part.digest() for part in parts]
@@ -176,17 +187,20 @@ def launch(
         *state.writes,
     ]
     c_mask = addressing.cr3 & -layout.FOUR_GIB or addressing.private
-    return Launch(writes, state, measured(writes, state), parts, digests, c_mask)
+    return Launch(writes, state, measured(writes, state, cpus), parts, digests, c_mask, cpus)
 
 
-def measured(writes: Sequence[tuple[int, bytes]], state: InitialState) -> str:
-    """The measurement of a launch: all that is in memory at its start, and the vCPU's registers.
+def measured(writes: Sequence[tuple[int, bytes]], state: InitialState, cpus: int = 1) -> str:
+    """The measurement of a launch: all that is in memory at its start, and the vCPUs' registers.
+    Those of the others are what KVM makes of a processor that waits to be started.
 
     CPUID and MSRs, which are the host's or KVM's to say, are no part of it.
     """
     registers = json.dumps([state.regs, state.sregs], sort_keys=True).encode()
     records = [(f"memory {gpa:#x}", data) for gpa, data in writes]
-    return measurement([*records, ("vCPU 0", registers)])
+    others = json.dumps({"apic_base": OTHERS_APIC_BASE}).encode()
+    waiting = [(f"vCPU {index}", others) for index in range(1, cpus)]
+    return measurement([*records, ("vCPU 0", registers), *waiting])
 
 
 def parts_of(

@@ -6,7 +6,12 @@
  * fills a private page that has no content yet: the guest's first memory, as in the posted series
  * "guest_memfd: add generic population via write".
  */
+#include <linux/moduleparam.h>
+
 #include "page_io.h"
+
+static bool gmem_file_io = true;
+module_param(gmem_file_io, bool, 0444);
 
 /* The page with a reference, locked against conversions only until that is taken. */
 static struct page *kvm_gmem_get_shared_page(struct inode *inode, pgoff_t index, bool write)
@@ -124,4 +129,22 @@ static ssize_t kvm_gmem_splice_read(struct file *file, loff_t *pos, struct pipe_
 	loff_t size = i_size_read(file_inode(file));
 
 	return kvm_page_splice_read(file, pos, pipe, count, size, kvm_gmem_get_file_page);
+}
+
+/* Before the first file is made. */
+static void kvm_gmem_init_file_io(struct file_operations *operations)
+{
+	if (!gmem_file_io)
+		return;
+
+	operations->llseek = generic_file_llseek;
+	operations->read_iter = kvm_gmem_read_iter;
+	operations->write_iter = kvm_gmem_write_iter;
+	operations->splice_read = kvm_gmem_splice_read;
+	operations->splice_write = iter_file_splice_write;
+}
+
+static fmode_t kvm_gmem_file_io_mode(void)
+{
+	return gmem_file_io ? FMODE_LSEEK | FMODE_PREAD | FMODE_PWRITE : 0;
 }

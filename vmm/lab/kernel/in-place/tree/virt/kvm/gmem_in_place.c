@@ -196,44 +196,46 @@ out:
 	return r;
 }
 
-static int kvm_gmem_set_attributes(struct file *file, struct kvm_memory_attributes2 *wanted)
+static long kvm_gmem_set_attributes(struct file *file, void __user *arg)
 {
 	struct gmem_file *f = file->private_data;
 	struct inode *inode = file_inode(file);
+	struct kvm_memory_attributes2 wanted;
 	u64 size = i_size_read(inode);
-	pgoff_t fault = 0;
+	pgoff_t fault;
 	int r;
 
-	if (wanted->flags || memchr_inv(wanted->reserved, 0, sizeof(wanted->reserved)))
+	if (copy_from_user(&wanted, arg, sizeof(wanted)))
+		return -EFAULT;
+
+	if (wanted.flags || memchr_inv(wanted.reserved, 0, sizeof(wanted.reserved)))
 		return -EINVAL;
-	if (wanted->attributes & ~KVM_MEMORY_ATTRIBUTE_PRIVATE)
+	if (!kvm_arch_has_private_mem(f->kvm))
 		return -EINVAL;
-	if (wanted->attributes && !kvm_arch_has_private_mem(f->kvm))
+	if (wanted.attributes & ~KVM_MEMORY_ATTRIBUTE_PRIVATE)
 		return -EINVAL;
-	if (!wanted->size || !PAGE_ALIGNED(wanted->offset) || !PAGE_ALIGNED(wanted->size))
+	if (!wanted.size || !PAGE_ALIGNED(wanted.offset) || !PAGE_ALIGNED(wanted.size))
 		return -EINVAL;
-	if (wanted->offset >= size || wanted->size > size - wanted->offset)
+	if (wanted.offset >= size || wanted.size > size - wanted.offset)
 		return -EINVAL;
 
-	r = kvm_gmem_convert(inode, wanted->offset >> PAGE_SHIFT,
-			     (wanted->offset + wanted->size) >> PAGE_SHIFT,
-			     wanted->attributes & KVM_MEMORY_ATTRIBUTE_PRIVATE, &fault);
-	wanted->error_offset = r ? (u64)fault << PAGE_SHIFT : 0;
+	r = kvm_gmem_convert(inode, wanted.offset >> PAGE_SHIFT,
+			     (wanted.offset + wanted.size) >> PAGE_SHIFT,
+			     wanted.attributes & KVM_MEMORY_ATTRIBUTE_PRIVATE, &fault);
+	if (!r)
+		return 0;
+
+	/* Also when it is 0. What was refused for its arguments has no offset. */
+	wanted.error_offset = (u64)fault << PAGE_SHIFT;
+	if (copy_to_user(arg, &wanted, sizeof(wanted)))
+		return -EFAULT;
 	return r;
 }
 
 static long kvm_gmem_ioctl(struct file *file, unsigned int ioctl, unsigned long arg)
 {
-	struct kvm_memory_attributes2 wanted;
-	int r;
-
 	if (ioctl != KVM_SET_MEMORY_ATTRIBUTES2 || !gmem_in_place_conversion)
 		return -ENOTTY;
-	if (copy_from_user(&wanted, (void __user *)arg, sizeof(wanted)))
-		return -EFAULT;
 
-	r = kvm_gmem_set_attributes(file, &wanted);
-	if (wanted.error_offset && copy_to_user((void __user *)arg, &wanted, sizeof(wanted)))
-		return -EFAULT;
-	return r;
+	return kvm_gmem_set_attributes(file, (void __user *)arg);
 }

@@ -21,7 +21,8 @@
 
 #define PAGE 4096ull
 #define CODE_SLOT 32000
-#define MOST_FILES 3	/* more are not made */
+#define MOST_FILES 3	/* more guest_memfds are not made */
+#define MOST_MEMFDS 8
 #define OP __attribute__((unused)) static const char *
 
 struct region2 {
@@ -42,9 +43,12 @@ struct fault { uint64_t flags, gpa, size; };
 #define EXIT_FAULT	39
 
 static int vm, vcpu, memfd, scratch, files[MOST_FILES], made, failures;
-static void *maps[MOST_FILES];
-static uint64_t sizes[MOST_FILES], area, hva;
+static int memfds[MOST_MEMFDS], memfds_made;
+static void *maps[MOST_FILES], *memfd_maps[MOST_MEMFDS];
+static uint64_t alias_bit;	/* guest-physical, set before start(); 0: there is none */
+static uint64_t sizes[MOST_FILES], area, hva, mapped, run_size;
 static struct kvm_run *run;
+static uint8_t *ram;
 static char seen[256];
 
 static int need(int result, const char *what)
@@ -70,6 +74,7 @@ static const char *word(long result, uint64_t value)
 	return seen;
 }
 
+__attribute__((unused))
 static void check(const char *operation, const char *found, const char *expected)
 {
 	bool same = !strcmp(found, expected);
@@ -81,46 +86,112 @@ static void check(const char *operation, const char *found, const char *expected
 	}
 }
 
-/* Protected mode, flat, no paging. At 0x1000 a load of [ebx], at 0x1100 a store. */
+/* Long mode; tables from 0x2000 on map 1 GiB one to one, and again with the alias bit. */
+static void map_memory(void)
+{
+	uint64_t *top = (void *)(ram + 0x2000), *gigabytes = (void *)(ram + 0x3000), number;
+	uint64_t *plain = (void *)(ram + 0x4000), *aliased = (void *)(ram + 0x5000);
+
+	top[0] = 0x3000 | 3;
+	gigabytes[0] = 0x4000 | 3;
+	if (alias_bit)
+		gigabytes[alias_bit >> 30] = 0x5000 | 3;
+	for (number = 0; number < 512; number++) {
+		plain[number] = number << 21 | 0x83;
+		aliased[number] = alias_bit | number << 21 | 0x83;
+	}
+}
+
+/* The vCPU's, where the kernel's headers say less than this one has. */
+static void set_cpuid(int kvm)
+{
+	struct { struct kvm_cpuid2 head; struct kvm_cpuid_entry2 entries[256]; } *all;
+
+	all = calloc(1, sizeof(*all));
+	all->head.nent = 256;
+	need(ioctl(kvm, KVM_GET_SUPPORTED_CPUID, all), "KVM_GET_SUPPORTED_CPUID");
+	need(ioctl(vcpu, KVM_SET_CPUID2, all), "KVM_SET_CPUID2");
+	free(all);
+}
+
+/* At 0x1000 a load of [rdi], at 0x1100 a store, at 0x1200 rep stosq, at 0x1300 repe scasq. */
 static void start(unsigned long type, uint64_t area_gpa, uint64_t pages)
 {
-	static const uint8_t load[] = { 0x8b, 0x03, 0x8b, 0x53, 0x04, 0xe6, 0x10 };
-	static const uint8_t store[] = { 0x89, 0x03, 0x89, 0x53, 0x04, 0xe6, 0x10 };
+	static const uint8_t load[] = { 0x48, 0x8b, 0x07, 0xe6, 0x10 };
+	static const uint8_t store[] = { 0x48, 0x89, 0x07, 0xe6, 0x10 };
+	static const uint8_t fill[] = { 0xf3, 0x48, 0xab, 0xe6, 0x10 };
+	static const uint8_t scan[] = { 0xf3, 0x48, 0xaf, 0xe6, 0x10 };
 	struct kvm_userspace_memory_region code = { CODE_SLOT, 0, 0, area_gpa, 0 };
 	struct kvm_segment flat = { .limit = ~0u, .selector = 8, .type = 11, .present = 1,
-				    .db = 1, .s = 1, .g = 1 };
+				    .l = 1, .s = 1, .g = 1 };
 	struct kvm_sregs sregs;
 	int kvm = need(open("/dev/kvm", O_RDWR | O_CLOEXEC), "/dev/kvm");
-	uint8_t *ram;
 
 	area = area_gpa;
 	vm = need(ioctl(kvm, KVM_CREATE_VM, type), "KVM_CREATE_VM");
 	ram = mmap(NULL, area_gpa, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 	memcpy(ram + 0x1000, load, sizeof(load));
 	memcpy(ram + 0x1100, store, sizeof(store));
+	memcpy(ram + 0x1200, fill, sizeof(fill));
+	memcpy(ram + 0x1300, scan, sizeof(scan));
+	map_memory();
 	code.userspace_addr = (uintptr_t)ram;
 	need(ioctl(vm, KVM_SET_USER_MEMORY_REGION, &code), "the code's memslot");
 	vcpu = need(ioctl(vm, KVM_CREATE_VCPU, 0), "KVM_CREATE_VCPU");
-	run = mmap(NULL, need(ioctl(kvm, KVM_GET_VCPU_MMAP_SIZE, 0), "kvm_run"),
-		   PROT_READ | PROT_WRITE, MAP_SHARED, vcpu, 0);
+	run_size = need(ioctl(kvm, KVM_GET_VCPU_MMAP_SIZE, 0), "kvm_run");
+	run = mmap(NULL, run_size, PROT_READ | PROT_WRITE, MAP_SHARED, vcpu, 0);
+	set_cpuid(kvm);
+	close(kvm);
 	need(ioctl(vcpu, KVM_GET_SREGS, &sregs), "KVM_GET_SREGS");
-	sregs.cr0 |= 1;
+	sregs.cr3 = 0x2000;
+	sregs.cr4 |= 1 << 5;		/* PAE */
+	sregs.efer |= 1 << 8 | 1 << 10;	/* LME, LMA */
+	sregs.cr0 |= 1ul << 31 | 1;
 	sregs.cs = flat;
 	flat.type = 3;
 	flat.selector = 16;
+	flat.l = 0;
+	flat.db = 1;
 	sregs.ds = sregs.es = sregs.ss = sregs.fs = sregs.gs = flat;
 	need(ioctl(vcpu, KVM_SET_SREGS, &sregs), "KVM_SET_SREGS");
 
 	memfd = need(memfd_create("memory", MFD_CLOEXEC), "memfd_create");
 	scratch = need(memfd_create("scratch", MFD_CLOEXEC), "memfd_create");
 	need(ftruncate(memfd, pages * PAGE), "ftruncate");
-	hva = (uintptr_t)mmap(NULL, 2 * pages * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, memfd, 0);
+	mapped = 2 * pages * PAGE;
+	hva = (uintptr_t)mmap(NULL, mapped, PROT_READ | PROT_WRITE, MAP_SHARED, memfd, 0);
 }
 
-static const char *guest(uint64_t entry, uint64_t gpa, uint64_t *value)
+/* Lets go of all, so that another program can start. */
+__attribute__((unused)) static void finish(void)
 {
-	struct kvm_regs regs = { .rip = entry, .rflags = 2, .rbx = gpa,
-				 .rax = *value & ~0u, .rdx = *value >> 32 };
+	int number;
+
+	for (number = 0; number < made; number++) {
+		if (maps[number])
+			munmap(maps[number], sizes[number] + 8 * PAGE);
+		maps[number] = NULL;
+		if (files[number] >= 0)
+			close(files[number]);
+	}
+	for (number = 0; number < memfds_made; number++)
+		close(memfds[number]);
+	made = memfds_made = 0;
+	munmap(run, run_size);
+	munmap((void *)hva, mapped);
+	munmap(ram, area);
+	close(vcpu);
+	close(vm);
+	close(memfd);
+	close(scratch);
+}
+
+/* `at` is counted from the area's start, and may be an alias. */
+static const char *guest(uint64_t entry, uint64_t at, uint64_t count, uint64_t *value,
+			 uint64_t *flags)
+{
+	struct kvm_regs regs = { .rip = entry, .rflags = 2, .rdi = area + at, .rcx = count,
+				 .rax = *value };
 	struct fault *fault = (struct fault *)&run->hw;
 	int result;
 
@@ -144,21 +215,49 @@ static const char *guest(uint64_t entry, uint64_t gpa, uint64_t *value)
 		return seen;
 	}
 	need(ioctl(vcpu, KVM_GET_REGS, &regs), "KVM_GET_REGS");
-	*value = (regs.rax & ~0u) | regs.rdx << 32;
+	*value = regs.rax;
+	*flags = regs.rflags;
 	return NULL;
 }
 
-OP guest_read(uint64_t page)
+OP guest_load(uint64_t at)
 {
-	uint64_t value = 0;
-	const char *other = guest(0x1000, area + page * PAGE, &value);
+	uint64_t value = 0, flags;
+	const char *other = guest(0x1000, at, 0, &value, &flags);
 
 	return other ?: word(0, value);
 }
 
+OP guest_store(uint64_t at, uint64_t value)
+{
+	uint64_t flags;
+
+	return guest(0x1100, at, 0, &value, &flags) ?: "ok";
+}
+
+OP guest_read(uint64_t page)
+{
+	return guest_load(page * PAGE);
+}
+
 OP guest_write(uint64_t page, uint64_t value)
 {
-	return guest(0x1100, area + page * PAGE, &value) ?: "ok";
+	return guest_store(page * PAGE, value);
+}
+
+OP guest_fill(uint64_t at, uint64_t size, uint64_t value)
+{
+	uint64_t flags;
+
+	return guest(0x1200, at, size / 8, &value, &flags) ?: "ok";
+}
+
+/* Whether every word is that one. */
+OP guest_holds(uint64_t at, uint64_t size, uint64_t value)
+{
+	uint64_t flags = 0;
+
+	return guest(0x1300, at, size / 8, &value, &flags) ?: flags & 1 << 6 ? "yes" : "no";
 }
 
 OP create_guest_memfd(uint64_t size, uint64_t flags)
@@ -276,6 +375,18 @@ OP gmem_store(int number, uint64_t offset, uint64_t value)
 	return said(pread(scratch, (char *)maps[number] + offset, 8, 0));
 }
 
+/* The pages in the page cache, by cachestat(2), which has its number from Linux 6.5 on. */
+OP gmem_resident(int number)
+{
+	uint64_t all[2] = { 0, 0 }, found[5] = { 0 };
+
+	OPEN(number);
+	if (syscall(451, file(number), all, found, 0) < 0)
+		return said(-1);
+	snprintf(seen, sizeof(seen), "%llu", (unsigned long long)found[0]);
+	return seen;
+}
+
 OP gmem_close(int number)
 {
 	OPEN(number);
@@ -305,5 +416,81 @@ OP vm_pread(uint64_t page)
 OP vm_pwrite(uint64_t page, uint64_t value)
 {
 	return read_or_write(vm, area + page * PAGE, true, value);
+}
+/* A memory is a memfd's number, or 100 and a guest_memfd's. */
+static int memory_fd(int memory)
+{
+	return memory >= 100 ? file(memory - 100) : memory >= 0 ? memfds[memory] : -1;
+}
+
+static void *memory_at(int memory, uint64_t offset)
+{
+	if (memory < 0)
+		return NULL;
+	if (memory >= 100) {
+		gmem_map(memory - 100);
+		return (char *)maps[memory - 100] + offset;
+	}
+	return (char *)memfd_maps[memory] + offset;
+}
+
+OP new_memfd(uint64_t size)
+{
+	int fd = need(memfd_create("memory", MFD_CLOEXEC), "memfd_create");
+
+	if (memfds_made == MOST_MEMFDS)
+		exit(3);
+	need(ftruncate(fd, size), "ftruncate");
+	memfd_maps[memfds_made] = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+	memfds[memfds_made++] = fd;
+	return "ok";
+}
+
+/* A memslot on a memory, with a guest_memfd or (-1) none. */
+OP memslot(uint32_t slot, uint64_t at, uint64_t size, int memory, uint64_t offset,
+	   uint32_t flags, int gmem, uint64_t gmem_offset)
+{
+	struct region2 wanted = { slot, flags, area + at, size,
+				  (uintptr_t)memory_at(memory, offset), gmem_offset, file(gmem) };
+
+	if (gmem < 0)
+		return said(ioctl(vm, KVM_SET_USER_MEMORY_REGION, &wanted));
+	return said(ioctl(vm, SET_REGION2, &wanted));
+}
+
+OP hole(int memory, uint64_t offset, uint64_t size)
+{
+	return said(fallocate(memory_fd(memory), FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE,
+			      offset, size));
+}
+
+/* By a copy of the system's into or out of the mapping: no access of ours can be a SIGBUS. */
+OP host_store(int memory, uint64_t offset, uint64_t size, uint64_t value)
+{
+	uint64_t at;
+
+	for (at = 0; at < size; at += 8) {
+		need(pwrite(scratch, &value, 8, 0), "scratch");
+		if (pread(scratch, memory_at(memory, offset + at), 8, 0) < 0)
+			return said(-1);
+	}
+	return "ok";
+}
+
+/* The word that all of it consists of. */
+OP host_load(int memory, uint64_t offset, uint64_t size)
+{
+	uint64_t at, value = 0, first = 0;
+
+	for (at = 0; at < size; at += 8) {
+		if (pwrite(scratch, memory_at(memory, offset + at), 8, 0) < 0)
+			return said(-1);
+		need(pread(scratch, &value, 8, 0), "scratch");
+		if (!at)
+			first = value;
+		if (value != first)
+			return "mixed";
+	}
+	return word(0, first);
 }
 #endif
