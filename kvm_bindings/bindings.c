@@ -116,3 +116,15 @@ static int pyvmm_memfd_secret(unsigned int flags)
     long fd = syscall(447, flags);
     return fd < 0 ? -errno : (int)fd;
 }
+
+static void pyvmm_do_nothing(int number)
+{
+    (void)number;
+}
+
+/* From now on the signal interrupts system calls and does nothing else, on whichever thread this is called. */
+static int pyvmm_interrupt_by(int number)
+{
+    struct sigaction action = {.sa_handler = pyvmm_do_nothing};
+    return sigaction(number, &action, NULL) < 0 ? -errno : 0;
+}

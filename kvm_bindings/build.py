@@ -38,6 +38,7 @@ PRELUDE = """
 #endif
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -73,6 +74,7 @@ int64_t pyvmm_pwrite_from_address(int fd, uint64_t address, uint64_t size, uint6
 int64_t pyvmm_cached_pages(int fd, uint64_t offset, uint64_t size);
 int pyvmm_memfd_secret(unsigned int flags);
 int pyvmm_forbid_core_dumps(void);
+int pyvmm_interrupt_by(int number);
 """
 
 DATAPATH = """
@@ -100,7 +102,8 @@ void pyvmm_disk_plan(const uint64_t *chains, uint32_t count, const void *headers
 
 MAPPED = """
 int64_t pyvmm_copy_mapped(const void *table, uint32_t count, char *data, int writing);
-int64_t pyvmm_move_mapped(int fd, const void *table, uint32_t count, int writing);
+int64_t pyvmm_move_mapped(int fd, uint64_t memory, uint64_t room, const void *table, uint32_t count,
+                          int writing, uint64_t most);
 int64_t pyvmm_probe_mapped(const void *addresses, uint32_t count, char *reached);
 int pyvmm_is_copied(int fd);
 """

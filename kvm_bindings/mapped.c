@@ -1,13 +1,13 @@
-/* Guest memory by the one way that pages of a protected guest survive: the kernel copies, and KVM's mapping is the
-   buffer of the call. A page out of reach is EFAULT, with exactly what lies before it copied. Nothing here touches an
-   address of guest memory itself. */
+/* Guest memory by copies of the kernel, with KVM's mapping as the buffer of the call: the one way that pages of a
+   protected guest survive, and the quickest for a disk's. A page out of reach is EFAULT, with exactly what lies before
+   it copied. Nothing here touches an address of guest memory itself. */
 
 #include <fcntl.h>
 #include <sys/stat.h>
 #include <sys/statfs.h>
 #include <sys/uio.h>
 
-enum { MAPPED_PIECES = 256 };
+enum { MAPPED_PIECES = 256, MAPPED_AT_ONCE = 1 << 20 };
 
 /* table: count pairs of uint64_t, address of guest memory and size; data: ours, all of them one after the other.
    The mapping is the *local* side of the call: what process_vm_readv(2) and process_vm_writev(2) call remote is pinned,
@@ -45,24 +45,37 @@ static int64_t pyvmm_copy_mapped(const void *table, uint32_t count, char *data, 
     return total;
 }
 
-/* table: count triples of uint64_t, offset in the file, address of guest memory and size; writing: into the file.
-   Bytes moved, short at the file's end; or -errno: -EFAULT for a page out of reach, with what lies before it moved. */
-static int64_t pyvmm_move_mapped(int fd, const void *table, uint32_t count, int writing)
+/* Between a file and guest memory, of which `room` bytes are mapped at `memory`. table: count triples of uint64_t, source offset, target offset and
+   size; writing: the target is the file, else the source. Bytes moved, short at the file's end and when it has taken
+   longer than `most` nanoseconds; or -errno: -EFAULT for a page out of reach, with what lies before it moved, -EINTR for
+   the caller to let signals be handled and begin again. */
+static int64_t pyvmm_move_mapped(int fd, uint64_t memory, uint64_t room, const void *table, uint32_t count, int writing,
+                                 uint64_t most)
 {
     const uint64_t *moves = table;
-    int64_t total = 0;
     for (uint32_t i = 0; i < count; i++) {
-        uint64_t offset = moves[3 * i], address = moves[3 * i + 1], left = moves[3 * i + 2];
+        uint64_t offset = moves[3 * i + !writing], size = moves[3 * i + 2];
+        if (offset > room || size > room - offset)
+            return -EINVAL; /* the next byte would be another mapping's */
+    }
+    const uint64_t started = nanoseconds();
+    int64_t total = 0, looked = 0;
+    for (uint32_t i = 0; i < count; i++) {
+        uint64_t offset = moves[3 * i + !!writing], address = memory + moves[3 * i + !writing], left = moves[3 * i + 2];
         while (left) {
-            ssize_t moved = writing ? pwrite(fd, (const void *)(uintptr_t)address, left, (off_t)offset)
-                                    : pread(fd, (void *)(uintptr_t)address, left, (off_t)offset);
-            if (moved < 0 && errno == EINTR)
-                continue;
+            uint64_t now = left < MAPPED_AT_ONCE ? left : MAPPED_AT_ONCE;
+            ssize_t moved = writing ? pwrite(fd, (const void *)(uintptr_t)address, now, (off_t)offset)
+                                    : pread(fd, (void *)(uintptr_t)address, now, (off_t)offset);
             if (moved < 0)
                 return -errno;
             if (moved == 0)
                 return writing ? -EIO : total;
             offset += moved, address += moved, left -= moved, total += moved;
+            if (total - looked >= LOOK_AT_CLOCK) {
+                if (nanoseconds() - started > most)
+                    return total;
+                looked = total;
+            }
         }
     }
     return total;

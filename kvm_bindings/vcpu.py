@@ -41,6 +41,12 @@ def _register_size(register: int) -> int:
     return 1 << ((register & ioctls.KVM_REG_SIZE_MASK) >> ioctls.KVM_REG_SIZE_SHIFT)
 
 
+def interrupt_by(number: int) -> None:
+    """From now on the signal makes KVM_RUN, and any other call that waits, end with EINTR, and does
+    nothing else: a handler in C, which needs no main thread. Raises KvmError."""
+    check(f"sigaction({number})", lib.pyvmm_interrupt_by(number))
+
+
 class Vcpu(OwnedFd):
     """One vCPU with its mapped kvm_run page. Only one thread may be inside `run`."""
 

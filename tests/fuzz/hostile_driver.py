@@ -28,6 +28,7 @@ from tests.support.virtio_machine import VirtioMachine
 from vmm.core.ranges import PAGE_SIZE, Range
 from vmm.devices.virtio.device import VirtioDevice
 from vmm.memory.backings.memfd import MemfdBacking
+from vmm.memory.engines import make_engine
 from vmm.memory.guest_memory import GuestMemory, PageState
 
 PAGES = 64
@@ -44,9 +45,13 @@ _SIZES = (0, 1, 2, 4, 11, 12, 16, 44, 64, 512, 4096, 65536, RAM, 1 << 31, 0xFFFF
 
 
 class HostileMemory:
-    """FakeMemory's verbs on real guest memory; `convert` changes a page's side."""
+    """FakeMemory's verbs on real guest memory; `convert` changes a page's side.
 
-    def __init__(self) -> None:
+    `engine` moves what goes between a file and guest memory; a device has the verbs for many
+    pieces only with one.
+    """
+
+    def __init__(self, engine: str | None = None) -> None:
         self.shared = MemfdBacking(RAM + BEYOND)
         self.guest = GuestMemory(
             (Range(0, RAM),), self.shared, MemfdBacking(RAM + BEYOND), [Range(RAM // 2, RAM // 4)]
@@ -54,6 +59,11 @@ class HostileMemory:
         self.size = RAM
         for name in ("pread", "pwrite", "transfer_in", "transfer_out", "discard"):
             setattr(self, name, getattr(self.guest, name))
+        if engine is not None:
+            through = self.guest.through(make_engine(engine, self.shared))
+            for name in ("transfer_in", "transfer_out", "move_in", "move_out", "read_many",
+                         "write_many"):  # fmt: skip
+                setattr(self, name, getattr(through, name))
         self._fill()
 
     def _fill(self) -> None:
@@ -110,12 +120,14 @@ class HostileDriver:
         inputs: frozenset[int],
         sizes: tuple[int, ...],
         tail: int,
+        engine: str | None = None,
     ) -> None:
         """`request(rng)` makes the front of a request such as the device knows, `sizes` are those
         of the buffers behind it, `tail` the bytes that the device writes at its end; `inputs` are
-        the queues that only take buffers. `host(rng)` does something at the device's other end."""
+        the queues that only take buffers. `host(rng)` does something at the device's other end.
+        `engine`: HostileMemory's."""
         self.rng = rng
-        self.memory = HostileMemory()
+        self.memory = HostileMemory(engine)
         self.second_vcpu = False
         """Whether another vCPU moves indexes and flips descriptors whenever the device reads."""
         self.moves = 0
@@ -166,12 +178,22 @@ class HostileDriver:
 
         def read(size: int, gpa: int) -> bytes:
             data = pread(size, gpa)
-            index, offset = divmod(gpa, 0x2000)
-            if self.second_vcpu and size == 4 and offset == 0x800 and index < 12:
-                self._move_index(gpa, data)
+            self._after_read(size, gpa, data)
+            return data
+
+        def read_many(pieces: list[int]) -> bytes | bytearray:
+            data = self.memory.guest.read_many(pieces)
+            self._after_read(pieces[1], pieces[0], bytes(data[:4]))
             return data
 
         self.memory.pread = read  # type: ignore[attr-defined]
+        if hasattr(self.memory, "read_many"):
+            self.memory.read_many = read_many
+
+    def _after_read(self, size: int, gpa: int, data: bytes) -> None:
+        index, offset = divmod(gpa, 0x2000)
+        if self.second_vcpu and size == 4 and offset == 0x800 and index < 12:
+            self._move_index(gpa, data)
 
     def _move_index(self, avail: int, seen: bytes) -> None:
         self.moves += 1

@@ -26,6 +26,8 @@ MOST_HELD_BYTES = 32 << 20
 MOST_GROWTH = 8 << 20
 
 _VERBS = ("pread", "pwrite", "transfer_in", "transfer_out", "discard")
+# Those of many pieces, which not every memory has: where the pieces are, how many numbers each has.
+_MANY = {"read_many": (0, 2), "write_many": (0, 2), "move_in": (1, 3), "move_out": (0, 3)}
 
 
 class TurnCost:
@@ -37,6 +39,9 @@ class TurnCost:
         memory: Any = machine.memory
         for verb in _VERBS:
             setattr(memory, verb, self._counted(verb, getattr(memory, verb)))
+        for verb in _MANY:
+            if hasattr(memory, verb):
+                setattr(memory, verb, self._counted_many(verb, getattr(memory, verb)))
         notify = machine.transport.notify
 
         def turn(queue_index: int) -> None:
@@ -56,6 +61,17 @@ class TurnCost:
             self.calls += 1
             what = arguments[size_at]
             self.size += what if isinstance(what, int) else len(what)
+            return call(*arguments)
+
+        return counted
+
+    def _counted_many(self, verb: str, call: Any) -> Any:
+        place, numbers = _MANY[verb]
+
+        def counted(*arguments: Any) -> Any:
+            pieces = arguments[place]
+            self.calls += len(pieces) // numbers
+            self.size += sum(pieces[numbers - 1 :: numbers])
             return call(*arguments)
 
         return counted

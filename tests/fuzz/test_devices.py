@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from kvm_bindings import datapath
+from kvm_bindings import datapath, mapped
 from tests.fuzz.hostile_driver import CANARY, HostileDriver
 from tests.fuzz.oracles import Resources, TurnCost, assert_holds_little
 from vmm.core.errors import UnmappedAccess
@@ -51,6 +51,8 @@ class Target(ABC):
     """Of buffers that do no harm."""
     tail = 0
     """Bytes that the device writes at a request's end."""
+    engine: str | None = None
+    """What moves bytes between the device's file and guest memory."""
 
     def __init__(self) -> None:
         self.leaked = b""
@@ -98,6 +100,12 @@ class Disk(Target):
     def came_out(self) -> bytes:
         assert os.fstat(self._fd).st_size == 512 * SECTORS
         return os.pread(self._fd, 512 * SECTORS, 0)
+
+
+class DiskByMapping(Disk):
+    """Private pages, and all past RAM's end, are a mistake away from being the kernel's buffer."""
+
+    engine = "hva"
 
 
 class DiskOfQueues(Disk):
@@ -259,8 +267,8 @@ class Balloon(Sockets):
 
 
 TARGETS: dict[str, Callable[[], Target]] = {
-    "blk": Disk, "blk-mq": DiskOfQueues, "rng": RandomNumbers, "net": Network,
-    "console": Consoles, "vsock": Vsock, "balloon": Balloon,
+    "blk": Disk, "blk-hva": DiskByMapping, "blk-mq": DiskOfQueues, "rng": RandomNumbers,
+    "net": Network, "console": Consoles, "vsock": Vsock, "balloon": Balloon,
 }  # fmt: skip
 
 
@@ -273,9 +281,12 @@ _OS_CALLS = (
     "pread", "pwrite", "read", "write", "preadv", "pwritev", "splice", "fdatasync", "getrandom",
 )  # fmt: skip
 _DATAPATH_CALLS = ("pread_many", "pwrite_many", "move_many")
+_MAPPED_CALLS = ("move_in", "move_out")
 _SOCKET_CALLS = ("send", "recv", "accept", "connect")
 # What fails as a whole or not at all.
-_WHOLE = ("fdatasync", "preadv", "pwritev", "accept", "connect", *_DATAPATH_CALLS)
+_WHOLE = (
+    *("fdatasync", "preadv", "pwritev", "accept", "connect"), *_DATAPATH_CALLS, *_MAPPED_CALLS,
+)  # fmt: skip
 
 
 class FailingHost:
@@ -288,6 +299,7 @@ class FailingHost:
         for owner, names in (
             (os, _OS_CALLS),
             (datapath, _DATAPATH_CALLS),
+            (mapped, _MAPPED_CALLS),
             (socket.socket, _SOCKET_CALLS),
         ):
             for name in names:
@@ -298,7 +310,9 @@ class FailingHost:
             if self.on and self._rng.random() < 0.03:
                 self.failed += 1
                 if self._rng.random() < 0.7 or name in _WHOLE:
-                    number = self._rng.choice(_NUMBERS)
+                    # A page that the kernel can't have is EFAULT where a mapping is the buffer.
+                    more = (errno.EFAULT,) * 3 if name in _MAPPED_CALLS else ()
+                    number = self._rng.choice(_NUMBERS + more)
                     raise OSError(number, os.strerror(number))
                 arguments = self._shortened(name, arguments)
             return call(*arguments, **keywords)
@@ -327,6 +341,7 @@ def attacked(name: str, rng: random.Random, folder: Path) -> Iterator[tuple[Targ
             inputs=target.inputs,
             sizes=target.sizes,
             tail=target.tail,
+            engine=target.engine,
         )
         try:
             yield target, driver
@@ -404,8 +419,9 @@ def test_device_whose_index_moves_while_it_reads_keeps_to_a_turn(
         assert cost.worst_calls > 0
 
 
+@pytest.mark.parametrize("name", ["blk", "blk-hva"])
 def test_device_that_reads_private_pages_would_be_found(
-    fuzz_seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, fuzz_seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The canaries do their work: with GuestMemory's check gone they come out, or are lost."""
 
@@ -418,7 +434,7 @@ def test_device_that_reads_private_pages_would_be_found(
         for number in range(20):
             folder = tmp_path / str(number)
             folder.mkdir()
-            with attacked("blk", random.Random(number), folder) as (target, driver):
+            with attacked(name, random.Random(number), folder) as (target, driver):
                 for _ in range(EPISODES):
                     driver.episode(STEPS)
                     assert CANARY[2:8] not in target.came_out(), "private memory came out"

@@ -166,9 +166,28 @@ def test_section_compares_each_way_with_the_bounced_one(
     words = ["bench", "--quick", "--rounds", "2", "--only", "iommu", "--json", str(out)]
     assert main(words) == 0
 
-    series = json.loads(out.read_text())["series"]
+    every = json.loads(out.read_text())["series"]
+    series = [one for one in every if one["section"] == "iommu"]
     assert {one["subject"] for one in series} == set(WAYS)
-    assert len(series) == len(WAYS) * len(iommu_guest.UNITS)
+    assert len(series) == len(WAYS) * len(iommu_guest.UNITS) - 1  # bounced counts no pieces
     assert all(len(one["samples"]) == 2 for one in series)
     ratios = [one for one in series if "against bounced" in one["case"]]
     assert {one["subject"] for one in ratios if one["samples"] == [1.0, 1.0]} == {"bounced"}
+    calls = [one for one in every if one["section"] == "iommu-calls"]
+    assert [len(one["samples"]) for one in calls] == [10] * 4
+
+
+def test_page_is_shared_and_mapped_as_often_as_the_guest_is_told(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(DISK_BYTES))
+
+    output, report = run(disk, "strict", "c25 m30")
+
+    converted, mapped = counts(output)
+    assert (converted["maps"], converted["kicks"]) == (0, 0)
+    assert (mapped["maps"], mapped["unmaps"], mapped["kicks"]) == (30, 30, 60)
+    assert report["conversions"]["share"]["calls"] == 25 + 2  # the page before, the IOMMU's queue
+    assert report["conversions"]["unshare"]["calls"] == 25 + 1
+    assert report["iommu"]["maps"] == 30 + 1  # the disk's queue
+    assert report["io_ports"]["0x508"] == 25 * 2 + 3
+    assert "lent_bytes" not in report["pages"]

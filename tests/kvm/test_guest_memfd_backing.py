@@ -55,6 +55,17 @@ def test_host_moves_bytes_without_read_or_write_on_the_fd(backing: MappedGuestMe
     os.close(file)
 
 
+def test_allocated_pages_are_there_and_keep_their_content(
+    backing: MappedGuestMemfdBacking,
+) -> None:
+    backing.pwrite(pattern(PAGE_SIZE), PAGE_SIZE)
+
+    backing.allocate(0, 4 * PAGE_SIZE)
+
+    assert backing.resident_bytes() == 4 * PAGE_SIZE
+    assert backing.pread(PAGE_SIZE, PAGE_SIZE) == pattern(PAGE_SIZE)
+
+
 def test_transfer_from_a_short_file_is_short(backing: MappedGuestMemfdBacking) -> None:
     file = os.memfd_create("file")
     os.pwrite(file, b"abc", 0)

@@ -207,13 +207,14 @@ def disk(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.parametrize("engine", ["pread", "hva"])
 @pytest.mark.parametrize("private", [("--private-mem",), ()], ids=["private", "ordinary"])
 def test_guest_reads_what_is_on_the_disk(
-    report: Path, disk: Path, private: tuple[str, ...]
+    report: Path, disk: Path, private: tuple[str, ...], engine: str
 ) -> None:
     before = disk.read_bytes()
 
-    run = pyvmm(report, *private, "--mem", "64M", "--disk", str(disk))
+    run = pyvmm(report, *private, "--mem", "64M", "--disk", f"{disk},io={engine}")
 
     assert (run.status, run.errors) == (0, "")
     assert "virtio-blk at PCI 0:1.0" in run.output
@@ -224,6 +225,9 @@ def test_guest_reads_what_is_on_the_disk(
     assert io["bytes_read"] >= 4096 + 65536
     assert io["bytes_written"] >= 512
     assert io["errors"] == io["refused"] == 0
+    moved = {way: size for way, size in io["engine"]["bytes"].items() if size}
+    way = {"pread": "buffer"}.get(engine, engine)
+    assert moved == {way: io["bytes_read"] + io["bytes_written"]}
     assert disk.read_bytes()[:-512] == before[:-512], "only the last sector is written"
 
 

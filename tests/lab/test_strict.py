@@ -12,12 +12,14 @@ import secrets
 import pytest
 
 from tests.lab.conftest import Starter
-from tests.support.strict_lab import CPUS, Guest, Told, files_of, words_of
+from tests.support.hunt import KERNEL_MEMORY
+from tests.support.strict_lab import Guest, Told, files_of, words_of
 from vmm.lab import hosts
 from vmm.lab.machine import Lab
 
 _FORCE = "PYVMM_LAB_SLOW"
 SECONDS = 600.0
+CPUS = 2
 
 pytestmark = pytest.mark.timeout(3000)
 
@@ -30,10 +32,14 @@ HOSTS = [
 ]
 
 
-def told(lab: Lab, lab_start: Starter, host: str, backing: str) -> Told:
+def told(lab: Lab, lab_start: Starter, host: str, backing: str, cpus: int, *ways: str) -> Told:
     seed = secrets.token_hex(16)
     run = lab_start(
-        words_of(lab, backing, seed), program=True, host=host, files=files_of(lab), cpus=1
+        words_of(lab, backing, seed, cpus, *ways),
+        program=True,
+        host=host,
+        files=files_of(lab),
+        cpus=1,
     )
     return Guest(run, SECONDS, SECONDS).be_hunted(seed)
 
@@ -42,7 +48,7 @@ def told(lab: Lab, lab_start: Starter, host: str, backing: str) -> Told:
 def test_stock_kernel_is_out_of_its_hosts_reach_where_a_rehearsal_is_not(
     host: str, lab: Lab, lab_start: Starter
 ) -> None:
-    strict = told(lab, lab_start, host, "guest_memfd")
+    strict = told(lab, lab_start, host, "guest_memfd", CPUS, KERNEL_MEMORY)
 
     assert strict.release.startswith("6.12") and "AMD SEV" in strict.encryption
     assert "XT-PIC" in strict.interrupts and "IO-APIC" not in strict.interrupts
@@ -62,7 +68,7 @@ def test_stock_kernel_is_out_of_its_hosts_reach_where_a_rehearsal_is_not(
 
     assert strict.on_purpose["files"]["times"] == 1
 
-    rehearsal = told(lab, lab_start, host, "guest_memfd-mmap")
+    rehearsal = told(lab, lab_start, host, "guest_memfd-mmap", 1)
 
     assert "launch" not in rehearsal.report
     ways = ("mappings", "/proc/PID/mem", "process_vm_readv", "core dump")

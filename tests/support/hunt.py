@@ -1,6 +1,6 @@
 """Looks for a secret by every way that a host's user space has into a running pyvmm.
 
-    python -m tests.support.hunt PID SEED [FILE...]
+    python -m tests.support.hunt PID SEED [kernel-memory] [FILE...]
     python -m tests.support.hunt files SEED FILE...
 
 The secret is the SHA-256 of SEED in hexadecimal digits, so that neither the hunter's words nor the
@@ -31,6 +31,7 @@ _PIECE = 1 << 20
 _SYS_PIDFD_GETFD = 438
 _MOST_OF_A_MAPPING = 2 << 30
 _PT_LOAD, _NOT_PHYSICAL = 1, (1 << 64) - 1
+KERNEL_MEMORY = "kernel-memory"
 _KERNEL_IMAGE = 0xFFFF_FFFF_8000_0000  # Documentation/arch/x86/x86_64/mm.rst
 
 
@@ -288,13 +289,14 @@ def secret_of(seed: str) -> Secret:
 
 def main() -> None:
     pid, seed, *names = sys.argv[1:]
-    files = [Path(name) for name in names]
+    files = [Path(name) for name in names if name != KERNEL_MEMORY]
     if pid == "files":
         found = {"files": Hunter(0, secret_of(seed)).files(files)}
     else:
         hunter = Hunter(int(pid), secret_of(seed))
         # First what the machine's kernel maps: the rest leaves copies of what it finds.
-        found = {"/proc/kcore": hunter.kernel_memory(), **hunter.hunt(files)}
+        kernel = {"/proc/kcore": hunter.kernel_memory()} if KERNEL_MEMORY in names else {}
+        found = {**kernel, **hunter.hunt(files)}
     print(json.dumps({way: each.as_dict() for way, each in found.items()}))
 
 

@@ -86,22 +86,22 @@ class GatedBacking(MemfdBacking):
         self.gate = threading.Event()
 
     def pread(self, size: int, offset: int) -> bytes:
-        self._wait()
+        self.wait()
         return super().pread(size, offset)
 
     def transfer_in(self, src_fd: int, src_offset: int, offset: int, size: int) -> int:
-        self._wait()
+        self.wait()
         return super().transfer_in(src_fd, src_offset, offset, size)
 
     def read_many(self, pieces: list[int]) -> bytes | bytearray:
-        self._wait()
+        self.wait()
         return super().read_many(pieces)
 
     def await_arrivals(self, count: int = 1) -> None:
         for _ in range(count):
             assert self.arrivals.acquire(timeout=30), "no access came as far as the gate"
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
         self.arrivals.release()
         if not self.gate.wait(30):
             raise AssertionError("nobody opened the gate")

@@ -18,10 +18,9 @@ from vmm.lab.run import LabRun
 
 PROMPT = b"/ # "
 _READY, _WRITTEN = "READY-TO-BE-HUNTED", "WRITTEN-TO-THE-DISK"
-CPUS = 2
-_MACHINE = f"--mem 256M --cpus {CPUS} --disk disk"
+_MACHINE = "--mem 192M --cpus $cpus --disk disk"
 SCRIPT = f"""
-kernel=$1 initrd=$2 backing=$3 seed=$4 words=$5
+kernel=$1 initrd=$2 backing=$3 seed=$4 cpus=$5 ways=$6 words=$7
 cd /tmp
 exec 3<&0  # a command in the background has another standard input
 mkfifo fifo
@@ -30,7 +29,7 @@ tee console <fifo &
 tee=$!
 (
     until grep -q {_READY} console 2>/dev/null; do sleep 1; done
-    python3 -m tests.support.hunt $(cat pid) $seed trace console disk >hunt \\
+    python3 -m tests.support.hunt $(cat pid) $seed $ways trace console disk >hunt \\
         2>&1 </dev/null
     echo HUNTED
     until grep -q {_WRITTEN} console; do sleep 1; done
@@ -68,11 +67,11 @@ class Told(NamedTuple):
     measured: str
 
 
-def words_of(lab: Lab, backing: str, seed: str, append: str = "quiet") -> list[str]:
+def words_of(lab: Lab, backing: str, seed: str, cpus: int, *ways: str) -> list[str]:
     """The program's words; the script is given as text."""
     kernel = lab.guest_kernel("debian:6.12")
     initrd = lab.guest_initramfs(kernel)
-    words = [str(kernel.image), str(initrd), backing, seed, append]
+    words = [str(kernel.image), str(initrd), backing, seed, str(cpus), " ".join(ways), "quiet"]
     return ["sh", "-c", SCRIPT, "sh", *words]
 
 

@@ -25,7 +25,7 @@ LAYERS = (
     {"arch.x86_64", "arch.aarch64"},
     {"control", "replay"},
     {"machine"},
-    {"selftest"},
+    {"selftest", "library"},
     {"bench"},
     {"cli"},
 )

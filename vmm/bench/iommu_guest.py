@@ -20,7 +20,7 @@ from vmm.bench.processes import results_of
 from vmm.bench.series import Series
 from vmm.core.errors import HostError
 
-SECTION = "iommu"
+SECTION, CALLS = "iommu", "iommu-calls"
 BACKING = "memfd"
 """Of private memory: the same as shared memory's, so that only the way differs."""
 WAYS = {
@@ -90,11 +90,13 @@ UNITS = {
     "host": "us",
     "exposed, average": "KiB",
     "exposed, peak": "KiB",
+    "pieces, at most": "runs",
 }
 """Of each request: microseconds as the guest sees it; exits that wait for pyvmm, which are kicks
 of the IOMMU's queue (those of the disk's end in KVM); maps; microseconds that the vCPU does not
 wait for the disk, its copies and exits among them; processor time of the host's other threads.
-And what the host could touch for the disk: shared, and lent."""
+And what the host could touch for the disk, shared and lent; and into how many runs of pages in
+equal state lending has cut memory."""
 
 
 def command(disk: str, way: str, backing: str, report: str, tests: str) -> list[str]:
@@ -141,7 +143,8 @@ def measure(disk: Path, works: Sequence[Work], rounds: int) -> Iterator[Series]:
         for what, unit in UNITS.items():
             for way in WAYS:
                 case = f"{work.title}: {what}, {unit}"
-                yield Series(SECTION, case, way, unit, samples[what, way])
+                if (what, way) in samples:
+                    yield Series(SECTION, case, way, unit, samples[what, way])
 
 
 def turn(disk: Path, way: str, work: Work, rate: int) -> dict[str, float]:
@@ -163,15 +166,57 @@ def turn(disk: Path, way: str, work: Work, rate: int) -> dict[str, float]:
     ticks, idle, maps, kicks = map(int, match.groups()[1:])
     a_us = rate / 1e6 * work.requests
     shared = counts["conversions"]["share"]["bytes"]
-    lending = counts.get("iommu", {"average_lent_bytes": 0, "peak_lent_bytes": 0})
+    lending = counts.get("iommu")
     if counts["pages"].get("lent_bytes"):
         raise HostError(f"pages are lent still when the guest ({way}) has ended")
-    return {
+    told = {
         "time": ticks / a_us,
         "exits": kicks / work.requests,
         "maps": maps / work.requests,
         "vCPU busy": (ticks - idle) / a_us,
         "host": nanoseconds / work.requests / 1000,
-        "exposed, average": (shared + lending["average_lent_bytes"]) / 1024,
-        "exposed, peak": (shared + lending["peak_lent_bytes"]) / 1024,
+        "exposed, average": shared / 1024,
+        "exposed, peak": shared / 1024,
     }
+    if lending is not None:
+        told["exposed, average"] += lending["average_lent_bytes"] / 1024
+        told["exposed, peak"] += lending["peak_lent_bytes"] / 1024
+        told["pieces, at most"] = lending["peak_runs"]
+    return told
+
+
+CALLS_AT_ONCE = 200
+"""How many of each in a sample."""
+
+
+def measure_calls(disk: Path, samples: int) -> Iterator[Series]:
+    """A page that is mapped for the disk and unmapped, beside one that is shared and unshared by
+    the doorbell, by one guest in turns; each is one exit. Raises HostError."""
+    words = [f"c{CALLS_AT_ONCE}", f"m{CALLS_AT_ONCE}"]
+    turns = [words if number % 2 else words[::-1] for number in range(samples + 1)]
+    with tempfile.TemporaryDirectory(prefix="pyvmm-bench-") as directory:
+        report = Path(directory) / "report.json"
+        tests = " ".join(word for turn in turns for word in turn)
+        lines = [
+            line
+            for line, _ in results_of(command(str(disk), "strict", BACKING, str(report), tests))
+        ]
+        counts: dict[str, Any] = json.loads(report.read_text())
+    told = [match for match in map(_RESULT.fullmatch, lines) if match is not None]
+    if [match[1] for match in told] != tests.split():
+        raise HostError(f"the bench guest (strict) answered {lines[:3]!r}")
+    conversions = counts["conversions"]
+    if conversions["share"]["failed"] or conversions["unshare"]["failed"]:
+        raise HostError(f"conversions have failed: {conversions}")
+    a_us = floors.tick_rate() / 1e6 * CALLS_AT_ONCE
+    times: dict[str, list[float]] = {word: [] for word in words}
+    for match in told[len(words) :]:  # those before have imported what they need
+        times[match[1]].append(int(match[2]) / a_us)
+    shared, lent = (times[word] for word in words)
+    yield Series(CALLS, "both calls, us", "shared and unshared", "us", shared)
+    yield Series(CALLS, "both calls, us", "mapped and unmapped", "us", lent)
+    ratios = [one / other for one, other in zip(lent, shared, strict=True)]
+    yield Series(
+        CALLS, "against sharing, times", "shared and unshared", "times", [1.0] * len(ratios)
+    )
+    yield Series(CALLS, "against sharing, times", "mapped and unmapped", "times", ratios)

@@ -29,6 +29,7 @@ TITLES = {
     "start-up": "Start-up",
     "memory": "Memory",
     "linux": "A stock kernel",
+    "iommu-calls": "A page for a device",
     "iommu": "A disk behind the virtual IOMMU",
 }
 

@@ -64,8 +64,9 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             **_SEVERAL,
             "help": "a raw disk image or block device as virtio-blk; with several queues each is "
             "served by a thread of its own; may be given several times; ENGINE: auto (default), "
-            "pread (through a buffer), fd2fd (inside the kernel), mmap (memcpy); an image is "
-            "locked against other machines (share=on: not), one in another format is refused "
+            "pread (through a buffer), fd2fd (inside the kernel), hva (by the kernel, to and from "
+            "KVM's mapping), mmap (memcpy); an image is locked against other machines (share=on: "
+            "not), one in another format is refused "
             "(format=raw: not)",
         },
         "--allow-mapped-io": {

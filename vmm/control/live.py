@@ -23,10 +23,14 @@ def live_view(
     operations: Operations,
     status_line: StatusLine | None,
     control: ControlSocket | None,
+    *,
+    signals: bool = True,
 ) -> Iterator[None]:
-    """Within the block, on the main thread, whatever the user wanted of these works."""
+    """Within the block whatever the user wanted of these works; with `signals`, which takes the
+    main thread, SIGUSR1 too."""
     with ExitStack() as stack:
-        _print_pages_on_signal(loop, operations, stack)
+        if signals:
+            _print_pages_on_signal(loop, operations, stack)
         if status_line is not None:
             status_line.start(loop, operations)
             stack.callback(status_line.close)

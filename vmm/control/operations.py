@@ -84,6 +84,11 @@ class Operations:
         )
 
     @property
+    def memory(self) -> GuestMemory:
+        """The guest's; safe on any thread."""
+        return self._memory
+
+    @property
     def ram(self) -> tuple[Range, ...]:
         """The ranges of guest-physical addresses that RAM has."""
         return self._memory.ram

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 
 from kvm_bindings import KvmError, Vcpu
 from kvm_bindings.exits import InterruptedExit
+from kvm_bindings.vcpu import interrupt_by
 from vmm.core.lean_typing import TYPE_CHECKING, Any, Protocol
 from vmm.core.thread_signals import leave_signals_to_the_main_thread
 from vmm.exits.outcome import INTERNAL_ERROR, KILLED, Outcome
@@ -22,8 +23,9 @@ KICK_SIGNAL = signal.SIGRTMIN
 
 
 def install_kick_handler() -> None:
-    """Give KICK_SIGNAL a handler (main thread only), so that it interrupts instead of killing."""
-    signal.signal(KICK_SIGNAL, lambda number, frame: None)
+    """Give KICK_SIGNAL a handler, so that it interrupts instead of killing; from any thread, any
+    number of times."""
+    interrupt_by(KICK_SIGNAL)
 
 
 class Gate(Protocol):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 from kvm_bindings import KvmError, System, Vm, ioctls
 from vmm.conversion.scheme import Scheme, make_memory
@@ -154,17 +154,28 @@ class GuestVm:
         self.platform.create_vcpus(count, self.scheme.alias, self._cleanup)
 
     def map_ahead(self, areas: list[Range]) -> None:
-        """Map what the loader filled, or the guest is sure to write, in one go: each page would
-        cost the guest a fault. Nothing else, so that residency stays what the guest uses.
+        """Map what the loader filled or will fill, or the guest is sure to write, in one go: each
+        page would cost the guest a fault. Nothing else, so that residency stays what the guest
+        uses. Where KVM can't, private memory is at least there, which makes faults shorter.
         """
-        if not self.memory.told or not self.kvm.check_extension(ioctls.KVM_CAP_PRE_FAULT_MEMORY):
-            return  # what a protected guest hasn't touched isn't donated either
+        if not self.memory.told:
+            return  # what a protected guest hasn't touched isn't donated
+        maps = self.kvm.check_extension(ioctls.KVM_CAP_PRE_FAULT_MEMORY) > 0
         for area in areas:
             for run, state in self.memory.states(area):
                 is_private = state is PageState.PRIVATE
-                alias = self.scheme.alias if is_private else self.scheme.shared_alias
                 start, end = page_align_down(run.start), page_align_up(run.end)
-                try:
-                    self.platform.vcpus[0].pre_fault_memory(start | alias, end - start)
-                except KvmError:
-                    return  # shadow paging can't; the guest's faults do it one by one
+                with suppress(KvmError):  # else the guest's faults do it one by one
+                    if maps:
+                        alias = self.scheme.alias if is_private else self.scheme.shared_alias
+                        maps = self._map(start | alias, end - start)
+                    if not maps and is_private and self.memory.private is not None:
+                        self.memory.private.allocate(start, end - start)
+
+    def _map(self, gpa: int, size: int) -> bool:
+        """Whether KVM maps ahead: with shadow paging it can't."""
+        try:
+            self.platform.vcpus[0].pre_fault_memory(gpa, size)
+        except KvmError:
+            return False
+        return True

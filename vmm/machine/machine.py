@@ -13,7 +13,7 @@ from vmm.control.operations import Operations
 from vmm.control.signals import SignalReactions
 from vmm.core.errors import HostError, UsageError, in_words, tell
 from vmm.core.event_loop import EventLoop
-from vmm.core.lean_typing import TYPE_CHECKING, Any
+from vmm.core.lean_typing import TYPE_CHECKING, Any, Protocol
 from vmm.exits.outcome import (
     KILLED,
     PANIC,
@@ -37,7 +37,10 @@ from vmm.policy import End, Policy, PolicyError, PolicyKill
 from vmm.policy.protocol import BrokenOff
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from vmm.arch.protocol import Architecture, Guest
+    from vmm.control.console import Console
     from vmm.control.control_socket import ControlSocket
     from vmm.control.status_line import StatusLine
     from vmm.conversion.lending import Lender
@@ -54,6 +57,18 @@ _LAST_WORK_SECONDS = 2.0
 """How long it may then take to finish what it is doing."""
 
 
+class Embedding(Protocol):
+    """What a program does with a machine that is a part of it (vmm.library)."""
+
+    policies: Sequence[Policy]
+
+    def make_console(self, on_quit: Callable[[], None]) -> Console:
+        """What the guest's serial line is connected to."""
+
+    def running(self, loop: EventLoop, operations: Operations) -> None:
+        """The guest runs. On the machine's thread, which serves the loop from now on."""
+
+
 class Machine:
     """One VM with its vCPUs and devices; `run` may be called once."""
 
@@ -62,13 +77,16 @@ class Machine:
         config: MachineConfig,
         images: OpenedImages | None = None,
         arch: Architecture | None = None,
+        embedding: Embedding | None = None,
     ) -> None:
         """`images` are the configuration's, where the caller has opened them already; `arch` is
-        the guest's architecture, by default this machine's. Raises HostError for a machine of
-        an architecture that pyvmm doesn't know."""
+        the guest's architecture, by default this machine's. Without an `embedding` the process is
+        the machine's: its signals, and standard input and output as the console. Raises HostError
+        for a machine of an architecture that pyvmm doesn't know."""
         self._architecture = architecture() if arch is None else arch
         self._config = config
         self._images = images
+        self._embedding = embedding
         self._cleanup = ExitStack()
         self._signals = ExitStack()
         self._outcomes: list[Outcome] = []
@@ -119,6 +137,8 @@ class Machine:
         self._guest = self._make_guest(images)
         self._cleanup.callback(self._guest.close)
         self._policies = _load_policies(config)
+        if self._embedding is not None:
+            self._policies += self._embedding.policies
         self._virtio = open_devices(config, self._cleanup)
         self._trace = None if config.trace is None else _open_trace(config.trace, config)
         if self._trace is not None:
@@ -188,7 +208,8 @@ class Machine:
         trace = self._trace
         self._loop = EventLoop()
         self._cleanup.callback(self._loop.close)
-        self._console = Console(on_quit=lambda: self.stop(Outcome(QUIT, "Ctrl-A x")))
+        make_console = Console if self._embedding is None else self._embedding.make_console
+        self._console = make_console(on_quit=lambda: self.stop(Outcome(QUIT, "Ctrl-A x")))
         self._cleanup.callback(self._console.close)
         self._converter = Converter(
             self._vm.memory,
@@ -295,14 +316,18 @@ class Machine:
             self.stop,
             None if self._lender is None else self._lender.as_dict,
         )
-        # Beyond the guest's end: a signal must not cost the report.
-        self._signals.enter_context(signals.installed())
-        with live_view(self._loop, operations, self._status_line, self._control):
+        alone = self._embedding is None
+        if alone:
+            # Beyond the guest's end: a signal must not cost the report.
+            self._signals.enter_context(signals.installed())
+        with live_view(self._loop, operations, self._status_line, self._control, signals=alone):
             try:
                 self._console.attach(self._loop, self._devices.board.serial)
                 self._vcpus.start()
                 if self._devices.board.coalesces_output:
                     Stragglers(self._vcpus.runners[0], self._loop.set_timer).look()
+                if self._embedding is not None:
+                    self._embedding.running(self._loop, operations)
                 self._loop.run()
             except PolicyKill as kill:
                 self.stop(Outcome(KILLED, str(kill)))
@@ -349,6 +374,8 @@ class Machine:
 
     def _policy_failed(self, error: PolicyError) -> None:
         """No vCPU runs and the terminal is the user's again; memory is still there to look at."""
+        if self._embedding is not None:
+            return  # the program gets the error itself
         from vmm.policy.failure import show
 
         self._signals.close()  # Ctrl-C is the prompt's

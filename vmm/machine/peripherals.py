@@ -51,8 +51,8 @@ def open_devices(config: MachineConfig, owner: ExitStack) -> dict[str, VirtioDev
             add(f"blk{number}", VirtioBlock(disk, fdops.punch_hole))
             if disk.engine == "mmap" and not config.allow_mapped_io:
                 raise UsageError(
-                    f"--disk {spec}: io=mmap maps guest memory into pyvmm, which nothing else here "
-                    "does; use io=fd2fd or io=pread, or add --allow-mapped-io to measure it"
+                    f"--disk {spec}: io=mmap reads and writes guest memory itself, which nothing "
+                    "else here does; use io=hva or io=fd2fd, or add --allow-mapped-io to measure it"
                 )
     if config.nets:
         from vmm.devices.virtio.net_backend import open_net

@@ -56,9 +56,16 @@ def isolation_of(private: Backing | None, common: Range = NOWHERE, scheme: str =
 
 
 def _shared_access(memory: GuestMemory, io: dict[str, dict[str, Any]]) -> str:
-    """How the host reached shared memory; a disk whose engine maps it is named."""
-    mapped = [n for n, counts in io.items() if counts.get("engine", {}).get("name") == "mmap"]
-    return memory.shared.access + "".join(f", mapped by {name} (io=mmap)" for name in mapped)
+    """How the host reached shared memory; a disk whose engine maps it is named, and one that gave
+    KVM's mapping to the kernel for a buffer."""
+    words = memory.shared.access
+    for name, counts in io.items():
+        engine = counts.get("engine", {"name": "", "bytes": {}})
+        if engine["name"] == "mmap":
+            words += f", mapped by {name} (io=mmap)"
+        elif engine["bytes"].get("hva"):
+            words += f", the mapping as the kernel's buffer by {name} (io={engine['name']})"
+    return words
 
 
 def _pages(memory: GuestMemory) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 One protocol, chosen for each disk. They differ in who copies: `pread` the kernel, twice, through a
 buffer of ours; `fd2fd` the kernel, once, user space sees nothing; `vmfd` the same on the VM's fd,
-whose offsets are guest-physical addresses, where KVM has that; `mmap` the processor in user space,
-between two mappings. `auto` is fd2fd from 64 KiB up and pread below, whichever is quicker.
+whose offsets are guest-physical addresses, where KVM has that; `hva` the kernel, once, straight to
+or from KVM's mapping, whose address is all that it is told; `mmap` the processor in user space,
+between two mappings. `auto` is hva from 64 KiB up and pread below, whichever is quicker (fd2fd
+where no mapping may be a buffer).
 """
 
 from __future__ import annotations
@@ -11,9 +13,9 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from kvm_bindings import datapath, fdops
+from kvm_bindings import datapath, fdops, mapped
 from vmm.core.errors import HostError
 from vmm.core.lean_typing import Any, Protocol
 from vmm.memory import transfer
@@ -25,8 +27,11 @@ class Engine(Protocol):
     file's end, and raise OSError as the system calls do."""
 
     name: str
-    bytes_by: dict[str, int]
-    """How many bytes went which way, for the report."""
+
+    @property
+    def bytes_by(self) -> dict[str, int]:
+        """How many bytes went which way, for the report."""
+        ...
 
     @property
     def fallbacks(self) -> int:
@@ -50,11 +55,15 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
-def make_engine(name: str, side: Backing, vm_fd: int = -1) -> Engine:
+_FileMove = Callable[[int, int, int, list[int], int], int]
+
+
+def make_engine(name: str, side: Backing, vm_fd: int = -1, *, may_be_buffer: bool = True) -> Engine:
     """The engine of that name (one of transfer.ENGINES) for this shared side, in the VM `vm_fd`.
 
-    Raises HostError for all but `auto` where the side's fd has no pread and pwrite, UsageError for
-    what a protected guest's memory must not meet.
+    `may_be_buffer`: whether KVM's mapping of it may be a system call's buffer, which no private
+    page is to be. Raises HostError for all but `auto` where the side's fd has no pread and pwrite,
+    UsageError for what a protected guest's memory must not meet.
     """
     if side.name == "memfd-protected":
         from vmm.memory.observed_engine import ObservedEngine  # other runs do without
@@ -63,10 +72,10 @@ def make_engine(name: str, side: Backing, vm_fd: int = -1) -> Engine:
     if name == "vmfd":
         require_vm_io(vm_fd)
         return CopyingEngine(name, vm_fd)
-    if name == "mmap" and side.traits.in_place:
+    if name in ("hva", "mmap") and side.traits.in_place:
         raise HostError(
-            f"io=mmap: a private page in a mapping of {side.name} is a SIGBUS for whoever is "
-            "late; leave io= away"
+            f"io={name}: private pages are in the mapping of {side.name}, too: a SIGBUS for "
+            "whoever is late; leave io= away"
         )
     if side.access != "pread/pwrite":
         if name == "auto":
@@ -77,6 +86,9 @@ def make_engine(name: str, side: Backing, vm_fd: int = -1) -> Engine:
         )
     if name == "mmap":
         return MappedEngine(side)
+    by_mapping = may_be_buffer and side.hva and not side.is_guest_memfd
+    if name in ("auto", "hva") and by_mapping:
+        return HvaEngine(name, side, transfer.SPLICE_FROM if name == "auto" else 0)
     return CopyingEngine(name, side.fd)
 
 
@@ -135,6 +147,98 @@ class CopyingEngine:
 
     def close(self) -> None:
         """It holds nothing but the thread's pipe and buffer."""
+
+
+class HvaEngine:
+    """`hva`, and `auto` where KVM has the side mapped: pread(2) and pwrite(2) of the file with that
+    mapping as the kernel's buffer. The kernel copies, once; nobody dereferences the mapping.
+
+    `smallest`: transfers below so many bytes go by the two fds. So does, all of it once more, what
+    the kernel can't reach in the mapping (EFAULT), and any error is the fds' own then.
+    """
+
+    def __init__(self, name: str, side: Backing, smallest: int) -> None:
+        self.name = name
+        self._fd, self._hva, self._size = side.fd, side.hva, side.size
+        self._smallest = smallest
+        self._copier = transfer.FdCopier()
+        self._counting = threading.Lock()
+        self._moved = 0
+        self.fallbacks = 0
+
+    @property
+    def bytes_by(self) -> dict[str, int]:
+        return {"hva": self._moved, **self._copier.bytes_by}
+
+    def transfer_in(self, src_fd: int, src_offset: int, offset: int, size: int) -> int:
+        if size >= self._smallest:
+            moved = self._whole(mapped.move_in, src_fd, src_offset, offset, size)
+            if moved is not None:
+                return moved
+        return self._copier.copy(src_fd, src_offset, self._fd, offset, size)
+
+    def transfer_out(self, offset: int, size: int, dst_fd: int, dst_offset: int) -> int:
+        if size >= self._smallest:
+            moved = self._whole(mapped.move_out, dst_fd, offset, dst_offset, size)
+            if moved is not None:
+                return moved
+        return self._copier.copy(self._fd, offset, dst_fd, dst_offset, size)
+
+    def move_in(self, src_fd: int, moves: list[int]) -> int:
+        if max(moves[2::3]) >= self._smallest:
+            moved = self._many(mapped.move_in, src_fd, moves)
+            if moved is not None:
+                return moved
+        return self._copier.copy_many(src_fd, self._fd, moves)
+
+    def move_out(self, moves: list[int], dst_fd: int) -> int:
+        if max(moves[2::3]) >= self._smallest:
+            moved = self._many(mapped.move_out, dst_fd, moves)
+            if moved is not None:
+                return moved
+        return self._copier.copy_many(self._fd, dst_fd, moves)
+
+    # Both answer how many bytes were moved, or None where some could not be reached.
+
+    def _many(self, call: _FileMove, fd: int, moves: list[int]) -> int | None:
+        try:
+            moved = call(fd, self._hva, self._size, moves, transfer.SLOW_NS)
+        except OSError as error:
+            self._fall_back(error, len(moves) // 3)
+            return None
+        self._count(moved)
+        return moved
+
+    def _whole(self, call: _FileMove, fd: int, source: int, target: int, size: int) -> int | None:
+        """One transfer, in parts, because no signal's handler runs while C copies."""
+        done, moved, part = 0, 0, 0
+        try:
+            while moved == part and done < size:
+                part = min(size - done, transfer.UNINTERRUPTED)
+                moves = [source + done, target + done, part]
+                moved = call(fd, self._hva, self._size, moves, datapath.NEVER)
+                done += moved
+        except OSError as error:
+            self._fall_back(error, 1)
+            return None
+        self._count(done)
+        return done
+
+    def _count(self, moved: int) -> None:
+        with self._counting:
+            self._moved += moved
+
+    def _fall_back(self, error: OSError, count: int) -> None:
+        if not mapped.out_of_reach(error):
+            raise error
+        with self._counting:
+            self.fallbacks += count
+
+    def as_dict(self) -> dict[str, Any]:
+        return _as_dict(self)
+
+    def close(self) -> None:
+        """Mapping and fd are the backing's."""
 
 
 class BackingsOwnEngine:

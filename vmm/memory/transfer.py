@@ -13,11 +13,11 @@ import threading
 
 from kvm_bindings import datapath
 
-ENGINES = ("auto", "pread", "fd2fd", "vmfd", "mmap")
+ENGINES = ("auto", "pread", "fd2fd", "vmfd", "hva", "mmap")
 """What `vmm.memory.engines` makes: the ways a disk's bytes may go."""
 
 _CHUNK = 1 << 20
-_UNINTERRUPTED = 16 << 20
+UNINTERRUPTED = 16 << 20
 # Below this size one pread and one pwrite are as quick as two splices and touch fewer pages.
 SPLICE_FROM = 64 << 10
 SLOW_NS = 3_000_000
@@ -100,7 +100,7 @@ def _copy(
     buffer = _scratches.own.bounce()
     while True:
         # In parts, because no signal's handler runs while C copies.
-        part = min(size - done, _UNINTERRUPTED)
+        part = min(size - done, UNINTERRUPTED)
         moves = [src_offset + done, dst_offset + done, part]
         moved = datapath.move_many(src, dst, moves, buffer, pipe, splice_from)
         done += moved

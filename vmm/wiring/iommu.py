@@ -46,7 +46,7 @@ def memory_behind(
     if engine is not None:
         if memory.lends and memory.private is not None:
             # Whatever was named for shared memory: the private side has the ways that it has.
-            lending = make_engine("auto", memory.private)
+            lending = make_engine("auto", memory.private, may_be_buffer=False)
             opened.callback(lending.close)
         engines = engine, lending
     behind = IommuMemory(memory, iommu.endpoint(name, endpoint_number(slot)), engines)

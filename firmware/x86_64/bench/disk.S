@@ -19,11 +19,7 @@ disk_test:
     push    r13
     push    r14
     push    r15
-    lea     rdi, [rip + counts]
-    mov     ecx, COUNTS
-    xor     eax, eax
-    cld
-    rep stosq
+    call    clear_counts
     mov     ecx, [rip + test_size]
     shr     ecx, 9
     mov     [rip + sectors], ecx

@@ -10,6 +10,7 @@
 .equ USER_CODE64, 0x28 | 3
 .equ TSS, 0x38
 .equ USER_FLAGS, 0x3002                     # IOPL 3, interrupts off
+.equ INFO_C_BIT_MASK,   16
 .equ INFO_DOORBELL_PORT, 32
 
 # XEN_ELFNOTE_PHYS32_ENTRY: where a PVH loader enters, in 32-bit mode with EBX = hvm_start_info.
@@ -28,6 +29,8 @@ entry_user:
     mov     rsp, offset stack_top
     mov     eax, [rdi + INFO_DOORBELL_PORT]
     mov     [rip + doorbell_port], eax
+    mov     rax, [rdi + INFO_C_BIT_MASK]
+    mov     [rip + c_bit_mask], rax
     mov     rdi, rsi
     call    main                            # never returns
 
@@ -131,8 +134,9 @@ tss:
 tss_end:
 
     .bss
-    .globl doorbell_port
+    .globl c_bit_mask, doorbell_port
     .balign 16
     .skip   4096
 stack_top:
+c_bit_mask:     .skip 8
 doorbell_port:  .skip 4                     # 0: no private memory

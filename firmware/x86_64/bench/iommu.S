@@ -8,6 +8,7 @@
 .equ BELL_COMMAND,      8
 .equ BELL_RESULT,       12
 .equ COMMAND_SHARE,     1
+.equ COMMAND_UNSHARE,   2
 
 .equ T_ATTACH,          1
 .equ T_DETACH,          2
@@ -47,6 +48,81 @@ share:
     FAIL    "a test for private memory, of which there is none"
 .Lnot_shared:
     FAIL    "a page that cannot be shared"
+
+# eax = how often a page is shared and unshared: rax = how many ticks that took. The doorbell keeps
+# what it was told of the page, so that each is one exit; whether all went well is asked at the end.
+# The side that is given up has a page in it, so that there is one to discard.
+    .globl convert_often
+convert_often:
+    push    rbx
+    push    rbp
+    push    r12
+    mov     ebx, eax
+    mov     edi, CONVERTED
+    mov     esi, 1
+    call    share
+    mov     r12, [rip + c_bit_mask]
+    add     r12, CONVERTED
+    mov     eax, COMMAND_UNSHARE            # as it was; that isn't timed
+    call    ring
+    xor     ebp, ebp
+.Lconvert:
+    mov     [r12], ebx                      # the private side
+    mov     eax, COMMAND_SHARE
+    call    ring
+    mov     [CONVERTED], ebx
+    mov     eax, COMMAND_UNSHARE
+    call    ring
+    dec     ebx
+    jnz     .Lconvert
+    mov     edx, [rip + doorbell_port]
+    add     edx, BELL_RESULT
+    in      eax, dx
+    test    eax, eax
+    jnz     .Lnot_shared
+    mov     rax, rbp
+    pop     r12
+    pop     rbp
+    pop     rbx
+    ret
+
+# eax = command; its ticks are added to rbp.
+ring:
+    mov     r9d, eax
+    call    ticks
+    sub     rbp, rax
+    mov     edx, [rip + doorbell_port]
+    add     edx, BELL_COMMAND
+    mov     eax, r9d
+    out     dx, eax
+    call    ticks
+    add     rbp, rax
+    ret
+
+# eax = how often a page is mapped for the disk and unmapped: rax = how many ticks that took.
+    .globl map_often
+map_often:
+    push    rbx
+    push    rbp
+    mov     ebx, eax
+    call    ticks
+    mov     rbp, rax
+.Lmap:
+    mov     esi, BUFFERS
+    mov     edx, 0x1000
+    call    iommu_map
+    call    iommu_kick
+    mov     esi, BUFFERS
+    mov     edx, 0x1000
+    call    iommu_unmap
+    call    iommu_kick
+    dec     ebx
+    jnz     .Lmap
+    call    ticks
+    sub     rax, rbp
+    pop     rbp
+    pop     rbx
+    ret
 
 # What the test's way needs before the disk is brought up: pages that are shared, or the IOMMU.
     .globl open_way

@@ -2,6 +2,8 @@
 #
 # After "-- " come words: PATTERN SIZE x DEPTH n COUNT without blanks, as in rr4096x32n8000:
 # r or w (read, write), r or s (random, sequential); or eCOUNT: so many port writes that exit.
+# With private memory also cCOUNT: a page is shared and unshared so often, and mCOUNT: mapped for
+# the disk and unmapped; each by one exit, and ticks are those of the calls alone.
 # With private memory a letter before the pattern says how the disk gets at the bytes, as in
 # srr4096x32n8000: b bounced; by a virtual IOMMU p premapped, g grouped, l lazy, s strict (see
 # bench.inc). A v at the end: each 8 bytes that are read have to be what data.S says,
@@ -40,6 +42,10 @@ main:
     jz      .Ldone
     cmp     al, 'e'
     je      .Lexits
+    cmp     al, 'c'
+    je      .Lconversions
+    cmp     al, 'm'
+    je      .Lmaps
     call    parse_disk_test
     cmp     dword ptr [rip + device_found], 0
     jne     .Lfound
@@ -100,15 +106,49 @@ fail:
     jnz     .Lexit
     call    ticks
     sub     rax, r8
+    push    rax
+    call    clear_counts
+    pop     rax
+    call    put_result
+    jmp     .Lnext
+
+.Lconversions:
+    inc     qword ptr [rip + next_word]
+    call    parse_number
+    push    rax
+    call    clear_counts
+    pop     rax
+    call    convert_often
+    call    put_result
+    jmp     .Lnext
+
+.Lmaps:
+    inc     qword ptr [rip + next_word]
+    call    parse_number
+    push    rax
+    mov     dword ptr [rip + test_mode], MODE_STRICT
+    call    open_way
+    lea     rdi, [rip + disk_needs]
+    call    find_device
+    call    attach_disk
+    call    clear_counts
+    pop     rax
+    call    map_often
+    push    rax
+    call    detach_disk
+    mov     dword ptr [rip + device_found], 0
+    pop     rax
+    call    put_result
+    jmp     .Lnext
+
+    .globl clear_counts
+clear_counts:
     lea     rdi, [rip + counts]
     mov     ecx, COUNTS
-    mov     rdx, rax
     xor     eax, eax
     cld
     rep stosq
-    mov     rax, rdx
-    call    put_result
-    jmp     .Lnext
+    ret
 
 # The tests begin behind the word "--"; without it there are none.
 skip_to_tests:

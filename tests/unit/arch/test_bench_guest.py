@@ -32,6 +32,7 @@ def options(memory: int, *, iommu: bool = False) -> GuestOptions:
 )
 def test_places_are_those_of_the_sources(name: str, place: Range) -> None:
     assert place.start == equ(DEFINITIONS, name)
+    # A page of page tables is 2 MiB: nothing else is in it.
     assert not place.start % (2 << 20) and not place.size % (2 << 20)
 
 

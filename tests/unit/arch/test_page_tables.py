@@ -138,5 +138,7 @@ def test_user_tables_name_each_page_by_one_alias(virtual: int, alias: int) -> No
     assert found is not None
     assert found.physical == virtual | alias
     assert all(entry & 0b111 == 0b111 for entry in found.entries), "user, writable"
+    private = walk(tables, virtual | C38, C38)
+    assert private is not None and private.physical == virtual | C38
     assert not tables.cr3 & C38
     assert walk(tables, 32 << 20, C38) is None

@@ -201,7 +201,10 @@ def test_host_side_load_into_unreachable_memory_is_refused(command: Command) -> 
         ("/dev/null", "is neither a file nor a block device"),
         ("disk,rw", "unknown option 'rw'; write --disk FILE"),
         ("disk,io=dma", "io=dma is none of auto, .*; write --disk FILE.*fd2fd"),
-        ("disk,io=mmap", "io=mmap maps guest memory.*use io=fd2fd.*--allow-mapped-io"),
+        (
+            "disk,io=mmap",
+            "io=mmap reads and writes guest memory itself.*use io=hva.*--allow-mapped-io",
+        ),
         (",ro", "names no file"),
     ],
 )

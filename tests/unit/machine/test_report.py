@@ -36,7 +36,7 @@ from vmm.memory.guest_memory import GuestMemory
 RAM = 1 << 20
 
 
-def some_report(engine: str = "fd2fd") -> dict[str, Any]:
+def some_report(engine: str = "fd2fd", **moved: int) -> dict[str, Any]:
     memory = GuestMemory(
         [Range(0, RAM)], MemfdBacking(RAM), MemfdBacking(RAM), [Range(0x80000, 0x80000)]
     )
@@ -49,7 +49,10 @@ def some_report(engine: str = "fd2fd") -> dict[str, Any]:
         outcome=Outcome("poweroff"),
         accounting=Accounting(),
         refinements=Refinements(),
-        io={"blk0": {"requests": 3, "engine": {"name": engine}}, "rng": {"requests": 0}},
+        io={
+            "blk0": {"requests": 3, "engine": {"name": engine, "bytes": moved}},
+            "rng": {"requests": 0},
+        },
         exits={"io": 1, "mmio": 5},
         ports={port: port for port in range(1, 31)},
         wall_seconds=1.23456,
@@ -63,6 +66,19 @@ def test_report_names_the_disk_that_maps_guest_memory() -> None:
 
     assert access == "pread/pwrite, mapped by blk0 (io=mmap)"
     assert some_report()["host_access"]["shared"] == "pread/pwrite"
+
+
+@pytest.mark.parametrize(
+    ("moved", "words"),
+    [
+        ({"hva": 0, "buffer": 5}, "pread/pwrite"),
+        ({"hva": 5}, "pread/pwrite, the mapping as the kernel's buffer by blk0 (io=auto)"),
+    ],
+)
+def test_report_names_the_disk_whose_bytes_the_kernel_copied_to_the_mapping(
+    moved: dict[str, int], words: str
+) -> None:
+    assert some_report("auto", **moved)["host_access"]["shared"] == words
 
 
 # -- words ----------------------------------------------------------------------------------------

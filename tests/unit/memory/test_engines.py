@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
-from kvm_bindings import KvmError, datapath, fdops
+from kvm_bindings import KvmError, datapath, fdops, mapped
 from tests.support.memory import guest_memory, page, pages, pattern
 from vmm.core.errors import HostError, PrivateAccess
 from vmm.memory import transfer
 from vmm.memory.backing import Traits
 from vmm.memory.backings.mapped import MappedBacking
+from vmm.memory.backings.memfd import MemfdBacking
 from vmm.memory.engines import Engine, make_engine
 from vmm.memory.guest_memory import GuestMemory
 from vmm.memory.transfer import ENGINES
@@ -29,6 +30,13 @@ def memory() -> Iterator[GuestMemory]:
     """64 pages, the upper half private; KVM's mappings out of everybody's reach."""
     with guest_memory(pages(32, 32)) as made:
         fdops.protect(made.shared.hva, made.shared.size, fdops.PROT_NONE)
+        yield made
+
+
+@pytest.fixture
+def reachable() -> Iterator[GuestMemory]:
+    """As `memory`, with mappings that the kernel reaches, as it does in a run."""
+    with guest_memory(pages(32, 32)) as made:
         yield made
 
 
@@ -196,21 +204,181 @@ def test_fd2fd_that_is_refused_for_many_pieces_falls_back_and_says_so(
     ("name", "size", "way"),
     [
         ("pread", page(20), "buffer"),
-        ("auto", transfer.SPLICE_FROM, "splice"),
+        ("auto", transfer.SPLICE_FROM, "hva"),
         ("auto", transfer.SPLICE_FROM - 1, "buffer"),
+        ("hva", 512, "hva"),
         ("mmap", 512, "memcpy"),
     ],
 )
 def test_engine_goes_the_way_it_is_named_after(
-    memory: GuestMemory, disk: int, name: str, size: int, way: str
+    reachable: GuestMemory, disk: int, name: str, size: int, way: str
 ) -> None:
-    engine = make_engine(name, memory.shared)
+    engine = make_engine(name, reachable.shared)
+    seen = reachable.through(engine)
 
-    memory.through(engine).transfer_in(disk, 0, 0, size)
+    seen.transfer_in(disk, 0, 0, size)
+    seen.transfer_out(0, size, disk, 0)
+    seen.move_in(disk, [0, 0, size])
+    seen.move_out([0, 0, size], disk)
 
-    assert {key: value for key, value in engine.bytes_by.items() if value} == {way: size}
+    assert {key: value for key, value in engine.bytes_by.items() if value} == {way: 4 * size}
     assert engine.fallbacks == 0
     engine.close()
+
+
+def test_auto_goes_by_the_fds_where_no_mapping_may_be_a_buffer(
+    reachable: GuestMemory, disk: int
+) -> None:
+    engine = make_engine("auto", reachable.shared, may_be_buffer=False)
+
+    reachable.through(engine).transfer_in(disk, 0, 0, SIZE)
+
+    assert engine.bytes_by == {"splice": SIZE, "buffer": 0}
+
+
+def test_hva_moves_what_the_fds_would(reachable: GuestMemory, disk: int) -> None:
+    engine = make_engine("hva", reachable.shared)
+    seen = reachable.through(engine)
+    content = pattern(page(30))
+
+    moved = seen.move_in(disk, [50, 7, 600, 9000, 5000, page(16)])
+    moved += seen.transfer_in(disk, 1, page(24), 5000)
+    moved += seen.move_out([5000, 0, page(16), 7, page(20), 600], disk)
+    moved += seen.transfer_out(page(24), 5000, disk, page(22))
+
+    assert moved == 2 * (600 + page(16) + 5000)
+    assert engine.bytes_by == {"hva": moved, "splice": 0, "buffer": 0}
+    assert reachable.pread(600, 7) == content[50:650]
+    assert reachable.pread(page(16), 5000) == content[9000 : 9000 + page(16)]
+    assert os.pread(disk, page(16), 0) == content[9000 : 9000 + page(16)]
+    assert os.pread(disk, 600, page(20)) == content[50:650]
+    assert os.pread(disk, 5000, page(22)) == content[1:5001]
+
+
+@pytest.fixture
+def torn(reachable: GuestMemory) -> GuestMemory:
+    """Shared memory in whose mapping the kernel reaches all pages but the fourth."""
+    fdops.protect(reachable.shared.hva + page(3), page(1), fdops.PROT_NONE)
+    return reachable
+
+
+def test_hva_that_meets_a_page_out_of_reach_falls_back_and_counts_each_byte_once(
+    torn: GuestMemory, disk: int
+) -> None:
+    engine = make_engine("hva", torn.shared)
+    seen = torn.through(engine)
+
+    assert seen.move_in(disk, [0, 0, page(2), page(2), page(2), page(4)]) == page(6)
+    assert seen.transfer_in(disk, page(6), page(2), page(3)) == page(3)
+    assert seen.move_out([page(2), page(7), page(4)], disk) == page(4)
+    assert seen.transfer_out(page(3), page(1), disk, 0) == page(1)
+
+    content = pattern(page(30))
+    expected = content[: page(2)] + content[page(6) : page(9)] + content[page(5) : page(6)]
+    assert torn.pread(page(6), 0) == expected
+    assert os.pread(disk, page(4), page(7)) == expected[page(2) :]
+    assert os.pread(disk, page(1), 0) == expected[page(3) : page(4)]
+    assert engine.bytes_by["hva"] == 0
+    assert sum(engine.bytes_by.values()) == page(14)
+    assert engine.fallbacks == 5
+
+
+def test_hva_in_parts_counts_each_byte_once_where_a_late_part_falls_back(
+    torn: GuestMemory, disk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfer, "UNINTERRUPTED", page(1))
+    engine = make_engine("hva", torn.shared)
+
+    assert torn.through(engine).transfer_in(disk, 0, 0, page(8)) == page(8)
+    assert torn.through(engine).transfer_in(disk, 0, page(8), page(8)) == page(8)
+
+    assert torn.pread(page(16), 0) == 2 * pattern(page(30))[: page(8)]
+    assert engine.bytes_by["hva"] == page(8)
+    assert sum(engine.bytes_by.values()) == page(16)
+    assert engine.fallbacks == 1
+
+
+def test_hva_has_the_fds_error_where_neither_way_works(
+    reachable: GuestMemory, disk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_reach(*_: Any) -> int:
+        raise KvmError("pread", errno.EFAULT)
+
+    def no_space(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, "no")
+
+    monkeypatch.setattr(mapped, "move_in", out_of_reach)
+    monkeypatch.setattr(datapath, "move_many", no_space)
+    seen = reachable.through(make_engine("hva", reachable.shared))
+
+    for attempt in (
+        lambda: seen.move_in(disk, [0, 0, 512]),
+        lambda: seen.transfer_in(disk, 0, 0, 8),
+    ):
+        with pytest.raises(OSError, match="no") as caught:
+            attempt()
+        assert caught.value.errno == errno.ENOSPC
+
+
+def test_hva_passes_on_the_disks_own_error(reachable: GuestMemory, tmp_path: Path) -> None:
+    engine = make_engine("hva", reachable.shared)
+    directory = os.open(tmp_path, os.O_RDONLY)
+
+    with pytest.raises(OSError, match="EISDIR"):
+        reachable.through(engine).transfer_in(directory, 0, 0, 512)
+
+    os.close(directory)
+    assert engine.fallbacks == 0
+
+
+def test_moves_outside_the_mapping_are_refused_before_a_byte_moves(
+    reachable: GuestMemory, disk: int
+) -> None:
+    side = reachable.shared
+    for offset, size in ((side.size, 1), (side.size - 1, 2), ((1 << 64) - 1, 2), (1, side.size)):
+        with pytest.raises(KvmError, match="EINVAL"):
+            mapped.move_in(disk, side.hva, side.size, [0, 0, 512, 0, offset, size])
+        with pytest.raises(KvmError, match="EINVAL"):
+            mapped.move_out(disk, side.hva, side.size, [0, 0, 512, offset, 0, size])
+
+    assert side.resident_bytes() == 0
+    assert os.pread(disk, page(30), 0) == pattern(page(30))
+
+
+def test_move_that_takes_too_long_ends_early(reachable: GuestMemory, tmp_path: Path) -> None:
+    size = 1 << 18  # after so many bytes the clock is looked at
+    path = tmp_path / "large"
+    path.write_bytes(bytes(size))
+    fd = os.open(path, os.O_RDWR)
+    backing = MemfdBacking(2 * size)
+    try:
+        moves = [0, 0, size, 0, size, size]
+        assert mapped.move_in(fd, backing.hva, backing.size, moves, 0) == size
+        assert mapped.move_out(fd, backing.hva, backing.size, moves[:3], 0) == size
+        assert mapped.move_in(fd, backing.hva, backing.size, moves) == 2 * size
+    finally:
+        backing.close()
+        os.close(fd)
+
+
+def test_hva_never_has_a_private_page_for_a_buffer(
+    reachable: GuestMemory, disk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[object] = []
+    monkeypatch.setattr(mapped, "move_in", lambda *words: called.append(words))
+    monkeypatch.setattr(mapped, "move_out", lambda *words: called.append(words))
+    seen = reachable.through(make_engine("hva", reachable.shared))
+
+    for attempt in (
+        lambda: seen.transfer_in(disk, 0, page(31), page(2)),
+        lambda: seen.transfer_out(page(32), 1, disk, 0),
+        lambda: seen.move_in(disk, [0, 0, 512, 512, page(31), page(2)]),
+        lambda: seen.move_out([0, 0, 512, page(63), 512, 512], disk),
+    ):
+        with pytest.raises(PrivateAccess):
+            attempt()
+
+    assert called == []
 
 
 def test_mapped_write_past_the_files_end_is_refused(memory: GuestMemory, disk: int) -> None:
@@ -260,7 +428,7 @@ def test_auto_without_pread_on_the_shared_side_goes_the_backings_way(
     assert engine.bytes_by == {"/proc/self/mem": 10_000}
 
 
-@pytest.mark.parametrize("name", ["pread", "fd2fd", "mmap"])
+@pytest.mark.parametrize("name", ["pread", "fd2fd", "hva", "mmap"])
 def test_other_engine_without_pread_on_the_shared_side_is_refused(
     without_pread: GuestMemory, name: str
 ) -> None:
@@ -319,11 +487,12 @@ def test_engine_on_the_vm_moves_bytes_by_guest_physical_address(
     engine.close()
 
 
+@pytest.mark.parametrize("name", ["hva", "mmap"])
 def test_mapping_engine_is_refused_where_private_pages_are_in_the_same_file(
-    memory: GuestMemory, monkeypatch: pytest.MonkeyPatch
+    name: str, memory: GuestMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     in_place = memory.shared.traits._replace(in_place=True)
     monkeypatch.setattr(memory.shared, "traits", in_place)
 
-    with pytest.raises(HostError, match=r"io=mmap: .*SIGBUS"):
-        make_engine("mmap", memory.shared)
+    with pytest.raises(HostError, match=rf"io={name}: .*SIGBUS"):
+        make_engine(name, memory.shared)

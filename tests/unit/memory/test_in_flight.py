@@ -8,15 +8,18 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvm_bindings import mapped
 from tests.support.memory import Background, GatedBacking, guest_memory, page, pages
 from vmm.core.errors import PrivateAccess, UnmappedAccess
 from vmm.core.ranges import PAGE_SIZE, Range
-from vmm.memory.guest_memory import GuestMemory, PageState
+from vmm.memory.engines import make_engine
+from vmm.memory.guest_memory import GuestMemory, MemoryThrough, PageState
 
 FOREVER = threading.TIMEOUT_MAX
 
@@ -36,17 +39,34 @@ def tell_when_waiting(memory: GuestMemory) -> threading.Event:
 
 
 @pytest.fixture
-def gated() -> Iterator[tuple[GuestMemory, GatedBacking]]:
-    """64 shared pages whose pread and transfer_in wait at a gate."""
+def gated(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[GuestMemory, GatedBacking]]:
+    """64 shared pages whose pread and transfer_in wait at a gate, and so does the kernel when their
+    mapping is its buffer."""
     backing = GatedBacking(page(64))
+    for name in ("move_in", "move_out"):
+        monkeypatch.setattr(mapped, name, behind_gate(backing, getattr(mapped, name)))
     with guest_memory(shared=backing) as memory:
         yield memory, backing
         backing.gate.set()
 
 
+def behind_gate(backing: GatedBacking, call: Callable[..., int]) -> Callable[..., int]:
+    def gated(*arguments: Any) -> int:
+        backing.wait()
+        return call(*arguments)
+
+    return gated
+
+
+def by_hva(memory: GuestMemory) -> MemoryThrough:
+    return memory.through(make_engine("hva", memory.shared))
+
+
 ACCESSES: dict[str, Callable[[GuestMemory, int], object]] = {
     "pread": lambda memory, fd: memory.pread(2 * PAGE_SIZE, page(4)),
     "transfer_in": lambda memory, fd: memory.transfer_in(fd, 0, page(4), 2 * PAGE_SIZE),
+    "hva, in": lambda memory, fd: by_hva(memory).move_in(fd, [0, page(4), 2 * PAGE_SIZE]),
+    "hva, out": lambda memory, fd: by_hva(memory).transfer_out(page(4), 2 * PAGE_SIZE, fd, 0),
 }
 
 
@@ -78,6 +98,27 @@ def test_quiesce_waits_for_an_access_that_came_first(
     assert waiting.result() is True
     assert access.result() in (bytes(2 * PAGE_SIZE), 2 * PAGE_SIZE)
     memory.abandon_conversion()
+
+
+def test_pages_that_the_kernel_filled_by_their_mapping_are_gone_after_an_unshare(
+    file: int,
+) -> None:
+    os.pwrite(file, b"guest" * 2000, 0)
+    with guest_memory(pages(8, 8)) as memory:
+        by_hva(memory).move_in(file, [0, page(2), page(2)])
+        filled = memory.shared.resident_bytes()
+
+        memory.begin_conversion(pages(2, 1))
+        with pytest.raises(PrivateAccess):
+            by_hva(memory).move_in(file, [0, page(2), page(2)])
+        memory.discard_shared(pages(2, 1))
+        memory.finish_conversion(PageState.PRIVATE)
+        with pytest.raises(PrivateAccess):
+            by_hva(memory).move_out([page(2), 0, 512], file)
+
+        assert filled == page(2)
+        assert memory.shared.resident_bytes() == page(1)
+        assert memory.shared.pread(page(1), page(2)) == bytes(page(1))
 
 
 @pytest.mark.parametrize("area", [pages(0, 4), pages(6, 10)], ids=str)

@@ -211,7 +211,7 @@ def test_splice_that_fails_half_way_leaves_no_bytes_for_the_next_transfer(
 def test_large_copy_is_made_in_parts_between_which_signals_are_seen(
     way: Way, memfd: Callable[[bytes], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transfer, "_UNINTERRUPTED", 1000)
+    monkeypatch.setattr(transfer, "UNINTERRUPTED", 1000)
     content = pattern(3500)
     source, target = memfd(content), memfd(b"")
 

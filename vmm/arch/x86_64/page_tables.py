@@ -143,7 +143,8 @@ def payload_tables(ram: Iterable[Range], c_mask: int = 0) -> PageTables:
 
 def user_tables(ram: Iterable[Range], shared: Sequence[Range], c_mask: int) -> PageTables:
     """The bench guest's tables: every RAM page user-accessible at VA = GPA, by the alias of the
-    private side (`c_mask`) but for what is in `shared`, whose ranges are in address order."""
+    private side (`c_mask`) but for what is in `shared`, whose ranges are in address order; and
+    by that of the private side at VA = GPA | `c_mask`."""
     common = PRESENT | WRITABLE | USER | ACCESSED
     builder = _Builder(common, common | DIRTY | LARGE, layout.CMDLINE_GPA)
     for span in ram:
@@ -155,4 +156,5 @@ def user_tables(ram: Iterable[Range], shared: Sequence[Range], c_mask: int) -> P
                 builder.map(area.start, area.start, area.size)
                 at = area.end
         builder.map(at, at | c_mask, span.end - at)
+        builder.map(span.start | c_mask, span.start | c_mask, span.size)
     return PageTables([(layout.PAGE_TABLES_GPA, builder.bytes())], layout.PAGE_TABLES_GPA)

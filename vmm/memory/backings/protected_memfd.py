@@ -17,17 +17,15 @@ _BOUNCE = 1 << 20
 _FILE_MOVE = 16 << 20
 """Bytes that one call moves between a file and guest memory: handlers of signals run in between."""
 
-_FileMove = Callable[[int, list[int]], int]
+_FileMove = Callable[[int, int, int, list[int]], int]
 _Part = tuple[int, int, int]
 
 
-def _parts(
-    files: list[int], offsets: list[int], sizes: list[int], most: int = _FILE_MOVE
-) -> Iterator[_Part]:
-    """File offset, offset and size of moves cut into parts of `most` bytes."""
-    for file, offset, size in zip(files, offsets, sizes, strict=True):
+def _parts(moves: list[int], most: int = _FILE_MOVE) -> Iterator[_Part]:
+    """Source offset, target offset and size of moves cut into parts of `most` bytes."""
+    for source, target, size in zip(moves[::3], moves[1::3], moves[2::3], strict=True):
         for done in range(0, size, most):
-            yield file + done, offset + done, min(most, size - done)
+            yield source + done, target + done, min(most, size - done)
 
 
 class ProtectedMemfdBacking(MemfdBacking):
@@ -129,19 +127,18 @@ class ProtectedMemfdBacking(MemfdBacking):
         writes are no copies. Raises PrivateAccess, OSError, with some of it moved."""
         if bounce or not mapped.is_copied(src_fd):
             return self._bounce_in(src_fd, moves)
-        return self._move(
-            mapped.move_in, src_fd, list(_parts(moves[::3], moves[1::3], moves[2::3]))
-        )
+        return self._move(mapped.move_in, src_fd, list(_parts(moves)), 1)
 
     def move_out(self, moves: list[int], dst_fd: int, *, bounce: bool = False) -> int:
         """Offset, file offset, size, offset... as `move_in`."""
         if bounce or not mapped.is_copied(dst_fd):
             return self._bounce_out(moves, dst_fd)
-        return self._move(
-            mapped.move_out, dst_fd, list(_parts(moves[1::3], moves[::3], moves[2::3]))
-        )
+        return self._move(mapped.move_out, dst_fd, list(_parts(moves)), 0)
 
-    def _move(self, call: _FileMove, fd: int, parts: list[_Part]) -> int:
+    def _move(self, call: _FileMove, fd: int, parts: list[_Part], at: int) -> int:
+        """`at`: which of a part's two offsets is guest memory's."""
+        for part in parts:
+            self._require_inside(part[at], part[2])
         done = 0
         while parts:
             # So many at once that the call is short: no signal's handler runs while C copies.
@@ -151,26 +148,21 @@ class ProtectedMemfdBacking(MemfdBacking):
                 taken += 1
             now, parts = parts[:taken], parts[taken:]
             try:
-                moved = call(fd, self._file_moves(now))
+                numbers = [number for part in now for number in part]
+                moved = call(fd, self.hva, self.size, numbers)
             except OSError as error:
                 if not mapped.out_of_reach(error):
                     raise
-                self._refuse("file access", [n for _, gpa, size in now for n in (gpa, size)], None)
+                pieces = [number for part in now for number in (part[at], part[2])]
+                self._refuse("file access", pieces, None)
             done += moved
             if moved < size:
                 break
         return done
 
-    def _file_moves(self, parts: list[_Part]) -> list[int]:
-        moves = []
-        for position, offset, size in parts:
-            self._require_inside(offset, size)
-            moves += [position, self.hva + offset, size]
-        return moves
-
     def _bounce_in(self, src_fd: int, moves: list[int]) -> int:
         done = 0
-        for position, offset, size in _parts(moves[::3], moves[1::3], moves[2::3], _BOUNCE):
+        for position, offset, size in _parts(moves, _BOUNCE):
             data = os.pread(src_fd, size, position)
             self._write([offset, len(data)], data)
             done += len(data)
@@ -180,7 +172,7 @@ class ProtectedMemfdBacking(MemfdBacking):
 
     def _bounce_out(self, moves: list[int], dst_fd: int) -> int:
         done = 0
-        for position, offset, size in _parts(moves[1::3], moves[::3], moves[2::3], _BOUNCE):
+        for offset, position, size in _parts(moves, _BOUNCE):
             write_all(dst_fd, self.read_many([offset, size]), position)
             done += size
         return done
