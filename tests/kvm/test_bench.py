@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("usable_kvm")]
 @pytest.mark.parametrize(
     ("section", "subjects"),
     [
-        ("accessors", {"C memcpy", "C pread/pwrite", "GuestMemory", "fd2fd", "mmap", "C splice"}),
+        ("accessors", {"C memcpy", "C pread/pwrite", "GuestMemory", "fd2fd", "hva", "C splice"}),
         ("conversions", {"share and unshare", "the same, 4 threads", "bare holes"}),
         ("exits", {"C loop", "Vcpu.run", "run loop"}),
         ("disk", {"pyvmm auto", "pyvmm pread", "pyvmm fd2fd", "pyvmm mmap"}),

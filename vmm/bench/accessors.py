@@ -185,7 +185,7 @@ def _transfers(
 ) -> dict[str, Callable[[], float]]:
     side, count = memory.shared, _count(size)
     ways: dict[str, Callable[[], float]] = {}
-    for name in ("pread", "fd2fd", *(("vmfd",) if vm_fd >= 0 else ()), "mmap"):
+    for name in ("pread", "fd2fd", *(("vmfd",) if vm_fd >= 0 else ()), "hva", "mmap"):
         seen = memory.through(make_engine(name, side, vm_fd))
         if write:
             ways[name] = timed(lambda at, seen=seen: seen.transfer_out(at, size, file, at), size)  # type: ignore[misc]

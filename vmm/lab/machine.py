@@ -35,11 +35,13 @@ PAYLOAD = "payload"
 # What a run gets for --append: under emulation each character that a guest prints while it boots
 # is an exit of a third of a millisecond or more, and there are 20,000 of them.
 QUIET = "quiet"
-# A kernel that stumbles over its new KVM stops with a trace, rather than going on half dead: at an
-# oops, and where a processor or a task hasn't got on for a minute or two. (Where no other processor
-# is left to see that, the heartbeat tells.)
-_CHANGED_KERNEL_WORDS = (
-    "oops=panic softlockup_panic=1 watchdog_thresh=30 hung_task_panic=1 "
+# A kernel that stumbles over its new KVM stops with a trace, rather than going on half dead.
+_CHANGED_KERNEL_WORDS = "oops=panic"
+# With a change of the user's also where a processor or a task hasn't got on for a minute or two.
+# (Where no other processor is left to see that, the heartbeat tells. Without such a change a hang
+# is the emulator's rather, and the heartbeat's to tell.)
+_USERS_KERNEL_WORDS = (
+    f"{_CHANGED_KERNEL_WORDS} softlockup_panic=1 watchdog_thresh=30 hung_task_panic=1 "
     "rcupdate.rcu_cpu_stall_timeout=60 sysctl.kernel.panic_on_rcu_stall=1"
 )
 
@@ -111,7 +113,9 @@ class Lab:
         self._refuse_foreign("--lab-host-kernel", kernel.image)
         kvm = None
         if self.kvm_change:
-            host = replace(host, kernel_words=f"{host.kernel_words} {_CHANGED_KERNEL_WORDS}")
+            users = self.kvm_change.is_users and not host.bochs
+            more = _USERS_KERNEL_WORDS if users else _CHANGED_KERNEL_WORDS
+            host = replace(host, kernel_words=f"{host.kernel_words} {more}")
             kvm = self.packages.changed_kvm(kernel, self.kvm_change, self._changed_by())
         words = [host.kernel_words, *options.kvm_parameters]
         assets = Assets(

@@ -108,6 +108,15 @@ def _copy(
             return done
 
 
+def _carried_out(sizes: list[int], moved: int) -> list[int]:
+    """How much of each move was carried out when so many bytes were moved in all."""
+    parts = []
+    for size in sizes:
+        parts.append(min(size, moved))
+        moved -= parts[-1]
+    return parts
+
+
 def _between(src: int, dst: int) -> tuple[int, int]:
     """The two files' file systems."""
     return os.fstat(src).st_dev, os.fstat(dst).st_dev
@@ -163,13 +172,14 @@ class FdCopier:
                 raise
             self._no_splice.add(_between(src, dst))
             return self.copy_many(src, dst, moves)
-        if moved != sum(sizes):
-            return moved  # the caller asks for the rest, and finds out if the file is short
+        # If it is short the caller asks for the rest, and finds out if the file is.
+        parts = sizes if moved == sum(sizes) else _carried_out(sizes, moved)
+        pairs = zip(sizes, parts, strict=True)
         inside = fell_back = 0
         if splice_from != datapath.NEVER:
-            inside = sum([size for size in sizes if size >= splice_from])
+            inside = sum([part for size, part in pairs if size >= splice_from])
         elif wanted is not None:
-            fell_back = sum([size >= wanted for size in sizes])
+            fell_back = sum([size >= wanted and part > 0 for size, part in pairs])
         with self._counting:
             self.bytes_by["splice"] += inside
             self.bytes_by["buffer"] += moved - inside

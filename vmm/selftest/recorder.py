@@ -22,7 +22,7 @@ from vmm.conversion.schemes.remap import Parking
 from vmm.core.errors import one_line
 from vmm.core.ranges import Range
 from vmm.memory.backing import Backing
-from vmm.selftest.case import Case, Cell, Failed, Skipped
+from vmm.selftest.case import Case, Cell
 from vmm.selftest.emit_c import Step, c_program
 from vmm.selftest.entries import Combination
 from vmm.selftest.platform import Platform
@@ -45,9 +45,8 @@ class _Memory(NamedTuple):
 class Recorder:
     """A Platform that hands everything on to another one, and keeps the steps."""
 
-    is_modelled = False
-
     def __init__(self, platform: Platform) -> None:
+        self.is_modelled = platform.is_modelled
         self.steps: list[Step] = []
         self.obstacle = ""
         self._platform = platform
@@ -272,7 +271,7 @@ def as_c(platform: Platform, combination: Combination, case: Case) -> str:
     try:
         case.run(cell)
         reason = "nothing, this time"
-    except (Failed, Skipped, Exception) as failure:
+    except Exception as failure:  # the case's, the host's or pyvmm's: it is what is shown
         reason = f"{type(failure).__name__}: {failure}"
     steps = list(recorder.steps)  # what closing does is no part of it
     cell.close()

@@ -1,1 +1,1 @@
-"""Unit tests of vmm.library."""
+"""Tests of vmm.library."""

@@ -123,6 +123,27 @@ def test_engine_is_short_at_the_disks_end(memory: GuestMemory, disk: int, engine
     assert memory.through(engine).transfer_in(disk, page(31), 0, page(3)) == 0
 
 
+def test_engine_counts_what_it_moved_where_the_disk_ends_in_the_middle(
+    memory: GuestMemory, disk: int, engine: Engine
+) -> None:
+    moved = memory.through(engine).move_in(disk, [0, 0, 512, page(20), page(8), page(17)])
+
+    assert moved == 512 + page(10)
+    assert sum(engine.bytes_by.values()) == moved
+
+
+def test_fds_count_the_ways_of_a_batch_that_the_disks_end_cuts_short(
+    memory: GuestMemory, disk: int
+) -> None:
+    engine = make_engine("auto", memory.shared, may_be_buffer=False)
+    moves = [0, 0, 512, page(28), page(8), page(16), 0, 512, 512]
+
+    moved = memory.through(engine).move_in(disk, moves)
+
+    assert moved == 512 + page(2)
+    assert engine.bytes_by == {"splice": page(2), "buffer": 512}
+
+
 def test_engine_does_not_touch_private_pages(
     memory: GuestMemory, disk: int, engine: Engine
 ) -> None:
