@@ -14,6 +14,7 @@ from typing import Any
 
 from tests.support.virtio_machine import VirtioMachine
 from vmm.devices.virtio.budget import TURN_BYTES, TURN_CALLS
+from vmm.memory import transfer
 
 # A turn ends at the first place where it can after its budget is spent: a chain of up to 1,024
 # descriptors behind that, each with a call of its own, and the rings.
@@ -119,6 +120,9 @@ class Resources:
     as it imports things and fills caches."""
 
     def __init__(self) -> None:
+        # This thread's own for ever, made when a transfer first needs them.
+        transfer._scratches.own.pipe_ends()
+        transfer._scratches.own.bounce()
         gc.collect()  # what earlier tests have left must not go, or be taken for ours, later
         self._fds, self._threads = self._now()
         self._resident: int | None = None

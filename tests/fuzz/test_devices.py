@@ -450,8 +450,8 @@ def test_device_that_keeps_memory_when_it_is_closed_would_be_found(
 
     def leaking(device: VirtioRng, queue_index: int) -> bool:
         # Pages of its own: what earlier tests have freed must not be used again here.
-        kept.append(mmap.mmap(-1, 64 << 10, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
-        kept[-1].write(b"x" * (64 << 10))
+        kept.append(mmap.mmap(-1, 256 << 10, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        kept[-1].write(b"x" * (256 << 10))
         return process(device, queue_index)
 
     monkeypatch.setattr(VirtioRng, "process", leaking)
