@@ -23,8 +23,9 @@ def run_in_lab(
     *words: object,
     with_qemu: bool = False,
     cpus: int | None = None,
+    host: str = "stock",
 ) -> dict[str, Any]:
-    """`python -m module --inner KERNEL INITRD WORDS...` in a lab machine of its own.
+    """`python -m module --inner KERNEL INITRD WORDS...` in a lab machine of its own, `host`.
 
     `cpus` are its processors: 1 for guests with several vCPUs (vmm.lab.machine says why).
     Its stderr is passed on; its last line of output, JSON, is the result. SystemExit if it fails.
@@ -34,7 +35,7 @@ def run_in_lab(
     from vmm.lab.options import LabOptions
     from vmm.lab.progress import Reporter
 
-    lab = Lab(LabOptions(with_qemu=with_qemu, cpus=cpus), Reporter())
+    lab = Lab(LabOptions(host=host, with_qemu=with_qemu, cpus=cpus), Reporter())
     kernel = lab.guest_kernel(kernel_name)
     command = [str(executable()), "-m", module, "--inner", str(kernel.image)]
     command += [str(lab.guest_initramfs(kernel)), *map(str, words)]
