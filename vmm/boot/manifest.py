@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+import threading
+from collections import deque
+from collections.abc import Iterable, Sequence
 
 from vmm.boot.errors import ImageError
 from vmm.core.lean_typing import NamedTuple
@@ -60,6 +62,36 @@ class Part(NamedTuple):
             found.update(view[:moved])
             done += moved
         return found.digest()
+
+
+def digests(parts: Sequence[Part]) -> list[bytes]:
+    """Of each part, in their order, by one thread for each processor: SHA-256 takes as long as all
+    else before a strict guest's start. Raises ImageError as `Part.digest` does."""
+    found: dict[int, bytes] = {}
+    errors: dict[int, ImageError] = {}
+    waiting = deque(sorted(range(len(parts)), key=lambda number: -parts[number].size))
+
+    def work() -> None:
+        while waiting:
+            try:
+                number = waiting.popleft()
+            except IndexError:
+                return  # the other took the last one
+            try:
+                found[number] = parts[number].digest()
+            except ImageError as error:
+                errors[number] = error
+
+    others = min(len(os.sched_getaffinity(0)), len(parts)) - 1
+    threads = [threading.Thread(target=work) for _ in range(others)]
+    for thread in threads:
+        thread.start()
+    work()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[min(errors)]
+    return [found[number] for number in range(len(parts))]
 
 
 def measurement(records: Iterable[tuple[str, bytes]]) -> str:

@@ -8,7 +8,7 @@ import os
 import pytest
 
 from vmm.boot.errors import ImageError
-from vmm.boot.manifest import FilePart, Part, measurement
+from vmm.boot.manifest import FilePart, Part, digests, measurement
 
 MIB = 1 << 20
 
@@ -44,6 +44,25 @@ def test_digest_of_a_file_that_is_short_says_where_it_ended() -> None:
 def test_digest_of_a_file_that_cannot_be_read_is_an_image_error() -> None:
     with pytest.raises(ImageError, match="kernel x: reading at 2 failed: Bad file descriptor"):
         Part("part", 0, 10, FilePart(-1, 2, "kernel x")).digest()
+
+
+@pytest.mark.parametrize("processors", [1, 2, 16])
+def test_digests_are_in_the_parts_order_whoever_works_them_out(
+    processors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(processors)))
+    contents = [bytes([number]) * size for number, size in enumerate((1, 3 * MIB, 7, MIB, 2 * MIB))]
+    parts = [Part("part", 0, len(content), content) for content in contents]
+
+    assert digests(parts) == [hashlib.sha256(content).digest() for content in contents]
+    assert digests([]) == []
+
+
+def test_first_part_that_cannot_be_read_is_the_one_that_is_told() -> None:
+    unreadable = [Part("part", 0, size, FilePart(-1, size, "kernel x")) for size in (3, 9, 5)]
+
+    with pytest.raises(ImageError, match="reading at 3 failed"):
+        digests([Part("part", 0, 1, b"a"), *unreadable])
 
 
 @pytest.mark.parametrize(

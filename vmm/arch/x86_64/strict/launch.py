@@ -11,7 +11,7 @@ from firmware import loader_path
 from vmm.arch.x86_64 import layout
 from vmm.arch.x86_64.page_tables import launch_tables
 from vmm.arch.x86_64.registers import InitialState, SpecialRegisters, linux64_entry
-from vmm.boot.manifest import FilePart, Part, measurement
+from vmm.boot.manifest import FilePart, Part, digests, measurement
 from vmm.core.errors import UsageError
 from vmm.core.lean_typing import TYPE_CHECKING, NamedTuple
 from vmm.core.ranges import NOWHERE, PAGE_SIZE, Range
@@ -179,15 +179,15 @@ def launch(
     cpus: int = 1,
 ) -> Launch:
     """Loader, manifest and tables in their places, measured with the vCPU's state."""
-    digests = [part.digest() for part in parts]
+    found = digests(parts)
     writes = [
         (layout.LAUNCH_GPA, loader_bytes()),
-        (layout.LAUNCH_HEADER_GPA, header(parts, digests, addressing, entry, flags)),
+        (layout.LAUNCH_HEADER_GPA, header(parts, found, addressing, entry, flags)),
         *tables,
         *state.writes,
     ]
     c_mask = addressing.cr3 & -layout.FOUR_GIB or addressing.private
-    return Launch(writes, state, measured(writes, state, cpus), parts, digests, c_mask, cpus)
+    return Launch(writes, state, measured(writes, state, cpus), parts, found, c_mask, cpus)
 
 
 def measured(writes: Sequence[tuple[int, bytes]], state: InitialState, cpus: int = 1) -> str:
