@@ -45,8 +45,8 @@ static int64_t pyvmm_copy_mapped(const void *table, uint32_t count, char *data, 
     return total;
 }
 
-/* Between a file and guest memory, of which `room` bytes are mapped at `memory`. table: count triples of uint64_t, source offset, target offset and
-   size; writing: the target is the file, else the source. Bytes moved, short at the file's end and when it has taken
+/* Between a file and guest memory, of which `room` bytes are mapped at `memory`. table: count triples of uint64_t,
+   source offset, target offset and size; writing: the target is the file, else the source. Bytes moved, short at the file's end and when it has taken
    longer than `most` nanoseconds; or -errno: -EFAULT for a page out of reach, with what lies before it moved, -EINTR for
    the caller to let signals be handled and begin again. */
 static int64_t pyvmm_move_mapped(int fd, uint64_t memory, uint64_t room, const void *table, uint32_t count, int writing,

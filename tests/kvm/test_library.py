@@ -102,6 +102,25 @@ def test_what_a_policy_raises_is_the_programs(capfd: pytest.CaptureFixture[str])
     assert capfd.readouterr() == ("", "")
 
 
+def test_what_a_policy_raises_is_not_lost_on_a_program_that_does_not_wait() -> None:
+    with (
+        pytest.raises(vmm.PolicyError, match="no such page in my book"),
+        Machine(PRIVATE, policies=[Raising()]) as machine,
+    ):
+        machine.start()
+        while machine.is_running:
+            pass
+
+
+def test_error_that_the_block_raises_itself_comes_first() -> None:
+    with (
+        pytest.raises(KeyError, match="mine"),
+        Machine(PRIVATE, policies=[Raising()]) as machine,
+    ):
+        machine.start()
+        raise KeyError("mine")
+
+
 def test_running_machine_answers_and_obeys(endless: Machine) -> None:
     first = endless.status()
     endless.pause()

@@ -75,6 +75,7 @@ class Machine:
         self._operations: Operations | None = None
         self._outcome: Outcome | None = None
         self._error: BaseException | None = None
+        self._is_error_told = False
 
     # -- its life -----------------------------------------------------------------------------
 
@@ -87,8 +88,8 @@ class Machine:
             raise UsageError("a machine starts once; make another one")
         self._thread.start()
         self._started.wait()
-        if self._operations is None and self._error is not None:
-            raise self._error
+        if self._operations is None:
+            self._raise_error()
 
     def wait(self, timeout: float | None = None) -> Outcome:
         """How it ended, once it has, `timeout` seconds from now at most. Raises TimeoutError; what
@@ -98,8 +99,7 @@ class Machine:
         self._thread.join(timeout)
         if self._thread.is_alive():
             raise TimeoutError(f"the guest still runs after {timeout:g} s")
-        if self._error is not None:
-            raise self._error
+        self._raise_error()
         assert self._outcome is not None
         return self._outcome
 
@@ -133,6 +133,14 @@ class Machine:
             self._thread.join(_LAST_SECONDS)
         if not self._thread.is_alive():
             self._line.close()
+        if kind is None and not self._is_error_told:
+            self._raise_error()  # nobody has waited for the end: it must not get lost
+
+    def _raise_error(self) -> None:
+        """What the run raised, if anything: to a caller who asks for its start or end."""
+        if self._error is not None:
+            self._is_error_told = True
+            raise self._error
 
     @property
     def is_running(self) -> bool:
