@@ -10,8 +10,6 @@
 .equ USER_CODE64, 0x28 | 3
 .equ TSS, 0x38
 .equ USER_FLAGS, 0x3002                     # IOPL 3, interrupts off
-.equ INFO_C_BIT_MASK,   16
-.equ INFO_DOORBELL_PORT, 32
 
 # XEN_ELFNOTE_PHYS32_ENTRY: where a PVH loader enters, in 32-bit mode with EBX = hvm_start_info.
     .section .note.pvh, "a", @note

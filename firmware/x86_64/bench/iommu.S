@@ -4,12 +4,6 @@
 # Requests go onto the IOMMU's queue one by one; a kick has the device carry out all that wait.
 .include "bench.inc"
 
-.equ BELL_PAGES,        4                   # registers of the doorbell, see defs.inc
-.equ BELL_COMMAND,      8
-.equ BELL_RESULT,       12
-.equ COMMAND_SHARE,     1
-.equ COMMAND_UNSHARE,   2
-
 .equ T_ATTACH,          1
 .equ T_DETACH,          2
 .equ T_MAP,             3
@@ -37,7 +31,7 @@ share:
     mov     eax, esi
     out     dx, eax
     lea     edx, [r8 + BELL_COMMAND]
-    mov     eax, COMMAND_SHARE
+    mov     eax, CMD_SHARE
     out     dx, eax
     lea     edx, [r8 + BELL_RESULT]
     in      eax, dx
@@ -63,15 +57,15 @@ convert_often:
     call    share
     mov     r12, [rip + c_bit_mask]
     add     r12, CONVERTED
-    mov     eax, COMMAND_UNSHARE            # as it was; that isn't timed
+    mov     eax, CMD_UNSHARE                # as it was; that isn't timed
     call    ring
     xor     ebp, ebp
 .Lconvert:
     mov     [r12], ebx                      # the private side
-    mov     eax, COMMAND_SHARE
+    mov     eax, CMD_SHARE
     call    ring
     mov     [CONVERTED], ebx
-    mov     eax, COMMAND_UNSHARE
+    mov     eax, CMD_UNSHARE
     call    ring
     dec     ebx
     jnz     .Lconvert
