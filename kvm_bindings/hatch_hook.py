@@ -10,7 +10,6 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-
 OLDEST = "cp311"
 """The first CPython that the wheel is for, as requires-python has it: cffi's limited API goes back
 further."""

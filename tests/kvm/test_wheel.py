@@ -1,4 +1,4 @@
-"""An installation of the wheel runs a guest: its images, its extension and its command are there."""
+"""An installed wheel runs a guest: its images, its extension and its command are there."""
 
 from __future__ import annotations
 
