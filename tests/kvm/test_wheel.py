@@ -20,8 +20,11 @@ def test_wheel_in_a_fresh_environment_runs_the_payload(tmp_path: Path) -> None:
     wheel = build("wheel", ROOT, tmp_path)
     venv.create(tmp_path / "env", with_pip=False)
     python = tmp_path / "env" / "bin" / "python"
-    pip = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-index"]
-    subprocess.run([*pip, "--no-deps", wheel], check=True, cwd=tmp_path)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-index",
+         "--no-deps", wheel],
+        check=True, cwd=tmp_path,
+    )  # fmt: skip
     # What pyvmm depends on is this environment's; pyvmm itself is found before it.
     site = next((tmp_path / "env" / "lib").glob("python*/site-packages"))
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")

@@ -16,6 +16,8 @@ from vmm.memory.backing import Backing
 from vmm.memory.guest_memory import GuestMemory, PageState
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from vmm.machine.report_keys import (
         Conversions,
         DeviceCounts,
@@ -192,7 +194,7 @@ class ReportFile:
             self._former = former
             return
 
-    def write(self, report: Report) -> None:
+    def write(self, report: Mapping[str, object]) -> None:
         """Write the file whole. Where that fails the user is told, and the run is what it was."""
         import json  # a run ends with it; its start does not wait for it
 

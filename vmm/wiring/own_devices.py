@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from vmm.core.errors import UsageError
+from vmm.core.lean_typing import TYPE_CHECKING
 from vmm.core.own_code import called
 from vmm.devices.bus import BusConflict
 from vmm.devices.own import DeviceMemory, GuardedRegisters, PciDevice, PortDevice
 from vmm.devices.pci import COMMAND, COMMAND_INTX_DISABLE, PciFunction
-from vmm.wiring.board import Board, Slot
-from vmm.wiring.interrupts import LevelLine
+
+if TYPE_CHECKING:
+    from vmm.wiring.board import Board, Slot
+    from vmm.wiring.interrupts import LevelLine
 
 
 class OwnFunction(PciFunction):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 
 from vmm.core.own_code import ExtensionError, called
 from vmm.devices.virtio import device
@@ -32,7 +33,7 @@ class VirtioDevice(device.VirtioDevice):
     name = ""
     """What reports call it; by default its class's name in small letters."""
     pci_class = 0xFF0000  # fits no class
-    queue_sizes = (64,)
+    queue_sizes: Sequence[int] = (64,)
 
     @abstractmethod
     def answer(self, queue: int, request: bytes, room: int) -> bytes:
