@@ -69,6 +69,8 @@ class PortDevice(_Own):
 
         def write(self, offset: int, size: int, value: int) -> None:
             print(f"the guest knocks: {value:#x}")
+
+    Ports are accessed by 1, 2 or 4 bytes.
     """
 
     ports: range

@@ -53,7 +53,8 @@ class Limits(Protocol):
 
 
 class MachineConfig(NamedTuple):
-    """One run. Sizes are bytes; None is "not given"."""
+    """One run: what the command's options say (`pyvmm --help`). Sizes are bytes; None is "not
+    given"."""
 
     kernel: str | None = None
     initrd: str | None = None
