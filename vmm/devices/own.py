@@ -64,11 +64,11 @@ class _Own:
 class PortDevice(_Own):
     """Registers at I/O ports, for x86 guests.
 
-    class Knock(vmm.PortDevice):
-        ports = range(0x510, 0x511)
+        class Knock(vmm.PortDevice):
+            ports = range(0x510, 0x511)
 
-        def write(self, offset: int, size: int, value: int) -> None:
-            print(f"the guest knocks: {value:#x}")
+            def write(self, offset: int, size: int, value: int) -> None:
+                print(f"the guest knocks: {value:#x}")
 
     Ports are accessed by 1, 2 or 4 bytes.
     """

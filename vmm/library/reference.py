@@ -130,8 +130,8 @@ def _members(thing: type) -> Iterator[tuple[str, str]]:
             if isinstance(value, property):
                 yield name, _text(value.__doc__)
             elif inspect.isfunction(value):
-                about = value.__doc__ or _base_doc(kind, name)
-                yield f"{name}{_signature(value)}", _text(about)
+                said = value.__doc__ or _base_doc(kind, name)
+                yield f"{name}{_signature(value)}", _text(said)
 
 
 def _base_doc(kind: type, name: str) -> str | None:
