@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
+README = ROOT / "README.md"
 DOCS = ROOT / "vmm" / "docs"
 
 _FENCE = re.compile(r"^ {0,3}(```+|~~~+)\s*(.*)$")
@@ -45,7 +46,7 @@ def name_of(page: Path) -> str:
 
 def pages() -> list[Path]:
     """README.md and every page of vmm/docs."""
-    return [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+    return [README, *sorted(DOCS.rglob("*.md"))]
 
 
 def blocks(page: Path) -> list[Block]:

@@ -113,12 +113,19 @@ def _asks_status(following: list[Command]) -> bool:
 
 
 def agrees(shown: tuple[str, ...], said: str) -> bool:
-    """Whether output is as the page shows it: `...` stands for anything, alone for any lines."""
+    """Whether output is as the page shows it: `...` stands for anything, alone for any lines.
+
+    Of blanks side by side, one counts: columns are as wide as their numbers.
+    """
     pattern = ""
-    for line in shown:
+    for line in map(_narrow, shown):
         if line.strip() == "...":
             pattern += r"(?:[^\n]*\n)*"
         else:
-            pattern += r"[^\n]*".join(map(re.escape, line.rstrip().split("..."))) + r"[ \t]*\n"
-    text = said if said.endswith("\n") or not said else f"{said}\n"
+            pattern += r"[^\n]*".join(map(re.escape, line.split("..."))) + r"\n"
+    text = "".join(f"{_narrow(line)}\n" for line in said.splitlines())
     return re.fullmatch(rf"(?:{pattern})\n*", text) is not None
+
+
+def _narrow(line: str) -> str:
+    return re.sub(r"[ \t]+", " ", line.rstrip())
