@@ -45,8 +45,8 @@ def name_of(page: Path) -> str:
 
 
 def pages() -> list[Path]:
-    """README.md and every page of vmm/docs."""
-    return [README, *sorted(DOCS.rglob("*.md"))]
+    """README.md, every page of vmm/docs, and the examples'."""
+    return [README, *sorted(DOCS.rglob("*.md")), ROOT / "vmm" / "examples" / "README.md"]
 
 
 def blocks(page: Path) -> list[Block]:

@@ -28,6 +28,7 @@ LAYERS = (
     {"selftest", "library"},
     {"bench"},
     {"cli"},
+    {"examples"},  # programs of their own: nothing imports them
 )
 ARCHITECTURES = {"arch.x86_64", "arch.aarch64"}
 ALIASES = {"__main__": "cli"}  # `python -m vmm` is the command
