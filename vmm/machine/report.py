@@ -104,7 +104,7 @@ def build_report(
     ports: dict[int, int],
     wall_seconds: float,
 ) -> dict[str, Any]:
-    """The report as JSON-ready data; keys as the README lists them."""
+    """The report as JSON-ready data; keys as vmm/docs/reference/report.md lists them."""
     residency = memory.accounted()  # first: to look at pages makes some
     told = memory.told
     if told:
