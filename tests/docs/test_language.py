@@ -20,7 +20,11 @@ def too_long(page: Path) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("page", [*pages(), ROOT / "vmm" / "README.md"], ids=name_of)
+@pytest.mark.parametrize(
+    "page",
+    [*pages(), *(ROOT / "vmm" / name for name in ("README.md", "bench/README.md"))],
+    ids=name_of,
+)
 def test_sentences_are_short(page: Path) -> None:
     assert not too_long(page)
 
