@@ -110,6 +110,20 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             "bounce buffer (needs --kernel; x86-64)",
         },
     },
+    "your own code": {
+        "--device": {
+            "metavar": "NAME|MODULE:CLASS|FILE.py:CLASS[,ARG=VALUE...]",
+            **_SEVERAL,
+            "help": "a device of your own: a subclass of vmm.PortDevice, vmm.PciDevice or "
+            "vmm.VirtioDevice, or the name that a distribution registers; may be given several "
+            "times",
+        },
+        "--exit-handler": {
+            "metavar": "NAME|MODULE:CLASS|FILE.py:CLASS",
+            **_SEVERAL,
+            "help": "a subclass of vmm.ExitHandler that sees vCPUs' exits before pyvmm does",
+        },
+    },
     "private memory": {
         "--private-mem": {
             "nargs": "?",

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 _FOR_PEOPLE = {"aarch64": "arm64"}
 SMALLEST_MEMORY = 4 << 20
 MAX_CPUS = 64
+KNOWN_SCHEMES = ("auto", *matrix.SCHEMES)
+KNOWN_BACKINGS = (None, "auto", *BACKINGS)
 
 
 def parse_size(text: str) -> int:
@@ -51,7 +53,8 @@ class Limits(Protocol):
 
 
 class MachineConfig(NamedTuple):
-    """One run. Sizes are bytes; None is "not given"."""
+    """One run: what the command's options say (`pyvmm --help`). Sizes are bytes; None is "not
+    given"."""
 
     kernel: str | None = None
     initrd: str | None = None
@@ -78,6 +81,9 @@ class MachineConfig(NamedTuple):
     debug_shell: bool = False
     status: bool = False
     control: str | None = None
+    devices: tuple[str, ...] = ()
+    """The user's own devices, as --device names them: SPEC[,NAME=VALUE...]."""
+    exit_handlers: tuple[str, ...] = ()
     core_dumps: bool = True
     """False: once guest memory is there, the process forbids core dumps of itself and debuggers
     of its own user. The command asks for that with private memory, unless it is told not to."""
@@ -94,8 +100,21 @@ class MachineConfig(NamedTuple):
             iommu=self.iommu,
         )
 
+    def as_ours(self) -> MachineConfig:
+        """With pyvmm's names in the place of a scheme's and a backing's that are the user's own:
+        of those that they are like. Raises UsageError for one that can't be imported."""
+        if self.scheme in KNOWN_SCHEMES and self.private_memory in KNOWN_BACKINGS:
+            return self
+        from vmm.machine.extensions import as_ours  # most runs have only pyvmm's
+
+        return as_ours(self)
+
     def validate(self, limits: Limits) -> None:
         """Raises UsageError with the value and the remedy."""
+        ours = self.as_ours()
+        if ours is not self:
+            ours.validate(limits)
+            return
         if self.memory % PAGE_SIZE:
             raise UsageError(f"--mem {self.memory} bytes is not a multiple of {PAGE_SIZE}")
         if not SMALLEST_MEMORY <= self.memory <= limits.largest_memory:

@@ -11,10 +11,13 @@ from vmm.arch import architecture
 from vmm.control.live import live_view
 from vmm.control.operations import Operations
 from vmm.control.signals import SignalReactions
+from vmm.core import own_code
 from vmm.core.errors import HostError, UsageError, in_words, tell
 from vmm.core.event_loop import EventLoop
-from vmm.core.lean_typing import TYPE_CHECKING, Any, Protocol
+from vmm.core.lean_typing import TYPE_CHECKING, Protocol
+from vmm.core.own_code import ExtensionError
 from vmm.exits.outcome import (
+    EXTENSION_ERROR,
     KILLED,
     PANIC,
     POLICY_ERROR,
@@ -27,7 +30,7 @@ from vmm.exits.outcome import (
 from vmm.exits.run_loop import install_kick_handler
 from vmm.exits.stragglers import Stragglers
 from vmm.exits.vcpu_group import VcpuGroup
-from vmm.machine.config import MachineConfig
+from vmm.machine.config import KNOWN_BACKINGS, KNOWN_SCHEMES, MachineConfig
 from vmm.machine.guest_vm import GuestVm
 from vmm.machine.images import OpenedImages
 from vmm.machine.peripherals import open_devices
@@ -45,6 +48,8 @@ if TYPE_CHECKING:
     from vmm.control.status_line import StatusLine
     from vmm.conversion.lending import Lender
     from vmm.devices.virtio.iommu import VirtioIommu
+    from vmm.machine.extensions import Extensions
+    from vmm.machine.report_keys import Report
     from vmm.machine.tracing import RunTrace
     from vmm.memory.aliased_memory import Announce
 
@@ -61,6 +66,8 @@ class Embedding(Protocol):
     """What a program does with a machine that is a part of it (vmm.library)."""
 
     policies: Sequence[Policy]
+    extensions: Extensions | None
+    """What is the program's own in the machine, besides policies."""
 
     def make_console(self, on_quit: Callable[[], None]) -> Console:
         """What the guest's serial line is connected to."""
@@ -84,7 +91,8 @@ class Machine:
         the machine's: its signals, and standard input and output as the console. Raises HostError
         for a machine of an architecture that pyvmm doesn't know."""
         self._architecture = architecture() if arch is None else arch
-        self._config = config
+        self._own = _extensions(config, embedding)
+        self._config = config.as_ours() if self._own is None else self._own.as_ours(config)
         self._images = images
         self._embedding = embedding
         self._cleanup = ExitStack()
@@ -94,7 +102,7 @@ class Machine:
         self._unshared: set[str] = set()
         self._vcpus = VcpuGroup()
         self._abandoned = False
-        self.report: dict[str, Any] | None = None
+        self.report: Report | None = None
         """The report, once the run is over."""
 
     # -- the life of a run --------------------------------------------------------------------
@@ -110,6 +118,9 @@ class Machine:
             try:
                 self._set_up_vm()
                 self._load_guest()
+            except ExtensionError as error:
+                self._own_code_failed(error)
+                raise
             except OSError as error:  # KvmError is one
                 raise HostError(in_words(error)) from error
             if self._report_file is not None:
@@ -120,9 +131,10 @@ class Machine:
                 if not self._abandoned:  # else a policy may be at work still
                     end = End(outcome.exit, outcome.reason)
                     self._converter.hooks.exit(end, self._converter.view)
-            except PolicyError as error:
-                outcome = outcome or Outcome(POLICY_ERROR, str(error))
-                self._policy_failed(error)
+            except (PolicyError, ExtensionError) as error:
+                word = POLICY_ERROR if isinstance(error, PolicyError) else EXTENSION_ERROR
+                outcome = outcome or Outcome(word, str(error))
+                self._own_code_failed(error)
                 raise
             finally:
                 if outcome is not None:
@@ -140,6 +152,8 @@ class Machine:
         if self._embedding is not None:
             self._policies += self._embedding.policies
         self._virtio = open_devices(config, self._cleanup)
+        if self._own is not None:
+            self._own.join(self._virtio, config, self._cleanup)
         self._trace = None if config.trace is None else _open_trace(config.trace, config)
         if self._trace is not None:
             self._cleanup.callback(self._trace.close)
@@ -173,6 +187,7 @@ class Machine:
                 self._guest,
                 self._vcpus.parked,
                 self._cleanup,
+                self._own,
             )
             if not self._vm.memory.told:
                 self._require_fitting()
@@ -234,6 +249,7 @@ class Machine:
             if trace is None
             else partial(trace.device, shared_bit=self._vm.scheme.shared_alias),
             iommu=iommu,
+            own=None if self._own is None else self._own.plain,
         )
         self._cleanup.callback(self._devices.close)
         if not self._vm.memory.told:
@@ -242,6 +258,10 @@ class Machine:
         self._handlers = self._vm.platform.exit_handlers(
             self._devices.board, self._vm.memory, self._converter, self.stop
         )
+        if self._own is not None and self._own.exits:
+            from vmm.exits.own import with_own
+
+            self._handlers.table = with_own(self._handlers.table, self._own.exits)
         if trace is not None:
             self._handlers.table = trace.exits(self._handlers.table)
 
@@ -278,7 +298,10 @@ class Machine:
         """Memory contents by pwrite and fd-to-fd transfer, then registers."""
         launch = LaunchMemory(self._vm.memory)
         platform = self._vm.platform
-        platform.load(launch, self._vm.ram, self._vm.scheme.alias, list(self._virtio))
+        functions = list(self._virtio)
+        if self._own is not None:
+            functions += self._own.functions
+        platform.load(launch, self._vm.ram, self._vm.scheme.alias, functions)
         launch.seal()
         if not self._guest.loads_itself:
             self._guest.close()  # the kernel's bytes are in guest memory now
@@ -305,7 +328,7 @@ class Machine:
             press_power_button=self._press_power_button,
             suspend=self._console.suspend,
             continued=self._continued,
-            is_stuck=lambda: self._converter.hooks.is_this_thread_in_one,
+            is_stuck=self._is_in_own_code,
         )
         operations = Operations(
             self._vm.memory,
@@ -368,11 +391,13 @@ class Machine:
         self._cleanup.pop_all()
         waiting_for = self._converter.undecided
         what = f"{whom} has not ended"
+        if waiting_for is None and self._own is not None:
+            waiting_for = own_code.waiting_for()
         if waiting_for is not None:
             what = f"{waiting_for} has not returned"
         tell(f"{what}; pyvmm ends without it")
 
-    def _policy_failed(self, error: PolicyError) -> None:
+    def _own_code_failed(self, error: PolicyError | ExtensionError) -> None:
         """No vCPU runs and the terminal is the user's again; memory is still there to look at."""
         if self._embedding is not None:
             return  # the program gets the error itself
@@ -435,8 +460,25 @@ class Machine:
     def _end(self, reason: str) -> None:
         """Somebody asked for the end by a signal; called in its handler, or later."""
         self.stop(Outcome(STOPPED, reason))
-        if self._converter.hooks.is_this_thread_in_one:
+        if self._is_in_own_code():
             raise BrokenOff  # else a hook that never returns would keep the run going
+
+    def _is_in_own_code(self) -> bool:
+        """Whether this thread is in a policy's hook, or in other code of the user's."""
+        return self._converter.hooks.is_this_thread_in_one or (
+            self._own is not None and own_code.is_this_thread_in_one()
+        )
+
+
+def _extensions(config: MachineConfig, embedding: Embedding | None) -> Extensions | None:
+    """What is the user's own in a machine, besides policies; None where nothing is."""
+    given = None if embedding is None else embedding.extensions
+    named = config.devices or config.exit_handlers
+    if not named and config.scheme in KNOWN_SCHEMES and config.private_memory in KNOWN_BACKINGS:
+        return given
+    from vmm.machine.extensions import named_extensions
+
+    return named_extensions(config, given)
 
 
 def _load_policies(config: MachineConfig) -> list[Policy]:
