@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from vmm.lab.compiling import (
 )
 from vmm.lab.kvm_change import NOT_COMPILED, KvmChange, kernel_files
 from vmm.lab.progress import Progress
-from vmm.lab.work_folder import MakeFailed, WorkFolder
+from vmm.lab.work_folder import MakeFailed, WorkFolder, link_tree
 
 # Count up when a kernel, or the trees that it is built from, would come out differently, so that
 # older cached ones aren't used.
@@ -133,8 +132,10 @@ class KernelBuild:
         """
         require_plain(self.work)
         wanted = self._wanted(into.parent / "changed")
-        self.progress.step(f"compiling {self.kernel.label} ({self._time()})")
         folder = WorkFolder(self.work)
+        minutes = f"once, some {self.kernel.minutes} minutes on two cores"
+        time = "what has changed" if folder.goes_on else minutes
+        self.progress.step(f"compiling {self.kernel.label} ({time})")
 
         def compile_in() -> None:
             folder.take_over(wanted, self._tree)
@@ -150,11 +151,6 @@ class KernelBuild:
     @property
     def _tree(self) -> Path:
         return self.work / "linux"
-
-    def _time(self) -> str:
-        if self.work.exists():
-            return "what has changed"
-        return f"once, some {self.kernel.minutes} minutes on two cores"
 
     def _wanted(self, changed: Path) -> dict[str, Path]:
         """Each source file by its name: of the tree, or what patches made of it, in `changed`."""
@@ -183,7 +179,7 @@ class KernelBuild:
             folder.note([])
             return
         assert self.sources is not None
-        subprocess.run(["cp", "-al", str(self.sources), str(self._tree)], check=True)
+        link_tree(self.sources, self._tree)
         names = kernel_files(self._tree, self.kernel.architecture.linux)
         folder.note([str(path.relative_to(self._tree)) for path in names])
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +32,7 @@ from vmm.lab.compiling import (
 )
 from vmm.lab.kvm_change import FOLDERS, HEADERS, KvmChange
 from vmm.lab.progress import Progress
-from vmm.lab.work_folder import MakeFailed, WorkFolder
+from vmm.lab.work_folder import MakeFailed, WorkFolder, link_tree
 
 MODULES = ("kvm", "kvm-amd")
 # Count up when modules, or the tree that they are built from, would come out differently, so that
@@ -132,10 +131,7 @@ class KvmBuild:
         for part in (self.tree / "usr").iterdir():
             if part.name != "src":
                 (self.work / "usr" / part.name).symlink_to(part)
-        subprocess.run(
-            ["cp", "-al", str(self.tree / "usr" / "src"), str(self.work / "usr" / "src")],
-            check=True,
-        )
+        link_tree(self.tree / "usr" / "src", self.work / "usr" / "src")
         makefile = self._headers_folder / "Makefile"
         text = makefile.read_text().replace("/usr/src/", f"{self.work}/usr/src/")
         makefile.unlink()

@@ -105,15 +105,16 @@ class Lab:
             emulator = wants.gather(lambda: self.packages.qemu(options.qemu))
         busybox = wants.gather(lambda: self.packages.busybox(options.busybox))
         change = self.kvm_change
-        if change.kernel is not None:
-            kernel = wants.gather(lambda: self._built_kernels().host(change))
-        else:
+        kernel = None
+        if change.kernel is None:
             kernel = wants.gather(
                 lambda: self.packages.host_kernel(options.host_kernel, options.host_modules)
             )
         wants.gather(self.python.key)
         wants.settle(self.cache.root)
-        assert emulator is not None and busybox is not None and kernel is not None
+        if kernel is None:  # minutes, so only once all else is there
+            kernel = self._built_kernels().host(change)
+        assert emulator is not None and busybox is not None
         self._refuse_foreign("--lab-host-kernel", kernel.image)
         kvm = None
         if change:

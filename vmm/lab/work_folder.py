@@ -9,6 +9,7 @@ from __future__ import annotations
 import filecmp
 import os
 import shutil
+import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,13 +33,18 @@ class WorkFolder:
 
     place: Path
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether a build goes on where an earlier one has ended."""
+        return self._names.exists() and not self._unfinished.exists()
+
     def build(self, lay_out: Callable[[], None], compile_in: Callable[[], _T]) -> _T:
         """What `compile_in` gives, in a folder that `lay_out` fills where none is there yet.
 
         Where it raises MakeFailed after other builds, perhaps for what those left, it is tried
         once more from nothing.
         """
-        goes_on = self._names.exists() and not self._unfinished.exists()
+        goes_on = self.goes_on
         if not goes_on:
             self._begin(lay_out)
         try:
@@ -90,6 +96,16 @@ class WorkFolder:
             raise
         self._unfinished.unlink()
         return made
+
+
+def link_tree(tree: Path, into: Path) -> None:
+    """A copy of a tree of the cache that is links to its files, which are never written to."""
+    linked = subprocess.run(
+        ["cp", "-al", str(tree), str(into)], capture_output=True, text=True, check=False
+    )
+    if linked.returncode:
+        reason = (linked.stderr.splitlines() or ["no reason given"])[0]
+        raise HostError(f"laying out {into} failed: {reason}; --lab-cache DIR names another place")
 
 
 def _differs(target: Path, file: Path) -> bool:

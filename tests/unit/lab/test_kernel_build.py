@@ -41,7 +41,7 @@ case "$last" in
     *Image) $BEFORE
             [ kernel/fork.o -nt kernel/fork.c ] || { echo "  CC      kernel/fork.o"
                                                      cp kernel/fork.c kernel/fork.o; }
-            mkdir -p arch/$arch/boot; cat kernel/fork.o init/m.c >arch/$arch/boot/$last;;
+            mkdir -p arch/$arch/boot; cat kernel/fork.o init/m.c 2>&1 >arch/$arch/boot/$last;;
 esac
 """
 needs_patch = pytest.mark.skipif(shutil.which("patch") is None, reason="patch(1) is not here")
@@ -252,6 +252,29 @@ def test_interrupted_build_is_begun_from_nothing(
     build(whole())
 
     assert not (work / "linux" / "half").exists()
+
+
+def test_place_where_nothing_can_be_linked_is_named(
+    build: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    (programs / "cp").write_text("#!/bin/sh\necho 'cp: no links here' >&2; exit 1\n")
+    (programs / "cp").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
+
+    with pytest.raises(HostError, match=r"laying out .*linux failed: cp: no links here; --lab-cac"):
+        build(whole())
+
+
+@needs_patch
+def test_file_that_a_patch_removes_is_gone(build: Builder, tmp_path: Path) -> None:
+    body = f"@@ -1 +0,0 @@\n-{FILES[3]}\n\\ No newline at end of file\n"
+    text = f"diff --git a/{FILES[3]} b/{FILES[3]}\ndeleted file mode 100644\n"
+    path = patch_file(tmp_path, f"{text}--- a/{FILES[3]}\n+++ /dev/null\n{body}")
+
+    with pytest.raises(HostError, match=r"cat: init/m\.c: No such file"):
+        build(whole(path))
 
 
 # -- a tree of the user's own
