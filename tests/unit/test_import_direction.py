@@ -26,7 +26,7 @@ LAYERS = (
     {"control", "replay"},
     {"machine"},
     {"selftest", "library"},
-    {"bench"},
+    {"bench", "scenario"},
     {"cli"},
     {"examples"},  # programs of their own: nothing imports them
 )
