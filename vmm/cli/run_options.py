@@ -35,6 +35,7 @@ examples:
   pyvmm measure --kernel bzImage ...          what a strict guest's launch measures (see README)
   pyvmm replay DIR --policy MODULE:CLASS      what another policy would have made of it
 
+A SIZE is in bytes, or has a unit: 64K, 512M, 2G; so are --policy-arg's numbers.
 While the guest runs on a terminal, Ctrl-A x quits.
 exit status: 0 guest powered off, 1 guest failed, 2 bad usage or input, 3 the host cannot do it
 """

@@ -9,7 +9,7 @@ from vmm.conversion.matrix import BACKINGS, FOR_LINUX, LOADABLE, backings_of
 from vmm.core.errors import UsageError
 from vmm.core.lean_typing import TYPE_CHECKING, NamedTuple, Protocol
 from vmm.core.ranges import PAGE_SIZE
-from vmm.core.suboptions import byte_size, size_text
+from vmm.core.suboptions import byte_size, size_text, unit_hint
 
 if TYPE_CHECKING:
     from vmm.arch.options import GuestOptions
@@ -20,7 +20,7 @@ MAX_CPUS = 64
 
 
 def parse_size(text: str) -> int:
-    """A memory size in bytes: a number with K, M, G or T, without a unit in MiB.
+    """A memory size in bytes: a number with K, M, G or T, or of bytes.
 
     Raises UsageError for anything else.
     """
@@ -96,12 +96,16 @@ class MachineConfig(NamedTuple):
 
     def validate(self, limits: Limits) -> None:
         """Raises UsageError with the value and the remedy."""
-        if self.memory % PAGE_SIZE:
-            raise UsageError(f"--mem {self.memory} bytes is not a multiple of {PAGE_SIZE}")
         if not SMALLEST_MEMORY <= self.memory <= limits.largest_memory:
             raise UsageError(
                 f"--mem {size_text(self.memory)} is out of range; "
                 f"use {SMALLEST_MEMORY >> 20}M to {limits.largest_memory >> 30}G"
+                f"{unit_hint(self.memory)}"
+            )
+        if self.memory % PAGE_SIZE:
+            raise UsageError(
+                f"--mem {self.memory} bytes is not a multiple of {PAGE_SIZE}; write "
+                f"{size_text(-(-self.memory // PAGE_SIZE) * PAGE_SIZE)}"
             )
         if not 1 <= self.cpus <= MAX_CPUS:
             raise UsageError(f"--cpus {self.cpus} is out of range; use 1 to {MAX_CPUS}")
