@@ -90,18 +90,10 @@ def _refuse_early(arguments: Sequence[str], machine: str) -> None:
     """Raise UsageError for words that pyvmm on such a machine (as uname -m says it) would refuse,
     without doing what they say.
     """
-    if arguments and arguments[0] == "check":
-        from vmm.cli.check import parser as check_parser
+    if arguments and arguments[0] in ("check", "selftest", "bench"):
+        from vmm.cli.parsers import PARSERS
 
-        check_parser().parse_args(arguments[1:])
-    elif arguments and arguments[0] == "selftest":
-        from vmm.cli.selftest import parser
-
-        parser().parse_args(arguments[1:])
-    elif arguments and arguments[0] == "bench":
-        from vmm.cli.bench import parser as bench_parser
-
-        bench_parser().parse_args(arguments[1:])
+        PARSERS[arguments[0]]().parse_args(arguments[1:])
     elif arguments and arguments[0] == "measure":
         from vmm.cli.measure import words_of
 
