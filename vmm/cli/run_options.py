@@ -20,7 +20,7 @@ see, by sharing and unsharing, and a policy decides whether it may. Without --ke
 payload runs, which tries all of this out and says what it saw.
 """
 
-_EPILOG = """\
+EPILOG = """\
 examples:
   pyvmm --private-mem                         try private memory on this host
   pyvmm --kernel bzImage --private-mem        boot a stock kernel with private memory
@@ -34,6 +34,7 @@ examples:
   pyvmm report DIR                            what a run with --trace DIR did
   pyvmm measure --kernel bzImage ...          what a strict guest's launch measures (see README)
   pyvmm replay DIR --policy MODULE:CLASS      what another policy would have made of it
+  pyvmm completion bash                       a shell's completion script (zsh, fish)
 
 A SIZE is in bytes, or has a unit: 64K, 512M, 2G; so are --policy-arg's numbers.
 While the guest runs on a terminal, Ctrl-A x quits.
@@ -203,9 +204,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="pyvmm",
         usage="pyvmm [run] [options]   or   "
-        "pyvmm check|selftest|bench|lab|ctl|report|replay|measure|help [options]",
+        "pyvmm check|selftest|bench|lab|ctl|report|replay|measure|completion|help [options]",
         description=_DESCRIPTION,
-        epilog=_EPILOG,
+        epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
