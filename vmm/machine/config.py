@@ -78,6 +78,8 @@ class MachineConfig(NamedTuple):
     debug_shell: bool = False
     status: bool = False
     control: str | None = None
+    paused: bool = False
+    """Whether the guest waits for a resume before its first instruction."""
     core_dumps: bool = True
     """False: once guest memory is there, the process forbids core dumps of itself and debuggers
     of its own user. The command asks for that with private memory, unless it is told not to."""

@@ -332,6 +332,8 @@ class Machine:
         with live_view(self._loop, operations, self._status_line, self._control, signals=alone):
             try:
                 self._console.attach(self._loop, self._devices.board.serial)
+                if self._config.paused:
+                    operations.pause()
                 self._vcpus.start()
                 if self._devices.board.coalesces_output:
                     Stragglers(self._vcpus.runners[0], self._loop.set_timer).look()
