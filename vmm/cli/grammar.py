@@ -148,7 +148,7 @@ def _lab_options(text: str) -> Iterator[Option]:
         if metavar[:1].islower() and not _words(metavar) and "." not in metavar:
             # A value that is told by itself ("--host bochs"), or a flag's help, close to its name.
             if name not in found:
-                found[name] = Option((name,), "", "NAME")
+                found[name] = Option((name,), "", "NAME", is_repeatable=True)
             option = found[name]
             found[name] = option._replace(
                 words=(*option.words, metavar), help=f"{option.help} {metavar}".strip()
@@ -160,7 +160,8 @@ def _lab_options(text: str) -> Iterator[Option]:
             if not more.startswith(" " * _FROM_COLUMN):
                 break
             help_lines.append(more[_FROM_COLUMN:])
-        found[name] = Option((name,), " ".join(" ".join(help_lines).split()), metavar)
+        text = " ".join(" ".join(help_lines).split())
+        found[name] = Option((name,), text, metavar, is_repeatable=bool(metavar))
     yield from found.values()
 
 

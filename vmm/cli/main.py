@@ -53,7 +53,8 @@ def _command(arguments: Sequence[str]) -> int:
         case "lab":
             from vmm.lab.command import run as lab
 
-            return lab(list(arguments[1:]), check=_refuse_early)
+            words = _with_config_file(arguments[1:], lab=True)
+            return lab(list(words), check=_refuse_early)
         case "measure":
             from vmm.cli.measure import run as measure
 
@@ -130,7 +131,7 @@ def _configuration(arguments: Sequence[str], machine: str | None = None) -> Mach
     Raises UsageError; looks at no file, nor at the host.
     """
     words = arguments[1:] if arguments and arguments[0] == "run" else arguments
-    options = parse(words)
+    options = parse(_with_config_file(words))
     from vmm.arch import architecture
     from vmm.machine.config import MachineConfig, parse_count, parse_size
 
@@ -157,9 +158,20 @@ def _configuration(arguments: Sequence[str], machine: str | None = None) -> Mach
         status=options.status,
         control=options.control,
         core_dumps=options.core_dumps or options.private_mem is None,
+        paused=options.S,
     )
+    if config.paused and config.control is None:
+        raise UsageError("-S needs --control PATH: pyvmm ctl PATH resume lets the guest go")
     config.validate(architecture(machine))
     return config
+
+
+def _with_config_file(words: Sequence[str], *, lab: bool = False) -> Sequence[str]:
+    if not any(word.startswith("--config") for word in words):
+        return words
+    from vmm.cli.config_file import expanded  # most command lines say all
+
+    return expanded(words, lab=lab)
 
 
 def _run(arguments: Sequence[str]) -> int:

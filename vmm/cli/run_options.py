@@ -136,6 +136,17 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             "policy and the exception before the run ends",
         },
     },
+    "how it is run": {
+        "--config": {
+            "metavar": "FILE",
+            "help": 'take options from this TOML file, as in mem = "2G", disk = ["a.img"], '
+            "rng = true; those on the command line replace them, paths are relative to it",
+        },
+        "-S": {
+            **_FLAG,
+            "help": "don't let the guest run yet: pyvmm ctl PATH resume does (needs --control)",
+        },
+    },
     "output": {
         "--report": {
             "metavar": "FILE",
@@ -155,7 +166,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "--control": {
             "metavar": "PATH",
             "help": "listen on a Unix socket for JSON lines: status, pause, resume, dump-state, "
-            "convert, quit; pyvmm ctl PATH COMMAND sends one",
+            "convert, follow, quit; pyvmm ctl PATH COMMAND sends one",
         },
         "--core-dumps": {
             **_FLAG,
