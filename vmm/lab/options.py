@@ -13,6 +13,7 @@ from pathlib import Path
 
 from vmm.core.errors import UsageError
 from vmm.core.near import did_you_mean
+from vmm.core.suboptions import byte_size, unit_hint
 from vmm.lab import hosts
 
 _HOSTS = "\n".join(f"  --host {host.name:<17} {host.summary}" for host in hosts.HOSTS.values())
@@ -53,7 +54,7 @@ boot ("--append loglevel=7" shows all of it, dmesg has it anyway).
                            the rest of the line names. x86
 
   --exec PROGRAM ...       run this instead of pyvmm; takes the rest of the line
-  --lab-mem SIZE           the lab machine's memory (default 2048M)
+  --lab-mem SIZE           the lab machine's memory (default 2048M; 2G is the same)
   --lab-cpus N             its processors (default 2, for guests with several vCPUs 1: under QEMU's
                            emulation more are unreliable with them; bochs, arm64, pkvm 1)
   --lab-time-limit SECONDS end it after that long (default: no limit)
@@ -244,9 +245,10 @@ def _number(name: str, value: str, least: float) -> float:
 
 
 def _mebibytes(name: str, value: str) -> int:
-    units = {"": 1, "M": 1, "G": 1024}
-    digits = value.rstrip("MmGg")
-    unit = value[len(digits) :].upper()
-    if not digits.isdigit() or unit not in units or int(digits) * units[unit] < 256:
-        raise UsageError(f"{name} {value}: a size of at least 256M is needed, as in 2048M or 2G")
-    return int(digits) * units[unit]
+    size = byte_size(value)
+    if size is None or size < 256 << 20:
+        hint = "" if size is None else unit_hint(size)
+        raise UsageError(
+            f"{name} {value}: a size of at least 256M is needed, as in 2048M or 2G{hint}"
+        )
+    return size >> 20

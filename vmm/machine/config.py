@@ -9,7 +9,7 @@ from vmm.conversion.matrix import BACKINGS, FOR_LINUX, LOADABLE, backings_of
 from vmm.core.errors import UsageError
 from vmm.core.lean_typing import TYPE_CHECKING, NamedTuple, Protocol
 from vmm.core.ranges import PAGE_SIZE
-from vmm.core.suboptions import byte_size, size_text
+from vmm.core.suboptions import byte_size, size_text, unit_hint
 
 if TYPE_CHECKING:
     from vmm.arch.options import GuestOptions
@@ -22,7 +22,7 @@ KNOWN_BACKINGS = (None, "auto", *BACKINGS)
 
 
 def parse_size(text: str) -> int:
-    """A memory size in bytes: a number with K, M, G or T, without a unit in MiB.
+    """A memory size in bytes: a number with K, M, G or T, or of bytes.
 
     Raises UsageError for anything else.
     """
@@ -84,6 +84,8 @@ class MachineConfig(NamedTuple):
     devices: tuple[str, ...] = ()
     """The user's own devices, as --device names them: SPEC[,NAME=VALUE...]."""
     exit_handlers: tuple[str, ...] = ()
+    paused: bool = False
+    """Whether the guest waits for a resume before its first instruction."""
     core_dumps: bool = True
     """False: once guest memory is there, the process forbids core dumps of itself and debuggers
     of its own user. The command asks for that with private memory, unless it is told not to."""
@@ -115,12 +117,16 @@ class MachineConfig(NamedTuple):
         if ours is not self:
             ours.validate(limits)
             return
-        if self.memory % PAGE_SIZE:
-            raise UsageError(f"--mem {self.memory} bytes is not a multiple of {PAGE_SIZE}")
         if not SMALLEST_MEMORY <= self.memory <= limits.largest_memory:
             raise UsageError(
                 f"--mem {size_text(self.memory)} is out of range; "
                 f"use {SMALLEST_MEMORY >> 20}M to {limits.largest_memory >> 30}G"
+                f"{unit_hint(self.memory)}"
+            )
+        if self.memory % PAGE_SIZE:
+            raise UsageError(
+                f"--mem {self.memory} bytes is not a multiple of {PAGE_SIZE}; write "
+                f"{size_text(-(-self.memory // PAGE_SIZE) * PAGE_SIZE)}"
             )
         if not 1 <= self.cpus <= MAX_CPUS:
             raise UsageError(f"--cpus {self.cpus} is out of range; use 1 to {MAX_CPUS}")

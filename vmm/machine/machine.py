@@ -46,7 +46,9 @@ if TYPE_CHECKING:
     from vmm.control.console import Console
     from vmm.control.control_socket import ControlSocket
     from vmm.control.status_line import StatusLine
+    from vmm.conversion.events import EventFeed
     from vmm.conversion.lending import Lender
+    from vmm.conversion.observer import ConversionObserver
     from vmm.devices.virtio.iommu import VirtioIommu
     from vmm.machine.extensions import Extensions
     from vmm.machine.report_keys import Report
@@ -226,12 +228,18 @@ class Machine:
         make_console = Console if self._embedding is None else self._embedding.make_console
         self._console = make_console(on_quit=lambda: self.stop(Outcome(QUIT, "Ctrl-A x")))
         self._cleanup.callback(self._console.close)
+        observer: ConversionObserver | None = None if trace is None else trace.conversions
+        self._events: EventFeed | None = None
+        if self._control is not None or self._embedding is not None:
+            from vmm.conversion.events import EventFeed  # nobody follows most runs
+
+            observer = self._events = EventFeed(observer)
         self._converter = Converter(
             self._vm.memory,
             self._vm.scheme,
             *self._policies,
             wake_at=lambda due: self._loop.set_timer(due, self._converter.settle),
-            observer=None if trace is None else trace.conversions,
+            observer=observer,
         )
         iommu = self._make_lender() if self._config.iommu else None
         self._devices = Devices(
@@ -338,6 +346,7 @@ class Machine:
             self._loop,
             self.stop,
             None if self._lender is None else self._lender.as_dict,
+            self._events,
         )
         alone = self._embedding is None
         if alone:
@@ -346,6 +355,8 @@ class Machine:
         with live_view(self._loop, operations, self._status_line, self._control, signals=alone):
             try:
                 self._console.attach(self._loop, self._devices.board.serial)
+                if self._config.paused:
+                    operations.pause()
                 self._vcpus.start()
                 if self._devices.board.coalesces_output:
                     Stragglers(self._vcpus.runners[0], self._loop.set_timer).look()
@@ -360,6 +371,9 @@ class Machine:
                 self.stop(Outcome(STOPPED, "the device loop failed"))
                 operations.resume()  # no vCPU enters the guest, but one may wait for a device
                 self._end_vcpus()
+                if self._events is not None:
+                    ended = self._outcomes[0]
+                    self._events.note("ended", exit=ended.exit, reason=ended.reason)
                 self._console.restore()
         for runner in self._vcpus.runners:
             if runner.error is not None:
