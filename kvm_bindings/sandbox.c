@@ -24,7 +24,7 @@ static const struct { const char *name; int number; } pyvmm_calls[] = {
     PYVMM_CALL(fadvise64), PYVMM_CALL(fallocate), PYVMM_CALL(fcntl), PYVMM_CALL(fdatasync),
     PYVMM_CALL(flock), PYVMM_CALL(fstat), PYVMM_CALL(fstatfs), PYVMM_CALL(fsync),
     PYVMM_CALL(ftruncate), PYVMM_CALL(futex), PYVMM_CALL(getcwd), PYVMM_CALL(getdents64),
-    PYVMM_CALL(getegid), PYVMM_CALL(geteuid), PYVMM_CALL(getgid), PYVMM_CALL(getpeername),
+    PYVMM_CALL(getegid), PYVMM_CALL(geteuid), PYVMM_CALL(getgid), PYVMM_CALL(getpeername), PYVMM_CALL(getpgid),
     PYVMM_CALL(getpid), PYVMM_CALL(getppid), PYVMM_CALL(getrandom), PYVMM_CALL(getrusage),
     PYVMM_CALL(getsockname), PYVMM_CALL(getsockopt), PYVMM_CALL(gettid), PYVMM_CALL(gettimeofday),
     PYVMM_CALL(getuid), PYVMM_CALL(ioctl), PYVMM_CALL(kill), PYVMM_CALL(linkat), PYVMM_CALL(lseek),
@@ -47,7 +47,7 @@ static const struct { const char *name; int number; } pyvmm_calls[] = {
     PYVMM_CALL(writev),
 #ifdef __x86_64__ /* the older words for the same, which arm64 never had */
     PYVMM_CALL(access), PYVMM_CALL(alarm), PYVMM_CALL(arch_prctl), PYVMM_CALL(dup2),
-    PYVMM_CALL(epoll_wait), PYVMM_CALL(getdents), PYVMM_CALL(link), PYVMM_CALL(lstat),
+    PYVMM_CALL(epoll_wait), PYVMM_CALL(getdents), PYVMM_CALL(getpgrp), PYVMM_CALL(link), PYVMM_CALL(lstat),
     PYVMM_CALL(mkdir), PYVMM_CALL(open), PYVMM_CALL(pipe), PYVMM_CALL(poll), PYVMM_CALL(readlink),
     PYVMM_CALL(rename), PYVMM_CALL(renameat), PYVMM_CALL(select), PYVMM_CALL(stat),
     PYVMM_CALL(time), PYVMM_CALL(unlink),

@@ -132,6 +132,21 @@ def test_killed_run_leaves_no_socket_behind(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_socket()) == []
 
 
+def test_policy_that_wants_what_is_refused_is_told_how_to_get_it_back(tmp_path: Path) -> None:
+    (tmp_path / "log.py").write_text(
+        "from vmm.policy import Policy\n"
+        "class Log(Policy):\n"
+        "    def on_share(self, event, view):\n"
+        "        open('log.txt', 'w')\n"
+    )
+
+    done = command.run("--private-mem", "--policy", "log.py:Log", cwd=tmp_path, env=_environment())
+
+    assert done.returncode == 1
+    assert b"--allow-path PATH gives a file or folder back" in done.stderr
+    assert b"log.py" in done.stderr
+
+
 def test_earlier_report_goes_when_the_new_one_is_there(tmp_path: Path) -> None:
     (tmp_path / "r.json").write_text("earlier")
 

@@ -60,6 +60,11 @@ def _executable_memory() -> None:
     mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC).close()
 
 
+def _pipe() -> None:
+    for fd in os.pipe():
+        os.close(fd)
+
+
 def _limit() -> None:
     import resource
 
@@ -106,7 +111,7 @@ ATTEMPTS: dict[str, Callable[[], object]] = {
     "a thread": _thread,
     "a module of Python's": lambda: __import__("xml.dom.minidom"),
     "a compiled module": lambda: __import__("_elementtree"),
-    "a pipe": lambda: [os.close(fd) for fd in os.pipe()],
+    "a pipe": _pipe,
     "time": lambda: __import__("time").localtime(),
     "random": lambda: os.urandom(8),
     "allowed file": lambda: open("allowed/file.txt", "w").close(),

@@ -202,6 +202,7 @@ class Machine:
         self._sandbox = enter(
             config.sandbox,
             kept=kept_descriptors(),
+            output=self._console.output_fd,
             folders=() if config.trace is None else (config.trace,),
             paths=config.allowed_paths,
             maps=config.allow_mapped_io,
@@ -432,6 +433,11 @@ class Machine:
 
         self._signals.close()  # Ctrl-C is the prompt's
         show(error, prompt=self._config.debug_shell)
+        if self._sandbox is not None and isinstance(error.__cause__, PermissionError):
+            tell(
+                "policies are in the sandbox: --allow-path PATH gives a file or folder back, "
+                "--sandbox=off everything"
+            )
 
     def _write_report(self, outcome: Outcome, wall_seconds: float) -> None:
         counts: dict[str, int] = {}

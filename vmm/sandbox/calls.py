@@ -50,7 +50,8 @@ ALWAYS = _names(
     "munmap mremap madvise brk rt_sigaction rt_sigprocmask rt_sigreturn rt_sigtimedwait "
     "sigaltstack alarm arch_prctl "
     # Who it is.
-    "getpid gettid getppid getuid geteuid getgid getegid getrandom getrusage uname sysinfo "
+    "getpid gettid getppid getuid geteuid getgid getegid getpgid getpgrp getrandom getrusage "
+    "uname sysinfo "
     # Callers and back ends that are connected.
     "recvfrom sendto sendmsg shutdown getsockopt setsockopt getsockname getpeername accept4 flock "
     # Of no use without a right of Landlock's to the folder.
@@ -91,6 +92,8 @@ class Needs(NamedTuple):
     pid: int
     kept: Sequence[int] = ()
     """File descriptors that nobody may map: disks, guest memory, the standard ones."""
+    outputs: Sequence[int] = (1, 2)
+    """Those that may get another file put in their place: a console that nobody reads."""
     maps: bool = False
     """Whether a disk is read and written through mappings after all (io=mmap)."""
     connects: bool = False
@@ -136,8 +139,8 @@ def conditional(needs: Needs) -> dict[str, Alternatives]:
         "kill": own,
         "process_vm_readv": own,
         "process_vm_writev": own,
-        "dup2": [[Condition(1, _WORD, (0, 1, 2))]],  # a stdout that nobody reads is let go of
-        "dup3": [[Condition(1, _WORD, (0, 1, 2))]],
+        "dup2": [[Condition(1, _WORD, needs.outputs)]],
+        "dup3": [[Condition(1, _WORD, needs.outputs)]],
         "openat": [opened],
         "open": [[condition._replace(argument=1) for condition in opened]],
     }

@@ -41,6 +41,7 @@ def enter(
     mode: str,
     *,
     kept: Sequence[int],
+    output: int | None = None,
     folders: Sequence[str] = (),
     paths: Sequence[str] = (),
     maps: bool = False,
@@ -48,7 +49,8 @@ def enter(
 ) -> Sandbox:
     """Give up all system calls and files but those of vmm.sandbox.calls and vmm.sandbox.paths.
 
-    `kept`: descriptors that nobody may map from now on; `folders`: where the run writes files of
+    `kept`: descriptors that nobody may map from now on; `output`: the console's, which may get
+    another file put in its place; `folders`: where the run writes files of
     its own; `paths`: what the user gives back, to read and write; `maps`: a disk is used through
     mappings; `connects`: a device connects to Unix sockets. Threads that run already get the
     system calls' part only. Raises HostError where `mode` is "on" and the kernel can't do it.
@@ -68,7 +70,10 @@ def enter(
                 "--sandbox=on: this kernel has no Landlock, or it is switched off; use "
                 "--sandbox=auto, which does without"
             )
-        needs = Needs(os.getpid(), (0, 1, 2, *kept), maps, connects, writes, landlock=version > 0)
+        outputs = (1, 2) if output is None else (1, 2, output)
+        needs = Needs(
+            os.getpid(), (0, *outputs, *kept), outputs, maps, connects, writes, version > 0
+        )
         sandbox.seccomp(seccomp.allow_only(allowed(needs), conditional(needs)), all_threads=True)
     except KvmError as error:
         if mode == "on" or error.errno not in sandbox.NOT_HERE:

@@ -67,8 +67,8 @@ def test_every_call_of_the_tables_is_known_to_the_bindings() -> None:
     """A name that isn't would silently be left out of the filters."""
     only_x86 = {
         "access", "alarm", "arch_prctl", "dup2", "epoll_wait", "getdents", "link", "lstat",
-        "mkdir", "open", "pipe", "poll", "readlink", "rename", "renameat", "select", "stat",
-        "time", "unlink",
+        "getpgrp", "mkdir", "open", "pipe", "poll", "readlink", "rename", "renameat", "select",
+        "stat", "time", "unlink",
     }  # fmt: skip
     named = calls.ALWAYS | calls.ON_FOLDERS | calls.WORKER | calls.NOT_FOR_VCPUS
     named |= set(calls.conditional(Needs(1, connects=True)))
@@ -140,6 +140,13 @@ def test_opening_for_writing_needs_landlock_or_is_refused() -> None:
     assert verdict(of_loop(), number("openat"), 0, 0, create) == EPERM
     assert verdict(without, number("openat"), 0, 0, write) == EPERM
     assert verdict(without, number("openat"), 0, 0, 0) == ALLOW
+
+
+def test_descriptor_is_put_in_the_place_of_an_output_only() -> None:
+    program = of_loop(NEEDS._replace(outputs=(1, 2, 12)))
+
+    assert verdict(program, number("dup3"), 5, 12) == ALLOW
+    assert verdict(program, number("dup3"), 5, 9) == EPERM
 
 
 def test_only_unix_sockets_and_only_where_a_device_connects() -> None:
