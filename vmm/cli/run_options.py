@@ -187,6 +187,19 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             "help": "with private memory, let the process leave core files and be debugged; guest "
             "memory itself is in no core file in any case",
         },
+        "--sandbox": {
+            "metavar": "auto|on|off",
+            "default": "auto",
+            "help": "before the guest runs, pyvmm gives up opening files, starting programs, "
+            "connecting and so on (seccomp and Landlock), its policies too; on: refuse to run "
+            "where the kernel can't take all of that away (default auto: what it can)",
+        },
+        "--allow-path": {
+            "metavar": "PATH",
+            **_SEVERAL,
+            "help": "a file or folder that a policy may still open in the sandbox, to read and "
+            "write; may be given several times",
+        },
         "--debug": {**_FLAG, "help": "show a traceback for errors, for bug reports"},
     },
 }

@@ -19,6 +19,7 @@ SMALLEST_MEMORY = 4 << 20
 MAX_CPUS = 64
 KNOWN_SCHEMES = ("auto", *matrix.SCHEMES)
 KNOWN_BACKINGS = (None, "auto", *BACKINGS)
+SANDBOXES = ("auto", "on", "off")
 
 
 def parse_size(text: str) -> int:
@@ -90,6 +91,13 @@ class MachineConfig(NamedTuple):
     """False: once guest memory is there, the process forbids core dumps of itself and debuggers
     of its own user. The command asks for that with private memory, unless it is told not to."""
 
+    sandbox: str = "off"
+    """What the process gives up before the guest runs: "auto" (what the kernel can take away),
+    "on" (all of it, or the run is refused), "off". The command says "auto"; a program that a
+    machine is a part of keeps its rights."""
+    allowed_paths: tuple[str, ...] = ()
+    """Files and folders that stay within reach in the sandbox, to read and write."""
+
     def guest_options(self) -> GuestOptions:
         """What the guest's architecture has to know of it."""
         from vmm.arch.options import GuestOptions  # not before there is a guest
@@ -142,8 +150,15 @@ class MachineConfig(NamedTuple):
         if self.debug_shell and not self.policies:
             raise UsageError("--debug-shell needs --policy: it opens where a policy raises")
         self._validate_private_memory(limits)
+        self._validate_sandbox()
         if self.iommu:
             self._validate_iommu(limits)
+
+    def _validate_sandbox(self) -> None:
+        if self.sandbox not in SANDBOXES:
+            raise UsageError(f"--sandbox={self.sandbox} is unknown; use {', '.join(SANDBOXES)}")
+        if self.allowed_paths and self.sandbox == "off":
+            raise UsageError("--allow-path: nothing is out of reach with --sandbox=off")
 
     def _validate_iommu(self, limits: Limits) -> None:
         if limits.name != "x86_64":

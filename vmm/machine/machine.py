@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from contextlib import ExitStack
 from functools import partial
@@ -49,11 +50,13 @@ if TYPE_CHECKING:
     from vmm.conversion.events import EventFeed
     from vmm.conversion.lending import Lender
     from vmm.conversion.observer import ConversionObserver
+    from vmm.core.unix_listener import UnixListener
     from vmm.devices.virtio.iommu import VirtioIommu
     from vmm.machine.extensions import Extensions
     from vmm.machine.report_keys import Report
     from vmm.machine.tracing import RunTrace
     from vmm.memory.aliased_memory import Announce
+    from vmm.sandbox.enter import Sandbox
 
 _PANIC_TEXT = b"Kernel panic - not syncing"
 _REBOOT_TEXT = b"reboot: Restarting system"
@@ -104,6 +107,7 @@ class Machine:
         self._unshared: set[str] = set()
         self._vcpus = VcpuGroup()
         self._abandoned = False
+        self._sandbox: Sandbox | None = None
         self.report: Report | None = None
         """The report, once the run is over."""
 
@@ -127,6 +131,7 @@ class Machine:
                 raise HostError(in_words(error)) from error
             if self._report_file is not None:
                 self._report_file.begin()
+            self._enter_sandbox()
             outcome = None
             try:
                 outcome = self._refusal_to_boot() or self._run_guest()
@@ -173,6 +178,54 @@ class Machine:
         self._report_file = None if config.report is None else ReportFile(config.report)
         if self._report_file is not None:
             self._cleanup.callback(self._report_file.close)
+        if config.sandbox != "off":
+            self._leave_somebody_outside()
+
+    def _leave_somebody_outside(self) -> None:
+        """What the run has to do with paths at its end is for a process that keeps its rights."""
+        from vmm.sandbox.enter import require_paths
+
+        require_paths(self._config.allowed_paths)
+        # Not imported where nothing listens.
+        sockets = sys.modules.get("vmm.core.unix_listener")
+        listeners: list[UnixListener] = [] if sockets is None else sockets.listening()
+        report = self._report_file
+        replaced = report if report is not None and report.is_replaced else None
+        if replaced is None and not listeners:
+            return
+        from vmm.sandbox.outside import Outside
+
+        def write(message: bytes) -> None:
+            assert replaced is not None
+            replaced.replace(message)
+
+        def last() -> None:
+            for listener in listeners:
+                listener.remove()
+
+        outside = Outside(write, last, [listener.fd for listener in listeners])
+        self._cleanup.callback(outside.close)
+        if replaced is not None:
+            replaced.through = outside.write
+
+    def _enter_sandbox(self) -> None:
+        """Everything is open: give up what the run doesn't need any more."""
+        config = self._config
+        if config.sandbox == "off":
+            return
+        from vmm.sandbox.enter import enter, enter_vcpu, kept_descriptors
+
+        self._sandbox = enter(
+            config.sandbox,
+            kept=kept_descriptors(),
+            output=self._console.output_fd,
+            folders=() if config.trace is None else (config.trace,),
+            paths=config.allowed_paths,
+            maps=config.allow_mapped_io,
+            connects=config.vsock is not None,
+        )
+        if self._sandbox.seccomp:
+            self._vcpus.at_start = enter_vcpu
 
     def _make_guest(self, images: OpenedImages) -> Guest:
         options = self._config.guest_options()
@@ -419,6 +472,11 @@ class Machine:
 
         self._signals.close()  # Ctrl-C is the prompt's
         show(error, prompt=self._config.debug_shell)
+        if self._sandbox is not None and isinstance(error.__cause__, PermissionError):
+            tell(
+                "policies are in the sandbox: --allow-path PATH gives a file or folder back, "
+                "--sandbox=off everything"
+            )
 
     def _write_report(self, outcome: Outcome, wall_seconds: float) -> None:
         counts: dict[str, int] = {}
@@ -443,6 +501,13 @@ class Machine:
         )
         if self._guest.launch is not None:
             self.report["launch"] = self._guest.launch
+        if self._config.sandbox != "off":
+            kept = self._sandbox
+            self.report["sandbox"] = kept and {
+                "seccomp": kept.seccomp,
+                "landlock": kept.landlock,
+                "paths": list(kept.paths),
+            }
         if self._lender is not None:
             self.report["iommu"] = self._lender.as_dict()
         if self._report_file is not None:
