@@ -34,6 +34,7 @@ class _OpenGate:
     """Nobody is ever parked; a runner that is to stop is told so."""
 
     lock: AbstractContextManager[Any] = nullcontext()
+    settles = False
 
     def has_left(self) -> None:
         """Nobody waits for it."""

@@ -163,6 +163,8 @@ def _configuration(arguments: Sequence[str], machine: str | None = None) -> Mach
         debug_shell=options.debug_shell,
         status=options.status,
         control=options.control,
+        gdb=options.gdb,
+        gdb_sees_private=options.gdb_sees_private,
         core_dumps=options.core_dumps or options.private_mem is None,
     )
     config.validate(architecture(machine))

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from vmm.control.status_line import StatusLine
     from vmm.conversion.lending import Lender
     from vmm.devices.virtio.iommu import VirtioIommu
+    from vmm.machine.debugger import Debugger
     from vmm.machine.tracing import RunTrace
     from vmm.memory.aliased_memory import Announce
 
@@ -154,6 +155,12 @@ class Machine:
 
             self._control = ControlSocket(config.control)
             self._cleanup.callback(self._control.close)
+        self._debugger: Debugger | None = None
+        if config.gdb is not None:
+            from vmm.machine.debugger import Debugger
+
+            self._debugger = Debugger(config.gdb, sees_private=config.gdb_sees_private)
+            self._cleanup.callback(self._debugger.close)
         self._report_file = None if config.report is None else ReportFile(config.report)
         if self._report_file is not None:
             self._cleanup.callback(self._report_file.close)
@@ -242,6 +249,9 @@ class Machine:
         self._handlers = self._vm.platform.exit_handlers(
             self._devices.board, self._vm.memory, self._converter, self.stop
         )
+        if self._debugger is not None:
+            watch, table = self._watcher("gdb"), self._handlers.table
+            self._debugger.connect(self._architecture, self._vm, self._vcpus, watch, table)
         if trace is not None:
             self._handlers.table = trace.exits(self._handlers.table)
 
@@ -320,7 +330,12 @@ class Machine:
         if alone:
             # Beyond the guest's end: a signal must not cost the report.
             self._signals.enter_context(signals.installed())
-        with live_view(self._loop, operations, self._status_line, self._control, signals=alone):
+        with ExitStack() as live:
+            live.enter_context(
+                live_view(self._loop, operations, self._status_line, self._control, signals=alone)
+            )
+            if self._debugger is not None:
+                live.enter_context(self._debugger.serving(self._loop, self.stop))
             try:
                 self._console.attach(self._loop, self._devices.board.serial)
                 self._vcpus.start()
@@ -337,6 +352,8 @@ class Machine:
                 self.stop(Outcome(STOPPED, "the device loop failed"))
                 operations.resume()  # no vCPU enters the guest, but one may wait for a device
                 self._end_vcpus()
+                if self._debugger is not None:
+                    self._debugger.ended(self._outcomes[0])
                 self._console.restore()
         for runner in self._vcpus.runners:
             if runner.error is not None:
@@ -406,6 +423,8 @@ class Machine:
             self.report["launch"] = self._guest.launch
         if self._lender is not None:
             self.report["iommu"] = self._lender.as_dict()
+        if self._debugger is not None:
+            self.report["gdb"] = self._debugger.as_dict()
         if self._report_file is not None:
             self._report_file.write(self.report)
 
@@ -425,7 +444,8 @@ class Machine:
         self.stop(reset_outcome(self._console.tail()))
 
     def _press_power_button(self) -> bool:
-        return not self._vcpus.paused and self._devices.board.press_power_button()
+        stands_still = self._vcpus.paused or self._vcpus.frozen
+        return not stands_still and self._devices.board.press_power_button()
 
     def _continued(self) -> None:
         """The process was stopped, as by Ctrl-Z in a shell, and goes on."""
