@@ -5,10 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import textwrap
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -239,12 +237,3 @@ def test_console_may_be_a_file_or_a_pseudo_terminal() -> None:
         said = os.read(terminal, 4096)
         os.close(terminal)
     assert b"pyvmm payload" in said
-
-
-def test_readmes_program_runs_as_it_stands(capfd: pytest.CaptureFixture[str]) -> None:
-    text = (Path(__file__).parents[2] / "README.md").read_text()
-    section = text.partition("## A machine in your program\n")[2].partition("\n`vmm` is")[0]
-
-    exec(textwrap.dedent(section), {})
-
-    assert capfd.readouterr().out.startswith("poweroff ")

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 LAYERS = (
     {"core"},
+    {"sandbox"},
     {"memory"},
     {"policy", "devices", "boot", "trace"},
     {"conversion"},
@@ -26,19 +27,20 @@ LAYERS = (
     {"control", "replay"},
     {"machine"},
     {"selftest", "library"},
-    {"bench"},
+    {"bench", "scenario"},
     {"cli"},
     {"examples"},  # programs of their own: nothing imports them
 )
 ARCHITECTURES = {"arch.x86_64", "arch.aarch64"}
 ALIASES = {"__main__": "cli"}  # `python -m vmm` is the command
 BINDINGS_USERS = {
-    "conversion", "exits", "wiring", "host", "arch", "machine", "selftest", "bench", "cli",
+    "sandbox", "conversion", "exits", "wiring", "host", "arch", "machine", "selftest", "bench",
+    "cli",
 }  # fmt: skip
 # Of an architecture only what talks to KVM; the rest is encodings: data in, bytes and values out.
 ARCHITECTURES_KVM = {
     "architecture", "platform", "board", "exits", "gic", "guest_cpu", "page_tables", "micro_guest",
-    "probes", "capabilities",
+    "probes", "capabilities", "debug",
 }  # fmt: skip
 FIRMWARE_USERS = {"arch.x86_64", "arch.aarch64", "bench", "cli"}
 

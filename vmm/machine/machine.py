@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from contextlib import ExitStack
 from functools import partial
@@ -46,12 +47,17 @@ if TYPE_CHECKING:
     from vmm.control.console import Console
     from vmm.control.control_socket import ControlSocket
     from vmm.control.status_line import StatusLine
+    from vmm.conversion.events import EventFeed
     from vmm.conversion.lending import Lender
+    from vmm.conversion.observer import ConversionObserver
+    from vmm.core.unix_listener import UnixListener
     from vmm.devices.virtio.iommu import VirtioIommu
+    from vmm.machine.debugger import Debugger
     from vmm.machine.extensions import Extensions
     from vmm.machine.report_keys import Report
     from vmm.machine.tracing import RunTrace
     from vmm.memory.aliased_memory import Announce
+    from vmm.sandbox.enter import Sandbox
 
 _PANIC_TEXT = b"Kernel panic - not syncing"
 _REBOOT_TEXT = b"reboot: Restarting system"
@@ -102,6 +108,7 @@ class Machine:
         self._unshared: set[str] = set()
         self._vcpus = VcpuGroup()
         self._abandoned = False
+        self._sandbox: Sandbox | None = None
         self.report: Report | None = None
         """The report, once the run is over."""
 
@@ -125,6 +132,7 @@ class Machine:
                 raise HostError(in_words(error)) from error
             if self._report_file is not None:
                 self._report_file.begin()
+            self._enter_sandbox()
             outcome = None
             try:
                 outcome = self._refusal_to_boot() or self._run_guest()
@@ -168,9 +176,63 @@ class Machine:
 
             self._control = ControlSocket(config.control)
             self._cleanup.callback(self._control.close)
+        self._debugger: Debugger | None = None
+        if config.gdb is not None:
+            from vmm.machine.debugger import Debugger
+
+            self._debugger = Debugger(config.gdb, sees_private=config.gdb_sees_private)
+            self._cleanup.callback(self._debugger.close)
         self._report_file = None if config.report is None else ReportFile(config.report)
         if self._report_file is not None:
             self._cleanup.callback(self._report_file.close)
+        if config.sandbox != "off":
+            self._leave_somebody_outside()
+
+    def _leave_somebody_outside(self) -> None:
+        """What the run has to do with paths at its end is for a process that keeps its rights."""
+        from vmm.sandbox.enter import require_paths
+
+        require_paths(self._config.allowed_paths)
+        # Not imported where nothing listens.
+        sockets = sys.modules.get("vmm.core.unix_listener")
+        listeners: list[UnixListener] = [] if sockets is None else sockets.listening()
+        report = self._report_file
+        replaced = report if report is not None and report.is_replaced else None
+        if replaced is None and not listeners:
+            return
+        from vmm.sandbox.outside import Outside
+
+        def write(message: bytes) -> None:
+            assert replaced is not None
+            replaced.replace(message)
+
+        def last() -> None:
+            for listener in listeners:
+                listener.remove()
+
+        outside = Outside(write, last, [listener.fd for listener in listeners])
+        self._cleanup.callback(outside.close)
+        if replaced is not None:
+            replaced.through = outside.write
+
+    def _enter_sandbox(self) -> None:
+        """Everything is open: give up what the run doesn't need any more."""
+        config = self._config
+        if config.sandbox == "off":
+            return
+        from vmm.sandbox.enter import enter, enter_vcpu, kept_descriptors
+
+        self._sandbox = enter(
+            config.sandbox,
+            kept=kept_descriptors(),
+            output=self._console.output_fd,
+            folders=() if config.trace is None else (config.trace,),
+            paths=config.allowed_paths,
+            maps=config.allow_mapped_io,
+            connects=config.vsock is not None,
+        )
+        if self._sandbox.seccomp:
+            self._vcpus.at_start = enter_vcpu
 
     def _make_guest(self, images: OpenedImages) -> Guest:
         options = self._config.guest_options()
@@ -226,12 +288,18 @@ class Machine:
         make_console = Console if self._embedding is None else self._embedding.make_console
         self._console = make_console(on_quit=lambda: self.stop(Outcome(QUIT, "Ctrl-A x")))
         self._cleanup.callback(self._console.close)
+        observer: ConversionObserver | None = None if trace is None else trace.conversions
+        self._events: EventFeed | None = None
+        if self._control is not None or self._embedding is not None:
+            from vmm.conversion.events import EventFeed  # nobody follows most runs
+
+            observer = self._events = EventFeed(observer)
         self._converter = Converter(
             self._vm.memory,
             self._vm.scheme,
             *self._policies,
             wake_at=lambda due: self._loop.set_timer(due, self._converter.settle),
-            observer=None if trace is None else trace.conversions,
+            observer=observer,
         )
         iommu = self._make_lender() if self._config.iommu else None
         self._devices = Devices(
@@ -262,6 +330,9 @@ class Machine:
             from vmm.exits.own import with_own
 
             self._handlers.table = with_own(self._handlers.table, self._own.exits)
+        if self._debugger is not None:
+            watch, table = self._watcher("gdb"), self._handlers.table
+            self._debugger.connect(self._architecture, self._vm, self._vcpus, watch, table)
         if trace is not None:
             self._handlers.table = trace.exits(self._handlers.table)
 
@@ -338,14 +409,22 @@ class Machine:
             self._loop,
             self.stop,
             None if self._lender is None else self._lender.as_dict,
+            self._events,
         )
         alone = self._embedding is None
         if alone:
             # Beyond the guest's end: a signal must not cost the report.
             self._signals.enter_context(signals.installed())
-        with live_view(self._loop, operations, self._status_line, self._control, signals=alone):
+        with ExitStack() as live:
+            live.enter_context(
+                live_view(self._loop, operations, self._status_line, self._control, signals=alone)
+            )
+            if self._debugger is not None:
+                live.enter_context(self._debugger.serving(self._loop, self.stop))
             try:
                 self._console.attach(self._loop, self._devices.board.serial)
+                if self._config.paused:
+                    operations.pause()
                 self._vcpus.start()
                 if self._devices.board.coalesces_output:
                     Stragglers(self._vcpus.runners[0], self._loop.set_timer).look()
@@ -360,6 +439,11 @@ class Machine:
                 self.stop(Outcome(STOPPED, "the device loop failed"))
                 operations.resume()  # no vCPU enters the guest, but one may wait for a device
                 self._end_vcpus()
+                if self._events is not None:
+                    ended = self._outcomes[0]
+                    self._events.note("ended", exit=ended.exit, reason=ended.reason)
+                if self._debugger is not None:
+                    self._debugger.ended(self._outcomes[0])
                 self._console.restore()
         for runner in self._vcpus.runners:
             if runner.error is not None:
@@ -405,6 +489,11 @@ class Machine:
 
         self._signals.close()  # Ctrl-C is the prompt's
         show(error, prompt=self._config.debug_shell)
+        if self._sandbox is not None and isinstance(error.__cause__, PermissionError):
+            tell(
+                "policies are in the sandbox: --allow-path PATH gives a file or folder back, "
+                "--sandbox=off everything"
+            )
 
     def _write_report(self, outcome: Outcome, wall_seconds: float) -> None:
         counts: dict[str, int] = {}
@@ -429,8 +518,17 @@ class Machine:
         )
         if self._guest.launch is not None:
             self.report["launch"] = self._guest.launch
+        if self._config.sandbox != "off":
+            kept = self._sandbox
+            self.report["sandbox"] = kept and {
+                "seccomp": kept.seccomp,
+                "landlock": kept.landlock,
+                "paths": list(kept.paths),
+            }
         if self._lender is not None:
             self.report["iommu"] = self._lender.as_dict()
+        if self._debugger is not None:
+            self.report["gdb"] = self._debugger.as_dict()
         if self._report_file is not None:
             self._report_file.write(self.report)
 
@@ -450,7 +548,8 @@ class Machine:
         self.stop(reset_outcome(self._console.tail()))
 
     def _press_power_button(self) -> bool:
-        return not self._vcpus.paused and self._devices.board.press_power_button()
+        stands_still = self._vcpus.paused or self._vcpus.frozen
+        return not stands_still and self._devices.board.press_power_button()
 
     def _continued(self) -> None:
         """The process was stopped, as by Ctrl-Z in a shell, and goes on."""
