@@ -37,6 +37,11 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
         "signal, the terminal or a standard stream.",
         ("Machine", "MachineConfig", "Outcome", "Report"),
     ),
+    "Events": (
+        "`for event in machine.events(): ...` in any thread; ask for them before `start`. A "
+        "`MachineEvent` is one of the four. A machine that nobody follows notes nothing.",
+        ("Events", "Requested", "Changed", "Noted", "Lost"),
+    ),
     "Guest memory": ("", ("Kind", "Range", "PageState")),
     "Policies": (
         "Decisions and events are in [vmm.policy](policies.md).",

@@ -125,6 +125,13 @@ class SandboxKept(TypedDict):
     paths: list[str]
 
 
+class Debugged(TypedDict):
+    """How often a debugger attached, and stopped the guest."""
+
+    attached: int
+    stops: int
+
+
 class Report(TypedDict):
     """What a run did (`--report`)."""
 
@@ -148,7 +155,7 @@ class Report(TypedDict):
     """Of a guest that loads itself: what its launch measures."""
     iommu: NotRequired[dict[str, Any]]
     """What the guest has lent to its devices."""
-    gdb: NotRequired[dict[str, Any]]
+    gdb: NotRequired[Debugged]
     """What a debugger did (`--gdb`)."""
     sandbox: NotRequired[SandboxKept | None]
     """Of a run in a sandbox; None where it ended before that."""
