@@ -82,12 +82,12 @@ def test_scenario_without_a_policy_gets_what_it_asks_for() -> None:
 
 def test_figures_have_the_keys_of_a_replay(tmp_path: Any) -> None:
     from tests.unit.replay.test_replay import events, replayed
-    from vmm.cli.replay import _replayed
+    from vmm.replay.figures import replayed as figures_of
 
     def guest(guest: Guest) -> Steps:
         yield Share(area(1))
 
-    assert list(done(by=guest).figures) == list(_replayed(replayed(events(), tmp_path), 1))
+    assert list(done(by=guest).figures) == list(figures_of(replayed(events(), tmp_path), 1))
 
 
 def test_mean_of_shared_bytes_is_over_the_time_that_passed() -> None:
