@@ -35,6 +35,10 @@ class Gate(Protocol):
     def lock(self) -> AbstractContextManager[Any]:
         """Re-entrant: a signal handler on the main thread may stop vCPUs at any moment."""
 
+    @property
+    def at_start(self) -> Callable[[], None] | None:
+        """What a vCPU's thread does first."""
+
     def has_left(self) -> None: ...
     def admit(self, runner: VcpuRunner) -> bool: ...
 
@@ -123,6 +127,8 @@ class VcpuRunner:
         run, coalesced = vcpu.run, self._handlers.coalesced
         gate = self._gate
         try:
+            if gate.at_start is not None:
+                gate.at_start()
             while True:
                 # Said before looking, as who summons looks after saying so: one sees the other.
                 self.in_guest = True

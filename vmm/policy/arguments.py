@@ -4,7 +4,6 @@ and whether its hooks can be called."""
 from __future__ import annotations
 
 import inspect
-import re
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -13,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal, Union
 
 from vmm.core.errors import UsageError
 from vmm.core.near import did_you_mean
+from vmm.core.suboptions import byte_size
 
 if TYPE_CHECKING:
     from vmm.policy.protocol import Policy
 
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _FLAGS = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
 
 
@@ -140,10 +139,11 @@ def _choices(wanted: Any, text: str) -> list[Any]:
 
 
 def _integer(text: str) -> int:
-    """A number, or a size as in 80M."""
-    match = re.fullmatch(r"(-?[0-9][0-9_]*)([KMGT]?)", text, re.ASCII | re.IGNORECASE)
-    if match:
-        return int(match[1]) * _UNITS[match[2].upper()]
+    """A number, or a size as in 80M, which is written as everywhere else."""
+    digits = text.removeprefix("-")
+    size = byte_size(digits.replace("_", "")) if digits[:1].isdigit() else None
+    if size is not None:
+        return -size if text.startswith("-") else size
     return int(text, 0)
 
 
