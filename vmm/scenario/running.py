@@ -170,6 +170,8 @@ class _Run:
         self._shared = self._peak = self._memory.shared_bytes
         self._shared_since = 0.0
         self._byte_seconds = 0.0
+        self._deferred = 0
+        self._deferred_byte_seconds = 0.0
         self._vcpus: list[_Vcpu] = []
 
     # -- the converter's side -----------------------------------------------------------------
@@ -213,8 +215,12 @@ class _Run:
     def changed(self, areas: Sequence[Range], state: PageState, began: int) -> None:
         """Part of being a ConversionObserver."""
         now = self._now
-        self._byte_seconds += self._shared * (now - self._shared_since)
+        passed = now - self._shared_since
+        self._byte_seconds += self._shared * passed
         self._shared_since = now
+        if self._deferred or state is PageState.DEFERRED:
+            self._deferred_byte_seconds += self._deferred * passed
+            self._deferred = self._memory.bytes_in(PageState.DEFERRED)
         self._shared = shared = self._memory.shared_bytes
         self._peak = max(self._peak, shared)
         size = areas[0][1] if len(areas) == 1 else sum(area.size for area in areas)
@@ -419,7 +425,9 @@ class _Run:
     def result(self) -> Result:
         decisions = {_WORDS[each]: count for each, count in self._decisions.items()}
         until = self._now
-        byte_seconds = self._byte_seconds + self._shared * (until - self._shared_since)
+        passed = until - self._shared_since
+        byte_seconds = self._byte_seconds + self._shared * passed
+        deferred = self._deferred_byte_seconds + self._deferred * passed
         figures: dict[str, float] = {
             "requests": sum(decisions.values()),
             "denied": decisions["deny"] + decisions["kill"],
@@ -436,6 +444,7 @@ class _Run:
             "lent_bytes_peak": 0,
             "shared_bytes_peak": self._peak,
             "shared_bytes_mean": round(byte_seconds / until) if until else self._shared,
+            "deferred_bytes_mean": round(deferred / until) if until else self._deferred,
             "guest_ns": self._guest_ns,
             "host_ns": self._host_ns,
         }

@@ -85,12 +85,12 @@ def test_scenario_without_a_policy_gets_what_it_asks_for() -> None:
 
 def test_figures_have_the_keys_of_a_replay(tmp_path: Any) -> None:
     from tests.unit.replay.test_replay import events, replayed
-    from vmm.cli.replay import _replayed
+    from vmm.replay.figures import replayed as figures
 
     def guest(guest: Guest) -> Steps:
         yield Share(area(1))
 
-    assert list(done(by=guest).figures) == list(_replayed(replayed(events(), tmp_path), 1))
+    assert list(done(by=guest).figures) == list(figures(replayed(events(), tmp_path), 1))
 
 
 def test_mean_of_shared_bytes_is_over_the_time_that_passed() -> None:
@@ -171,6 +171,7 @@ def test_deferred_discard_falls_due_while_the_guest_waits() -> None:
     assert (figures["deferred"], figures["late_discards"]) == (1, 1)
     assert figures["guest_ns"] == 1000 + 500  # the unshare costs it nothing but the asking
     assert figures["host_ns"] == 3000 + 4 * PAGE_SIZE - 500
+    assert figures["deferred_bytes_mean"] == pytest.approx(0.1 * 4 * PAGE_SIZE, rel=0.001)
 
 
 def test_partial_and_wider_conversions_are_counted_as_in_a_replay() -> None:
