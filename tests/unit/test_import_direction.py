@@ -40,7 +40,7 @@ BINDINGS_USERS = {
 # Of an architecture only what talks to KVM; the rest is encodings: data in, bytes and values out.
 ARCHITECTURES_KVM = {
     "architecture", "platform", "board", "exits", "gic", "guest_cpu", "page_tables", "micro_guest",
-    "probes", "capabilities",
+    "probes", "capabilities", "debug",
 }  # fmt: skip
 FIRMWARE_USERS = {"arch.x86_64", "arch.aarch64", "bench", "cli"}
 

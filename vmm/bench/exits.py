@@ -35,6 +35,7 @@ class _OpenGate:
 
     lock: AbstractContextManager[Any] = nullcontext()
     at_start: Callable[[], None] | None = None
+    settles = False
 
     def has_left(self) -> None:
         """Nobody waits for it."""

@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from vmm.cli import process
 from vmm.cli.run_options import parse
 from vmm.core.errors import HostError, PyvmmError, UsageError, in_words, limit_met, tell
 from vmm.core.lean_typing import TYPE_CHECKING, NoReturn
@@ -31,10 +32,6 @@ _COMMANDS = (
     "completion",
     "help",
 )
-
-
-_is_whole_process = False
-"""Whether the process is the command's, so that it may give up its rights for good."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -163,6 +160,8 @@ def _configuration(arguments: Sequence[str], machine: str | None = None) -> Mach
         debug_shell=options.debug_shell,
         status=options.status,
         control=options.control,
+        gdb=options.gdb,
+        gdb_sees_private=options.gdb_sees_private,
         core_dumps=options.core_dumps or options.private_mem is None,
         paused=options.S,
         sandbox=options.sandbox,
@@ -184,7 +183,7 @@ def _with_config_file(words: Sequence[str], *, lab: bool = False) -> Sequence[st
 
 def _run(arguments: Sequence[str]) -> int:
     config = _configuration(arguments)
-    if not _is_whole_process or config.debug_shell:  # the shell is the user's own
+    if not process.is_ours or config.debug_shell:  # the shell is the user's own
         config = config._replace(sandbox="off")
     from vmm.arch import architecture
     from vmm.machine.images import OpenedImages
@@ -245,8 +244,7 @@ def entry_point() -> NoReturn:
     """The console script."""
     # What a start imports and makes is there to stay: looking through it for garbage at every 700
     # objects would only delay the guest. Later collections are as much rarer as they are longer.
-    global _is_whole_process
-    _is_whole_process = True
+    process.is_ours = True
     gc.set_threshold(100_000)
     _open_standard_fds()
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see vmm.__main__

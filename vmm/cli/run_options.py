@@ -182,6 +182,17 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             "help": "listen on a Unix socket for JSON lines: status, pause, resume, dump-state, "
             "convert, follow, quit; pyvmm ctl PATH COMMAND sends one",
         },
+        "--gdb": {
+            "metavar": "PORT|PATH",
+            "help": "have the guest wait for gdb (target remote :PORT, or PATH): on a TCP port of "
+            "this machine's loopback address, where every local user may connect, or on a Unix "
+            "socket of your own (x86-64)",
+        },
+        "--gdb-sees-private": {
+            **_FLAG,
+            "help": "in a rehearsal, let gdb read and write private pages too; else it is refused, "
+            "as every host access is",
+        },
         "--core-dumps": {
             **_FLAG,
             "help": "with private memory, let the process leave core files and be debugged; guest "

@@ -87,6 +87,11 @@ class MachineConfig(NamedTuple):
     exit_handlers: tuple[str, ...] = ()
     paused: bool = False
     """Whether the guest waits for a resume before its first instruction."""
+    gdb: str | None = None
+    """Where a debugger connects: a TCP port's number on the loopback address, or a path for a Unix
+    socket. The guest stands still until one has it go on."""
+    gdb_sees_private: bool = False
+    """Whether a debugger may touch private pages, which only a rehearsal can allow."""
     core_dumps: bool = True
     """False: once guest memory is there, the process forbids core dumps of itself and debuggers
     of its own user. The command asks for that with private memory, unless it is told not to."""
@@ -151,6 +156,8 @@ class MachineConfig(NamedTuple):
             raise UsageError("--debug-shell needs --policy: it opens where a policy raises")
         self._validate_private_memory(limits)
         self._validate_sandbox()
+        if self.gdb is not None or self.gdb_sees_private:
+            self._validate_gdb(limits)
         if self.iommu:
             self._validate_iommu(limits)
 
@@ -159,6 +166,17 @@ class MachineConfig(NamedTuple):
             raise UsageError(f"--sandbox={self.sandbox} is unknown; use {', '.join(SANDBOXES)}")
         if self.allowed_paths and self.sandbox == "off":
             raise UsageError("--allow-path: nothing is out of reach with --sandbox=off")
+
+    def _validate_gdb(self, limits: Limits) -> None:
+        from vmm.control.gdb.server import port_of
+
+        if self.gdb is None:
+            raise UsageError("--gdb-sees-private needs --gdb")
+        port_of(self.gdb)
+        if self.gdb_sees_private and self.private_memory is None:
+            raise UsageError("--gdb-sees-private needs --private-mem: nothing is private without")
+        if limits.name != "x86_64":
+            raise UsageError("--gdb: only x86-64 guests can be debugged so far; run without it")
 
     def _validate_iommu(self, limits: Limits) -> None:
         if limits.name != "x86_64":

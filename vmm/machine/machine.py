@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from vmm.conversion.observer import ConversionObserver
     from vmm.core.unix_listener import UnixListener
     from vmm.devices.virtio.iommu import VirtioIommu
+    from vmm.machine.debugger import Debugger
     from vmm.machine.extensions import Extensions
     from vmm.machine.report_keys import Report
     from vmm.machine.tracing import RunTrace
@@ -175,6 +176,12 @@ class Machine:
 
             self._control = ControlSocket(config.control)
             self._cleanup.callback(self._control.close)
+        self._debugger: Debugger | None = None
+        if config.gdb is not None:
+            from vmm.machine.debugger import Debugger
+
+            self._debugger = Debugger(config.gdb, sees_private=config.gdb_sees_private)
+            self._cleanup.callback(self._debugger.close)
         self._report_file = None if config.report is None else ReportFile(config.report)
         if self._report_file is not None:
             self._cleanup.callback(self._report_file.close)
@@ -323,6 +330,9 @@ class Machine:
             from vmm.exits.own import with_own
 
             self._handlers.table = with_own(self._handlers.table, self._own.exits)
+        if self._debugger is not None:
+            watch, table = self._watcher("gdb"), self._handlers.table
+            self._debugger.connect(self._architecture, self._vm, self._vcpus, watch, table)
         if trace is not None:
             self._handlers.table = trace.exits(self._handlers.table)
 
@@ -405,7 +415,12 @@ class Machine:
         if alone:
             # Beyond the guest's end: a signal must not cost the report.
             self._signals.enter_context(signals.installed())
-        with live_view(self._loop, operations, self._status_line, self._control, signals=alone):
+        with ExitStack() as live:
+            live.enter_context(
+                live_view(self._loop, operations, self._status_line, self._control, signals=alone)
+            )
+            if self._debugger is not None:
+                live.enter_context(self._debugger.serving(self._loop, self.stop))
             try:
                 self._console.attach(self._loop, self._devices.board.serial)
                 if self._config.paused:
@@ -427,6 +442,8 @@ class Machine:
                 if self._events is not None:
                     ended = self._outcomes[0]
                     self._events.note("ended", exit=ended.exit, reason=ended.reason)
+                if self._debugger is not None:
+                    self._debugger.ended(self._outcomes[0])
                 self._console.restore()
         for runner in self._vcpus.runners:
             if runner.error is not None:
@@ -510,6 +527,8 @@ class Machine:
             }
         if self._lender is not None:
             self.report["iommu"] = self._lender.as_dict()
+        if self._debugger is not None:
+            self.report["gdb"] = self._debugger.as_dict()
         if self._report_file is not None:
             self._report_file.write(self.report)
 
@@ -529,7 +548,8 @@ class Machine:
         self.stop(reset_outcome(self._console.tail()))
 
     def _press_power_button(self) -> bool:
-        return not self._vcpus.paused and self._devices.board.press_power_button()
+        stands_still = self._vcpus.paused or self._vcpus.frozen
+        return not stands_still and self._devices.board.press_power_button()
 
     def _continued(self) -> None:
         """The process was stopped, as by Ctrl-Z in a shell, and goes on."""

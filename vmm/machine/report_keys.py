@@ -148,6 +148,8 @@ class Report(TypedDict):
     """Of a guest that loads itself: what its launch measures."""
     iommu: NotRequired[dict[str, Any]]
     """What the guest has lent to its devices."""
+    gdb: NotRequired[dict[str, Any]]
+    """What a debugger did (`--gdb`)."""
     sandbox: NotRequired[SandboxKept | None]
     """Of a run in a sandbox; None where it ended before that."""
 
