@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from vmm.machine.config import MachineConfig
     from vmm.memory.guest_memory import PageState
     from vmm.policy import Policy, PolicyError
+    from vmm.sweeps.api import sweep
 
 __all__ = [
     "AccessDenied",
@@ -45,6 +46,7 @@ __all__ = [
     "Range",
     "UnmappedAccess",
     "UsageError",
+    "sweep",
 ]
 
 _ROOMS = {
@@ -57,6 +59,7 @@ _ROOMS = {
     "Policy": "vmm.policy",
     "PolicyError": "vmm.policy",
     "Range": "vmm.core.ranges",
+    "sweep": "vmm.sweeps.api",
 }
 
 

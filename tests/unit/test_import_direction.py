@@ -26,7 +26,7 @@ LAYERS = (
     {"control", "replay"},
     {"machine"},
     {"selftest", "library"},
-    {"bench"},
+    {"bench", "sweeps"},
     {"cli"},
 )
 ARCHITECTURES = {"arch.x86_64", "arch.aarch64"}

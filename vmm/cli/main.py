@@ -28,6 +28,7 @@ _COMMANDS = (
     "report",
     "replay",
     "measure",
+    "sweep",
     "help",
 )
 
@@ -57,7 +58,7 @@ def _command(arguments: Sequence[str]) -> int:
             from vmm.cli.measure import run as measure
 
             return measure(arguments[1:], _configuration)
-        case "check" | "selftest" | "bench" | "ctl" | "report" | "replay":
+        case "check" | "selftest" | "bench" | "ctl" | "report" | "replay" | "sweep":
             import importlib
 
             status: int = importlib.import_module(f"vmm.cli.{word}").run(arguments[1:])
