@@ -9,7 +9,7 @@ from contextlib import closing, contextmanager
 from typing import Any
 
 from vmm.cli.output import aligned, printing
-from vmm.cli.parser import Parser, add_policy_options
+from vmm.cli.parsers import replay_parser as parser
 from vmm.core.errors import one_line, tell
 from vmm.policy.loader import load_policy
 from vmm.replay.figures import recorded, replayed
@@ -23,24 +23,6 @@ from vmm.trace.views.units import bytes_text, count_text, time_text
 _SHOWN_REFUSALS = 10
 HOOK_SECONDS = 3.0
 """How long a policy's hook may take before somebody is told which one it is."""
-
-
-def parser() -> Parser:
-    """The options of `pyvmm replay`."""
-    made = Parser(
-        prog="pyvmm replay",
-        description="Puts the share and unshare requests of a run with --trace DIR to other "
-        "policies, offline: what they would have refused, put off or joined, and what it would "
-        "have cost by a model learnt from the trace's own latencies. The guest does not react: it "
-        "asks for what it asked for, when it did.",
-        epilog="Without --policy everything is allowed.",
-        allow_abbrev=False,
-    )
-    made.add_argument("trace", metavar="DIR", help="the trace")
-    add_policy_options(made)
-    made.add_argument("--json", action="store_true", help="print JSON, whose keys are stable")
-    made.add_argument("--debug", action="store_true", help="show a traceback for errors")
-    return made
 
 
 def run(arguments: Sequence[str]) -> int:

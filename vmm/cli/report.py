@@ -9,33 +9,12 @@ from collections.abc import Sequence
 from contextlib import ExitStack, closing
 
 from vmm.cli.output import aligned, printing
-from vmm.cli.parser import Parser
+from vmm.cli.parsers import report_parser as parser
 from vmm.core.errors import UsageError, one_line
 from vmm.core.output import Output
 from vmm.trace.reader import Trace
 from vmm.trace.summary import summarise
 from vmm.trace.views.tables import Summary, refusal_lines, tables
-
-
-def parser() -> Parser:
-    """The options of `pyvmm report`."""
-    made = Parser(
-        prog="pyvmm report",
-        description="Shows what a run with --trace DIR recorded; two traces are compared side by "
-        "side.",
-        allow_abbrev=False,
-    )
-    made.add_argument("traces", metavar="DIR", nargs="+", help="a trace, or two to compare")
-    made.add_argument("--json", action="store_true", help="print the summary as JSON")
-    made.add_argument("--html", metavar="FILE", help="write a page with charts; needs no network")
-    made.add_argument(
-        "--plots", metavar="DIR", help="write the charts as PNG files (needs pyvmm[plots])"
-    )
-    made.add_argument(
-        "--chrome", metavar="FILE", help="write a trace that ui.perfetto.dev opens (one DIR only)"
-    )
-    made.add_argument("--debug", action="store_true", help="show a traceback for errors")
-    return made
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -20,7 +20,7 @@ see, by sharing and unsharing, and a policy decides whether it may. Without --ke
 payload runs, which tries all of this out and says what it saw.
 """
 
-_EPILOG = """\
+EPILOG = """\
 examples:
   pyvmm --private-mem                         try private memory on this host
   pyvmm --kernel bzImage --private-mem        boot a stock kernel with private memory
@@ -34,7 +34,10 @@ examples:
   pyvmm report DIR                            what a run with --trace DIR did
   pyvmm measure --kernel bzImage ...          what a strict guest's launch measures (see README)
   pyvmm replay DIR --policy MODULE:CLASS      what another policy would have made of it
+  pyvmm sweep FILE.toml                       many runs, over policies, kernels and workloads
+  pyvmm completion bash                       a shell's completion script (zsh, fish)
 
+A SIZE is in bytes, or has a unit: 64K, 512M, 2G; so are --policy-arg's numbers.
 While the guest runs on a terminal, Ctrl-A x quits.
 exit status: 0 guest powered off, 1 guest failed, 2 bad usage or input, 3 the host cannot do it
 """
@@ -110,6 +113,20 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             "bounce buffer (needs --kernel; x86-64)",
         },
     },
+    "your own code": {
+        "--device": {
+            "metavar": "NAME|MODULE:CLASS|FILE.py:CLASS[,ARG=VALUE...]",
+            **_SEVERAL,
+            "help": "a device of your own: a subclass of vmm.PortDevice, vmm.PciDevice or "
+            "vmm.VirtioDevice, or the name that a distribution registers; may be given several "
+            "times",
+        },
+        "--exit-handler": {
+            "metavar": "NAME|MODULE:CLASS|FILE.py:CLASS",
+            **_SEVERAL,
+            "help": "a subclass of vmm.ExitHandler that sees vCPUs' exits before pyvmm does",
+        },
+    },
     "private memory": {
         "--private-mem": {
             "nargs": "?",
@@ -134,6 +151,17 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             "policy and the exception before the run ends",
         },
     },
+    "how it is run": {
+        "--config": {
+            "metavar": "FILE",
+            "help": 'take options from this TOML file, as in mem = "2G", disk = ["a.img"], '
+            "rng = true; those on the command line replace them, paths are relative to it",
+        },
+        "-S": {
+            **_FLAG,
+            "help": "don't let the guest run yet: pyvmm ctl PATH resume does (needs --control)",
+        },
+    },
     "output": {
         "--report": {
             "metavar": "FILE",
@@ -153,7 +181,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "--control": {
             "metavar": "PATH",
             "help": "listen on a Unix socket for JSON lines: status, pause, resume, dump-state, "
-            "convert, quit; pyvmm ctl PATH COMMAND sends one",
+            "convert, follow, quit; pyvmm ctl PATH COMMAND sends one",
         },
         "--core-dumps": {
             **_FLAG,
@@ -202,9 +230,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="pyvmm",
         usage="pyvmm [run] [options]   or   "
-        "pyvmm check|selftest|bench|lab|ctl|report|replay|measure|help [options]",
+        "pyvmm check|selftest|bench|lab|ctl|report|replay|sweep|measure|completion|help [options]",
         description=_DESCRIPTION,
-        epilog=_EPILOG,
+        epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

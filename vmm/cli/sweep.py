@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 
 from vmm.cli.output import printing
-from vmm.cli.parser import Parser
+from vmm.cli.parsers import sweep_parser as parser
 from vmm.core.errors import UsageError, tell
 from vmm.core.output import Output
 from vmm.sweeps import definition, running
@@ -21,44 +21,6 @@ from vmm.sweeps.table import lines
 
 INTERRUPTED = 130
 """The exit status after Ctrl-C, as shells have it."""
-
-
-def parser() -> Parser:
-    """The options of `pyvmm sweep`."""
-    made = Parser(
-        prog="pyvmm sweep",
-        description="Runs every combination of policies, their parameters, kernels, workloads and "
-        "repetitions that a TOML file lists, and stores each result once. Started again it goes on "
-        "where it was: what has a result is not run again, unless the policy or the trace has "
-        "changed.",
-        allow_abbrev=False,
-    )
-    made.add_argument("sweep", metavar="FILE.toml", help="the sweep's definition")
-    made.add_argument(
-        "--store", metavar="FILE", help="where results are (default: FILE.sqlite beside FILE.toml)"
-    )
-    made.add_argument(
-        "--workers", metavar="N", type=int, help="processes here (default: one per processor)"
-    )
-    made.add_argument(
-        "--scheduler",
-        metavar="ADDRESS",
-        help="a Dask scheduler, as in tcp://host:8786, whose workers run the cells (needs "
-        "pyvmm[sweep])",
-    )
-    made.add_argument("--retry-failed", action="store_true", help="run failed cells again")
-    made.add_argument(
-        "--results-only", action="store_true", help="run nothing, show what is stored"
-    )
-    text = made.add_mutually_exclusive_group()
-    text.add_argument("--json", action="store_true", help="print JSON, whose keys are stable")
-    text.add_argument("--csv", action="store_true", help="print CSV, a line for each cell")
-    made.add_argument("--html", metavar="FILE", help="write a page with Pareto plots")
-    made.add_argument(
-        "--svg", metavar="FILE", help="write the Pareto plots as SVG (needs pyvmm[plots])"
-    )
-    made.add_argument("--debug", action="store_true", help="show a traceback for errors")
-    return made
 
 
 def run(arguments: Sequence[str]) -> int:

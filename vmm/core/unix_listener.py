@@ -38,8 +38,8 @@ class UnixListener:
             ) from error
         self._socket.setblocking(False)
         self.fd = self._socket.fileno()
-        # Given up for a moment to hang up on a caller for whom there is no fd: who is not taken
-        # would be announced for ever.
+        # Given up for a moment to hang up on a caller that there is no fd for: one that is
+        # not taken would be announced for ever.
         self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
     def accept(self) -> socket.socket | None:

@@ -11,10 +11,13 @@ from vmm.arch import architecture
 from vmm.control.live import live_view
 from vmm.control.operations import Operations
 from vmm.control.signals import SignalReactions
+from vmm.core import own_code
 from vmm.core.errors import HostError, UsageError, in_words, tell
 from vmm.core.event_loop import EventLoop
-from vmm.core.lean_typing import TYPE_CHECKING, Any, Protocol
+from vmm.core.lean_typing import TYPE_CHECKING, Protocol
+from vmm.core.own_code import ExtensionError
 from vmm.exits.outcome import (
+    EXTENSION_ERROR,
     KILLED,
     PANIC,
     POLICY_ERROR,
@@ -27,7 +30,7 @@ from vmm.exits.outcome import (
 from vmm.exits.run_loop import install_kick_handler
 from vmm.exits.stragglers import Stragglers
 from vmm.exits.vcpu_group import VcpuGroup
-from vmm.machine.config import MachineConfig
+from vmm.machine.config import KNOWN_BACKINGS, KNOWN_SCHEMES, MachineConfig
 from vmm.machine.guest_vm import GuestVm
 from vmm.machine.images import OpenedImages
 from vmm.machine.peripherals import open_devices
@@ -43,8 +46,12 @@ if TYPE_CHECKING:
     from vmm.control.console import Console
     from vmm.control.control_socket import ControlSocket
     from vmm.control.status_line import StatusLine
+    from vmm.conversion.events import EventFeed
     from vmm.conversion.lending import Lender
+    from vmm.conversion.observer import ConversionObserver
     from vmm.devices.virtio.iommu import VirtioIommu
+    from vmm.machine.extensions import Extensions
+    from vmm.machine.report_keys import Report
     from vmm.machine.tracing import RunTrace
     from vmm.memory.aliased_memory import Announce
 
@@ -61,6 +68,8 @@ class Embedding(Protocol):
     """What a program does with a machine that is a part of it (vmm.library)."""
 
     policies: Sequence[Policy]
+    extensions: Extensions | None
+    """What is the program's own in the machine, besides policies."""
 
     def make_console(self, on_quit: Callable[[], None]) -> Console:
         """What the guest's serial line is connected to."""
@@ -84,7 +93,8 @@ class Machine:
         the machine's: its signals, and standard input and output as the console. Raises HostError
         for a machine of an architecture that pyvmm doesn't know."""
         self._architecture = architecture() if arch is None else arch
-        self._config = config
+        self._own = _extensions(config, embedding)
+        self._config = config.as_ours() if self._own is None else self._own.as_ours(config)
         self._images = images
         self._embedding = embedding
         self._cleanup = ExitStack()
@@ -94,7 +104,7 @@ class Machine:
         self._unshared: set[str] = set()
         self._vcpus = VcpuGroup()
         self._abandoned = False
-        self.report: dict[str, Any] | None = None
+        self.report: Report | None = None
         """The report, once the run is over."""
 
     # -- the life of a run --------------------------------------------------------------------
@@ -110,6 +120,9 @@ class Machine:
             try:
                 self._set_up_vm()
                 self._load_guest()
+            except ExtensionError as error:
+                self._own_code_failed(error)
+                raise
             except OSError as error:  # KvmError is one
                 raise HostError(in_words(error)) from error
             if self._report_file is not None:
@@ -120,9 +133,10 @@ class Machine:
                 if not self._abandoned:  # else a policy may be at work still
                     end = End(outcome.exit, outcome.reason)
                     self._converter.hooks.exit(end, self._converter.view)
-            except PolicyError as error:
-                outcome = outcome or Outcome(POLICY_ERROR, str(error))
-                self._policy_failed(error)
+            except (PolicyError, ExtensionError) as error:
+                word = POLICY_ERROR if isinstance(error, PolicyError) else EXTENSION_ERROR
+                outcome = outcome or Outcome(word, str(error))
+                self._own_code_failed(error)
                 raise
             finally:
                 if outcome is not None:
@@ -140,6 +154,8 @@ class Machine:
         if self._embedding is not None:
             self._policies += self._embedding.policies
         self._virtio = open_devices(config, self._cleanup)
+        if self._own is not None:
+            self._own.join(self._virtio, config, self._cleanup)
         self._trace = None if config.trace is None else _open_trace(config.trace, config)
         if self._trace is not None:
             self._cleanup.callback(self._trace.close)
@@ -173,6 +189,7 @@ class Machine:
                 self._guest,
                 self._vcpus.parked,
                 self._cleanup,
+                self._own,
             )
             if not self._vm.memory.told:
                 self._require_fitting()
@@ -211,12 +228,18 @@ class Machine:
         make_console = Console if self._embedding is None else self._embedding.make_console
         self._console = make_console(on_quit=lambda: self.stop(Outcome(QUIT, "Ctrl-A x")))
         self._cleanup.callback(self._console.close)
+        observer: ConversionObserver | None = None if trace is None else trace.conversions
+        self._events: EventFeed | None = None
+        if self._control is not None or self._embedding is not None:
+            from vmm.conversion.events import EventFeed  # nobody follows most runs
+
+            observer = self._events = EventFeed(observer)
         self._converter = Converter(
             self._vm.memory,
             self._vm.scheme,
             *self._policies,
             wake_at=lambda due: self._loop.set_timer(due, self._converter.settle),
-            observer=None if trace is None else trace.conversions,
+            observer=observer,
         )
         iommu = self._make_lender() if self._config.iommu else None
         self._devices = Devices(
@@ -234,6 +257,7 @@ class Machine:
             if trace is None
             else partial(trace.device, shared_bit=self._vm.scheme.shared_alias),
             iommu=iommu,
+            own=None if self._own is None else self._own.plain,
         )
         self._cleanup.callback(self._devices.close)
         if not self._vm.memory.told:
@@ -242,6 +266,10 @@ class Machine:
         self._handlers = self._vm.platform.exit_handlers(
             self._devices.board, self._vm.memory, self._converter, self.stop
         )
+        if self._own is not None and self._own.exits:
+            from vmm.exits.own import with_own
+
+            self._handlers.table = with_own(self._handlers.table, self._own.exits)
         if trace is not None:
             self._handlers.table = trace.exits(self._handlers.table)
 
@@ -278,7 +306,10 @@ class Machine:
         """Memory contents by pwrite and fd-to-fd transfer, then registers."""
         launch = LaunchMemory(self._vm.memory)
         platform = self._vm.platform
-        platform.load(launch, self._vm.ram, self._vm.scheme.alias, list(self._virtio))
+        functions = list(self._virtio)
+        if self._own is not None:
+            functions += self._own.functions
+        platform.load(launch, self._vm.ram, self._vm.scheme.alias, functions)
         launch.seal()
         if not self._guest.loads_itself:
             self._guest.close()  # the kernel's bytes are in guest memory now
@@ -305,7 +336,7 @@ class Machine:
             press_power_button=self._press_power_button,
             suspend=self._console.suspend,
             continued=self._continued,
-            is_stuck=lambda: self._converter.hooks.is_this_thread_in_one,
+            is_stuck=self._is_in_own_code,
         )
         operations = Operations(
             self._vm.memory,
@@ -315,6 +346,7 @@ class Machine:
             self._loop,
             self.stop,
             None if self._lender is None else self._lender.as_dict,
+            self._events,
         )
         alone = self._embedding is None
         if alone:
@@ -323,6 +355,8 @@ class Machine:
         with live_view(self._loop, operations, self._status_line, self._control, signals=alone):
             try:
                 self._console.attach(self._loop, self._devices.board.serial)
+                if self._config.paused:
+                    operations.pause()
                 self._vcpus.start()
                 if self._devices.board.coalesces_output:
                     Stragglers(self._vcpus.runners[0], self._loop.set_timer).look()
@@ -337,6 +371,9 @@ class Machine:
                 self.stop(Outcome(STOPPED, "the device loop failed"))
                 operations.resume()  # no vCPU enters the guest, but one may wait for a device
                 self._end_vcpus()
+                if self._events is not None:
+                    ended = self._outcomes[0]
+                    self._events.note("ended", exit=ended.exit, reason=ended.reason)
                 self._console.restore()
         for runner in self._vcpus.runners:
             if runner.error is not None:
@@ -368,11 +405,13 @@ class Machine:
         self._cleanup.pop_all()
         waiting_for = self._converter.undecided
         what = f"{whom} has not ended"
+        if waiting_for is None and self._own is not None:
+            waiting_for = own_code.waiting_for()
         if waiting_for is not None:
             what = f"{waiting_for} has not returned"
         tell(f"{what}; pyvmm ends without it")
 
-    def _policy_failed(self, error: PolicyError) -> None:
+    def _own_code_failed(self, error: PolicyError | ExtensionError) -> None:
         """No vCPU runs and the terminal is the user's again; memory is still there to look at."""
         if self._embedding is not None:
             return  # the program gets the error itself
@@ -435,8 +474,25 @@ class Machine:
     def _end(self, reason: str) -> None:
         """Somebody asked for the end by a signal; called in its handler, or later."""
         self.stop(Outcome(STOPPED, reason))
-        if self._converter.hooks.is_this_thread_in_one:
+        if self._is_in_own_code():
             raise BrokenOff  # else a hook that never returns would keep the run going
+
+    def _is_in_own_code(self) -> bool:
+        """Whether this thread is in a policy's hook, or in other code of the user's."""
+        return self._converter.hooks.is_this_thread_in_one or (
+            self._own is not None and own_code.is_this_thread_in_one()
+        )
+
+
+def _extensions(config: MachineConfig, embedding: Embedding | None) -> Extensions | None:
+    """What is the user's own in a machine, besides policies; None where nothing is."""
+    given = None if embedding is None else embedding.extensions
+    named = config.devices or config.exit_handlers
+    if not named and config.scheme in KNOWN_SCHEMES and config.private_memory in KNOWN_BACKINGS:
+        return given
+    from vmm.machine.extensions import named_extensions
+
+    return named_extensions(config, given)
 
 
 def _load_policies(config: MachineConfig) -> list[Policy]:

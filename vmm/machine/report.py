@@ -8,12 +8,25 @@ import os
 from vmm.conversion.accounting import Accounting, Refinements
 from vmm.conversion.matrix import TO_SHARE
 from vmm.core.errors import OutputError, tell
-from vmm.core.lean_typing import Any
+from vmm.core.lean_typing import TYPE_CHECKING, Any, cast
 from vmm.core.output import Output
 from vmm.core.ranges import NOWHERE, Range
 from vmm.exits.outcome import Outcome
 from vmm.memory.backing import Backing
 from vmm.memory.guest_memory import GuestMemory, PageState
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from vmm.machine.report_keys import (
+        Conversions,
+        DeviceCounts,
+        Observed,
+        Pages,
+        Report,
+        Residency,
+    )
+    from vmm.machine.report_keys import Refinements as Refined
 
 KERNEL_ENFORCED = (
     "kernel-enforced: the host's kernel refuses every host access to private pages ({how}); "
@@ -68,25 +81,29 @@ def _shared_access(memory: GuestMemory, io: dict[str, dict[str, Any]]) -> str:
     return words
 
 
-def _pages(memory: GuestMemory) -> dict[str, Any]:
+def _pages(memory: GuestMemory) -> Pages:
     """RAM by state; under a scheme that doesn't tell, what trying some pages has shown."""
     if memory.told:
-        return {
+        pages: Pages = {
             "ram_bytes": memory.ram_bytes,
             "private_bytes": memory.bytes_in(PageState.PRIVATE),
             "shared_bytes": memory.bytes_in(PageState.SHARED),
             "deferred_bytes": memory.bytes_in(PageState.DEFERRED),
             "common_bytes": memory.common.size,
-            **({"lent_bytes": lent} if (lent := memory.bytes_in(PageState.LENT)) else {}),
         }
+        if lent := memory.bytes_in(PageState.LENT):
+            pages["lent_bytes"] = lent
+        return pages
     from vmm.memory.observed_memory import ObservedMemory
 
     assert isinstance(memory, ObservedMemory)
     return {
         "ram_bytes": memory.ram_bytes,
-        **dict.fromkeys(("private_bytes", "shared_bytes", "deferred_bytes")),
+        "private_bytes": None,
+        "shared_bytes": None,
+        "deferred_bytes": None,
         "common_bytes": 0,
-        "observed": memory.observe()._asdict(),
+        "observed": cast("Observed", memory.observe()._asdict()),
     }
 
 
@@ -103,8 +120,8 @@ def build_report(
     exits: dict[str, int],
     ports: dict[int, int],
     wall_seconds: float,
-) -> dict[str, Any]:
-    """The report as JSON-ready data; keys as the README lists them."""
+) -> Report:
+    """The report as JSON-ready data; keys as vmm/docs/reference/report.md lists them."""
     residency = memory.accounted()  # first: to look at pages makes some
     told = memory.told
     if told:
@@ -126,11 +143,11 @@ def build_report(
         "isolation": isolation_of(private, memory.common, scheme),
         "states": TOLD if told else OBSERVED,
         "guest": {"exit": outcome.exit, "reason": outcome.reason},
-        "conversions": accounting.as_dict() if told else None,
+        "conversions": cast("Conversions", accounting.as_dict()) if told else None,
         "pages": _pages(memory),
-        "refinements": refinements.as_dict() if told else None,
-        "residency": residency,
-        "io": io,
+        "refinements": cast("Refined", refinements.as_dict()) if told else None,
+        "residency": cast("Residency", residency),
+        "io": cast("dict[str, DeviceCounts]", io),
         "exits": dict(sorted(exits.items(), key=lambda item: -item[1])),
         "io_ports": {
             f"{port:#x}": count for port, count in sorted(ports.items(), key=lambda i: -i[1])[:20]
@@ -177,7 +194,7 @@ class ReportFile:
             self._former = former
             return
 
-    def write(self, report: dict[str, Any]) -> None:
+    def write(self, report: Mapping[str, object]) -> None:
         """Write the file whole. Where that fails the user is told, and the run is what it was."""
         import json  # a run ends with it; its start does not wait for it
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import importlib
 import inspect
 import os
 import random
@@ -25,6 +24,9 @@ from vmm.policy import Policy, PolicyError
 from vmm.policy.loader import load_policy
 from vmm.replay.figures import Figures, recorded, replayed
 from vmm.replay.replay import Replay
+from vmm.scenario import library as scenario
+from vmm.scenario.models import find as find_model
+from vmm.scenario.running import run as run_scenario
 from vmm.sweeps import content
 from vmm.trace.cost import CostModel, Requests, learn, requests_of
 from vmm.trace.reader import Trace
@@ -66,7 +68,7 @@ class Cells:
         self._begins = begins
         self._traces: dict[str, _OpenTrace] = {}
         self._sources: dict[str, str] = {}
-        self._from_folder: str | None = None
+        self._folders: set[str] = set()
 
     def run(self, words: Mapping[str, Any]) -> Done:
         """Raises UsageError for what doesn't load, CellFailed for what breaks on the way."""
@@ -105,7 +107,10 @@ class Cells:
             opened = self._open(words["about"]["trace"])
             Replay(opened.trace, opened.requests, []).close()
         elif words["kind"] == "scenario":
-            _load_scenario(words["about"])
+            self._enter_folders(words)
+            about = words["about"]
+            scenario.load(about["scenario"]).bound(about["parameters"])
+            find_model(about["model"])
         elif words["kind"] == "kvm":
             _configuration(words["about"], None, "").validate(_limits())
         return {}
@@ -115,29 +120,26 @@ class Cells:
     def policies(self, words: Mapping[str, Any]) -> list[Policy]:
         """Those of a job, made anew. Raises UsageError."""
         made = []
+        self._enter_folders(words)
         for each in words["policies"]:
             spec = each["spec"]
-            self._enter_folder(spec)
             policy = load_policy(spec, each["words"])
             if not spec.rpartition(":")[0].endswith(".py") and spec not in self._sources:
                 self._sources[spec] = _source_digest(type(policy))
             made.append(policy)
         return made
 
-    def _enter_folder(self, spec: str) -> None:
-        """A policy's neighbours are known by bare names: forget those of another policy's."""
-        path = spec.rpartition(":")[0]
-        folder = os.path.dirname(os.path.abspath(path)) if path.endswith(".py") else None
-        before = self._from_folder
-        if folder is None or folder == before:
-            return
-        if before is not None:
+    def _enter_folders(self, words: Mapping[str, Any]) -> None:
+        """Modules beside a policy are known by bare names: forget those of other cells' policies
+        and scenarios."""
+        folders = {os.path.dirname(os.path.abspath(path)) for path in _source_files(words)}
+        for gone in self._folders - folders:
             for name, module in list(sys.modules.items()):
                 file = getattr(module, "__file__", None)
-                if file and file.startswith(before + os.sep):
+                if file and file.startswith(gone + os.sep):
                     del sys.modules[name]
-            sys.path[:] = [each for each in sys.path if each != before]
-        self._from_folder = folder
+            sys.path[:] = [each for each in sys.path if each != gone]
+        self._folders = folders
 
     # -- replay -------------------------------------------------------------------------------
 
@@ -166,14 +168,14 @@ class Cells:
     def _scenario(
         self, about: Mapping[str, Any], policies: Sequence[Policy], words: Mapping[str, Any]
     ) -> Done:
-        result = importlib.import_module("vmm.scenario").run(
-            _load_scenario(about),
+        result = run_scenario(
+            scenario.load(about["scenario"]),
             policies,
             seed=words["seed"],
             parameters=about["parameters"],
             model=about["model"],
         )
-        ended = result.ended and str(result.ended)
+        ended = result.ended and f"at {result.ended.s:.3f} s: {result.ended.why}"
         return Done(dict(result.figures), ended)
 
     # -- guests on this machine's KVM ---------------------------------------------------------
@@ -225,9 +227,15 @@ class Cells:
             return Done(_figures_of(trace), ended)
 
 
-def _load_scenario(about: Mapping[str, Any]) -> Any:
-    """Raises UsageError."""
-    return importlib.import_module("vmm.scenario").load(about["scenario"])
+def _source_files(words: Any) -> Iterator[str]:
+    """The FILE.py of every FILE.py:NAME in a job."""
+    if isinstance(words, str):
+        path = words.rpartition(":")[0]
+        if path.endswith(".py"):
+            yield path.partition("=")[2] or path  # of=FILE.py:CLASS
+    elif isinstance(words, dict | list):
+        for each in words.values() if isinstance(words, dict) else words:
+            yield from _source_files(each)
 
 
 def _configuration(about: Mapping[str, Any], trace: str | None, folder: str) -> Any:

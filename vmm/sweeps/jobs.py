@@ -143,6 +143,8 @@ class _Planner:
         elif workload.kind == "scenario":
             about["parameters"] = dict(workload.parameters)
             about["scenario"] = self._source(about["scenario"], {}, called)
+            if about["model"] and os.path.isdir(self._definition.path(about["model"])):
+                about["model"] = self._trace(about["model"], called)
         elif workload.kind == "kvm":
             for key in ("kernel", "initrd"):
                 if about.get(key) and not content.needed(about[key]):
