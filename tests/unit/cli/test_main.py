@@ -335,14 +335,6 @@ def test_interrupt_while_pyvmm_is_being_imported_shows_no_traceback(
     assert (done.returncode, done.stderr) == (status, b"")
 
 
-def test_package_imports_nothing_before_an_interrupt_is_seen_to() -> None:
-    script = "import sys, vmm; print(*(name for name in sys.modules if name.startswith('vmm')))"
-
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, cwd=ROOT, check=True)
-
-    assert done.stdout == b"vmm\n"
-
-
 def test_interrupts_are_errors_again_once_pyvmm_is_imported(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
