@@ -19,15 +19,22 @@ if TYPE_CHECKING:
         UsageError,
     )
     from vmm.core.events import Kind
+    from vmm.core.own_code import ExtensionError
     from vmm.core.ranges import Range
+    from vmm.devices.own import PciDevice, PortDevice
+    from vmm.devices.virtio.own import VirtioDevice
     from vmm.exits.outcome import Outcome
+    from vmm.exits.own import ExitHandler
     from vmm.library.machine import Machine, NotRunning
     from vmm.machine.config import MachineConfig
+    from vmm.machine.report_keys import Report
     from vmm.memory.guest_memory import PageState
     from vmm.policy import Policy, PolicyError
 
 __all__ = [
     "AccessDenied",
+    "ExitHandler",
+    "ExtensionError",
     "GuestFailure",
     "GuestMemoryError",
     "HostError",
@@ -38,25 +45,35 @@ __all__ = [
     "Outcome",
     "OutputError",
     "PageState",
+    "PciDevice",
     "Policy",
     "PolicyError",
+    "PortDevice",
     "PrivateAccess",
     "PyvmmError",
     "Range",
+    "Report",
     "UnmappedAccess",
     "UsageError",
+    "VirtioDevice",
 ]
 
 _ROOMS = {
+    "ExitHandler": "vmm.exits.own",
+    "ExtensionError": "vmm.core.own_code",
     "Kind": "vmm.core.events",
     "Machine": "vmm.library.machine",
     "MachineConfig": "vmm.machine.config",
     "NotRunning": "vmm.library.machine",
     "Outcome": "vmm.exits.outcome",
     "PageState": "vmm.memory.guest_memory",
+    "PciDevice": "vmm.devices.own",
     "Policy": "vmm.policy",
     "PolicyError": "vmm.policy",
+    "PortDevice": "vmm.devices.own",
     "Range": "vmm.core.ranges",
+    "Report": "vmm.machine.report_keys",
+    "VirtioDevice": "vmm.devices.virtio.own",
 }
 
 

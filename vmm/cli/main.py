@@ -33,6 +33,10 @@ _COMMANDS = (
 )
 
 
+_is_whole_process = False
+"""Whether the process is the command's, so that it may give up its rights for good."""
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run the command; the exit status. Errors become one line on stderr."""
     try:
@@ -151,14 +155,20 @@ def _configuration(arguments: Sequence[str], machine: str | None = None) -> Mach
         balloon=options.balloon,
         iommu=options.iommu,
         allow_mapped_io=options.allow_mapped_io,
+        devices=tuple(options.device),
+        exit_handlers=tuple(options.exit_handler),
         policies=tuple((spec, tuple(words)) for spec, words in options.policy),
         report=options.report,
         trace=options.trace,
         debug_shell=options.debug_shell,
         status=options.status,
         control=options.control,
+        gdb=options.gdb,
+        gdb_sees_private=options.gdb_sees_private,
         core_dumps=options.core_dumps or options.private_mem is None,
         paused=options.S,
+        sandbox=options.sandbox,
+        allowed_paths=tuple(options.allow_path),
     )
     if config.paused and config.control is None:
         raise UsageError("-S needs --control PATH: pyvmm ctl PATH resume lets the guest go")
@@ -176,6 +186,8 @@ def _with_config_file(words: Sequence[str], *, lab: bool = False) -> Sequence[st
 
 def _run(arguments: Sequence[str]) -> int:
     config = _configuration(arguments)
+    if not _is_whole_process or config.debug_shell:  # the shell is the user's own
+        config = config._replace(sandbox="off")
     from vmm.arch import architecture
     from vmm.machine.images import OpenedImages
 
@@ -235,6 +247,8 @@ def entry_point() -> NoReturn:
     """The console script."""
     # What a start imports and makes is there to stay: looking through it for garbage at every 700
     # objects would only delay the guest. Later collections are as much rarer as they are longer.
+    global _is_whole_process
+    _is_whole_process = True
     gc.set_threshold(100_000)
     _open_standard_fds()
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see vmm.__main__

@@ -112,6 +112,20 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             "bounce buffer (needs --kernel; x86-64)",
         },
     },
+    "your own code": {
+        "--device": {
+            "metavar": "NAME|MODULE:CLASS|FILE.py:CLASS[,ARG=VALUE...]",
+            **_SEVERAL,
+            "help": "a device of your own: a subclass of vmm.PortDevice, vmm.PciDevice or "
+            "vmm.VirtioDevice, or the name that a distribution registers; may be given several "
+            "times",
+        },
+        "--exit-handler": {
+            "metavar": "NAME|MODULE:CLASS|FILE.py:CLASS",
+            **_SEVERAL,
+            "help": "a subclass of vmm.ExitHandler that sees vCPUs' exits before pyvmm does",
+        },
+    },
     "private memory": {
         "--private-mem": {
             "nargs": "?",
@@ -168,10 +182,34 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             "help": "listen on a Unix socket for JSON lines: status, pause, resume, dump-state, "
             "convert, follow, quit; pyvmm ctl PATH COMMAND sends one",
         },
+        "--gdb": {
+            "metavar": "PORT|PATH",
+            "help": "have the guest wait for gdb (target remote :PORT, or PATH): on a TCP port of "
+            "this machine's loopback address, where every local user may connect, or on a Unix "
+            "socket of your own (x86-64)",
+        },
+        "--gdb-sees-private": {
+            **_FLAG,
+            "help": "in a rehearsal, let gdb read and write private pages too; else it is refused, "
+            "as every host access is",
+        },
         "--core-dumps": {
             **_FLAG,
             "help": "with private memory, let the process leave core files and be debugged; guest "
             "memory itself is in no core file in any case",
+        },
+        "--sandbox": {
+            "metavar": "auto|on|off",
+            "default": "auto",
+            "help": "before the guest runs, pyvmm gives up opening files, starting programs, "
+            "connecting and so on (seccomp and Landlock), its policies too; on: refuse to run "
+            "where the kernel can't take all of that away (default auto: what it can)",
+        },
+        "--allow-path": {
+            "metavar": "PATH",
+            **_SEVERAL,
+            "help": "a file or folder that a policy may still open in the sandbox, to read and "
+            "write; may be given several times",
         },
         "--debug": {**_FLAG, "help": "show a traceback for errors, for bug reports"},
     },

@@ -125,6 +125,11 @@ class Console:
             os.dup2(null, stdout, inheritable=False)
             os.close(null)
 
+    @property
+    def output_fd(self) -> int | None:
+        """The descriptor that it writes to; None where it has none, or was dropped."""
+        return self._stdout
+
     def _drop_output(self) -> None:
         if self._stdout is not None:
             os.close(self._stdout)

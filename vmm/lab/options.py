@@ -15,7 +15,6 @@ from vmm.core.errors import UsageError
 from vmm.core.near import did_you_mean
 from vmm.core.suboptions import byte_size, unit_hint
 from vmm.lab import hosts
-from vmm.lab.kvm_change import OWN_KERNEL
 
 _HOSTS = "\n".join(f"  --host {host.name:<17} {host.summary}" for host in hosts.HOSTS.values())
 
@@ -39,9 +38,14 @@ boot ("--append loglevel=7" shows all of it, dmesg has it anyway).
   --kernel payload         the embedded payload, which other hosts run without --kernel
 
   --kvm-patch FILE         compile the machine's KVM with this patch (git's or diff -u); several
-                           in their order. x86; half a minute, once for each content
+                           in their order. On x86 modules are: half a minute, once for each
+                           content. On arm64 and pkvm the whole kernel, as by --kernel-build
   --kvm-source DIR         take KVM from this kernel tree: virt, arch/x86/kvm, its headers
-  --kvm-config NAME        with CONFIG_NAME=y, which KVM alone asks for; may be repeated
+  --kernel-build           compile the machine's whole kernel, small, with any patch, or the whole
+                           tree of --kvm-source: MINUTES once, then what depends on what has
+                           changed
+  --kvm-config NAME        with CONFIG_NAME=y, which KVM alone asks for, or with --kernel-build any
+                           option of Linux's; may be repeated
   --kvm-parameter kvm.NAME=VALUE
                            a parameter of KVM's modules (or kvm_amd.NAME=VALUE); may be repeated
 
@@ -72,7 +76,7 @@ boot ("--append loglevel=7" shows all of it, dmesg has it anyway).
   --lab-guest-modules DIR  the guest kernel's modules, for the initramfs made for it
 """
 
-_FLAGS = ("--lab-with-qemu", "--lab-offline", "--lab-fresh", "--lab-quiet")
+_FLAGS = ("--kernel-build", "--lab-with-qemu", "--lab-offline", "--lab-fresh", "--lab-quiet")
 _VALUES = (
     "--host",
     "--kvm-patch",
@@ -107,6 +111,7 @@ class LabOptions:
     kvm_source: Path | None = None
     kvm_symbols: list[str] = field(default_factory=list)
     kvm_parameters: list[str] = field(default_factory=list)  # module.name=value
+    kernel_build: bool = False
     kernel_selftests: Path | None = None  # a kernel tree
     memory_mib: int = 2048
     cpus: int | None = None  # as many as the host has by itself
@@ -153,8 +158,6 @@ def parse(argv: Sequence[str]) -> LabCommand:
             break
         if word == "--lab-help" or (word in ("--help", "-h") and not command.arguments):
             command.help = True
-        elif word == "--kernel-build":
-            raise UsageError(f"--kernel-build: {OWN_KERNEL}")
         elif word in _FLAGS:
             setattr(command.options, _field(word), True)
         elif word.startswith(("--lab-", "--kvm-")) or word.partition("=")[0] in _OTHERS:
@@ -184,7 +187,7 @@ def _names_tests(command: LabCommand) -> None:
 
 
 def _field(name: str) -> str:
-    return name.removeprefix("--lab-").replace("-", "_")
+    return name.removeprefix("--lab-").removeprefix("--").replace("-", "_")
 
 
 def _set(options: LabOptions, name: str, value: str) -> None:

@@ -68,10 +68,10 @@ def bind(
         if name in inner:
             raise UsageError(f"--policy-arg {name}.{inner[name][0]}: {name} is not a policy")
         try:
-            result[name] = _converted(text, wanted)
+            result[name] = converted(text, wanted)
         except (ValueError, OverflowError):
             raise UsageError(
-                f"--policy-arg {name}={text}: {make.__name__} wants {_described(wanted)}"
+                f"--policy-arg {name}={text}: {make.__name__} wants {described(wanted)}"
             ) from None
     return result
 
@@ -99,7 +99,7 @@ def _is_policy(wanted: Any) -> bool:
     return any(isinstance(kind, type) and issubclass(kind, Policy) for kind in kinds)
 
 
-def _converted(text: str, wanted: Any) -> Any:
+def converted(text: str, wanted: Any) -> Any:
     """`text` as a value of type `wanted`. Raises ValueError."""
     origin = typing.get_origin(wanted)
     if origin in (Union, types.UnionType):
@@ -125,7 +125,7 @@ def _first_that_fits(text: str, wanted: Sequence[Any]) -> Any:
     # Text and paths take everything: they come last.
     for each in sorted(wanted, key=lambda kind: kind in (str, Path)):
         try:
-            return _converted(text, each)
+            return converted(text, each)
         except ValueError:
             continue
     raise ValueError(text)
@@ -147,7 +147,7 @@ def _integer(text: str) -> int:
     return int(text, 0)
 
 
-def _described(wanted: Any) -> str:
+def described(wanted: Any) -> str:
     if wanted is int:
         return "int: a number, or a size as in 80M"
     if wanted is bool:

@@ -132,7 +132,8 @@ def combined(first: CarriedOut, then: CarriedOut) -> CarriedOut:
 
     Nothing that was said is lost, except where one excludes the other: a part is less than the
     request and Convert more, so that Partial counts; and between putting the discard off and
-    making it at once with more pages, what was said first. The table is in the README.
+    making it at once with more pages, what was said first. The table is in
+    vmm/docs/reference/policies.md.
     """
     said = [each.patience for each in (first, then) if each.patience is not None]
     patience = min(said, default=None)

@@ -239,7 +239,7 @@ class PayloadGuest:
 
     def __init__(self, options: GuestOptions) -> None:
         """Raises UsageError when the payload would not fit."""
-        from firmware import MIN_RAM_BYTES
+        from vmm._firmware import MIN_RAM_BYTES
         from vmm.core.suboptions import size_text
 
         if options.memory < MIN_RAM_BYTES:
@@ -263,7 +263,7 @@ class PayloadGuest:
     def load(
         self, launch: LaunchMemory, ram: list[Range], alias: int, functions: Sequence[str]
     ) -> InitialState:
-        from firmware import payload_path
+        from vmm._firmware import payload_path
         from vmm.arch.x86_64.page_tables import payload_tables
         from vmm.arch.x86_64.payload import PayloadInfo
 
