@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from vmm.cli import process
 from vmm.cli.run_options import parse
 from vmm.core.errors import HostError, PyvmmError, UsageError, in_words, limit_met, tell
 from vmm.core.lean_typing import TYPE_CHECKING, NoReturn
@@ -28,13 +29,10 @@ _COMMANDS = (
     "report",
     "replay",
     "measure",
+    "sweep",
     "completion",
     "help",
 )
-
-
-_is_whole_process = False
-"""Whether the process is the command's, so that it may give up its rights for good."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -63,7 +61,7 @@ def _command(arguments: Sequence[str]) -> int:
             from vmm.cli.measure import run as measure
 
             return measure(arguments[1:], _configuration)
-        case "check" | "selftest" | "bench" | "ctl" | "report" | "replay" | "completion":
+        case "check" | "selftest" | "bench" | "ctl" | "report" | "replay" | "completion" | "sweep":
             import importlib
 
             status: int = importlib.import_module(f"vmm.cli.{word}").run(arguments[1:])
@@ -186,7 +184,7 @@ def _with_config_file(words: Sequence[str], *, lab: bool = False) -> Sequence[st
 
 def _run(arguments: Sequence[str]) -> int:
     config = _configuration(arguments)
-    if not _is_whole_process or config.debug_shell:  # the shell is the user's own
+    if not process.is_ours or config.debug_shell:  # the shell is the user's own
         config = config._replace(sandbox="off")
     from vmm.arch import architecture
     from vmm.machine.images import OpenedImages
@@ -247,8 +245,7 @@ def entry_point() -> NoReturn:
     """The console script."""
     # What a start imports and makes is there to stay: looking through it for garbage at every 700
     # objects would only delay the guest. Later collections are as much rarer as they are longer.
-    global _is_whole_process
-    _is_whole_process = True
+    process.is_ours = True
     gc.set_threshold(100_000)
     _open_standard_fds()
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see vmm.__main__

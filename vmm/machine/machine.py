@@ -15,7 +15,7 @@ from vmm.control.signals import SignalReactions
 from vmm.core import own_code
 from vmm.core.errors import HostError, UsageError, in_words, tell
 from vmm.core.event_loop import EventLoop
-from vmm.core.lean_typing import TYPE_CHECKING, Protocol, cast
+from vmm.core.lean_typing import TYPE_CHECKING, Protocol
 from vmm.core.own_code import ExtensionError
 from vmm.exits.outcome import (
     EXTENSION_ERROR,
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from vmm.devices.virtio.iommu import VirtioIommu
     from vmm.machine.debugger import Debugger
     from vmm.machine.extensions import Extensions
-    from vmm.machine.report_keys import Debugged, Report
+    from vmm.machine.report_keys import Report
     from vmm.machine.tracing import RunTrace
     from vmm.memory.aliased_memory import Announce
     from vmm.sandbox.enter import Sandbox
@@ -545,7 +545,7 @@ class Machine:
         if self._lender is not None:
             self.report["iommu"] = self._lender.as_dict()
         if self._debugger is not None:
-            self.report["gdb"] = cast("Debugged", self._debugger.as_dict())
+            self.report["gdb"] = self._debugger.as_dict()
         if self._report_file is not None:
             self._report_file.write(self.report)
 
