@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from contextlib import ExitStack
 from functools import partial
@@ -15,6 +16,7 @@ from vmm.core.errors import HostError, UsageError, in_words, tell
 from vmm.core.event_loop import EventLoop
 from vmm.core.lean_typing import TYPE_CHECKING, Any, Protocol
 from vmm.exits.outcome import (
+    FAILED,
     KILLED,
     PANIC,
     POLICY_ERROR,
@@ -45,10 +47,12 @@ if TYPE_CHECKING:
     from vmm.control.status_line import StatusLine
     from vmm.conversion.lending import Lender
     from vmm.devices.virtio.iommu import VirtioIommu
+    from vmm.machine.execution import Execution
     from vmm.machine.tracing import RunTrace
     from vmm.memory.aliased_memory import Announce
 
 _PANIC_TEXT = b"Kernel panic - not syncing"
+_INIT_FAILED_TEXT = b"pyvmm-init: failed: "  # firmware/init/init.c
 _REBOOT_TEXT = b"reboot: Restarting system"
 
 _LAST_OUTPUT_SECONDS = 1.0
@@ -117,6 +121,8 @@ class Machine:
             outcome = None
             try:
                 outcome = self._refusal_to_boot() or self._run_guest()
+                if self._execution is not None:
+                    outcome = self._execution.outcome(outcome)
                 if not self._abandoned:  # else a policy may be at work still
                     end = End(outcome.exit, outcome.reason)
                     self._converter.hooks.exit(end, self._converter.view)
@@ -127,6 +133,9 @@ class Machine:
             finally:
                 if outcome is not None:
                     self._write_report(outcome, time.monotonic() - started)
+            if self._execution is not None:
+                self._execution.tell_console(outcome, self._console.tail())
+                self._execution.take_share()
         return outcome
 
     def _open_inputs(self) -> None:
@@ -134,12 +143,20 @@ class Machine:
         config = self._config
         images = self._images or OpenedImages(self._architecture, config)
         self._cleanup.callback(images.close)
+        config = self._config = images.config
         self._guest = self._make_guest(images)
         self._cleanup.callback(self._guest.close)
         self._policies = _load_policies(config)
         if self._embedding is not None:
             self._policies += self._embedding.policies
-        self._virtio = open_devices(config, self._cleanup)
+        self._execution: Execution | None = None
+        if config.execute is not None:
+            from vmm.machine.execution import Execution
+
+            self._execution = Execution(config.execute, config.share)
+            self._cleanup.callback(self._execution.close)
+            self._execution.connect(self.stop)
+        self._virtio = open_devices(config, self._cleanup, self._execution)
         self._trace = None if config.trace is None else _open_trace(config.trace, config)
         if self._trace is not None:
             self._cleanup.callback(self._trace.close)
@@ -209,6 +226,8 @@ class Machine:
         self._loop = EventLoop()
         self._cleanup.callback(self._loop.close)
         make_console = Console if self._embedding is None else self._embedding.make_console
+        if self._execution is not None:
+            make_console = self._execution.make_console
         self._console = make_console(on_quit=lambda: self.stop(Outcome(QUIT, "Ctrl-A x")))
         self._cleanup.callback(self._console.close)
         self._converter = Converter(
@@ -425,6 +444,8 @@ class Machine:
         self.stop(reset_outcome(self._console.tail()))
 
     def _press_power_button(self) -> bool:
+        if self._execution is not None:
+            return not self._vcpus.paused and self._execution.signal(signal.SIGTERM)
         return not self._vcpus.paused and self._devices.board.press_power_button()
 
     def _continued(self) -> None:
@@ -455,6 +476,10 @@ def _open_trace(path: str, config: MachineConfig) -> RunTrace:
 
 def reset_outcome(tail: bytes) -> Outcome:
     """What a reset means after the console output `tail`: a panic, or the guest's wish."""
+    start = tail.rfind(_INIT_FAILED_TEXT)
+    if start >= 0:
+        line = tail[start + len(_INIT_FAILED_TEXT) : start + 300].splitlines()[0]
+        return Outcome(FAILED, line.decode("utf-8", "replace"))
     start = tail.rfind(_PANIC_TEXT)
     # An orderly reboot says so, however a panic got on the screen before.
     if start < 0 or _REBOOT_TEXT in tail[start:]:
