@@ -4,8 +4,8 @@ What is named here is for programs: `from vmm import Machine, MachineConfig`. Th
 pyvmm's own code import what they need from its rooms, so that a start pays for nothing else.
 """
 
-from vmm.core.lean_typing import TYPE_CHECKING
-
+# Not vmm.core.lean_typing's: nothing may be imported before vmm.__main__ has seen to Ctrl-C.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmm.core.errors import (
         AccessDenied,
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from vmm.machine.report_keys import Report
     from vmm.memory.guest_memory import PageState
     from vmm.policy import Policy, PolicyError
+    from vmm.sweeps.api import sweep
 
 __all__ = [
     "AccessDenied",
@@ -56,6 +57,7 @@ __all__ = [
     "UnmappedAccess",
     "UsageError",
     "VirtioDevice",
+    "sweep",
 ]
 
 _ROOMS = {
@@ -74,6 +76,7 @@ _ROOMS = {
     "Range": "vmm.core.ranges",
     "Report": "vmm.machine.report_keys",
     "VirtioDevice": "vmm.devices.virtio.own",
+    "sweep": "vmm.sweeps.api",
 }
 
 

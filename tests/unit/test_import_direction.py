@@ -28,6 +28,7 @@ LAYERS = (
     {"machine"},
     {"selftest", "library"},
     {"bench", "scenario"},
+    {"sweeps"},
     {"cli"},
     {"examples"},  # programs of their own: nothing imports them
 )

@@ -29,6 +29,7 @@ _COMMANDS = (
     "report",
     "replay",
     "measure",
+    "sweep",
     "completion",
     "help",
 )
@@ -60,7 +61,7 @@ def _command(arguments: Sequence[str]) -> int:
             from vmm.cli.measure import run as measure
 
             return measure(arguments[1:], _configuration)
-        case "check" | "selftest" | "bench" | "ctl" | "report" | "replay" | "completion":
+        case "check" | "selftest" | "bench" | "ctl" | "report" | "replay" | "completion" | "sweep":
             import importlib
 
             status: int = importlib.import_module(f"vmm.cli.{word}").run(arguments[1:])

@@ -34,6 +34,7 @@ examples:
   pyvmm report DIR                            what a run with --trace DIR did
   pyvmm measure --kernel bzImage ...          what a strict guest's launch measures (see README)
   pyvmm replay DIR --policy MODULE:CLASS      what another policy would have made of it
+  pyvmm sweep FILE.toml                       many runs, over policies, kernels and workloads
   pyvmm completion bash                       a shell's completion script (zsh, fish)
 
 A SIZE is in bytes, or has a unit: 64K, 512M, 2G; so are --policy-arg's numbers.
@@ -253,7 +254,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="pyvmm",
         usage="pyvmm [run] [options]   or   "
-        "pyvmm check|selftest|bench|lab|ctl|report|replay|measure|completion|help [options]",
+        "pyvmm check|selftest|bench|lab|ctl|report|replay|sweep|measure|completion|help [options]",
         description=_DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
