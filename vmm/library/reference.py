@@ -58,6 +58,7 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
         "guest gets as an error number.",
         ("PortDevice", "PciDevice", "VirtioDevice", "ExitHandler"),
     ),
+    "Sweeps": ("[Sweeps](sweep.md) has what a plan may say.", ("sweep",)),
     "Errors": (
         "",
         (
@@ -106,6 +107,9 @@ def _fenced(text: str) -> str:
 
 
 def _described(name: str, thing: type) -> str:
+    if inspect.isfunction(thing):
+        signature = _signature(thing, bound=False)
+        return f"\n### `{name}`\n\n`{name}{signature}`\n\n{_text(thing.__doc__)}\n"
     bases = [base.__name__ for base in thing.__mro__[1:2] if base.__name__ in vmm.__all__]
     bases = [base for base in bases if base != name]
     derived = f" ({bases[0]})" if bases else ""
@@ -189,13 +193,13 @@ def _fields(kind: type) -> Iterator[tuple[str, str, str, str]]:
             yield name, annotation, default, about
 
 
-def _signature(function: Any) -> str:
-    """As it is written, without `self`."""
+def _signature(function: Any, *, bound: bool = True) -> str:
+    """As it is written, without `self` where it is a method."""
     found = inspect.signature(function)
     parameters = [p.replace(annotation=_Written(p.annotation)) for p in found.parameters.values()]
     text = str(
         found.replace(
-            parameters=parameters[1:], return_annotation=_Written(found.return_annotation)
+            parameters=parameters[bound:], return_annotation=_Written(found.return_annotation)
         )
     )
     return text.removesuffix(" -> None")
