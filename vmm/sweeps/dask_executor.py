@@ -52,13 +52,15 @@ class DaskExecutor:
         self._contents = contents
         self._places = places
         self._sweep = secrets.token_hex(8)
-        self._batches: dict[str, tuple[Any, list[Job]]] = {}
+        self._batches: dict[str, tuple[Any, list[Job], int]] = {}
         self._ended: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._number = 0
         self._outstanding = 0
         self._mean = 0.0
         self._slots = 0
         self._admitted: set[str] = set()
+        # Contents sent, by worker and digest: how many tasks had been submitted by then.
+        self._sent: dict[tuple[str, str], int] = {}
         self._looked = 0.0
         self._stopping = False
         self._quietened = logging.getLogger("distributed")
@@ -133,9 +135,13 @@ class DaskExecutor:
                 )
             self._admitted.add(address)
 
-    def _supply(self, worker: str, digests: Sequence[str]) -> None:
-        """Send contents to a worker that lacks them. Raises UsageError for one that changed."""
+    def _supply(self, worker: str, digests: Sequence[str], task: int) -> None:
+        """Send contents to a worker that lacked them when it took that task. Raises UsageError for
+        one that changed."""
         for digest in digests:
+            if task <= self._sent.get((worker, digest), 0):
+                continue  # it has got it since
+            self._sent[worker, digest] = self._number
             folder, names = self._places[digest]
             try:
                 for name in names:
@@ -184,7 +190,7 @@ class DaskExecutor:
         key = f"pyvmm-sweep-{self._sweep}-{self._number}"
         text = json.dumps({"sweep": self._sweep, "jobs": [[job.key, job.words] for job in jobs]})
         future = self._client.submit(far.run_batch, text, key=key, pure=False)
-        self._batches[key] = (future, jobs)
+        self._batches[key] = (future, jobs, self._number)
         future.add_done_callback(lambda future: self._ended.put(future.key))
 
     def take(self, seconds: float) -> list[Answer]:
@@ -201,7 +207,7 @@ class DaskExecutor:
 
     def _answers(self, key: str) -> list[Answer]:
         """What a task that has ended brought; one that couldn't be carried out is given anew."""
-        future, jobs = self._batches.pop(key)
+        future, jobs, number = self._batches.pop(key)
         if future.status in ("cancelled", "lost"):
             if self._stopping:
                 return []
@@ -211,7 +217,7 @@ class DaskExecutor:
         told = json.loads(future.result())
         if "missing" in told:
             if not self._stopping:
-                self._supply(told["worker"], told["missing"])
+                self._supply(told["worker"], told["missing"], number)
                 self._submit(jobs)
             return []
         answers = [Answer(key, answer, told["worker"]) for key, answer in told["answers"]]
@@ -262,7 +268,7 @@ class DaskExecutor:
     def close(self) -> None:
         self._stopping = True
         with contextlib.suppress(Exception):
-            self._client.cancel([future for future, _ in self._batches.values()])
+            self._client.cancel([future for future, _, _ in self._batches.values()])
             self._client.run(far.dismiss, self._sweep, True, on_error="ignore")
         self._batches.clear()
         with contextlib.suppress(Exception):

@@ -84,6 +84,9 @@ def complete(digest: str, names: list[str], dask_worker: Any = None) -> str | No
     """All of a content has come; what is wrong with it, if anything."""
     folder = os.path.join(_folder(dask_worker), digest)
     part = f"{folder}.part"
+    if digest in _places:  # of another sweep: a cell may be reading it
+        shutil.rmtree(part, ignore_errors=True)
+        return None
     os.makedirs(part, exist_ok=True)
     found, _ = content.digest_of({name: os.path.join(part, name) for name in names})
     if found != digest:
