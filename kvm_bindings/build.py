@@ -115,6 +115,17 @@ int64_t pyvmm_probe_mapped(const void *addresses, uint32_t count, char *reached)
 int pyvmm_is_copied(int fd);
 """
 
+SANDBOX = """
+int pyvmm_syscall_number(const char *name);
+uint32_t pyvmm_audit_arch(void);
+int pyvmm_no_new_privileges(void);
+int pyvmm_seccomp(const void *filter, uint32_t count, int all_threads);
+int pyvmm_landlock_abi(void);
+int pyvmm_landlock_ruleset(uint64_t files, uint64_t network, uint64_t scoped);
+int pyvmm_landlock_allow(int ruleset, uint64_t files, int parent);
+int pyvmm_landlock_restrict(int ruleset);
+"""
+
 FLOORS = """
 int64_t pyvmm_floor_pread(int fd, uint64_t address, uint64_t size, uint64_t span, uint32_t count);
 int64_t pyvmm_floor_pwrite(int fd, uint64_t address, uint64_t size, uint64_t span, uint32_t count);
@@ -144,9 +155,10 @@ def _interface(machine: str) -> FFI:
     abi = "".join(f"#define {name} {value:#x}\n" for name, value in REQUESTS.items())
     abi += (HERE / "kvm_abi.h").read_text() + (HERE / machine / "kvm_abi.h").read_text()
     ffi = FFI()
-    ffi.cdef(abi + FUNCTIONS + DATAPATH + VIRTQUEUE + MAPPED + FLOORS)
+    ffi.cdef(abi + FUNCTIONS + DATAPATH + VIRTQUEUE + MAPPED + SANDBOX + FLOORS)
     parts = (
-        "bindings.c", f"{machine}/abi_sizes.c", "datapath.c", "virtqueue.c", "mapped.c", "floors.c"
+        "bindings.c", f"{machine}/abi_sizes.c", "datapath.c", "virtqueue.c", "mapped.c",
+        "sandbox.c", "floors.c",
     )  # fmt: skip
     source = PRELUDE + abi + "".join((HERE / part).read_text() for part in parts)
     ffi.set_source(

@@ -4,8 +4,8 @@ What is named here is for programs: `from vmm import Machine, MachineConfig`. Th
 pyvmm's own code import what they need from its rooms, so that a start pays for nothing else.
 """
 
-from vmm.core.lean_typing import TYPE_CHECKING
-
+# Not vmm.core.lean_typing's: nothing may be imported before vmm.__main__ has seen to Ctrl-C.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmm.core.errors import (
         AccessDenied,

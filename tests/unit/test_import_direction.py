@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 LAYERS = (
     {"core"},
+    {"sandbox"},
     {"memory"},
     {"policy", "devices", "boot", "trace"},
     {"conversion"},
@@ -34,14 +35,15 @@ LAYERS = (
 ARCHITECTURES = {"arch.x86_64", "arch.aarch64"}
 ALIASES = {"__main__": "cli"}  # `python -m vmm` is the command
 BINDINGS_USERS = {
-    "conversion", "exits", "wiring", "host", "arch", "machine", "selftest", "bench", "cli",
+    "sandbox", "conversion", "exits", "wiring", "host", "arch", "machine", "selftest", "bench",
+    "cli",
 }  # fmt: skip
 # Of an architecture only what talks to KVM; the rest is encodings: data in, bytes and values out.
 ARCHITECTURES_KVM = {
     "architecture", "platform", "board", "exits", "gic", "guest_cpu", "page_tables", "micro_guest",
-    "probes", "capabilities",
+    "probes", "capabilities", "debug",
 }  # fmt: skip
-FIRMWARE_USERS = {"arch.x86_64", "arch.aarch64", "bench", "cli"}
+FIRMWARE_USERS = {"arch.x86_64", "arch.aarch64", "machine", "bench", "cli", "lab"}
 
 
 def level(room: str) -> int:

@@ -39,7 +39,8 @@ examples:
 
 A SIZE is in bytes, or has a unit: 64K, 512M, 2G; so are --policy-arg's numbers.
 While the guest runs on a terminal, Ctrl-A x quits.
-exit status: 0 guest powered off, 1 guest failed, 2 bad usage or input, 3 the host cannot do it
+exit status: 0 guest powered off, 1 guest failed, 2 bad usage or input, 3 the host cannot do it;
+with --exec the command's, or 125 where none can be passed on
 """
 
 _FLAG = {"action": "store_const", "const": True, "default": False}
@@ -55,6 +56,24 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             "metavar": "TEXT",
             "default": "",
             "help": "more kernel command line, after 'console=ttyS0 panic=-1'",
+        },
+        "--root": {
+            "metavar": "FILE[,part=N][,ro]|UUID=...|LABEL=...",
+            "help": "boot from this disk image: FILE becomes the first disk (its settings are "
+            "--disk's), or the file system is looked for on the disks by its UUID, its label, or "
+            "its partition's (PARTUUID=, PARTLABEL=); without --initrd one is made, with the "
+            "modules that lie beside the kernel",
+        },
+        "--exec": {
+            "metavar": "COMMAND",
+            "help": "run this in the guest, by /bin/sh -c, instead of its init: standard input, "
+            "output and error are pyvmm's, and so is the exit status (125: there is none to pass "
+            "on, one line says why); the root is --root, or the --initrd",
+        },
+        "--share": {
+            "metavar": "DIR[,size=SIZE]",
+            "help": "with --exec: the command starts in /mnt with a copy of DIR, and what it "
+            "writes there comes back (SIZE at most, default 256M; nothing is removed)",
         },
         "--mem": {
             "metavar": "SIZE",
@@ -183,10 +202,34 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             "help": "listen on a Unix socket for JSON lines: status, pause, resume, dump-state, "
             "convert, follow, quit; pyvmm ctl PATH COMMAND sends one",
         },
+        "--gdb": {
+            "metavar": "PORT|PATH",
+            "help": "have the guest wait for gdb (target remote :PORT, or PATH): on a TCP port of "
+            "this machine's loopback address, where every local user may connect, or on a Unix "
+            "socket of your own (x86-64)",
+        },
+        "--gdb-sees-private": {
+            **_FLAG,
+            "help": "in a rehearsal, let gdb read and write private pages too; else it is refused, "
+            "as every host access is",
+        },
         "--core-dumps": {
             **_FLAG,
             "help": "with private memory, let the process leave core files and be debugged; guest "
             "memory itself is in no core file in any case",
+        },
+        "--sandbox": {
+            "metavar": "auto|on|off",
+            "default": "auto",
+            "help": "before the guest runs, pyvmm gives up opening files, starting programs, "
+            "connecting and so on (seccomp and Landlock), its policies too; on: refuse to run "
+            "where the kernel can't take all of that away (default auto: what it can)",
+        },
+        "--allow-path": {
+            "metavar": "PATH",
+            **_SEVERAL,
+            "help": "a file or folder that a policy may still open in the sandbox, to read and "
+            "write; may be given several times",
         },
         "--debug": {**_FLAG, "help": "show a traceback for errors, for bug reports"},
     },

@@ -76,7 +76,11 @@ class Operations:
         counts = self._converter.accounting
         memory = self._memory
         return Status(
-            state="paused" if self._vcpus.paused else "running",
+            state="paused"
+            if self._vcpus.paused
+            else "debugged"
+            if self._vcpus.frozen
+            else "running",
             seconds=time.monotonic() - self._started,
             shared_bytes=memory.bytes_in(PageState.SHARED),
             private_bytes=memory.bytes_in(PageState.PRIVATE),

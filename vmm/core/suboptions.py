@@ -58,6 +58,7 @@ class Suboptions:
         self.text = text
         self.syntax = syntax
         self._settings: dict[str, str | None] = {}
+        self._known: set[str] = set()
         for word in text.replace(",,", "\0").split(",") if text else ():
             key, equals, value = word.replace("\0", ",").partition("=")
             if key in self._settings:
@@ -79,6 +80,7 @@ class Suboptions:
 
     def flag(self, key: str) -> bool:
         """Whether the word `key` is there, which takes no value."""
+        self._known.add(key)
         if key not in self._settings:
             return False
         value = self._settings.pop(key)
@@ -88,6 +90,7 @@ class Suboptions:
 
     def take(self, key: str) -> str | None:
         """The value of `key=VALUE`; None when it isn't there."""
+        self._known.add(key)
         if key not in self._settings:
             return None
         value = self._settings.pop(key)
@@ -125,6 +128,7 @@ class Suboptions:
 
     def one_of(self, keys: Collection[str]) -> str:
         """Which of `keys` is there: exactly one has to be."""
+        self._known.update(keys)
         found = [key for key in keys if key in self._settings]
         if len(found) != 1:
             raise self.error(f"exactly one of {', '.join(sorted(keys))} is needed")
@@ -133,4 +137,7 @@ class Suboptions:
     def finish(self) -> None:
         """Raises UsageError when settings are left that nobody knows."""
         for key in self._settings:
-            raise self.error(f"unknown option {key!r}")
+            from vmm.core.near import did_you_mean  # of a mistake only
+
+            near = did_you_mean(key, self._known)
+            raise self.error(f"unknown option {key!r}{f' ({near})' if near else ''}")

@@ -87,7 +87,22 @@ def page() -> str:
             filled = (textwrap.fill(paragraph, 100) for paragraph in text.split("\n\n"))
             parts.append("\n" + "\n\n".join(filled) + "\n")
         parts += [_described(name, getattr(vmm, name)) for name in names]
-    return "".join(parts)
+    return _fenced("".join(parts))
+
+
+def _fenced(text: str) -> str:
+    """The same with a docstring's indented code as Python that readers aren't to run as it is."""
+    lines: list[str] = []
+    inside = False
+    for line in text.split("\n"):
+        if line and not inside and line.startswith("    ") and not lines[-1]:
+            inside = True
+            lines.append("```python parse")
+        elif inside and line and not line.startswith("    "):
+            inside = False
+            lines.insert(len(lines) - 1, "```")  # before the empty line
+        lines.append(line[4:] if inside else line)
+    return "\n".join(lines)
 
 
 def _described(name: str, thing: type) -> str:

@@ -19,6 +19,7 @@ SMALLEST_MEMORY = 4 << 20
 MAX_CPUS = 64
 KNOWN_SCHEMES = ("auto", *matrix.SCHEMES)
 KNOWN_BACKINGS = (None, "auto", *BACKINGS)
+SANDBOXES = ("auto", "on", "off")
 
 
 def parse_size(text: str) -> int:
@@ -86,9 +87,28 @@ class MachineConfig(NamedTuple):
     exit_handlers: tuple[str, ...] = ()
     paused: bool = False
     """Whether the guest waits for a resume before its first instruction."""
+    gdb: str | None = None
+    """Where a debugger connects: a TCP port's number on the loopback address, or a path for a Unix
+    socket. The guest stands still until one has it go on."""
+    gdb_sees_private: bool = False
+    """Whether a debugger may touch private pages, which only a rehearsal can allow."""
+    root: str | None = None
+    """Where the root file system is: "" on the first disk, "part=N", or "UUID=..." and the like on
+    any (`vmm.core.root_disk`). Without an initrd the guest gets one that mounts it."""
+    execute: str | None = None
+    """A command that the guest runs instead of its init, for a shell; see vmm.machine.execution."""
+    share: str | None = None
+    """DIR[,size=SIZE]: a folder that the command finds and changes."""
     core_dumps: bool = True
     """False: once guest memory is there, the process forbids core dumps of itself and debuggers
     of its own user. The command asks for that with private memory, unless it is told not to."""
+
+    sandbox: str = "off"
+    """What the process gives up before the guest runs: "auto" (what the kernel can take away),
+    "on" (all of it, or the run is refused), "off". The command says "auto"; a program that a
+    machine is a part of keeps its rights."""
+    allowed_paths: tuple[str, ...] = ()
+    """Files and folders that stay within reach in the sandbox, to read and write."""
 
     def guest_options(self) -> GuestOptions:
         """What the guest's architecture has to know of it."""
@@ -137,13 +157,44 @@ class MachineConfig(NamedTuple):
             raise UsageError("--initrd needs --kernel: the embedded payload takes no initrd")
         if self.append and self.kernel is None:
             raise UsageError("--append needs --kernel: the embedded payload has no command line")
+        self._validate_boot()
         if self.policies and self.private_memory is None:
             raise UsageError("--policy needs --private-mem: an ordinary VM converts no pages")
         if self.debug_shell and not self.policies:
             raise UsageError("--debug-shell needs --policy: it opens where a policy raises")
         self._validate_private_memory(limits)
+        self._validate_sandbox()
+        if self.gdb is not None or self.gdb_sees_private:
+            self._validate_gdb(limits)
         if self.iommu:
             self._validate_iommu(limits)
+
+    def _validate_sandbox(self) -> None:
+        if self.sandbox not in SANDBOXES:
+            raise UsageError(f"--sandbox={self.sandbox} is unknown; use {', '.join(SANDBOXES)}")
+        if self.allowed_paths and self.sandbox == "off":
+            raise UsageError("--allow-path: nothing is out of reach with --sandbox=off")
+
+    def _validate_gdb(self, limits: Limits) -> None:
+        from vmm.control.gdb.server import port_of
+
+        if self.gdb is None:
+            raise UsageError("--gdb-sees-private needs --gdb")
+        port_of(self.gdb)
+        if self.gdb_sees_private and self.private_memory is None:
+            raise UsageError("--gdb-sees-private needs --private-mem: nothing is private without")
+        if limits.name != "x86_64":
+            raise UsageError("--gdb: only x86-64 guests can be debugged so far; run without it")
+
+    def _validate_boot(self) -> None:
+        """A root disk and a command are for kernels."""
+        for option, value in (("--root", self.root), ("--exec", self.execute)):
+            if value is not None and self.kernel is None:
+                raise UsageError(f"{option} needs --kernel: the embedded payload is all there is")
+        if self.share is not None and self.execute is None:
+            raise UsageError(
+                "--share needs --exec: the folder is brought back when the command has ended"
+            )
 
     def _validate_iommu(self, limits: Limits) -> None:
         if limits.name != "x86_64":

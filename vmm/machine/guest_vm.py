@@ -61,7 +61,7 @@ class GuestVm:
 
     def _create_vm(self) -> None:
         system = self._cleanup.enter_context(open_kvm(self._architecture))
-        self._system: System = system
+        self.system: System = system
         if self.is_private:
             self._architecture.check_doorbell(system, self._guest)
             wanted = self._config.private_memory
@@ -90,7 +90,7 @@ class GuestVm:
 
         return choose(
             self._architecture,
-            self._system,
+            self.system,
             Wanted(
                 config.scheme,
                 config.private_memory,
@@ -112,7 +112,7 @@ class GuestVm:
 
             self.scheme = make_scheme(
                 chosen.scheme,
-                lambda: self._architecture.private_bit(self._system, size),
+                lambda: self._architecture.private_bit(self.system, size),
                 self._parked,
                 None if self._own is None or self._own.scheme is None else self._own.make_scheme,
             )

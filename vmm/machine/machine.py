@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 import time
 from contextlib import ExitStack
 from functools import partial
@@ -18,6 +20,7 @@ from vmm.core.lean_typing import TYPE_CHECKING, Protocol
 from vmm.core.own_code import ExtensionError
 from vmm.exits.outcome import (
     EXTENSION_ERROR,
+    FAILED,
     KILLED,
     PANIC,
     POLICY_ERROR,
@@ -49,13 +52,18 @@ if TYPE_CHECKING:
     from vmm.conversion.events import EventFeed
     from vmm.conversion.lending import Lender
     from vmm.conversion.observer import ConversionObserver
+    from vmm.core.unix_listener import UnixListener
     from vmm.devices.virtio.iommu import VirtioIommu
+    from vmm.machine.debugger import Debugger
+    from vmm.machine.execution import Execution
     from vmm.machine.extensions import Extensions
     from vmm.machine.report_keys import Report
     from vmm.machine.tracing import RunTrace
     from vmm.memory.aliased_memory import Announce
+    from vmm.sandbox.enter import Sandbox
 
 _PANIC_TEXT = b"Kernel panic - not syncing"
+_INIT_FAILED_TEXT = b"pyvmm-init: failed: "  # firmware/init/init.c
 _REBOOT_TEXT = b"reboot: Restarting system"
 
 _LAST_OUTPUT_SECONDS = 1.0
@@ -104,6 +112,7 @@ class Machine:
         self._unshared: set[str] = set()
         self._vcpus = VcpuGroup()
         self._abandoned = False
+        self._sandbox: Sandbox | None = None
         self.report: Report | None = None
         """The report, once the run is over."""
 
@@ -127,9 +136,12 @@ class Machine:
                 raise HostError(in_words(error)) from error
             if self._report_file is not None:
                 self._report_file.begin()
+            self._enter_sandbox()
             outcome = None
             try:
                 outcome = self._refusal_to_boot() or self._run_guest()
+                if self._execution is not None:
+                    outcome = self._execution.outcome(outcome)
                 if not self._abandoned:  # else a policy may be at work still
                     end = End(outcome.exit, outcome.reason)
                     self._converter.hooks.exit(end, self._converter.view)
@@ -141,6 +153,9 @@ class Machine:
             finally:
                 if outcome is not None:
                     self._write_report(outcome, time.monotonic() - started)
+            if self._execution is not None:
+                self._execution.tell_console(outcome, self._console.tail())
+                self._execution.take_share()
         return outcome
 
     def _open_inputs(self) -> None:
@@ -148,12 +163,20 @@ class Machine:
         config = self._config
         images = self._images or OpenedImages(self._architecture, config)
         self._cleanup.callback(images.close)
+        config = self._config = images.config
         self._guest = self._make_guest(images)
         self._cleanup.callback(self._guest.close)
         self._policies = _load_policies(config)
         if self._embedding is not None:
             self._policies += self._embedding.policies
-        self._virtio = open_devices(config, self._cleanup)
+        self._execution: Execution | None = None
+        if config.execute is not None:
+            from vmm.machine.execution import Execution
+
+            self._execution = Execution(config.execute, config.share)
+            self._cleanup.callback(self._execution.close)
+            self._execution.connect(self.stop)
+        self._virtio = open_devices(config, self._cleanup, self._execution)
         if self._own is not None:
             self._own.join(self._virtio, config, self._cleanup)
         self._trace = None if config.trace is None else _open_trace(config.trace, config)
@@ -170,9 +193,69 @@ class Machine:
 
             self._control = ControlSocket(config.control)
             self._cleanup.callback(self._control.close)
+        self._debugger: Debugger | None = None
+        if config.gdb is not None:
+            from vmm.machine.debugger import Debugger
+
+            self._debugger = Debugger(config.gdb, sees_private=config.gdb_sees_private)
+            self._cleanup.callback(self._debugger.close)
         self._report_file = None if config.report is None else ReportFile(config.report)
         if self._report_file is not None:
             self._cleanup.callback(self._report_file.close)
+        if config.sandbox != "off":
+            self._leave_somebody_outside()
+
+    def _leave_somebody_outside(self) -> None:
+        """What the run has to do with paths at its end is for a process that keeps its rights."""
+        from vmm.sandbox.enter import require_paths
+
+        require_paths(self._config.allowed_paths)
+        # Not imported where nothing listens.
+        sockets = sys.modules.get("vmm.core.unix_listener")
+        listeners: list[UnixListener] = [] if sockets is None else sockets.listening()
+        report = self._report_file
+        replaced = report if report is not None and report.is_replaced else None
+        shared = None if self._execution is None else self._execution.shared
+        if replaced is None and shared is None and not listeners:
+            return
+        from vmm.sandbox.outside import Outside
+
+        def last() -> None:
+            for listener in listeners:
+                listener.remove()
+
+        tasks: list[Callable[[bytes], None]] = []
+        keeps = [listener.fd for listener in listeners]
+        if replaced is not None:
+            tasks.append(replaced.replace)
+        if shared is not None:
+            tasks.append(lambda _: shared.take_back())
+            keeps.append(shared.archive.fileno())
+        outside = Outside(tasks, last, keeps)
+        self._cleanup.callback(outside.close)
+        if replaced is not None:
+            replaced.through = partial(outside.do, 0)
+        if shared is not None:
+            shared.through = partial(outside.do, len(tasks) - 1)
+
+    def _enter_sandbox(self) -> None:
+        """Everything is open: give up what the run doesn't need any more."""
+        config = self._config
+        if config.sandbox == "off":
+            return
+        from vmm.sandbox.enter import enter, enter_vcpu, kept_descriptors
+
+        self._sandbox = enter(
+            config.sandbox,
+            kept=kept_descriptors(),
+            output=self._console.output_fd,
+            folders=() if config.trace is None else (config.trace,),
+            paths=config.allowed_paths,
+            maps=config.allow_mapped_io,
+            connects=config.vsock is not None,
+        )
+        if self._sandbox.seccomp:
+            self._vcpus.at_start = enter_vcpu
 
     def _make_guest(self, images: OpenedImages) -> Guest:
         options = self._config.guest_options()
@@ -226,6 +309,8 @@ class Machine:
         self._loop = EventLoop()
         self._cleanup.callback(self._loop.close)
         make_console = Console if self._embedding is None else self._embedding.make_console
+        if self._execution is not None:
+            make_console = self._execution.make_console
         self._console = make_console(on_quit=lambda: self.stop(Outcome(QUIT, "Ctrl-A x")))
         self._cleanup.callback(self._console.close)
         observer: ConversionObserver | None = None if trace is None else trace.conversions
@@ -270,6 +355,9 @@ class Machine:
             from vmm.exits.own import with_own
 
             self._handlers.table = with_own(self._handlers.table, self._own.exits)
+        if self._debugger is not None:
+            watch, table = self._watcher("gdb"), self._handlers.table
+            self._debugger.connect(self._architecture, self._vm, self._vcpus, watch, table)
         if trace is not None:
             self._handlers.table = trace.exits(self._handlers.table)
 
@@ -352,7 +440,12 @@ class Machine:
         if alone:
             # Beyond the guest's end: a signal must not cost the report.
             self._signals.enter_context(signals.installed())
-        with live_view(self._loop, operations, self._status_line, self._control, signals=alone):
+        with ExitStack() as live:
+            live.enter_context(
+                live_view(self._loop, operations, self._status_line, self._control, signals=alone)
+            )
+            if self._debugger is not None:
+                live.enter_context(self._debugger.serving(self._loop, self.stop))
             try:
                 self._console.attach(self._loop, self._devices.board.serial)
                 if self._config.paused:
@@ -374,6 +467,8 @@ class Machine:
                 if self._events is not None:
                     ended = self._outcomes[0]
                     self._events.note("ended", exit=ended.exit, reason=ended.reason)
+                if self._debugger is not None:
+                    self._debugger.ended(self._outcomes[0])
                 self._console.restore()
         for runner in self._vcpus.runners:
             if runner.error is not None:
@@ -419,6 +514,11 @@ class Machine:
 
         self._signals.close()  # Ctrl-C is the prompt's
         show(error, prompt=self._config.debug_shell)
+        if self._sandbox is not None and isinstance(error.__cause__, PermissionError):
+            tell(
+                "policies are in the sandbox: --allow-path PATH gives a file or folder back, "
+                "--sandbox=off everything"
+            )
 
     def _write_report(self, outcome: Outcome, wall_seconds: float) -> None:
         counts: dict[str, int] = {}
@@ -443,8 +543,17 @@ class Machine:
         )
         if self._guest.launch is not None:
             self.report["launch"] = self._guest.launch
+        if self._config.sandbox != "off":
+            kept = self._sandbox
+            self.report["sandbox"] = kept and {
+                "seccomp": kept.seccomp,
+                "landlock": kept.landlock,
+                "paths": list(kept.paths),
+            }
         if self._lender is not None:
             self.report["iommu"] = self._lender.as_dict()
+        if self._debugger is not None:
+            self.report["gdb"] = self._debugger.as_dict()
         if self._report_file is not None:
             self._report_file.write(self.report)
 
@@ -464,7 +573,10 @@ class Machine:
         self.stop(reset_outcome(self._console.tail()))
 
     def _press_power_button(self) -> bool:
-        return not self._vcpus.paused and self._devices.board.press_power_button()
+        stands_still = self._vcpus.paused or self._vcpus.frozen
+        if self._execution is not None:
+            return not stands_still and self._execution.signal(signal.SIGTERM)
+        return not stands_still and self._devices.board.press_power_button()
 
     def _continued(self) -> None:
         """The process was stopped, as by Ctrl-Z in a shell, and goes on."""
@@ -511,6 +623,10 @@ def _open_trace(path: str, config: MachineConfig) -> RunTrace:
 
 def reset_outcome(tail: bytes) -> Outcome:
     """What a reset means after the console output `tail`: a panic, or the guest's wish."""
+    start = tail.rfind(_INIT_FAILED_TEXT)
+    if start >= 0:
+        line = tail[start + len(_INIT_FAILED_TEXT) : start + 300].splitlines()[0]
+        return Outcome(FAILED, line.decode("utf-8", "replace"))
     start = tail.rfind(_PANIC_TEXT)
     # An orderly reboot says so, however a panic got on the screen before.
     if start < 0 or _REBOOT_TEXT in tail[start:]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable
 
 from vmm.conversion.accounting import Accounting, Refinements
 from vmm.conversion.matrix import TO_SHARE
@@ -173,6 +174,13 @@ class ReportFile:
         """Raises UsageError when `path` can't be written."""
         self._output = Output(f"--report {path}", path)
         self._former: str | None = None
+        self.through: Callable[[bytes], None] | None = None
+        """What has `replace` done in another process; raises OutputError."""
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether the file is replaced at the end, and not written in place."""
+        return self._output.file is not None
 
     def begin(self) -> None:
         """A guest is about to run: move an earlier report aside, to FILE.old or the like."""
@@ -198,16 +206,24 @@ class ReportFile:
         """Write the file whole. Where that fails the user is told, and the run is what it was."""
         import json  # a run ends with it; its start does not wait for it
 
+        text = (json.dumps(report, indent=2) + "\n").encode()
+        message = os.fsencode(self._former or "") + b"\0" + text
         try:
-            self._output.write((json.dumps(report, indent=2) + "\n").encode())
+            (self.through or self.replace)(message)
         except OutputError as error:
             kept = "" if self._former is None else f"; an earlier one is {self._former}"
             tell(f"{error}{kept}")
             return
-        if self._former is not None:
+        self._former = None
+
+    def replace(self, message: bytes) -> None:
+        """Write the file, and remove the earlier one: `message` is that one's path, a zero byte
+        and the new content. Raises OutputError."""
+        former, _, text = message.partition(b"\0")
+        self._output.write(text)
+        if former:
             with contextlib.suppress(OSError):
-                os.unlink(self._former)
-            self._former = None
+                os.unlink(former)
 
     def close(self) -> None:
         self._output.close()

@@ -116,6 +116,26 @@ class DeviceCounts(TypedDict):
     events_dropped: NotRequired[int]
 
 
+class SandboxKept(TypedDict):
+    """What the process gave up before the guest ran: system calls, files (Landlock's version, 0
+    without it), and the paths that the user gave back."""
+
+    seccomp: bool
+    landlock: int
+    paths: list[str]
+
+
+class Debugging(TypedDict):
+    """A debugger's connections, stops, and accesses to memory: by kind, and to private pages."""
+
+    attached: int
+    stops: int
+    sees_private: bool
+    served: dict[str, int]
+    refused: dict[str, int]
+    private_bytes: int
+
+
 class Report(TypedDict):
     """What a run did (`--report`)."""
 
@@ -139,6 +159,10 @@ class Report(TypedDict):
     """Of a guest that loads itself: what its launch measures."""
     iommu: NotRequired[dict[str, Any]]
     """What the guest has lent to its devices."""
+    gdb: NotRequired[Debugging]
+    """What a debugger did (`--gdb`)."""
+    sandbox: NotRequired[SandboxKept | None]
+    """Of a run in a sandbox; None where it ended before that."""
 
 
 def objection(value: object, kind: Any = Report, where: str = "report") -> str | None:
