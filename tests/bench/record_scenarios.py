@@ -36,7 +36,7 @@ DATA = Path(__file__).resolve().parents[2] / "vmm" / "scenario" / "data"
 KERNELS = ("debian:6.1", "debian:6.12", "debian:7.3")
 SESSION_SECONDS = 150.0
 LAB_SECONDS = 500.0
-RUNS = 5
+RUNS = 3
 """Runs of the payload from which a host's cost model is the median."""
 
 
@@ -196,7 +196,7 @@ def outer(names: list[str], out: Path) -> None:
 # -- cost models ----------------------------------------------------------------------------------
 
 HOSTS = {
-    "kvm": ("this machine's /dev/kvm", None),
+    "kvm-interpreted": ("/dev/kvm without VT-x or SVM: KVM interprets kernel mode", None),
     "lab-svm": ("the lab's stock host: KVM on emulated SVM, scheme cbit", "stock"),
     "lab-attributes": ("the lab's sw-protected host: KVM memory attributes", "sw-protected"),
     "lab-in-place": ("the lab's experimental host: in-place conversion", "experimental"),

@@ -49,6 +49,9 @@ class Session:
             "COLUMNS": "80",
             "TERM": "dumb",
             "LC_ALL": "C.UTF-8",
+            # As where pyvmm is installed, whether this checkout is or not.
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+            "PYTEST_PLUGINS": "vmm.scenario.pytest_plugin",
         }
 
     def carry_out(self, block: Block) -> None:

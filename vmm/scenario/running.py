@@ -140,6 +140,8 @@ class _Run:
         self.steps = 0
         self._seed = seed
         self._model = model
+        self._costs = {Kind.SHARE: model.share[:2], Kind.UNSHARE: model.unshare[:2]}
+        self._nothing = model.nothing
         self._most_steps = most_steps
         self._now = 0.0
         self._wake = math.inf
@@ -189,15 +191,14 @@ class _Run:
     ) -> None:
         """Part of being a ConversionObserver."""
         self._decisions[decision.__class__] += 1
-        model = self._model
         changed = self._changed
         if changed:
             self._conversions += 1
             self._converted_bytes += changed
-            line = model.share if request.kind is Kind.SHARE else model.unshare
-            took = line.fixed + line.per_byte * changed
+            fixed, per_byte = self._costs[request[0]]
+            took = fixed + per_byte * changed
         else:
-            took = model.nothing
+            took = self._nothing
         self._took_ns = took
         self._guest_ns += took
         if answer:
