@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from vmm.machine.report_keys import Report
     from vmm.memory.guest_memory import PageState
     from vmm.policy import Policy, PolicyError
+    from vmm.sweeps.api import sweep
 
 __all__ = [
     "AccessDenied",
@@ -56,6 +57,7 @@ __all__ = [
     "UnmappedAccess",
     "UsageError",
     "VirtioDevice",
+    "sweep",
 ]
 
 _ROOMS = {
@@ -74,6 +76,7 @@ _ROOMS = {
     "Range": "vmm.core.ranges",
     "Report": "vmm.machine.report_keys",
     "VirtioDevice": "vmm.devices.virtio.own",
+    "sweep": "vmm.sweeps.api",
 }
 
 

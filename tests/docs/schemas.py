@@ -27,9 +27,8 @@ def faults(name: str, document: object, *, part: str | None = None) -> list[str]
     """
     whole = schema(name)
     if part is not None:
-        whole = {**whole["$defs"] | whole["properties"], "$defs": whole["$defs"]}[part] | {
-            "$defs": whole["$defs"]
-        }
+        parts = whole["$defs"] | whole.get("properties", {})
+        whole = parts[part] | {"$defs": whole["$defs"]}
     validator = Draft202012Validator(_closed(whole))
     return [f"{each.json_path}: {each.message}" for each in validator.iter_errors(document)]
 

@@ -4,6 +4,7 @@ fakes."""
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from tests.support.trace import Events
 from vmm.cli import replay as replay_command
 from vmm.cli import report as report_command
 from vmm.conversion.accounting import Accounting, Refinements
+from vmm.conversion.events import Lost, as_json
 from vmm.devices.virtio.balloon import BalloonStatistics
 from vmm.devices.virtio.iommu import S_OK, IommuStatistics
 from vmm.exits.outcome import Outcome
@@ -70,6 +72,56 @@ def test_trace_of_a_run_is_as_its_schemas_say(
     assert not faults("summary", said(capsys))
     assert replay_command.run([trace, "--json"]) == 0
     assert not faults("replay", said(capsys))
+
+
+class Socket:
+    """A connection to a run's control socket."""
+
+    def __init__(self, path: Path, run: command.Session) -> None:
+        self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._connection.settimeout(command.TIME_LIMIT)
+        while self._connection.connect_ex(str(path)):  # not there yet, or not listening
+            assert run.process.poll() is None
+        self.lines = self._connection.makefile("rb")
+
+    def ask(self, **request: object) -> Any:
+        assert not faults("control", request, part="request")
+        self._connection.sendall(json.dumps(request).encode() + b"\n")
+        return json.loads(self.lines.readline())
+
+    def close(self) -> None:
+        self.lines.close()
+        self._connection.close()
+
+
+@pytest.mark.kvm
+def test_control_socket_of_a_run_is_as_its_schema_says(tmp_path: Path, run: Path) -> None:
+    path, disk = tmp_path / "control", run / "disk.img"
+    words = ["--private-mem", "-S", "--control", str(path), "--disk", str(disk)]
+    with command.Session([*words, "--policy", "vmm.policy.builtin:AllowAll"]) as session:
+        asking, following = Socket(path, session), Socket(path, session)
+
+        found = {
+            "status": asking.ask(command="status"),
+            "dump": asking.ask(command="dump-state"),
+            "done": following.ask(command="follow"),
+            "refused": asking.ask(command="convert", kind="share", gpa="16T", size=4096),
+        }
+        assert not asking.ask(command="resume").get("error")
+        events = [json.loads(line) for line in following.lines]
+
+        assert session.wait()[0] == 0
+        asking.close()
+        following.close()
+    for part, answer in found.items():
+        assert not faults("control", answer, part=part), part
+    assert {event["event"] for event in events} >= {"share", "unshare", "state", "ended"}
+    for event in events:
+        assert not faults("control", event, part="event"), event
+
+
+def test_lost_events_are_as_the_schema_says() -> None:
+    assert not faults("control", as_json(Lost(1.0, 3)), part="event")
 
 
 @pytest.fixture

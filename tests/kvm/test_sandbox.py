@@ -36,6 +36,21 @@ except ChildProcessError:
 """
 """Runs a command and waits for the processes that it leaves behind, too."""
 
+TAKEN_OVER = """
+import json, sys
+from tests.support import hostile_policy
+from vmm.cli import report
+summarise = report.summarise
+def hostile(trace):
+    ended = hostile_policy.attempt_all()
+    print("attempts:" + json.dumps(ended), file=sys.stderr, flush=True)
+    return summarise(trace)
+report.summarise = hostile
+from vmm.cli.main import entry_point
+entry_point()
+"""
+"""`pyvmm` whose reader of traces makes the attempts."""
+
 
 def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -155,6 +170,32 @@ def test_earlier_report_goes_when_the_new_one_is_there(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r.json"]
     assert _report(tmp_path)["guest"]["exit"] == "poweroff"
+
+
+@needs_landlock
+@pytest.mark.parametrize("view", [[], ["--html", "views/a.html"], ["--plots", "views"]])
+def test_reading_a_trace_reaches_nothing_but_it_and_its_views(
+    tmp_path: Path, view: list[str]
+) -> None:
+    """What a hostile trace would have to make the reader do, done by the reader itself."""
+    (tmp_path / "views").mkdir()
+    made = command.run("--private-mem", "--trace", "trace", cwd=tmp_path, env=_environment())
+    assert made.returncode == 0, made.stderr
+
+    done = subprocess.run(
+        [sys.executable, "-c", TAKEN_OVER, "report", "trace", *view],
+        cwd=tmp_path, env=_environment(), capture_output=True, timeout=60, check=False,
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
+    told = next(line for line in done.stderr.splitlines() if line.startswith(b"attempts:"))
+    ended = json.loads(told.removeprefix(b"attempts:"))
+    # What is there of a run is not: a disk and guest memory.
+    of_a_run = {"map the disk", "map the disk privately", "map guest memory", "copy a descriptor",
+                "open the disk again"}  # fmt: skip
+    worked = {name for name, how in ended.items() if how == "ok"} - of_a_run
+    assert worked == MUST_WORK
+    assert list((tmp_path / "views").iterdir()) != [] or view == []
 
 
 @pytest.mark.parametrize(

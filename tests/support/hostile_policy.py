@@ -47,7 +47,8 @@ def _open_files(wanted: str) -> list[int]:
                 found.append(int(name))
         except OSError:
             continue  # the listing's own
-    assert found, f"no {wanted} is open"
+    if not found:
+        raise LookupError(f"no {wanted} is open")
     return found
 
 
@@ -127,6 +128,8 @@ def attempt_all() -> dict[str, str]:
             ended[name] = "ok"
         except OSError as error:
             ended[name] = errno.errorcode[error.errno or 0]
+        except LookupError:
+            ended[name] = "not there"
     return ended
 
 

@@ -28,6 +28,7 @@ LAYERS = (
     {"machine"},
     {"selftest", "library"},
     {"bench", "scenario"},
+    {"sweeps"},
     {"cli"},
     {"examples"},  # programs of their own: nothing imports them
 )
@@ -42,7 +43,7 @@ ARCHITECTURES_KVM = {
     "architecture", "platform", "board", "exits", "gic", "guest_cpu", "page_tables", "micro_guest",
     "probes", "capabilities", "debug",
 }  # fmt: skip
-FIRMWARE_USERS = {"arch.x86_64", "arch.aarch64", "bench", "cli"}
+FIRMWARE_USERS = {"arch.x86_64", "arch.aarch64", "machine", "bench", "cli", "lab"}
 
 
 def level(room: str) -> int:

@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from vmm.cli import process
 from vmm.cli.run_options import parse
 from vmm.core.errors import HostError, PyvmmError, UsageError, in_words, limit_met, tell
 from vmm.core.lean_typing import TYPE_CHECKING, NoReturn
@@ -28,13 +29,10 @@ _COMMANDS = (
     "report",
     "replay",
     "measure",
+    "sweep",
     "completion",
     "help",
 )
-
-
-_is_whole_process = False
-"""Whether the process is the command's, so that it may give up its rights for good."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -48,7 +46,16 @@ def main(arguments: Sequence[str]) -> int:
             traceback.print_exc()
         status, sentence = _explain(error)
         tell(sentence)
-        return status
+        return OWN_STATUS if _executes(arguments) else status
+
+
+OWN_STATUS = 125
+"""With --exec, when there is no status of the command to pass on; as env(1) and timeout(1)."""
+
+
+def _executes(arguments: Sequence[str]) -> bool:
+    """Whether a run was asked to run a command in the guest, whose status is the run's."""
+    return any(word == "--exec" or word.startswith("--exec=") for word in arguments)
 
 
 def _command(arguments: Sequence[str]) -> int:
@@ -63,7 +70,7 @@ def _command(arguments: Sequence[str]) -> int:
             from vmm.cli.measure import run as measure
 
             return measure(arguments[1:], _configuration)
-        case "check" | "selftest" | "bench" | "ctl" | "report" | "replay" | "completion":
+        case "check" | "selftest" | "bench" | "ctl" | "report" | "replay" | "completion" | "sweep":
             import importlib
 
             status: int = importlib.import_module(f"vmm.cli.{word}").run(arguments[1:])
@@ -139,6 +146,12 @@ def _configuration(arguments: Sequence[str], machine: str | None = None) -> Mach
     from vmm.arch import architecture
     from vmm.machine.config import MachineConfig, parse_count, parse_size
 
+    disks, root = options.disk, options.root
+    if root is not None:
+        from vmm.core.root_disk import split_root  # most runs have none
+
+        disk, root = split_root(root)
+        disks = disks if disk is None else [disk, *disks]
     config = MachineConfig(
         kernel=options.kernel,
         initrd=options.initrd,
@@ -147,7 +160,7 @@ def _configuration(arguments: Sequence[str], machine: str | None = None) -> Mach
         cpus=parse_count(options.cpus),
         private_memory=options.private_mem,
         scheme=options.scheme,
-        disks=tuple(options.disk),
+        disks=tuple(disks),
         nets=tuple(options.net),
         consoles=tuple(options.console),
         vsock=options.vsock,
@@ -161,6 +174,9 @@ def _configuration(arguments: Sequence[str], machine: str | None = None) -> Mach
         report=options.report,
         trace=options.trace,
         debug_shell=options.debug_shell,
+        root=root,
+        execute=options.exec,
+        share=options.share,
         status=options.status,
         control=options.control,
         gdb=options.gdb,
@@ -186,7 +202,7 @@ def _with_config_file(words: Sequence[str], *, lab: bool = False) -> Sequence[st
 
 def _run(arguments: Sequence[str]) -> int:
     config = _configuration(arguments)
-    if not _is_whole_process or config.debug_shell:  # the shell is the user's own
+    if not process.is_ours or config.debug_shell:  # the shell is the user's own
         config = config._replace(sandbox="off")
     from vmm.arch import architecture
     from vmm.machine.images import OpenedImages
@@ -198,8 +214,12 @@ def _run(arguments: Sequence[str]) -> int:
         from vmm.machine.machine import Machine
 
         outcome = Machine(config, images).run()
+    if outcome.command_status is not None:
+        return outcome.command_status
     if outcome.exit_status:
         tell(f"{_sentence(outcome.exit)}: {outcome.reason}")
+    if config.execute is not None:
+        return OWN_STATUS
     return outcome.exit_status
 
 
@@ -247,8 +267,7 @@ def entry_point() -> NoReturn:
     """The console script."""
     # What a start imports and makes is there to stay: looking through it for garbage at every 700
     # objects would only delay the guest. Later collections are as much rarer as they are longer.
-    global _is_whole_process
-    _is_whole_process = True
+    process.is_ours = True
     gc.set_threshold(100_000)
     _open_standard_fds()
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see vmm.__main__

@@ -177,12 +177,51 @@ def measure_parser() -> Parser:
     return made
 
 
+def sweep_parser() -> Parser:
+    """The options of `pyvmm sweep`."""
+    made = Parser(
+        prog="pyvmm sweep",
+        description="Runs every combination of policies, their parameters, kernels, workloads and "
+        "repetitions that a TOML file lists, and stores each result once. Started again it goes on "
+        "where it was: what has a result is not run again, unless the policy or the trace has "
+        "changed.",
+        allow_abbrev=False,
+    )
+    made.add_argument("sweep", metavar="FILE.toml", help="the sweep's definition")
+    made.add_argument(
+        "--store", metavar="FILE", help="where results are (default: FILE.sqlite beside FILE.toml)"
+    )
+    made.add_argument(
+        "--workers", metavar="N", type=int, help="processes here (default: one per processor)"
+    )
+    made.add_argument(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="a Dask scheduler, as in tcp://host:8786, whose workers run the cells (needs "
+        "pyvmm[sweep])",
+    )
+    made.add_argument("--retry-failed", action="store_true", help="run failed cells again")
+    made.add_argument(
+        "--results-only", action="store_true", help="run nothing, show what is stored"
+    )
+    text = made.add_mutually_exclusive_group()
+    text.add_argument("--json", action="store_true", help="print JSON, whose keys are stable")
+    text.add_argument("--csv", action="store_true", help="print CSV, a line for each cell")
+    made.add_argument("--html", metavar="FILE", help="write a page with Pareto plots")
+    made.add_argument(
+        "--svg", metavar="FILE", help="write the Pareto plots as SVG (needs pyvmm[plots])"
+    )
+    made.add_argument("--debug", action="store_true", help="show a traceback for errors")
+    return made
+
+
 PARSERS = {
     "check": check_parser,
     "selftest": selftest_parser,
     "bench": bench_parser,
     "report": report_parser,
     "replay": replay_parser,
+    "sweep": sweep_parser,
     "measure": measure_parser,
 }
 """By command; run's are in vmm.cli.run_options, the lab's and ctl's are no argparse's."""

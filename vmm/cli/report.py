@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 
+from vmm.cli import process
 from vmm.cli.output import aligned, printing
 from vmm.cli.parsers import report_parser as parser
 from vmm.core.errors import UsageError, one_line
@@ -30,11 +32,26 @@ def run(arguments: Sequence[str]) -> int:
             for option in ("html", "chrome")
             if (path := getattr(options, option))
         }
+        if process.is_ours:
+            _enter_sandbox(options)
         traces = [opened.enter_context(closing(Trace(path))) for path in options.traces]
         summaries = [summarise(trace) for trace in traces]
         _write_views(options, pages, traces, summaries)
     show(summaries, as_json=options.json)
     return 0
+
+
+def _enter_sandbox(options: Namespace) -> None:
+    """Traces come from anywhere: what reads them reaches them, and where the views go."""
+    from vmm.sandbox.enter import enter
+
+    folders = [os.path.dirname(path) or "." for path in (options.html, options.chrome) if path]
+    if options.plots:
+        from vmm.trace.views.plots import prepare
+
+        prepare(options.plots)  # matplotlib makes caches of its own
+        folders.append(options.plots)
+    enter("auto", kept=(), folders=folders, reads=options.traces, maps=True)
 
 
 def _write_views(

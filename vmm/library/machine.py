@@ -22,7 +22,6 @@ from vmm.machine.config import MachineConfig
 from vmm.machine.machine import Machine as RunningMachine
 from vmm.memory.guest_memory import GuestMemory, PageState
 from vmm.policy import Policy
-from vmm.policy.arguments import require_hooks
 
 if TYPE_CHECKING:
     from vmm.conversion.scheme import Scheme
@@ -81,6 +80,8 @@ class Machine:
         config.validate(architecture())
         if policies and config.private_memory is None:
             raise UsageError("policies need private_memory: an ordinary VM converts no pages")
+        if policies:
+            from vmm.policy.arguments import require_hooks  # takes as long as all the rest
         for policy in policies:
             if not isinstance(policy, Policy):
                 raise UsageError(f"{policy!r} is not an instance of a subclass of vmm.Policy")

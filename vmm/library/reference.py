@@ -58,6 +58,7 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
         "guest gets as an error number.",
         ("PortDevice", "PciDevice", "VirtioDevice", "ExitHandler"),
     ),
+    "Sweeps": ("[Sweeps](sweep.md) has what a plan may say.", ("sweep",)),
     "Errors": (
         "",
         (
@@ -87,10 +88,28 @@ def page() -> str:
             filled = (textwrap.fill(paragraph, 100) for paragraph in text.split("\n\n"))
             parts.append("\n" + "\n\n".join(filled) + "\n")
         parts += [_described(name, getattr(vmm, name)) for name in names]
-    return "".join(parts)
+    return _fenced("".join(parts))
+
+
+def _fenced(text: str) -> str:
+    """The same with a docstring's indented code as Python that readers aren't to run as it is."""
+    lines: list[str] = []
+    inside = False
+    for line in text.split("\n"):
+        if line and not inside and line.startswith("    ") and not lines[-1]:
+            inside = True
+            lines.append("```python parse")
+        elif inside and line and not line.startswith("    "):
+            inside = False
+            lines.insert(len(lines) - 1, "```")  # before the empty line
+        lines.append(line[4:] if inside else line)
+    return "\n".join(lines)
 
 
 def _described(name: str, thing: type) -> str:
+    if inspect.isfunction(thing):
+        signature = _signature(thing, bound=False)
+        return f"\n### `{name}`\n\n`{name}{signature}`\n\n{_text(thing.__doc__)}\n"
     bases = [base.__name__ for base in thing.__mro__[1:2] if base.__name__ in vmm.__all__]
     bases = [base for base in bases if base != name]
     derived = f" ({bases[0]})" if bases else ""
@@ -174,13 +193,13 @@ def _fields(kind: type) -> Iterator[tuple[str, str, str, str]]:
             yield name, annotation, default, about
 
 
-def _signature(function: Any) -> str:
-    """As it is written, without `self`."""
+def _signature(function: Any, *, bound: bool = True) -> str:
+    """As it is written, without `self` where it is a method."""
     found = inspect.signature(function)
     parameters = [p.replace(annotation=_Written(p.annotation)) for p in found.parameters.values()]
     text = str(
         found.replace(
-            parameters=parameters[1:], return_annotation=_Written(found.return_annotation)
+            parameters=parameters[bound:], return_annotation=_Written(found.return_annotation)
         )
     )
     return text.removesuffix(" -> None")

@@ -125,6 +125,17 @@ class SandboxKept(TypedDict):
     paths: list[str]
 
 
+class Debugging(TypedDict):
+    """A debugger's connections, stops, and accesses to memory: by kind, and to private pages."""
+
+    attached: int
+    stops: int
+    sees_private: bool
+    served: dict[str, int]
+    refused: dict[str, int]
+    private_bytes: int
+
+
 class Report(TypedDict):
     """What a run did (`--report`)."""
 
@@ -148,7 +159,7 @@ class Report(TypedDict):
     """Of a guest that loads itself: what its launch measures."""
     iommu: NotRequired[dict[str, Any]]
     """What the guest has lent to its devices."""
-    gdb: NotRequired[dict[str, Any]]
+    gdb: NotRequired[Debugging]
     """What a debugger did (`--gdb`)."""
     sandbox: NotRequired[SandboxKept | None]
     """Of a run in a sandbox; None where it ended before that."""

@@ -42,7 +42,8 @@ class Allow(Decision):
     __slots__ = ("patience",)
 
     def __init__(self, patience: float | None = None) -> None:
-        self.patience = _checked_patience("Allow", patience)
+        # Made for nearly every request: nothing is called for the usual one.
+        self.patience = None if patience is None else _checked_patience("Allow", patience)
 
 
 class Deny(Decision):

@@ -94,7 +94,7 @@ class Hooks:
         for hook in hooks:
             event = Event(kind, area, vcpu, doorbell)
             decision = self._ask(hook, event, view)
-            if decision.__class__ is Allow and decision == _ALLOW:
+            if decision.__class__ is Allow and decision.patience is None:
                 continue
             if isinstance(decision, (Deny, Kill)):
                 self.decided_by = type(_policy_of(hook)).__name__

@@ -95,7 +95,7 @@ class Needs(NamedTuple):
     outputs: Sequence[int] = (1, 2)
     """Those that may get another file put in their place: a console that nobody reads."""
     maps: bool = False
-    """Whether a disk is read and written through mappings after all (io=mmap)."""
+    """Whether files are mapped after all: a disk with io=mmap, a trace that is read."""
     connects: bool = False
     """Whether a device connects to Unix sockets (vsock)."""
     writes: bool = False
@@ -130,7 +130,10 @@ def conditional(needs: Needs) -> dict[str, Alternatives]:
         "mmap": mappings,
         "mprotect": [[Condition(2, _PROT_EXEC, (0,))]],
         "clone": [[Condition(0, _CLONE_THREAD, (_CLONE_THREAD,))]],
-        "fcntl": [[Condition(1, _WORD, (_F_DUPFD, _F_DUPFD_CLOEXEC), True)]],
+        # Python's own mmap copies the descriptor; elsewhere a copy could be mapped.
+        "fcntl": [[]]
+        if needs.maps
+        else [[Condition(1, _WORD, (_F_DUPFD, _F_DUPFD_CLOEXEC), True)]],
         "prctl": [[Condition(0, _WORD, (_PR_SET_NAME, _PR_GET_DUMPABLE, _PR_SET_VMA))]],
         "prlimit64": [[Condition(2, _WORD, (0,))]],  # to read them
         # A filter more, on one thread: it can only take away.

@@ -40,6 +40,7 @@ def enter(
     kept: Sequence[int],
     output: int | None = None,
     folders: Sequence[str] = (),
+    reads: Sequence[str] = (),
     paths: Sequence[str] = (),
     maps: bool = False,
     connects: bool = False,
@@ -47,17 +48,17 @@ def enter(
     """Give up all system calls and files but those of vmm.sandbox.calls and vmm.sandbox.paths.
 
     `kept`: descriptors that nobody may map from now on; `output`: the console's, which may get
-    another file put in its place; `folders`: where the run writes files of
-    its own; `paths`: what the user gives back, to read and write; `maps`: a disk is used through
-    mappings; `connects`: a device connects to Unix sockets. Threads that run already get the
-    system calls' part only. Raises HostError where `mode` is "on" and the kernel can't do it.
+    another file put in its place; `folders`: where the run writes files of its own; `reads`: what
+    it reads by path; `paths`: what the user gives back, to read and write; `maps`: files are used
+    through mappings; `connects`: a device connects to Unix sockets. Threads that run already get
+    the system calls' part only. Raises HostError where `mode` is "on" and the kernel can't do it.
     """
     writes = bool(folders or paths)
     try:
         sandbox.no_new_privileges()
         version = sandbox.landlock(
             [
-                *((path, READ) for path in readable()),
+                *((path, READ) for path in (*readable(), *reads)),
                 ("/dev/null", READ | sandbox.WRITE_FILE),
                 *((path, WRITE) for path in (*folders, *paths)),
             ]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 
 from kvm_bindings import KvmError, sandbox
 from vmm.sandbox import seccomp
 from vmm.sandbox.calls import WORKER, Needs, conditional
 from vmm.sandbox.paths import READ, readable
 
-_CONDITIONAL = ("mmap", "mprotect", "openat", "open", "fcntl", "prctl")
+_CONDITIONAL = ("mmap", "mprotect", "openat", "open", "fcntl", "prctl", "kill", "tgkill")
 
 
 def enter_worker() -> None:
@@ -17,6 +18,6 @@ def enter_worker() -> None:
     with contextlib.suppress(KvmError):
         sandbox.no_new_privileges()
         version = sandbox.landlock([(path, READ) for path in readable()])
-        rules = conditional(Needs(pid=0, landlock=version > 0))
+        rules = conditional(Needs(os.getpid(), landlock=version > 0))
         calls = {name: rules[name] for name in _CONDITIONAL}
         sandbox.seccomp(seccomp.allow_only(WORKER, calls))

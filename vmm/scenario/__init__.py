@@ -7,10 +7,11 @@ kernel. For tests of policies, and for trying them on many guests in little time
 from vmm.core.lean_typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from vmm.scenario.definition import Scenario, ScenarioError, Steps, scenario
     from vmm.scenario.guest import Guest
     from vmm.scenario.library import load, names
+    from vmm.scenario.retrying import Retry
     from vmm.scenario.running import Ended, Result, run
-    from vmm.scenario.scenario import Scenario, ScenarioError, Steps, scenario
     from vmm.scenario.steps import Discard, Fault, Io, Share, Step, Unshare, Wait
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Guest",
     "Io",
     "Result",
+    "Retry",
     "Scenario",
     "ScenarioError",
     "Share",
@@ -37,13 +39,14 @@ _MODULES = {
     "Ended": "running",
     "Guest": "guest",
     "Result": "running",
-    "Scenario": "scenario",
-    "ScenarioError": "scenario",
-    "Steps": "scenario",
+    "Retry": "retrying",
+    "Scenario": "definition",
+    "ScenarioError": "definition",
+    "Steps": "definition",
     "load": "library",
     "names": "library",
     "run": "running",
-    "scenario": "scenario",
+    "scenario": "definition",
 }
 
 

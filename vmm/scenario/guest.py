@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any
@@ -87,12 +88,16 @@ class Heap:
 
     def free(self, area: Range) -> None:
         """Raises ValueError for what wasn't allocated."""
-        if self._taken.pop(area.start, None) != area.size:
+        start, size = area
+        if self._taken.get(start) != page_align_up(size):
             raise ValueError(f"{area} was not allocated")
-        pieces: list[Range] = []
-        for each in sorted([*self._free, area]):
-            if pieces and pieces[-1].end == each.start:
-                pieces[-1] = Range(pieces[-1].start, pieces[-1].size + each.size)
-            else:
-                pieces.append(each)
-        self._free = pieces
+        end = start + self._taken.pop(start)
+        free = self._free
+        low = high = bisect_left(free, (start, 0))
+        if low and free[low - 1].end == start:
+            low -= 1
+            start = free[low].start
+        if high < len(free) and free[high].start == end:
+            end = free[high].end
+            high += 1
+        free[low:high] = [Range(start, end - start)]

@@ -7,39 +7,54 @@ from __future__ import annotations
 
 import errno
 import math
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, suppress
 from heapq import heappop, heappush
 from random import Random
 from typing import Any, NamedTuple
 
 from vmm.conversion.transaction import Converter
-from vmm.core.errors import AccessDenied, GuestMemoryError, UsageError, tell
+from vmm.core.errors import AccessDenied, GuestMemoryError, UsageError
 from vmm.core.events import ConversionRequest, Kind
 from vmm.core.ranges import PAGE_SIZE, Range, page_align_down, page_align_up
 from vmm.exits.outcome import FAILED, KILLED, POWEROFF
 from vmm.memory.guest_memory import PageState
-from vmm.policy import Decision, End, Policy, PolicyKill
+from vmm.policy import (
+    Allow,
+    Convert,
+    Decision,
+    Defer,
+    Deny,
+    End,
+    Kill,
+    Partial,
+    Policy,
+    PolicyKill,
+)
 from vmm.policy.arguments import require_hooks
 from vmm.policy.loader import load_policy
 from vmm.replay.replay import MOST_REFUSALS, Refusal
+from vmm.scenario.definition import Scenario, ScenarioError, Steps
 from vmm.scenario.guest import Guest, Heap
-from vmm.scenario.memory import ModelScheme, model_memory
+from vmm.scenario.memory import ModelMemory, ModelScheme
 from vmm.scenario.models import find as find_model
-from vmm.scenario.scenario import Scenario, ScenarioError, Steps
-from vmm.scenario.steps import Discard, Fault, Io, Share, Unshare, Wait
+from vmm.scenario.steps import Discard, Fault, Io, Share, Step, Unshare, Wait
+from vmm.scenario.watch import WATCH
 from vmm.trace.cost import CostModel
-from vmm.trace.layout import DECISIONS, LARGEST
+from vmm.trace.layout import LARGEST
 
 MOST_STEPS = 5_000_000
 """A scenario that has done so much is taken to loop for ever: minutes of work."""
 MOST_SECONDS = 1e9
 """The longest that a scenario's own time may go on: 30 years."""
-SILENT_SECONDS = 3.0
-"""How long a hook, or a scenario between two steps, may take before a line says which it is."""
+_DOORBELL = "hypercall"
 _FAULTS_AT_ONCE = 8
 """Tries of one access: the first may be let go without a conversion, when others have asked."""
+_WORDS: dict[type[Decision | None], str] = {
+    type(None): "none", Allow: "allow", Deny: "deny", Partial: "partial", Defer: "defer",
+    Convert: "convert", Kill: "kill",
+}  # fmt: skip
+"""Decisions as a trace has them; none: the request was invalid, no policy was asked."""
 
 
 class Ended(NamedTuple):
@@ -93,7 +108,7 @@ def run(
         model = find_model(model or scenario.model)
     given = scenario.bound(parameters or {})
     with closing(_Run(scenario, asked, seed, model, most_steps)) as running:
-        with _telling_who_is_silent(running):
+        with WATCH.over(running):
             running.go(given)
         return running.result()
 
@@ -128,7 +143,7 @@ class _Run:
         self._most_steps = most_steps
         self._now = 0.0
         self._wake = math.inf
-        self._memory = model_memory(scenario.ram, scenario.private)
+        self._memory = ModelMemory(scenario.ram, scenario.private)
         self.converter = Converter(
             self._memory,
             ModelScheme(),
@@ -142,7 +157,7 @@ class _Run:
         self._ended: Ended | None = None
         self._exit = End(POWEROFF, "the scenario is through")
         self._refused: list[Refusal] = []
-        self._decisions = dict.fromkeys(DECISIONS, 0)
+        self._decisions: dict[type[Decision | None], int] = dict.fromkeys(_WORDS, 0)
         self._partial = 0
         self._conversions = 0
         self._converted_bytes = 0
@@ -152,9 +167,11 @@ class _Run:
         self._changed = 0
         self._took_ns = 0.0
         self._settling = False
-        self._shared = self._peak = self._memory.bytes_in(PageState.SHARED)
+        self._shared = self._peak = self._memory.shared_bytes
         self._shared_since = 0.0
         self._byte_seconds = 0.0
+        self._deferred = 0
+        self._deferred_byte_seconds = 0.0
         self._vcpus: list[_Vcpu] = []
 
     # -- the converter's side -----------------------------------------------------------------
@@ -171,8 +188,7 @@ class _Run:
         started: int,
     ) -> None:
         """Part of being a ConversionObserver."""
-        word = "none" if decision is None else decision.__class__.__name__.lower()
-        self._decisions[word] += 1
+        self._decisions[decision.__class__] += 1
         model = self._model
         changed = self._changed
         if changed:
@@ -185,6 +201,7 @@ class _Run:
         self._took_ns = took
         self._guest_ns += took
         if answer:
+            word = _WORDS[decision.__class__]
             self._partial += word == "partial"
             if len(self._refused) < MOST_REFUSALS:
                 kind, gpa, pages = request[:3]
@@ -198,16 +215,26 @@ class _Run:
     def changed(self, areas: Sequence[Range], state: PageState, began: int) -> None:
         """Part of being a ConversionObserver."""
         now = self._now
-        self._byte_seconds += self._shared * (now - self._shared_since)
+        passed = now - self._shared_since
+        self._byte_seconds += self._shared * passed
         self._shared_since = now
-        self._shared = self._memory.bytes_in(PageState.SHARED)
-        self._peak = max(self._peak, self._shared)
-        size = sum(area.size for area in areas)
+        if self._deferred or state is PageState.DEFERRED:
+            self._deferred_byte_seconds += self._deferred * passed
+            self._deferred = self._memory.bytes_in(PageState.DEFERRED)
+        self._shared = shared = self._memory.shared_bytes
+        self._peak = max(self._peak, shared)
+        size = areas[0][1] if len(areas) == 1 else sum(area.size for area in areas)
         if self._settling:
             self._late_discards += len(areas)
             self._host_ns += self._model.late_discard(size)
         elif state is not PageState.DEFERRED:  # what is put off costs the guest nothing
             self._changed += size
+
+    @property
+    def silent(self) -> str:
+        """Who has the turn: a policy's hook, or the scenario."""
+        name = self.scenario.name
+        return self.converter.undecided or f"scenario {name}, step {self.steps + 1},"
 
     # -- the run ------------------------------------------------------------------------------
 
@@ -249,8 +276,8 @@ class _Run:
 
     def _advance(self, vcpu: _Vcpu, horizon: float) -> bool:
         """Take the vCPU's steps until another one's turn has come; False: it has none left."""
-        send, number = vcpu.steps.send, vcpu.number
-        answer, at = vcpu.answer, vcpu.at
+        send, number, convert = vcpu.steps.send, vcpu.number, self.converter.convert
+        answer, at, most = vcpu.answer, vcpu.at, self._most_steps
         try:
             while at <= horizon:
                 if self._wake <= at:
@@ -265,52 +292,58 @@ class _Run:
                 except Exception as error:
                     raise self._error(f"raised {error!r}") from error
                 self.steps += 1
-                if self.steps > self._most_steps:
-                    raise self._error(
-                        f"has made {self._most_steps} steps and goes on; if it doesn't loop for "
-                        "ever, run it with a larger most_steps"
+                # By class, and nothing called that needn't be: this is what a run's time goes to.
+                if type(step) is Share or type(step) is Unshare:
+                    try:
+                        start, size = step.area
+                        if size % PAGE_SIZE or start < 0 or size < 0 or start + size > LARGEST:
+                            raise self._area_error(step)
+                    except (TypeError, ValueError):
+                        raise self._area_error(step) from None
+                    kind = Kind.SHARE if type(step) is Share else Kind.UNSHARE
+                    self._changed = 0
+                    answer = convert(
+                        ConversionRequest(kind, start, size // PAGE_SIZE, number, _DOORBELL)
                     )
-                if isinstance(step, (Share, Unshare)):
-                    answer = self._convert(step, number)
                     at += self._took_ns * 1e-9
-                elif isinstance(step, Wait):
+                elif type(step) is Wait:
                     at, answer = self._later(step, at), 0
-                elif isinstance(step, Io):
+                elif type(step) is Io:
                     answer = self._device_access(step)
-                elif isinstance(step, Fault):
+                elif type(step) is Fault:
                     self._took_ns = 0.0
                     answer = self._fault(step, number)
                     at += self._took_ns * 1e-9
                     if answer:
                         return False
-                elif isinstance(step, Discard):
+                elif type(step) is Discard:
                     answer = self._discard(step)
                 else:
                     raise self._error(
                         f"yielded {step!r}, which is no step; yield Share, Unshare, Fault, Io, "
                         "Discard or Wait"
                     )
+                if self.steps >= most:
+                    raise self._error(
+                        f"has made {most} steps and goes on; if it doesn't loop for ever, run it "
+                        "with a larger most_steps"
+                    )
         finally:
             vcpu.answer, vcpu.at = answer, at
         return True
 
-    def _convert(self, step: Share | Unshare, vcpu: int) -> int:
-        kind = Kind.SHARE if isinstance(step, Share) else Kind.UNSHARE
-        start, size = self._area_of(step)
-        if size % PAGE_SIZE:
-            raise self._error(f"asks to {kind.value} {size} bytes; give whole 4 KiB pages")
-        self._changed = 0
-        request = ConversionRequest(kind, start, size // PAGE_SIZE, vcpu, "hypercall")
-        return self.converter.convert(request)
-
-    def _area_of(self, step: Share | Unshare | Fault | Io | Discard) -> tuple[int, int]:
+    def _area_of(self, step: Fault | Io | Discard) -> tuple[int, int]:
         try:
             start, size = step.area
             if start >= 0 and size >= 0 and start + size <= LARGEST:
                 return start, size
         except (TypeError, ValueError):
             pass
-        raise self._error(f"yielded {step!r}; an area is Range(start, size), within 64 bits")
+        raise self._area_error(step)
+
+    def _area_error(self, step: Step) -> ScenarioError:
+        of = "whole 4 KiB pages" if isinstance(step, (Share, Unshare)) else "bytes"
+        return self._error(f"yielded {step!r}; its area is Range(start, size) of {of}, in 64 bits")
 
     def _later(self, step: Wait, at: float) -> float:
         try:
@@ -390,8 +423,11 @@ class _Run:
     # -- what came of it ----------------------------------------------------------------------
 
     def result(self) -> Result:
-        decisions, until = self._decisions, self._now
-        byte_seconds = self._byte_seconds + self._shared * (until - self._shared_since)
+        decisions = {_WORDS[each]: count for each, count in self._decisions.items()}
+        until = self._now
+        passed = until - self._shared_since
+        byte_seconds = self._byte_seconds + self._shared * passed
+        deferred = self._deferred_byte_seconds + self._deferred * passed
         figures: dict[str, float] = {
             "requests": sum(decisions.values()),
             "denied": decisions["deny"] + decisions["kill"],
@@ -408,6 +444,7 @@ class _Run:
             "lent_bytes_peak": 0,
             "shared_bytes_peak": self._peak,
             "shared_bytes_mean": round(byte_seconds / until) if until else self._shared,
+            "deferred_bytes_mean": round(deferred / until) if until else self._deferred,
             "guest_ns": self._guest_ns,
             "host_ns": self._host_ns,
         }
@@ -421,28 +458,3 @@ class _Run:
             with suppress(Exception):  # one that yields, or raises, when it is to end
                 vcpu.steps.close()
         self._memory.close()
-
-
-@contextmanager
-def _telling_who_is_silent(running: _Run, seconds: float = SILENT_SECONDS) -> Iterator[None]:
-    """Within the block one line says so when a hook or the scenario has not returned for so
-    long. Neither can be stopped from outside."""
-    ended = threading.Event()
-
-    def look() -> None:
-        before = -1
-        while not ended.wait(seconds):
-            if running.steps == before:
-                name = running.scenario.name
-                who = running.converter.undecided or f"scenario {name}, step {before + 1},"
-                tell(f"{who} has not returned for {seconds:g} s; Ctrl-C ends the run")
-                return
-            before = running.steps
-
-    looker = threading.Thread(target=look, name="scenario", daemon=True)
-    looker.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        looker.join()

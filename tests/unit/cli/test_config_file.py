@@ -48,6 +48,7 @@ def test_file_says_what_the_command_line_would(tmp_path: Path) -> None:
         memory=1 << 30,
         cpus=2,
         private_memory="auto",
+        sandbox="auto",
         scheme="cbit",
         disks=(f"{tmp_path}/a.img,ro", "/b.img,serial=x"),
         rng=True,

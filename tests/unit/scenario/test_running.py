@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -41,6 +42,8 @@ from vmm.scenario import (
     Unshare,
     Wait,
     run,
+    running,
+    watch,
 )
 from vmm.trace.cost import CostModel, Line
 
@@ -82,12 +85,12 @@ def test_scenario_without_a_policy_gets_what_it_asks_for() -> None:
 
 def test_figures_have_the_keys_of_a_replay(tmp_path: Any) -> None:
     from tests.unit.replay.test_replay import events, replayed
-    from vmm.cli.replay import _replayed
+    from vmm.replay.figures import replayed as figures
 
     def guest(guest: Guest) -> Steps:
         yield Share(area(1))
 
-    assert list(done(by=guest).figures) == list(_replayed(replayed(events(), tmp_path), 1))
+    assert list(done(by=guest).figures) == list(figures(replayed(events(), tmp_path), 1))
 
 
 def test_mean_of_shared_bytes_is_over_the_time_that_passed() -> None:
@@ -168,6 +171,7 @@ def test_deferred_discard_falls_due_while_the_guest_waits() -> None:
     assert (figures["deferred"], figures["late_discards"]) == (1, 1)
     assert figures["guest_ns"] == 1000 + 500  # the unshare costs it nothing but the asking
     assert figures["host_ns"] == 3000 + 4 * PAGE_SIZE - 500
+    assert figures["deferred_bytes_mean"] == pytest.approx(0.1 * 4 * PAGE_SIZE, rel=0.001)
 
 
 def test_partial_and_wider_conversions_are_counted_as_in_a_replay() -> None:
@@ -370,11 +374,11 @@ def raising(guest: Guest) -> Steps:
     ("by", "words"),
     [
         (endless, "has made 1000 steps and goes on"),
-        (absurd(Share(Range(0, 100))), "asks to share 100 bytes; give whole 4 KiB pages"),
-        (absurd(Share(Range(-4096, 4096))), "within 64 bits"),
-        (absurd(Unshare(Range(0, 1 << 64))), "within 64 bits"),
-        (absurd(Share((1, 2, 3))), "within 64 bits"),  # type: ignore[arg-type]
-        (absurd(Io("disk", "there")), "within 64 bits"),  # type: ignore[arg-type]
+        (absurd(Share(Range(0, 100))), "its area is Range(start, size) of whole 4 KiB pages"),
+        (absurd(Share(Range(-4096, 4096))), "in 64 bits"),
+        (absurd(Unshare(Range(0, 1 << 64))), "in 64 bits"),
+        (absurd(Share((1, 2, 3))), "in 64 bits"),  # type: ignore[arg-type]
+        (absurd(Io("disk", "there")), "in 64 bits"),  # type: ignore[arg-type]
         (absurd(Wait(-1.0)), "give 0 or more seconds"),
         (absurd(Wait(float("nan"))), "give 0 or more seconds"),
         (absurd(Wait(1e30)), "give 0 or more seconds"),
@@ -417,3 +421,34 @@ def test_quota_holds_against_a_guest_that_asks_for_more() -> None:
 
     assert figures["shared_bytes_peak"] == 5 * PAGE_SIZE
     assert figures["denied"] == 27
+
+
+@pytest.mark.parametrize("who", ["scenario waits_for_ever, step 2,", "policy Sleeps: on_share"])
+def test_who_does_not_return_is_told_once(who: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    goes_on = threading.Event()
+
+    def hear(line: str) -> None:
+        told.append(line)
+        goes_on.set()
+
+    class Sleeps(Policy):
+        def on_share(self, event: Event, view: View) -> Decision:
+            if who.startswith("policy"):
+                goes_on.wait()
+            return Allow()
+
+    def waits_for_ever(guest: Guest) -> Steps:
+        yield Wait(1.0)
+        if who.startswith("scenario"):
+            goes_on.wait()
+        yield Share(area(0))
+
+    monkeypatch.setattr(watch, "tell", hear)
+    monkeypatch.setattr(running, "WATCH", watch.Watch(0.02))
+
+    done(Sleeps(), by=waits_for_ever)
+
+    assert len(told) == 1
+    assert told[0].startswith(who)
+    assert told[0].endswith("has not returned for 0.02 s; Ctrl-C ends the run")
