@@ -216,7 +216,8 @@ class Execution:
     def __init__(
         self, command: str, share: str | None, streams: tuple[int, int, int] = (0, 1, 2)
     ) -> None:
-        """`streams` are input, output and errors. Raises UsageError for a command that is too long, and a folder that can't be carried."""
+        """`streams` are input, output and errors. Raises UsageError for a command that is too long,
+        and a folder that can't be carried."""
         text = os.fsencode(command)
         if not text.strip():
             raise UsageError("--exec: the command is empty; write --exec 'uname -a'")

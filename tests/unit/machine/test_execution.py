@@ -1,4 +1,4 @@
-"""--exec from the guest's side: its ports, what goes through them, and how the run is said to end."""
+"""--exec from the guest's side: its ports, what goes through them, how the run is said to end."""
 
 from __future__ import annotations
 
@@ -199,7 +199,13 @@ def test_guest_that_ends_without_a_status_has_failed(guest: Guest, end: Outcome)
 
 @pytest.mark.parametrize(
     "line",
-    [b"ended 0\n", b"ended x 0 0 0\n", b"ended 0 0 0 9999999999999999\n", b"\n", b"ended - 0 0 0\n"],
+    [
+        b"ended 0\n",
+        b"ended x 0 0 0\n",
+        b"ended 0 0 0 9999999999999999\n",
+        b"\n",
+        b"ended - 0 0 0\n",
+    ],
 )
 def test_damaged_status_is_none(guest: Guest, line: bytes) -> None:
     guest.open("pyvmm.command")
