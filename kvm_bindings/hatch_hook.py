@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import runpy
+import sysconfig
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
+OLDEST = "cp311"
+"""The first CPython that the wheel is for, as requires-python has it: cffi's limited API goes back
+further."""
+
+IMAGES = (".bin", ".elf")
+"""What a wheel has of firmware/, besides the module that finds them."""
+
 
 class CffiBuildHook(BuildHookInterface[Any]):
-    """Compiles the extension and puts it into the wheel."""
+    """Compiles the extension and puts it into the wheel, with the guests' images."""
 
     PLUGIN_NAME = "custom"
 
@@ -20,12 +28,22 @@ class CffiBuildHook(BuildHookInterface[Any]):
         if self.target_name != "wheel":
             return
         package = Path(self.root) / "kvm_bindings"
-        compile_extension = runpy.run_path(str(package / "build.py"))["compile_extension"]
+        build = runpy.run_path(str(package / "build.py"))
+        compile_extension = build["compile_extension"]
         build_data["pure_python"] = False
-        build_data["infer_tag"] = True
+        if build["LIMITED_API"]:
+            machine = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+            build_data["tag"] = f"{OLDEST}-abi3-{machine}"
+        else:
+            build_data["infer_tag"] = True
         if version == "editable":
             compile_extension(package)
             return
+        firmware = Path(self.root) / "firmware"
+        for path in sorted(firmware.rglob("*")):
+            if path.suffix in IMAGES or path == firmware / "__init__.py":
+                place = f"vmm/_firmware/{path.relative_to(firmware)}"
+                build_data["force_include"][str(path)] = place
         self._scratch = tempfile.TemporaryDirectory(prefix="pyvmm-wheel-")
         built = compile_extension(Path(self._scratch.name))
         build_data["force_include"][str(built)] = f"kvm_bindings/{built.name}"

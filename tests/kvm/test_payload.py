@@ -426,6 +426,7 @@ def probe(report: Path, tmp_path: Path, backing: str) -> list[list[Any]]:
     policy.write_text(PROBE_POLICY)
     run = pyvmm(
         report, f"--private-mem={backing}", "--mem", "64M", "--policy", f"{policy}:Prober",
+        "--sandbox=off",  # it forks, and writes a file
         PROBE_RESULTS=str(results),
     )  # fmt: skip
     # The guest finds all of its words intact after that, and the host holds pages for them.

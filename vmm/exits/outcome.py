@@ -14,6 +14,7 @@ STOPPED = "stopped"
 QUIT = "quit"
 KILLED = "killed"
 POLICY_ERROR = "policy-error"
+EXTENSION_ERROR = "extension-error"
 
 _GOOD = frozenset({POWEROFF, RESET, QUIT})
 

@@ -69,6 +69,7 @@ mkdir /writes/upper /writes/work /writes/project-upper /writes/project-work
 mount -t overlay -o lowerdir=/lower,upperdir=/writes/upper,workdir=/writes/work none /root \\
     || fail "mounting the writable layer"
 wait $kvm $net
+{check}
 # All that is the same in every run is done. The host may keep the machine as it is now, and gives
 # it the rest of its drives; what it says is the time, and noise for those that draw lots.
 stty -F {serial} -echo
@@ -88,6 +89,10 @@ mount -o move /sys /root/sys
 exec chroot /root /bin/sh /lab/job/run
 """
 
+# Where KVM is a module its loading tells.
+_BUILT_IN_CHECK = (
+    '[ -c /dev/kvm ] || fail "the kernel started no KVM; $(dmesg | grep -i kvm | tail -n 1)"'
+)
 _GUEST_INIT = """\
 #!/bin/sh
 mount -t devtmpfs none /dev
@@ -124,13 +129,13 @@ SCRIPTS = f"{_HOST_INIT}{_GUEST_INIT}{_FILE_SYSTEMS}{_NET_MODULES}{_GUEST_MODULE
 
 def host_initramfs(
     busybox: Path,
-    modules: Path,
+    modules: Path | None,
     kvm_modules: Path | None = None,
     devices: Devices = VIRTIO,
     architecture: LabArchitecture = AMD64,
 ) -> bytes:
     """The lab machine's: `modules` is lib/modules/RELEASE of its kernel, `kvm_modules`
-    a directory with other KVM modules for it.
+    a directory with other KVM modules for it. Without modules all is built into the kernel.
     """
     tree = ModuleTree(modules, instead=kvm_modules)
     storage = tree.in_order((*devices.modules, *_FILE_SYSTEMS))
@@ -140,7 +145,7 @@ def host_initramfs(
     ]
     net = [(name, data) for name, data in tree.in_order(_NET_MODULES) if name not in loaded]
     for name in architecture.kvm_modules[-1:]:
-        if name not in tree:
+        if modules is not None and name not in tree:
             raise HostError(f"no module {name} below {modules}; the lab's kernel needs it")
     script = _HOST_INIT.format(
         storage=" ".join(name for name, _ in storage),
@@ -151,6 +156,7 @@ def host_initramfs(
         seconds=heartbeat.SECONDS,
         serial=devices.serial,
         ready=READY,
+        check="" if modules is not None else _BUILT_IN_CHECK,
     )
     loaded_bare = [(name, without_signature(data)) for name, data in [*storage, *kvm, *net]]
     return _archive(busybox, script, loaded_bare)

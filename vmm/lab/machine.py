@@ -19,6 +19,7 @@ from vmm.core.root_disk import find_root, split_root
 from vmm.lab import bochs, guest_kernel, hosts, image
 from vmm.lab.apt import Apt
 from vmm.lab.architecture import ARM64, HERE, foreign_kernel
+from vmm.lab.built_kernels import BuiltKernels
 from vmm.lab.cache import Cache, default_directory
 from vmm.lab.cross import CrossCompiler
 from vmm.lab.debian_python import DebianPython
@@ -69,11 +70,10 @@ class Lab:
             tuple(options.kvm_symbols),
         )
         wanted = self.host.architecture
-        if self.kvm_change and wanted is not HERE:
-            raise UsageError(
-                f"{self._changed_by()}: on {wanted.label} KVM is built into the kernel, which "
-                "isn't compiled here; use an x86 host"
-            )
+        if options.kernel_build or (self.kvm_change and not wanted.kvm_modules):
+            # Where KVM is no module, the whole kernel has to be compiled.
+            self.kvm_change = replace(self.kvm_change, kernel=wanted.linux)
+            self._refuse_for_own_kernel()
         if options.kvm_parameters and (wanted is not HERE or self.host.bochs):
             raise UsageError(
                 f"--kvm-parameter {options.kvm_parameters[0]}: the {self.host.name} host's kernel "
@@ -109,19 +109,28 @@ class Lab:
         else:
             emulator = wants.gather(lambda: self.packages.qemu(options.qemu))
         busybox = wants.gather(lambda: self.packages.busybox(options.busybox))
-        kernel = wants.gather(
-            lambda: self.packages.host_kernel(options.host_kernel, options.host_modules)
-        )
+        change = self.kvm_change
+        kernel = None
+        if change.kernel is None:
+            kernel = wants.gather(
+                lambda: self.packages.host_kernel(options.host_kernel, options.host_modules)
+            )
         wants.gather(self.python.key)
         wants.settle(self.cache.root)
-        assert emulator is not None and busybox is not None and kernel is not None
+        if kernel is None:  # minutes, so only once all else is there
+            kernel = self._built_kernels().host(change)
+        assert emulator is not None and busybox is not None
         self._refuse_foreign("--lab-host-kernel", kernel.image)
         kvm = None
-        if self.kvm_change:
-            users = self.kvm_change.is_users and not host.bochs
+        if change:
+            users = (change.is_users or change.kernel is not None) and not host.bochs
             more = _USERS_KERNEL_WORDS if users else _CHANGED_KERNEL_WORDS
             host = replace(host, kernel_words=f"{host.kernel_words} {more}")
-            kvm = self.packages.changed_kvm(kernel, self.kvm_change, self._changed_by())
+        if change.kernel is not None:
+            early = host.architecture.early_console
+            host = replace(host, kernel_words=f"{host.kernel_words} {early}")
+        elif change:
+            kvm = self.packages.changed_kvm(kernel, change, self._changed_by())
         words = [host.kernel_words, *options.kvm_parameters]
         assets = Assets(
             host=replace(host, kernel_words=" ".join(words)),
@@ -136,9 +145,30 @@ class Lab:
         self._assets = assets
         return assets
 
+    def _refuse_for_own_kernel(self) -> None:
+        """Raises UsageError for what doesn't go with a kernel that is compiled for the machine."""
+        if self.host.bochs:
+            raise UsageError(
+                "--kernel-build: the small kernel has no drivers for Bochs' disks; use an x86 host "
+                "under QEMU, or --kvm-patch alone"
+            )
+        given = self.options.host_kernel or self.options.host_modules
+        if given is not None:
+            raise UsageError(
+                f"{self._changed_by()}: the lab machine's kernel is compiled; leave "
+                f"--lab-host-kernel and --lab-host-modules out ({given})"
+            )
+
+    def _built_kernels(self) -> BuiltKernels:
+        python = self.python
+        unpacked = python.compiler.unpacked if isinstance(python, DebianPython) else None
+        return BuiltKernels(self.packages, unpacked)
+
     def _changed_by(self) -> str:
         """The option for which KVM is compiled."""
         options = self.options
+        if options.kernel_build:
+            return "--kernel-build"
         if options.kvm_patches:
             return f"--kvm-patch {options.kvm_patches[0]}"
         if options.kvm_source is not None:
@@ -172,7 +202,6 @@ class Lab:
         def build(path: Path) -> None:
             self.progress.step(f"building the {kind} initramfs")
             if kind == "host":
-                assert modules is not None
                 path.write_bytes(
                     host_initramfs(busybox, modules, kvm, host.devices, host.architecture)
                 )
@@ -202,7 +231,7 @@ class Lab:
                 f"--host {self.host.name} runs {self.host.architecture.label} guests; "
                 f"use --host {others}"
             )
-        return self.packages.built_guest_kernel(self.python.compiler.unpacked)
+        return self._built_kernels().guest()
 
     def guest_initramfs(self, kernel: Kernel) -> Path:
         """busybox with the kernel's virtio modules: a guest that boots to a shell."""

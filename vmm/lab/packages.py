@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from vmm.core.errors import HostError, UsageError
 from vmm.core.kernel_file import debian_version, kernel_release
-from vmm.lab import guest_kernel, kvm_build
+from vmm.lab import kvm_build
 from vmm.lab.apt import QEMU_SUITE, Apt, PackagesUnavailable, newest
 from vmm.lab.architecture import AMD64, HERE, LabArchitecture
 from vmm.lab.cache import Cache
@@ -205,7 +205,7 @@ class Packages:
         if not re.fullmatch(r"\d+\.\d+", series):
             raise UsageError(f"kernel {name!r}: the form is debian:SERIES, as in debian:6.12")
         tree = self.tree(
-            self._kernel_tree(series).name,
+            self.kernel_tree(series).name,
             f"downloading Debian's Linux {series} into the cache",
             lambda path: self._download_kernel(series, path),
             wanted or f"a Linux {series} image (--kernel FILE)",
@@ -249,40 +249,12 @@ class Packages:
         except PackagesUnavailable as error:
             wanted = (
                 f"headers and sources of Linux {release} to compile KVM (if the archive has a "
-                f"newer {HOST_SERIES} by now, remove {self._kernel_tree(HOST_SERIES)})"
+                f"newer {HOST_SERIES} by now, remove {self.kernel_tree(HOST_SERIES)})"
             )
             raise MissingFiles([wanted], self.cache.root, str(error)) from error
 
-    def built_guest_kernel(self, compilers: Callable[[], Path]) -> Kernel:
-        """The small kernel for protected guests (vmm.lab.guest_kernel)."""
-        stock = self.host_kernel(None, None).image
-        version = debian_version(stock)
-        if version is None:
-            raise HostError(
-                f"{stock} doesn't say which version it is; remove {self._kernel_tree(HOST_SERIES)} "
-                "to download it again"
-            )
-
-        def download(packages: list[str], into: Path) -> None:
-            if self.offline:
-                raise PackagesUnavailable("--lab-offline")
-            with self.cache.lock("apt"):
-                self.apt.download_closure(packages, QEMU_SUITE, into)
-
-        name = f"packages/{guest_kernel.NAME}-{version}-{guest_kernel.recipe()}"
-        build = guest_kernel.GuestKernelBuild(
-            version, self.architecture, compilers, self.progress, download
-        )
-        try:
-            return Kernel(self.cache.entry(name, build) / guest_kernel.IMAGE, None)
-        except PackagesUnavailable as error:
-            wanted = (
-                f"sources of Linux {version} for the kernel {guest_kernel.NAME} (if the archive "
-                f"has a newer {HOST_SERIES} by now, remove {self._kernel_tree(HOST_SERIES)})"
-            )
-            raise MissingFiles([wanted], self.cache.root, str(error)) from error
-
-    def _kernel_tree(self, series: str) -> Path:
+    def kernel_tree(self, series: str) -> Path:
+        """Where Debian's kernel of a series is unpacked."""
         return self.cache.path(f"packages/linux-{series}{self.architecture.suffix()}")
 
     def _download_kernel(self, series: str, into: Path) -> None:

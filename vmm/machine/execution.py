@@ -210,21 +210,35 @@ class _Bounded(_Fd):
         return super().write(data)
 
 
+class _Shared:
+    """The folder, and what comes back of it."""
+
+    def __init__(self, share: Share, archive: IO[bytes]) -> None:
+        self.share = share
+        self.archive = archive
+        self.through: Callable[[], None] | None = None
+        """What has `take_back` done in another process; raises OutputError."""
+
+    def take_back(self) -> None:
+        """Put the archive's files into the folder. Raises OutputError."""
+        self.archive.seek(0)
+        take_back(self.share, self.archive)
+
+
 class Execution:
     """The command of one run: its device, and what became of it. Closes what it opens."""
 
     def __init__(
         self, command: str, share: str | None, streams: tuple[int, int, int] = (0, 1, 2)
     ) -> None:
-        """`streams` are input, output and errors. Raises UsageError for a command that is too long,
-        and a folder that can't be carried."""
+        """`streams` are input, output and errors. Raises UsageError for a command that is too
+        long, and a folder that can't be carried."""
         text = os.fsencode(command)
         if not text.strip():
             raise UsageError("--exec: the command is empty; write --exec 'uname -a'")
         if len(text) > MOST_COMMAND or b"\0" in text:
             raise UsageError(f"--exec: a command has at most {MOST_COMMAND} bytes, and no NUL")
-        self._share: Share | None = None
-        self._archive: IO[bytes] | None = None  # what comes back
+        self.shared: _Shared | None = None
         self._ended: tuple[int, int, int, int] | None = None
         self._acknowledged = False
         self._failure: str | None = None
@@ -256,15 +270,15 @@ class Execution:
             self._cleanup = stack.pop_all()
 
     def _open_share(self, text: str, stack: contextlib.ExitStack) -> list[Port]:
-        self._share = parse_share(text)
-        outgoing = stack.enter_context(_scratch_file())
-        self._archive = stack.enter_context(_scratch_file())
-        pack(self._share, outgoing)
+        share = parse_share(text)
+        outgoing, archive = (stack.enter_context(_scratch_file()) for _ in range(2))
+        self.shared = _Shared(share, archive)
+        pack(share, outgoing)
         outgoing.flush()
         outgoing.seek(0)
         # tar pads each file to 512 bytes, and has as much in front of it.
-        limit = self._share.limit + self._share.limit // 4 + (1 << 20)
-        into, back = _Fd(source=outgoing.fileno()), _Bounded(self._archive.fileno(), limit)
+        limit = share.limit + share.limit // 4 + (1 << 20)
+        into, back = _Fd(source=outgoing.fileno()), _Bounded(archive.fileno(), limit)
         stack.callback(into.close)
         stack.callback(back.close)
         self._outputs.append(back)
@@ -307,16 +321,15 @@ class Execution:
 
     def take_share(self) -> None:
         """Bring the folder back, once the command has ended. Raises OutputError."""
-        if self._share is None or self._archive is None or not self._acknowledged:
+        if self.shared is None or not self._acknowledged:
             return
         if any(isinstance(b, _Bounded) and b.exceeded for b in self._outputs):
             tell(
-                f"--share {self._share.folder}: the guest's files are larger than the limit, and "
+                f"--share {self.shared.share.folder}: the guest's files are larger than the limit, and "
                 "none is brought back; add size=SIZE"
             )
             return
-        self._archive.seek(0)
-        take_back(self._share, self._archive)
+        (self.shared.through or self.shared.take_back)()
 
     # -- on the device loop's thread ------------------------------------------------------------
 

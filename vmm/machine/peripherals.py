@@ -85,9 +85,14 @@ def open_devices(
         from vmm.devices.virtio.iommu import VirtioIommu
 
         add("iommu", VirtioIommu())
-    if len(devices) > MOST_DEVICES:
+    require_slots(len(devices))
+    return devices
+
+
+def require_slots(count: int) -> None:
+    """Raise UsageError for more devices than there are PCI slots."""
+    if count > MOST_DEVICES:
         raise UsageError(
-            f"{len(devices)} virtio devices are asked for; PCI bus 0 has slots for {MOST_DEVICES}, "
+            f"{count} virtio devices are asked for; PCI bus 0 has slots for {MOST_DEVICES}, "
             "use fewer --disk and --net"
         )
-    return devices

@@ -58,7 +58,9 @@ def test_run_is_the_default_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "usage: pyvmm [run]" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["check", "selftest", "bench", "report", "replay", "measure"])
+@pytest.mark.parametrize(
+    "command", ["check", "selftest", "bench", "report", "replay", "sweep", "measure"]
+)
 def test_help_with_a_command_is_the_commands_help(
     capsys: pytest.CaptureFixture[str], command: str
 ) -> None:

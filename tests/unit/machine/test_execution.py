@@ -1,4 +1,4 @@
-"""--exec from the guest's side: its ports, what goes through them, how the run is said to end."""
+"""--exec from the guest's side: its ports, what goes through them, and how the run ends."""
 
 from __future__ import annotations
 
