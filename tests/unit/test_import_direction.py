@@ -43,7 +43,7 @@ ARCHITECTURES_KVM = {
     "architecture", "platform", "board", "exits", "gic", "guest_cpu", "page_tables", "micro_guest",
     "probes", "capabilities", "debug",
 }  # fmt: skip
-FIRMWARE_USERS = {"arch.x86_64", "arch.aarch64", "bench", "cli"}
+FIRMWARE_USERS = {"arch.x86_64", "arch.aarch64", "machine", "bench", "cli", "lab"}
 
 
 def level(room: str) -> int:

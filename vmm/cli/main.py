@@ -46,7 +46,18 @@ def main(arguments: Sequence[str]) -> int:
             traceback.print_exc()
         status, sentence = _explain(error)
         tell(sentence)
-        return status
+        return OWN_STATUS if _executes(arguments) else status
+
+
+OWN_STATUS = 125
+"""With --exec, when there is no status of the command to pass on; as env(1) and timeout(1)."""
+
+
+def _executes(arguments: Sequence[str]) -> bool:
+    """Whether a run was asked to run a command in the guest, whose status is the run's."""
+    with contextlib.suppress(UsageError):  # which is what the command ended with
+        arguments = _with_config_file(arguments)
+    return any(word == "--exec" or word.startswith("--exec=") for word in arguments)
 
 
 def _command(arguments: Sequence[str]) -> int:
@@ -137,6 +148,12 @@ def _configuration(arguments: Sequence[str], machine: str | None = None) -> Mach
     from vmm.arch import architecture
     from vmm.machine.config import MachineConfig, parse_count, parse_size
 
+    disks, root = options.disk, options.root
+    if root is not None:
+        from vmm.core.root_disk import split_root  # most runs have none
+
+        disk, root = split_root(root)
+        disks = disks if disk is None else [disk, *disks]
     config = MachineConfig(
         kernel=options.kernel,
         initrd=options.initrd,
@@ -145,7 +162,7 @@ def _configuration(arguments: Sequence[str], machine: str | None = None) -> Mach
         cpus=parse_count(options.cpus),
         private_memory=options.private_mem,
         scheme=options.scheme,
-        disks=tuple(options.disk),
+        disks=tuple(disks),
         nets=tuple(options.net),
         consoles=tuple(options.console),
         vsock=options.vsock,
@@ -159,6 +176,9 @@ def _configuration(arguments: Sequence[str], machine: str | None = None) -> Mach
         report=options.report,
         trace=options.trace,
         debug_shell=options.debug_shell,
+        root=root,
+        execute=options.exec,
+        share=options.share,
         status=options.status,
         control=options.control,
         gdb=options.gdb,
@@ -196,8 +216,12 @@ def _run(arguments: Sequence[str]) -> int:
         from vmm.machine.machine import Machine
 
         outcome = Machine(config, images).run()
+    if outcome.command_status is not None:
+        return outcome.command_status
     if outcome.exit_status:
         tell(f"{_sentence(outcome.exit)}: {outcome.reason}")
+    if config.execute is not None:
+        return OWN_STATUS
     return outcome.exit_status
 
 

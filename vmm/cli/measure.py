@@ -47,7 +47,7 @@ def measure(config: MachineConfig, bit: int) -> dict[str, Any]:
 
     arch = architecture()
     with closing(OpenedImages(arch, config)) as images:
-        options = config.guest_options()
+        options = images.config.guest_options()
         if images.kernel is None:
             guest = arch.payload_guest(options)
         else:

@@ -39,7 +39,8 @@ examples:
 
 A SIZE is in bytes, or has a unit: 64K, 512M, 2G; so are --policy-arg's numbers.
 While the guest runs on a terminal, Ctrl-A x quits.
-exit status: 0 guest powered off, 1 guest failed, 2 bad usage or input, 3 the host cannot do it
+exit status: 0 guest powered off, 1 guest failed, 2 bad usage or input, 3 the host cannot do it;
+with --exec the command's, or 125 where none can be passed on
 """
 
 _FLAG = {"action": "store_const", "const": True, "default": False}
@@ -55,6 +56,24 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             "metavar": "TEXT",
             "default": "",
             "help": "more kernel command line, after 'console=ttyS0 panic=-1'",
+        },
+        "--root": {
+            "metavar": "FILE[,part=N][,ro]|UUID=...|LABEL=...",
+            "help": "boot from this disk image: FILE becomes the first disk (its settings are "
+            "--disk's), or the file system is looked for on the disks by its UUID, its label, or "
+            "its partition's (PARTUUID=, PARTLABEL=); without --initrd one is made, with the "
+            "modules that lie beside the kernel",
+        },
+        "--exec": {
+            "metavar": "COMMAND",
+            "help": "run this in the guest, by /bin/sh -c, instead of its init: standard input, "
+            "output and error are pyvmm's, and so is the exit status (125: there is none to pass "
+            "on, one line says why); the root is --root, or the --initrd",
+        },
+        "--share": {
+            "metavar": "DIR[,size=SIZE]",
+            "help": "with --exec: the command starts in /mnt with a copy of DIR, and what it "
+            "writes there comes back (SIZE at most, default 256M; nothing is removed)",
         },
         "--mem": {
             "metavar": "SIZE",

@@ -63,7 +63,7 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
         "guest gets as an error number.",
         ("PortDevice", "PciDevice", "VirtioDevice", "ExitHandler"),
     ),
-    "Sweeps": ("", ("sweep",)),
+    "Sweeps": ("[Sweeps](sweep.md) has what a plan may say.", ("sweep",)),
     "Errors": (
         "",
         (

@@ -92,6 +92,13 @@ class MachineConfig(NamedTuple):
     socket. The guest stands still until one has it go on."""
     gdb_sees_private: bool = False
     """Whether a debugger may touch private pages, which only a rehearsal can allow."""
+    root: str | None = None
+    """Where the root file system is: "" on the first disk, "part=N", or "UUID=..." and the like on
+    any (`vmm.core.root_disk`). Without an initrd the guest gets one that mounts it."""
+    execute: str | None = None
+    """A command that the guest runs instead of its init, for a shell; see vmm.machine.execution."""
+    share: str | None = None
+    """DIR[,size=SIZE]: a folder that the command finds and changes."""
     core_dumps: bool = True
     """False: once guest memory is there, the process forbids core dumps of itself and debuggers
     of its own user. The command asks for that with private memory, unless it is told not to."""
@@ -160,6 +167,7 @@ class MachineConfig(NamedTuple):
             raise UsageError("--initrd needs --kernel: the embedded payload takes no initrd")
         if self.append and self.kernel is None:
             raise UsageError("--append needs --kernel: the embedded payload has no command line")
+        self._validate_boot()
         if self.policies and self.private_memory is None:
             raise UsageError("--policy needs --private-mem: an ordinary VM converts no pages")
         if self.debug_shell and not self.policies:
@@ -187,6 +195,16 @@ class MachineConfig(NamedTuple):
             raise UsageError("--gdb-sees-private needs --private-mem: nothing is private without")
         if limits.name != "x86_64":
             raise UsageError("--gdb: only x86-64 guests can be debugged so far; run without it")
+
+    def _validate_boot(self) -> None:
+        """A root disk and a command are for kernels."""
+        for option, value in (("--root", self.root), ("--exec", self.execute)):
+            if value is not None and self.kernel is None:
+                raise UsageError(f"{option} needs --kernel: the embedded payload is all there is")
+        if self.share is not None and self.execute is None:
+            raise UsageError(
+                "--share needs --exec: the folder is brought back when the command has ended"
+            )
 
     def _validate_iommu(self, limits: Limits) -> None:
         if limits.name != "x86_64":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from contextlib import ExitStack
@@ -19,6 +20,7 @@ from vmm.core.lean_typing import TYPE_CHECKING, Protocol
 from vmm.core.own_code import ExtensionError
 from vmm.exits.outcome import (
     EXTENSION_ERROR,
+    FAILED,
     KILLED,
     PANIC,
     POLICY_ERROR,
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
     from vmm.devices.virtio.device import DeviceObserver
     from vmm.devices.virtio.iommu import VirtioIommu
     from vmm.machine.debugger import Debugger
+    from vmm.machine.execution import Execution
     from vmm.machine.extensions import Extensions
     from vmm.machine.report_keys import Report
     from vmm.machine.tracing import RunTrace
@@ -61,6 +64,7 @@ if TYPE_CHECKING:
     from vmm.sandbox.enter import Sandbox
 
 _PANIC_TEXT = b"Kernel panic - not syncing"
+_INIT_FAILED_TEXT = b"pyvmm-init: failed: "  # firmware/init/init.c
 _REBOOT_TEXT = b"reboot: Restarting system"
 
 _LAST_OUTPUT_SECONDS = 1.0
@@ -144,6 +148,8 @@ class Machine:
             outcome = None
             try:
                 outcome = self._refusal_to_boot() or self._run_guest()
+                if self._execution is not None:
+                    outcome = self._execution.outcome(outcome)
                 if not self._abandoned:  # else a policy may be at work still
                     end = End(outcome.exit, outcome.reason)
                     self._converter.hooks.exit(end, self._converter.view)
@@ -155,6 +161,9 @@ class Machine:
             finally:
                 if outcome is not None:
                     self._write_report(outcome, time.monotonic() - started)
+            if self._execution is not None:
+                self._execution.tell_console(outcome, self._console.tail())
+                self._execution.take_share()
         return outcome
 
     def _open_inputs(self) -> None:
@@ -162,12 +171,20 @@ class Machine:
         config = self._config
         images = self._images or OpenedImages(self._architecture, config)
         self._cleanup.callback(images.close)
+        config = self._config = images.config
         self._guest = self._make_guest(images)
         self._cleanup.callback(self._guest.close)
         self._policies = _load_policies(config)
         if self._embedding is not None:
             self._policies += self._embedding.policies
-        self._virtio = open_devices(config, self._cleanup)
+        self._execution: Execution | None = None
+        if config.execute is not None:
+            from vmm.machine.execution import Execution
+
+            self._execution = Execution(config.execute, config.share)
+            self._cleanup.callback(self._execution.close)
+            self._execution.connect(self.stop)
+        self._virtio = open_devices(config, self._cleanup, self._execution)
         if self._own is not None:
             self._own.join(self._virtio, config, self._cleanup)
         self._trace = None if config.trace is None else _open_trace(config.trace, config)
@@ -206,22 +223,28 @@ class Machine:
         listeners: list[UnixListener] = [] if sockets is None else sockets.listening()
         report = self._report_file
         replaced = report if report is not None and report.is_replaced else None
-        if replaced is None and not listeners:
+        shared = None if self._execution is None else self._execution.shared
+        if replaced is None and shared is None and not listeners:
             return
         from vmm.sandbox.outside import Outside
-
-        def write(message: bytes) -> None:
-            assert replaced is not None
-            replaced.replace(message)
 
         def last() -> None:
             for listener in listeners:
                 listener.remove()
 
-        outside = Outside(write, last, [listener.fd for listener in listeners])
+        tasks: list[Callable[[bytes], None]] = []
+        keeps = [listener.fd for listener in listeners]
+        if replaced is not None:
+            tasks.append(replaced.replace)
+        if shared is not None:
+            tasks.append(lambda _: shared.take_back())
+            keeps.append(shared.archive.fileno())
+        outside = Outside(tasks, last, keeps)
         self._cleanup.callback(outside.close)
         if replaced is not None:
-            replaced.through = outside.write
+            replaced.through = partial(outside.do, 0)
+        if shared is not None:
+            shared.through = partial(outside.do, len(tasks) - 1)
 
     def _enter_sandbox(self) -> None:
         """Everything is open: give up what the run doesn't need any more."""
@@ -294,6 +317,8 @@ class Machine:
         self._loop = EventLoop()
         self._cleanup.callback(self._loop.close)
         make_console = Console if self._embedding is None else self._embedding.make_console
+        if self._execution is not None:
+            make_console = self._execution.make_console
         self._console = make_console(on_quit=lambda: self.stop(Outcome(QUIT, "Ctrl-A x")))
         self._cleanup.callback(self._console.close)
         observer: ConversionObserver | None = None if trace is None else trace.conversions
@@ -569,6 +594,8 @@ class Machine:
 
     def _press_power_button(self) -> bool:
         stands_still = self._vcpus.paused or self._vcpus.frozen
+        if self._execution is not None:
+            return not stands_still and self._execution.signal(signal.SIGTERM)
         return not stands_still and self._devices.board.press_power_button()
 
     def _continued(self) -> None:
@@ -615,6 +642,10 @@ def _open_trace(path: str, config: MachineConfig) -> RunTrace:
 
 def reset_outcome(tail: bytes) -> Outcome:
     """What a reset means after the console output `tail`: a panic, or the guest's wish."""
+    start = tail.rfind(_INIT_FAILED_TEXT)
+    if start >= 0:
+        line = tail[start + len(_INIT_FAILED_TEXT) : start + 300].splitlines()[0]
+        return Outcome(FAILED, line.decode("utf-8", "replace"))
     start = tail.rfind(_PANIC_TEXT)
     # An orderly reboot says so, however a panic got on the screen before.
     if start < 0 or _REBOOT_TEXT in tail[start:]:

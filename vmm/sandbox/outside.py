@@ -1,8 +1,8 @@
 """A process that stays out of the sandbox, for what a run still has to do with paths at its end.
 
-It puts the report in its place and removes the sockets that pyvmm listened at, also when pyvmm was
-killed. Nothing else: it takes one message, of how the report's earlier file is called and what the
-new one holds.
+It puts the report in its place, brings a shared folder back, and removes the sockets that pyvmm
+listened at, also when pyvmm was killed. Nothing else: what it can be asked for is fixed when it
+starts.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 from vmm.core.errors import HostError, OutputError
 from vmm.core.lean_typing import NoReturn
@@ -29,15 +29,15 @@ class Outside:
 
     def __init__(
         self,
-        write: Callable[[bytes], None],
+        tasks: Sequence[Callable[[bytes], None]],
         last: Callable[[], None],
         keeps: Collection[int],
     ) -> None:
         """A fork of this one, which should have no threads yet.
 
-        `write` is what it does with a message, raising OutputError; `last` what it does when this
-        process has let go of it or has ended; `keeps`: the descriptors that those need. Raises
-        HostError.
+        `tasks` are what it can be asked for, each with a message, and may raise OutputError;
+        `last` is what it does when this process has let go of it or has ended; `keeps`: the
+        descriptors that those need, besides standard error. Raises HostError.
         """
         reader, self._writer = os.pipe2(os.O_CLOEXEC)
         self._reader, writer = os.pipe2(os.O_CLOEXEC)
@@ -47,21 +47,22 @@ class Outside:
             for fd in (reader, self._writer, self._reader, writer):
                 os.close(fd)
             raise HostError(
-                f"starting the process that writes the report failed: {error.strerror}; "
+                f"starting the process that stays outside the sandbox failed: {error.strerror}; "
                 "free memory or processes, or use --sandbox=off"
             ) from error
         if self._pid == 0:
-            _serve(reader, writer, write, last, keeps)
+            _serve(reader, writer, tasks, last, {2, *keeps})
         os.close(reader)
         os.close(writer)
 
-    def write(self, data: bytes) -> None:
-        """Have `write` done there. Raises OutputError: its own, or that the process is gone."""
+    def do(self, task: int, message: bytes = b"") -> None:
+        """Have a task done there, by its place among the tasks. Raises OutputError: the task's
+        own, or that the process is gone."""
         try:
-            _send(self._writer, data)
+            _send(self._writer, bytes((task,)) + message)
             text = _received(self._reader).decode()
         except (OSError, EOFError):
-            raise OutputError("the process that writes the report has ended") from None
+            raise OutputError("the process outside the sandbox has ended") from None
         if text:
             raise OutputError(text)
 
@@ -98,7 +99,7 @@ def _read(fd: int, size: int) -> bytes:
 def _serve(
     reader: int,
     writer: int,
-    write: Callable[[bytes], None],
+    tasks: Sequence[Callable[[bytes], None]],
     last: Callable[[], None],
     keeps: Collection[int],
 ) -> NoReturn:
@@ -117,7 +118,7 @@ def _serve(
                 text = ""
                 message = _received(reader)
                 try:
-                    write(message)
+                    tasks[message[0]](message[1:])
                 except OutputError as error:
                     text = str(error)
                 _send(writer, text.encode())

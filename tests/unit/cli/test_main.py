@@ -304,7 +304,7 @@ def test_lab_asks_nothing_about_the_words_of_a_program(
 ) -> None:
     monkeypatch.setattr("vmm.lab.command.Lab", NoLab)
 
-    result = command("lab", "--exec", "ls", "--bad-option")
+    result = command("lab", "--lab-exec", "ls", "--bad-option")
 
     assert "a lab machine was about to be made" in result.complaint
 

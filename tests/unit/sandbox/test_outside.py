@@ -25,7 +25,7 @@ def write(data):
         raise OutputError("no room")
     Path("written").write_bytes(data)
 
-outside = Outside(write, lambda: Path("last").write_text("done"), [])
+outside = Outside([write], lambda: Path("last").write_text("done"), [])
 """
 
 
@@ -42,7 +42,7 @@ def run(folder: Path, rest: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_message_is_written_there_and_the_last_thing_done_at_the_end(tmp_path: Path) -> None:
-    done = run(tmp_path, 'outside.write(b"x" * 300_000); outside.close(); outside.close()')
+    done = run(tmp_path, 'outside.do(0, b"x" * 300_000); outside.close(); outside.close()')
 
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "written").read_bytes() == b"x" * 300_000
@@ -53,10 +53,10 @@ def test_failure_there_is_raised_here(tmp_path: Path) -> None:
     done = run(
         tmp_path,
         "try:\n"
-        '    outside.write(b"bad")\n'
+        '    outside.do(0, b"bad")\n'
         "except OutputError as error:\n"
         "    print(error)\n"
-        'outside.write(b"good")\n'
+        'outside.do(0, b"good")\n'
         "outside.close()\n",
     )
 
@@ -85,9 +85,9 @@ def test_signals_of_a_terminal_do_not_end_it(tmp_path: Path) -> None:
         tmp_path,
         "import signal, time\n"
         "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
-        'outside.write(b"first")\n'
+        'outside.do(0, b"first")\n'
         "os.kill(outside._pid, signal.SIGINT); os.kill(outside._pid, signal.SIGTERM)\n"
-        'outside.write(b"second"); outside.close()\n',
+        'outside.do(0, b"second"); outside.close()\n',
     )
 
     assert done.returncode == 0, done.stderr
@@ -100,13 +100,13 @@ def test_one_that_was_killed_is_an_output_error(tmp_path: Path) -> None:
         "import signal\n"
         "os.kill(outside._pid, signal.SIGKILL)\n"
         "try:\n"
-        '    outside.write(b"x")\n'
+        '    outside.do(0, b"x")\n'
         "except OutputError as error:\n"
         "    print(error)\n"
         "outside.close()\n",
     )
 
-    assert done.stdout == "the process that writes the report has ended\n", done.stderr
+    assert done.stdout == "the process outside the sandbox has ended\n", done.stderr
 
 
 def test_fork_that_fails_is_a_host_error_and_leaves_nothing_open(
@@ -119,6 +119,6 @@ def test_fork_that_fails_is_a_host_error_and_leaves_nothing_open(
     before = set(os.listdir("/proc/self/fd"))
 
     with pytest.raises(HostError, match="--sandbox=off"):
-        Outside(lambda data: None, lambda: None, [])
+        Outside([lambda data: None], lambda: None, [])
 
     assert set(os.listdir("/proc/self/fd")) == before
