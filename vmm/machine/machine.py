@@ -171,7 +171,8 @@ class Machine:
         config = self._config
         images = self._images or OpenedImages(self._architecture, config)
         self._cleanup.callback(images.close)
-        config = self._config = images.config
+        config = images.config if self._own is None else self._own.as_ours(images.config)
+        self._config = config
         self._guest = self._make_guest(images)
         self._cleanup.callback(self._guest.close)
         self._policies = _load_policies(config)
