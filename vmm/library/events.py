@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from typing import Self
 
 from vmm.conversion.events import EventFeed, MachineEvent, Subscription
+from vmm.core.lean_typing import Self
 
 
 class Events:
