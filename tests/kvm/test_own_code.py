@@ -214,6 +214,28 @@ def test_command_shows_the_users_own_frames_alone(tmp_path: Path) -> None:
     ]
 
 
+def test_signal_ends_a_run_whose_device_never_returns(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import time\nfrom vmm.examples.ram_disk import RamDisk\n\n\nclass Mine(RamDisk):\n"
+        "    def answer(self, queue, request, room):\n"
+        "        print('answering', flush=True)\n        time.sleep(1e6)\n"
+    )
+    words = ["--private-mem", "--device", f"{tmp_path}/mine.py:Mine"]
+
+    with subprocess.Popen(
+        [sys.executable, "-m", "vmm", *words],
+        cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    ) as running:  # fmt: skip
+        assert running.stdout is not None and running.stderr is not None
+        while "answering" not in running.stdout.readline():
+            assert running.poll() is None
+        running.terminate()
+
+        assert running.wait(SECONDS) == 1
+        assert running.stderr.read() == "pyvmm: the run was stopped: received SIGTERM\n"
+
+
 # -- exits ----------------------------------------------------------------------------------------
 
 
