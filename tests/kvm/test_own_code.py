@@ -180,18 +180,6 @@ def test_what_a_virtio_device_raises_ends_the_run_on_the_loops_thread() -> None:
     assert machine.report["guest"]["exit"] == "extension-error"
 
 
-def test_answer_that_does_not_fit_is_the_devices_fault() -> None:
-    class TooMuch(RamDisk):
-        def answer(self, queue: int, request: bytes, room: int) -> bytes:
-            return bytes(room + 1)
-
-    with (
-        Machine(PRIVATE, devices=[TooMuch()]) as machine,
-        pytest.raises(vmm.ExtensionError, match=r"answer returned \d+ bytes; return bytes, \d+ at"),
-    ):
-        machine.run(SECONDS)
-
-
 def test_command_shows_the_users_own_frames_alone(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "import vmm\n\n\nclass Mine(vmm.PortDevice):\n    ports = range(0x80, 0x81)\n\n"
@@ -317,13 +305,6 @@ def test_scheme_of_ones_own_carries_conversions_out() -> None:
     shared = sum(area.size for kind, area in NOTED if kind is Kind.SHARE)
     assert machine.report["scheme"] == "noting"
     assert shared >= conversions["share"]["bytes"] > 0
-
-
-def test_costly_scheme_of_the_examples_runs_the_payload() -> None:
-    with Machine(MachineConfig(private_memory="auto"), scheme=Costly) as machine:
-        assert machine.run(SECONDS) == Outcome("poweroff")
-
-    assert machine.report["scheme"] == "costly-cbit"
 
 
 @pytest.mark.parametrize(

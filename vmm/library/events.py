@@ -48,7 +48,7 @@ class Events:
     def follow(self, feed: EventFeed) -> None:
         self._subscription = feed.subscribe(self._changed.set, self._capacity)
 
-    def end(self) -> None:
+    def finish(self) -> None:
         """Nothing more will happen."""
         self._ended = True
         self._changed.set()

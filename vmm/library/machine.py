@@ -318,7 +318,7 @@ class Machine:
                 bell, self._bell = self._bell, None
             self._serve()  # those who still wait for an answer
             for events in self._events:
-                events.end()
+                events.finish()
             if bell is not None:
                 os.close(bell)
             self._started.set()

@@ -78,7 +78,8 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
 _PYVMMS = frozenset(
     {
         "make_console", "running", "observer", "extensions", "guest_options", "as_ours", "validate",
-        "connect", "raised", "is_asserted", "go_on", "answer_these", "answer_all", "disconnect",
+        "connect", "raised", "follow", "finish", "is_asserted", "go_on", "answer_these",
+        "answer_all", "disconnect",
     }
 )  # fmt: skip
 """Members that pyvmm itself has a use for, and nobody else."""
