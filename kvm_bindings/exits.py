@@ -155,6 +155,22 @@ class WrmsrExit(Record):
         self.reason = reason
 
 
+class DebugExit(Record):
+    """KVM_EXIT_DEBUG on x86: a single step or a breakpoint of Vcpu.set_guest_debug's.
+
+    `exception` is the vector (1: a debug exception, 3: a breakpoint instruction, at which `pc`
+    stands), `pc` the linear address of the instruction, `dr6` what the debug exception is about.
+    """
+
+    __slots__ = ("dr6", "dr7", "exception", "pc")
+
+    def __init__(self, exception: int, pc: int, dr6: int, dr7: int) -> None:
+        self.exception = exception
+        self.pc = pc
+        self.dr6 = dr6
+        self.dr7 = dr7
+
+
 class SystemEventExit(Record):
     """KVM_EXIT_SYSTEM_EVENT: 1 shutdown, 2 reset, 3 crash, 4 wakeup, 5 suspend, 6 SEV."""
 
@@ -231,6 +247,7 @@ Exit = (
     | ArmNisvExit
     | RdmsrExit
     | WrmsrExit
+    | DebugExit
     | SystemEventExit
     | ShutdownExit
     | HltExit

@@ -9,3 +9,7 @@ ABI_SIZE(kvm_cpuid_entry2, 40);
 ABI_SIZE(kvm_cpuid2, 8);
 ABI_SIZE(kvm_msr_entry, 16);
 ABI_SIZE(kvm_msrs, 8);
+ABI_SIZE(kvm_debug_exit_arch, 32);
+ABI_SIZE(kvm_guest_debug_arch, 64);
+ABI_SIZE(kvm_guest_debug, 72);
+ABI_SIZE(kvm_fpu, 416);

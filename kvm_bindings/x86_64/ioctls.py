@@ -25,13 +25,20 @@ KVM_SET_REGS = requests.write(0x82, _size("struct kvm_regs"))  # basic
 KVM_GET_SREGS = requests.read(0x83, _size("struct kvm_sregs"))  # basic
 KVM_SET_SREGS = requests.write(0x84, _size("struct kvm_sregs"))  # basic
 KVM_SET_MSRS = requests.write(0x89, _size("struct kvm_msrs"))  # basic
+KVM_GET_FPU = requests.read(0x8C, _size("struct kvm_fpu"))  # basic
+KVM_SET_FPU = requests.write(0x8D, _size("struct kvm_fpu"))  # basic
 KVM_SET_CPUID2 = requests.write(0x90, _size("struct kvm_cpuid2"))  # KVM_CAP_EXT_CPUID
+KVM_SET_GUEST_DEBUG = requests.write(
+    0x9B, _size("struct kvm_guest_debug")
+)  # KVM_CAP_SET_GUEST_DEBUG
 KVM_KVMCLOCK_CTRL = requests.none(0xAD)  # KVM_CAP_KVMCLOCK_CTRL
 
 # Capabilities (KVM_CHECK_EXTENSION, KVM_ENABLE_CAP).
 KVM_CAP_EXT_CPUID = 7
+KVM_CAP_SET_GUEST_DEBUG = 23
 KVM_CAP_PIT2 = 33
 KVM_CAP_X86_USER_SPACE_MSR = 188
+KVM_CAP_SET_GUEST_DEBUG2 = 195  # answers with the flags of KVM_SET_GUEST_DEBUG that it knows
 KVM_CAP_EXIT_HYPERCALL = 201
 
 # Flags and small numbers that go with them.
@@ -40,3 +47,10 @@ KVM_X86_SW_PROTECTED_VM = 1
 KVM_MSR_EXIT_REASON_INVAL = 1 << 0
 KVM_MSR_EXIT_REASON_UNKNOWN = 1 << 1
 KVM_MSR_EXIT_REASON_FILTER = 1 << 2
+KVM_GUESTDBG_ENABLE = 1 << 0
+KVM_GUESTDBG_SINGLESTEP = 1 << 1
+KVM_GUESTDBG_USE_SW_BP = 1 << 16
+KVM_GUESTDBG_USE_HW_BP = 1 << 17
+KVM_GUESTDBG_INJECT_DB = 1 << 18
+KVM_GUESTDBG_INJECT_BP = 1 << 19
+KVM_GUESTDBG_BLOCKIRQ = 1 << 20  # Linux 5.16: no interrupt is delivered during a single step

@@ -67,3 +67,36 @@ struct kvm_msrs {
     uint32_t pad;
     struct kvm_msr_entry entries[];
 };
+
+/* KVM_EXIT_DEBUG's part of kvm_run (debug.arch there), at the place of the exit union. */
+struct kvm_debug_exit_arch {
+    uint32_t exception;
+    uint32_t pad;
+    uint64_t pc;
+    uint64_t dr6;
+    uint64_t dr7;
+};
+
+struct kvm_guest_debug_arch {
+    uint64_t debugreg[8];
+};
+
+struct kvm_guest_debug {
+    uint32_t control;
+    uint32_t pad;
+    struct kvm_guest_debug_arch arch;
+};
+
+struct kvm_fpu {
+    uint8_t fpr[8][16];
+    uint16_t fcw;
+    uint16_t fsw;
+    uint8_t ftwx;
+    uint8_t pad1;
+    uint16_t last_opcode;
+    uint64_t last_ip;
+    uint64_t last_dp;
+    uint8_t xmm[16][16];
+    uint32_t mxcsr;
+    uint32_t pad2;
+};

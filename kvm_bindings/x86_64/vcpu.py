@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import kvm_bindings
 from kvm_bindings import exits
 from kvm_bindings.abi import ffi_for
 from kvm_bindings.errors import check, fail
-from kvm_bindings.exits import Exit, IoExit, RdmsrExit, WrmsrExit
+from kvm_bindings.exits import DebugExit, Exit, IoExit, RdmsrExit, WrmsrExit
 from kvm_bindings.x86_64 import ioctls
 
 TYPE_CHECKING = False
@@ -52,6 +52,7 @@ class Vcpu(kvm_bindings.Vcpu):
             exits.KVM_EXIT_IO: self._decode_io,
             exits.KVM_EXIT_X86_RDMSR: self._decode_rdmsr,
             exits.KVM_EXIT_X86_WRMSR: self._decode_wrmsr,
+            exits.KVM_EXIT_DEBUG: self._decode_debug,
         }
 
     def _decode_io(self) -> Exit:
@@ -68,6 +69,10 @@ class Vcpu(kvm_bindings.Vcpu):
     def _decode_wrmsr(self) -> Exit:
         msr = self._run.msr
         return WrmsrExit(msr.index, msr.data, msr.reason)
+
+    def _decode_debug(self) -> Exit:
+        debug = ffi.cast("struct kvm_debug_exit_arch *", ffi.addressof(self._run, "exit_padding"))
+        return DebugExit(debug.exception, debug.pc, debug.dr6, debug.dr7)
 
     # -- state --------------------------------------------------------------------------------
 
@@ -103,6 +108,42 @@ class Vcpu(kvm_bindings.Vcpu):
                 setattr(nested, field, number)
         result = self._pointer(ioctls.KVM_SET_SREGS, sregs)
         check("KVM_SET_SREGS", result, "vcpu={}, {}", self.index, ", ".join(values))
+
+    def get_sregs(self) -> dict[str, int | dict[str, int]]:
+        """KVM_GET_SREGS: the kvm_sregs fields by name, a segment's or table's by theirs; without
+        interrupt_bitmap."""
+        sregs = self._read_sregs()
+        values: dict[str, int | dict[str, int]] = {}
+        for name, field in ffi.typeof(sregs).item.fields:
+            value = getattr(sregs, name)
+            if field.type.kind == "struct":
+                values[name] = {part: getattr(value, part) for part, _ in field.type.fields}
+            elif field.type.kind == "primitive":
+                values[name] = value
+        return values
+
+    def get_fpu(self) -> bytes:
+        """KVM_GET_FPU: struct kvm_fpu, 416 bytes."""
+        fpu = ffi.new("struct kvm_fpu *")
+        check("KVM_GET_FPU", self._pointer(ioctls.KVM_GET_FPU, fpu), "vcpu={}", self.index)
+        return bytes(ffi.buffer(fpu))
+
+    def set_fpu(self, data: bytes) -> None:
+        """KVM_SET_FPU: struct kvm_fpu as `get_fpu` gives it."""
+        fpu = ffi.new("struct kvm_fpu *")
+        ffi.buffer(fpu)[:] = data
+        check("KVM_SET_FPU", self._pointer(ioctls.KVM_SET_FPU, fpu), "vcpu={}", self.index)
+
+    def set_guest_debug(self, control: int, debug_registers: Sequence[int] = (0,) * 8) -> None:
+        """KVM_SET_GUEST_DEBUG: what makes KVM_RUN return DebugExit from now on; KVM_GUESTDBG_*.
+
+        `debug_registers` are DR0 to DR7, of which KVM takes the four addresses and DR7. Raises
+        KvmError (EBUSY: with KVM_GUESTDBG_INJECT_*, an exception is on its way already).
+        """
+        argument = ffi.new("struct kvm_guest_debug *", {"control": control})
+        argument.arch.debugreg = list(debug_registers)
+        result = self._pointer(ioctls.KVM_SET_GUEST_DEBUG, argument)
+        check("KVM_SET_GUEST_DEBUG", result, "vcpu={}, control={:#x}", self.index, control)
 
     def set_cpuid2(self, entries: Iterable[tuple[int, int, int, int, int, int, int]]) -> None:
         """KVM_SET_CPUID2: (function, index, flags, eax, ebx, ecx, edx) of each leaf."""

@@ -11,12 +11,15 @@ pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("usable_kvm")]
 
 UNWANTED = {
     "argparse", "array", "ast", "ctypes", "dataclasses", "fcntl", "hashlib", "heapq", "inspect",
-    "ioctl_opt",
+    "ioctl_opt", "vmm.arch.debug", "vmm.arch.x86_64.debug", "vmm.control.gdb",
+    "vmm.machine.debugger", "vmm.memory.debugging",
     "logging", "numpy", "pathlib", "re", "rich", "shutil", "socket", "subprocess", "tempfile",
     "termios", "tty", "typing", "vmm.arch.x86_64.probes.strict", "vmm.arch.x86_64.strict",
     "vmm.boot", "vmm.control.control_socket",
     "vmm.control.status_line", "vmm.conversion.deferral", "vmm.devices.load_window",
     "vmm.devices.virtio", "vmm.lab",
+    "importlib.metadata", "vmm.core.plugins", "vmm.devices.own", "vmm.exits.own",
+    "vmm.machine.extensions", "vmm.machine.report_keys",
     "vmm.machine.tracing", "vmm.memory.engines", "vmm.policy.loader", "vmm.trace",
 }  # fmt: skip
 """What takes long to import, or what a run without kernel, devices and policy has no use for."""

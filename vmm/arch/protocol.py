@@ -18,6 +18,7 @@ from vmm.host.architecture import HostArchitecture
 
 if TYPE_CHECKING:
     from kvm_bindings import System, Vcpu, Vm
+    from vmm.arch.debug import GuestDebug
     from vmm.arch.guest_cpu import Gate, GuestCpu
     from vmm.boot.source import Source
     from vmm.conversion.transaction import Converter
@@ -133,6 +134,11 @@ class Architecture(HostArchitecture, Protocol):
 
     def payload_guest(self, options: GuestOptions) -> Guest:
         """The embedded payload. Raises UsageError where it does not fit."""
+        ...
+
+    def debug(self, system: System) -> GuestDebug:
+        """What a debugger needs, after trying out what this host's KVM does for one. Raises
+        HostError where there is nothing, KvmError."""
         ...
 
     def with_bench_guest(self) -> Architecture:

@@ -69,6 +69,7 @@ class ExitHandlers(ABC):
             exits.SystemEventExit: ("system_event", self.system_event),
             exits.FailEntryExit: ("fail_entry", self.fail_entry),
             exits.InternalErrorExit: ("internal_error", self.internal_error),
+            exits.DebugExit: ("debug", self.debug),
             exits.UnknownExit: ("unknown", self.unknown),
         }
 
@@ -157,6 +158,11 @@ class ExitHandlers(ABC):
         else:
             data = ", ".join(f"{word:#x}" for word in exit.data)
             reason = f"KVM internal error {exit.suberror} at {where}, data [{data}]"
+        self._stop(Outcome(INTERNAL_ERROR, reason))
+
+    def debug(self, vcpu: AnsweringVcpu, exit: exits.DebugExit) -> None:
+        """Only a debugger has KVM make such exits, and it takes this handler's place."""
+        reason = f"a debug exit at {exit.pc:#x}, and no debugger is attached"
         self._stop(Outcome(INTERNAL_ERROR, reason))
 
     def unknown(self, vcpu: AnsweringVcpu, exit: exits.UnknownExit) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 from kvm_bindings import KvmError, Vcpu
-from kvm_bindings.exits import InterruptedExit
+from kvm_bindings.exits import Exit, InterruptedExit
 from kvm_bindings.vcpu import interrupt_by
 from vmm.core.lean_typing import TYPE_CHECKING, Any, Protocol
 from vmm.core.thread_signals import leave_signals_to_the_main_thread
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 KICK_SIGNAL = signal.SIGRTMIN
 """Interrupts KVM_RUN; its handler does nothing."""
+MOST_TO_SETTLE = 64
+"""How many exits in a row a vCPU completes that is to stand still for a debugger."""
 
 
 def install_kick_handler() -> None:
@@ -34,6 +36,13 @@ class Gate(Protocol):
     @property
     def lock(self) -> AbstractContextManager[Any]:
         """Re-entrant: a signal handler on the main thread may stop vCPUs at any moment."""
+
+    @property
+    def at_start(self) -> Callable[[], None] | None:
+        """What a vCPU's thread does first."""
+
+    settles: bool
+    """Whether vCPUs let KVM complete their last exit before they wait."""
 
     def has_left(self) -> None: ...
     def admit(self, runner: VcpuRunner) -> bool: ...
@@ -52,6 +61,10 @@ class VcpuRunner:
         self.stopping = False
         self.in_guest = False
         """Whether KVM_RUN is under way, or will be unless the vCPU finds itself summoned."""
+        self.waits = False
+        """Whether it waits at the gate; with `settles`, no exit is left to complete then, unless
+        it `owes`."""
+        self.owes = False
         self._summoned = False
         self._looping = False
         # A daemon: a policy's hook that never returns must not keep the process from ending.
@@ -82,6 +95,11 @@ class VcpuRunner:
             self._kick()
 
     @property
+    def is_looping(self) -> bool:
+        """Whether its thread has been started, and has not come to its end."""
+        return self._looping
+
+    @property
     def oldest_coalesced_write(self) -> int | None:
         """The place in the VM's ring of the write that has waited longest; None if none waits."""
         return self._vcpu.oldest_coalesced_write
@@ -103,6 +121,13 @@ class VcpuRunner:
         self._vcpu.immediate_exit = False
         return not self.stopping
 
+    def _settling(self, exit: object, tried: int) -> bool:
+        """Whether to enter KVM_RUN, which returns at once, for the sake of what `exit` began: the
+        result of an IN, perhaps. String I/O may take as many exits as its guest likes."""
+        settles = self._gate.settles and not self.stopping
+        self.owes = settles and exit is not None and exit.__class__ is not InterruptedExit
+        return self.owes and tried < MOST_TO_SETTLE
+
     def _kick(self) -> None:
         with self._gate.lock:  # a signal may only go to a thread that lives
             if self._looping and self._thread.ident is not None:
@@ -122,15 +147,22 @@ class VcpuRunner:
         vcpu, table, counts = self._vcpu, self._handlers.table, self.exit_counts
         run, coalesced = vcpu.run, self._handlers.coalesced
         gate = self._gate
+        exit: Exit | None = None
+        settled = 0
         try:
+            if gate.at_start is not None:
+                gate.at_start()
             while True:
                 # Said before looking, as who summons looks after saying so: one sees the other.
                 self.in_guest = True
                 if self._summoned:
-                    self.in_guest = False
-                    if not gate.admit(self):
-                        return
-                    continue
+                    if not self._settling(exit, settled):
+                        self.in_guest = False
+                        if not gate.admit(self):
+                            return
+                        settled = 0
+                        continue
+                    settled += 1
                 exit = run()
                 self.in_guest = False
                 if self._summoned:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from kvm_bindings import Vcpu
@@ -33,6 +33,11 @@ class VcpuGroup:
         self._changed = threading.Condition(self.lock)
         self._holds = 0
         self._paused = False
+        self.at_start: Callable[[], None] | None = None
+        """What each vCPU's thread does first."""
+        self._frozen = False
+        self._staying: frozenset[VcpuRunner] = frozenset()
+        self.settles = False
 
     def add(
         self, vcpu: Vcpu, handlers: ExitHandlers, stop: Callable[[Outcome], None]
@@ -97,6 +102,54 @@ class VcpuGroup:
         finally:
             self._release()
 
+    # -- for a debugger -----------------------------------------------------------------------
+
+    def freeze(self) -> None:
+        """Have all vCPUs stand still until `thaw`; again: nothing. Waits for nobody, so that a
+        vCPU's own thread may call it in a handler.
+
+        From now on vCPUs at the gate have no exit left to complete, but for those that `owes`.
+        """
+        with self._changed:
+            self.settles = True
+            self._staying = frozenset()
+            if self._frozen:
+                return
+            self._frozen = True
+            self._holds += 1
+            for runner in self.runners:
+                runner.summon()
+
+    def wait_until_still(self, timeout: float) -> bool:
+        """Wait (seconds) for all vCPUs to be at the gate, or ended, after `freeze`; False where
+        one is not: it is in a handler, which may wait for somebody. None is in the guest."""
+        with self._changed:
+            self._changed.wait_for(lambda: not any(r.in_guest for r in self.runners))
+            return self._changed.wait_for(lambda: all(map(_is_still, self.runners)), timeout)
+
+    def is_still(self, runner: VcpuRunner) -> bool:
+        """Whether it has nothing more to do before its next KVM_RUN, and will not enter it."""
+        with self.lock:
+            return self._frozen and _is_still(runner) and not runner.owes
+
+    def thaw(self, staying: Iterable[VcpuRunner] = ()) -> None:
+        """Let the vCPUs go on after `freeze`, all but `staying`; nothing where none stand still."""
+        with self.lock:
+            if not self._frozen:
+                return
+        try:
+            self._tell_stopped()
+        finally:
+            with self._changed:
+                self._frozen = False
+                self._staying = frozenset(staying)
+                self._release()
+
+    @property
+    def frozen(self) -> bool:
+        """Whether a debugger has all vCPUs stand still."""
+        return self._frozen
+
     def process_continued(self) -> None:
         """The whole process was stopped by a signal, and its vCPUs with it."""
         with self.parked():
@@ -139,5 +192,13 @@ class VcpuGroup:
         """Wait for the gate to open; False when the vCPU is to end instead."""
         with self._changed:
             self._changed.notify_all()
-            self._changed.wait_for(lambda: runner.stopping or not self._holds)
+            runner.waits = True
+            self._changed.wait_for(
+                lambda: runner.stopping or not (self._holds or runner in self._staying)
+            )
+            runner.waits = False
             return runner.may_enter()
+
+
+def _is_still(runner: VcpuRunner) -> bool:
+    return runner.waits or not runner.is_looping

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vmm.core.errors import HostError
+from vmm.core.kernel_file import debian_version
 from vmm.lab import guest_kernel, host_kernel
 from vmm.lab.apt import QEMU_SUITE, PackagesUnavailable
 from vmm.lab.kernel_build import (
@@ -19,7 +20,7 @@ from vmm.lab.kernel_build import (
     work_name,
 )
 from vmm.lab.kvm_change import KvmChange
-from vmm.lab.packages import HOST_SERIES, Kernel, MissingFiles, Packages, debian_version
+from vmm.lab.packages import HOST_SERIES, Kernel, MissingFiles, Packages
 
 _TOOLS = f"packages/kernel-tools-{TREES_RECIPE}"
 _KEPT = 24  # some 10 MB each

@@ -6,15 +6,16 @@ vmm.lab.image builds and hands over to the job's script; the guest's ends in a s
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from vmm.core.cpio import CpioWriter
 from vmm.core.errors import HostError
+from vmm.core.guest_init import add_init
+from vmm.core.kmodules import ModuleTree, without_signature
 from vmm.lab import heartbeat
 from vmm.lab.architecture import AMD64, LabArchitecture
-from vmm.lab.cpio import CpioWriter
 from vmm.lab.devices import VIRTIO, Devices
-from vmm.lab.kmodules import ModuleTree, without_signature
 
 # Loaded before anything can be mounted, and while the mounts are being made.
 _FILE_SYSTEMS = ("ext4", "overlay")
@@ -176,19 +177,34 @@ def guest_initramfs(busybox: Path, modules: Path | None) -> bytes:
     return _archive(busybox, script, found.items())
 
 
+def own_initramfs(init: bytes, modules: Sequence[tuple[str, bytes]], busybox: Path | None) -> bytes:
+    """A guest's that mounts its root disk or runs a command (firmware/init); with `busybox` there
+    is a shell for that."""
+    archive = CpioWriter()
+    if busybox is not None:
+        _add_busybox(archive, busybox)
+    add_init(archive, init, modules)
+    return archive.finish()
+
+
 def _archive(busybox: Path, script: str, modules: Iterable[tuple[str, bytes]]) -> bytes:
     # Not compressed: the emulated CPU copies faster than it decompresses.
     archive = CpioWriter()
-    for folder in ("dev", "proc", "sys", "bin"):
+    for folder in ("dev", "proc", "sys"):
         archive.directory(folder)
     archive.character_device("dev/console", 5, 1)
-    archive.file("bin/busybox", busybox.read_bytes(), 0o755)
-    for name in applets(busybox):
-        archive.symlink(f"bin/{name}", "busybox")
+    _add_busybox(archive, busybox)
     for name, content in modules:
         archive.file(f"modules/{name}.ko", content)
     archive.file("init", script.encode(), 0o755)
     return archive.finish()
+
+
+def _add_busybox(archive: CpioWriter, busybox: Path) -> None:
+    archive.directory("bin")
+    archive.file("bin/busybox", busybox.read_bytes(), 0o755)
+    for name in applets(busybox):
+        archive.symlink(f"bin/{name}", "busybox")
 
 
 def applets(busybox: Path) -> list[str]:

@@ -7,10 +7,15 @@ import itertools
 import os
 import platform
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+from vmm._firmware import init_path
 from vmm.core.errors import HostError, UsageError, tell
+from vmm.core.guest_init import modules_for
+from vmm.core.kernel_file import modules_beside
+from vmm.core.root_disk import find_root, split_root
 from vmm.lab import bochs, guest_kernel, hosts, image
 from vmm.lab.apt import Apt
 from vmm.lab.architecture import ARM64, HERE, foreign_kernel
@@ -20,13 +25,13 @@ from vmm.lab.cross import CrossCompiler
 from vmm.lab.debian_python import DebianPython
 from vmm.lab.emulator import Assets
 from vmm.lab.hosts import Host
-from vmm.lab.initramfs import guest_initramfs, host_initramfs
+from vmm.lab.initramfs import guest_initramfs, host_initramfs, own_initramfs
 from vmm.lab.interpreter import RunningPython
 from vmm.lab.job import FIXED_DRIVES, attach, job_from_arguments
 from vmm.lab.kernel_selftests import RUNNER, KernelSelftests
 from vmm.lab.kvm_change import KvmChange
 from vmm.lab.options import LabOptions
-from vmm.lab.packages import Bochs, Kernel, MissingFiles, Packages, Qemu, Wants, modules_beside
+from vmm.lab.packages import HOST_SERIES, Bochs, Kernel, MissingFiles, Packages, Qemu, Wants
 from vmm.lab.progress import Progress, Silent
 from vmm.lab.python import LabPython
 from vmm.lab.run import LabRun
@@ -233,10 +238,30 @@ class Lab:
         busybox = self.packages.busybox(self.options.busybox)
         return self._initramfs("guest", busybox, kernel.modules)
 
+    def _initramfs_for(self, words: Sequence[str], kernel: Kernel) -> Path:
+        """What a guest that brings no initramfs gets: a shell, or what finds its root disk."""
+        executes, root = value_of(words, "--exec"), value_of(words, "--root")
+        if executes is None and root is None:
+            return self.guest_initramfs(kernel)
+        kind = None if root is None else root_file_system(root[1], words)
+        options = [word.partition("=")[0] for word in words if word.startswith("--")]
+        modules = modules_for(kernel.modules, kind, options)
+        busybox = None if root is not None else self.packages.busybox(self.options.busybox)
+        init = Path(init_path(self.host.architecture.name)).read_bytes()
+        archive = own_initramfs(init, modules, busybox)
+        key = hashlib.sha256(archive).hexdigest()[:16]
+
+        def build(path: Path) -> None:
+            path.write_bytes(archive)
+
+        entry = self.cache.entry(f"images/own-{key}.cpio", build)
+        self.cache.prune("images/own-", keep=8)
+        return entry
+
     def pyvmm_words(self, arguments: Sequence[str]) -> list[str]:
         """pyvmm's arguments with stock kernels' names replaced and an initrd supplied."""
         words = with_kernel(arguments, self.host)
-        at = _value_of(words, "--kernel")
+        at = value_of(words, "--kernel")
         if at is None:
             return words
         index, name = at
@@ -245,11 +270,11 @@ class Lab:
             raise UsageError(f"--kernel {name}: no such file")
         self._refuse_foreign("--kernel", kernel.image)
         words[index] = words[index].replace(name, str(kernel.image))
-        if _value_of(words, "--initrd") is None:
-            words += ["--initrd", str(self.guest_initramfs(kernel))]
-        if _is_run(words) and _value_of(words, "--append") is None:
+        if value_of(words, "--initrd") is None:
+            words += ["--initrd", str(self._initramfs_for(words, kernel))]
+        if _is_run(words) and value_of(words, "--append") is None:
             words += ["--append", QUIET]
-        if measures_linux(words) and _value_of(words, "--fio") is None:
+        if measures_linux(words) and value_of(words, "--fio") is None:
             try:
                 words += ["--fio", str(self.fio_image())]
             except MissingFiles as error:
@@ -318,9 +343,12 @@ def with_kernel(arguments: Sequence[str], host: Host) -> list[str]:
     `--kernel payload` is the embedded payload, which pyvmm runs when none is named.
     """
     words = list(arguments)
-    at = _value_of(words, "--kernel")
-    if at is None and host.guest_kernel is not None and _is_run(words):
-        return [*words, "--kernel", host.guest_kernel]
+    at = value_of(words, "--kernel")
+    if at is None and _is_run(words):
+        boots = any(value_of(words, option) is not None for option in ("--exec", "--root"))
+        guest_kernel = host.guest_kernel or (f"debian:{HOST_SERIES}" if boots else None)
+        if guest_kernel is not None:
+            return [*words, "--kernel", guest_kernel]
     if at is not None and at[1] == PAYLOAD:
         index = at[0]
         first = index if words[index].startswith("--") else index - 1
@@ -343,7 +371,7 @@ def runs_several_vcpus(words: Sequence[str]) -> bool:
     none of 16 with one processor; never with one vCPU. QEMU 11.1 is no better: there QEMU's own
     guests crash with one vCPU, too.
     """
-    cpus = _value_of(words, "--cpus")
+    cpus = value_of(words, "--cpus")
     return "selftest" in words[:1] or (cpus is not None and cpus[1] != "1")
 
 
@@ -354,7 +382,29 @@ def measures_linux(words: Sequence[str]) -> bool:
     return "bench" in words[:1] and not {"linux", "iommu"}.isdisjoint(only)
 
 
-def _value_of(words: Sequence[str], option: str) -> tuple[int, str] | None:
+def root_file_system(root: str, words: Sequence[str]) -> str:
+    """The driver of the file system that --root names, looked at where its disk lies.
+
+    Raises UsageError.
+    """
+    disk, wanted = split_root(root)
+    specs = [] if disk is None else [disk]
+    specs += [value for option, value in itertools.pairwise(words) if option == "--disk"]
+    specs += [word.removeprefix("--disk=") for word in words if word.startswith("--disk=")]
+    names = [s.replace(",,", "\0").split(",")[0].replace("\0", ",") for s in specs]
+    with ExitStack() as stack:
+        disks: list[tuple[str, int]] = []
+        for name in names:
+            try:
+                fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            except OSError as error:
+                raise UsageError(f"--root {name} cannot be read: {error.strerror}") from error
+            stack.callback(os.close, fd)
+            disks.append((name, fd))
+        return find_root(wanted, disks).file_system.kind
+
+
+def value_of(words: Sequence[str], option: str) -> tuple[int, str] | None:
     """Where an option's value stands, and the value."""
     for index, word in enumerate(words):
         if word == option and index + 1 < len(words):

@@ -13,20 +13,24 @@ from pathlib import Path
 
 from vmm.core.errors import UsageError
 from vmm.core.near import did_you_mean
+from vmm.core.suboptions import byte_size, unit_hint
 from vmm.lab import hosts
 
 _HOSTS = "\n".join(f"  --host {host.name:<17} {host.summary}" for host in hosts.HOSTS.values())
 
 HELP = f"""\
 usage: pyvmm lab [lab options] [pyvmm's own command and options]
-       pyvmm lab [lab options] --exec PROGRAM [ARGUMENTS...]
+       pyvmm lab image debian:trixie [--include PACKAGES] [--output FILE]
+       pyvmm lab [lab options] --lab-exec PROGRAM [ARGUMENTS...]
        pyvmm lab [lab options] --kernel-selftests DIR [TESTS...]
 
 Runs pyvmm (or PROGRAM) inside a machine under full emulation that has a hardware-like KVM.
 Console, files named by options, --disk, --report, --trace and the exit status pass through.
 A kernel may be named debian:6.12 (or another series): Debian's stock cloud kernel, of the lab
 machine's architecture. Without --initrd a guest gets a busybox shell, without --append a quiet
-boot ("--append loglevel=7" shows all of it, dmesg has it anyway).
+boot ("--append loglevel=7" shows all of it, dmesg has it anyway). With --exec 'COMMAND' it runs
+that and ends with its status; with --root IMAGE it boots from that disk. Both take debian:7.3
+where no --kernel is given, as in: pyvmm lab --exec 'uname -r'
 
 {_HOSTS}
 
@@ -52,14 +56,15 @@ boot ("--append loglevel=7" shows all of it, dmesg has it anyway).
                            which is only read, and run them; or the tests of selftests/kvm that
                            the rest of the line names. x86
 
-  --exec PROGRAM ...       run this instead of pyvmm; takes the rest of the line
-  --lab-mem SIZE           the lab machine's memory (default 2048M)
+  --lab-exec PROGRAM ...   run this in the lab machine itself, instead of pyvmm; takes the rest of
+                           the line
+  --lab-mem SIZE           the lab machine's memory (default 2048M; 2G is the same)
   --lab-cpus N             its processors (default 2, for guests with several vCPUs 1: under QEMU's
                            emulation more are unreliable with them; bochs, arm64, pkvm 1)
   --lab-time-limit SECONDS end it after that long (default: no limit)
   --lab-file PATH          take this file or directory along, at its own path
   --lab-out PATH           bring this file or directory back at the end
-  --lab-disk FILE[,ro]     attach a disk for --exec; $PYVMM_LAB_DISKS lists the devices
+  --lab-disk FILE[,ro]     attach a disk for --lab-exec; $PYVMM_LAB_DISKS lists the devices
   --lab-env NAME=VALUE     set a variable in the inner environment
   --lab-with-qemu          put QEMU on the inner PATH, as a yardstick
   --lab-cache DIR          downloads and images (default $PYVMM_LAB_CACHE, else the user's cache)
@@ -148,11 +153,13 @@ def parse(argv: Sequence[str]) -> LabCommand:
     rest = list(argv)
     while rest:
         word = rest.pop(0)
-        if word == "--exec":
+        if word == "--lab-exec":
             if not rest:
-                raise UsageError("--exec: the program to run is missing")
+                raise UsageError("--lab-exec: the program to run is missing")
             if command.arguments:
-                raise UsageError(f"--exec runs a program instead of pyvmm {command.arguments[0]}")
+                raise UsageError(
+                    f"--lab-exec runs a program instead of pyvmm {command.arguments[0]}"
+                )
             command.arguments, command.is_program = rest, True
             break
         if word == "--lab-help" or (word in ("--help", "-h") and not command.arguments):
@@ -244,9 +251,10 @@ def _number(name: str, value: str, least: float) -> float:
 
 
 def _mebibytes(name: str, value: str) -> int:
-    units = {"": 1, "M": 1, "G": 1024}
-    digits = value.rstrip("MmGg")
-    unit = value[len(digits) :].upper()
-    if not digits.isdigit() or unit not in units or int(digits) * units[unit] < 256:
-        raise UsageError(f"{name} {value}: a size of at least 256M is needed, as in 2048M or 2G")
-    return int(digits) * units[unit]
+    size = byte_size(value)
+    if size is None or size < 256 << 20:
+        hint = "" if size is None else unit_hint(size)
+        raise UsageError(
+            f"{name} {value}: a size of at least 256M is needed, as in 2048M or 2G{hint}"
+        )
+    return size >> 20

@@ -20,6 +20,7 @@ from kvm_bindings import vcpu as vcpu_module
 from kvm_bindings.exits import (
     EXIT_NAMES,
     ArmNisvExit,
+    DebugExit,
     Exit,
     FailEntryExit,
     HltExit,
@@ -42,7 +43,7 @@ RING_PAGE = 2
 PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
 RING = RING_PAGE * PAGE_SIZE  # KVM's pages are the host's
 SIZE = 3 * PAGE_SIZE
-DECODED = {2, 3, 5, 6, 8, 9, 17, 24, 29, 30}  # reasons that have a class
+DECODED = {2, 3, 4, 5, 6, 8, 9, 17, 24, 29, 30}  # reasons that have a class
 DATA = 4096  # where KVM puts the bytes of port I/O: behind the structure
 
 
@@ -267,6 +268,12 @@ def test_more_words_than_the_structure_holds_are_cut_off(
 @pytest.mark.parametrize(("reason", "expected"), [(5, HltExit()), (8, ShutdownExit())])
 def test_exit_without_fields(page: Page, reason: int, expected: Exit) -> None:
     assert page.run(reason) == expected
+
+
+def test_debug_exit_has_the_exception_and_what_it_is_about(page: Page) -> None:
+    exit = page.run(4, struct.pack("<IIQQQ", 1, 0, 0xFFFF_FFFF_8100_0000, 0xFFFF_4FF0, 0x402))
+
+    assert exit == DebugExit(1, 0xFFFF_FFFF_8100_0000, 0xFFFF_4FF0, 0x402)
 
 
 @pytest.mark.parametrize("reason", sorted({*EXIT_NAMES, 999} - DECODED))

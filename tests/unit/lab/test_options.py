@@ -20,7 +20,7 @@ def test_inner_arguments_pass_in_order_around_the_labs_own() -> None:
 
 
 def test_exec_takes_the_rest_even_what_looks_like_the_labs() -> None:
-    command = parse(["--lab-with-qemu", "--exec", "sh", "-c", "x", "--lab-cpus", "9"])
+    command = parse(["--lab-with-qemu", "--lab-exec", "sh", "-c", "x", "--lab-cpus", "9"])
 
     assert command.is_program and command.options.with_qemu
     assert command.arguments == ["sh", "-c", "x", "--lab-cpus", "9"]
@@ -74,8 +74,8 @@ def test_help_before_an_inner_command_is_the_labs() -> None:
         (["--lab-time-limit", "soon"], "soon"),
         (["--lab-env", "1=2"], "1=2"),
         (["--lab-file", "/nonexistent/file"], "/nonexistent/file"),
-        (["--exec"], "--exec"),
-        (["check", "--exec", "sh"], "check"),
+        (["--lab-exec"], "--lab-exec"),
+        (["check", "--lab-exec", "sh"], "check"),
     ],
 )
 def test_bad_option_is_named_in_the_error(line: list[str], named: str) -> None:

@@ -12,6 +12,7 @@ from vmm.core.lean_typing import TYPE_CHECKING, Any, cast
 if TYPE_CHECKING:
     from kvm_bindings import System, Vm, aarch64
     from vmm.arch.aarch64.platform import ArmPlatform
+    from vmm.arch.debug import GuestDebug
     from vmm.arch.guest_cpu import Gate, GuestCpu
     from vmm.arch.options import GuestOptions
     from vmm.arch.protocol import Architecture, Guest, OpenedKernel
@@ -128,6 +129,9 @@ class Arm64:
         from vmm.arch.aarch64.guests import PayloadGuest
 
         return PayloadGuest(options)
+
+    def debug(self, system: System) -> GuestDebug:
+        raise HostError("--gdb: only x86-64 guests can be debugged so far; run without it")
 
     def with_bench_guest(self) -> Architecture:
         raise HostError("there is no bench guest for arm64; measure on an x86-64 machine")

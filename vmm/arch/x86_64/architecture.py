@@ -10,6 +10,7 @@ from vmm.core.lean_typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from kvm_bindings import System, Vm, x86_64
+    from vmm.arch.debug import GuestDebug
     from vmm.arch.guest_cpu import Gate, GuestCpu
     from vmm.arch.options import GuestOptions
     from vmm.arch.protocol import Architecture, Guest, OpenedKernel
@@ -128,6 +129,11 @@ class X86:
         from vmm.arch.x86_64.guests import PayloadGuest
 
         return PayloadGuest(options)
+
+    def debug(self, system: System) -> GuestDebug:
+        from vmm.arch.x86_64.debug import x86_debug
+
+        return x86_debug(_x86(system))
 
     def with_bench_guest(self) -> Architecture:
         from vmm.arch.x86_64.bench_guest import WithBenchGuest
