@@ -190,6 +190,22 @@ def test_scenario_of_an_impossible_guest_is_refused(words: str, given: dict[str,
         Scenario(nothing, **given)  # type: ignore[arg-type]
 
 
+def test_function_that_takes_no_guest_is_one_line() -> None:
+    def nobody() -> Steps:
+        yield Share(Range(0, PAGE))
+
+    with pytest.raises(ScenarioError, match=r"scenario nobody is called with a guest: .* takes 0"):
+        run(Scenario(nobody))
+
+
+def test_parameter_of_an_unknown_type_is_one_line() -> None:
+    def unknown(guest: Guest, size: Nowhere) -> Steps:  # type: ignore[name-defined]  # noqa: F821
+        yield Share(Range(0, PAGE))
+
+    with pytest.raises(ScenarioError, match="scenario unknown: its parameters' types: NameError"):
+        run(Scenario(unknown), parameters={"size": "4K"})
+
+
 def test_heap_gives_each_page_once_and_takes_it_back() -> None:
     heap = Heap([Range(0, 8 * PAGE), Range(16 * PAGE, 8 * PAGE)])
 
