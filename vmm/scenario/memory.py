@@ -41,6 +41,11 @@ class ModelMemory(GuestMemory):
         """How many bytes are shared now."""
         return self._states.total(PageState.SHARED)
 
+    @property
+    def deferred_bytes(self) -> int:
+        """How many bytes wait for their discard now."""
+        return self._states.total(PageState.DEFERRED)
+
     def begin_conversion(
         self, area: Range, target: PageState | None = None
     ) -> list[tuple[Range, PageState]]:

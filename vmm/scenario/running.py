@@ -221,7 +221,7 @@ class _Run:
         self._shared_since = now
         if self._deferred or state is PageState.DEFERRED:
             self._deferred_byte_seconds += self._deferred * passed
-            self._deferred = self._memory.bytes_in(PageState.DEFERRED)
+            self._deferred = self._memory.deferred_bytes
         self._shared = shared = self._memory.shared_bytes
         self._peak = max(self._peak, shared)
         size = areas[0][1] if len(areas) == 1 else sum(area.size for area in areas)
