@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vmm.core.errors import UsageError
@@ -51,10 +51,10 @@ class Runner:
         self._closed = False
         self._lock = threading.Lock()
 
-    def check(self, words: Mapping[str, Any], places: Places) -> dict[str, str]:
-        """Have a job's part loaded; the digests of its modules. Raises UsageError."""
+    def check(self, parts: Sequence[Mapping[str, Any]], places: Places) -> dict[str, str]:
+        """Have parts of jobs loaded; the digests of their modules. Raises UsageError."""
         self._forget_log()
-        answer = self._ask({"check": words}, places, _CHECK_SECONDS)
+        answer = self._ask({"check": parts}, places, _CHECK_SECONDS)
         if "error" in answer:
             printed = self._printed().strip().rpartition("\n")[2] if "log" not in answer else ""
             raise UsageError(f"{answer['error']}: {printed}" if printed else answer["error"])
