@@ -34,21 +34,3 @@ def test_guest_on_kvm_is_a_workload_as_a_replay_is(tmp_path: Path) -> None:
     assert refused.result is not None and refused.result.ended is not None
     assert refused.result.ended.startswith("failed: the guest reported failure code")
     assert [group.on_front for group in results.groups()] == [True, False]
-
-
-def test_disk_that_a_guest_writes_is_new_for_each_cell(tmp_path: Path) -> None:
-    disk = tmp_path / "disk.img"
-    disk.write_bytes(bytes(1 << 20))
-
-    results = vmm.sweep(
-        {
-            "repetitions": 2,
-            "policy": [{"use": "vmm.policy.builtin:AllowAll"}],
-            "workload": [{"kvm": {"memory": "64M", "seconds": 60, "disks": [str(disk)]}}],
-        },
-        store=tmp_path / "s.sqlite",
-        workers=1,
-    )
-
-    assert [each.result and each.result.ended for each in results.cells] == [None, None]
-    assert disk.read_bytes() == bytes(1 << 20)
