@@ -43,8 +43,9 @@ class Session:
             program = programs / name
             program.write_text(f'#!/bin/sh\nexec "{sys.executable}" {words} "$@"\n')
             program.chmod(0o755)
+        installed = Path(sys.executable).parent  # what came with Python packages: pytest, dask
         self._environment = os.environ | {
-            "PATH": f"{programs}:{os.environ.get('PATH', os.defpath)}",
+            "PATH": f"{programs}:{installed}:{os.environ.get('PATH', os.defpath)}",
             "PYTHONPATH": str(ROOT),
             "COLUMNS": "80",
             "TERM": "dumb",

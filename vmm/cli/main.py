@@ -55,6 +55,8 @@ OWN_STATUS = 125
 
 def _executes(arguments: Sequence[str]) -> bool:
     """Whether a run was asked to run a command in the guest, whose status is the run's."""
+    with contextlib.suppress(UsageError):  # which is what the command ended with
+        arguments = _with_config_file(arguments)
     return any(word == "--exec" or word.startswith("--exec=") for word in arguments)
 
 
@@ -202,7 +204,7 @@ def _with_config_file(words: Sequence[str], *, lab: bool = False) -> Sequence[st
 
 def _run(arguments: Sequence[str]) -> int:
     config = _configuration(arguments)
-    if not process.is_ours or config.debug_shell:  # the shell is the user's own
+    if not process.is_ours() or config.debug_shell:  # the shell is the user's own
         config = config._replace(sandbox="off")
     from vmm.arch import architecture
     from vmm.machine.images import OpenedImages
@@ -267,7 +269,6 @@ def entry_point() -> NoReturn:
     """The console script."""
     # What a start imports and makes is there to stay: looking through it for garbage at every 700
     # objects would only delay the guest. Later collections are as much rarer as they are longer.
-    process.is_ours = True
     gc.set_threshold(100_000)
     _open_standard_fds()
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see vmm.__main__

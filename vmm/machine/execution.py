@@ -325,8 +325,8 @@ class Execution:
             return
         if any(isinstance(b, _Bounded) and b.exceeded for b in self._outputs):
             tell(
-                f"--share {self.shared.share.folder}: the guest's files are larger than the limit, and "
-                "none is brought back; add size=SIZE"
+                f"--share {self.shared.share.folder}: the guest's files are larger than the limit, "
+                "and none is brought back; add size=SIZE"
             )
             return
         (self.shared.through or self.shared.take_back)()
