@@ -70,6 +70,15 @@ def test_group_has_mean_and_spread_over_repetitions() -> None:
     assert round(spread.deviation, 3) == 3.606
 
 
+def test_mean_of_equal_values_is_among_them() -> None:
+    waits = 725002883.6276482 / 3
+
+    (group,) = results(*(cell("a", 0.1, waits, repetition=n) for n in range(3))).groups()
+
+    for spread in group.figures.values():
+        assert spread.least == spread.mean == spread.most
+
+
 def test_deferred_bytes_are_exposed_as_well() -> None:
     one = cell("a", 5, 1)
     assert one.result is not None
