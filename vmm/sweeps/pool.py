@@ -117,7 +117,8 @@ class Runner:
             "PYTHONPATH": os.pathsep.join(dict.fromkeys(filter(None, sys.path))),
             "PYTHONHASHSEED": "0",  # a policy's sets come in one order in all processes
         }
-        command = [sys.executable, "-m", "vmm.sweeps.runner"]
+        # -P: no module of the folder that the user is in takes the place of one of Python's.
+        command = [sys.executable, "-P", "-m", "vmm.sweeps.runner"]
         process = subprocess.Popen(
             [*command, str(their_requests), str(their_answers)],
             stdin=subprocess.PIPE,
