@@ -134,7 +134,12 @@ def test_definition_with_a_mistake_is_one_line_with_the_place(text: str, message
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"a = [", "is no TOML: "), (b"\xff", "is no TOML: "), (None, "cannot be read: No such file")],
+    [
+        (b"a = [", "is no TOML: "),
+        (b"a = " + b"1" * 5000, "is no TOML: "),
+        (b"\xff", "is no TOML: "),
+        (None, "cannot be read: No such file"),
+    ],
 )
 def test_file_that_is_no_toml_is_refused(
     tmp_path: Path, content: bytes | None, message: str

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from vmm.cli.sweep import duration_text
+from vmm.cli.sweep import duration_text, progress
 from vmm.sweeps import running
 from vmm.sweeps.definition import parse
 from vmm.sweeps.jobs import Job, Plan
+from vmm.sweeps.running import Progress
 from vmm.sweeps.store import Result
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -67,6 +68,16 @@ def test_results_of_earlier_times_count_as_stored() -> None:
 )
 def test_duration_is_in_words(seconds: float, text: str) -> None:
     assert duration_text(seconds) == text
+
+
+def test_scheduler_without_workers_is_said_once(capfd: pytest.CaptureFixture[str]) -> None:
+    with progress() as told:
+        for stored, slots in ((0, 0), (0, 0), (1, 2), (3, 0)):
+            told(Progress(3, stored, 0, slots, None))
+
+    assert capfd.readouterr().err == (
+        "pyvmm: the scheduler has no workers; waiting for some (Ctrl-C ends it)\n"
+    )
 
 
 def test_terminal_shows_how_far_it_is(folder: Path) -> None:
