@@ -16,6 +16,7 @@ from vmm.core.errors import UsageError
 from vmm.sweeps import content
 from vmm.sweeps.content import Content, place
 from vmm.sweeps.definition import Cell, Definition, PolicyChoice, Workload, filled
+from vmm.sweeps.versions import figures_digest, pyvmm_version
 
 FORMAT = 1
 """Counts up when the same job comes to other figures, or to figures of another meaning."""
@@ -187,10 +188,8 @@ def _canonical(value: Any) -> str:
 
 def _key(words: Mapping[str, Any]) -> str:
     """Without what doesn't decide the result: how long it may take."""
-    from vmm.sweeps.versions import pyvmm_version
-
     decisive = {name: value for name, value in words.items() if name != "seconds"}
-    text = _canonical([FORMAT, pyvmm_version(), decisive])
+    text = _canonical([FORMAT, pyvmm_version(), figures_digest(), decisive])
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
