@@ -40,7 +40,7 @@ enum {
 	NR_execve = 59, NR_exit = 60, NR_wait4 = 61, NR_kill = 62, NR_chdir = 80, NR_setsid = 112,
 	NR_chroot = 161, NR_sync = 162, NR_mount = 165, NR_reboot = 169, NR_getdents64 = 217,
 	NR_nanosleep = 35, NR_openat = 257, NR_mkdirat = 258, NR_unlinkat = 263, NR_faccessat = 269,
-	NR_dup3 = 292, NR_pipe2 = 293, NR_finit_module = 313, NR_fcntl = 72, NR_ioctl = 16,
+	NR_symlinkat = 266, NR_dup3 = 292, NR_pipe2 = 293, NR_finit_module = 313, NR_fcntl = 72, NR_ioctl = 16,
 	NR_socket = 41,
 };
 
@@ -64,7 +64,7 @@ enum {
 	NR_execve = 221, NR_exit = 93, NR_wait4 = 260, NR_kill = 129, NR_chdir = 49, NR_setsid = 157,
 	NR_chroot = 51, NR_sync = 81, NR_mount = 40, NR_reboot = 142, NR_getdents64 = 61,
 	NR_nanosleep = 101, NR_openat = 56, NR_mkdirat = 34, NR_unlinkat = 35, NR_faccessat = 48,
-	NR_dup3 = 24, NR_pipe2 = 59, NR_finit_module = 273, NR_fcntl = 25, NR_ioctl = 29,
+	NR_symlinkat = 36, NR_dup3 = 24, NR_pipe2 = 59, NR_finit_module = 273, NR_fcntl = 25, NR_ioctl = 29,
 	NR_socket = 198,
 };
 
@@ -683,6 +683,11 @@ static void make_private_folders(void)
 {
 	mkdir_at("/dev/pts");
 	mount_at("devpts", "/dev/pts", "devpts", 0, 0);
+	/* What udev or an init would make. */
+	call(NR_symlinkat, "/proc/self/fd", AT_FDCWD, "/dev/fd", 0, 0);
+	call(NR_symlinkat, "fd/0", AT_FDCWD, "/dev/stdin", 0, 0);
+	call(NR_symlinkat, "fd/1", AT_FDCWD, "/dev/stdout", 0, 0);
+	call(NR_symlinkat, "fd/2", AT_FDCWD, "/dev/stderr", 0, 0);
 	mkdir_at("/dev/shm");
 	mount_at("tmpfs", "/dev/shm", "tmpfs", 0, 0);
 	if (is_read_only())

@@ -12,6 +12,7 @@ from vmm.cli import ctl
 from vmm.cli.main import _refuse_early, _without_help
 from vmm.core.errors import UsageError
 from vmm.lab import hosts
+from vmm.lab.distribution import parse_request
 from vmm.lab.machine import with_kernel
 from vmm.lab.options import parse as parse_lab
 
@@ -65,6 +66,9 @@ def parse(words: list[str], machine: str = "x86_64") -> None:
 def _parse_lab(words: list[str]) -> None:
     command = parse_lab(words)
     if command.help or command.is_program or command.options.kernel_selftests is not None:
+        return
+    if command.arguments[:1] == ["image"]:
+        parse_request(command.arguments[1:])
         return
     host = hosts.named(command.options.host)
     parse(with_kernel(command.arguments, host), host.architecture.name)

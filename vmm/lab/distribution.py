@@ -286,7 +286,15 @@ class ImageMaker:
             raise self._failed(f"unpacking {package.name}", taken.stderr)
 
     def _enter(self, tree: Path, debs: Path, out: Path) -> None:
-        command = ["unshare", "--user", "--map-root-user", "--mount", "--ipc", "--pid", "--fork"]
+        command = [
+            shutil.which("unshare") or "unshare",
+            "--user",
+            "--map-root-user",
+            "--mount",
+            "--ipc",
+            "--pid",
+            "--fork",
+        ]
         probe = subprocess.run([*command, "true"], capture_output=True, text=True, check=False)
         if probe.returncode:
             reason = (probe.stderr.strip().splitlines() or ["no reason given"])[-1]
