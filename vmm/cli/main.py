@@ -124,7 +124,7 @@ def _explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, PyvmmError):
         return error.exit_status, str(error)
     if isinstance(error, KeyboardInterrupt):
-        return 1, "interrupted while no guest was running"
+        return 1, f"interrupted {str(error) or 'while no guest was running'}"
     if isinstance(error, MemoryError):
         return 1, "pyvmm itself ran out of memory; give it more, or less to do"
     # Not KvmError: a host that has no room for memslots or VMs can't do it.
