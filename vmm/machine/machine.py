@@ -169,6 +169,10 @@ class Machine:
         images = self._images or OpenedImages(self._architecture, config)
         self._cleanup.callback(images.close)
         config = self._config = images.config
+        if config.report is not None or config.consoles:
+            from vmm.machine.own_files import refuse_overwriting  # most runs write no file
+
+            refuse_overwriting(config)
         self._guest = self._make_guest(images)
         self._cleanup.callback(self._guest.close)
         self._policies = _load_policies(config)
