@@ -40,6 +40,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         return _command(_without_help(arguments))
     except (Exception, KeyboardInterrupt) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 0  # help, for `head`; unbuffered, it is noticed here and not when all is over
         if "--debug" in arguments:
             import traceback  # not on the start-up path
 
@@ -117,6 +119,15 @@ def _refuse_early(arguments: Sequence[str], machine: str) -> None:
         if arguments:
             _require_command(arguments[0])
         _configuration(arguments, machine)
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe whose reader has gone."""
+    import select  # not on the start-up path
+
+    waiter = select.poll()
+    waiter.register(1, 0)
+    return bool(waiter.poll(0))
 
 
 def _explain(error: BaseException) -> tuple[int, str]:

@@ -175,3 +175,22 @@ def test_output_named_minus_is_stdout_and_no_file(tmp_path: Path, folder: Path) 
 
     assert (result.stdout.lower(), result.stderr) == ("<!doctype html>", "")
     assert not (tmp_path / "-").exists()
+
+
+@pytest.mark.parametrize(
+    "words", ["--version", "help lab", "ctl --help", "--help", "completion zsh"]
+)
+def test_reader_that_has_gone_is_no_error_where_output_is_not_buffered(
+    tmp_path: Path, words: str
+) -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+
+    done = subprocess.run(
+        [sys.executable, "-m", "vmm", *words.split()], cwd=tmp_path, stdout=write_end,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+        stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=60, check=False,
+    )  # fmt: skip
+
+    os.close(write_end)
+    assert (done.returncode, done.stderr) == (0, "")
