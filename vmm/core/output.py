@@ -114,7 +114,10 @@ class Output:
             reason = error.strerror if isinstance(error, OSError) else str(error)
             if isinstance(error, OSError) and error.errno == errno.ENXIO:
                 reason = "nobody reads it"
-            raise UsageError(f"{name} cannot be written: {reason}; {_ANOTHER}") from None
+            remedy = limit_met(error) if isinstance(error, OSError) else ""
+            raise UsageError(
+                f"{name} cannot be written: {reason}{remedy or f'; {_ANOTHER}'}"
+            ) from None
 
     @property
     def file(self) -> str | None:

@@ -9,7 +9,7 @@ import socket
 import stat
 from collections.abc import Callable, Iterator
 
-from vmm.core.errors import UsageError
+from vmm.core.errors import UsageError, limit_met
 
 _open: set[UnixListener] = set()
 
@@ -39,9 +39,14 @@ class UnixListener:
         except (OSError, ValueError) as error:
             self._socket.close()
             reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+            remedy = limit_met(error) if isinstance(error, OSError) else ""
             raise UsageError(
-                f"{option}{path}: cannot listen there: {reason}; give a path of at most 107 bytes "
-                "in a directory that you may write to, where nothing is yet"
+                f"{option}{path}: cannot listen there: {reason}"
+                + (
+                    remedy
+                    or "; give a path of at most 107 bytes in a directory that you may write to, "
+                    "where nothing is yet"
+                )
             ) from error
         self._socket.setblocking(False)
         self.fd = self._socket.fileno()
