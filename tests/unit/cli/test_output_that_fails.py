@@ -171,7 +171,7 @@ def test_limit_of_open_files_is_named_where_an_output_or_a_socket_meets_it(
         lambda: Output("--report r", str(tmp_path / "r")),
         lambda: UnixListener("--control ", str(tmp_path / "s")),
     ):
-        with pytest.raises(UsageError, match="may have 64 open: raise `ulimit -n`$"):
+        with pytest.raises(UsageError, match=r"may have 64 open: raise `ulimit -n`$"):
             make()
 
 
