@@ -56,6 +56,7 @@ class UnixListener:
             ) from error
         self._socket.setblocking(False)
         self.fd = self._socket.fileno()
+        _open.add(self)
 
     def accept(self) -> socket.socket | None:
         """Who has come, non-blocking; None when nobody has, or there was no fd left for them."""
