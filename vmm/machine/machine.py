@@ -173,6 +173,10 @@ class Machine:
         self._cleanup.callback(images.close)
         config = images.config if self._own is None else self._own.as_ours(images.config)
         self._config = config
+        if config.report is not None or config.consoles:
+            from vmm.machine.own_files import refuse_overwriting  # most runs write no file
+
+            refuse_overwriting(config)
         self._guest = self._make_guest(images)
         self._cleanup.callback(self._guest.close)
         self._policies = _load_policies(config)
