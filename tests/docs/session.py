@@ -49,6 +49,9 @@ class Session:
         self._environment = os.environ | {
             "PATH": f"{programs}:{installed}:{os.environ.get('PATH', os.defpath)}",
             "PYTHONPATH": str(ROOT),
+            # A page may tell readers to write to their home; what was downloaded is kept.
+            "HOME": str(folder),
+            "XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache")),
             "COLUMNS": "80",
             "TERM": "dumb",
             "LC_ALL": "C.UTF-8",
