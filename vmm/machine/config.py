@@ -78,6 +78,8 @@ class MachineConfig(NamedTuple):
     debug_shell: bool = False
     status: bool = False
     control: str | None = None
+    memory_file: str | None = None
+    """A folder in which guest memory is to be a file."""
     gdb: str | None = None
     """Where a debugger connects: a TCP port's number on the loopback address, or a path for a Unix
     socket. The guest stands still until one has it go on."""

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from vmm.conversion.lending import Lender
     from vmm.devices.virtio.iommu import VirtioIommu
     from vmm.machine.debugger import Debugger
+    from vmm.machine.memory_file import MemoryFile
     from vmm.machine.tracing import RunTrace
     from vmm.memory.aliased_memory import Announce
 
@@ -155,6 +156,14 @@ class Machine:
 
             self._control = ControlSocket(config.control)
             self._cleanup.callback(self._control.close)
+        self._memory_file: MemoryFile | None = None
+        if config.memory_file is not None:
+            if self._embedding is not None:
+                raise UsageError("memory_file: libfuse wants a process of its own; use pyvmm run")
+            from vmm.machine.memory_file import MemoryFile
+
+            self._memory_file = MemoryFile(config.memory_file)
+            self._cleanup.callback(self._memory_file.close)
         self._debugger: Debugger | None = None
         if config.gdb is not None:
             from vmm.machine.debugger import Debugger
@@ -334,6 +343,16 @@ class Machine:
             live.enter_context(
                 live_view(self._loop, operations, self._status_line, self._control, signals=alone)
             )
+            if self._memory_file is not None:
+                live.enter_context(
+                    self._memory_file.served(
+                        self._vm.memory,
+                        self._vm.scheme.shared_alias,
+                        self._watcher,
+                        self._loop,
+                        self.stop,
+                    )
+                )
             if self._debugger is not None:
                 live.enter_context(self._debugger.serving(self._loop, self.stop))
             try:
@@ -423,6 +442,8 @@ class Machine:
             self.report["launch"] = self._guest.launch
         if self._lender is not None:
             self.report["iommu"] = self._lender.as_dict()
+        if self._memory_file is not None:
+            self.report["memory_file"] = self._memory_file.as_dict()
         if self._debugger is not None:
             self.report["gdb"] = self._debugger.as_dict()
         if self._report_file is not None:
