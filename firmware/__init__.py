@@ -5,6 +5,7 @@ I/O from the guest's side, and says what it saw (each architecture's `start.S` h
 The bench guest drives a disk as fast as it can (see `x86_64/bench/main.S` for what it is told and
 what it answers); pyvmm starts it as a kernel, QEMU by its PVH note.
 The loader fills the private memory of a strict guest from inside (`x86_64/loader/start.S`).
+The init mounts a Linux guest's root disk, or runs one command in it (`init/init.c`).
 """
 
 from __future__ import annotations
@@ -41,6 +42,12 @@ def loader_path(architecture: str = "x86_64") -> str:
     """Where the flat image of the strict guest's loader lies; raises LookupError if there is
     none."""
     return _path("loader", architecture, os.path.join("loader", "loader.bin"))
+
+
+def init_path(architecture: str = "x86_64") -> str:
+    """Where the init of guests that pyvmm makes an initramfs for lies (a static ELF); raises
+    LookupError if there is none."""
+    return _path("init", architecture, "init.elf")
 
 
 def _path(what: str, architecture: str, name: str) -> str:

@@ -1,12 +1,15 @@
-"""Builds the payload, the bench guest and the loader from assembly source with GNU binutils.
+"""Builds the payload, the bench guest and the loader from assembly source with GNU binutils,
+and the init of guests from C with GCC.
 
 `python firmware/build.py` writes the committed images, `--check` compares them with fresh builds.
-The output depends on the sources alone: no build id, no time stamps, no paths.
+The output depends on the sources alone: no build id, no time stamps, no paths. What a compiler
+makes depends on its version, too: the init has a digest of its source in it, which is compared.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import platform
 import shutil
 import subprocess
@@ -81,6 +84,44 @@ def build_loader(source_directory: Path | None = None, architecture: str = "x86_
     return _link(directory / "loader", "loader.ld", architecture, flat=True)
 
 
+INIT_SOURCE = SOURCES / "init" / "init.c"
+INIT = "init.elf"
+_INIT_OPTIONS = (
+    *("-Os", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-ffreestanding", "-fno-builtin"),
+    *("-fno-stack-protector", "-fno-asynchronous-unwind-tables", "-fno-pic", "-no-pie"),
+    *("-nostdlib", "-static", "-s"),
+    "-Wl,--build-id=none,-z,noexecstack,-z,max-page-size=4096",
+)
+_INIT_MACHINE_OPTIONS = {
+    "x86_64": ("-fcf-protection=none", "-mno-sse"),
+    "aarch64": ("-mno-outline-atomics", "-mgeneral-regs-only"),
+}
+
+
+def build_init(architecture: str = "x86_64", source: Path = INIT_SOURCE) -> bytes:
+    """The init of guests, a static ELF; raises BuildError."""
+    names = [f"{TARGETS[architecture].triplet}-gcc"]
+    if platform.machine() == architecture:
+        names.append("gcc")
+    compiler = next(filter(None, map(shutil.which, names)), None)
+    if compiler is None:
+        raise BuildError(
+            f"no C compiler for {architecture} found ({' or '.join(names)}); "
+            f"install the package gcc-{TARGETS[architecture].triplet.replace('_', '-')}"
+        )
+    with tempfile.TemporaryDirectory(prefix="pyvmm-firmware-") as scratch:
+        output = Path(scratch) / INIT
+        options = [*_INIT_OPTIONS, *_INIT_MACHINE_OPTIONS[architecture]]
+        digest = f'-DSOURCE_DIGEST="{init_digest(source)}"'
+        _run([compiler, *options, digest, "-o", str(output), str(source)])
+        return output.read_bytes()
+
+
+def init_digest(source: Path = INIT_SOURCE) -> str:
+    """What an init that is built from this source has in it."""
+    return hashlib.sha256(source.read_bytes()).hexdigest()
+
+
 IMAGES = {
     "x86_64": {
         "payload.bin": build,
@@ -141,7 +182,32 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"firmware: {error}", file=sys.stderr)
                 return 2
             status |= _finish(directory / name, image, check=options.check)
+        if options.source is None:
+            status |= _finish_init(architecture, check=options.check)
     return status
+
+
+def _finish_init(architecture: str, *, check: bool) -> int:
+    """Write the init, or look whether the one that is there is of its source; an exit status."""
+    target = SOURCES / architecture / INIT
+    if not check:
+        try:
+            target.write_bytes(build_init(architecture))
+        except BuildError as error:
+            print(f"firmware: {error}", file=sys.stderr)
+            return 2
+        print(f"firmware: {_name(target)}, {target.stat().st_size} bytes")
+        return 0
+    committed = target.read_bytes() if target.exists() else b""
+    if init_digest().encode() not in committed:
+        print(
+            f"firmware: {_name(target)} was not built from what init.c is now; "
+            "run python firmware/build.py",
+            file=sys.stderr,
+        )
+        return 1
+    print(f"firmware: {_name(target)} is of its source, {len(committed)} bytes")
+    return 0
 
 
 def _finish(target: Path, image: bytes, *, check: bool) -> int:

@@ -14,10 +14,13 @@ setuptools would try to discover packages and give up.
 from __future__ import annotations
 
 import argparse
+import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -31,6 +34,10 @@ MACHINES = sorted(header.parent.name for header in HERE.glob("*/kvm_abi.h"))
 """What there are declarations for, by platform.machine()'s names."""
 
 COMPILER_OPTIONS = ["-O2", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+
+LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")
+"""One extension for every CPython from 3.11 on. A free-threaded one has no limited API (before
+3.15), and gets an extension of its own."""
 
 PRELUDE = """
 #ifndef _GNU_SOURCE
@@ -108,6 +115,17 @@ int64_t pyvmm_probe_mapped(const void *addresses, uint32_t count, char *reached)
 int pyvmm_is_copied(int fd);
 """
 
+SANDBOX = """
+int pyvmm_syscall_number(const char *name);
+uint32_t pyvmm_audit_arch(void);
+int pyvmm_no_new_privileges(void);
+int pyvmm_seccomp(const void *filter, uint32_t count, int all_threads);
+int pyvmm_landlock_abi(void);
+int pyvmm_landlock_ruleset(uint64_t files, uint64_t network, uint64_t scoped);
+int pyvmm_landlock_allow(int ruleset, uint64_t files, int parent);
+int pyvmm_landlock_restrict(int ruleset);
+"""
+
 FLOORS = """
 int64_t pyvmm_floor_pread(int fd, uint64_t address, uint64_t size, uint64_t span, uint32_t count);
 int64_t pyvmm_floor_pwrite(int fd, uint64_t address, uint64_t size, uint64_t span, uint32_t count);
@@ -137,24 +155,45 @@ def _interface(machine: str) -> FFI:
     abi = "".join(f"#define {name} {value:#x}\n" for name, value in REQUESTS.items())
     abi += (HERE / "kvm_abi.h").read_text() + (HERE / machine / "kvm_abi.h").read_text()
     ffi = FFI()
-    ffi.cdef(abi + FUNCTIONS + DATAPATH + VIRTQUEUE + MAPPED + FLOORS)
+    ffi.cdef(abi + FUNCTIONS + DATAPATH + VIRTQUEUE + MAPPED + SANDBOX + FLOORS)
     parts = (
-        "bindings.c", f"{machine}/abi_sizes.c", "datapath.c", "virtqueue.c", "mapped.c", "floors.c"
+        "bindings.c", f"{machine}/abi_sizes.c", "datapath.c", "virtqueue.c", "mapped.c",
+        "sandbox.c", "floors.c",
     )  # fmt: skip
     source = PRELUDE + abi + "".join((HERE / part).read_text() for part in parts)
     ffi.set_source(
-        "kvm_bindings._kvm", source, py_limited_api=True, extra_compile_args=COMPILER_OPTIONS
+        "kvm_bindings._kvm",
+        source,
+        py_limited_api=LIMITED_API,
+        extra_compile_args=COMPILER_OPTIONS,
     )
     return ffi
+
+
+def require_compiler() -> None:
+    """Raises SystemExit with one line where there is no C compiler, or no Python.h."""
+    words = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
+    if not words or shutil.which(words[0]) is None:
+        raise SystemExit(
+            f"pyvmm: its extension is C, and there is no compiler {words[0] if words else 'cc'}; "
+            "install one (Debian: apt install gcc; Fedora: dnf install gcc), or set CC"
+        )
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if not header.is_file():
+        raise SystemExit(
+            f"pyvmm: its extension is C, and there is no {header}; install Python's headers "
+            "(Debian: apt install python3-dev; Fedora: dnf install python3-devel)"
+        )
 
 
 def compile_extension(destination: Path) -> Path:
     """Compiles the extension for this machine and puts it into `destination`; the file's path.
 
-    Raises cffi.VerificationError when there is no working C compiler, SystemExit for a machine
-    without declarations.
+    Raises SystemExit with one line where there is no C compiler, and for a machine without
+    declarations; cffi.VerificationError where the compiler fails.
     """
     ffi = _interface(platform.machine())
+    require_compiler()
     with tempfile.TemporaryDirectory(prefix="pyvmm-build-") as scratch:
         return _put(Path(ffi.compile(tmpdir=scratch)), destination)
 

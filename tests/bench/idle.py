@@ -3,8 +3,8 @@
     python tests/bench/idle.py [--kernel debian:6.12] [--cpus 1 4] [--seconds 20]
 
 Each boots a stock kernel to its shell's prompt, waits until it has settled, and is then looked at
-for some seconds: processor time of the whole process (in percent of one of the lab machine's
-processors, the guest's own work included), and how often its threads woke up.
+for some seconds. What counts is the processor time of the whole process, the guest's own work
+included, in percent of one of the lab machine's processors; and how often its threads woke up.
 """
 
 from __future__ import annotations

@@ -6,9 +6,10 @@ One guest of each kind against a real loop with a real control socket; nothing e
 storms, by three vCPUs' threads each, are on a real VM of this host's KVM, with a device that has a
 queue to serve and an interrupt to send with every turn.
 
-`gap` is the longest time between two looks at the control socket and the timers, `cpu` what of it
-the loop's thread was on a processor (other work on the machine doesn't change that), `quit` the
-time until the command was answered in the middle of it. Prints, asserts nothing; the goal is 20 ms.
+`gap` is the longest time between two looks at the control socket and the timers. `cpu` is what of
+it the loop's thread was on a processor: other work on the machine doesn't change that. `quit` is
+the time until the command was answered in the middle of it. Prints, asserts nothing; the
+goal is 20 ms.
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
     python tests/bench/policies.py [--kernel debian:6.12] [--rounds 1] [--only NAME] [--json FILE]
 
 Every run boots the same kernel to its shell, writes random data to the disk, drops the caches and
-reads it back, takes the disk's driver off the device and puts it back CYCLES times (each time the
-queue's memory is unshared and shared again), and powers off. Prints conversions, bytes, refusals
-and times under each policy, and the ratio of the times to those under AllowAll. A run in which
-the guest hangs is ended, and said to be stuck.
+reads it back. It takes the disk's driver off the device and puts it back CYCLES times, and each
+time the queue's memory is unshared and shared again. Then it powers off. Prints conversions, bytes,
+refusals and times under each policy, and the ratio of the times to those under AllowAll. A run in
+which the guest hangs is ended, and said to be stuck.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def dumpable_and_limit(tmp_path: Path, *options: str) -> list[int]:
     """PR_GET_DUMPABLE and RLIMIT_CORE when the guest starts, where the limit was another one."""
     (tmp_path / "dumps.py").write_text(POLICY)
     words = ["--private-mem", "--policy", f"{tmp_path}/dumps.py:Dumps"]
-    words += ["--policy-arg", f"file={tmp_path}/found"]
+    words += ["--policy-arg", f"file={tmp_path}/found", f"--allow-path={tmp_path}"]
     subprocess.run(
         ["sh", "-c", 'ulimit -S -c 8; exec "$@"', "sh", sys.executable, "-m", "vmm", *words,
          *options], cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=True,

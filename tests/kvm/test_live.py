@@ -92,6 +92,65 @@ def test_paused_run_can_be_ended_as_any_other(session: Controlled, end: str) -> 
     assert not session.path.exists()
 
 
+def test_guest_started_paused_runs_nothing_until_it_is_resumed(
+    echoing: list[str], tmp_path: Path
+) -> None:
+    with Controlled([*echoing, "-S"], tmp_path / "control") as session:
+        while not session.path.exists():
+            assert session.process.poll() is None
+        before = session.ask("status")
+        assert (before["state"], before["exits"]) == ("paused", 0)
+
+        assert session.ask("resume") == {"ok": True}
+
+        session.expect(READY)
+        assert session.ask("status")["state"] == "running"
+
+
+@pytest.mark.parametrize("end", ["SIGTERM", "Ctrl-A x", "quit"])
+def test_guest_that_was_never_resumed_can_be_ended(
+    echoing: list[str], tmp_path: Path, end: str
+) -> None:
+    with Controlled([*echoing, "-S"], tmp_path / "control") as session:
+        while not session.path.exists():
+            assert session.process.poll() is None
+        assert session.ask("status")["state"] == "paused"
+
+        if end == "SIGTERM":
+            session.process.terminate()
+        elif end == "quit":
+            session.ask("quit")
+        else:
+            session.type(b"\x01x")
+
+        assert session.wait()[0] == (1 if end == "SIGTERM" else 0)
+
+
+def test_follower_hears_of_every_conversion_and_of_the_end(tmp_path: Path) -> None:
+    path, report = tmp_path / "control", tmp_path / "report"
+    with Controlled(["--private-mem", "-S", "--report", str(report)], path) as session:
+        while not path.exists():
+            assert session.process.poll() is None
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.settimeout(command.TIME_LIMIT)
+            connection.connect(str(path))
+            connection.sendall(b'{"command": "follow"}\n')
+            lines = connection.makefile("rb")
+            assert json.loads(lines.readline()) == {"ok": True}
+            session.ask("resume")
+            events = [json.loads(line) for line in lines]
+        assert session.wait()[0] == 0
+
+    told = json.loads(report.read_text())["conversions"]
+    assert [events[0]["event"], events[-1]["event"]] == ["resumed", "ended"]
+    assert events[-1]["exit"] == "poweroff"
+    for kind in ("share", "unshare"):
+        assert sum(event["event"] == kind for event in events) == told[kind]["calls"] > 0
+    assert {event["state"] for event in events if event["event"] == "state"} == {
+        "shared", "private"
+    }  # fmt: skip
+
+
 def test_state_of_a_running_guest_is_dumped_whole(session: Controlled) -> None:
     session.type(b"up")  # what comes back has cost exits
     session.expect(b"up")

@@ -160,7 +160,7 @@ def test_policy_hears_the_openers_name(tmp_path: Path) -> None:
 
 def test_mount_of_a_killed_run_is_found_and_replaced(tmp_path: Path) -> None:
     folder = tmp_path / "memory"
-    with mounted(folder) as session:
+    with mounted(folder, "--sandbox=off") as session:
         session.process.kill()
         session.process.wait()
     with pytest.raises(OSError) as gone:
@@ -169,6 +169,16 @@ def test_mount_of_a_killed_run_is_found_and_replaced(tmp_path: Path) -> None:
 
     with mounted(folder):
         assert (folder / "memory").stat().st_size == MEMORY
+
+    assert not folder.exists()
+
+
+def test_killed_run_with_a_sandbox_leaves_nothing_mounted(tmp_path: Path) -> None:
+    folder = tmp_path / "memory"
+    with mounted(folder) as session:
+        assert session.process.stderr is not None
+        session.process.kill()
+        session.process.stderr.read()  # until the process outside the sandbox has ended, too
 
     assert not folder.exists()
 

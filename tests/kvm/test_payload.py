@@ -322,7 +322,7 @@ def test_coalescing_is_not_noticed_by_the_payload(report: Path) -> None:
 
 
 def test_kept_pages_come_back_with_their_content_which_the_payload_notices(report: Path) -> None:
-    """What README warns of: the guest has to initialise what it shares."""
+    """What the documentation warns of: the guest has to initialise what it shares."""
     policy = ("--policy", f"{BUILTIN}:KeepShared")
 
     run = pyvmm(report, "--private-mem", "--mem", "64M", *policy)
@@ -426,6 +426,7 @@ def probe(report: Path, tmp_path: Path, backing: str) -> list[list[Any]]:
     policy.write_text(PROBE_POLICY)
     run = pyvmm(
         report, f"--private-mem={backing}", "--mem", "64M", "--policy", f"{policy}:Prober",
+        "--sandbox=off",  # it forks, and writes a file
         PROBE_RESULTS=str(results),
     )  # fmt: skip
     # The guest finds all of its words intact after that, and the host holds pages for them.

@@ -19,6 +19,8 @@ UNWANTED = {
     "vmm.boot", "vmm.control.control_socket",
     "vmm.control.status_line", "vmm.conversion.deferral", "vmm.devices.load_window",
     "vmm.devices.virtio", "vmm.lab",
+    "importlib.metadata", "vmm.core.plugins", "vmm.devices.own", "vmm.exits.own",
+    "vmm.machine.extensions", "vmm.machine.report_keys",
     "vmm.machine.tracing", "vmm.memory.engines", "vmm.policy.loader", "vmm.trace",
 }  # fmt: skip
 """What takes long to import, or what a run without kernel, devices and policy has no use for."""

@@ -7,17 +7,14 @@ minute and a half to its shell under two layers of emulation. PYVMM_LAB_SLOW=1 b
 from __future__ import annotations
 
 import os
-import re
-import textwrap
 from pathlib import Path
 
 import pytest
 
+from tests.docs.markdown import README, blocks
 from tests.lab.conftest import BOOT_SECONDS, Starter
 from tests.lab.ext4_disk import Ext4Disk
 from tests.lab.test_linux import Shell, report_of
-
-README = Path(__file__).resolve().parents[2] / "README.md"
 
 # The first arm64 test of a machine downloads and compiles: Python, the extension, a kernel.
 FIRST_SECONDS = 2400
@@ -70,9 +67,8 @@ def test_arm64_guest_boots_to_a_shell_and_its_disk_holds_what_it_wrote(
 
 def readme_policy(folder: Path) -> str:
     """README's first policy, as it stands there, in a file; what --policy takes."""
-    block = re.search(r"    # frugal\.py\n((?:    .*\n|\n)+?)\n    pyvmm", README.read_text())
-    assert block is not None
-    (folder / "frugal.py").write_text(textwrap.dedent(block[1]))
+    (block,) = (each for each in blocks(README) if each.file == "frugal.py")
+    (folder / "frugal.py").write_text(block.text)
     return "frugal.py:Frugal"
 
 

@@ -49,7 +49,7 @@ def read_until(fd: int, wanted: bytes) -> bytes:
 def test_command_in_a_pipe_is_transparent(lab: Lab, tmp_path: Path) -> None:
     (tmp_path / "f").write_text("of the file")
     script = 'read x; echo "$x $(cat "$1")"; echo oops >&2; exit 11'
-    words = command("--exec", "sh", "-c", script, "sh", "f")
+    words = command("--lab-exec", "sh", "-c", script, "sh", "f")
 
     result = subprocess.run(
         words, input=b"line\n", capture_output=True, cwd=tmp_path, env=environment(), check=False
@@ -67,7 +67,7 @@ def test_command_on_a_terminal_passes_it_on_and_gives_it_back(
 ) -> None:
     ours, theirs = terminal
     before = termios.tcgetattr(theirs)
-    words = command("--exec", "sh", "-c", "stty size; read x; echo got $x; exit 12")
+    words = command("--lab-exec", "sh", "-c", "stty size; read x; echo got $x; exit 12")
 
     with subprocess.Popen(
         words, stdin=theirs, stdout=theirs, stderr=theirs, env=environment(), start_new_session=True
@@ -107,7 +107,9 @@ def started(*words: str, directory: Path) -> Iterator[subprocess.Popen[bytes]]:
 def test_signal_reaches_the_command_and_its_outputs_come_back(lab: Lab, tmp_path: Path) -> None:
     script = "trap 'echo kept >out; exit 7' TERM; echo started; while :; do sleep 0.1; done"
 
-    with started("--lab-out", "out", "--exec", "sh", "-c", script, directory=tmp_path) as process:
+    with started(
+        "--lab-out", "out", "--lab-exec", "sh", "-c", script, directory=tmp_path
+    ) as process:
         machine = children(process.pid)
         process.send_signal(signal.SIGTERM)
         status = process.wait()
@@ -122,7 +124,7 @@ def test_second_signal_ends_the_machine_of_a_command_that_ignores_the_first(
 ) -> None:
     script = "trap 'echo told' INT; echo started; while :; do sleep 0.1; done"
 
-    with started("--exec", "sh", "-c", script, directory=tmp_path) as process:
+    with started("--lab-exec", "sh", "-c", script, directory=tmp_path) as process:
         machine = children(process.pid)
         process.send_signal(signal.SIGINT)
         assert process.stdout is not None

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from tests.lab.conftest import Starter
 from tests.lab.test_linux import MIB, RAM_BYTES, Shell, linux, report_of
-from vmm.lab.cpio import CpioWriter
-from vmm.lab.kmodules import ModuleTree
+from vmm.core.cpio import CpioWriter
+from vmm.core.kmodules import ModuleTree
 from vmm.lab.machine import Lab
 
 CPUS = 4

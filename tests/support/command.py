@@ -87,7 +87,8 @@ class Session:
 def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
     """The command on pipes, stdin empty unless given, with a time limit."""
     options.setdefault("stdin", subprocess.DEVNULL)
+    options.setdefault("cwd", ROOT)
     return subprocess.run(
-        [*COMMAND, *arguments], cwd=ROOT, timeout=TIME_LIMIT, check=False,
+        [*COMMAND, *arguments], timeout=TIME_LIMIT, check=False,
         **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},
     )  # fmt: skip

@@ -10,16 +10,20 @@ from typing import Any
 
 from tests.support.status import status
 from vmm.control.control_socket import ControlSocket
+from vmm.conversion.events import EventFeed
 from vmm.core.event_loop import EventLoop
-from vmm.core.events import Kind
+from vmm.core.events import FROM_HOST, NO_VCPU, ConversionRequest, Kind
+from vmm.policy import Decision
 
 
 class FakeOperations:
     """Notes what it is told; conversions answer `answer`."""
 
     def __init__(self) -> None:
+        self.events: EventFeed | None = EventFeed()
         self.calls: list[object] = []
         self.answer = 0
+        self.word: Decision | None = None  # of a policy, which the feed tells
         self.can_pause = True
         self.pages = [[4096 * n, 4096, "private"] for n in range(3)]
 
@@ -41,6 +45,9 @@ class FakeOperations:
 
     def convert(self, kind: Kind, gpa: int, size: int) -> int:
         self.calls.append((kind, gpa, size))
+        if self.word is not None and self.events is not None:
+            request = ConversionRequest(kind, gpa, size // 4096, NO_VCPU, FROM_HOST)
+            self.events.answered(request, self.word, "Quota", self.answer, 0)
         return self.answer
 
 
@@ -55,6 +62,7 @@ class Server:
         self.control.serve(self.loop, self.operations)  # type: ignore[arg-type]
         self._thread = threading.Thread(target=self.loop.run, daemon=True)
         self._thread.start()
+        self._has_stopped = False
         self.connections: list[socket.socket] = []
 
     def connect(self) -> socket.socket:
@@ -72,6 +80,10 @@ class Server:
             return [json.loads(line) for line in connection.makefile("rb")]
 
     def stop(self) -> None:
+        """Any number of times."""
+        if self._has_stopped:
+            return
+        self._has_stopped = True
         self.loop.stop()
         self._thread.join(10)
         assert not self._thread.is_alive()

@@ -34,6 +34,7 @@ class _OpenGate:
     """Nobody is ever parked; a runner that is to stop is told so."""
 
     lock: AbstractContextManager[Any] = nullcontext()
+    at_start: Callable[[], None] | None = None
     settles = False
 
     def has_left(self) -> None:

@@ -89,10 +89,10 @@ UNITS = {
     "shared": "bytes",
     "runs": "runs",
 }
-"""What each piece of work is told of: microseconds a request as the guest sees it; requests to the
-IOMMU, conversions and exits for each; processor time of the vCPU's thread, which is the guest's and
-its exits', and of the host's other threads; bytes that devices could reach, and the bytes that were
-shared besides; runs of pages in equal state, at most since the start."""
+"""What is said of each piece of work. Microseconds a request as the guest sees it. Requests to the
+IOMMU, conversions and exits for each. Processor time of the vCPU's thread, which is the guest's and
+its exits', and of the host's other threads. Bytes that devices could reach, and the bytes that were
+shared besides. Runs of pages in equal state, at most since the start."""
 
 
 def measure(

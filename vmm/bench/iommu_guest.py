@@ -32,9 +32,9 @@ WAYS = {
 }
 """How the disk gets at the guest's bytes, and the letter that says so to the guest. *bounced*: by a
 copy, in a bounce buffer of 64 MiB that is shared, without an IOMMU. The others lend: *premapped*
-a pool once for all; the others each buffer, for its request: *strict* by a kick for the map and one
-for the unmap, *lazy* with unmaps that wait for the next map's kick, *grouped* with one kick for all
-that a turn of the driver maps and unmaps."""
+lends a pool once for all, the rest each buffer for its request. *strict* has a kick for the map and
+one for the unmap, *lazy* has unmaps that wait for the next map's kick, *grouped* has one kick for
+all that a turn of the driver maps and unmaps."""
 
 _SCRIPT = "import sys; from vmm.bench.iommu_guest import main; sys.exit(main(sys.argv[1:]))"
 # Some exits at the end: the test's processor time is read while there is a process still.
@@ -92,11 +92,11 @@ UNITS = {
     "exposed, peak": "KiB",
     "pieces, at most": "runs",
 }
-"""Of each request: microseconds as the guest sees it; exits that wait for pyvmm, which are kicks
-of the IOMMU's queue (those of the disk's end in KVM); maps; microseconds that the vCPU does not
-wait for the disk, its copies and exits among them; processor time of the host's other threads.
-And what the host could touch for the disk, shared and lent; and into how many runs of pages in
-equal state lending has cut memory."""
+"""Of each request: microseconds as the guest sees it; maps; processor time of the host's other
+threads. Exits that wait for pyvmm, which are kicks of the IOMMU's queue (those of the disk's end in
+KVM). Microseconds that the vCPU does not wait for the disk, its copies and exits among them. And
+what the host could touch for the disk, shared and lent; and into how many runs of pages in equal
+state lending has cut memory."""
 
 
 def command(disk: str, way: str, backing: str, report: str, tests: str) -> list[str]:

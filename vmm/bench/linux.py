@@ -91,8 +91,8 @@ def measure(
 ) -> Iterator[Series]:
     """Milliseconds from exec to the shell's prompt, then for each piece of work in the shell.
 
-    Network transfers don't depend on the engine: they are measured with one. `tell` is told who
-    has his turn. Raises HostError after all series when a guest didn't do as it should.
+    Network transfers don't depend on the engine: they are measured with one. `tell` is told whose
+    turn it is. Raises HostError after all series when a guest didn't do as it should.
     """
     commands: dict[str, list[str]] = {}
     for engine in ENGINES:

@@ -14,8 +14,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import firmware
 import vmm
+from vmm import _firmware as firmware
 from vmm.core.errors import HostError
 
 TIME_LIMIT = 120.0

@@ -2,7 +2,8 @@
 
 A zstd or xz kernel is decompressed through a window as large as the kernel itself: done here, the
 VMM's own resident set never sees it, and a decoder that a hostile image brings down takes only the
-child with it.
+child with it. One that it takes over finds itself in a sandbox: it may read and write what is open,
+and load Python's own modules.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable
 
 from vmm.boot.errors import ImageError
 from vmm.core.errors import HostError
+from vmm.sandbox.worker import enter_worker
 
 _RESULT = b"="
 _REFUSED = b"!"
@@ -87,6 +89,7 @@ class IsolatedWork:
 def _child(work: Callable[[], int], writer: int) -> None:
     """Never returns: the parent's stack above us must not run twice."""
     try:
+        enter_worker()
         try:
             answer = _RESULT + b"%d" % work()
         except ImageError as exc:

@@ -82,17 +82,20 @@ def transfer_exactly(source: Source, memory: Memory, offset: int, gpa: int, size
         done += moved
 
 
-def place_initrd(source: Source, ram: Range, limit: int, occupied: Sequence[Range] = ()) -> Range:
+def place_initrd(
+    source: Source, ram: Range, limit: int, occupied: Sequence[Range] = (), besides: int = 0
+) -> Range:
     """The highest page-aligned range for an initrd; ImageError where none is left.
 
     In `ram`, below `limit` (exclusive: a bzImage's initrd_addr_max + 1), off `occupied`, which
-    holds at least the kernel's memory. The size is the file's.
+    holds at least the kernel's memory. The size is the file's. `besides`: bytes that the guest
+    needs as well, for the advice in the error.
     """
     top = page_align_down(min(ram.end, limit))
     while True:
         start = page_align_down(top - source.size)
         if start < ram.start:
-            raise _no_room(source, ram, limit, occupied)
+            raise _no_room(source, ram, limit, occupied, besides)
         place = Range(start, source.size)
         # Its last page is the initrd's alone: nothing of ours may share it.
         pages = Range(start, page_align_up(source.size))
@@ -102,9 +105,11 @@ def place_initrd(source: Source, ram: Range, limit: int, occupied: Sequence[Rang
         top = page_align_down(min(span.start for span in blockers))
 
 
-def _no_room(source: Source, ram: Range, limit: int, occupied: Sequence[Range]) -> ImageError:
+def _no_room(
+    source: Source, ram: Range, limit: int, occupied: Sequence[Range], besides: int
+) -> ImageError:
     end = max((span.end for span in occupied), default=ram.start)
-    needed = -(-(end - ram.start + page_align_up(source.size)) // MIB)
+    needed = -(-(end - ram.start + page_align_up(source.size) + besides) // MIB)
     problem = (
         f"its {source.size} bytes do not fit in guest RAM {ram} below {limit:#x} beside the kernel"
     )

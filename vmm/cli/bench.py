@@ -32,64 +32,15 @@ from vmm.bench.host import host_facts
 from vmm.bench.processes import bench_guest
 from vmm.bench.series import Series
 from vmm.cli.output import printing
-from vmm.cli.parser import Parser
+from vmm.cli.parsers import BENCH_SECTIONS, QEMU
+from vmm.cli.parsers import bench_parser as parser
 from vmm.core.errors import HostError, PyvmmError, UsageError, one_line, tell
 from vmm.core.output import Output
 from vmm.exits.run_loop import install_kick_handler
 from vmm.host.kvm import open_kvm
 
-SECTIONS = ("accessors", "conversions", "exits", "disk", "start-up", "memory", "linux", "iommu")
 IF_ASKED = ("linux", "iommu")
 """They take minutes; linux needs a stock kernel, which this host may not run."""
-QEMU = "qemu-system-x86_64"
-
-
-def parser() -> Parser:
-    """The options of `pyvmm bench`."""
-    made = Parser(
-        prog="pyvmm bench",
-        description="Measures ways to reach guest memory, conversions, exits, disks, start-up and "
-        "memory, on this host and beside QEMU where there is one, in turns; prints medians with "
-        "their quartiles. Takes some ten minutes, with --quick less than two.",
-        epilog="exit status: 0 all that could be measured was, 1 something failed, 2 bad usage, "
-        "3 there is nothing to measure with",
-        allow_abbrev=False,
-    )
-    made.add_argument("--quick", action="store_true", help="fewer sizes and rounds")
-    made.add_argument(
-        "--only",
-        metavar="SECTION",
-        action="append",
-        choices=SECTIONS,
-        help=f"one of {', '.join(SECTIONS)}; may be given several times (default: all but "
-        "linux and iommu)",
-    )
-    made.add_argument("--rounds", metavar="N", type=int, help="how often each subject has its turn")
-    made.add_argument("--json", metavar="FILE", help="write all samples to FILE")
-    made.add_argument("--html", metavar="FILE", help="write a page with bars to FILE")
-    made.add_argument("--svg", metavar="FILE", help="write a chart to FILE")
-    made.add_argument(
-        "--compare", metavar=("A", "B"), nargs=2, help="measure nothing: compare two --json files"
-    )
-    made.add_argument("--qemu", metavar="FILE", help=f"a {QEMU} (default: the one on PATH, if any)")
-    made.add_argument(
-        "--disk-dir",
-        metavar="DIR",
-        help="where disk images are made (default: for temporary files)",
-    )
-    made.add_argument(
-        "--kernel",
-        metavar="FILE",
-        help="for linux, iommu: a stock kernel (iommu without it: the bench guest)",
-    )
-    made.add_argument(
-        "--initrd", metavar="FILE", help="for linux, iommu: an initrd that ends in a shell"
-    )
-    made.add_argument(
-        "--fio", metavar="FILE", help="for linux, iommu: an image with fio in it; pyvmm lab has one"
-    )
-    made.add_argument("--debug", action="store_true", help="show a traceback for errors")
-    return made
 
 
 class _Run:
@@ -227,7 +178,7 @@ def run(arguments: Sequence[str]) -> int:
             # The files' names are anybody's, terminal sequences in them too.
             print("\n".join(map(one_line, results.compared(before, after).split("\n"))))
         return 0
-    sections = options.only or [name for name in SECTIONS if name not in IF_ASKED]
+    sections = options.only or [name for name in BENCH_SECTIONS if name not in IF_ASKED]
     outputs = {name: _output(name, getattr(options, name)) for name in ("json", "html", "svg")}
     install_kick_handler()
     with ExitStack() as opened:

@@ -3,7 +3,6 @@ capability, with -v all that is known of it; or JSON."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import textwrap
@@ -11,7 +10,8 @@ from collections.abc import Iterator, Sequence
 
 from vmm.arch import architecture
 from vmm.cli.output import printing
-from vmm.cli.parser import Parser, width
+from vmm.cli.parser import width
+from vmm.cli.parsers import check_parser as parser
 from vmm.core.errors import one_line
 from vmm.host.capability import KERNEL_PRIVATE
 from vmm.host.check import HostCheck, Job, check_host
@@ -25,28 +25,6 @@ _HOST_ACCESS = {
 
 _BY_SCHEME = {"pkvm": "the hypervisor keeps the host's processors out, not its devices' DMA"}
 """Instead of the above, where it isn't the host's kernel that keeps the host out."""
-
-
-def parser() -> argparse.ArgumentParser:
-    """Its options."""
-    parser = Parser(
-        prog="pyvmm check",
-        description="Probes what this host can do: first which jobs can run, then one line for "
-        "each capability.",
-        epilog="exit status: 0 a stock kernel with --private-mem can run here, 2 bad usage, "
-        "3 it cannot",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "-v",
-        "--verbose",
-        action="store_true",
-        help="with each capability the evidence, what it is good for and what to do without it; "
-        "with each job why it doesn't use a stronger scheme",
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON, whose keys are stable")
-    parser.add_argument("--debug", action="store_true", help="show a traceback for errors")
-    return parser
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
-from collections.abc import Sequence
-from typing import Any
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, BinaryIO
 
+from vmm.cli.output import printing
 from vmm.core.errors import UsageError
+from vmm.core.near import did_you_mean
+from vmm.core.suboptions import byte_size
 
 USAGE = """\
 usage: pyvmm ctl PATH status | pause | resume | dump-state | quit
        pyvmm ctl PATH convert share|unshare GPA SIZE
+       pyvmm ctl PATH follow
 
-Asks the pyvmm that was started with --control PATH, and prints its answer as JSON.
-GPA and SIZE are bytes, as in 0x1000. Exit status: 0 done, 1 refused, 2 bad usage, or nobody there.
+Asks the pyvmm that was started with --control PATH, and prints its answer as JSON. A refusal's
+answer has the reason in "error". GPA is an address, as in 0x1000; SIZE is in bytes, or has a unit,
+as in 64K or 2M. "follow" prints a line of JSON for each event, until the run or Ctrl-C ends it;
+who reads slowly loses some and is told how many.
+exit status: 0 done, 1 refused, 2 bad usage, or nobody there
 """
 _PATIENCE = 60.0  # seconds: a conversion may wait for device I/O
+COMMANDS = ("status", "pause", "resume", "dump-state", "convert", "follow", "quit")
 
 
 def run(words: Sequence[str]) -> int:
@@ -25,35 +36,77 @@ def run(words: Sequence[str]) -> int:
         print(USAGE, end="")
         return 0
     path, request = _request(words)
-    answer = _ask(path, request)
-    print(json.dumps(answer, indent=2))
-    return 0 if answer.get("ok") is True else 1
+    with _connected(path) as connection, connection.makefile("rb") as lines:
+        with contextlib.suppress(ConnectionError):  # it has ended, or is about to say why not
+            connection.sendall(json.dumps(request).encode() + b"\n")
+        answer = _answer(path, lines)
+        if answer.get("ok") is not True or request["command"] != "follow":
+            with printing():
+                print(json.dumps(answer, indent=2))
+            return 0 if answer.get("ok") is True else 1
+        connection.settimeout(None)
+        with printing(), contextlib.suppress(KeyboardInterrupt, ConnectionError):
+            for line in lines:
+                sys.stdout.buffer.write(line)
+                sys.stdout.buffer.flush()
+    return 0
 
 
 def _request(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
     match list(words):
         case [path, "convert", kind, gpa, size]:
-            return path, {"command": "convert", "kind": kind, "gpa": gpa, "size": size}
-        case [path, command] if command != "convert":
+            number = byte_size(size)  # hexadecimal is the other end's to read
+            return path, {
+                "command": "convert", "kind": kind, "gpa": gpa,
+                "size": size if number is None else number,
+            }  # fmt: skip
+        case [_, "convert", *rest]:
+            raise UsageError(
+                f"ctl convert takes share|unshare GPA SIZE, not {' '.join(rest) or 'nothing'}; "
+                "see pyvmm ctl --help"
+            )
+        case [path, command] if command in COMMANDS:
             return path, {"command": command}
+        case [_, command, *rest]:
+            if command in COMMANDS:
+                raise UsageError(f"ctl {command} takes no {' '.join(rest)}; see pyvmm ctl --help")
+            remedy = did_you_mean(command, COMMANDS) or f"the commands are {', '.join(COMMANDS)}"
+            raise UsageError(f"ctl has no command {command}; {remedy}; see pyvmm ctl --help")
     raise UsageError("pyvmm ctl needs PATH and a command; see pyvmm ctl --help")
 
 
-def _ask(path: str, request: dict[str, Any]) -> dict[str, Any]:
+@contextmanager
+def _connected(path: str) -> Iterator[socket.socket]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(_PATIENCE)
         try:
             connection.connect(path)
-            connection.sendall(json.dumps(request).encode() + b"\n")
-            with connection.makefile("rb") as answers:
-                line = answers.readline()
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UsageError(
                 f"ctl {path}: {reason}; give the PATH of a running pyvmm's --control"
             ) from None
+        yield connection
+
+
+def _answer(path: str, lines: BinaryIO) -> dict[str, Any]:
+    try:
+        line = lines.readline()
+    except TimeoutError:
+        raise UsageError(
+            f"ctl {path}: no answer within {_PATIENCE:g} s; is that a running pyvmm's --control?"
+        ) from None
+    except ConnectionError:
+        line = b""
     if not line.endswith(b"\n"):
         raise UsageError(f"ctl {path}: no answer; the run has ended")
-    answer = json.loads(line)
-    assert isinstance(answer, dict)
+    try:
+        answer = json.loads(line)
+    except ValueError:
+        answer = None
+    if not isinstance(answer, dict):
+        raise UsageError(
+            f"ctl {path}: the answer is no JSON object; give the PATH of a running pyvmm's "
+            "--control"
+        )
     return answer

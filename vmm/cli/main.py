@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from vmm.cli import process
 from vmm.cli.run_options import parse
 from vmm.core.errors import HostError, PyvmmError, UsageError, in_words, limit_met, tell
 from vmm.core.lean_typing import TYPE_CHECKING, NoReturn
@@ -28,6 +29,8 @@ _COMMANDS = (
     "report",
     "replay",
     "measure",
+    "sweep",
+    "completion",
     "help",
 )
 
@@ -43,7 +46,18 @@ def main(arguments: Sequence[str]) -> int:
             traceback.print_exc()
         status, sentence = _explain(error)
         tell(sentence)
-        return status
+        return OWN_STATUS if _executes(arguments) else status
+
+
+OWN_STATUS = 125
+"""With --exec, when there is no status of the command to pass on; as env(1) and timeout(1)."""
+
+
+def _executes(arguments: Sequence[str]) -> bool:
+    """Whether a run was asked to run a command in the guest, whose status is the run's."""
+    with contextlib.suppress(UsageError):  # which is what the command ended with
+        arguments = _with_config_file(arguments)
+    return any(word == "--exec" or word.startswith("--exec=") for word in arguments)
 
 
 def _command(arguments: Sequence[str]) -> int:
@@ -52,12 +66,13 @@ def _command(arguments: Sequence[str]) -> int:
         case "lab":
             from vmm.lab.command import run as lab
 
-            return lab(list(arguments[1:]), check=_refuse_early)
+            words = _with_config_file(arguments[1:], lab=True)
+            return lab(list(words), check=_refuse_early)
         case "measure":
             from vmm.cli.measure import run as measure
 
             return measure(arguments[1:], _configuration)
-        case "check" | "selftest" | "bench" | "ctl" | "report" | "replay":
+        case "check" | "selftest" | "bench" | "ctl" | "report" | "replay" | "completion" | "sweep":
             import importlib
 
             status: int = importlib.import_module(f"vmm.cli.{word}").run(arguments[1:])
@@ -90,18 +105,10 @@ def _refuse_early(arguments: Sequence[str], machine: str) -> None:
     """Raise UsageError for words that pyvmm on such a machine (as uname -m says it) would refuse,
     without doing what they say.
     """
-    if arguments and arguments[0] == "check":
-        from vmm.cli.check import parser as check_parser
+    if arguments and arguments[0] in ("check", "selftest", "bench"):
+        from vmm.cli.parsers import PARSERS
 
-        check_parser().parse_args(arguments[1:])
-    elif arguments and arguments[0] == "selftest":
-        from vmm.cli.selftest import parser
-
-        parser().parse_args(arguments[1:])
-    elif arguments and arguments[0] == "bench":
-        from vmm.cli.bench import parser as bench_parser
-
-        bench_parser().parse_args(arguments[1:])
+        PARSERS[arguments[0]]().parse_args(arguments[1:])
     elif arguments and arguments[0] == "measure":
         from vmm.cli.measure import words_of
 
@@ -137,10 +144,16 @@ def _configuration(arguments: Sequence[str], machine: str | None = None) -> Mach
     Raises UsageError; looks at no file, nor at the host.
     """
     words = arguments[1:] if arguments and arguments[0] == "run" else arguments
-    options = parse(words)
+    options = parse(_with_config_file(words))
     from vmm.arch import architecture
     from vmm.machine.config import MachineConfig, parse_count, parse_size
 
+    disks, root = options.disk, options.root
+    if root is not None:
+        from vmm.core.root_disk import split_root  # most runs have none
+
+        disk, root = split_root(root)
+        disks = disks if disk is None else [disk, *disks]
     config = MachineConfig(
         kernel=options.kernel,
         initrd=options.initrd,
@@ -149,7 +162,7 @@ def _configuration(arguments: Sequence[str], machine: str | None = None) -> Mach
         cpus=parse_count(options.cpus),
         private_memory=options.private_mem,
         scheme=options.scheme,
-        disks=tuple(options.disk),
+        disks=tuple(disks),
         nets=tuple(options.net),
         consoles=tuple(options.console),
         vsock=options.vsock,
@@ -157,23 +170,43 @@ def _configuration(arguments: Sequence[str], machine: str | None = None) -> Mach
         balloon=options.balloon,
         iommu=options.iommu,
         allow_mapped_io=options.allow_mapped_io,
+        devices=tuple(options.device),
+        exit_handlers=tuple(options.exit_handler),
         policies=tuple((spec, tuple(words)) for spec, words in options.policy),
         report=options.report,
         trace=options.trace,
         debug_shell=options.debug_shell,
+        root=root,
+        execute=options.exec,
+        share=options.share,
         status=options.status,
         control=options.control,
         memory_file=options.memory_file,
         gdb=options.gdb,
         gdb_sees_private=options.gdb_sees_private,
         core_dumps=options.core_dumps or options.private_mem is None,
+        paused=options.S,
+        sandbox=options.sandbox,
+        allowed_paths=tuple(options.allow_path),
     )
+    if config.paused and config.control is None:
+        raise UsageError("-S needs --control PATH: pyvmm ctl PATH resume lets the guest go")
     config.validate(architecture(machine))
     return config
 
 
+def _with_config_file(words: Sequence[str], *, lab: bool = False) -> Sequence[str]:
+    if not any(word.startswith("--config") for word in words):
+        return words
+    from vmm.cli.config_file import expanded  # most command lines say all
+
+    return expanded(words, lab=lab)
+
+
 def _run(arguments: Sequence[str]) -> int:
     config = _configuration(arguments)
+    if not process.is_ours() or config.debug_shell:  # the shell is the user's own
+        config = config._replace(sandbox="off")
     from vmm.arch import architecture
     from vmm.machine.images import OpenedImages
 
@@ -184,8 +217,12 @@ def _run(arguments: Sequence[str]) -> int:
         from vmm.machine.machine import Machine
 
         outcome = Machine(config, images).run()
+    if outcome.command_status is not None:
+        return outcome.command_status
     if outcome.exit_status:
         tell(f"{_sentence(outcome.exit)}: {outcome.reason}")
+    if config.execute is not None:
+        return OWN_STATUS
     return outcome.exit_status
 
 

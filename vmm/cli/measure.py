@@ -9,7 +9,7 @@ from contextlib import closing
 
 from vmm.arch import architecture
 from vmm.cli.output import printing
-from vmm.cli.parser import Parser
+from vmm.cli.parsers import measure_parser as parser
 from vmm.core.errors import UsageError, one_line
 from vmm.core.lean_typing import TYPE_CHECKING, Any
 
@@ -17,32 +17,7 @@ if TYPE_CHECKING:
     from vmm.machine.config import MachineConfig
 
 _STRICT = "--private-mem=guest_memfd"
-DEFAULT_C_BIT = 38
 _C_BITS = range(32, 52)
-
-
-def parser() -> argparse.ArgumentParser:
-    """Its own options; those of a run are the run's."""
-    parser = Parser(
-        prog="pyvmm measure",
-        description="Works out the launch measurement of a strict guest (--private-mem="
-        "guest_memfd) from its kernel, initrd and options, without KVM: what the report of such a "
-        "run has as launch.measurement. Takes the options of the run; of devices their number "
-        "counts.",
-        epilog="exit status: 0 it was measured, 2 bad usage or input",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--json", action="store_true", help="print all of the report's launch")
-    parser.add_argument(
-        "--c-bit",
-        type=int,
-        default=DEFAULT_C_BIT,
-        metavar="N",
-        help="the address bit that picks the private side; the report says it (default 38, which "
-        "is what hosts with 39 address bits and more have)",
-    )
-    parser.add_argument("--debug", action="store_true", help="show a traceback for errors")
-    return parser
 
 
 def words_of(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -72,7 +47,7 @@ def measure(config: MachineConfig, bit: int) -> dict[str, Any]:
 
     arch = architecture()
     with closing(OpenedImages(arch, config)) as images:
-        options = config.guest_options()
+        options = images.config.guest_options()
         if images.kernel is None:
             guest = arch.payload_guest(options)
         else:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
+from vmm.cli.output import printing
 from vmm.core.errors import UsageError
 from vmm.core.near import did_you_mean
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 _USUAL, _LEAST = 80, 40
 
@@ -45,6 +50,14 @@ class Parser(argparse.ArgumentParser):
         options = (name for name in self._option_string_actions if name.startswith("--"))
         remedy = did_you_mean(word, options) if word.startswith("--") else None
         return f"{word} ({remedy})" if remedy else word
+
+    def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
+        """argparse's own says nothing where the text can't be written."""
+        if file is None or file is not sys.stdout:
+            super()._print_message(message, file)
+            return
+        with printing():
+            file.write(message)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see {self.prog} --help")

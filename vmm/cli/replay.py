@@ -9,42 +9,20 @@ from contextlib import closing, contextmanager
 from typing import Any
 
 from vmm.cli.output import aligned, printing
-from vmm.cli.parser import Parser, add_policy_options
+from vmm.cli.parsers import replay_parser as parser
 from vmm.core.errors import one_line, tell
 from vmm.policy.loader import load_policy
+from vmm.replay.figures import recorded, replayed
 from vmm.replay.replay import Replay
-from vmm.trace.arrays import np
 from vmm.trace.cost import CostModel, Line, Requests, learn, requests_of
-from vmm.trace.layout import DECISIONS, NO_ANSWER, Kind
 from vmm.trace.reader import Trace
-from vmm.trace.states import bytes_over_time, initial_states, state_rows
-from vmm.trace.summary import duration_ns, errno_name, lent_bytes_peak
+from vmm.trace.summary import duration_ns, errno_name
 from vmm.trace.views.tables import Row
 from vmm.trace.views.units import bytes_text, count_text, time_text
-
-Numbers = dict[str, float]
 
 _SHOWN_REFUSALS = 10
 HOOK_SECONDS = 3.0
 """How long a policy's hook may take before somebody is told which one it is."""
-
-
-def parser() -> Parser:
-    """The options of `pyvmm replay`."""
-    made = Parser(
-        prog="pyvmm replay",
-        description="Puts the share and unshare requests of a run with --trace DIR to other "
-        "policies, offline: what they would have refused, put off or joined, and what it would "
-        "have cost by a model learnt from the trace's own latencies. The guest does not react: it "
-        "asks for what it asked for, when it did.",
-        epilog="Without --policy everything is allowed.",
-        allow_abbrev=False,
-    )
-    made.add_argument("trace", metavar="DIR", help="the trace")
-    add_policy_options(made)
-    made.add_argument("--json", action="store_true", help="print JSON, whose keys are stable")
-    made.add_argument("--debug", action="store_true", help="show a traceback for errors")
-    return made
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -97,8 +75,8 @@ def _found(trace: Trace, requests: Requests, model: CostModel, replay: Replay) -
     return {
         "trace": str(trace.path),
         "model": _model_facts(model),
-        "recorded": _recorded(trace, requests, model, until),
-        "replayed": _replayed(replay, until),
+        "recorded": recorded(trace, requests, model, until),
+        "replayed": replayed(replay, until),
         "ended": None if ended is None else {"s": ended[0], "why": ended[1]},
         "refused": [refusal._asdict() for refusal in replay.refused],
         "notes": _notes(trace, replay),
@@ -111,77 +89,6 @@ def _model_facts(model: CostModel) -> dict[str, Any]:
         "unshare": model.unshare._asdict(),
         "nothing_ns": model.nothing,
         "nothing_requests": model.idle,
-    }
-
-
-def _recorded(trace: Trace, requests: Requests, model: CostModel, until: int) -> Numbers:
-    """What happened, in the terms of the replay; `waited_ns` is what was measured."""
-    rows, changed, late = requests
-    kind, answer = trace["kind"][rows], trace["errno"][rows]
-    decision = trace["decision"][rows]
-    over_time = bytes_over_time(state_rows(trace), initial_states(trace))
-    is_share = kind == Kind.SHARE
-    modelled = sum(
-        line.cost(size)
-        for line, way in ((model.share, is_share), (model.unshare, ~is_share))
-        for size in changed[way & (changed > 0)].tolist()
-    )
-    return {
-        "requests": len(rows),
-        "denied": _count((decision == DECISIONS.index("deny")) | (answer == NO_ANSWER)),
-        "partial": _count((decision == DECISIONS.index("partial")) & (answer != 0)),
-        "invalid": _count(decision == 0),
-        "deferred": _count(decision == DECISIONS.index("defer")),
-        "joined": _count(decision == DECISIONS.index("convert")),
-        "conversions": _count(changed > 0),
-        "converted_bytes": int(changed.sum()),
-        "late_discards": len(late),
-        **_recorded_lending(trace),
-        "shared_bytes_peak": over_time.peak[0],
-        "shared_bytes_mean": round(over_time.mean_shared(until)),
-        "guest_ns": modelled + model.nothing * _count(changed == 0),
-        "host_ns": sum(map(model.late_discard, late.tolist())),
-        "waited_ns": int(trace["latency_ns"][rows].sum(dtype=np.uint64)),
-    }
-
-
-def _recorded_lending(trace: Trace) -> Numbers:
-    kinds, answers = trace["kind"], trace["errno"]
-    is_lend = kinds == Kind.LEND
-    rows = np.flatnonzero(is_lend | (kinds == Kind.RETURN))
-    return {
-        "lends": _count(is_lend),
-        "returns": _count(kinds == Kind.RETURN),
-        "lends_refused": _count(is_lend & (answers != 0)),
-        "lent_bytes_peak": lent_bytes_peak(trace, rows),
-    }
-
-
-def _count(which: Any) -> int:
-    return int(np.count_nonzero(which))
-
-
-def _replayed(replay: Replay, until: int) -> Numbers:
-    over_time = bytes_over_time(replay.state_rows(), replay.initial)
-    decisions = replay.decisions
-    return {
-        "requests": sum(decisions.values()),
-        "denied": decisions["deny"] + decisions["kill"],
-        "partial": replay.partial,
-        "invalid": decisions["none"],
-        "deferred": decisions["defer"],
-        "joined": decisions["convert"],
-        "conversions": replay.conversions,
-        "converted_bytes": replay.converted_bytes,
-        "late_discards": replay.late_discards,
-        "lends": replay.lends,
-        "returns": replay.returns,
-        "lends_refused": replay.lends_refused,
-        "lent_bytes_peak": replay.lent_bytes_peak,
-        "shared_bytes_peak": over_time.peak[0],
-        "shared_bytes_mean": round(over_time.mean_shared(until)),
-        "guest_ns": replay.guest_ns,
-        "host_ns": replay.host_ns,
     }
 
 
@@ -201,6 +108,7 @@ _LABELS = {
     "lent_bytes_peak": ("  lent at most", bytes_text),
     "shared_bytes_peak": ("shared at most", bytes_text),
     "shared_bytes_mean": ("shared on average", bytes_text),
+    "deferred_bytes_mean": ("put off on average", bytes_text),
     "guest_ns": ("the guest waits, by the model", time_text),
     "host_ns": ("the host works besides, by the model", time_text),
     "waited_ns": ("the guest waited, measured", time_text),

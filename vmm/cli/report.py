@@ -3,39 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 
+from vmm.cli import process
 from vmm.cli.output import aligned, printing
-from vmm.cli.parser import Parser
+from vmm.cli.parsers import report_parser as parser
 from vmm.core.errors import UsageError, one_line
 from vmm.core.output import Output
 from vmm.trace.reader import Trace
 from vmm.trace.summary import summarise
 from vmm.trace.views.tables import Summary, refusal_lines, tables
-
-
-def parser() -> Parser:
-    """The options of `pyvmm report`."""
-    made = Parser(
-        prog="pyvmm report",
-        description="Shows what a run with --trace DIR recorded; two traces are compared side by "
-        "side.",
-        allow_abbrev=False,
-    )
-    made.add_argument("traces", metavar="DIR", nargs="+", help="a trace, or two to compare")
-    made.add_argument("--json", action="store_true", help="print the summary as JSON")
-    made.add_argument("--html", metavar="FILE", help="write a page with charts; needs no network")
-    made.add_argument(
-        "--plots", metavar="DIR", help="write the charts as PNG files (needs pyvmm[plots])"
-    )
-    made.add_argument(
-        "--chrome", metavar="FILE", help="write a trace that ui.perfetto.dev opens (one DIR only)"
-    )
-    made.add_argument("--debug", action="store_true", help="show a traceback for errors")
-    return made
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -51,11 +32,26 @@ def run(arguments: Sequence[str]) -> int:
             for option in ("html", "chrome")
             if (path := getattr(options, option))
         }
+        if process.is_ours():
+            _enter_sandbox(options)
         traces = [opened.enter_context(closing(Trace(path))) for path in options.traces]
         summaries = [summarise(trace) for trace in traces]
         _write_views(options, pages, traces, summaries)
     show(summaries, as_json=options.json)
     return 0
+
+
+def _enter_sandbox(options: Namespace) -> None:
+    """Traces come from anywhere: what reads them reaches them, and where the views go."""
+    from vmm.sandbox.enter import enter
+
+    folders = [os.path.dirname(path) or "." for path in (options.html, options.chrome) if path]
+    if options.plots:
+        from vmm.trace.views.plots import prepare
+
+        prepare(options.plots)  # matplotlib makes caches of its own
+        folders.append(options.plots)
+    enter("auto", kept=(), folders=folders, reads=options.traces, maps=True)
 
 
 def _write_views(

@@ -20,7 +20,7 @@ see, by sharing and unsharing, and a policy decides whether it may. Without --ke
 payload runs, which tries all of this out and says what it saw.
 """
 
-_EPILOG = """\
+EPILOG = """\
 examples:
   pyvmm --private-mem                         try private memory on this host
   pyvmm --kernel bzImage --private-mem        boot a stock kernel with private memory
@@ -34,9 +34,13 @@ examples:
   pyvmm report DIR                            what a run with --trace DIR did
   pyvmm measure --kernel bzImage ...          what a strict guest's launch measures (see README)
   pyvmm replay DIR --policy MODULE:CLASS      what another policy would have made of it
+  pyvmm sweep FILE.toml                       many runs, over policies, kernels and workloads
+  pyvmm completion bash                       a shell's completion script (zsh, fish)
 
+A SIZE is in bytes, or has a unit: 64K, 512M, 2G; so are --policy-arg's numbers.
 While the guest runs on a terminal, Ctrl-A x quits.
-exit status: 0 guest powered off, 1 guest failed, 2 bad usage or input, 3 the host cannot do it
+exit status: 0 guest powered off, 1 guest failed, 2 bad usage or input, 3 the host cannot do it;
+with --exec the command's, or 125 where none can be passed on
 """
 
 _FLAG = {"action": "store_const", "const": True, "default": False}
@@ -52,6 +56,24 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             "metavar": "TEXT",
             "default": "",
             "help": "more kernel command line, after 'console=ttyS0 panic=-1'",
+        },
+        "--root": {
+            "metavar": "FILE[,part=N][,ro]|UUID=...|LABEL=...",
+            "help": "boot from this disk image: FILE becomes the first disk (its settings are "
+            "--disk's), or the file system is looked for on the disks by its UUID, its label, or "
+            "its partition's (PARTUUID=, PARTLABEL=); without --initrd one is made, with the "
+            "modules that lie beside the kernel",
+        },
+        "--exec": {
+            "metavar": "COMMAND",
+            "help": "run this in the guest, by /bin/sh -c, instead of its init: standard input, "
+            "output and error are pyvmm's, and so is the exit status (125: there is none to pass "
+            "on, one line says why); the root is --root, or the --initrd",
+        },
+        "--share": {
+            "metavar": "DIR[,size=SIZE]",
+            "help": "with --exec: the command starts in /mnt with a copy of DIR, and what it "
+            "writes there comes back (SIZE at most, default 256M; nothing is removed)",
         },
         "--mem": {
             "metavar": "SIZE",
@@ -110,6 +132,20 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             "bounce buffer (needs --kernel; x86-64)",
         },
     },
+    "your own code": {
+        "--device": {
+            "metavar": "NAME|MODULE:CLASS|FILE.py:CLASS[,ARG=VALUE...]",
+            **_SEVERAL,
+            "help": "a device of your own: a subclass of vmm.PortDevice, vmm.PciDevice or "
+            "vmm.VirtioDevice, or the name that a distribution registers; may be given several "
+            "times",
+        },
+        "--exit-handler": {
+            "metavar": "NAME|MODULE:CLASS|FILE.py:CLASS",
+            **_SEVERAL,
+            "help": "a subclass of vmm.ExitHandler that sees vCPUs' exits before pyvmm does",
+        },
+    },
     "private memory": {
         "--private-mem": {
             "nargs": "?",
@@ -134,6 +170,17 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             "policy and the exception before the run ends",
         },
     },
+    "how it is run": {
+        "--config": {
+            "metavar": "FILE",
+            "help": 'take options from this TOML file, as in mem = "2G", disk = ["a.img"], '
+            "rng = true; those on the command line replace them, paths are relative to it",
+        },
+        "-S": {
+            **_FLAG,
+            "help": "don't let the guest run yet: pyvmm ctl PATH resume does (needs --control)",
+        },
+    },
     "output": {
         "--report": {
             "metavar": "FILE",
@@ -153,7 +200,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "--control": {
             "metavar": "PATH",
             "help": "listen on a Unix socket for JSON lines: status, pause, resume, dump-state, "
-            "convert, quit; pyvmm ctl PATH COMMAND sends one",
+            "convert, follow, quit; pyvmm ctl PATH COMMAND sends one",
         },
         "--memory-file": {
             "metavar": "DIR",
@@ -176,6 +223,19 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             **_FLAG,
             "help": "with private memory, let the process leave core files and be debugged; guest "
             "memory itself is in no core file in any case",
+        },
+        "--sandbox": {
+            "metavar": "auto|on|off",
+            "default": "auto",
+            "help": "before the guest runs, pyvmm gives up opening files, starting programs, "
+            "connecting and so on (seccomp and Landlock), its policies too; on: refuse to run "
+            "where the kernel can't take all of that away (default auto: what it can)",
+        },
+        "--allow-path": {
+            "metavar": "PATH",
+            **_SEVERAL,
+            "help": "a file or folder that a policy may still open in the sandbox, to read and "
+            "write; may be given several times",
         },
         "--debug": {**_FLAG, "help": "show a traceback for errors, for bug reports"},
     },
@@ -219,9 +279,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="pyvmm",
         usage="pyvmm [run] [options]   or   "
-        "pyvmm check|selftest|bench|lab|ctl|report|replay|measure|help [options]",
+        "pyvmm check|selftest|bench|lab|ctl|report|replay|sweep|measure|completion|help [options]",
         description=_DESCRIPTION,
-        epilog=_EPILOG,
+        epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

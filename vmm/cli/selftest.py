@@ -13,8 +13,8 @@ from pathlib import Path
 
 from vmm.arch import architecture
 from vmm.cli.output import printing
-from vmm.cli.parser import Parser
 from vmm.cli.parser import width as columns
+from vmm.cli.parsers import selftest_parser as parser
 from vmm.core.errors import UsageError, one_line, tell
 from vmm.core.output import Output
 from vmm.exits.run_loop import install_kick_handler
@@ -28,38 +28,6 @@ from vmm.selftest.runner import Result, as_json, run_matrix
 _MARKS = {"pass": "ok", "skip": "-", "fail": "XX"}
 _COLOURS = {"XX": "bold red", "FAIL": "bold red", "ok": "green", "-": "dim"}
 _COLUMN = 3
-
-
-def parser() -> Parser:
-    """The options of `pyvmm selftest`."""
-    made = Parser(
-        prog="pyvmm selftest",
-        description="Tries everything that private memory has to do on this host's KVM: every "
-        "case with every scheme and backing. Takes about half a minute.",
-        epilog="exit status: 0 nothing failed, 1 something did, 2 bad usage, 3 there is no KVM",
-        allow_abbrev=False,
-    )
-    made.add_argument(
-        "--only",
-        metavar="SCHEME/BACKING",
-        action="append",
-        default=[],
-        help="these cells alone, as in cbit/guest_memfd; may be given several times",
-    )
-    made.add_argument("--json", metavar="FILE", help="write the results to FILE as well")
-    made.add_argument(
-        "--emit-c",
-        metavar="DIR",
-        help="write each case that fails as a C program that shows it without pyvmm, to compile "
-        "with cc; those that C has no words for are named",
-    )
-    made.add_argument(
-        "--from-trace",
-        metavar="DIR",
-        help="run no case: write the conversions of this trace as a C program, with --emit-c",
-    )
-    made.add_argument("--debug", action="store_true", help="show a traceback for errors")
-    return made
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -6,6 +6,7 @@ import errno
 import os
 import select
 import threading
+import time
 from collections.abc import Callable
 
 from vmm.core.errors import tell
@@ -20,6 +21,8 @@ _CHUNK = 4096
 _MOST_TYPED = 1 << 20
 """Bytes from a terminal that wait for a guest which doesn't read them; later ones are lost."""
 _TURN_READS = 16
+_END = b"\x15\x04"  # Ctrl-U, Ctrl-D: an empty line, and the end of input
+_END_SECONDS, _MOST_END_SECONDS = 0.5, 10.0
 _PATIENCE = 0.2  # seconds that a key's effect waits for the guest's output
 _TAIL = 8192
 
@@ -44,6 +47,11 @@ class Console:
 
     On a terminal, Ctrl-A starts a command: x quits, h helps, Ctrl-A sends itself. Therefore a
     terminal is always read, and what the guest doesn't take is kept for it.
+
+    A script on a pipe or in a file ends, and the guest's shell is to end with it: once the guest
+    has taken all of it, it is told the end as a terminal tells it. More than once, for a shell
+    that edits its line loses a Ctrl-D that is typed while a command runs. Input that was empty
+    from the start (/dev/null) tells nothing.
     """
 
     def __init__(self, on_quit: Callable[[], None], stdin: int = 0, stdout: int = 1) -> None:
@@ -56,6 +64,8 @@ class Console:
         self._escaped = False
         self._watching = False
         self._ended = False
+        self._last = b""  # of the input so far
+        self._end_after: float | None = None  # seconds, once there is an end to tell
         self._room = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._tail = bytearray()
         self._output_lock = threading.Lock()
@@ -114,6 +124,11 @@ class Console:
             null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
             os.dup2(null, stdout, inheritable=False)
             os.close(null)
+
+    @property
+    def output_fd(self) -> int | None:
+        """The descriptor that it writes to; None where it has none, or was dropped."""
+        return self._stdout
 
     def _drop_output(self) -> None:
         if self._stdout is not None:
@@ -197,6 +212,7 @@ class Console:
             self._ended = True
             self._unwatch()
             return
+        self._last = data[-1:]
         if self._terminal.is_raw:
             data = self._commands(data)[: _MOST_TYPED - len(self._pending)]
         self._pending += data
@@ -216,12 +232,33 @@ class Console:
                 if not self._terminal.is_raw:
                     self._unwatch()
                 return  # `room` will be called
-            if self._ended or self._watching:
+            if self._ended:
+                self._begin_end()
+                return
+            if self._watching:
                 return
             if self._watch():
                 return
             self._read()  # of a regular file, which is always readable
         self.room()
+
+    def _begin_end(self) -> None:
+        """The guest has taken all that there was, and there will be no more."""
+        if self._last and not self._terminal.is_raw and self._end_after is None:
+            self._end_after = _END_SECONDS
+            self._end_soon()
+
+    def _end_soon(self) -> None:
+        assert self._loop is not None and self._end_after is not None
+        self._loop.set_timer(time.monotonic() + self._end_after, self._tell_end)
+        self._end_after = min(2 * self._end_after, _MOST_END_SECONDS)
+
+    def _tell_end(self) -> None:
+        if not self._pending:
+            self._pending += _END if self._last == b"\n" else b"\n" + _END
+            self._last = b"\n"
+            self._feed()
+        self._end_soon()
 
     def _commands(self, data: bytes) -> bytes:
         """Take Ctrl-A commands out of what was typed."""

@@ -1,8 +1,9 @@
 """`--control PATH`: a Unix socket on which a running machine can be asked and told things.
 
 Each line is a JSON object with a `command`, and gets one line back: `{"ok": true, ...}`, or
-`{"ok": false, "error": "..."}`. Clients are not trusted: what they send can at worst have
-themselves cut off.
+`{"ok": false, "error": "..."}`. After `follow` there come events, too, a line each. Clients are
+not trusted: what they send can at worst have themselves cut off, and one that reads slowly loses
+events.
 """
 
 from __future__ import annotations
@@ -11,25 +12,48 @@ import contextlib
 import errno
 import itertools
 import json
+import os
+import select
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
-from vmm.control.operations import Operations
-from vmm.core.event_loop import EventLoop
-from vmm.core.events import Kind
+from vmm.control.operations import REST_SECONDS, Operations
+from vmm.conversion.events import (
+    CAPACITY,
+    EventFeed,
+    MachineEvent,
+    Requested,
+    Subscription,
+    as_json,
+)
+from vmm.core.event_loop import EventLoop, drain
+from vmm.core.events import FROM_HOST, Kind
 from vmm.core.lean_typing import Any
 from vmm.core.ranges import PAGE_SIZE
 from vmm.core.unix_listener import UnixListener
 
-COMMANDS = ("status", "pause", "resume", "dump-state", "convert", "quit")
+COMMANDS = ("status", "pause", "resume", "dump-state", "convert", "follow", "quit")
 LONGEST_LINE = 64 << 10
 MOST_CLIENTS = 16
 _CHUNK = 64 << 10
 ROWS_AT_ONCE = 512
 """How much of a long answer is made at once: a guest can have its page states make one of tens of
 thousands of rows, and the device loop, which makes it, has to go on."""
+EVENTS_AT_ONCE = 256
 _ACCEPT_AGAIN_SECONDS = 1.0
+
+_WHY = {
+    errno.EACCES: "a policy refused it",
+    errno.EPERM: "a policy refused it",
+    errno.EAGAIN: "a policy put it off, or carried out a part of it",
+    errno.EBUSY: "another conversion or a device's access to these pages was under way, or a "
+    "policy took its time; try again",
+    errno.EINVAL: "not all of it is guest RAM; dump-state lists what is",
+    errno.ENOSPC: "it would leave the guest's memory in too many pieces",
+    errno.EOPNOTSUPP: "this machine has no private memory; start it with --private-mem",
+}
+"""What a conversion's answer mostly means, where no policy's word is known."""
 
 
 class BadRequest(Exception):
@@ -44,10 +68,13 @@ class ControlSocket:
         self._listener = UnixListener("--control ", path, owner_only=True)
         self._clients: set[_Client] = set()
         self._loop: EventLoop | None = None
+        # Rung on any thread when there are events for somebody.
+        self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     def serve(self, loop: EventLoop, operations: Operations) -> None:
         self._loop = loop
         self._operations = operations
+        loop.add(self._bell, self._on_events, unheld=True)
         self._listen()
 
     def _listen(self) -> None:
@@ -64,7 +91,7 @@ class ControlSocket:
             return
         if connection is None:
             return
-        client = _Client(connection, self._loop, self._answer, self._clients.discard)
+        client = _Client(connection, self._loop, self._answer, self._clients.discard, self._ring)
         if len(self._clients) >= MOST_CLIENTS:
             client.say({"ok": False, "error": f"{MOST_CLIENTS} clients are connected already"})
             client.close()
@@ -72,13 +99,13 @@ class ControlSocket:
         self._clients.add(client)
         client.listen()
 
-    def _answer(self, line: bytes) -> dict[str, Any]:
+    def _answer(self, client: _Client, line: bytes) -> dict[str, Any]:
         try:
-            return {"ok": True, **self._carry_out(_parsed(line))}
+            return {"ok": True, **self._carry_out(client, _parsed(line))}
         except BadRequest as refusal:
             return {"ok": False, "error": str(refusal)}
 
-    def _carry_out(self, request: dict[str, Any]) -> dict[str, Any]:
+    def _carry_out(self, client: _Client, request: dict[str, Any]) -> dict[str, Any]:
         operations = self._operations
         match request.get("command"):
             case "status":
@@ -87,24 +114,43 @@ class ControlSocket:
                 return operations.dump_state()
             case "pause":
                 if not operations.pause():
-                    raise BadRequest("a device does not come to rest; the guest runs on")
+                    raise BadRequest(
+                        f"a device does not come to rest within {REST_SECONDS:g} s (a disk may "
+                        "hang); the guest runs on, try again"
+                    )
             case "resume":
                 operations.resume()
             case "convert":
                 _convert(operations, request)
+            case "follow":
+                client.follow(_feed(operations).subscribe(self._ring))
             case "quit":
                 operations.quit()
             case other:
                 raise BadRequest(f"command {other!r:.40} is unknown; use {', '.join(COMMANDS)}")
         return {}
 
+    def _ring(self) -> None:
+        os.eventfd_write(self._bell, 1)
+
+    def _on_events(self) -> None:
+        drain(self._bell)
+        for client in list(self._clients):
+            client.look_for_events()
+
     def close(self) -> None:
         """Hang up on everybody and remove the socket's file; any number of times."""
         for client in list(self._clients):
+            for _ in range(CAPACITY // EVENTS_AT_ONCE + 1):
+                client.look_for_events()  # to how the run ended
             client.close()
         if self._loop is not None:
             self._loop.remove(self._listener.fd)
+            self._loop.remove(self._bell)
             self._loop = None
+        if self._bell >= 0:
+            os.close(self._bell)
+            self._bell = -1
         self._listener.close()
 
 
@@ -115,9 +161,12 @@ class _Client:
         self,
         connection: socket.socket,
         loop: EventLoop,
-        answer: Callable[[bytes], dict[str, Any]],
+        answer: Callable[[_Client, bytes], dict[str, Any]],
         gone: Callable[[_Client], None],
+        ring: Callable[[], None],
     ) -> None:
+        """`ring` has `look_for_events` called soon."""
+        self._ring = ring
         self._connection = connection
         self._loop = loop
         self._answer = answer
@@ -126,6 +175,7 @@ class _Client:
         self._output = b""  # never empty while there are pieces left
         self._pieces: Iterator[bytes] = iter(())
         self._ends = False
+        self._events: Subscription | None = None
 
     def listen(self) -> None:
         self._loop.watch(self._connection.fileno(), self._ready, readable=True, unheld=True)
@@ -136,17 +186,18 @@ class _Client:
                 self._send()
             else:
                 self._receive()
+            self._go_on()
         except BlockingIOError:
             return
         except OSError:  # it has hung up
             self.close()
-            return
-        self._go_on()
 
     def _receive(self) -> None:
         data = self._connection.recv(_CHUNK)
         self._input += data
         if not data:
+            if self._events is not None and _has_hung_up(self._connection):
+                raise ConnectionResetError
             self._ends = True
             if self._input:  # a last line without its end
                 self._input += b"\n"
@@ -155,21 +206,55 @@ class _Client:
         """Answer what has come whole, as long as the answers are taken."""
         while not self._output and b"\n" in self._input[: LONGEST_LINE + 1]:
             line, _, self._input = self._input.partition(b"\n")
-            self.say(self._answer(line))
+            self.say(self._answer(self, line))
         if not self._output and len(self._input) > LONGEST_LINE:
             self.say({"ok": False, "error": f"a line is at most {LONGEST_LINE} bytes long"})
             self._input, self._ends = b"", True
-        if self._ends and not self._output and not self._input:
+        if not self._output and self._events is not None:
+            self._say_events(self._events)
+        if self._ends and not self._output and not self._input and self._events is None:
             self.close()
         elif self._connection.fileno() >= 0:
             more = bool(self._output)
+            # One that follows may say that it won't say any more.
             self._loop.watch(
-                self._connection.fileno(), self._ready, readable=not more, writable=more
+                self._connection.fileno(),
+                self._ready,
+                readable=not more and not self._ends,
+                writable=more,
+                unheld=True,
             )
+
+    def follow(self, events: Subscription) -> None:
+        """Send events from now on, whenever there is nothing else to say."""
+        if self._events is not None:
+            self._events.close()
+        self._events = events
+
+    def look_for_events(self) -> None:
+        """There may be some; any number of times."""
+        if self._events is None or self._output:
+            return  # it is told those when it has taken the last ones
+        try:
+            self._go_on()
+        except OSError:  # it has hung up
+            self.close()
+
+    def _say_events(self, events: Subscription) -> None:
+        """Some of them: the others on the loop have their turn before the rest."""
+        some = events.take(EVENTS_AT_ONCE)
+        if some:
+            self._output = b"".join(json.dumps(as_json(one)).encode() + b"\n" for one in some)
+            with contextlib.suppress(BlockingIOError):
+                self._send()  # OSError: it has hung up, which one that doesn't speak shows here
+            self._ring()
 
     def say(self, answer: dict[str, Any]) -> None:
         self._pieces = encoded(answer)
         self._output = next(self._pieces)
+        self._send_what_fits()
+
+    def _send_what_fits(self) -> None:
         with contextlib.suppress(OSError):  # a client that has hung up is noticed on reading
             self._send()
 
@@ -180,10 +265,20 @@ class _Client:
             self._output = next(self._pieces, b"")
 
     def close(self) -> None:
+        if self._events is not None:
+            self._events.close()
+            self._events = None
         if self._connection.fileno() >= 0:
             self._loop.remove(self._connection.fileno())
             self._connection.close()
         self._gone(self)
+
+
+def _has_hung_up(connection: socket.socket) -> bool:
+    """Whether it neither speaks nor listens any more: shutdown(SHUT_WR) says the first alone."""
+    waiter = select.poll()
+    waiter.register(connection, 0)
+    return bool(waiter.poll(0))
 
 
 def encoded(answer: dict[str, Any]) -> Iterator[bytes]:
@@ -221,10 +316,33 @@ def _convert(operations: Operations, request: dict[str, Any]) -> None:
     gpa, size = (_number(request, name) for name in ("gpa", "size"))
     if size <= 0 or size % PAGE_SIZE or gpa % PAGE_SIZE:
         raise BadRequest(f"convert takes whole pages of {PAGE_SIZE} bytes")
+    following = None if operations.events is None else operations.events.subscribe()
     answer = operations.convert(kind, gpa, size)
+    events = [] if following is None else following.take()
+    if following is not None:
+        following.close()
     if answer:
         name = errno.errorcode.get(-answer, str(-answer))
-        raise BadRequest(f"{kind.value} [{gpa:#x}, {gpa + size:#x}): {name}")
+        why = _why(-answer, events)
+        raise BadRequest(f"{kind.value} [{gpa:#x}, {gpa + size:#x}): {name}, {why}")
+
+
+def _why(number: int, events: Sequence[MachineEvent]) -> str:
+    """Why a conversion of the host's got this answer, as `events` of its time have it."""
+    for event in events:
+        if isinstance(event, Requested) and event.doorbell == FROM_HOST and event.decision:
+            if event.decision == "allow":
+                break
+            said = {"deny": "refused it", "partial": "allowed a part of it"}
+            verb = said.get(event.decision, f"said {event.decision}")
+            return f"policy {event.decided_by or 'of this run'} {verb}"
+    return _WHY.get(number, os.strerror(number))
+
+
+def _feed(operations: Operations) -> EventFeed:
+    if operations.events is None:
+        raise BadRequest("this machine has no events to follow")
+    return operations.events
 
 
 def _number(request: dict[str, Any], name: str) -> int:

@@ -15,6 +15,7 @@ from vmm.exits.vcpu_group import VcpuGroup
 from vmm.memory.guest_memory import GuestMemory, PageState
 
 if TYPE_CHECKING:
+    from vmm.conversion.events import EventFeed
     from vmm.conversion.transaction import Converter
 
 REST_SECONDS = 5.0
@@ -56,9 +57,12 @@ class Operations:
         loop: EventLoop,
         stop: Callable[[Outcome], None],
         lending: Callable[[], dict[str, Any]] | None = None,
+        events: EventFeed | None = None,
     ) -> None:
-        """`lending`: what the virtual IOMMU has lent so far, where there is one."""
+        """`lending`: what the virtual IOMMU has lent so far, where there is one; `events`: where
+        those who follow the machine subscribe."""
         self._lending = lending
+        self.events = events
         self._memory = memory
         self._converter = converter
         self._vcpus = vcpus
@@ -136,6 +140,7 @@ class Operations:
                 return False
             # Else what waits for them, a tap's packets perhaps, would be reported again and again.
             self._loop.hold()
+            self._note("paused")
         return True
 
     def resume(self) -> None:
@@ -145,6 +150,11 @@ class Operations:
             self._held = None
             self._loop.release()
             self._vcpus.resume()
+            self._note("resumed")
+
+    def _note(self, what: str) -> None:
+        if self.events is not None:
+            self.events.note(what)
 
     def convert(self, kind: Kind, gpa: int, size: int) -> int:
         """A conversion that the host wants: 0, or a negative errno. As if the guest had asked."""

@@ -26,7 +26,7 @@ HOOKS: dict[str, tuple[str, ...]] = {
     "cbit": (*ALWAYS, *OF_REQUESTS, *OF_LENDING),
     "remap": (*ALWAYS, *OF_REQUESTS, *OF_LENDING),
 }
-"""The hooks that work under each scheme: the table of the README's chapter on policies."""
+"""The hooks that work under each scheme: the table of vmm/docs/reference/policies.md."""
 
 
 class NamedScheme(Protocol):

@@ -1,11 +1,15 @@
-"""Who has references to a page of a file, as far as /proc tells it: for a page that KVM won't make
-private (EAGAIN).
+"""Which processes have references to a page of a file, as far as /proc tells it: for a page that
+KVM won't make private (EAGAIN).
 
 The kernel has no list of a page's references. What can hold one from user space leaves traces:
-buffers registered with an io_uring, system calls under way whose buffer is a mapping of the page,
-pipes that are not empty (splice and vmsplice put the page itself there), and what is pinned for a
-device (VmPin: VFIO, RDMA). Each is named with its process; those of processes that this one may
-not look into (ptrace access) are missing.
+
+- buffers registered with an io_uring;
+- system calls under way whose buffer is a mapping of the page;
+- pipes that are not empty (splice and vmsplice put the page itself there);
+- memory that is pinned for a device (VmPin: VFIO, RDMA).
+
+Each is named with its process. Those of processes that this one may not look into (ptrace access)
+are missing.
 """
 
 from __future__ import annotations

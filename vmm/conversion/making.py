@@ -87,10 +87,15 @@ def scheme_class(name: str) -> type[Scheme]:
     return CbitScheme
 
 
-def make_scheme(name: str, bit: Callable[[], int], parked: Parking) -> Scheme:
+def make_scheme(
+    name: str,
+    bit: Callable[[], int],
+    parked: Parking,
+    make: Callable[..., Scheme] | None = None,
+) -> Scheme:
     """The scheme of that name; `bit` is asked for the address bit where there is one, `parked`
-    keeps vCPUs out of the guest."""
-    made: Callable[..., Scheme] = scheme_class(name)
+    keeps vCPUs out of the guest. `make`: another one in its place, of the user's own."""
+    made: Callable[..., Scheme] = scheme_class(name) if make is None else make
     if name == "remap":
         return made(parked)
     return made(bit()) if name in TWO_ADDRESSES else made()

@@ -79,7 +79,7 @@ class Refused(Exception):
 
 
 class _Word:
-    """What the policies said to one request, for who observes."""
+    """What the policies said to one request, for an observer."""
 
     __slots__ = ("by", "decision")
 
@@ -271,7 +271,7 @@ class Converter:
     # -- order --------------------------------------------------------------------------------
 
     def _await_turn(self, area: Range, is_hosts: bool) -> None:
-        """Wait until no page of `area` is being converted and nobody who came before waits for
+        """Wait until no page of `area` is being converted and no earlier request waits for
         one. With `_asking` held, which others may have meanwhile.
 
         The host's requests wait for nobody. Raises Refused.

@@ -1,4 +1,4 @@
-"""Disk images that a user gives: what their bytes are, whether they fit, who else uses them.
+"""Disk images that a user gives: what their bytes are, whether they fit, and are free.
 
 A disk is raw bytes here. An image in a format of its own would look like a disk without a
 partition table, and the guest's first write would destroy it; so its format is recognised by the

@@ -1,4 +1,4 @@
-"""The signals by which a user or a system asks a program to end, and who answers them."""
+"""The signals by which a user or a system asks a program to end, and the handler that answers."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ class EventLoop:
                 if self._stopping:
                     return
                 if self._held is not held:
-                    break  # what else was ready still is, for who is to be served now
+                    break  # what else was ready is reported again, if it may be served
                 now = time.monotonic()
                 if now - looked >= URGENT_SECONDS and not held:
                     self._serve_urgent()
@@ -135,7 +135,7 @@ class EventLoop:
             callback()
 
     def _serve_urgent(self) -> None:
-        """In the middle of a round: who is served even while the loop is held, and timers."""
+        """In the middle of a round: timers, and the fds served even while the loop is held."""
         for fd, _ in self._unheld_epoll.poll(0):
             self._call(fd)
             if self._stopping:

@@ -44,7 +44,7 @@ else:
     TypedDict = dict
 
     class Protocol:
-        """A base that says nothing: who implements a protocol doesn't inherit from it."""
+        """A base that says nothing: classes implement a protocol without inheriting."""
 
         __slots__ = ()
 

@@ -79,9 +79,9 @@ class RangeMap(Generic[T]):
     """A value for every address of `span`, kept as maximal runs of equal values.
 
     Lookups cost a bisection; a change costs the number of runs that it touches, and moving the
-    runs behind it (10 microseconds with 32,768 of them): who lets others make runs bounds their
-    number (`len`, `growth`). A range of a gigabyte is one run, not 262,144 pages. Not locked: the
-    owner serialises changes.
+    runs behind it (10 microseconds with 32,768 of them): code that lets others make runs
+    bounds their number (`len`, `growth`). A range of a gigabyte is one run, not 262,144 pages. Not
+    locked: the owner serialises changes.
     """
 
     __slots__ = ("_starts", "_totals", "_values", "span")

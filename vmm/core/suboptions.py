@@ -1,4 +1,7 @@
-"""Options that carry settings, as in `--disk FILE,ro` or `--net tap=tap0,mac=...`: one reader."""
+"""Options that carry settings, as in `--disk FILE,ro` or `--net tap=tap0,mac=...`: one reader.
+
+And sizes, which are written the same everywhere: a number of bytes, or one with a unit.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,17 @@ from collections.abc import Collection
 
 from vmm.core.errors import UsageError
 
-_UNITS = {"": 1 << 20, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _MOST_DIGITS = 15
 
 
 def byte_size(text: str) -> int | None:
-    """A size in bytes: a number with K, M, G or T, without a unit in MiB; None for all else."""
+    """A size in bytes: a number of them, or one with K, M, G or T (powers of 1024; KB and KiB say
+    the same); None for all else.
+
+    All options, policy arguments and sockets read sizes so: a number alone is never MiB here and
+    bytes there.
+    """
     word = text.strip()
     if not word.isascii():
         return None
@@ -26,11 +34,16 @@ def byte_size(text: str) -> int | None:
 
 
 def size_text(size: int) -> str:
-    """A number of bytes as a user would write it: 300K, 512M, 2G; exact where it is whole KiB."""
-    for unit in "GM":
+    """A number of bytes as a user would write it, and exact: 300K, 512M, 2G, 1000."""
+    for unit in "GMK":
         if size and size % _UNITS[unit] == 0:
             return f"{size // _UNITS[unit]}{unit}"
-    return f"{size >> 10}K"
+    return str(size)
+
+
+def unit_hint(size: int) -> str:
+    """What to say where so few bytes were asked for that MiB were meant; else nothing."""
+    return f"; {size} without a unit is bytes, write {size}M for MiB" if 0 < size < 1 << 17 else ""
 
 
 class Suboptions:
@@ -45,6 +58,7 @@ class Suboptions:
         self.text = text
         self.syntax = syntax
         self._settings: dict[str, str | None] = {}
+        self._known: set[str] = set()
         for word in text.replace(",,", "\0").split(",") if text else ():
             key, equals, value = word.replace("\0", ",").partition("=")
             if key in self._settings:
@@ -66,6 +80,7 @@ class Suboptions:
 
     def flag(self, key: str) -> bool:
         """Whether the word `key` is there, which takes no value."""
+        self._known.add(key)
         if key not in self._settings:
             return False
         value = self._settings.pop(key)
@@ -75,6 +90,7 @@ class Suboptions:
 
     def take(self, key: str) -> str | None:
         """The value of `key=VALUE`; None when it isn't there."""
+        self._known.add(key)
         if key not in self._settings:
             return None
         value = self._settings.pop(key)
@@ -112,6 +128,7 @@ class Suboptions:
 
     def one_of(self, keys: Collection[str]) -> str:
         """Which of `keys` is there: exactly one has to be."""
+        self._known.update(keys)
         found = [key for key in keys if key in self._settings]
         if len(found) != 1:
             raise self.error(f"exactly one of {', '.join(sorted(keys))} is needed")
@@ -120,4 +137,7 @@ class Suboptions:
     def finish(self) -> None:
         """Raises UsageError when settings are left that nobody knows."""
         for key in self._settings:
-            raise self.error(f"unknown option {key!r}")
+            from vmm.core.near import did_you_mean  # of a mistake only
+
+            near = did_you_mean(key, self._known)
+            raise self.error(f"unknown option {key!r}{f' ({near})' if near else ''}")

@@ -11,6 +11,13 @@ from collections.abc import Callable, Iterator
 
 from vmm.core.errors import UsageError
 
+_open: set[UnixListener] = set()
+
+
+def listening() -> list[UnixListener]:
+    """Those of this process that are open."""
+    return list(_open)
+
 
 class UnixListener:
     """Listens at `path`, without ever blocking; `close` removes the socket."""
@@ -38,9 +45,10 @@ class UnixListener:
             ) from error
         self._socket.setblocking(False)
         self.fd = self._socket.fileno()
-        # Given up for a moment to hang up on a caller for whom there is no fd: who is not taken
-        # would be announced for ever.
+        # Given up for a moment to hang up on a caller that there is no fd for: one that is
+        # not taken would be announced for ever.
         self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        _open.add(self)
 
     def accept(self) -> socket.socket | None:
         """Who has come, non-blocking; None when nobody has, or there was no fd left for them."""
@@ -64,14 +72,19 @@ class UnixListener:
             self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
     def close(self) -> None:
+        _open.discard(self)
         if self._socket.fileno() >= 0:
-            # While it is open, no other file gets its inode's number.
-            with contextlib.suppress(OSError):
-                if _inode(self.path) == self._inode:  # else somebody else's by now
-                    _take_away(self.path, lambda aside: _inode(aside) == self._inode)
+            self.remove()
             self._socket.close()
             if self._spare >= 0:
                 os.close(self._spare)
+
+    def remove(self) -> None:
+        """Take the socket's path away, if it is this one's still."""
+        # While it is open, no other file gets its inode's number.
+        with contextlib.suppress(OSError):
+            if _inode(self.path) == self._inode:
+                _take_away(self.path, lambda aside: _inode(aside) == self._inode)
 
 
 @contextlib.contextmanager

@@ -42,7 +42,7 @@ def takes_strings(device: PortDevice) -> TypeGuard[StreamDevice]:
 class Banked:
     """A device with a bank of registers for each vCPU at the same place, as a GIC has them.
 
-    The bus knows nothing of it: who carries an access out picks the bank (`bank_of`).
+    The bus knows nothing of it: the code that carries an access out picks the bank (`bank_of`).
     """
 
     __slots__ = ("banks",)

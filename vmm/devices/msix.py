@@ -48,7 +48,7 @@ class MsixTable:
     A guest may rewrite entries as fast as it can, and KVM's answer to a new route takes a while
     (it waits for all who may be reading the old table). So the function's own thread, the device
     loop, never waits for that: `interrupt` takes a lock that is held for moments, and a vector
-    whose route is under way is pending until whoever brings it about is done.
+    whose route is under way is pending until the thread that makes the route is done.
     """
 
     def __init__(self, vectors: int, lines: MessageLines) -> None:

@@ -1,9 +1,9 @@
 """A 16550A UART: console output as it is written, host input with back-pressure.
 
 The line is infinitely fast: the transmitter is always empty, whatever the divisor says. The
-interrupt is an edge on a latch that remembers one (an ISA line), so the rule here is that an
-edge is sent when a cause appears, and again whenever the guest has dealt with one cause and
-another is left: a handler that serves one cause per interrupt still sees them all.
+interrupt is an edge on a latch that remembers one (an ISA line). So an edge is sent when a cause
+appears, and again whenever the guest has dealt with one cause and another is left. A handler that
+serves one cause per interrupt still sees them all.
 Host input waits until the guest listens: until the receive interrupt can reach it, or it polls
 for input. A driver empties the receiver when it starts, and with it what came before its time.
 Registers and bits: TI PC16550D data sheet; names as in Linux's serial_reg.h.

@@ -37,6 +37,10 @@ class Gate(Protocol):
     def lock(self) -> AbstractContextManager[Any]:
         """Re-entrant: a signal handler on the main thread may stop vCPUs at any moment."""
 
+    @property
+    def at_start(self) -> Callable[[], None] | None:
+        """What a vCPU's thread does first."""
+
     settles: bool
     """Whether vCPUs let KVM complete their last exit before they wait."""
 
@@ -146,6 +150,8 @@ class VcpuRunner:
         exit: Exit | None = None
         settled = 0
         try:
+            if gate.at_start is not None:
+                gate.at_start()
             while True:
                 # Said before looking, as who summons looks after saying so: one sees the other.
                 self.in_guest = True

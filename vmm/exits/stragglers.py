@@ -24,8 +24,8 @@ class Stragglers:
 
     A driver that asks for the port's status after a character (Linux' do) has it carried out by
     that very exit. A guest that writes its last words and halts, or computes, makes none: what is
-    still there after two looks is fetched. Looks become rare, and frequent again for who needs
-    them.
+    still there after two looks is fetched. Looks become rare, and frequent again where they
+    find something.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Stragglers:
         if is_stuck and not self._fetched:
             self._pause = SHORTEST_SECONDS
         elif not is_new:
-            # Nothing there; or it moves; or the one who fetches waits for a reader of the console.
+            # Nothing there; or it moves; or the thread that fetches waits for the console's reader.
             self._pause = min(2 * self._pause, LONGEST_SECONDS)
         self._fetched = is_stuck
         self._seen = oldest if is_stuck or is_new else None

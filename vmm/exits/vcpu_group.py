@@ -33,6 +33,8 @@ class VcpuGroup:
         self._changed = threading.Condition(self.lock)
         self._holds = 0
         self._paused = False
+        self.at_start: Callable[[], None] | None = None
+        """What each vCPU's thread does first."""
         self._frozen = False
         self._staying: frozenset[VcpuRunner] = frozenset()
         self.settles = False

@@ -1,4 +1,4 @@
-"""A line of `pyvmm check`: what is probed, what it is good for, and who needs it."""
+"""A line of `pyvmm check`: what is probed, what it is good for, and which jobs need it."""
 
 from __future__ import annotations
 

@@ -184,7 +184,7 @@ def probed_choice(
 
 
 def judge(rows: tuple[Row, ...], choices: Mapping[str, Choice | None]) -> dict[str, Job]:
-    """Which jobs can run, by what works and who needs it."""
+    """Which jobs can run, by what works and which job needs it."""
     working = {row.capability.key for row in rows if row.works}
     jobs = {}
     for name, title in JOBS.items():

@@ -21,6 +21,8 @@ from vmm.core.ranges import PAGE_SIZE
 from vmm.memory.backing import Backing
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vmm.host.architecture import HostArchitecture
 
 _NOT_THERE = (errno.EINVAL, errno.ENOTTY, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -43,6 +45,8 @@ class Wanted(NamedTuple):
     pKVM's hypercalls."""
     host_loads: bool
     """Whether the host fills private pages before the guest runs."""
+    own_backing: Callable[[int], Backing] | None = None
+    """Makes the user's own backing of a size, in the place of the one that `backing` names."""
 
 
 class Chosen(NamedTuple):
@@ -97,7 +101,7 @@ def try_scheme(
         architecture.prepare_vm(vm, scheme)
         if scheme == "attributes":
             _try_attributes(vm)
-        backing = _first_backing(vm, names, wanted.size)
+        backing = _first_backing(vm, names, wanted.size, wanted.own_backing)
         if scheme == "in-place":
             _try_in_place(backing)
     except KvmError as error:
@@ -112,12 +116,14 @@ def try_scheme(
     return vm, backing
 
 
-def _first_backing(vm: Vm, names: list[str], size: int) -> Backing | str:
+def _first_backing(
+    vm: Vm, names: list[str], size: int, own: Callable[[int], Backing] | None = None
+) -> Backing | str:
     """The first that can be had, or why the first one can't."""
     reason = ""
     for name in names:
         try:
-            return make_backing(vm, name, size)
+            return make_backing(vm, name, size) if own is None else own(size)
         except OSError as error:
             lacking = error.errno in _NOT_THERE or name == "memfd-hugetlb"
             if not lacking:

@@ -60,6 +60,11 @@ class Apt:
         The package database is empty here, so nothing is left out as installed already and the
         result runs on any distribution.
         """
+        archives = self._fetch(packages, suite)
+        _unpack(archives, into)
+        self._empty_folder(archives)
+
+    def _fetch(self, packages: Sequence[str], suite: str) -> Path:
         self._update()
         archives = self._empty_folder(self.root / "cache" / "archives")
         (archives / "partial").mkdir()
@@ -74,8 +79,19 @@ class Apt:
             "install",
             *packages,
         )
-        _unpack(archives, into)
-        self._empty_folder(archives)
+        return archives
+
+    def archives(self, packages: Sequence[str], suite: str, into: Path) -> None:
+        """Packages with all that they depend on, as they are (.deb), in the new folder `into`."""
+        folder = self._fetch(packages, suite)
+        into.mkdir(parents=True)
+        for package in folder.glob("*.deb"):
+            package.rename(into / package.name)
+
+    def all_names(self) -> list[str]:
+        """Of all packages in the lists."""
+        self._update()
+        return self._run("apt-cache", "pkgnames").split()
 
     def _update(self) -> None:
         if self._updated:

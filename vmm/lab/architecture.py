@@ -33,6 +33,9 @@ class LabArchitecture:
     qemu_package: str
     qemu_machine: tuple[str, ...]  # options: machine and processor, KVM's hardware in it
     kernel_words: str  # the lab machine's kernel command line
+    linux: str  # Linux's name of it, a folder of arch/
+    kernel_image: str  # what its kernels' makefiles call what boots
+    early_console: str  # word for it: a kernel's messages from its first moments on
     kernel_mark: tuple[int, bytes]  # where its kernels say in their first bytes what they are
     kvm_modules: tuple[str, ...] = ()  # in the order of loading; none where KVM is built in
     devices: Devices = VIRTIO
@@ -72,6 +75,9 @@ AMD64 = LabArchitecture(
     qemu_machine=("-machine", "pc", "-cpu", "EPYC,+svm"),
     kernel_words="console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable "
     f"{_SPARING} {_PAUSES}",
+    linux="x86",
+    kernel_image="bzImage",
+    early_console="earlyprintk=ttyS0",
     kernel_mark=(0x202, b"HdrS"),  # Documentation/arch/x86/boot.rst of Linux
     kvm_modules=("irqbypass", "kvm", "kvm-amd"),
     plugs=True,
@@ -89,6 +95,9 @@ ARM64 = LabArchitecture(
     # unwell without. GICv3 is the interrupt controller that KVM can give guests of any number.
     qemu_machine=("-machine", "virt,virtualization=on,gic-version=3", "-cpu", "neoverse-n1"),
     kernel_words=f"console=ttyAMA0 quiet panic=-1 mitigations=off nokaslr {_SPARING}",
+    linux="arm64",
+    kernel_image="Image",
+    early_console="earlycon",
     kernel_mark=(0x38, b"ARM\x64"),  # Documentation/arch/arm64/booting.rst of Linux
     devices=replace(VIRTIO, serial="/dev/ttyAMA0"),
 )

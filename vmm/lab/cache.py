@@ -72,13 +72,21 @@ class Cache:
         return final
 
     def prune(self, prefix: str, keep: int) -> None:
-        """Drops all but the `keep` newest entries whose name begins with `prefix`."""
+        """Drops all but the `keep` newest entries, files, whose name begins with `prefix`."""
+        for old in self._older(prefix, keep, Path.is_file):
+            old.unlink(missing_ok=True)
+
+    def prune_folders(self, prefix: str, keep: int) -> None:
+        """The same of entries that are directories."""
+        for old in self._older(prefix, keep, Path.is_dir):
+            remove_tree(old)
+
+    def _older(self, prefix: str, keep: int, is_kind: Callable[[Path], bool]) -> list[Path]:
         folder = (self.root / prefix).parent
         stem = (self.root / prefix).name
-        found = [p for p in folder.glob(f"{stem}*") if p.is_file()]
+        found = [p for p in folder.glob(f"{stem}*") if is_kind(p)]
         found.sort(key=lambda p: p.stat().st_mtime_ns, reverse=True)
-        for old in found[keep:]:
-            old.unlink(missing_ok=True)
+        return found[keep:]
 
 
 def remove_tree(path: Path) -> None:

@@ -14,7 +14,10 @@ from vmm.core.job_control import on_stop_and_continue
 from vmm.core.output import write_all
 from vmm.core.raw_terminal import RawTerminal
 from vmm.lab import hosts, terminal
-from vmm.lab.machine import Lab, with_kernel
+from vmm.lab.apt import Apt
+from vmm.lab.cache import Cache, default_directory
+from vmm.lab.distribution import ImageMaker, parse_request
+from vmm.lab.machine import Lab, value_of, with_kernel
 from vmm.lab.options import HELP, LabCommand, parse
 from vmm.lab.progress import Progress, Reporter, Silent, finished
 from vmm.lab.run import LabRun, ended_by
@@ -57,11 +60,13 @@ def run(argv: list[str], check: Callable[[list[str], str], object] | None = None
     if command.help:
         print(HELP, end="")
         return 0
+    progress: Progress = Silent() if command.options.quiet else Reporter()
+    if command.arguments[:1] == ["image"] and not command.is_program:
+        return _make_image(command, progress)
     pyvmms = not command.is_program and command.options.kernel_selftests is None
     if check is not None and pyvmms:
         host = hosts.named(command.options.host)
         check(with_kernel(command.arguments, host), host.architecture.name)
-    progress: Progress = Silent() if command.options.quiet else Reporter()
     signals = _Signals()
     try:
         with on_ending_signal(signals), finished(progress):
@@ -72,9 +77,22 @@ def run(argv: list[str], check: Callable[[list[str], str], object] | None = None
         return ended_by(signal.SIGPIPE)  # nobody reads the console any more
 
 
+def _make_image(command: LabCommand, progress: Progress) -> int:
+    request = parse_request(command.arguments[1:])
+    options = command.options
+    cache = Cache(options.cache or default_directory())
+    maker = ImageMaker(cache, Apt(cache.path("apt")), progress, options.offline)
+    with finished(progress):
+        image = maker.make(request)
+    print(f"{image}: Debian {request.release}, for --root {image}; root logs in without a password")
+    return 0
+
+
 def _run(command: LabCommand, progress: Progress, signals: _Signals) -> int:
     lab = Lab(command.options, progress)
-    has_terminal = terminal.interactive()
+    # A command's output is bytes, and standard error not the same as standard output.
+    executes = not command.is_program and value_of(command.arguments, "--exec") is not None
+    has_terminal = terminal.interactive() and not executes
     tests = command.options.kernel_selftests
     started = lab.start(
         command.arguments if tests is None else lab.selftest_words(tests, command.arguments),

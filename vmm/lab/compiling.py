@@ -6,7 +6,7 @@ import os
 import shlex
 import signal
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -28,6 +28,9 @@ _PROGRAMS = (
     "usr/lib/linux-kbuild-*/**/*",
 )
 
+_FAULTS = ("error: ", "ERROR: ", "undefined reference to ", "multiple definition of ")
+_FULL = "No space left on device"
+
 
 def require_plain(folder: Path) -> None:
     """Raises HostError where the kernel's makefiles cannot work."""
@@ -38,15 +41,19 @@ def require_plain(folder: Path) -> None:
         )
 
 
-def unpack_sources(tree: Path, into: Path, options: Sequence[str]) -> None:
+def unpack_sources(
+    tree: Path, into: Path, options: Sequence[str], tools: Path | None = None
+) -> None:
     """Unpacks the kernel's sources, an archive in `tree`, with these options of tar.
 
-    Their top folder is left out; {top} in an option is its name.
+    Their top folder is left out; {top} in an option is its name. `tools` is the tree that xz is in,
+    if that isn't `tree`.
     """
+    tools = tools or tree
     archive = next(iter(sorted((tree / "usr" / "src").glob("linux-source-*.tar.xz"))))
     top = archive.name.removesuffix(".tar.xz")
     with subprocess.Popen(
-        [*_started(tree, tree / "usr" / "bin" / "xz"), "-dc", "-T0", str(archive)],
+        [*_started(tools, tools / "usr" / "bin" / "xz"), "-dc", "-T0", str(archive)],
         stdout=subprocess.PIPE,
     ) as unpacking:
         taken = subprocess.run(
@@ -84,10 +91,41 @@ def running(command: list[str], environment: dict[str, str]) -> Iterator[subproc
             raise
 
 
+def run_make(
+    command: list[str], environment: dict[str, str], compiled: Callable[[int, str], None]
+) -> tuple[int, list[str]]:
+    """make's exit status (negative: by a signal), and the lines that it said.
+
+    `compiled` is told of each file that is compiled: how many there were, and its name.
+    """
+    output = []
+    files = 0
+    with running(command, environment) as make:
+        assert make.stdout is not None
+        for line in make.stdout:
+            output.append(line.strip())
+            words = line.split()
+            if words[:1] in (["CC"], ["AS"]):
+                files += 1
+                compiled(files, Path(words[-1]).name)
+    if make.returncode and any(_FULL in line for line in output):
+        raise HostError(
+            f"compiling failed: {_FULL.lower()}; make room where the lab's cache and temporary "
+            "files are, or name another directory with --lab-cache DIR or TMPDIR"
+        )
+    return make.returncode, output
+
+
 def first_error(output: list[str]) -> str:
     """The compiler's first complaint, else the linker's, else make's last words."""
-    errors = [line for mark in ("error: ", "ERROR: ", "Error ") for line in output if mark in line]
+    errors = [line for mark in _FAULTS for line in output if mark in line]
+    errors += [line for line in output if "Error " in line]
     return (errors or output[-1:] or ["make said nothing"])[0]
+
+
+def names_a_fault(reason: str) -> bool:
+    """Whether this is a complaint about a source, and not only that something failed."""
+    return any(mark in reason for mark in _FAULTS)
 
 
 def _started(tree: Path, program: Path) -> list[str]:

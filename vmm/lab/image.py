@@ -27,8 +27,8 @@ from vmm.lab.python import LabPython
 
 # Counts up when the layout of an image changes, so that older cached ones aren't used.
 _LAYOUT = 1
-PROJECT_PACKAGES = ("vmm", "kvm_bindings", "firmware")
-_PROJECT_EXTRAS = ("tests", "pyproject.toml")
+PROJECT_PACKAGES = ("vmm", "kvm_bindings")
+_PROJECT_EXTRAS = ("firmware", "tests", "pyproject.toml")
 _MIB = 1 << 20
 _LAUNCHER = """\
 import sys

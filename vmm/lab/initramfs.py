@@ -6,15 +6,16 @@ vmm.lab.image builds and hands over to the job's script; the guest's ends in a s
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from vmm.core.cpio import CpioWriter
 from vmm.core.errors import HostError
+from vmm.core.guest_init import add_init
+from vmm.core.kmodules import ModuleTree, without_signature
 from vmm.lab import heartbeat
 from vmm.lab.architecture import AMD64, LabArchitecture
-from vmm.lab.cpio import CpioWriter
 from vmm.lab.devices import VIRTIO, Devices
-from vmm.lab.kmodules import ModuleTree, without_signature
 
 # Loaded before anything can be mounted, and while the mounts are being made.
 _FILE_SYSTEMS = ("ext4", "overlay")
@@ -68,6 +69,7 @@ mkdir /writes/upper /writes/work /writes/project-upper /writes/project-work
 mount -t overlay -o lowerdir=/lower,upperdir=/writes/upper,workdir=/writes/work none /root \\
     || fail "mounting the writable layer"
 wait $kvm $net
+{check}
 # All that is the same in every run is done. The host may keep the machine as it is now, and gives
 # it the rest of its drives; what it says is the time, and noise for those that draw lots.
 stty -F {serial} -echo
@@ -87,6 +89,10 @@ mount -o move /sys /root/sys
 exec chroot /root /bin/sh /lab/job/run
 """
 
+# Where KVM is a module its loading tells.
+_BUILT_IN_CHECK = (
+    '[ -c /dev/kvm ] || fail "the kernel started no KVM; $(dmesg | grep -i kvm | tail -n 1)"'
+)
 _GUEST_INIT = """\
 #!/bin/sh
 mount -t devtmpfs none /dev
@@ -123,13 +129,13 @@ SCRIPTS = f"{_HOST_INIT}{_GUEST_INIT}{_FILE_SYSTEMS}{_NET_MODULES}{_GUEST_MODULE
 
 def host_initramfs(
     busybox: Path,
-    modules: Path,
+    modules: Path | None,
     kvm_modules: Path | None = None,
     devices: Devices = VIRTIO,
     architecture: LabArchitecture = AMD64,
 ) -> bytes:
     """The lab machine's: `modules` is lib/modules/RELEASE of its kernel, `kvm_modules`
-    a directory with other KVM modules for it.
+    a directory with other KVM modules for it. Without modules all is built into the kernel.
     """
     tree = ModuleTree(modules, instead=kvm_modules)
     storage = tree.in_order((*devices.modules, *_FILE_SYSTEMS))
@@ -139,7 +145,7 @@ def host_initramfs(
     ]
     net = [(name, data) for name, data in tree.in_order(_NET_MODULES) if name not in loaded]
     for name in architecture.kvm_modules[-1:]:
-        if name not in tree:
+        if modules is not None and name not in tree:
             raise HostError(f"no module {name} below {modules}; the lab's kernel needs it")
     script = _HOST_INIT.format(
         storage=" ".join(name for name, _ in storage),
@@ -150,6 +156,7 @@ def host_initramfs(
         seconds=heartbeat.SECONDS,
         serial=devices.serial,
         ready=READY,
+        check="" if modules is not None else _BUILT_IN_CHECK,
     )
     loaded_bare = [(name, without_signature(data)) for name, data in [*storage, *kvm, *net]]
     return _archive(busybox, script, loaded_bare)
@@ -170,19 +177,34 @@ def guest_initramfs(busybox: Path, modules: Path | None) -> bytes:
     return _archive(busybox, script, found.items())
 
 
+def own_initramfs(init: bytes, modules: Sequence[tuple[str, bytes]], busybox: Path | None) -> bytes:
+    """A guest's that mounts its root disk or runs a command (firmware/init); with `busybox` there
+    is a shell for that."""
+    archive = CpioWriter()
+    if busybox is not None:
+        _add_busybox(archive, busybox)
+    add_init(archive, init, modules)
+    return archive.finish()
+
+
 def _archive(busybox: Path, script: str, modules: Iterable[tuple[str, bytes]]) -> bytes:
     # Not compressed: the emulated CPU copies faster than it decompresses.
     archive = CpioWriter()
-    for folder in ("dev", "proc", "sys", "bin"):
+    for folder in ("dev", "proc", "sys"):
         archive.directory(folder)
     archive.character_device("dev/console", 5, 1)
-    archive.file("bin/busybox", busybox.read_bytes(), 0o755)
-    for name in applets(busybox):
-        archive.symlink(f"bin/{name}", "busybox")
+    _add_busybox(archive, busybox)
     for name, content in modules:
         archive.file(f"modules/{name}.ko", content)
     archive.file("init", script.encode(), 0o755)
     return archive.finish()
+
+
+def _add_busybox(archive: CpioWriter, busybox: Path) -> None:
+    archive.directory("bin")
+    archive.file("bin/busybox", busybox.read_bytes(), 0o755)
+    for name in applets(busybox):
+        archive.symlink(f"bin/{name}", "busybox")
 
 
 def applets(busybox: Path) -> list[str]:

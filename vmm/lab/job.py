@@ -13,6 +13,7 @@ import shlex
 import shutil
 import stat
 import tarfile
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -20,6 +21,8 @@ from typing import IO
 
 from vmm.core.disk_image import check_raw, in_use, is_read_only_device, lock
 from vmm.core.errors import UsageError
+from vmm.core.root_disk import TAGS
+from vmm.core.share import Share, pack, parse_share, take_back
 from vmm.lab.devices import VIRTIO, Devices
 
 # Drives in front of the user's disks: root, project, job, results.
@@ -48,6 +51,28 @@ class Drive:
 
 
 @dataclass(slots=True)
+class SharedFolder:
+    """A folder for --share: an archive of it goes in, one comes back. Both are in `scratch`."""
+
+    share: Share
+    scratch: Path
+
+    @property
+    def packed(self) -> Path:
+        return self.scratch / "share-in.tar"
+
+    @property
+    def returned(self) -> Path:
+        return self.scratch / "share-out.tar"
+
+    def take_back(self) -> None:
+        """Raises OutputError; nothing where the machine had nothing to give back."""
+        if self.returned.exists():
+            with open(self.returned, "rb") as archive:
+                take_back(self.share, archive)
+
+
+@dataclass(slots=True)
 class Job:
     """One command with everything it needs, ready to be laid out as an image."""
 
@@ -57,6 +82,7 @@ class Job:
     outputs: list[Path] = field(default_factory=list)
     drives: list[Drive] = field(default_factory=list)
     first_drive: int = FIXED_DRIVES
+    share: SharedFolder | None = None
 
     def devices(self) -> list[str]:
         """The block devices that the disks are inside, in their order."""
@@ -94,10 +120,24 @@ def job_from_arguments(
     return job
 
 
+def _share(job: Job, text: str) -> None:
+    """Packs the folder, once."""
+    share = parse_share(text)
+    share = share._replace(folder=str(_absolute(job, share.folder)))
+    job.share = SharedFolder(share, Path(tempfile.mkdtemp(prefix="pyvmm-share-")))
+    with open(job.share.packed, "wb") as archive:
+        pack(share, archive)
+    job.inputs.append(job.share.packed)
+    job.outputs.append(job.share.returned)
+
+
 def _take(job: Job, option: str, value: str, outputs: Sequence[str]) -> str:
     """Notes what the option's value names; returns the value as it is to be inside."""
-    if option == "--disk":
+    if option == "--disk" or (option == "--root" and value.partition("=")[0] not in TAGS):
         return attach(job, value, option)
+    if option == "--share":
+        _share(job, value)
+        return value
     if option in outputs:
         job.outputs.append(_absolute(job, value))
         return value
@@ -241,6 +281,9 @@ def _script(job: Job, surroundings: Surroundings, links: list[tuple[str, str]]) 
     for output in job.outputs:
         lines.append(f"mkdir -p {quote(str(output.parent))}")
     lines.append(f"mkdir -p {quote(str(job.directory))}; cd {quote(str(job.directory))}")
+    if job.share is not None:
+        folder, packed = quote(job.share.share.folder), quote(str(job.share.packed))
+        lines.append(f"mkdir -p {folder}; tar -x -f {packed} -C {folder}")
     lines.append(_SIGNALS.format(serial=devices.serial))
     words = " ".join([_NOTING_ITS_PROCESS, *(quote(word) for word in job.words)])
     if surroundings.terminal is not None:
@@ -255,6 +298,9 @@ def _script(job: Job, surroundings: Surroundings, links: list[tuple[str, str]]) 
                 words=words, input=devices.input, output=devices.output, error=devices.error
             )
         )
+    if job.share is not None:
+        returned = quote(str(job.share.returned))
+        lines.append(f"tar -c -f {returned} -C {folder} .")
     names = " ".join(quote(f"./{str(p).lstrip('/')}") for p in job.outputs)
     lines.append(
         _FINISH.format(

@@ -17,29 +17,28 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmm.core.errors import HostError, UsageError, tell
-from vmm.lab.cache import remove_tree
+from vmm.core.errors import UsageError, tell
 from vmm.lab.compiling import (
     first_error,
+    names_a_fault,
     require_plain,
     run_by_own_loader,
-    running,
+    run_make,
     unpack_sources,
 )
 from vmm.lab.kvm_change import FOLDERS, HEADERS, KvmChange
 from vmm.lab.progress import Progress
+from vmm.lab.work_folder import MakeFailed, WorkFolder, link_tree
 
 MODULES = ("kvm", "kvm-amd")
 # Count up when modules, or the tree that they are built from, would come out differently, so that
 # older cached ones aren't used.
 RECIPE = 1
 TREE_RECIPE = 1
-_FILES = "files"  # in a work folder: the names of KVM's files, which are no product of make's
 _SW_PROTECTED = ("KVM_SW_PROTECTED_VM", "KVM_GENERIC_MEMORY_ATTRIBUTES")
 # The lab's processors are AMD's; nobody asks for type information of these modules.
 _SETTINGS = ("CONFIG_KVM_INTEL=n", "CONFIG_DEBUG_INFO_BTF_MODULES=")
@@ -104,83 +103,41 @@ class KvmBuild:
         if left_out:
             tell(f"not compiled here, and left out of the patches: {', '.join(left_out)}")
         self.progress.step(f"compiling KVM {self._words()}")
-        sources = self._compiled(changed)
+        folder = WorkFolder(self.work)
+        sources = folder.build(
+            lambda: self._lay_out(folder), lambda: self._make_in(folder, changed)
+        )
         into.mkdir()
         for name in MODULES:
             shutil.copyfile(sources / f"{name}.ko", into / f"{name}.ko")
 
-    def _compiled(self, changed: Path) -> Path:
+    def _make_in(self, folder: WorkFolder, changed: Path) -> Path:
         """The folder with the modules of the files in `changed`."""
-        goes_on = (self.work / _FILES).exists() and not self._unfinished.exists()
-        if not goes_on:
-            self._lay_out()
-        try:
-            return self._make_in(changed)
-        except _MakeFailed:
-            # Perhaps for what earlier builds left.
-            if not goes_on:
-                raise
-        self._lay_out()
-        return self._make_in(changed)
-
-    @property
-    def _unfinished(self) -> Path:
-        """There while files change and make runs: who ends in between leaves half a build."""
-        return self.work / ".unfinished"
-
-    def _make_in(self, changed: Path) -> Path:
         common = _common(self.work)
-        self._unfinished.touch()
-        self._take_over(changed, common)
+        files = (path for path in changed.rglob("*") if path.is_file())
+        folder.take_over({str(path.relative_to(changed)): path for path in files}, common)
         sources = common / "arch" / "x86" / "kvm"
-        try:
-            self._make(sources)
-        except (UsageError, _MakeFailed):
-            self._unfinished.unlink()  # make has ended by itself, and knows what it has
-            raise
-        self._unfinished.unlink()
+        self._make(sources)
         return sources
-
-    def _take_over(self, changed: Path, common: Path) -> None:
-        """The files of `changed` in place of those there, and only where their contents differ:
-        make goes by times."""
-        wanted = {str(path.relative_to(changed)) for path in changed.rglob("*") if path.is_file()}
-        noted = self.work / _FILES
-        for name in set(noted.read_text().splitlines()) - wanted:
-            (common / name).unlink(missing_ok=True)
-        noted.write_text("".join(f"{name}\n" for name in sorted(wanted)))
-        for name in wanted:
-            target, content = common / name, (changed / name).read_bytes()
-            if not target.exists() or target.read_bytes() != content:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.unlink(missing_ok=True)  # perhaps a link to the cached tree's
-                target.write_bytes(content)
 
     def _words(self) -> str:
         if self.change.is_users:
             return "with your change"
         return "with experiments" if self.change.additions else "with KVM_X86_SW_PROTECTED_VM"
 
-    def _lay_out(self) -> None:
+    def _lay_out(self, folder: WorkFolder) -> None:
         """A new tree of links to the cached one."""
-        remove_tree(self.work)
-        self.work.mkdir(parents=True)
-        self._unfinished.touch()
         (self.work / "usr").mkdir()
-        for folder in (self.tree / "usr").iterdir():
-            if folder.name != "src":
-                (self.work / "usr" / folder.name).symlink_to(folder)
-        subprocess.run(
-            ["cp", "-al", str(self.tree / "usr" / "src"), str(self.work / "usr" / "src")],
-            check=True,
-        )
+        for part in (self.tree / "usr").iterdir():
+            if part.name != "src":
+                (self.work / "usr" / part.name).symlink_to(part)
+        link_tree(self.tree / "usr" / "src", self.work / "usr" / "src")
         makefile = self._headers_folder / "Makefile"
         text = makefile.read_text().replace("/usr/src/", f"{self.work}/usr/src/")
         makefile.unlink()
         makefile.write_text(text)
         common = _common(self.work)
-        names = [str(path.relative_to(common)) for path in _kvm_files(common)]
-        (self.work / _FILES).write_text("".join(f"{name}\n" for name in names))
+        folder.note([str(path.relative_to(common)) for path in _kvm_files(common)])
 
     @property
     def _headers_folder(self) -> Path:
@@ -198,22 +155,17 @@ class KvmBuild:
         # Debugging information would be stripped, and takes a third more time.
         command += [f"KCFLAGS={defined}-g0", "modules"]
         environment = {"PATH": f"{programs}:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
-        output = []
-        files = 0
-        with running(command, environment) as make:
-            assert make.stdout is not None
-            for line in make.stdout:
-                output.append(line.strip())
-                words = line.split()
-                if words[:2] == ["CC", "[M]"]:
-                    files += 1
-                    self.progress.part(f"{files} files, {Path(words[-1]).name}")
+        status, output = run_make(
+            command,
+            environment,
+            lambda count, name: self.progress.part(f"{count} files, {name}"),
+        )
         missing = [name for name in MODULES if not (sources / f"{name}.ko").exists()]
-        if make.returncode != 0 or missing:
+        if status != 0 or missing:
             reason = first_error(output).replace("../../../", "").replace(f"{sources}/", "")
-            if self.change.is_users and make.returncode >= 0 and _names_a_fault(reason):
+            if self.change.is_users and status >= 0 and names_a_fault(reason):
                 raise UsageError(f"your KVM does not compile for Linux {self.release}: {reason}")
-            raise _MakeFailed(
+            raise MakeFailed(
                 f"compiling KVM for Linux {self.release} failed: {reason}; "
                 "the lab's stock host needs no compiler"
             )
@@ -223,14 +175,6 @@ def work_name(version: str, change: KvmChange) -> str:
     """Of the folder where changes that differ in their patches alone are compiled."""
     kind = repr((RECIPE, TREE_RECIPE, change.sw_protected, change.additions, change.symbols))
     return f"kvm-work/{version}-{hashlib.sha256(kind.encode()).hexdigest()[:8]}"
-
-
-class _MakeFailed(HostError):
-    """make failed, and the user's sources are not to blame."""
-
-
-def _names_a_fault(reason: str) -> bool:
-    return "error: " in reason or "ERROR: " in reason
 
 
 def _common(tree: Path) -> Path:

@@ -1,13 +1,15 @@
 """What is changed in KVM before it is compiled: patches, a tree of the user's own, our additions.
 
-Only KVM is compiled, as modules for a kernel that stays as it is. What a patch does outside of it
-would not be in the machine, and is refused rather than left out, except where it isn't code of
-this machine's (documentation, self-tests, other architectures).
+Where only KVM is compiled, as modules for a kernel that stays as it is, what a patch does outside
+of it would not be in the machine. It is refused rather than left out, except where it isn't code of
+this machine's (documentation, self-tests, other architectures). Where the whole kernel is
+(vmm.lab.kernel_build), only those are left out.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shutil
 import subprocess
@@ -30,10 +32,15 @@ HEADERS = (
 ADDITIONS = Path(__file__).with_name("kernel")
 """Our own changes, a folder each: `tree/` is laid over the sources, then `hooks.patch` applied."""
 
-OWN_KERNEL = (
-    "whole kernels are not (tens of minutes): give one of your own with --lab-host-kernel FILE "
-    "--lab-host-modules DIR"
+NOT_COMPILED = (
+    *(f"drivers/{name}" for name in ("gpu", "media", "staging", "infiniband", "scsi", "usb")),
+    *(f"drivers/net/{name}" for name in ("ethernet", "wireless")),
+    "sound",
+    "Documentation",
+    "tools/testing",
 )
+"""Folders of which no small kernel compiles anything, two thirds of the sources. Their makefiles
+and Kconfig files are read all the same."""
 
 _OURS = re.compile(
     r"virt/(kvm|lib)/|arch/x86/kvm/|include/(uapi/)?linux/kvm[^/]*\.h$"
@@ -42,10 +49,27 @@ _OURS = re.compile(
 _NOT_THIS_MACHINES = re.compile(
     r"Documentation/|tools/|samples/|MAINTAINERS$|\.mailmap$|arch/(?!x86/)[^/]+/(kvm/|include/)"
 )
+# What no kernel that is compiled whole has; {architectures} are those whose folders it has.
+_NOT_IN_KERNELS = (
+    r"Documentation/|tools/testing/|samples/|MAINTAINERS$|\.mailmap$|"
+    r"arch/(?!({architectures})/)[^/]+/.*|"
+    + "|".join(rf"{folder}/(?!(.*/)?(Kconfig|Kbuild|Makefile))" for folder in NOT_COMPILED)
+)
+# arm64 takes some of arm's files; Kconfig and makefiles of all architectures may be looked at.
+_FOLDERS_OF = {"x86": "x86", "arm64": "arm64|arm"}
 _FAILED_HUNK = re.compile(r"Hunk #(\d+) FAILED at (\d+)")
 _FILE = re.compile(r"(?:patching|checking) file '?(.+?)'?$")
 _CHANGES = re.compile(rb"^(@@ -\d|new file |deleted |rename |copy |new mode )", re.MULTILINE)
+_FROM = re.compile(rb"^(?:rename|copy) from (.+)$", re.MULTILINE)
 _LARGEST = 64 << 20  # bytes of a patch
+# What builds and git leave in a tree.
+_NO_SOURCES = re.compile(r"(.*/)?(\.[^/]*|include/config|include/generated)$")
+_NO_SOURCE = re.compile(
+    r"\.|vmlinux(\.(?!lds\.[Sh]$).*)?$|System\.map$|(bz)?Image$"
+    r"|.*\.([oa]|ko|mod|order|symvers|dtb|gz|xz|zst)$"
+)
+_MAKEFILE = re.compile(r"Kconfig|Kbuild|Makefile")
+_NOT_COMPILED = tuple(f"{folder}/" for folder in NOT_COMPILED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +89,7 @@ class KvmChange:
     patches: tuple[Path, ...] = ()  # the user's, applied last, in this order
     source: Path | None = None  # a kernel tree to take KVM from
     symbols: tuple[str, ...] = ()  # more of Kconfig's, without CONFIG_, to be y
+    kernel: str | None = None  # the whole kernel is compiled, of this folder of arch/
 
     def __bool__(self) -> bool:
         return self != KvmChange()
@@ -75,7 +100,7 @@ class KvmChange:
         return bool(self.patches or self.source or self.symbols)
 
     def name(self) -> str:
-        """Of the modules in the cache: changes with the content of all that is named here."""
+        """Of what is compiled, in the cache: changes with the content of all that is named here."""
         if self == KvmChange(sw_protected=True):
             return "kvm-sw-protected"
         digest = hashlib.sha256(repr((self.sw_protected, self.symbols)).encode())
@@ -85,25 +110,53 @@ class KvmChange:
         for path in self.patches:
             digest.update(b"\0patch" + read_patch(path))
         if self.source is not None:
-            for path in kvm_files(self.source):
-                digest.update(str(path.relative_to(self.source)).encode() + path.read_bytes())
-        return f"kvm-changed-{digest.hexdigest()[:16]}"
+            for path in self.source_files():
+                digest.update(str(path.relative_to(self.source)).encode())
+                digest.update(_content(path))
+        kind = "kvm-changed-" if self.kernel is None else ""
+        return f"{kind}{digest.hexdigest()[:16]}"
+
+    def source_files(self) -> list[Path]:
+        """What is taken from the user's tree."""
+        if self.source is None:
+            return []
+        return (
+            kvm_files(self.source)
+            if self.kernel is None
+            else kernel_files(self.source, self.kernel)
+        )
 
     def check(self) -> None:
         """Raises UsageError for what can't be compiled this way, before anything is downloaded."""
         for path in self.patches:
-            kvm_part(path)
-        if self.source is not None and not (self.source / "virt/kvm/kvm_main.c").is_file():
-            raise UsageError(
-                f"--kvm-source {self.source}: no kernel tree there (virt/kvm/kvm_main.c is missing)"
-            )
+            self._part(path)
+        needed = ("virt/kvm/kvm_main.c", *(("Makefile",) if self.kernel is not None else ()))
+        for name in needed:
+            if self.source is not None and not (self.source / name).is_file():
+                raise UsageError(
+                    f"--kvm-source {self.source}: no kernel tree there ({name} is missing)"
+                )
+
+    def touched(self) -> set[str]:
+        """The files that patches and additions read or write."""
+        parts = [self._part(path)[0] for path in self.patches]
+        parts += [(ADDITIONS / folder / "hooks.patch").read_bytes() for folder in self.additions]
+        names = set()
+        for part in parts:
+            for file in split_patch(part):
+                names.add(file.name)
+                names.update(name.decode(errors="replace") for name in _FROM.findall(file.text))
+        return names
+
+    def _part(self, path: Path) -> tuple[bytes, list[str]]:
+        return kvm_part(path) if self.kernel is None else kernel_part(path, self.kernel)
 
     def apply(self, sources: Path, patch_program: Sequence[str]) -> list[str]:
         """Changes the tree `sources`; files of the patches that were left out.
 
         Raises UsageError naming patch, file and hunk where one doesn't apply.
         """
-        if self.source is not None:
+        if self.source is not None and self.kernel is None:
             _lay_over(self.source, sources)
         for folder in self.additions:
             shutil.copytree(ADDITIONS / folder / "tree", sources, dirs_exist_ok=True)
@@ -116,10 +169,15 @@ class KvmChange:
                 raise UsageError(f"{error}; --host sw-protected takes your KVM as it is") from None
         left_out = []
         for path in self.patches:
-            part, others = kvm_part(path)
+            part, others = self._part(path)
             left_out += others
             _apply(part, sources, patch_program, f"--kvm-patch {path}")
         return left_out
+
+
+def _content(path: Path) -> bytes:
+    """Of a file, or where a link points."""
+    return os.readlink(path).encode() if path.is_symlink() else path.read_bytes()
 
 
 def read_patch(path: Path) -> bytes:
@@ -193,17 +251,12 @@ def _plain_name(old: bytes, new: bytes) -> str:
 
 
 def kvm_part(path: Path) -> tuple[bytes, list[str]]:
-    """The part of a patch that is compiled here, and the files of the rest.
+    """The part of a patch that is compiled as KVM's modules, and the files of the rest.
 
     Raises UsageError for a file that is neither KVM's nor of no concern to this machine.
     """
-    part, left_out, any_file = b"", [], False
-    for file in split_patch(read_patch(path)):
-        any_file = True
-        if not _CHANGES.search(file.text):
-            raise UsageError(f"--kvm-patch {path}: garbage where {file.name} is to be changed")
-        if ".." in Path(file.name).parts:
-            raise UsageError(f"--kvm-patch {path}: {file.name} is no path in a kernel's tree")
+    part, left_out = b"", []
+    for file in _files_of(path):
         if _OURS.match(file.name):
             part += file.text
         elif _NOT_THIS_MACHINES.match(file.name):
@@ -211,15 +264,70 @@ def kvm_part(path: Path) -> tuple[bytes, list[str]]:
         else:
             raise UsageError(
                 f"--kvm-patch {path}: it also changes {file.name}, which is outside KVM's "
-                f"directories; only KVM's modules are compiled, {OWN_KERNEL}"
+                "directories; only KVM's modules are compiled: --kernel-build compiles the whole "
+                "kernel (minutes, once)"
             )
-    if not any_file:
-        raise UsageError(f"--kvm-patch {path}: no patch (no line --- followed by +++)")
     if not part:
         raise UsageError(
             f"--kvm-patch {path}: nothing of x86's KVM is in it, only {', '.join(left_out)}"
         )
     return part, left_out
+
+
+def kernel_part(path: Path, architecture: str) -> tuple[bytes, list[str]]:
+    """The part of a patch that is of a whole kernel of arch/`architecture`, and the rest's files.
+
+    Raises UsageError where there is no such part.
+    """
+    pattern = _NOT_IN_KERNELS.format(architectures=_FOLDERS_OF[architecture])
+    part, left_out = b"", []
+    for file in _files_of(path):
+        if re.match(pattern, file.name):
+            left_out.append(file.name)
+        else:
+            part += file.text
+    if not part:
+        raise UsageError(
+            f"--kvm-patch {path}: nothing of the lab's {architecture} kernel is in it, only "
+            f"{', '.join(left_out)}"
+        )
+    return part, left_out
+
+
+def _files_of(path: Path) -> Iterator[FilePatch]:
+    """What a patch does to each file; UsageError for what is no patch of a kernel."""
+    any_file = False
+    for file in split_patch(read_patch(path)):
+        any_file = True
+        if not _CHANGES.search(file.text):
+            raise UsageError(f"--kvm-patch {path}: garbage where {file.name} is to be changed")
+        if ".." in Path(file.name).parts or Path(file.name).is_absolute():
+            raise UsageError(f"--kvm-patch {path}: {file.name} is no path in a kernel's tree")
+        yield file
+    if not any_file:
+        raise UsageError(f"--kvm-patch {path}: no patch (no line --- followed by +++)")
+
+
+def kernel_files(tree: Path, architecture: str) -> list[Path]:
+    """What a kernel of arch/`architecture` is compiled from: a tree's files without what builds and
+    git leave there, other architectures, and all but makefiles below NOT_COMPILED."""
+    found = []
+    for folder, folders, names in os.walk(tree):
+        inside = "" if Path(folder) == tree else f"{Path(folder).relative_to(tree)}/"
+        # Links to folders are kept as links.
+        names += [name for name in folders if os.path.islink(f"{folder}/{name}")]
+        folders[:] = [
+            name
+            for name in folders
+            if name not in names and not _NO_SOURCES.match(f"{inside}{name}")
+        ]
+        if inside == "arch/":
+            folders[:] = [name for name in folders if name in _FOLDERS_OF[architecture].split("|")]
+        only_makefiles = inside.startswith(_NOT_COMPILED)
+        for name in names:
+            if not (_NO_SOURCE.match(name) or (only_makefiles and not _MAKEFILE.match(name))):
+                found.append(Path(folder, name))
+    return sorted(found)
 
 
 def kvm_files(tree: Path) -> list[Path]:

@@ -7,25 +7,31 @@ import itertools
 import os
 import platform
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+from vmm._firmware import init_path
 from vmm.core.errors import HostError, UsageError, tell
+from vmm.core.guest_init import modules_for
+from vmm.core.kernel_file import modules_beside
+from vmm.core.root_disk import find_root, split_root
 from vmm.lab import bochs, guest_kernel, hosts, image
 from vmm.lab.apt import Apt
 from vmm.lab.architecture import ARM64, HERE, foreign_kernel
+from vmm.lab.built_kernels import BuiltKernels
 from vmm.lab.cache import Cache, default_directory
 from vmm.lab.cross import CrossCompiler
 from vmm.lab.debian_python import DebianPython
 from vmm.lab.emulator import Assets
 from vmm.lab.hosts import Host
-from vmm.lab.initramfs import guest_initramfs, host_initramfs
+from vmm.lab.initramfs import guest_initramfs, host_initramfs, own_initramfs
 from vmm.lab.interpreter import RunningPython
 from vmm.lab.job import FIXED_DRIVES, attach, job_from_arguments
 from vmm.lab.kernel_selftests import RUNNER, KernelSelftests
 from vmm.lab.kvm_change import KvmChange
 from vmm.lab.options import LabOptions
-from vmm.lab.packages import Bochs, Kernel, MissingFiles, Packages, Qemu, Wants, modules_beside
+from vmm.lab.packages import HOST_SERIES, Bochs, Kernel, MissingFiles, Packages, Qemu, Wants
 from vmm.lab.progress import Progress, Silent
 from vmm.lab.python import LabPython
 from vmm.lab.run import LabRun
@@ -64,11 +70,10 @@ class Lab:
             tuple(options.kvm_symbols),
         )
         wanted = self.host.architecture
-        if self.kvm_change and wanted is not HERE:
-            raise UsageError(
-                f"{self._changed_by()}: on {wanted.label} KVM is built into the kernel, which "
-                "isn't compiled here; use an x86 host"
-            )
+        if options.kernel_build or (self.kvm_change and not wanted.kvm_modules):
+            # Where KVM is no module, the whole kernel has to be compiled.
+            self.kvm_change = replace(self.kvm_change, kernel=wanted.linux)
+            self._refuse_for_own_kernel()
         if options.kvm_parameters and (wanted is not HERE or self.host.bochs):
             raise UsageError(
                 f"--kvm-parameter {options.kvm_parameters[0]}: the {self.host.name} host's kernel "
@@ -104,19 +109,28 @@ class Lab:
         else:
             emulator = wants.gather(lambda: self.packages.qemu(options.qemu))
         busybox = wants.gather(lambda: self.packages.busybox(options.busybox))
-        kernel = wants.gather(
-            lambda: self.packages.host_kernel(options.host_kernel, options.host_modules)
-        )
+        change = self.kvm_change
+        kernel = None
+        if change.kernel is None:
+            kernel = wants.gather(
+                lambda: self.packages.host_kernel(options.host_kernel, options.host_modules)
+            )
         wants.gather(self.python.key)
         wants.settle(self.cache.root)
-        assert emulator is not None and busybox is not None and kernel is not None
+        if kernel is None:  # minutes, so only once all else is there
+            kernel = self._built_kernels().host(change)
+        assert emulator is not None and busybox is not None
         self._refuse_foreign("--lab-host-kernel", kernel.image)
         kvm = None
-        if self.kvm_change:
-            users = self.kvm_change.is_users and not host.bochs
+        if change:
+            users = (change.is_users or change.kernel is not None) and not host.bochs
             more = _USERS_KERNEL_WORDS if users else _CHANGED_KERNEL_WORDS
             host = replace(host, kernel_words=f"{host.kernel_words} {more}")
-            kvm = self.packages.changed_kvm(kernel, self.kvm_change, self._changed_by())
+        if change.kernel is not None:
+            early = host.architecture.early_console
+            host = replace(host, kernel_words=f"{host.kernel_words} {early}")
+        elif change:
+            kvm = self.packages.changed_kvm(kernel, change, self._changed_by())
         words = [host.kernel_words, *options.kvm_parameters]
         assets = Assets(
             host=replace(host, kernel_words=" ".join(words)),
@@ -131,9 +145,30 @@ class Lab:
         self._assets = assets
         return assets
 
+    def _refuse_for_own_kernel(self) -> None:
+        """Raises UsageError for what doesn't go with a kernel that is compiled for the machine."""
+        if self.host.bochs:
+            raise UsageError(
+                "--kernel-build: the small kernel has no drivers for Bochs' disks; use an x86 host "
+                "under QEMU, or --kvm-patch alone"
+            )
+        given = self.options.host_kernel or self.options.host_modules
+        if given is not None:
+            raise UsageError(
+                f"{self._changed_by()}: the lab machine's kernel is compiled; leave "
+                f"--lab-host-kernel and --lab-host-modules out ({given})"
+            )
+
+    def _built_kernels(self) -> BuiltKernels:
+        python = self.python
+        unpacked = python.compiler.unpacked if isinstance(python, DebianPython) else None
+        return BuiltKernels(self.packages, unpacked)
+
     def _changed_by(self) -> str:
         """The option for which KVM is compiled."""
         options = self.options
+        if options.kernel_build:
+            return "--kernel-build"
         if options.kvm_patches:
             return f"--kvm-patch {options.kvm_patches[0]}"
         if options.kvm_source is not None:
@@ -167,7 +202,6 @@ class Lab:
         def build(path: Path) -> None:
             self.progress.step(f"building the {kind} initramfs")
             if kind == "host":
-                assert modules is not None
                 path.write_bytes(
                     host_initramfs(busybox, modules, kvm, host.devices, host.architecture)
                 )
@@ -197,17 +231,37 @@ class Lab:
                 f"--host {self.host.name} runs {self.host.architecture.label} guests; "
                 f"use --host {others}"
             )
-        return self.packages.built_guest_kernel(self.python.compiler.unpacked)
+        return self._built_kernels().guest()
 
     def guest_initramfs(self, kernel: Kernel) -> Path:
         """busybox with the kernel's virtio modules: a guest that boots to a shell."""
         busybox = self.packages.busybox(self.options.busybox)
         return self._initramfs("guest", busybox, kernel.modules)
 
+    def _initramfs_for(self, words: Sequence[str], kernel: Kernel) -> Path:
+        """What a guest that brings no initramfs gets: a shell, or what finds its root disk."""
+        executes, root = value_of(words, "--exec"), value_of(words, "--root")
+        if executes is None and root is None:
+            return self.guest_initramfs(kernel)
+        kind = None if root is None else root_file_system(root[1], words)
+        options = [word.partition("=")[0] for word in words if word.startswith("--")]
+        modules = modules_for(kernel.modules, kind, options)
+        busybox = None if root is not None else self.packages.busybox(self.options.busybox)
+        init = Path(init_path(self.host.architecture.name)).read_bytes()
+        archive = own_initramfs(init, modules, busybox)
+        key = hashlib.sha256(archive).hexdigest()[:16]
+
+        def build(path: Path) -> None:
+            path.write_bytes(archive)
+
+        entry = self.cache.entry(f"images/own-{key}.cpio", build)
+        self.cache.prune("images/own-", keep=8)
+        return entry
+
     def pyvmm_words(self, arguments: Sequence[str]) -> list[str]:
         """pyvmm's arguments with stock kernels' names replaced and an initrd supplied."""
         words = with_kernel(arguments, self.host)
-        at = _value_of(words, "--kernel")
+        at = value_of(words, "--kernel")
         if at is None:
             return words
         index, name = at
@@ -216,11 +270,11 @@ class Lab:
             raise UsageError(f"--kernel {name}: no such file")
         self._refuse_foreign("--kernel", kernel.image)
         words[index] = words[index].replace(name, str(kernel.image))
-        if _value_of(words, "--initrd") is None:
-            words += ["--initrd", str(self.guest_initramfs(kernel))]
-        if _is_run(words) and _value_of(words, "--append") is None:
+        if value_of(words, "--initrd") is None:
+            words += ["--initrd", str(self._initramfs_for(words, kernel))]
+        if _is_run(words) and value_of(words, "--append") is None:
             words += ["--append", QUIET]
-        if measures_linux(words) and _value_of(words, "--fio") is None:
+        if measures_linux(words) and value_of(words, "--fio") is None:
             try:
                 words += ["--fio", str(self.fio_image())]
             except MissingFiles as error:
@@ -289,9 +343,12 @@ def with_kernel(arguments: Sequence[str], host: Host) -> list[str]:
     `--kernel payload` is the embedded payload, which pyvmm runs when none is named.
     """
     words = list(arguments)
-    at = _value_of(words, "--kernel")
-    if at is None and host.guest_kernel is not None and _is_run(words):
-        return [*words, "--kernel", host.guest_kernel]
+    at = value_of(words, "--kernel")
+    if at is None and _is_run(words):
+        boots = any(value_of(words, option) is not None for option in ("--exec", "--root"))
+        guest_kernel = host.guest_kernel or (f"debian:{HOST_SERIES}" if boots else None)
+        if guest_kernel is not None:
+            return [*words, "--kernel", guest_kernel]
     if at is not None and at[1] == PAYLOAD:
         index = at[0]
         first = index if words[index].startswith("--") else index - 1
@@ -314,7 +371,7 @@ def runs_several_vcpus(words: Sequence[str]) -> bool:
     none of 16 with one processor; never with one vCPU. QEMU 11.1 is no better: there QEMU's own
     guests crash with one vCPU, too.
     """
-    cpus = _value_of(words, "--cpus")
+    cpus = value_of(words, "--cpus")
     return "selftest" in words[:1] or (cpus is not None and cpus[1] != "1")
 
 
@@ -325,7 +382,29 @@ def measures_linux(words: Sequence[str]) -> bool:
     return "bench" in words[:1] and not {"linux", "iommu"}.isdisjoint(only)
 
 
-def _value_of(words: Sequence[str], option: str) -> tuple[int, str] | None:
+def root_file_system(root: str, words: Sequence[str]) -> str:
+    """The driver of the file system that --root names, looked at where its disk lies.
+
+    Raises UsageError.
+    """
+    disk, wanted = split_root(root)
+    specs = [] if disk is None else [disk]
+    specs += [value for option, value in itertools.pairwise(words) if option == "--disk"]
+    specs += [word.removeprefix("--disk=") for word in words if word.startswith("--disk=")]
+    names = [s.replace(",,", "\0").split(",")[0].replace("\0", ",") for s in specs]
+    with ExitStack() as stack:
+        disks: list[tuple[str, int]] = []
+        for name in names:
+            try:
+                fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            except OSError as error:
+                raise UsageError(f"--root {name} cannot be read: {error.strerror}") from error
+            stack.callback(os.close, fd)
+            disks.append((name, fd))
+        return find_root(wanted, disks).file_system.kind
+
+
+def value_of(words: Sequence[str], option: str) -> tuple[int, str] | None:
     """Where an option's value stands, and the value."""
     for index, word in enumerate(words):
         if word == option and index + 1 < len(words):

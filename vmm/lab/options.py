@@ -13,21 +13,24 @@ from pathlib import Path
 
 from vmm.core.errors import UsageError
 from vmm.core.near import did_you_mean
+from vmm.core.suboptions import byte_size, unit_hint
 from vmm.lab import hosts
-from vmm.lab.kvm_change import OWN_KERNEL
 
 _HOSTS = "\n".join(f"  --host {host.name:<17} {host.summary}" for host in hosts.HOSTS.values())
 
 HELP = f"""\
 usage: pyvmm lab [lab options] [pyvmm's own command and options]
-       pyvmm lab [lab options] --exec PROGRAM [ARGUMENTS...]
+       pyvmm lab image debian:trixie [--include PACKAGES] [--output FILE]
+       pyvmm lab [lab options] --lab-exec PROGRAM [ARGUMENTS...]
        pyvmm lab [lab options] --kernel-selftests DIR [TESTS...]
 
 Runs pyvmm (or PROGRAM) inside a machine under full emulation that has a hardware-like KVM.
 Console, files named by options, --disk, --report, --trace and the exit status pass through.
 A kernel may be named debian:6.12 (or another series): Debian's stock cloud kernel, of the lab
 machine's architecture. Without --initrd a guest gets a busybox shell, without --append a quiet
-boot ("--append loglevel=7" shows all of it, dmesg has it anyway).
+boot ("--append loglevel=7" shows all of it, dmesg has it anyway). With --exec 'COMMAND' it runs
+that and ends with its status; with --root IMAGE it boots from that disk. Both take debian:7.3
+where no --kernel is given, as in: pyvmm lab --exec 'uname -r'
 
 {_HOSTS}
 
@@ -38,9 +41,14 @@ boot ("--append loglevel=7" shows all of it, dmesg has it anyway).
   --kernel payload         the embedded payload, which other hosts run without --kernel
 
   --kvm-patch FILE         compile the machine's KVM with this patch (git's or diff -u); several
-                           in their order. x86; half a minute, once for each content
+                           in their order. On x86 modules are: half a minute, once for each
+                           content. On arm64 and pkvm the whole kernel, as by --kernel-build
   --kvm-source DIR         take KVM from this kernel tree: virt, arch/x86/kvm, its headers
-  --kvm-config NAME        with CONFIG_NAME=y, which KVM alone asks for; may be repeated
+  --kernel-build           compile the machine's whole kernel, small, with any patch, or the whole
+                           tree of --kvm-source: MINUTES once, then what depends on what has
+                           changed
+  --kvm-config NAME        with CONFIG_NAME=y, which KVM alone asks for, or with --kernel-build any
+                           option of Linux's; may be repeated
   --kvm-parameter kvm.NAME=VALUE
                            a parameter of KVM's modules (or kvm_amd.NAME=VALUE); may be repeated
 
@@ -48,14 +56,15 @@ boot ("--append loglevel=7" shows all of it, dmesg has it anyway).
                            which is only read, and run them; or the tests of selftests/kvm that
                            the rest of the line names. x86
 
-  --exec PROGRAM ...       run this instead of pyvmm; takes the rest of the line
-  --lab-mem SIZE           the lab machine's memory (default 2048M)
+  --lab-exec PROGRAM ...   run this in the lab machine itself, instead of pyvmm; takes the rest of
+                           the line
+  --lab-mem SIZE           the lab machine's memory (default 2048M; 2G is the same)
   --lab-cpus N             its processors (default 2, for guests with several vCPUs 1: under QEMU's
                            emulation more are unreliable with them; bochs, arm64, pkvm 1)
   --lab-time-limit SECONDS end it after that long (default: no limit)
   --lab-file PATH          take this file or directory along, at its own path
   --lab-out PATH           bring this file or directory back at the end
-  --lab-disk FILE[,ro]     attach a disk for --exec; $PYVMM_LAB_DISKS lists the devices
+  --lab-disk FILE[,ro]     attach a disk for --lab-exec; $PYVMM_LAB_DISKS lists the devices
   --lab-env NAME=VALUE     set a variable in the inner environment
   --lab-with-qemu          put QEMU on the inner PATH, as a yardstick
   --lab-cache DIR          downloads and images (default $PYVMM_LAB_CACHE, else the user's cache)
@@ -71,7 +80,7 @@ boot ("--append loglevel=7" shows all of it, dmesg has it anyway).
   --lab-guest-modules DIR  the guest kernel's modules, for the initramfs made for it
 """
 
-_FLAGS = ("--lab-with-qemu", "--lab-offline", "--lab-fresh", "--lab-quiet")
+_FLAGS = ("--kernel-build", "--lab-with-qemu", "--lab-offline", "--lab-fresh", "--lab-quiet")
 _VALUES = (
     "--host",
     "--kvm-patch",
@@ -106,6 +115,7 @@ class LabOptions:
     kvm_source: Path | None = None
     kvm_symbols: list[str] = field(default_factory=list)
     kvm_parameters: list[str] = field(default_factory=list)  # module.name=value
+    kernel_build: bool = False
     kernel_selftests: Path | None = None  # a kernel tree
     memory_mib: int = 2048
     cpus: int | None = None  # as many as the host has by itself
@@ -143,17 +153,17 @@ def parse(argv: Sequence[str]) -> LabCommand:
     rest = list(argv)
     while rest:
         word = rest.pop(0)
-        if word == "--exec":
+        if word == "--lab-exec":
             if not rest:
-                raise UsageError("--exec: the program to run is missing")
+                raise UsageError("--lab-exec: the program to run is missing")
             if command.arguments:
-                raise UsageError(f"--exec runs a program instead of pyvmm {command.arguments[0]}")
+                raise UsageError(
+                    f"--lab-exec runs a program instead of pyvmm {command.arguments[0]}"
+                )
             command.arguments, command.is_program = rest, True
             break
         if word == "--lab-help" or (word in ("--help", "-h") and not command.arguments):
             command.help = True
-        elif word == "--kernel-build":
-            raise UsageError(f"--kernel-build: {OWN_KERNEL}")
         elif word in _FLAGS:
             setattr(command.options, _field(word), True)
         elif word.startswith(("--lab-", "--kvm-")) or word.partition("=")[0] in _OTHERS:
@@ -183,7 +193,7 @@ def _names_tests(command: LabCommand) -> None:
 
 
 def _field(name: str) -> str:
-    return name.removeprefix("--lab-").replace("-", "_")
+    return name.removeprefix("--lab-").removeprefix("--").replace("-", "_")
 
 
 def _set(options: LabOptions, name: str, value: str) -> None:
@@ -241,9 +251,10 @@ def _number(name: str, value: str, least: float) -> float:
 
 
 def _mebibytes(name: str, value: str) -> int:
-    units = {"": 1, "M": 1, "G": 1024}
-    digits = value.rstrip("MmGg")
-    unit = value[len(digits) :].upper()
-    if not digits.isdigit() or unit not in units or int(digits) * units[unit] < 256:
-        raise UsageError(f"{name} {value}: a size of at least 256M is needed, as in 2048M or 2G")
-    return int(digits) * units[unit]
+    size = byte_size(value)
+    if size is None or size < 256 << 20:
+        hint = "" if size is None else unit_hint(size)
+        raise UsageError(
+            f"{name} {value}: a size of at least 256M is needed, as in 2048M or 2G{hint}"
+        )
+    return size >> 20

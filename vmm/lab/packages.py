@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from vmm.core.errors import HostError, UsageError
-from vmm.lab import guest_kernel, kvm_build
+from vmm.core.kernel_file import debian_version, kernel_release
+from vmm.lab import kvm_build
 from vmm.lab.apt import QEMU_SUITE, Apt, PackagesUnavailable, newest
-from vmm.lab.architecture import AMD64, ARM64, HERE, LabArchitecture
+from vmm.lab.architecture import AMD64, HERE, LabArchitecture
 from vmm.lab.cache import Cache
 from vmm.lab.kvm_change import KvmChange
 from vmm.lab.progress import Progress
@@ -24,9 +25,6 @@ from vmm.lab.progress import Progress
 # guest_memfd with host mappings on ordinary VMs, the newest KVM that Debian builds.
 HOST_SERIES = "7.3"
 _DEBIAN = "debian:"
-
-
-_BANNER = b"Linux version "
 
 _T = TypeVar("_T")
 
@@ -207,7 +205,7 @@ class Packages:
         if not re.fullmatch(r"\d+\.\d+", series):
             raise UsageError(f"kernel {name!r}: the form is debian:SERIES, as in debian:6.12")
         tree = self.tree(
-            self._kernel_tree(series).name,
+            self.kernel_tree(series).name,
             f"downloading Debian's Linux {series} into the cache",
             lambda path: self._download_kernel(series, path),
             wanted or f"a Linux {series} image (--kernel FILE)",
@@ -251,40 +249,12 @@ class Packages:
         except PackagesUnavailable as error:
             wanted = (
                 f"headers and sources of Linux {release} to compile KVM (if the archive has a "
-                f"newer {HOST_SERIES} by now, remove {self._kernel_tree(HOST_SERIES)})"
+                f"newer {HOST_SERIES} by now, remove {self.kernel_tree(HOST_SERIES)})"
             )
             raise MissingFiles([wanted], self.cache.root, str(error)) from error
 
-    def built_guest_kernel(self, compilers: Callable[[], Path]) -> Kernel:
-        """The small kernel for protected guests (vmm.lab.guest_kernel)."""
-        stock = self.host_kernel(None, None).image
-        version = debian_version(stock)
-        if version is None:
-            raise HostError(
-                f"{stock} doesn't say which version it is; remove {self._kernel_tree(HOST_SERIES)} "
-                "to download it again"
-            )
-
-        def download(packages: list[str], into: Path) -> None:
-            if self.offline:
-                raise PackagesUnavailable("--lab-offline")
-            with self.cache.lock("apt"):
-                self.apt.download_closure(packages, QEMU_SUITE, into)
-
-        name = f"packages/{guest_kernel.NAME}-{version}-{guest_kernel.recipe()}"
-        build = guest_kernel.GuestKernelBuild(
-            version, self.architecture, compilers, self.progress, download
-        )
-        try:
-            return Kernel(self.cache.entry(name, build) / guest_kernel.IMAGE, None)
-        except PackagesUnavailable as error:
-            wanted = (
-                f"sources of Linux {version} for the kernel {guest_kernel.NAME} (if the archive "
-                f"has a newer {HOST_SERIES} by now, remove {self._kernel_tree(HOST_SERIES)})"
-            )
-            raise MissingFiles([wanted], self.cache.root, str(error)) from error
-
-    def _kernel_tree(self, series: str) -> Path:
+    def kernel_tree(self, series: str) -> Path:
+        """Where Debian's kernel of a series is unpacked."""
         return self.cache.path(f"packages/linux-{series}{self.architecture.suffix()}")
 
     def _download_kernel(self, series: str, into: Path) -> None:
@@ -323,53 +293,6 @@ class Packages:
             return self.cache.entry(f"packages/{name}", download)
         except PackagesUnavailable as error:
             raise MissingFiles([wanted], self.cache.root, str(error)) from error
-
-
-def modules_beside(image: Path) -> Path | None:
-    """The modules of a kernel image that lies where distributions put it, or None.
-
-    The release is read from the image itself (boot protocol, kernel_version at 0x20e).
-    """
-    release = kernel_release(image)
-    if release is None:
-        return None
-    roots = [image.resolve().parent, *image.resolve().parents]
-    places = [image.resolve().parent]
-    for root in roots[:4]:
-        places += [root / "lib" / "modules" / release, root / "usr" / "lib" / "modules" / release]
-    return next((p for p in places if (p / "kernel").is_dir()), None)
-
-
-def kernel_release(image: Path) -> str | None:
-    """The release that a kernel image names, as `uname -r` would say; None when it isn't one."""
-    words = _version_words(image)
-    return words[0] if words else None
-
-
-def debian_version(image: Path) -> str | None:
-    """The version of the Debian package that a kernel was built as; None for other kernels."""
-    words = _version_words(image)
-    at = words.index("Debian") + 1 if "Debian" in words else len(words)
-    return words[at] if at < len(words) else None
-
-
-def _version_words(image: Path) -> list[str]:
-    """What the kernel says of itself at boot, from its release on; empty for other files."""
-    try:
-        with open(image, "rb") as file:
-            head = file.read(0x10000)
-    except OSError:
-        return []
-    if AMD64.marks(head):
-        at = int.from_bytes(head[0x20E:0x210], "little") + 0x200
-        return head[at : at + 256].split(b"\0", 1)[0].decode("ascii", "replace").split()
-    if ARM64.marks(head):
-        # It has no field for that; what it prints first (linux_banner) is in it as it is.
-        content = image.read_bytes()
-        at = content.find(_BANNER)
-        banner = content[at + len(_BANNER) :][:256] if at >= 0 else b""
-        return banner.split(b"\n", 1)[0].decode("ascii", "replace").split()
-    return []
 
 
 def _existing(path: str, option: str) -> Path:

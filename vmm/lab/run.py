@@ -289,6 +289,8 @@ class LabRun:
                     f"{self._emulators_words() or self._last_words()}"
                 )
             self._status = results.status
+            if self.job.share is not None:
+                self.job.share.take_back()
         return self._status
 
     def collect(self, name: str | Path) -> bytes:
@@ -303,6 +305,8 @@ class LabRun:
             os.close(self._process_fd)
         self._process_fd = -1
         shutil.rmtree(self.folder, ignore_errors=True)
+        if self.job.share is not None:
+            shutil.rmtree(self.job.share.scratch, ignore_errors=True)
 
     def _end(self) -> None:
         if self._process.poll() is None:

@@ -7,7 +7,7 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar
 
 from vmm.arch import architecture
 from vmm.control.console import Console
@@ -18,11 +18,19 @@ from vmm.core.events import Kind
 from vmm.core.ranges import PAGE_SIZE, Range
 from vmm.exits.outcome import STOPPED, Outcome
 from vmm.library.console import ConsoleTarget, Line
+from vmm.library.events import Events
 from vmm.machine.config import MachineConfig
 from vmm.machine.machine import Machine as RunningMachine
 from vmm.memory.guest_memory import GuestMemory, PageState
 from vmm.policy import Policy
-from vmm.policy.arguments import require_hooks
+
+if TYPE_CHECKING:
+    from vmm.conversion.events import EventFeed
+    from vmm.conversion.scheme import Scheme
+    from vmm.exits.own import ExitHandler
+    from vmm.machine.extensions import Extensions, OwnDevice
+    from vmm.machine.report_keys import Report
+    from vmm.memory.backing import Backing
 
 T = TypeVar("T")
 _LAST_SECONDS = 10.0
@@ -49,16 +57,33 @@ class Machine:
         *,
         policies: Sequence[Policy] = (),
         console: ConsoleTarget = None,
+        devices: Sequence[OwnDevice] = (),
+        exits: Sequence[ExitHandler] = (),
+        scheme: type[Scheme] | None = None,
+        backing: Callable[[int], Backing] | None = None,
     ) -> None:
         """`policies` are asked after those that `config` names. `console` gets what the guest
         prints: a function, which is called with bytes, a file, a descriptor, or "pty".
 
+        `devices`: instances of subclasses of PortDevice, PciDevice and VirtioDevice; `exits`: of
+        ExitHandler. `scheme`: a class in the place of the one that its `like` names, made with the
+        same arguments; `backing`: what makes the private side's backing, given its size in bytes,
+        `like` being "memfd" unless it says so.
+
         Raises UsageError for a configuration or a policy that is no good, HostError for an
         architecture that pyvmm doesn't know. Opens nothing of the host's.
         """
+        self.extensions: Extensions | None = None
+        if devices or exits or scheme is not None or backing is not None:
+            from vmm.machine.extensions import Extensions  # most machines have none
+
+            self.extensions = Extensions(devices, exits, scheme, backing)
+            config = self.extensions.as_ours(config)
         config.validate(architecture())
         if policies and config.private_memory is None:
             raise UsageError("policies need private_memory: an ordinary VM converts no pages")
+        if policies:
+            from vmm.policy.arguments import require_hooks  # takes as long as all the rest
         for policy in policies:
             if not isinstance(policy, Policy):
                 raise UsageError(f"{policy!r} is not an instance of a subclass of vmm.Policy")
@@ -76,6 +101,7 @@ class Machine:
         self._outcome: Outcome | None = None
         self._error: BaseException | None = None
         self._is_error_told = False
+        self._events: list[Events] = []
 
     # -- its life -----------------------------------------------------------------------------
 
@@ -148,8 +174,8 @@ class Machine:
         return self._bell is not None
 
     @property
-    def report(self) -> dict[str, Any]:
-        """What README lists under "The report". Raises NotRunning before the end."""
+    def report(self) -> Report:
+        """What the run did, as the command's --report has it. Raises NotRunning before the end."""
         if self._machine.report is None:
             raise NotRunning("there is a report when the guest has ended")
         return self._machine.report
@@ -165,6 +191,19 @@ class Machine:
     def resume(self) -> None:
         """It goes on. Raises NotRunning."""
         self._ask(lambda operations: operations.resume())
+
+    def events(self, capacity: int = 4096) -> Events:
+        """What happens from the start to the end, as an iterator of `Requested`, `Changed`, `Noted`
+        and `Lost`, for one reader, on any thread. The guest never waits for it.
+
+        To be called before `start`: a machine that nobody follows notes nothing. Raises UsageError
+        afterwards.
+        """
+        if self._thread.ident is not None:
+            raise UsageError("the machine has started: ask for its events before `start`")
+        events = Events(capacity)
+        self._events.append(events)
+        return events
 
     def status(self) -> Status:
         """The numbers of this moment. Raises NotRunning."""
@@ -235,6 +274,14 @@ class Machine:
 
     # -- vmm.machine.machine.Embedding, on the machine's thread -------------------------------
 
+    @property
+    def follow(self) -> Callable[[EventFeed], None] | None:
+        return self._follow if self._events else None
+
+    def _follow(self, feed: EventFeed) -> None:
+        for events in self._events:
+            events.follow(feed)
+
     def make_console(self, on_quit: Callable[[], None]) -> Console:
         return self._line.connect(on_quit)
 
@@ -270,6 +317,8 @@ class Machine:
             with self._bell_lock:
                 bell, self._bell = self._bell, None
             self._serve()  # those who still wait for an answer
+            for events in self._events:
+                events.end()
             if bell is not None:
                 os.close(bell)
             self._started.set()

@@ -9,7 +9,7 @@ from vmm.conversion.matrix import BACKINGS, FOR_LINUX, LOADABLE, backings_of
 from vmm.core.errors import UsageError
 from vmm.core.lean_typing import TYPE_CHECKING, NamedTuple, Protocol
 from vmm.core.ranges import PAGE_SIZE
-from vmm.core.suboptions import byte_size, size_text
+from vmm.core.suboptions import byte_size, size_text, unit_hint
 
 if TYPE_CHECKING:
     from vmm.arch.options import GuestOptions
@@ -17,10 +17,13 @@ if TYPE_CHECKING:
 _FOR_PEOPLE = {"aarch64": "arm64"}
 SMALLEST_MEMORY = 4 << 20
 MAX_CPUS = 64
+KNOWN_SCHEMES = ("auto", *matrix.SCHEMES)
+KNOWN_BACKINGS = (None, "auto", *BACKINGS)
+SANDBOXES = ("auto", "on", "off")
 
 
 def parse_size(text: str) -> int:
-    """A memory size in bytes: a number with K, M, G or T, without a unit in MiB.
+    """A memory size in bytes: a number with K, M, G or T, or of bytes.
 
     Raises UsageError for anything else.
     """
@@ -51,7 +54,8 @@ class Limits(Protocol):
 
 
 class MachineConfig(NamedTuple):
-    """One run. Sizes are bytes; None is "not given"."""
+    """One run: what the command's options say (`pyvmm --help`). Sizes are bytes; None is "not
+    given"."""
 
     kernel: str | None = None
     initrd: str | None = None
@@ -80,14 +84,33 @@ class MachineConfig(NamedTuple):
     control: str | None = None
     memory_file: str | None = None
     """A folder in which guest memory is to be a file."""
+    devices: tuple[str, ...] = ()
+    """The user's own devices, as --device names them: SPEC[,NAME=VALUE...]."""
+    exit_handlers: tuple[str, ...] = ()
+    paused: bool = False
+    """Whether the guest waits for a resume before its first instruction."""
     gdb: str | None = None
     """Where a debugger connects: a TCP port's number on the loopback address, or a path for a Unix
     socket. The guest stands still until one has it go on."""
     gdb_sees_private: bool = False
     """Whether a debugger may touch private pages, which only a rehearsal can allow."""
+    root: str | None = None
+    """Where the root file system is: "" on the first disk, "part=N", or "UUID=..." and the like on
+    any (`vmm.core.root_disk`). Without an initrd the guest gets one that mounts it."""
+    execute: str | None = None
+    """A command that the guest runs instead of its init, for a shell; see vmm.machine.execution."""
+    share: str | None = None
+    """DIR[,size=SIZE]: a folder that the command finds and changes."""
     core_dumps: bool = True
     """False: once guest memory is there, the process forbids core dumps of itself and debuggers
     of its own user. The command asks for that with private memory, unless it is told not to."""
+
+    sandbox: str = "off"
+    """What the process gives up before the guest runs: "auto" (what the kernel can take away),
+    "on" (all of it, or the run is refused), "off". The command says "auto"; a program that a
+    machine is a part of keeps its rights."""
+    allowed_paths: tuple[str, ...] = ()
+    """Files and folders that stay within reach in the sandbox, to read and write."""
 
     def guest_options(self) -> GuestOptions:
         """What the guest's architecture has to know of it."""
@@ -101,14 +124,31 @@ class MachineConfig(NamedTuple):
             iommu=self.iommu,
         )
 
+    def as_ours(self) -> MachineConfig:
+        """With pyvmm's names in the place of a scheme's and a backing's that are the user's own:
+        of those that they are like. Raises UsageError for one that can't be imported."""
+        if self.scheme in KNOWN_SCHEMES and self.private_memory in KNOWN_BACKINGS:
+            return self
+        from vmm.machine.extensions import as_ours  # most runs have only pyvmm's
+
+        return as_ours(self)
+
     def validate(self, limits: Limits) -> None:
         """Raises UsageError with the value and the remedy."""
-        if self.memory % PAGE_SIZE:
-            raise UsageError(f"--mem {self.memory} bytes is not a multiple of {PAGE_SIZE}")
+        ours = self.as_ours()
+        if ours is not self:
+            ours.validate(limits)
+            return
         if not SMALLEST_MEMORY <= self.memory <= limits.largest_memory:
             raise UsageError(
                 f"--mem {size_text(self.memory)} is out of range; "
                 f"use {SMALLEST_MEMORY >> 20}M to {limits.largest_memory >> 30}G"
+                f"{unit_hint(self.memory)}"
+            )
+        if self.memory % PAGE_SIZE:
+            raise UsageError(
+                f"--mem {self.memory} bytes is not a multiple of {PAGE_SIZE}; write "
+                f"{size_text(-(-self.memory // PAGE_SIZE) * PAGE_SIZE)}"
             )
         if not 1 <= self.cpus <= MAX_CPUS:
             raise UsageError(f"--cpus {self.cpus} is out of range; use 1 to {MAX_CPUS}")
@@ -119,15 +159,23 @@ class MachineConfig(NamedTuple):
             raise UsageError("--initrd needs --kernel: the embedded payload takes no initrd")
         if self.append and self.kernel is None:
             raise UsageError("--append needs --kernel: the embedded payload has no command line")
+        self._validate_boot()
         if self.policies and self.private_memory is None:
             raise UsageError("--policy needs --private-mem: an ordinary VM converts no pages")
         if self.debug_shell and not self.policies:
             raise UsageError("--debug-shell needs --policy: it opens where a policy raises")
         self._validate_private_memory(limits)
+        self._validate_sandbox()
         if self.gdb is not None or self.gdb_sees_private:
             self._validate_gdb(limits)
         if self.iommu:
             self._validate_iommu(limits)
+
+    def _validate_sandbox(self) -> None:
+        if self.sandbox not in SANDBOXES:
+            raise UsageError(f"--sandbox={self.sandbox} is unknown; use {', '.join(SANDBOXES)}")
+        if self.allowed_paths and self.sandbox == "off":
+            raise UsageError("--allow-path: nothing is out of reach with --sandbox=off")
 
     def _validate_gdb(self, limits: Limits) -> None:
         from vmm.control.gdb.server import port_of
@@ -139,6 +187,16 @@ class MachineConfig(NamedTuple):
             raise UsageError("--gdb-sees-private needs --private-mem: nothing is private without")
         if limits.name != "x86_64":
             raise UsageError("--gdb: only x86-64 guests can be debugged so far; run without it")
+
+    def _validate_boot(self) -> None:
+        """A root disk and a command are for kernels."""
+        for option, value in (("--root", self.root), ("--exec", self.execute)):
+            if value is not None and self.kernel is None:
+                raise UsageError(f"{option} needs --kernel: the embedded payload is all there is")
+        if self.share is not None and self.execute is None:
+            raise UsageError(
+                "--share needs --exec: the folder is brought back when the command has ended"
+            )
 
     def _validate_iommu(self, limits: Limits) -> None:
         if limits.name != "x86_64":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import cast
 
 from kvm_bindings.exits import DebugExit
 from vmm.control.gdb.server import GdbServer, told_where
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from vmm.arch.protocol import Architecture
     from vmm.exits.handlers import Table
     from vmm.machine.guest_vm import GuestVm
+    from vmm.machine.report_keys import Debugging
     from vmm.memory.debugging import Announce
 
 
@@ -76,7 +78,7 @@ class Debugger:
             self._target.close()
             self._target = None
 
-    def as_dict(self) -> dict[str, object]:
+    def as_dict(self) -> Debugging:
         """For the report."""
         assert self._target is not None
-        return self._target.as_dict()
+        return cast("Debugging", self._target.as_dict())

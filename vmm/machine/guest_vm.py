@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vmm.arch.protocol import Architecture, Guest
     from vmm.conversion.schemes.remap import Parking
     from vmm.host.choice import Chosen
+    from vmm.machine.extensions import Extensions
 
 
 class GuestVm:
@@ -32,17 +33,20 @@ class GuestVm:
         guest: Guest,
         parked: Parking,
         cleanup: ExitStack,
+        own: Extensions | None = None,
     ) -> None:
         """Opens and creates all of it, except that memslots are under way still
         (`finish_memslots`); `cleanup` closes it again, also after a failure.
 
-        `parked` holds the vCPUs, for schemes that need it. Raises HostError, OSError.
+        `parked` holds the vCPUs, for schemes that need it. `own`: with a scheme or a backing of the
+        user's, in the place of those that the configuration names. Raises HostError, OSError.
         """
         self._architecture = architecture
         self._config = config
         self._guest = guest
         self._parked = parked
         self._cleanup = cleanup
+        self._own = own
         self.is_private = config.private_memory is not None
         self._create_vm()
         self._lay_out_memory()
@@ -93,6 +97,7 @@ class GuestVm:
                 self.ram[-1].end,
                 two_addresses=guest.two_addresses,
                 host_loads=guest.host_loads_private,
+                own_backing=None if self._own is None else self._own.make_backing,
             ),
         )
 
@@ -109,6 +114,7 @@ class GuestVm:
                 chosen.scheme,
                 lambda: self._architecture.private_bit(self.system, size),
                 self._parked,
+                None if self._own is None or self._own.scheme is None else self._own.make_scheme,
             )
             backing = chosen.backing
             private = self._guest.private_ranges(self.ram)

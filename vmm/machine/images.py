@@ -15,10 +15,14 @@ if TYPE_CHECKING:
 
 
 class OpenedImages:
-    """A kernel on its way to be uncompressed, and its initrd; both None for the payload."""
+    """A kernel on its way to be uncompressed, and its initrd; both None for the payload.
+
+    `config` is the given one, with what the files say of the guest's command line.
+    """
 
     def __init__(self, architecture: Architecture, config: MachineConfig) -> None:
         """Raises ImageError (a UsageError) for what can be told from the files' headers."""
+        self.config = config
         self.kernel: OpenedKernel | None = None
         self.initrd: Source | None = None
         if config.kernel is None:
@@ -26,9 +30,15 @@ class OpenedImages:
         from vmm.boot.source import open_source  # not on the payload's start-up path
 
         try:
-            if config.initrd is not None:
-                self.initrd = open_source(config.initrd, "initrd")
-            self.kernel = architecture.open_kernel(config.kernel)
+            if config.root is None and config.execute is None:
+                if config.initrd is not None:
+                    self.initrd = open_source(config.initrd, "initrd")
+                self.kernel = architecture.open_kernel(config.kernel)
+            else:
+                from vmm.machine.own_init import complete  # most runs bring all they need
+
+                self.kernel = architecture.open_kernel(config.kernel)
+                self.config, self.initrd = complete(config, architecture.name)
         except BaseException:
             self.close()
             raise

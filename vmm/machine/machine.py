@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 import time
 from contextlib import ExitStack
 from functools import partial
@@ -11,10 +13,14 @@ from vmm.arch import architecture
 from vmm.control.live import live_view
 from vmm.control.operations import Operations
 from vmm.control.signals import SignalReactions
+from vmm.core import own_code
 from vmm.core.errors import HostError, UsageError, in_words, tell
 from vmm.core.event_loop import EventLoop
-from vmm.core.lean_typing import TYPE_CHECKING, Any, Protocol
+from vmm.core.lean_typing import TYPE_CHECKING, Protocol
+from vmm.core.own_code import ExtensionError
 from vmm.exits.outcome import (
+    EXTENSION_ERROR,
+    FAILED,
     KILLED,
     PANIC,
     POLICY_ERROR,
@@ -27,7 +33,7 @@ from vmm.exits.outcome import (
 from vmm.exits.run_loop import install_kick_handler
 from vmm.exits.stragglers import Stragglers
 from vmm.exits.vcpu_group import VcpuGroup
-from vmm.machine.config import MachineConfig
+from vmm.machine.config import KNOWN_BACKINGS, KNOWN_SCHEMES, MachineConfig
 from vmm.machine.guest_vm import GuestVm
 from vmm.machine.images import OpenedImages
 from vmm.machine.peripherals import open_devices
@@ -43,14 +49,23 @@ if TYPE_CHECKING:
     from vmm.control.console import Console
     from vmm.control.control_socket import ControlSocket
     from vmm.control.status_line import StatusLine
+    from vmm.conversion.events import EventFeed
     from vmm.conversion.lending import Lender
+    from vmm.conversion.observer import ConversionObserver
+    from vmm.core.unix_listener import UnixListener
+    from vmm.devices.virtio.device import DeviceObserver
     from vmm.devices.virtio.iommu import VirtioIommu
     from vmm.machine.debugger import Debugger
+    from vmm.machine.execution import Execution
+    from vmm.machine.extensions import Extensions
     from vmm.machine.memory_file import MemoryFile
+    from vmm.machine.report_keys import Report
     from vmm.machine.tracing import RunTrace
     from vmm.memory.aliased_memory import Announce
+    from vmm.sandbox.enter import Sandbox
 
 _PANIC_TEXT = b"Kernel panic - not syncing"
+_INIT_FAILED_TEXT = b"pyvmm-init: failed: "  # firmware/init/init.c
 _REBOOT_TEXT = b"reboot: Restarting system"
 
 _LAST_OUTPUT_SECONDS = 1.0
@@ -63,6 +78,12 @@ class Embedding(Protocol):
     """What a program does with a machine that is a part of it (vmm.library)."""
 
     policies: Sequence[Policy]
+    extensions: Extensions | None
+    """What is the program's own in the machine, besides policies."""
+
+    @property
+    def follow(self) -> Callable[[EventFeed], None] | None:
+        """What follows the machine's events, if anything does."""
 
     def make_console(self, on_quit: Callable[[], None]) -> Console:
         """What the guest's serial line is connected to."""
@@ -86,7 +107,8 @@ class Machine:
         the machine's: its signals, and standard input and output as the console. Raises HostError
         for a machine of an architecture that pyvmm doesn't know."""
         self._architecture = architecture() if arch is None else arch
-        self._config = config
+        self._own = _extensions(config, embedding)
+        self._config = config.as_ours() if self._own is None else self._own.as_ours(config)
         self._images = images
         self._embedding = embedding
         self._cleanup = ExitStack()
@@ -96,7 +118,8 @@ class Machine:
         self._unshared: set[str] = set()
         self._vcpus = VcpuGroup()
         self._abandoned = False
-        self.report: dict[str, Any] | None = None
+        self._sandbox: Sandbox | None = None
+        self.report: Report | None = None
         """The report, once the run is over."""
 
     # -- the life of a run --------------------------------------------------------------------
@@ -112,23 +135,37 @@ class Machine:
             try:
                 self._set_up_vm()
                 self._load_guest()
+            except ExtensionError as error:
+                self._own_code_failed(error)
+                raise
             except OSError as error:  # KvmError is one
                 raise HostError(in_words(error)) from error
             if self._report_file is not None:
                 self._report_file.begin()
+            if self._memory_file is not None:
+                memory, bit = self._vm.memory, self._vm.scheme.shared_alias
+                served = self._memory_file.served(memory, bit, self._watcher, self._loop, self.stop)
+                self._cleanup.enter_context(served)
+            self._enter_sandbox()
             outcome = None
             try:
                 outcome = self._refusal_to_boot() or self._run_guest()
+                if self._execution is not None:
+                    outcome = self._execution.outcome(outcome)
                 if not self._abandoned:  # else a policy may be at work still
                     end = End(outcome.exit, outcome.reason)
                     self._converter.hooks.exit(end, self._converter.view)
-            except PolicyError as error:
-                outcome = outcome or Outcome(POLICY_ERROR, str(error))
-                self._policy_failed(error)
+            except (PolicyError, ExtensionError) as error:
+                word = POLICY_ERROR if isinstance(error, PolicyError) else EXTENSION_ERROR
+                outcome = outcome or Outcome(word, str(error))
+                self._own_code_failed(error)
                 raise
             finally:
                 if outcome is not None:
                     self._write_report(outcome, time.monotonic() - started)
+            if self._execution is not None:
+                self._execution.tell_console(outcome, self._console.tail())
+                self._execution.take_share()
         return outcome
 
     def _open_inputs(self) -> None:
@@ -136,12 +173,22 @@ class Machine:
         config = self._config
         images = self._images or OpenedImages(self._architecture, config)
         self._cleanup.callback(images.close)
+        config = self._config = images.config
         self._guest = self._make_guest(images)
         self._cleanup.callback(self._guest.close)
         self._policies = _load_policies(config)
         if self._embedding is not None:
             self._policies += self._embedding.policies
-        self._virtio = open_devices(config, self._cleanup)
+        self._execution: Execution | None = None
+        if config.execute is not None:
+            from vmm.machine.execution import Execution
+
+            self._execution = Execution(config.execute, config.share)
+            self._cleanup.callback(self._execution.close)
+            self._execution.connect(self.stop)
+        self._virtio = open_devices(config, self._cleanup, self._execution)
+        if self._own is not None:
+            self._own.join(self._virtio, config, self._cleanup)
         self._trace = None if config.trace is None else _open_trace(config.trace, config)
         if self._trace is not None:
             self._cleanup.callback(self._trace.close)
@@ -173,6 +220,64 @@ class Machine:
         self._report_file = None if config.report is None else ReportFile(config.report)
         if self._report_file is not None:
             self._cleanup.callback(self._report_file.close)
+        if config.sandbox != "off":
+            self._leave_somebody_outside()
+
+    def _leave_somebody_outside(self) -> None:
+        """What the run has to do with paths at its end is for a process that keeps its rights."""
+        if self._config.allowed_paths:
+            from vmm.sandbox.enter import require_paths
+
+            require_paths(self._config.allowed_paths)
+        # Not imported where nothing listens.
+        sockets = sys.modules.get("vmm.core.unix_listener")
+        listeners: list[UnixListener] = [] if sockets is None else sockets.listening()
+        report = self._report_file
+        replaced = report if report is not None and report.is_replaced else None
+        shared = None if self._execution is None else self._execution.shared
+        mounted = self._memory_file
+        if replaced is None and shared is None and mounted is None and not listeners:
+            return
+        from vmm.sandbox.outside import Outside
+
+        def last() -> None:
+            for listener in listeners:
+                listener.remove()
+            if mounted is not None:
+                mounted.leave()
+
+        tasks: list[Callable[[bytes], None]] = []
+        keeps = [listener.fd for listener in listeners]
+        if replaced is not None:
+            tasks.append(replaced.replace)
+        if shared is not None:
+            tasks.append(lambda _: shared.take_back())
+            keeps.append(shared.archive.fileno())
+        outside = Outside(tasks, last, keeps)
+        self._cleanup.callback(outside.close)
+        if replaced is not None:
+            replaced.through = partial(outside.do, 0)
+        if shared is not None:
+            shared.through = partial(outside.do, len(tasks) - 1)
+
+    def _enter_sandbox(self) -> None:
+        """Everything is open: give up what the run doesn't need any more."""
+        config = self._config
+        if config.sandbox == "off":
+            return
+        from vmm.sandbox.enter import enter, enter_vcpu, kept_descriptors
+
+        self._sandbox = enter(
+            config.sandbox,
+            kept=kept_descriptors(),
+            output=self._console.output_fd,
+            folders=() if config.trace is None else (config.trace,),
+            paths=config.allowed_paths,
+            maps=config.allow_mapped_io,
+            connects=config.vsock is not None,
+        )
+        if self._sandbox.seccomp:
+            self._vcpus.at_start = enter_vcpu
 
     def _make_guest(self, images: OpenedImages) -> Guest:
         options = self._config.guest_options()
@@ -189,6 +294,7 @@ class Machine:
                 self._guest,
                 self._vcpus.parked,
                 self._cleanup,
+                self._own,
             )
             if not self._vm.memory.told:
                 self._require_fitting()
@@ -221,18 +327,32 @@ class Machine:
         from vmm.conversion.transaction import Converter
         from vmm.wiring.devices import Devices
 
+        if self._config.sandbox != "off":
+            import vmm.sandbox.enter  # noqa: F401 -- for `_enter_sandbox`
+
         trace = self._trace
         self._loop = EventLoop()
         self._cleanup.callback(self._loop.close)
         make_console = Console if self._embedding is None else self._embedding.make_console
+        if self._execution is not None:
+            make_console = self._execution.make_console
         self._console = make_console(on_quit=lambda: self.stop(Outcome(QUIT, "Ctrl-A x")))
         self._cleanup.callback(self._console.close)
+        observer: ConversionObserver | None = None if trace is None else trace.conversions
+        self._events: EventFeed | None = None
+        follow = None if self._embedding is None else self._embedding.follow
+        if self._control is not None or follow is not None:
+            from vmm.conversion.events import EventFeed  # nobody follows most runs
+
+            observer = self._events = EventFeed(observer)
+            if follow is not None:
+                follow(self._events)
         self._converter = Converter(
             self._vm.memory,
             self._vm.scheme,
             *self._policies,
             wake_at=lambda due: self._loop.set_timer(due, self._converter.settle),
-            observer=None if trace is None else trace.conversions,
+            observer=observer,
         )
         iommu = self._make_lender() if self._config.iommu else None
         self._devices = Devices(
@@ -246,10 +366,9 @@ class Machine:
             power_off=lambda: self.stop(Outcome(POWEROFF)),
             reset=self._guest_reset,
             watch=self._watcher,
-            observer_of=(lambda device: None)
-            if trace is None
-            else partial(trace.device, shared_bit=self._vm.scheme.shared_alias),
+            observer_of=self._device_observer,
             iommu=iommu,
+            own=None if self._own is None else self._own.plain,
         )
         self._cleanup.callback(self._devices.close)
         if not self._vm.memory.told:
@@ -258,11 +377,26 @@ class Machine:
         self._handlers = self._vm.platform.exit_handlers(
             self._devices.board, self._vm.memory, self._converter, self.stop
         )
+        if self._own is not None and self._own.exits:
+            from vmm.exits.own import with_own
+
+            self._handlers.table = with_own(self._handlers.table, self._own.exits)
         if self._debugger is not None:
             watch, table = self._watcher("gdb"), self._handlers.table
             self._debugger.connect(self._architecture, self._vm, self._vcpus, watch, table)
         if trace is not None:
             self._handlers.table = trace.exits(self._handlers.table)
+
+    def _device_observer(self, device: str) -> DeviceObserver | None:
+        """Who is told of what a device does, if anybody is."""
+        observer: DeviceObserver | None = None
+        if self._trace is not None:
+            observer = self._trace.device(device, shared_bit=self._vm.scheme.shared_alias)
+        if self._events is not None:
+            from vmm.wiring.device_events import DeviceEvents
+
+            observer = DeviceEvents(self._events, device, observer)
+        return observer
 
     def _make_lender(self) -> VirtioIommu:
         """Give the virtual IOMMU what it lends the guest's memory by."""
@@ -297,7 +431,10 @@ class Machine:
         """Memory contents by pwrite and fd-to-fd transfer, then registers."""
         launch = LaunchMemory(self._vm.memory)
         platform = self._vm.platform
-        platform.load(launch, self._vm.ram, self._vm.scheme.alias, list(self._virtio))
+        functions = list(self._virtio)
+        if self._own is not None:
+            functions += self._own.functions
+        platform.load(launch, self._vm.ram, self._vm.scheme.alias, functions)
         launch.seal()
         if not self._guest.loads_itself:
             self._guest.close()  # the kernel's bytes are in guest memory now
@@ -324,7 +461,7 @@ class Machine:
             press_power_button=self._press_power_button,
             suspend=self._console.suspend,
             continued=self._continued,
-            is_stuck=lambda: self._converter.hooks.is_this_thread_in_one,
+            is_stuck=self._is_in_own_code,
         )
         operations = Operations(
             self._vm.memory,
@@ -334,6 +471,7 @@ class Machine:
             self._loop,
             self.stop,
             None if self._lender is None else self._lender.as_dict,
+            self._events,
         )
         alone = self._embedding is None
         if alone:
@@ -343,20 +481,12 @@ class Machine:
             live.enter_context(
                 live_view(self._loop, operations, self._status_line, self._control, signals=alone)
             )
-            if self._memory_file is not None:
-                live.enter_context(
-                    self._memory_file.served(
-                        self._vm.memory,
-                        self._vm.scheme.shared_alias,
-                        self._watcher,
-                        self._loop,
-                        self.stop,
-                    )
-                )
             if self._debugger is not None:
                 live.enter_context(self._debugger.serving(self._loop, self.stop))
             try:
                 self._console.attach(self._loop, self._devices.board.serial)
+                if self._config.paused:
+                    operations.pause()
                 self._vcpus.start()
                 if self._devices.board.coalesces_output:
                     Stragglers(self._vcpus.runners[0], self._loop.set_timer).look()
@@ -371,6 +501,9 @@ class Machine:
                 self.stop(Outcome(STOPPED, "the device loop failed"))
                 operations.resume()  # no vCPU enters the guest, but one may wait for a device
                 self._end_vcpus()
+                if self._events is not None:
+                    ended = self._outcomes[0]
+                    self._events.note("ended", exit=ended.exit, reason=ended.reason)
                 if self._debugger is not None:
                     self._debugger.ended(self._outcomes[0])
                 self._console.restore()
@@ -404,11 +537,13 @@ class Machine:
         self._cleanup.pop_all()
         waiting_for = self._converter.undecided
         what = f"{whom} has not ended"
+        if waiting_for is None and self._own is not None:
+            waiting_for = own_code.waiting_for()
         if waiting_for is not None:
             what = f"{waiting_for} has not returned"
         tell(f"{what}; pyvmm ends without it")
 
-    def _policy_failed(self, error: PolicyError) -> None:
+    def _own_code_failed(self, error: PolicyError | ExtensionError) -> None:
         """No vCPU runs and the terminal is the user's again; memory is still there to look at."""
         if self._embedding is not None:
             return  # the program gets the error itself
@@ -416,6 +551,11 @@ class Machine:
 
         self._signals.close()  # Ctrl-C is the prompt's
         show(error, prompt=self._config.debug_shell)
+        if self._sandbox is not None and isinstance(error.__cause__, PermissionError):
+            tell(
+                "policies are in the sandbox: --allow-path PATH gives a file or folder back, "
+                "--sandbox=off everything"
+            )
 
     def _write_report(self, outcome: Outcome, wall_seconds: float) -> None:
         counts: dict[str, int] = {}
@@ -440,6 +580,13 @@ class Machine:
         )
         if self._guest.launch is not None:
             self.report["launch"] = self._guest.launch
+        if self._config.sandbox != "off":
+            kept = self._sandbox
+            self.report["sandbox"] = kept and {
+                "seccomp": kept.seccomp,
+                "landlock": kept.landlock,
+                "paths": list(kept.paths),
+            }
         if self._lender is not None:
             self.report["iommu"] = self._lender.as_dict()
         if self._memory_file is not None:
@@ -466,6 +613,8 @@ class Machine:
 
     def _press_power_button(self) -> bool:
         stands_still = self._vcpus.paused or self._vcpus.frozen
+        if self._execution is not None:
+            return not stands_still and self._execution.signal(signal.SIGTERM)
         return not stands_still and self._devices.board.press_power_button()
 
     def _continued(self) -> None:
@@ -476,8 +625,25 @@ class Machine:
     def _end(self, reason: str) -> None:
         """Somebody asked for the end by a signal; called in its handler, or later."""
         self.stop(Outcome(STOPPED, reason))
-        if self._converter.hooks.is_this_thread_in_one:
+        if self._is_in_own_code():
             raise BrokenOff  # else a hook that never returns would keep the run going
+
+    def _is_in_own_code(self) -> bool:
+        """Whether this thread is in a policy's hook, or in other code of the user's."""
+        return self._converter.hooks.is_this_thread_in_one or (
+            self._own is not None and own_code.is_this_thread_in_one()
+        )
+
+
+def _extensions(config: MachineConfig, embedding: Embedding | None) -> Extensions | None:
+    """What is the user's own in a machine, besides policies; None where nothing is."""
+    given = None if embedding is None else embedding.extensions
+    named = config.devices or config.exit_handlers
+    if not named and config.scheme in KNOWN_SCHEMES and config.private_memory in KNOWN_BACKINGS:
+        return given
+    from vmm.machine.extensions import named_extensions
+
+    return named_extensions(config, given)
 
 
 def _load_policies(config: MachineConfig) -> list[Policy]:
@@ -496,6 +662,10 @@ def _open_trace(path: str, config: MachineConfig) -> RunTrace:
 
 def reset_outcome(tail: bytes) -> Outcome:
     """What a reset means after the console output `tail`: a panic, or the guest's wish."""
+    start = tail.rfind(_INIT_FAILED_TEXT)
+    if start >= 0:
+        line = tail[start + len(_INIT_FAILED_TEXT) : start + 300].splitlines()[0]
+        return Outcome(FAILED, line.decode("utf-8", "replace"))
     start = tail.rfind(_PANIC_TEXT)
     # An orderly reboot says so, however a panic got on the screen before.
     if start < 0 or _REBOOT_TEXT in tail[start:]:

@@ -7,13 +7,14 @@ from contextlib import contextmanager
 
 from vmm.control.memory_file.place import Place
 from vmm.core.event_loop import EventLoop
-from vmm.core.lean_typing import TYPE_CHECKING
+from vmm.core.lean_typing import TYPE_CHECKING, cast
 from vmm.exits.outcome import KILLED, Outcome
 from vmm.policy import PolicyKill
 
 if TYPE_CHECKING:
     from vmm.control.memory_file.guest_file import Announce
     from vmm.control.memory_file.mount import MemoryMount
+    from vmm.machine.report_keys import FileUse
     from vmm.memory.guest_memory import GuestMemory
 
 
@@ -34,8 +35,8 @@ class MemoryFile:
         loop: EventLoop,
         stop: Callable[[Outcome], None],
     ) -> Iterator[None]:
-        """Within the block the file is there; while it runs, the guest's vCPUs start. Raises
-        HostError where it can't be mounted."""
+        """Within the block the file is there, from before a sandbox, which has no mount(2), to the
+        end. Raises HostError where it can't be mounted."""
         from vmm.control.memory_file.guest_file import GuestFile
         from vmm.control.memory_file.mount import MemoryMount
 
@@ -60,11 +61,16 @@ class MemoryFile:
             memory.on_change = None
             self._mount.close()
 
+    def leave(self) -> None:
+        """Unmount, and take the folder away; by a process that may."""
+        self._place.leave(mounted=True)
+
     def close(self) -> None:
         """Any number of times."""
         if self._mount is None:
             self._place.leave(mounted=False)
 
-    def as_dict(self) -> dict[str, object]:
-        """For the report; empty where it was never mounted."""
-        return {} if self._mount is None else self._mount.as_dict()
+    def as_dict(self) -> FileUse:
+        """For the report, of what has been mounted."""
+        assert self._mount is not None
+        return cast("FileUse", self._mount.as_dict())

@@ -11,6 +11,7 @@ from vmm.machine.config import MachineConfig
 
 if TYPE_CHECKING:
     from vmm.devices.virtio.device import VirtioDevice
+    from vmm.machine.execution import Execution
 
 MOST_DEVICES = 31
 """PCI slots of bus 0 besides the host bridge's."""
@@ -21,6 +22,7 @@ def device_names(config: MachineConfig) -> list[str]:
     single = {
         "vsock": config.vsock is not None,
         "console": bool(config.consoles),
+        "exec": config.execute is not None,
         "rng": config.rng,
         "balloon": config.balloon is not None,
         "iommu": config.iommu,
@@ -30,7 +32,9 @@ def device_names(config: MachineConfig) -> list[str]:
     return several + [name for name, is_there in single.items() if is_there]
 
 
-def open_devices(config: MachineConfig, owner: ExitStack) -> dict[str, VirtioDevice]:
+def open_devices(
+    config: MachineConfig, owner: ExitStack, execution: Execution | None = None
+) -> dict[str, VirtioDevice]:
     """The devices by their names in the report, in the order of their PCI slots: disks first.
 
     `owner` closes what was opened. Raises UsageError and HostError. Only what is used is
@@ -67,6 +71,8 @@ def open_devices(config: MachineConfig, owner: ExitStack) -> dict[str, VirtioDev
         from vmm.devices.virtio.console_backend import open_console
 
         add("console", open_console(config.consoles))
+    if execution is not None:
+        add("exec", execution.device)
     if config.rng:
         from vmm.devices.virtio.rng import VirtioRng
 
@@ -79,9 +85,14 @@ def open_devices(config: MachineConfig, owner: ExitStack) -> dict[str, VirtioDev
         from vmm.devices.virtio.iommu import VirtioIommu
 
         add("iommu", VirtioIommu())
-    if len(devices) > MOST_DEVICES:
+    require_slots(len(devices))
+    return devices
+
+
+def require_slots(count: int) -> None:
+    """Raise UsageError for more devices than there are PCI slots."""
+    if count > MOST_DEVICES:
         raise UsageError(
-            f"{len(devices)} virtio devices are asked for; PCI bus 0 has slots for {MOST_DEVICES}, "
+            f"{count} virtio devices are asked for; PCI bus 0 has slots for {MOST_DEVICES}, "
             "use fewer --disk and --net"
         )
-    return devices

@@ -4,16 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable
 
 from vmm.conversion.accounting import Accounting, Refinements
 from vmm.conversion.matrix import TO_SHARE
 from vmm.core.errors import OutputError, tell
-from vmm.core.lean_typing import Any
+from vmm.core.lean_typing import TYPE_CHECKING, Any, cast
 from vmm.core.output import Output
 from vmm.core.ranges import NOWHERE, Range
 from vmm.exits.outcome import Outcome
 from vmm.memory.backing import Backing
 from vmm.memory.guest_memory import GuestMemory, PageState
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from vmm.machine.report_keys import (
+        Conversions,
+        DeviceCounts,
+        Observed,
+        Pages,
+        Report,
+        Residency,
+    )
+    from vmm.machine.report_keys import Refinements as Refined
 
 KERNEL_ENFORCED = (
     "kernel-enforced: the host's kernel refuses every host access to private pages ({how}); "
@@ -68,25 +82,29 @@ def _shared_access(memory: GuestMemory, io: dict[str, dict[str, Any]]) -> str:
     return words
 
 
-def _pages(memory: GuestMemory) -> dict[str, Any]:
+def _pages(memory: GuestMemory) -> Pages:
     """RAM by state; under a scheme that doesn't tell, what trying some pages has shown."""
     if memory.told:
-        return {
+        pages: Pages = {
             "ram_bytes": memory.ram_bytes,
             "private_bytes": memory.bytes_in(PageState.PRIVATE),
             "shared_bytes": memory.bytes_in(PageState.SHARED),
             "deferred_bytes": memory.bytes_in(PageState.DEFERRED),
             "common_bytes": memory.common.size,
-            **({"lent_bytes": lent} if (lent := memory.bytes_in(PageState.LENT)) else {}),
         }
+        if lent := memory.bytes_in(PageState.LENT):
+            pages["lent_bytes"] = lent
+        return pages
     from vmm.memory.observed_memory import ObservedMemory
 
     assert isinstance(memory, ObservedMemory)
     return {
         "ram_bytes": memory.ram_bytes,
-        **dict.fromkeys(("private_bytes", "shared_bytes", "deferred_bytes")),
+        "private_bytes": None,
+        "shared_bytes": None,
+        "deferred_bytes": None,
         "common_bytes": 0,
-        "observed": memory.observe()._asdict(),
+        "observed": cast("Observed", memory.observe()._asdict()),
     }
 
 
@@ -103,8 +121,8 @@ def build_report(
     exits: dict[str, int],
     ports: dict[int, int],
     wall_seconds: float,
-) -> dict[str, Any]:
-    """The report as JSON-ready data; keys as the README lists them."""
+) -> Report:
+    """The report as JSON-ready data; keys as vmm/docs/reference/report.md lists them."""
     residency = memory.accounted()  # first: to look at pages makes some
     told = memory.told
     if told:
@@ -126,11 +144,11 @@ def build_report(
         "isolation": isolation_of(private, memory.common, scheme),
         "states": TOLD if told else OBSERVED,
         "guest": {"exit": outcome.exit, "reason": outcome.reason},
-        "conversions": accounting.as_dict() if told else None,
+        "conversions": cast("Conversions", accounting.as_dict()) if told else None,
         "pages": _pages(memory),
-        "refinements": refinements.as_dict() if told else None,
-        "residency": residency,
-        "io": io,
+        "refinements": cast("Refined", refinements.as_dict()) if told else None,
+        "residency": cast("Residency", residency),
+        "io": cast("dict[str, DeviceCounts]", io),
         "exits": dict(sorted(exits.items(), key=lambda item: -item[1])),
         "io_ports": {
             f"{port:#x}": count for port, count in sorted(ports.items(), key=lambda i: -i[1])[:20]
@@ -156,6 +174,13 @@ class ReportFile:
         """Raises UsageError when `path` can't be written."""
         self._output = Output(f"--report {path}", path)
         self._former: str | None = None
+        self.through: Callable[[bytes], None] | None = None
+        """What has `replace` done in another process; raises OutputError."""
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether the file is replaced at the end, and not written in place."""
+        return self._output.file is not None
 
     def begin(self) -> None:
         """A guest is about to run: move an earlier report aside, to FILE.old or the like."""
@@ -177,20 +202,28 @@ class ReportFile:
             self._former = former
             return
 
-    def write(self, report: dict[str, Any]) -> None:
+    def write(self, report: Mapping[str, object]) -> None:
         """Write the file whole. Where that fails the user is told, and the run is what it was."""
         import json  # a run ends with it; its start does not wait for it
 
+        text = (json.dumps(report, indent=2) + "\n").encode()
+        message = os.fsencode(self._former or "") + b"\0" + text
         try:
-            self._output.write((json.dumps(report, indent=2) + "\n").encode())
+            (self.through or self.replace)(message)
         except OutputError as error:
             kept = "" if self._former is None else f"; an earlier one is {self._former}"
             tell(f"{error}{kept}")
             return
-        if self._former is not None:
+        self._former = None
+
+    def replace(self, message: bytes) -> None:
+        """Write the file, and remove the earlier one: `message` is that one's path, a zero byte
+        and the new content. Raises OutputError."""
+        former, _, text = message.partition(b"\0")
+        self._output.write(text)
+        if former:
             with contextlib.suppress(OSError):
-                os.unlink(self._former)
-            self._former = None
+                os.unlink(former)
 
     def close(self) -> None:
         self._output.close()

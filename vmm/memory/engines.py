@@ -1,11 +1,15 @@
 """Data-path engines: how a device's bytes get from its file to guest memory, and back.
 
-One protocol, chosen for each disk. They differ in who copies: `pread` the kernel, twice, through a
-buffer of ours; `fd2fd` the kernel, once, user space sees nothing; `vmfd` the same on the VM's fd,
-whose offsets are guest-physical addresses, where KVM has that; `hva` the kernel, once, straight to
-or from KVM's mapping, whose address is all that it is told; `mmap` the processor in user space,
-between two mappings. `auto` is hva from 64 KiB up and pread below, whichever is quicker (fd2fd
-where no mapping may be a buffer).
+One protocol, chosen for each disk. They differ in what copies:
+
+- `pread`: the kernel, twice, through a buffer of ours;
+- `fd2fd`: the kernel, once; user space sees nothing;
+- `vmfd`: the same on the VM's fd, whose offsets are guest-physical addresses, where KVM has that;
+- `hva`: the kernel, once, straight to or from KVM's mapping, whose address is all that it is told;
+- `mmap`: the processor in user space, between two mappings.
+
+`auto` is hva from 64 KiB up and pread below, whichever is quicker (fd2fd where no mapping may be a
+buffer).
 """
 
 from __future__ import annotations
@@ -75,7 +79,7 @@ def make_engine(name: str, side: Backing, vm_fd: int = -1, *, may_be_buffer: boo
     if name in ("hva", "mmap") and side.traits.in_place:
         raise HostError(
             f"io={name}: private pages are in the mapping of {side.name}, too: a SIGBUS for "
-            "whoever is late; leave io= away"
+            "an access that comes late; leave io= away"
         )
     if side.access != "pread/pwrite":
         if name == "auto":

@@ -364,6 +364,13 @@ class GuestMemory:
 
     def states(self, within: Range | None = None) -> list[tuple[Range, PageState]]:
         """The runs of RAM pages in equal state, in address order; holes are left out."""
+        if within is not None:
+            start, size = within
+            with self._lock:
+                if size > 0 and start >= 0 and start + size <= self._end and not self._conversions:
+                    state = self._states.uniform(start, start + size)
+                    if state is not None:  # what most questions are about
+                        return [(within, state)]
         found = self.snapshot(within)
         if found is None:
             return []

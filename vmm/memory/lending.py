@@ -149,7 +149,7 @@ class LendingMemory(GuestMemory):
     ) -> None:
         super().__init__(ram, shared, private_backing, private, common)
         # How many mappings each page is lent by beyond the first: for nearly all that is none.
-        # Its owner is whoever maps: no lock.
+        # Only the thread that maps touches it: no lock.
         self._again = RangeMap(Range(0, self._end), 0)
         self.mapped = 0
         """How many mappings there are."""
@@ -185,10 +185,9 @@ class LendingMemory(GuestMemory):
     def map(self, space: AddressSpace, iova: int, area: Range, access: int, since: int) -> Mapping:
         """Let the device of `space` have `area` (whole pages) at `iova`.
 
-        Raises OSError: EINVAL where something is mapped already, or for pages some of which are
-        shared and some not; EFAULT for what is no RAM, or private and can't be lent; EAGAIN where
-        one is being converted or deferred; ENOSPC for too many mappings, or runs of pages in equal
-        state.
+        Raises OSError. EINVAL: something is mapped already, or some of the pages are shared and
+        some not. EFAULT: it is no RAM, or private and can't be lent. EAGAIN: a page is being
+        converted or deferred. ENOSPC: too many mappings, or runs of pages in equal state.
         """
         start, size = area
         end = start + size

@@ -4,7 +4,6 @@ and whether its hooks can be called."""
 from __future__ import annotations
 
 import inspect
-import re
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -13,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal, Union
 
 from vmm.core.errors import UsageError
 from vmm.core.near import did_you_mean
+from vmm.core.suboptions import byte_size
 
 if TYPE_CHECKING:
     from vmm.policy.protocol import Policy
 
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _FLAGS = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
 
 
@@ -69,10 +68,10 @@ def bind(
         if name in inner:
             raise UsageError(f"--policy-arg {name}.{inner[name][0]}: {name} is not a policy")
         try:
-            result[name] = _converted(text, wanted)
+            result[name] = converted(text, wanted)
         except (ValueError, OverflowError):
             raise UsageError(
-                f"--policy-arg {name}={text}: {make.__name__} wants {_described(wanted)}"
+                f"--policy-arg {name}={text}: {make.__name__} wants {described(wanted)}"
             ) from None
     return result
 
@@ -100,7 +99,7 @@ def _is_policy(wanted: Any) -> bool:
     return any(isinstance(kind, type) and issubclass(kind, Policy) for kind in kinds)
 
 
-def _converted(text: str, wanted: Any) -> Any:
+def converted(text: str, wanted: Any) -> Any:
     """`text` as a value of type `wanted`. Raises ValueError."""
     origin = typing.get_origin(wanted)
     if origin in (Union, types.UnionType):
@@ -126,7 +125,7 @@ def _first_that_fits(text: str, wanted: Sequence[Any]) -> Any:
     # Text and paths take everything: they come last.
     for each in sorted(wanted, key=lambda kind: kind in (str, Path)):
         try:
-            return _converted(text, each)
+            return converted(text, each)
         except ValueError:
             continue
     raise ValueError(text)
@@ -140,14 +139,15 @@ def _choices(wanted: Any, text: str) -> list[Any]:
 
 
 def _integer(text: str) -> int:
-    """A number, or a size as in 80M."""
-    match = re.fullmatch(r"(-?[0-9][0-9_]*)([KMGT]?)", text, re.ASCII | re.IGNORECASE)
-    if match:
-        return int(match[1]) * _UNITS[match[2].upper()]
+    """A number, or a size as in 80M, which is written as everywhere else."""
+    digits = text.removeprefix("-")
+    size = byte_size(digits.replace("_", "")) if digits[:1].isdigit() else None
+    if size is not None:
+        return -size if text.startswith("-") else size
     return int(text, 0)
 
 
-def _described(wanted: Any) -> str:
+def described(wanted: Any) -> str:
     if wanted is int:
         return "int: a number, or a size as in 80M"
     if wanted is bool:

@@ -42,7 +42,8 @@ class Allow(Decision):
     __slots__ = ("patience",)
 
     def __init__(self, patience: float | None = None) -> None:
-        self.patience = _checked_patience("Allow", patience)
+        # Made for nearly every request: nothing is called for the usual one.
+        self.patience = None if patience is None else _checked_patience("Allow", patience)
 
 
 class Deny(Decision):
@@ -132,7 +133,8 @@ def combined(first: CarriedOut, then: CarriedOut) -> CarriedOut:
 
     Nothing that was said is lost, except where one excludes the other: a part is less than the
     request and Convert more, so that Partial counts; and between putting the discard off and
-    making it at once with more pages, what was said first. The table is in the README.
+    making it at once with more pages, what was said first. The table is in
+    vmm/docs/reference/policies.md.
     """
     said = [each.patience for each in (first, then) if each.patience is not None]
     patience = min(said, default=None)

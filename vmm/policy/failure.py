@@ -1,4 +1,5 @@
-"""What a policy's author gets to see when a hook fails: what it was asked, and where it broke."""
+"""What a policy's author gets to see when a hook fails: what it was asked, and where it broke; and
+other authors of the user's own code."""
 
 from __future__ import annotations
 
@@ -9,10 +10,11 @@ import traceback
 from pathlib import Path
 
 from vmm.core.lean_typing import Any
+from vmm.core.own_code import ExtensionError
 from vmm.policy.protocol import End, Event, IoEvent, PolicyError
 
 _OURS = Path(__file__).resolve().parents[1]
-_EXAMPLES = _OURS / "policy" / "builtin"
+_EXAMPLES = (_OURS / "policy" / "builtin", _OURS / "examples")
 
 _BANNER = """
 The guest stands still, before the exit that asked. In scope: {names}.
@@ -20,7 +22,7 @@ Ctrl-D ends the run.
 """
 
 
-def explain(error: PolicyError) -> str:
+def explain(error: PolicyError | ExtensionError) -> str:
     """The event and the traceback of the policy's own code; empty where nothing was raised."""
     if error.__cause__ is None:
         return ""
@@ -30,11 +32,15 @@ def explain(error: PolicyError) -> str:
     return "".join([*lines, *trace.format()])
 
 
-def scope(error: PolicyError) -> dict[str, Any]:
+def scope(error: PolicyError | ExtensionError) -> dict[str, Any]:
     """What the prompt has names for; `local` are the variables where the policy broke."""
     cause = error.__cause__
-    names: dict[str, Any] = {"policy": error.policy, "exception": cause or error}
-    for value in error.given:
+    names: dict[str, Any] = {"exception": cause or error}
+    if isinstance(error, PolicyError):
+        names["policy"] = error.policy
+    else:
+        names["extension"] = error.of
+    for value in _given(error):
         names["view" if not isinstance(value, Event | IoEvent | End) else "event"] = value
     for frame, _ in traceback.walk_tb(None if cause is None else cause.__traceback__):
         if _is_the_users(frame.f_code.co_filename):
@@ -42,7 +48,7 @@ def scope(error: PolicyError) -> dict[str, Any]:
     return names
 
 
-def open_prompt(error: PolicyError) -> None:
+def open_prompt(error: PolicyError | ExtensionError) -> None:
     """A Python prompt on stdin and stdout; returns at its end of file."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # line editing, where Python has it
@@ -52,7 +58,7 @@ def open_prompt(error: PolicyError) -> None:
         code.interact(banner, local=names, exitmsg="")
 
 
-def show(error: PolicyError, *, prompt: bool) -> None:
+def show(error: PolicyError | ExtensionError, *, prompt: bool) -> None:
     """Tell the user, on stderr, and open a prompt if that is wanted."""
     details = explain(error)
     if details and sys.stderr is not None:
@@ -62,9 +68,13 @@ def show(error: PolicyError, *, prompt: bool) -> None:
         open_prompt(error)
 
 
-def _events(error: PolicyError) -> list[tuple[str, str]]:
+def _given(error: PolicyError | ExtensionError) -> tuple[object, ...]:
+    return error.given if isinstance(error, PolicyError) else ()
+
+
+def _events(error: PolicyError | ExtensionError) -> list[tuple[str, str]]:
     described = []
-    for value in error.given:
+    for value in _given(error):
         if isinstance(value, Event):
             area = f"{value.area}, {value.area.size >> 10} KiB"
             who = f"by vCPU {value.vcpu}, {value.doorbell}"
@@ -81,7 +91,7 @@ def _events(error: PolicyError) -> list[tuple[str, str]]:
 
 def _is_the_users(filename: str) -> bool:
     path = Path(filename).absolute()
-    return _OURS not in path.parents or _EXAMPLES in path.parents
+    return _OURS not in path.parents or bool({*_EXAMPLES} & {*path.parents})
 
 
 def _keep_the_users(trace: traceback.TracebackException) -> None:

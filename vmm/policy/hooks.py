@@ -46,8 +46,8 @@ class Hooks:
 
     All policies must allow. They are asked in order and the first Deny or Kill counts. After a
     Partial the later ones are asked about the part, and only what all leave over is converted.
-    What the others say is put together by `vmm.policy.decisions.combined`; the README has the
-    table.
+    What the others say is put together by `vmm.policy.decisions.combined`; its table is in
+    vmm/docs/reference/policies.md.
     """
 
     def __init__(self, policies: Sequence[Policy]) -> None:
@@ -94,7 +94,7 @@ class Hooks:
         for hook in hooks:
             event = Event(kind, area, vcpu, doorbell)
             decision = self._ask(hook, event, view)
-            if decision.__class__ is Allow and decision == _ALLOW:
+            if decision.__class__ is Allow and decision.patience is None:
                 continue
             if isinstance(decision, (Deny, Kill)):
                 self.decided_by = type(_policy_of(hook)).__name__

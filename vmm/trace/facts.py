@@ -1,4 +1,4 @@
-"""What a trace's sidecar says, read by somebody who doesn't know who wrote it."""
+"""What a trace's sidecar says, checked before it is believed: anybody may have written it."""
 
 from __future__ import annotations
 

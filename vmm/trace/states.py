@@ -77,9 +77,16 @@ class BytesOverTime(NamedTuple):
 
     def mean_shared(self, until: int) -> float:
         """Bytes shared on average from the start to `until` (ns)."""
+        return self._mean(self.shared, until)
+
+    def mean_deferred(self, until: int) -> float:
+        """Bytes on average whose shared side was still to be discarded, as `mean_shared`."""
+        return self._mean(self.deferred, until)
+
+    def _mean(self, values: Integers, until: int) -> float:
         durations = np.diff(np.append(self.end, max(until, int(self.end[-1])))).astype(np.float64)
         total = durations.sum()
-        return float((durations * self.shared).sum() / total) if total else float(self.shared[-1])
+        return float((durations * values).sum() / total) if total else float(values[-1])
 
 
 def bytes_over_time(rows: StateRows, initial: Sequence[tuple[int, int, int]]) -> BytesOverTime:

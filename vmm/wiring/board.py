@@ -28,6 +28,8 @@ if TYPE_CHECKING:
         ports: PortBus
         registers: MemoryBus
         pci: PciBus
+        has_ports: bool
+        """Whether the guest has I/O ports."""
         coalesces_output: bool
         """Whether KVM keeps back what the guest writes to the serial port's transmitter."""
 

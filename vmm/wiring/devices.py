@@ -15,6 +15,7 @@ from vmm.wiring.interrupts import Lines, MsixMessages
 
 if TYPE_CHECKING:
     from vmm.devices.msix import MsixTable
+    from vmm.devices.own import GuardedRegisters, PciDevice, PortDevice
     from vmm.devices.virtio.device import DeviceObserver, VirtioDevice
     from vmm.devices.virtio.device import GuestMemory as GuestMemoryOfDevice
     from vmm.devices.virtio.iommu import VirtioIommu
@@ -47,10 +48,12 @@ class Devices:
         watch: Callable[[str], Announce | None] = lambda device: None,
         observer_of: Callable[[str], DeviceObserver | None] = lambda device: None,
         iommu: VirtioIommu | None = None,
+        own: Mapping[str, PortDevice | PciDevice] | None = None,
     ) -> None:
         """`output`, `room`, `power_off` and `reset` as in BoardParts. `watch(device)` is what is
         told of that device's accesses to guest memory, if any; `observer_of(device)` of the
-        requests on its queues. `iommu`: the one of `virtio` that is in front of others."""
+        requests on its queues. `iommu`: the one of `virtio` that is in front of others. `own`: the
+        user's own register devices, whose PCI functions follow those of `virtio`."""
         self._iommu = iommu
         self._watch = watch
         self._observer_of = observer_of
@@ -62,6 +65,7 @@ class Devices:
         self._notifiers: list[QueueNotifier] = []
         self._engines: dict[str, Engine] = {}
         self._lent_engines: dict[str, Engine] = {}
+        self._own: dict[str, GuardedRegisters] = {}
         with ExitStack() as self._opened:
             self._lines = Lines(vm, loop, self._opened)
             parts = BoardParts(
@@ -78,6 +82,8 @@ class Devices:
             self._routes = self.board.message_routes(memory.private) if virtio else None
             for number, (name, device) in enumerate(virtio.items(), start=1):
                 self._add_virtio(number, name, device)
+            if own:
+                self._add_own(own)
             self.close = self._opened.pop_all().close
 
     def _add_virtio(self, number: int, name: str, device: VirtioDevice) -> None:
@@ -118,6 +124,23 @@ class Devices:
         device.start()
         self.board.pci.add(number, transport.function)
         self._transports.append(transport)
+
+    def _add_own(self, own: Mapping[str, PortDevice | PciDevice]) -> None:
+        from vmm.devices.own import PciDevice
+        from vmm.devices.virtio.watched import WatchedMemory
+        from vmm.wiring.own_devices import add_own
+
+        slot = len(self._virtio)
+        for name, device in own.items():
+            is_pci = isinstance(device, PciDevice)
+            slot += is_pci
+            announce = self._watch(name)
+            memory: GuestMemoryOfDevice = self._memory
+            if announce is not None:
+                memory = WatchedMemory(memory, announce)
+            self._own[name] = add_own(
+                device, self.board, slot if is_pci else None, self._lines.level, memory
+            )
 
     def _msix_table(self, vectors: int) -> MsixTable | None:
         """A function's table, one vector for each queue and one for changes of configuration."""
@@ -185,4 +208,6 @@ class Devices:
                 counts[name]["engine"] = self._engines[name].as_dict()
             if name in self._lent_engines:
                 counts[name]["engine_lent"] = self._lent_engines[name].as_dict()
+        for name, registers in self._own.items():
+            counts[name] = registers.as_dict()
         return counts

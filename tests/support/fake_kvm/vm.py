@@ -209,7 +209,7 @@ class FakeVm:
         """Where the page's bytes are; None where there is no memory.
 
         An access without memory leaves an MMIO entry in KVM's page table: good for MMIO,
-        attributes or not, until a memslot changes, and an access through an entry that has gone
+        attributes or not, until a memslot changes. An access through an entry that has gone
         stale counts as shared, whatever the attribute says ("emulated MMIO is shared-only",
         kvm_mmu_page_fault; seen on Linux 7.3).
         """

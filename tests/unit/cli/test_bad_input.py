@@ -41,9 +41,13 @@ def refused(command: Command, arguments: str | list[str], message: str) -> None:
         ("--mem", "argument --mem: expected one argument"),
         ("--mem nonsense", "--mem 'nonsense' is not a memory size.*512M"),
         ("--mem -1", "--mem"),
-        ("--mem 1", "--mem 1M is out of range; use 4M to 256G"),
+        ("--mem 1", "--mem 1 is out of range; use 4M to 256G; 1 without a unit is bytes"),
         ("--mem 1T", "--mem 1024G is out of range"),
-        ("--mem 4097K", "not a multiple of 4096"),
+        ("--mem 512", "write 512M for MiB"),
+        ("--disk x,seria=1", "unknown option 'seria' .did you mean serial"),
+        ("--mem 300K", "--mem 300K is out of range; use 4M to 256G$"),
+        ("--mem 4097K", "not a multiple of 4096; write 4100K"),
+        ("--balloon size=64", "not a multiple of 4096; 64 without a unit is bytes"),
         ("--mem 12M", "--mem 12M: the embedded payload needs 16M or more"),
         ("--cpus 0", "--cpus 0.*use 1 to 64"),
         ("--cpus 65", "--cpus 65.*use 1 to 64"),
@@ -362,3 +366,25 @@ def test_trace_that_cannot_be_written_is_refused(command: Command, tmp_path: Pat
     refused(command, ["--trace", "file"], "--trace file is not a folder; give a new folder's name")
     refused(command, ["--trace", "full"], r"--trace full holds something else \(letter.txt\)")
     refused(command, ["--trace", "file/sub"], "--trace file/sub cannot be written: Not a directory")
+
+
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        ([], "use --mem 17M or more"),
+        (["--private-mem"], "use --mem 88M or more"),
+        (["--private-mem", "--initrd", "initrd"], "use --mem 92M or more"),
+        (["--private-mem", "--initrd", "initrd", "--mem", "20M"], "use --mem 92M or more"),
+    ],
+)
+def test_advice_about_memory_counts_what_private_memory_bounces_through(
+    command: Command, tmp_path: Path, options: list[str], advice: str
+) -> None:
+    # Linux takes 64 MiB for that at the least, and panics where it finds none.
+    (tmp_path / "kernel").write_bytes(build_bzimage())
+    (tmp_path / "initrd").write_bytes(bytes(4 << 20))
+
+    result = command("--kernel", "kernel", "--mem", "16M", *options)
+
+    assert advice in result.complaint
+    assert result.status == 2

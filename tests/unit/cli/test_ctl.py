@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +17,9 @@ import pytest
 from tests.support.control import Server
 from tests.unit.cli.conftest import Command
 from vmm.core.events import Kind
+from vmm.policy import Deny
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
@@ -41,8 +47,85 @@ def test_conversion_is_asked_for_and_a_refusal_is_status_1(
     result = command("ctl", str(server.path), "convert", "share", "0x1000", "8192")
 
     assert result.status == 1
-    assert "EBUSY" in json.loads(result.out)["error"]
+    assert re.search("EBUSY, another conversion .*try again", json.loads(result.out)["error"])
     assert server.operations.calls == [(Kind.SHARE, 0x1000, 8192)]
+
+
+def test_refusal_by_a_policy_names_it(server: Server, command: Command) -> None:
+    server.operations.answer, server.operations.word = -errno.EACCES, Deny()
+
+    result = command("ctl", str(server.path), "convert", "share", "0x1000", "8K")
+
+    refused = json.loads(result.out)["error"]
+    assert refused == "share [0x1000, 0x3000): EACCES, policy Quota refused it"
+
+
+def test_device_that_does_not_rest_is_explained(server: Server, command: Command) -> None:
+    server.operations.can_pause = False
+
+    result = command("ctl", str(server.path), "pause")
+
+    assert result.status == 1
+    assert re.search("a disk may hang.*runs on, try again", json.loads(result.out)["error"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["x", "pasue"], "ctl has no command pasue; did you mean pause?; see"),
+        (["x", "zzz"], "the commands are status, pause"),
+        (["x", "convert", "share", "1"], "convert takes share|unshare GPA SIZE, not share 1"),
+        (["x", "status", "now"], "ctl status takes no now"),
+    ],
+)
+def test_wrong_words_are_told_with_the_right_ones(
+    command: Command, words: list[str], message: str
+) -> None:
+    assert message in command("ctl", *words).complaint
+
+
+def test_follow_prints_a_line_for_each_event_until_the_run_ends(
+    server: Server, tmp_path: Path
+) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-u", "-m", "vmm", "ctl", str(server.path), "follow"],
+        stdout=subprocess.PIPE, text=True, cwd=ROOT,
+    ) as follower:  # fmt: skip
+        assert server.operations.events is not None
+        while not server.operations.events._subscriptions:
+            assert follower.poll() is None
+        server.operations.events.note("paused")
+        server.operations.events.note("ended", exit="poweroff")
+        assert follower.stdout is not None
+        lines = [json.loads(follower.stdout.readline()) for _ in range(2)]
+        server.stop()
+        rest = follower.stdout.read()
+
+    assert [line["event"] for line in lines] == ["paused", "ended"]
+    assert (rest, follower.returncode) == ("", 0)
+
+
+@pytest.mark.parametrize("answer", [b"hello\n", b"[1]\n"])
+def test_somebody_else_at_the_socket_is_said(
+    command: Command, tmp_path: Path, answer: bytes
+) -> None:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(str(tmp_path / "s"))
+    listener.listen()
+
+    def speak() -> None:
+        connection, _ = listener.accept()
+        connection.sendall(answer)
+        connection.recv(100)
+        connection.close()
+
+    thread = threading.Thread(target=speak)
+    thread.start()
+    result = command("ctl", str(tmp_path / "s"), "status")
+    thread.join(10)
+    listener.close()
+
+    assert "the answer is no JSON object" in result.complaint
 
 
 @pytest.mark.parametrize(

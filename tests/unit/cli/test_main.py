@@ -58,7 +58,9 @@ def test_run_is_the_default_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "usage: pyvmm [run]" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["check", "selftest", "bench", "report", "replay", "measure"])
+@pytest.mark.parametrize(
+    "command", ["check", "selftest", "bench", "report", "replay", "sweep", "measure"]
+)
 def test_help_with_a_command_is_the_commands_help(
     capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
@@ -302,7 +304,7 @@ def test_lab_asks_nothing_about_the_words_of_a_program(
 ) -> None:
     monkeypatch.setattr("vmm.lab.command.Lab", NoLab)
 
-    result = command("lab", "--exec", "ls", "--bad-option")
+    result = command("lab", "--lab-exec", "ls", "--bad-option")
 
     assert "a lab machine was about to be made" in result.complaint
 

@@ -432,6 +432,88 @@ def test_pipe_whose_writer_left_delivers_its_bytes_and_then_rests(
     assert not bench.console._watching
 
 
+class Clock:
+    """Stands for the loop's timers: a test lets the time come."""
+
+    def __init__(self, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.timers: list[tuple[float, Callable[[], None]]] = []
+        monkeypatch.setattr(
+            bench.loop, "set_timer", lambda when, call: self.timers.append((when, call))
+        )
+        monkeypatch.setattr("time.monotonic", lambda: 100.0)
+
+    def come(self) -> float:
+        """The only timer's time comes; after how many seconds."""
+        ((when, call),) = self.timers
+        self.timers.clear()
+        call()
+        return when - 100.0
+
+
+@pytest.mark.parametrize(
+    ("text", "end"),
+    [(b"uname -a\n", b"\x15\x04"), (b"poweroff -f", b"\n\x15\x04")],
+)
+def test_script_that_ends_is_ended_as_on_a_terminal_until_the_guest_does(
+    fds: Fds, bench_on: MakeBench, monkeypatch: pytest.MonkeyPatch, text: bytes, end: bytes
+) -> None:
+    read_end, write_end = fds.pipe()
+    os.write(write_end, text)
+    fds.close(write_end)
+    bench = bench_on(stdin=read_end)
+    clock = Clock(bench, monkeypatch)
+    bench.uart.eager = True
+    bench.attach()
+    bench.settle()
+    bench.uart.drain()
+    assert bench.uart.read == text  # and nothing yet that it hasn't asked for
+
+    after = [clock.come() for _ in range(7)]
+    bench.settle()
+    bench.uart.drain()
+
+    assert after == [0.5, 1, 2, 4, 8, 10, 10]
+    assert (bench.uart.read + bench.uart.fifo).startswith(text + end + 6 * b"\x15\x04")
+
+
+def test_end_waits_until_the_guest_has_taken_the_script(
+    fds: Fds, bench_on: MakeBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_end, write_end = fds.pipe()
+    os.write(write_end, bytes(range(2 * FIFO)))
+    fds.close(write_end)
+    bench = bench_on(stdin=read_end)
+    clock = Clock(bench, monkeypatch)
+    bench.attach()
+    bench.settle()
+    assert clock.timers == []
+
+    for _ in range(3):
+        bench.uart.drain()
+        bench.settle()
+
+    assert bench.uart.read == bytes(range(2 * FIFO))
+    assert len(clock.timers) == 1
+
+
+@pytest.mark.parametrize("empty", ["pipe", "/dev/null"])
+def test_input_that_was_empty_tells_no_end(
+    fds: Fds, bench_on: MakeBench, monkeypatch: pytest.MonkeyPatch, empty: str
+) -> None:
+    if empty == "pipe":
+        stdin, write_end = fds.pipe()
+        fds.close(write_end)
+    else:
+        (stdin,) = fds.own(os.open(empty, os.O_RDONLY))
+    bench = bench_on(stdin=stdin)
+    clock = Clock(bench, monkeypatch)
+
+    bench.attach()
+    bench.settle()
+
+    assert clock.timers == []
+
+
 def test_closed_stdin_is_the_end_of_input(fds: Fds, bench_on: MakeBench) -> None:
     read_end, _ = fds.pipe()
     bench = bench_on(read_end)

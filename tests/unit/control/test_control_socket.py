@@ -23,6 +23,7 @@ from vmm.control.control_socket import (
     ControlSocket,
     encoded,
 )
+from vmm.conversion.events import CAPACITY
 from vmm.core.errors import UsageError
 from vmm.core.events import Kind
 
@@ -71,12 +72,12 @@ def test_convert_takes_numbers_and_text(server: Server, gpa: object) -> None:
     assert server.operations.calls == [(Kind.SHARE, 8192, 4096)]
 
 
-def test_refused_conversion_names_the_errno(server: Server) -> None:
+def test_refused_conversion_names_the_errno_and_what_it_means(server: Server) -> None:
     server.operations.answer = -errno.EACCES
 
     (answer,) = server.ask(line("convert", kind="unshare", gpa=0, size=4096))
 
-    assert answer == {"ok": False, "error": "unshare [0x0, 0x1000): EACCES"}
+    assert answer == {"ok": False, "error": "unshare [0x0, 0x1000): EACCES, a policy refused it"}
 
 
 def test_pause_that_a_device_keeps_from_happening_is_said(server: Server) -> None:
@@ -318,3 +319,86 @@ def test_another_client_has_its_answer_between_the_pieces_of_a_long_one(server: 
     assert len(json.loads(asking.makefile("rb").readline())["pages"]) == 4 * ROWS_AT_ONCE
     assert served.wait(10)
     assert seen == [0, 1]
+
+
+# -- following --------------------------------------------------------------------------------
+
+
+def test_follower_gets_events_until_the_socket_closes(server: Server) -> None:
+    connection = server.connect()
+    lines = connection.makefile("rb")
+    connection.sendall(line("follow"))
+    assert json.loads(lines.readline()) == {"ok": True}
+    assert server.operations.events is not None
+
+    server.operations.events.note("paused")
+    first = json.loads(lines.readline())
+    server.operations.events.note("ended", exit="poweroff", reason="")
+    server.stop()
+
+    assert first["event"] == "paused"
+    assert [json.loads(each)["event"] for each in lines] == ["ended"]
+
+
+def test_follower_that_says_no_more_is_told_events_all_the_same(server: Server) -> None:
+    connection = server.connect()
+    lines = connection.makefile("rb")
+    connection.sendall(line("follow"))
+    connection.shutdown(socket.SHUT_WR)
+    assert json.loads(lines.readline()) == {"ok": True}
+    assert server.operations.events is not None
+
+    server.operations.events.note("paused")
+
+    assert json.loads(lines.readline())["event"] == "paused"
+
+
+def test_follower_that_reads_nothing_loses_events_and_holds_nobody_up(server: Server) -> None:
+    slow = server.connect()
+    slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    lines = slow.makefile("rb")
+    slow.sendall(line("follow"))
+    assert json.loads(lines.readline()) == {"ok": True}
+    assert server.operations.events is not None
+
+    for number in range(4 * CAPACITY):
+        server.operations.events.note("paused", number=number, text="x" * 200)
+    assert server.ask(line("status"))[0]["ok"] is True
+
+    told: list[dict[str, Any]] = []
+    while not told or told[-1]["event"] != "lost":
+        told.append(json.loads(lines.readline()))
+    assert [each["number"] for each in told[:-1]] == list(range(len(told) - 1))
+    assert told[-1]["count"] == 4 * CAPACITY - (len(told) - 1)
+
+
+def test_follower_that_hangs_up_is_forgotten(server: Server) -> None:
+    connection = server.connect()
+    lines = connection.makefile("rb")
+    connection.sendall(line("follow"))
+    lines.readline()
+    events = server.operations.events
+    assert events is not None and events._subscriptions
+    lines.close()
+    connection.close()
+
+    while events._subscriptions:
+        server.ask(line("status"))
+
+
+def test_command_on_a_following_connection_is_answered_between_events(server: Server) -> None:
+    connection = server.connect()
+    lines = connection.makefile("rb")
+    connection.sendall(line("follow") + line("follow") + line("status"))
+
+    answers = [json.loads(lines.readline()) for _ in range(3)]
+
+    assert [each["ok"] for each in answers] == [True, True, True]
+    assert server.operations.events is not None
+    assert len(server.operations.events._subscriptions) == 1
+
+
+def test_machine_without_events_says_so(server: Server) -> None:
+    server.operations.events = None
+
+    assert "no events to follow" in server.ask(line("follow"))[0]["error"]

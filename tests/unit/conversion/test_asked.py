@@ -17,7 +17,7 @@ from vmm.policy import Allow, Decision, Event, Policy, View
 from vmm.policy.builtin import Audit, Quota
 from vmm.policy.protocol import IoEvent
 
-README = Path(__file__).resolve().parents[3] / "README.md"
+PAGE = Path(__file__).resolve().parents[3] / "vmm" / "docs" / "reference" / "policies.md"
 ARM64 = ("pkvm", "realm", "remap")
 
 
@@ -90,8 +90,8 @@ def test_every_policy_works_where_the_host_is_told(name: str) -> None:
     require_asked([Both(), Fault()], make_scheme(name, lambda: 38, nullcontext))
 
 
-def test_readme_has_the_same_table() -> None:
-    rows = re.findall(r"^\| `--scheme ([a-z`, -]+)` \| (`on_.*) \|$", README.read_text(), re.M)
+def test_documentation_has_the_same_table() -> None:
+    rows = re.findall(r"^\| `--scheme ([a-z`, -]+)` \| (`on_.*) \|$", PAGE.read_text(), re.M)
     found = {
         name: tuple(re.findall(r"on_\w+", hooks))
         for names, hooks in rows

@@ -62,16 +62,19 @@ def test_suboptions_given_twice_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("64M", 64 << 20), ("1g", 1 << 30), ("4K", 4096), ("7", 7 << 20), ("x", None), ("", None)],
-)
-def test_byte_size_is_mebibytes_unless_it_says_so(text: str, size: int | None) -> None:
+    [
+        ("64M", 64 << 20), ("1g", 1 << 30), ("4K", 4096), ("7", 7), ("64KiB", 64 << 10),
+        ("64kb", 64 << 10), ("x", None), ("", None),
+    ],
+)  # fmt: skip
+def test_byte_size_is_bytes_unless_it_says_so(text: str, size: int | None) -> None:
     assert byte_size(text) == size
 
 
 @pytest.mark.parametrize(
     ("size", "text"),
     [
-        (0, "0K"), (300 << 10, "300K"), (4 << 20, "4M"), ((4 << 20) + 4096, "4100K"),
+        (0, "0"), (1000, "1000"), (300 << 10, "300K"), (4 << 20, "4M"), ((4 << 20) + 4096, "4100K"),
         (512 << 20, "512M"), (2 << 30, "2G"), (2560 << 20, "2560M"),
     ],
 )  # fmt: skip

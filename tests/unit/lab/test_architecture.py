@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.lab.test_kmodules import write
+from tests.unit.core.test_kmodules import write
 from tests.unit.lab.test_packages import FakeApt, bzimage
 from vmm.core.errors import HostError, UsageError
+from vmm.core.kernel_file import debian_version, kernel_release
 from vmm.lab import hosts, qemu
 from vmm.lab.apt import Apt
 from vmm.lab.architecture import AMD64, ARCHITECTURES, ARM64, foreign_kernel
@@ -22,7 +23,7 @@ from vmm.lab.initramfs import applets, host_initramfs
 from vmm.lab.job import Drive, Job, Surroundings, lay_out
 from vmm.lab.machine import Lab, with_kernel
 from vmm.lab.options import LabOptions
-from vmm.lab.packages import Packages, Qemu, debian_version, kernel_release
+from vmm.lab.packages import Packages, Qemu
 from vmm.lab.progress import Silent
 
 ARM_HOSTS = [host for host in hosts.HOSTS.values() if host.architecture is ARM64]

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.lab.test_cpio import entries
-from tests.unit.lab.test_kmodules import module, write
+from tests.unit.core.test_cpio import entries
+from tests.unit.core.test_kmodules import module, write
 from vmm.core.errors import HostError
 from vmm.lab import hosts, image, interpreter, machine, qemu
 from vmm.lab.cache import Cache

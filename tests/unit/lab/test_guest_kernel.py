@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import tarfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from vmm.core.errors import HostError
 from vmm.lab import guest_kernel
 from vmm.lab.apt import PackagesUnavailable
 from vmm.lab.architecture import ARM64
+from vmm.lab.built_kernels import BuiltKernels
 from vmm.lab.cache import Cache
 from vmm.lab.packages import Packages
 
@@ -48,12 +50,16 @@ class Archive(FakeApt):
 
     def download_closure(self, packages: Sequence[str], suite: str, into: Path) -> None:
         self.asked += packages
-        programs, sources = into / "usr" / "bin", into / "usr" / "src"
+        programs = into / "usr" / "bin"
         programs.mkdir(parents=True)
-        sources.mkdir()
         for name, text in (("make", self.make), ("xz", 'exec cat "$3"\n')):
             (programs / name).write_text(f"#!/bin/sh\n{text}")
             (programs / name).chmod(0o755)
+
+    def download(self, packages: Sequence[str], into: Path) -> None:
+        self.asked += packages
+        sources = into / "usr" / "src"
+        sources.mkdir(parents=True)
         with tarfile.open(sources / "linux-source-7.3.tar.xz", "w") as archive:
             for file in FILES:
                 member = tarfile.TarInfo(f"linux-source-7.3/{file}")
@@ -98,7 +104,7 @@ def packages(tmp_path: Path, progress: Noted, archive: Archive) -> Packages:
 def build(packages: Packages, archive: Archive, tmp_path: Path) -> Builder:
     def with_make(make: str) -> Path:
         archive.make = make.replace("$ARGUMENTS", str(tmp_path / "arguments"))
-        return packages.built_guest_kernel(lambda: tmp_path / "cross").image
+        return BuiltKernels(packages, lambda: tmp_path / "cross").guest().image
 
     return with_make
 
@@ -115,7 +121,7 @@ def test_kernel_is_compiled_once_and_nothing_else_is_kept(
     assert image.read_text() == "kernel/fork.c"
     assert {p.name for p in image.parent.iterdir()} == {"Image", "config"}
     assert left_in_cache(tmp_path) == {image.parent.name, "linux-7.3-arm64"}
-    assert progress.told[-2:] == ["1 files of about 900", "2 files of about 900"]
+    assert progress.told[-2:] == ["1 files of about 900, fork.o", "2 files of about 900, head.o"]
     assert f"linux-source-7.3={VERSION}" in archive.asked
 
     archive.asked.clear()
@@ -128,8 +134,10 @@ def test_entry_is_named_by_version_and_configuration(
 ) -> None:
     first = build(GOOD_MAKE)
     changed = tmp_path / "other.config"
-    changed.write_text(guest_kernel.CONFIGURATION.read_text() + "CONFIG_FUSE_FS=y\n")
-    monkeypatch.setattr(guest_kernel, "CONFIGURATION", changed)
+    changed.write_text("CONFIG_FUSE_FS=y\n")
+    kernel = guest_kernel.KERNEL
+    more = replace(kernel, configurations=(*kernel.configurations, changed))
+    monkeypatch.setattr(guest_kernel, "KERNEL", more)
 
     second = build(GOOD_MAKE)
 

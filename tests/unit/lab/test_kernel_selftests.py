@@ -146,7 +146,7 @@ def test_the_rest_of_the_line_names_tests() -> None:
     assert command.arguments == ["dirty_log_test"]
 
 
-@pytest.mark.parametrize("line", [["--exec", "sh"], ["check", "--json"], ["../x"]])
+@pytest.mark.parametrize("line", [["--lab-exec", "sh"], ["check", "--json"], ["../x"]])
 def test_self_tests_with_something_else_to_run_are_refused(line: list[str]) -> None:
     with pytest.raises(UsageError, match="--kernel-selftests"):
         parse(["--kernel-selftests", "/linux", *line])

@@ -14,12 +14,13 @@ import pytest
 
 from tests.unit.lab.test_packages import FakeApt, bzimage
 from vmm.core.errors import HostError, UsageError
+from vmm.core.kernel_file import debian_version
 from vmm.lab.apt import PackagesUnavailable
 from vmm.lab.cache import Cache
 from vmm.lab.closure import libraries_of
 from vmm.lab.compiling import run_by_own_loader
 from vmm.lab.kvm_change import KvmChange
-from vmm.lab.packages import Kernel, Packages, debian_version
+from vmm.lab.packages import Kernel, Packages
 from vmm.lab.progress import Reporter, Silent
 
 RELEASE = "7.3.4+deb13-cloud-amd64"

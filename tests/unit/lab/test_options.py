@@ -20,7 +20,7 @@ def test_inner_arguments_pass_in_order_around_the_labs_own() -> None:
 
 
 def test_exec_takes_the_rest_even_what_looks_like_the_labs() -> None:
-    command = parse(["--lab-with-qemu", "--exec", "sh", "-c", "x", "--lab-cpus", "9"])
+    command = parse(["--lab-with-qemu", "--lab-exec", "sh", "-c", "x", "--lab-cpus", "9"])
 
     assert command.is_program and command.options.with_qemu
     assert command.arguments == ["sh", "-c", "x", "--lab-cpus", "9"]
@@ -47,6 +47,14 @@ def test_help_names_every_host() -> None:
         assert f"--host {name} " in HELP
 
 
+def test_whole_kernel_is_asked_for_among_other_words() -> None:
+    command = parse(["--kernel-build", "--kvm-patch", "a.patch", "selftest"])
+
+    assert command.options.kernel_build
+    assert command.arguments == ["selftest"]
+    assert not parse(["selftest"]).options.kernel_build
+
+
 def test_help_before_an_inner_command_is_the_labs() -> None:
     assert parse(["--help"]).help
     assert parse(["check", "--help"]).arguments == ["check", "--help"]
@@ -66,9 +74,8 @@ def test_help_before_an_inner_command_is_the_labs() -> None:
         (["--lab-time-limit", "soon"], "soon"),
         (["--lab-env", "1=2"], "1=2"),
         (["--lab-file", "/nonexistent/file"], "/nonexistent/file"),
-        (["--kernel-build"], "--kernel-build: whole kernels are not .*--lab-host-kernel"),
-        (["--exec"], "--exec"),
-        (["check", "--exec", "sh"], "check"),
+        (["--lab-exec"], "--lab-exec"),
+        (["check", "--lab-exec", "sh"], "check"),
     ],
 )
 def test_bad_option_is_named_in_the_error(line: list[str], named: str) -> None:

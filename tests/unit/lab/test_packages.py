@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from vmm.core.errors import HostError, UsageError
+from vmm.core.kernel_file import kernel_release, modules_beside
 from vmm.lab.apt import Apt, PackagesUnavailable, newest
 from vmm.lab.cache import Cache
 from vmm.lab.machine import Lab
 from vmm.lab.options import LabOptions
-from vmm.lab.packages import Packages, kernel_release, modules_beside
+from vmm.lab.packages import Packages
 from vmm.lab.progress import Silent
 
 ARCHIVE = (

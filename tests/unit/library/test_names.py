@@ -30,4 +30,4 @@ def test_import_alone_brings_nothing_along() -> None:
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     )
 
-    assert done.stdout == "['vmm.core', 'vmm.core.lean_typing']\n"
+    assert done.stdout == "[]\n"

@@ -18,7 +18,7 @@ MIB, GIB = 1 << 20, 1 << 30
     [
         ("512M", 512 * MIB),
         ("512m", 512 * MIB),
-        ("512", 512 * MIB),
+        ("536870912", 512 * MIB),
         ("2G", 2 * GIB),
         ("2GiB", 2 * GIB),
         ("2GB", 2 * GIB),
@@ -94,7 +94,7 @@ def test_sensible_configuration_is_accepted(config: MachineConfig) -> None:
         (MachineConfig(memory=4 * MIB + 1), "--mem 4194305 bytes is not a multiple of 4096"),
         (MachineConfig(memory=3 * MIB), "--mem 3M is out of range; use 4M to 256G"),
         (MachineConfig(memory=256 * GIB + 4096), "out of range"),
-        (MachineConfig(memory=0), "--mem 0K is out of range"),
+        (MachineConfig(memory=0), "--mem 0 is out of range"),
         (MachineConfig(cpus=0), "--cpus 0.*use 1 to 64"),
         (MachineConfig(cpus=65), "--cpus 65.*use 1 to 64"),
         (MachineConfig(private_memory="tmpfs"), "--private-mem=tmpfs is unknown; use one of auto"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def some_report(engine: str = "fd2fd", **moved: int) -> dict[str, Any]:
         [Range(0, RAM)], MemfdBacking(RAM), MemfdBacking(RAM), [Range(0x80000, 0x80000)]
     )
     memory.pwrite(b"x", 0)
-    report = build_report(
+    report: Mapping[str, Any] = build_report(
         scheme="cbit",
         not_taken={"attributes": "not here"},
         doorbell="port",
@@ -58,7 +58,7 @@ def some_report(engine: str = "fd2fd", **moved: int) -> dict[str, Any]:
         wall_seconds=1.23456,
     )
     memory.close()
-    return report
+    return dict(report)
 
 
 def test_report_names_the_disk_that_maps_guest_memory() -> None:

@@ -41,7 +41,7 @@ from vmm.cli.main import _configuration
 from vmm.arch import architecture
 from vmm.machine.images import OpenedImages
 OpenedImages(architecture(), _configuration(["--kernel", sys.argv[1], "--mem", "256M"])).close()
-import firmware, vmm.machine.machine, vmm.arch.x86_64.platform
+import vmm._firmware, vmm.machine.machine, vmm.arch.x86_64.platform
 print(*sys.modules)
 """
 

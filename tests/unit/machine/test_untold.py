@@ -84,7 +84,7 @@ def test_report_of_observed_memory_has_null_for_what_nobody_knows(observed: Pair
         "launch": "pread/pwrite",
         "shared": "copying system calls",
     }
-    assert report["conversions"] is report["refinements"] is None
+    assert (report["conversions"], report["refinements"]) == (None, None)
     assert report["pages"] == {
         "ram_bytes": RAM,
         "private_bytes": None,

@@ -1,4 +1,4 @@
-"""What a stack of policies answers to every pair of decisions: the README's table, by the cell."""
+"""What a stack of policies answers to every pair of decisions: the table, by the cell."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vmm.core.ranges import Range
 from vmm.policy import Allow, Convert, Decision, Defer, Deny, Kill, Partial, PolicyError, View
 from vmm.policy.hooks import Hooks
 
-README = Path(__file__).parents[3] / "README.md"
+PAGE = Path(__file__).parents[3] / "vmm" / "docs" / "reference" / "policies.md"
 VIEW = cast(View, None)
 AREA = pages(8, 8)
 
@@ -41,7 +41,7 @@ class Entry(NamedTuple):
 
 
 def table() -> list[Entry]:
-    lines = iter(README.read_text().splitlines())
+    lines = iter(PAGE.read_text().splitlines())
     head = next(line for line in lines if line.startswith("| first, then |"))
     columns = _cells(head)[1:]
     assert set(next(lines)) <= set("|-")

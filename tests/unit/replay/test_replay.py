@@ -31,6 +31,8 @@ from vmm.policy import (
     View,
 )
 from vmm.policy.builtin import Quota
+from vmm.replay.figures import recorded
+from vmm.replay.figures import replayed as replayed_figures
 from vmm.replay.replay import Replay
 from vmm.trace.cost import learn, requests_of
 from vmm.trace.layout import Kind
@@ -401,3 +403,33 @@ def test_late_discards_in_a_trace_are_nobodys_requests(tmp_path: Path) -> None:
 
     assert found.changed.tolist() == [4 * PAGE, 0, 2 * PAGE]
     assert found.late.tolist() == [4 * PAGE]
+
+
+def test_figures_of_a_replay_without_policies_are_the_recorded_ones(tmp_path: Path) -> None:
+    made = events()
+
+    with closing(Trace(made.write(tmp_path / "t"))) as trace:
+        requests = requests_of(trace)
+        model = learn(trace, requests)
+        with closing(Replay(trace, requests, [])) as replay:
+            replay.run(model, 100 * MILLISECOND)
+            after = replayed_figures(replay, 100 * MILLISECOND)
+        before = recorded(trace, requests, model, 100 * MILLISECOND)
+
+    assert before.pop("waited_ns") == 3 * MILLISECOND
+    # A replay's changes take no time: the pages are shared a moment longer.
+    assert before.pop("shared_bytes_mean") == pytest.approx(
+        after.pop("shared_bytes_mean"), rel=0.02
+    )
+    assert before == pytest.approx(after)
+
+
+def test_figures_count_what_is_put_off_apart_from_what_is_shared(tmp_path: Path) -> None:
+    replay = replayed(events(), tmp_path, PutOff(0.06))
+
+    figures = replayed_figures(replay, 100 * MILLISECOND)
+
+    # Two pages for 40 of 100 ms.
+    assert figures["deferred_bytes_mean"] == pytest.approx(2 * PAGE * 0.4, abs=1)
+    # 8 pages always, 4 more from 10 ms on, 2 fewer from 20 ms on.
+    assert figures["shared_bytes_mean"] == pytest.approx(PAGE * (8 + 4 * 0.1 + 2 * 0.8), abs=1)

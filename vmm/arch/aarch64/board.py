@@ -26,6 +26,8 @@ _HOST_BRIDGE = (0x1B36, 0x0008, 0x06_0000)
 class ArmBoard:
     """See vmm.wiring.board.Board."""
 
+    has_ports = False
+
     def __init__(self, parts: BoardParts) -> None:
         """Raises KvmError."""
         self._vm = parts.vm

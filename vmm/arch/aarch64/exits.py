@@ -92,7 +92,7 @@ def without_ports(registers: Registers) -> ArmExitHandlers:
 
 
 class _NoConversions:
-    """The converter of who has no private memory."""
+    """The converter of a VM without private memory."""
 
     def convert(self, request: object) -> int:
         return -errno.ENOSYS

@@ -140,7 +140,7 @@ class PayloadGuest:
 
     def __init__(self, options: GuestOptions) -> None:
         """Raises UsageError when the payload would not fit."""
-        from firmware import MIN_RAM_BYTES
+        from vmm._firmware import MIN_RAM_BYTES
         from vmm.core.suboptions import size_text
 
         if options.memory < MIN_RAM_BYTES:
@@ -169,7 +169,7 @@ class PayloadGuest:
         return []
 
     def load(self, launch: LaunchMemory, ram: list[Range], functions: Sequence[str]) -> Entry:
-        from firmware import payload_path
+        from vmm._firmware import payload_path
         from vmm.arch.aarch64.payload import PayloadInfo
 
         fd = os.open(payload_path("aarch64"), os.O_RDONLY | os.O_CLOEXEC)

@@ -1,7 +1,7 @@
 """The part of a realm's monitor that pyvmm plays: it answers RSI calls about memory.
 
 A rehearsal: on Arm CCA the monitor is firmware that the host can't touch. Here the VMM answers in
-its place, for guests that take themselves for realms; whoever isolates is pyvmm, not hardware.
+its place, for guests that take themselves for realms; the isolation is pyvmm's, not hardware's.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ class BenchGuest(PayloadGuest):
     def load(
         self, launch: LaunchMemory, ram: list[Range], alias: int, functions: Sequence[str]
     ) -> InitialState:
-        from firmware import bench_path
+        from vmm._firmware import bench_path
         from vmm.arch.x86_64.elf import parse_elf
         from vmm.arch.x86_64.page_tables import user_tables
         from vmm.arch.x86_64.payload import PayloadInfo

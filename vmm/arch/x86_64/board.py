@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 class PcBoard:
     """See vmm.wiring.board.Board."""
 
+    has_ports = True
+
     def __init__(self, parts: BoardParts) -> None:
         """Raises KvmError."""
         self._vm = cast("Vm", parts.vm)  # X86Platform's

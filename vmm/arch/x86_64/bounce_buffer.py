@@ -24,6 +24,12 @@ def bounce_buffer_size(ram_bytes: int) -> int:
     return min(max(ram_bytes * 6 // 100, _SMALLEST), _LARGEST)
 
 
+def room_needed(ram_bytes: int) -> int:
+    """Bytes for the bounce buffer and what else Linux allocates before it knows what it has: with
+    less it halves the buffer, and then panics."""
+    return bounce_buffer_size(ram_bytes) + _SUNDRIES + ram_bytes // _STRUCT_PAGE_SHARE
+
+
 def early_allocations(ram: Sequence[Range], initrd_bytes: int) -> Range | None:
     """The top of RAM below 4 GiB: bounce buffer, and what Linux allocates before it.
 

@@ -11,7 +11,7 @@ from vmm.arch.x86_64.msrs import LINUX_ENTRY_MSRS
 from vmm.arch.x86_64.registers import InitialState, linux64_entry, payload_entry
 from vmm.core.errors import UsageError
 from vmm.core.lean_typing import TYPE_CHECKING, Any, Protocol
-from vmm.core.ranges import NOWHERE, Range
+from vmm.core.ranges import NOWHERE, Range, page_align_up
 from vmm.memory.guest_memory import LaunchMemory
 
 if TYPE_CHECKING:
@@ -99,17 +99,27 @@ class LinuxGuest:
 
         self._image = image = self._opened.finish()
         ram = layout.ram_ranges(self._options.memory)
-        image.check_fits(ram, reserved=self._reserved)
+        initrd_bytes = 0 if self._initrd is None else page_align_up(self._initrd.size)
+        image.check_fits(ram, self._reserved, self._besides_kernel() + initrd_bytes)
         default = STRICT_COMMAND_LINE if self.loads_itself else DEFAULT_COMMAND_LINE
         text = f"{default} {self._options.append}".strip()
         header = image.setup_header
         if self._initrd is not None:
             limit = layout.FOUR_GIB if header is None else header.initrd_addr_max + 1
             occupied = [*self._reserved, image.memory]
-            self._initrd_place = place_initrd(self._initrd, ram[0], limit, occupied)
+            besides = self._besides_kernel()
+            self._initrd_place = place_initrd(self._initrd, ram[0], limit, occupied, besides)
         self._command_line = (
             command_line(text) if header is None else command_line(text, header.cmdline_size)
         )
+
+    def _besides_kernel(self) -> int:
+        """Bytes that Linux takes before it has started anything, beside kernel and initrd."""
+        if not self._options.is_private:
+            return 0
+        from vmm.arch.x86_64.bounce_buffer import room_needed
+
+        return room_needed(self._options.memory)
 
     def private_ranges(self, ram: list[Range]) -> list[Range]:
         """All of RAM, for Linux shares what it wants shared; but not where a loader starts."""
@@ -229,7 +239,7 @@ class PayloadGuest:
 
     def __init__(self, options: GuestOptions) -> None:
         """Raises UsageError when the payload would not fit."""
-        from firmware import MIN_RAM_BYTES
+        from vmm._firmware import MIN_RAM_BYTES
         from vmm.core.suboptions import size_text
 
         if options.memory < MIN_RAM_BYTES:
@@ -253,7 +263,7 @@ class PayloadGuest:
     def load(
         self, launch: LaunchMemory, ram: list[Range], alias: int, functions: Sequence[str]
     ) -> InitialState:
-        from firmware import payload_path
+        from vmm._firmware import payload_path
         from vmm.arch.x86_64.page_tables import payload_tables
         from vmm.arch.x86_64.payload import PayloadInfo
 

@@ -75,14 +75,19 @@ class KernelImage(NamedTuple):
             end = max(end, header.pref_address + header.init_size)
         return page_align_up(end)
 
-    def check_fits(self, ram: Iterable[Range], reserved: Iterable[Range] = ()) -> None:
-        """ImageError unless the kernel's memory lies in one range of `ram`, off `reserved`."""
+    def check_fits(
+        self, ram: Iterable[Range], reserved: Iterable[Range] = (), besides: int = 0
+    ) -> None:
+        """ImageError unless the kernel's memory lies in one range of `ram`, off `reserved`.
+
+        `besides`: bytes that the guest needs as well, for the advice in the error.
+        """
         ranges = list(ram)
         if not any(span.contains(self.memory) for span in ranges):
             largest = max((span.end for span in ranges), default=0)
             raise self.source.error(
                 f"the kernel needs guest memory at {self.memory}, RAM ends at {largest:#x}",
-                f"use --mem {-(-self.memory_end // MIB)}M or more"
+                f"use --mem {-(-(self.memory_end + besides) // MIB)}M or more"
                 if self.memory_end > largest
                 else "give a kernel that is linked to run in RAM",
             )

@@ -12,10 +12,11 @@ import errno
 import fcntl
 import os
 import select
+import signal
 import stat
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import mfusepy
@@ -334,6 +335,21 @@ class _Pipe:
         os.close(self.outlet)
 
 
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """libfuse takes SIGTERM and SIGHUP for itself where nobody else has them: given back."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    former = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
 class MemoryMount:
     """The mount, from `start` to `close`."""
 
@@ -356,6 +372,17 @@ class MemoryMount:
         # Since libfuse 3.7. Before it, what goes wrong is printed twice.
         with contextlib.suppress(AttributeError):
             _libfuse.fuse_set_log_func(_no_log)
+        with _own_signals():
+            self._wait()
+
+        def changed() -> None:
+            if self._files.waiting:
+                loop.set_timer(time.monotonic(), self._files.notify)
+
+        set_on_change(changed)
+
+    def _wait(self) -> None:
+        """Start the thread, and wait until the kernel has asked it for the first time."""
         self._thread.start()
         deadline = time.monotonic() + MOUNT_SECONDS
         while not self._files.ready.wait(0.01):
@@ -365,12 +392,6 @@ class MemoryMount:
                     f"({self._failure or 'no answer'}); as another user than root it needs "
                     "fusermount3 (Debian: fuse3), in a container /dev/fuse and the right to mount"
                 )
-
-        def changed() -> None:
-            if self._files.waiting:
-                loop.set_timer(time.monotonic(), self._files.notify)
-
-        set_on_change(changed)
 
     def _serve(self) -> None:
         try:

@@ -39,8 +39,8 @@ class InPlaceScheme:
     def __init__(
         self, patience: float = PATIENCE, told: Callable[[str], None] = errors.tell
     ) -> None:
-        """`patience`: seconds to wait for pages in use. `told` hears who holds those that aren't
-        given back, each holder once."""
+        """`patience`: seconds to wait for pages in use. `told` gets a sentence for each
+        process that holds one of those that aren't given back."""
         self._patience = patience
         self._told = told
         self._known: set[str] = set()

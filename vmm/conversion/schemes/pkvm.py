@@ -32,7 +32,7 @@ class PkvmScheme:
             set_slot(vm, number, area.start, area, memory.shared)
 
     def apply(self, area: Range, kind: Kind) -> None:
-        """Raises ValueError: whoever asks for this believes that the host has a say."""
+        """Raises ValueError: the host has no say, so the caller is wrong."""
         raise ValueError(f"{kind.value} {area}: only a protected guest can do that")
 
     def revert(self, area: Range, kind: Kind) -> None:

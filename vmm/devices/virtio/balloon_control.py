@@ -10,7 +10,7 @@ import contextlib
 import json
 import socket
 
-from vmm.core.suboptions import Suboptions, byte_size, size_text
+from vmm.core.suboptions import Suboptions, byte_size, size_text, unit_hint
 from vmm.core.unix_listener import UnixListener
 from vmm.devices.virtio.balloon import PAGE, VirtioBalloon
 
@@ -72,6 +72,8 @@ class SteeredBalloon(VirtioBalloon):
         size = byte_size(words[1]) if len(words) == 2 and words[0] == "size" else None
         if size is None:
             self._answer("error: say 'size 64M' or 'stats'")
+        elif size % PAGE:
+            self._answer(f"error: {size} bytes is not a multiple of {PAGE}{unit_hint(size)}")
         elif size // PAGE > self._most_pages:
             self._answer(f"error: the guest has {size_text(self._most_pages * PAGE)}")
         else:
@@ -93,6 +95,9 @@ def open_balloon(text: str, memory: int) -> VirtioBalloon:
     size = words.take_size("size") or 0
     control = words.take("control")
     words.finish()
+    if size % PAGE:
+        hint = unit_hint(size)
+        raise words.error(f"size={size} bytes is not a multiple of {PAGE}{hint}")
     if size > memory:
         raise words.error(f"size={size_text(size)} is more than the guest's {size_text(memory)}")
     if control is None:

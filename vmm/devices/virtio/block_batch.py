@@ -3,9 +3,8 @@
 Requests that are neighbours on the disk and in memory become one transfer, all headers are read
 by one call, all transfers of a direction made by another. What they are is worked out in C
 (`kvm_bindings.virtqueue.DiskPlanner`). A request that is anything but a plain read or write, or
-that can't be carried out, ends its batch, and is left to `VirtioBlock`, which serves one after
-the other and answers each for itself; nothing has reached the guest by then but data that it
-asked for.
+that can't be carried out, ends its batch. It is left to `VirtioBlock`, which serves one after the
+other and answers each for itself. Nothing has reached the guest by then but data that it asked for.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What one turn of a device may cost, whatever the guest asks for.
 
 All devices share one loop with the control socket, the console, signals and timers. A turn is a
-call of `VirtioDevice.process`; each queue has one budget, filled up at its turns' starts. Whoever
-does work for the guest says what it was; when the budget is spent the device returns, and its
-queue is rung again, behind everybody else who is ready.
+call of `VirtioDevice.process`; each queue has one budget, filled up at its turns' starts. Code
+that does work for the guest says what it was. When the budget is spent the device returns, and its
+queue is rung again, behind all others that are ready.
 
 A request of any size is cut into steps of which none takes longer than a turn should: what is
 left of it is kept with the queue (`SplitQueue.unfinished`), and goes on in the next turn.

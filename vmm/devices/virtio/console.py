@@ -109,6 +109,10 @@ class VirtioConsole(VirtioDevice):
                 port.backend.start(partial(self._changed, number), self.watch)
                 self._want(port)
 
+    def wake_input(self, number: int) -> None:
+        """There is input for a port whose backend waits for no fd: it is taken soon."""
+        self.wake(_input_queue(number))
+
     def reset(self) -> None:
         super().reset()
         self._messages.clear()

@@ -52,7 +52,7 @@ class VirtioPciFunction(PciFunction):
     """Type-0 header of a modern virtio device with its registers in BAR 0, of I/O ports or of
     memory (a page then), and in BAR 1 the MSI-X table, where the function has one.
 
-    `moved(first port or address, or None)` follows BAR 0, for whoever listens to notifies.
+    `moved(first port or address, or None)` follows BAR 0, for the listener to notifies.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class VirtioPciFunction(PciFunction):
         self._add_structure(_CAP_NOTIFY, NOTIFY, NOTIFY_SIZE, multiplier)
         if config_size:
             self._add_structure(_CAP_DEVICE, DEVICE_CFG, config_size)
-        # 4.1.4.9: the BAR through configuration space, for who cannot do port I/O yet.
+        # 4.1.4.9: the BAR through configuration space, for drivers that can't do port I/O yet.
         self._window = self._add_structure(_CAP_PCI_CFG, 0, 0, bytes(4))
         self.set_writable(self._window + _CAP_BAR, b"\xff")
         self.set_writable(self._window + _CAP_OFFSET, b"\xff" * 12)

@@ -43,9 +43,9 @@ ISR_QUEUE, ISR_CONFIG = 1, 2
 NO_VECTOR = 0xFFFF
 
 LOOKS_AT_ONCE = 16
-"""How often a turn looks at a queue whose driver is likely to be ready with more: a look by way of
-the loop costs three system calls and twice the time, and a queue that is never empty must not
-keep everybody else waiting for long."""
+"""How often a turn looks at a queue whose driver is likely to be ready with more. A look by way of
+the loop costs three system calls and twice the time; but a queue that is never empty must not keep
+the other queues waiting for long."""
 
 _COMMON = struct.Struct("<IIIIHHBBHHHHHQQQ")
 _WORD = 0xFFFF_FFFF
@@ -95,7 +95,7 @@ def _acquire(lock: RLock, deadline: float, owner: ExitStack) -> None:
 class VirtioPciTransport:
     """Registers, status machine and interrupt of one device.
 
-    `interrupt()` raises the function's INTx line, which whoever owns the line lowers at the
+    `interrupt()` raises the function's INTx line, which its owner lowers at the
     guest's EOI and raises again while `interrupt_pending()`. With `msix`, whose table is mapped
     at `msix_base`, the guest may have a message for each queue and one for the rest instead.
     The registers are in a BAR at `bar_base`, of I/O ports or (`bar_in_io` False) in memory.
@@ -216,13 +216,13 @@ class VirtioPciTransport:
 
     @contextmanager
     def held(self, timeout: float) -> Iterator[None]:
-        """Within the block the device touches no guest memory; whoever wants something of it
-        waits. The calling thread must not serve it meanwhile. Raises TimeoutError when what is
+        """Within the block the device touches no guest memory; other threads that need it
+        wait. The calling thread must not serve it meanwhile. Raises TimeoutError when what is
         under way, on all queues together, takes longer than `timeout` (seconds)."""
         deadline = time.monotonic() + timeout
         with ExitStack() as locks:
             _acquire(self._lock, deadline, locks)
-            # Only now: whoever had that lock may have started the device anew.
+            # Only now: the last holder of that lock may have started the device anew.
             for active in self._started:
                 _acquire(active.lock, deadline, locks)
             yield

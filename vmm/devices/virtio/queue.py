@@ -1,11 +1,10 @@
 """The split virtqueue from the device's side, by pread and pwrite only (virtio 1.2, 2.7).
 
-One batch costs a pread of the available index, one of the new entries, one of the descriptor
-table, one pwrite of used elements and one of the used index, however many chains it has (an
-indirect chain adds a pread of its table); where the memory takes batches, index, entries and
-table come by one call, indirect tables by a second, elements, index and the device's own last
-words go by a third. All that is in there was written by a hostile guest: what does not add up
-raises QueueError.
+One batch costs three preads (available index, new entries, descriptor table) and two pwrites (used
+elements, used index), however many chains it has; an indirect chain adds a pread of its table.
+Where the memory takes batches, index, entries and table come by one call, and indirect tables by a
+second. Elements, index and the device's own last words go by a third. All that is in there was
+written by a hostile guest: what does not add up raises QueueError.
 
 Chains are followed in C (`kvm_bindings.virtqueue`) where nothing is unusual about them. What is
 right and wrong is said here, in `_chain`, which looks at all that was found unusual.
@@ -165,8 +164,8 @@ class SplitQueue:
         return listed(taken) if isinstance(taken, Chains) else taken
 
     def take_together(self, most: int = MAX_QUEUE_SIZE) -> Chains | list[Chain]:
-        """As `take`, for who may not need a list (`listed` makes it): what is taken is good until
-        the next call."""
+        """As `take`, for callers that may not need a list (`listed` makes it): what is taken is
+        good until the next call."""
         return self._take(most) if self._batch is not None else self.take(most)
 
     def _take(self, most: int) -> Chains | list[Chain]:

@@ -1,8 +1,9 @@
 """virtio-vsock in user space (virtio 1.2, 5.10): the guest's ports are Unix sockets of the host.
 
 As with other VMMs: a program of the host connects to PATH and writes "CONNECT <port>\\n", gets
-"OK <its own port>\\n", and talks to whoever listens on that port in the guest. When the guest
-connects to port N of the host (CID 2), it reaches the program that listens on PATH_N.
+"OK <its own port>\\n", and talks to the program that listens on that port in the guest.
+When the guest connects to port N of the host (CID 2), it reaches the program that listens on
+PATH_N.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ HOST_PLACES = 32
 # Resets for connections that aren't there; with so many unsent, the guest is not listened to.
 MOST_RESETS = 128
 _BATCH = 16
-# A program that connects says so in one line; whoever says more is no such program.
+# A program that connects says so in one line; one that says more is something else.
 _LONGEST_LINE = 32
 _FIRST_HOST_PORT = 1 << 30
 

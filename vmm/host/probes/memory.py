@@ -92,7 +92,7 @@ class _Examination:
         self._guest = guest
         self._fd = fd
         # What the slot's userspace_addr shows is never the guest_memfd: so the guest's first
-        # read tells who serves it.
+        # read tells which memory serves it.
         self._other = memory_file(opened, AREA_SIZE)
         os.pwrite(self._other, _MARKER.to_bytes(8, "little"), WORD_AT)
         hva = mapped(opened, self._other, AREA_SIZE)

@@ -53,7 +53,7 @@ class ProtectedMemfdBacking(MemfdBacking):
     sealed = False
 
     def seal(self) -> None:
-        """The guest may run from now on: no access by the fd any more, whoever tries (EBADF).
+        """The guest may run from now on: the fd gives nobody access any more (EBADF).
 
         Raises OSError. Any number of times.
         """

@@ -22,8 +22,8 @@ _LINES = ("#2563eb", "#ea580c")
 _MIB = 1 << 20
 
 
-def write_plots(folder: str, traces: Sequence[Trace], summaries: Sequence[Summary]) -> None:
-    """states.png, shared.png, latency.png and io.png. Raises UsageError, OutputError."""
+def prepare(folder: str) -> Any:
+    """Import matplotlib's pyplot, which is returned, and make the folder. Raises UsageError."""
     try:
         import matplotlib as mpl
 
@@ -40,6 +40,12 @@ def write_plots(folder: str, traces: Sequence[Trace], summaries: Sequence[Summar
         raise UsageError(
             f"--plots {folder} cannot be made: {reason}; give another folder"
         ) from None
+    return pyplot
+
+
+def write_plots(folder: str, traces: Sequence[Trace], summaries: Sequence[Summary]) -> None:
+    """states.png, shared.png, latency.png and io.png. Raises UsageError, OutputError."""
+    pyplot = prepare(folder)
     drawings = {"states": _states, "shared": _shared, "latency": _latency, "io": _io}
     for name, draw in drawings.items():
         path = os.path.join(folder, f"{name}.png")

@@ -17,7 +17,7 @@ DATA, SYSTEM_CONTROL_B, COMMAND = 0, 1, 4  # offsets from port 0x60
 PULSE, PULSE_MASK, NO_RESET = 0xF0, 0xF0, 1 << 0
 
 PORT_B_WRITABLE = 0x03  # timer 2 gate and speaker
-PORT_B_TIMER2_OUT = 0x20  # high: whoever waits for the timer to expire goes on
+PORT_B_TIMER2_OUT = 0x20  # high: the timer has expired, for code that polls for that
 
 
 class I8042(BytePorts):

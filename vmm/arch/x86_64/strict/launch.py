@@ -7,7 +7,7 @@ import json
 import struct
 from collections.abc import Sequence
 
-from firmware import loader_path
+from vmm._firmware import loader_path
 from vmm.arch.x86_64 import layout
 from vmm.arch.x86_64.page_tables import launch_tables
 from vmm.arch.x86_64.registers import InitialState, SpecialRegisters, linux64_entry

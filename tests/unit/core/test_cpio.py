@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import stat
 
-from vmm.lab.cpio import CpioWriter
+from vmm.core.cpio import CpioWriter
 
 
 class Entry:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from vmm.core.errors import UsageError
-from vmm.lab.kmodules import ModuleTree, dependencies, without_signature
+from vmm.core.kmodules import ModuleTree, dependencies, without_signature
 
 
 def module(name: str, depends: str = "") -> bytes:

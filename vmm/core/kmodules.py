@@ -23,15 +23,14 @@ _PACKINGS: dict[str, Callable[[bytes], bytes]] = {
 
 
 class ModuleTree:
-    """The modules below a directory, normally lib/modules/RELEASE.
+    """The modules below a directory, normally lib/modules/RELEASE; None for a kernel without any.
 
     Those in `instead` are taken in place of the ones of the same name.
     """
 
-    def __init__(self, root: Path, instead: Path | None = None) -> None:
-        self.root = root
+    def __init__(self, root: Path | None, instead: Path | None = None) -> None:
         self._files: dict[str, Path] = {}
-        for folder in (root,) if instead is None else (instead, root):
+        for folder in filter(None, (instead, root)):
             for path in folder.rglob("*.ko*"):
                 stem, _, _ = path.name.partition(".ko")
                 self._files.setdefault(_canonical(stem), path)

@@ -1,0 +1,1 @@
+"""The sandbox: filters, what may be opened, the process outside."""

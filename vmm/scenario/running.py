@@ -1,0 +1,475 @@
+"""Runs a scenario: its vCPUs in the order of their times, each step's answer sent back to it.
+
+Time is the scenario's: what its waits take, and what the cost model says that requests take.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, suppress
+from heapq import heappop, heappush
+from random import Random
+from typing import Any, NamedTuple
+
+from vmm.conversion.transaction import Converter
+from vmm.core.errors import AccessDenied, GuestMemoryError, UsageError
+from vmm.core.events import ConversionRequest, Kind
+from vmm.core.ranges import PAGE_SIZE, Range, page_align_down, page_align_up
+from vmm.exits.outcome import FAILED, KILLED, POWEROFF
+from vmm.memory.guest_memory import PageState
+from vmm.policy import (
+    Allow,
+    Convert,
+    Decision,
+    Defer,
+    Deny,
+    End,
+    Kill,
+    Partial,
+    Policy,
+    PolicyKill,
+    View,
+)
+from vmm.policy.arguments import require_hooks
+from vmm.policy.decisions import CarriedOut
+from vmm.policy.decisions import Refusal as Refused
+from vmm.policy.hooks import Hooks
+from vmm.policy.loader import load_policy
+from vmm.replay.replay import MOST_REFUSALS, Refusal
+from vmm.scenario.definition import Scenario, ScenarioError, Steps
+from vmm.scenario.guest import Guest, Heap
+from vmm.scenario.memory import ModelMemory, ModelScheme
+from vmm.scenario.models import find as find_model
+from vmm.scenario.steps import Discard, Fault, Io, Share, Step, Unshare, Wait
+from vmm.scenario.watch import WATCH
+from vmm.trace.cost import CostModel
+from vmm.trace.layout import LARGEST
+
+MOST_STEPS = 5_000_000
+"""A scenario that has done so much is taken to loop for ever: minutes of work."""
+MOST_SECONDS = 1e9
+"""The longest that a scenario's own time may go on: 30 years."""
+_DOORBELL = "hypercall"
+_FAULTS_AT_ONCE = 8
+"""Tries of one access: the first may be let go without a conversion, when others have asked."""
+_WORDS: dict[type[Decision | None], str] = {
+    type(None): "none", Allow: "allow", Deny: "deny", Partial: "partial", Defer: "defer",
+    Convert: "convert", Kill: "kill",
+}  # fmt: skip
+"""Decisions as a trace has them; none: the request was invalid, no policy was asked."""
+
+
+class Ended(NamedTuple):
+    """When (seconds) and why the run ended before the scenario was through."""
+
+    s: float
+    why: str
+
+
+class Result(NamedTuple):
+    """What became of a scenario."""
+
+    scenario: str
+    seed: int
+    figures: dict[str, float]
+    """The keys of `pyvmm replay --json`'s "replayed"."""
+    ended: Ended | None
+    """None: the scenario came to its end."""
+    refused: list[Refusal]
+    """The first of the requests that the guest didn't get."""
+    duration_ns: int
+    """Of the scenario's own time."""
+    steps: int
+    io: dict[str, int]
+    """Accesses of devices: "allowed", "denied" by a policy, "refused" as private or no RAM."""
+
+
+def run(
+    scenario: Scenario,
+    policies: Sequence[Policy | str] = (),
+    *,
+    seed: int = 0,
+    parameters: Mapping[str, Any] | None = None,
+    model: CostModel | str | None = None,
+    most_steps: int = MOST_STEPS,
+) -> Result:
+    """Put a scenario to policies (instances, or MODULE:CLASS, which are made without arguments).
+
+    `model`: what requests cost, or of which host kind or trace (`vmm.scenario.models.find`). The
+    same arguments give the same result, unless a policy or the scenario has other sources.
+
+    Raises ScenarioError for a scenario that can't be run, PolicyError for a policy that raises or
+    answers what is none, UsageError for other arguments.
+    """
+    asked = [load_policy(each) if isinstance(each, str) else each for each in policies]
+    for policy in asked:
+        if not isinstance(policy, Policy):
+            raise UsageError(f"{policy!r} is not an instance of a subclass of vmm.policy.Policy")
+        require_hooks(policy)
+    if not isinstance(model, CostModel):
+        model = find_model(model or scenario.model)
+    given = scenario.bound(parameters or {})
+    with closing(_Run(scenario, asked, seed, model, most_steps)) as running:
+        with WATCH.over(running):
+            running.go(given)
+        return running.result()
+
+
+class _Hooks(Hooks):
+    """Asks the policies, and keeps what they said to the last request; None: they weren't asked."""
+
+    said: CarriedOut | Refused | None = None
+
+    def decide(
+        self, kind: Kind, area: Range, vcpu: int, doorbell: str, view: View
+    ) -> CarriedOut | Refused:
+        self.said = decision = Hooks.decide(self, kind, area, vcpu, doorbell, view)
+        return decision
+
+
+class _Vcpu:
+    """One vCPU's steps, and where in time it is: seconds."""
+
+    __slots__ = ("answer", "at", "number", "steps")
+
+    def __init__(self, number: int, steps: Steps) -> None:
+        self.number = number
+        self.steps = steps
+        self.at = 0.0
+        self.answer: int | None = None  # what a generator is started with
+
+
+class _Run:
+    """One pass of a scenario through policies; `go` may be called once."""
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        policies: Sequence[Policy],
+        seed: int,
+        model: CostModel,
+        most_steps: int,
+    ) -> None:
+        self.scenario = scenario
+        self.steps = 0
+        self._seed = seed
+        self._model = model
+        self._costs = {Kind.SHARE: model.share[:2], Kind.UNSHARE: model.unshare[:2]}
+        self._nothing = model.nothing
+        self._most_steps = most_steps
+        self._now = 0.0
+        self._wake = math.inf
+        self._memory = ModelMemory(scenario.ram, scenario.private)
+        self.converter = Converter(
+            self._memory,
+            ModelScheme(),
+            *policies,
+            clock=lambda: self._now,
+            wake_at=self._wake_at,
+        )
+        # Not an observer: that costs a tenth of a run. What it would hear is what the model's
+        # memory counts, and what the policies say here.
+        self._hooks = self.converter.hooks = _Hooks(policies)
+        self._watchers: dict[str, Callable[[Range, bool, str | None], None] | None] = {}
+        self._io = dict.fromkeys(("allowed", "denied", "refused"), 0)
+        self._ended: Ended | None = None
+        self._exit = End(POWEROFF, "the scenario is through")
+        self._refused: list[Refusal] = []
+        self._decisions: dict[type[Decision | None], int] = dict.fromkeys(_WORDS, 0)
+        self._partial = 0
+        self._conversions = 0
+        self._converted_bytes = 0
+        self._late_discards = 0
+        self._guest_ns = 0.0
+        self._host_ns = 0.0
+        self._shared = self._peak = self._memory.shared_bytes
+        self._since = 0.0
+        self._byte_seconds = 0.0
+        self._deferred = 0
+        self._deferred_byte_seconds = 0.0
+        self._vcpus: list[_Vcpu] = []
+
+    # -- the converter's side -----------------------------------------------------------------
+
+    def _wake_at(self, due: float) -> None:
+        self._wake = due
+
+    def _account(self, kind: Kind, gpa: int, size: int, answer: int | None) -> float:
+        """Count a request that was answered (None: with the run's end); the seconds that the
+        guest waited for it."""
+        decision, changed = self._hooks.said, self._memory.changed_bytes
+        self._decisions[decision.__class__] += 1
+        if changed:
+            self._conversions += 1
+            self._converted_bytes += changed
+            fixed, per_byte = self._costs[kind]
+            took = fixed + per_byte * changed
+        else:
+            took = self._nothing
+        self._guest_ns += took
+        if self._memory.shared_bytes != self._shared or decision.__class__ is not Allow:
+            self._account_states()
+        if answer:
+            word = _WORDS[decision.__class__]
+            self._partial += word == "partial"
+            if len(self._refused) < MOST_REFUSALS:
+                now, by = round(self._now * 1e9), self._hooks.decided_by
+                self._refused.append(Refusal(now, kind.value, gpa, size, word, by, -answer))
+        return took * 1e-9
+
+    def _account_states(self) -> None:
+        """How much is shared, and waits for its discard, has changed, or may have."""
+        passed = self._now - self._since
+        self._since = self._now
+        self._byte_seconds += self._shared * passed
+        self._deferred_byte_seconds += self._deferred * passed
+        self._shared, self._deferred = self._memory.shared_bytes, self._memory.deferred_bytes
+        self._peak = max(self._peak, self._shared)
+
+    @property
+    def silent(self) -> str:
+        """Who has the turn: a policy's hook, or the scenario."""
+        name = self.scenario.name
+        return self.converter.undecided or f"scenario {name}, step {self.steps + 1},"
+
+    # -- the run ------------------------------------------------------------------------------
+
+    def go(self, given: Mapping[str, Any]) -> None:
+        """The whole run. Raises ScenarioError, PolicyError."""
+        hooks, view = self.converter.hooks, self.converter.view
+        try:
+            hooks.boot(view)
+            self._start_vcpus(given)
+            self._take_steps()
+        except PolicyKill as kill:
+            self._end(str(kill), KILLED)
+        hooks.exit(self._exit, view)
+
+    def _end(self, why: str, how: str) -> None:
+        self._ended = Ended(self._now, why)
+        self._exit = End(how, why)
+
+    def _start_vcpus(self, given: Mapping[str, Any]) -> None:
+        scenario = self.scenario
+        heap, common = Heap(scenario.ram), dict[str, Any]()
+        for number in range(scenario.cpus):
+            rng = Random(f"{self._seed}/{number}")
+            guest = Guest(scenario.ram, number, scenario.cpus, rng, lambda: self._now, heap, common)
+            self._vcpus.append(_Vcpu(number, scenario.start(guest, given)))
+
+    def _take_steps(self) -> None:
+        ready = [(vcpu.at, vcpu.number) for vcpu in self._vcpus]
+        latest = 0.0
+        while ready and self._ended is None:
+            number = heappop(ready)[1]
+            vcpu = self._vcpus[number]
+            if self._advance(vcpu, ready[0][0] if ready else math.inf):
+                heappush(ready, (vcpu.at, number))
+            latest = max(latest, vcpu.at)
+        if self._ended is None:
+            self._settle_until(latest)
+            self._now = latest
+
+    def _advance(self, vcpu: _Vcpu, horizon: float) -> bool:
+        """Take the vCPU's steps until another one's turn has come; False: it has none left."""
+        send, number, convert = vcpu.steps.send, vcpu.number, self.converter.convert
+        memory, hooks = self._memory, self._hooks
+        answer, at, most = vcpu.answer, vcpu.at, self._most_steps
+        try:
+            while at <= horizon:
+                if self._wake <= at:
+                    self._settle_until(at)
+                self._now = at
+                try:
+                    step = send(answer)  # type: ignore[arg-type]  # None starts it
+                except StopIteration:
+                    return False
+                except ScenarioError:
+                    raise
+                except Exception as error:
+                    raise self._error(f"raised {error!r}") from error
+                self.steps += 1
+                # By class, and nothing called that needn't be: this is what a run's time goes to.
+                if type(step) is Share or type(step) is Unshare:
+                    try:
+                        start, size = step.area
+                        if size % PAGE_SIZE or start < 0 or size < 0 or start + size > LARGEST:
+                            raise self._area_error(step)
+                    except (TypeError, ValueError):
+                        raise self._area_error(step) from None
+                    kind = Kind.SHARE if type(step) is Share else Kind.UNSHARE
+                    memory.changed_bytes, hooks.said = 0, None
+                    try:
+                        answer = convert(
+                            ConversionRequest(kind, start, size // PAGE_SIZE, number, _DOORBELL)
+                        )
+                    except PolicyKill:
+                        self._account(kind, start, size, None)
+                        raise
+                    at += self._account(kind, start, size, answer)
+                elif type(step) is Wait:
+                    at, answer = self._later(step, at), 0
+                elif type(step) is Io:
+                    answer = self._device_access(step)
+                elif type(step) is Fault:
+                    answer, took = self._fault(step, number)
+                    at += took
+                    if answer:
+                        return False
+                elif type(step) is Discard:
+                    answer = self._discard(step)
+                else:
+                    raise self._error(
+                        f"yielded {step!r}, which is no step; yield Share, Unshare, Fault, Io, "
+                        "Discard or Wait"
+                    )
+                if self.steps >= most:
+                    raise self._error(
+                        f"has made {most} steps and goes on; if it doesn't loop for ever, run it "
+                        "with a larger most_steps"
+                    )
+        finally:
+            vcpu.answer, vcpu.at = answer, at
+        return True
+
+    def _area_of(self, step: Fault | Io | Discard) -> tuple[int, int]:
+        try:
+            start, size = step.area
+            if start >= 0 and size >= 0 and start + size <= LARGEST:
+                return start, size
+        except (TypeError, ValueError):
+            pass
+        raise self._area_error(step)
+
+    def _area_error(self, step: Step) -> ScenarioError:
+        of = "whole 4 KiB pages" if isinstance(step, (Share, Unshare)) else "bytes"
+        return self._error(f"yielded {step!r}; its area is Range(start, size) of {of}, in 64 bits")
+
+    def _later(self, step: Wait, at: float) -> float:
+        try:
+            if step.seconds >= 0 and at + step.seconds <= MOST_SECONDS:
+                return at + step.seconds
+        except TypeError:
+            pass
+        raise self._error(
+            f"yielded {step!r}; give 0 or more seconds, {MOST_SECONDS:g} at most in all"
+        )
+
+    def _device_access(self, step: Io) -> int:
+        start, size = self._area_of(step)
+        device = step.device
+        if device not in self._watchers:
+            hooks, view = self.converter.hooks, self.converter.view
+            self._watchers[device] = hooks.watcher(view, device)
+        ask = self._watchers[device]
+        try:
+            if ask is not None:
+                ask(Range(start, size), step.is_write, step.named)
+            self._memory.pread(size, start)
+        except AccessDenied:
+            self._io["denied"] += 1
+            return -errno.EACCES
+        except GuestMemoryError:
+            self._io["refused"] += 1
+            return -errno.EFAULT
+        self._io["allowed"] += 1
+        return 0
+
+    def _discard(self, step: Discard) -> int:
+        start, size = self._area_of(step)
+        try:
+            self._memory.discard(start, size)
+        except GuestMemoryError:
+            return -errno.EFAULT
+        return 0
+
+    def _fault(self, step: Fault, vcpu: int) -> tuple[int, float]:
+        """An access, tried again until it is served, and the seconds that it waited; one that is
+        refused ends the run."""
+        start, size = self._area_of(step)
+        first, end = page_align_down(start), page_align_up(start + size)
+        area = Range(first, end - first)
+        wanted = (PageState.PRIVATE, PageState.DEFERRED) if step.private else (PageState.SHARED,)
+        kind = Kind.UNSHARE if step.private else Kind.SHARE
+        answer, took = 0, 0.0
+        for _ in range(_FAULTS_AT_ONCE):
+            states = self._memory.states(area)
+            if states and all(state in wanted for _, state in states):
+                return 0, took
+            self._memory.changed_bytes, self._hooks.said = 0, None
+            calls = self.converter.accounting.of(kind).calls
+            try:
+                answer = self.converter.fault(kind, first, area.size, vcpu)
+            except PolicyKill:
+                self._account(kind, first, area.size, None)
+                raise
+            if self.converter.accounting.of(kind).calls != calls:  # else it is to try again
+                took += self._account(kind, first, area.size, answer)
+            if answer:
+                break
+        name = errno.errorcode.get(-answer, str(-answer))
+        side = "private" if step.private else "shared"
+        self._end(
+            f"the guest uses {side} memory at GPA {start:#x}, {size} bytes; the {kind.value} that "
+            f"this takes was refused: {name}",
+            FAILED,
+        )
+        return answer or -errno.EFAULT, took
+
+    def _settle_until(self, limit: float) -> None:
+        """Carry out late discards when they are due, as the event loop's timer does."""
+        memory = self._memory
+        while self._wake <= limit:
+            self._now, self._wake = max(self._now, self._wake), math.inf
+            memory.late_sizes = []
+            self.converter.settle()
+            self._late_discards += len(memory.late_sizes)
+            self._host_ns += sum(map(self._model.late_discard, memory.late_sizes))
+            memory.late_sizes = None
+            self._account_states()
+
+    def _error(self, what: str) -> ScenarioError:
+        return ScenarioError(
+            f"scenario {self.scenario.name}, step {self.steps + 1}, at {self._now:.6g} s: {what}"
+        )
+
+    # -- what came of it ----------------------------------------------------------------------
+
+    def result(self) -> Result:
+        decisions = {_WORDS[each]: count for each, count in self._decisions.items()}
+        until = self._now
+        passed = until - self._since
+        byte_seconds = self._byte_seconds + self._shared * passed
+        deferred = self._deferred_byte_seconds + self._deferred * passed
+        figures: dict[str, float] = {
+            "requests": sum(decisions.values()),
+            "denied": decisions["deny"] + decisions["kill"],
+            "partial": self._partial,
+            "invalid": decisions["none"],
+            "deferred": decisions["defer"],
+            "joined": decisions["convert"],
+            "conversions": self._conversions,
+            "converted_bytes": self._converted_bytes,
+            "late_discards": self._late_discards,
+            "lends": 0,
+            "returns": 0,
+            "lends_refused": 0,
+            "lent_bytes_peak": 0,
+            "shared_bytes_peak": self._peak,
+            "shared_bytes_mean": round(byte_seconds / until) if until else self._shared,
+            "deferred_bytes_mean": round(deferred / until) if until else self._deferred,
+            "guest_ns": self._guest_ns,
+            "host_ns": self._host_ns,
+        }
+        return Result(
+            self.scenario.name, self._seed, figures, self._ended, self._refused,
+            round(until * 1e9), self.steps, self._io,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        for vcpu in self._vcpus:
+            with suppress(Exception):  # one that yields, or raises, when it is to end
+                vcpu.steps.close()
+        self._memory.close()

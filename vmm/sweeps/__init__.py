@@ -1,0 +1,1 @@
+"""Sweeps: many runs over policies, parameters, kernels and workloads, each result stored once."""

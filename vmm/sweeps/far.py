@@ -1,0 +1,121 @@
+"""What runs in a Dask worker: cells in processes of their own, and the contents they need.
+
+Everything goes in and out as text or bytes: Dask's workers may run another Python.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from vmm.sweeps import content, versions
+from vmm.sweeps.pool import Place, Runner, Stopped
+
+Piece = tuple[str, int, bytes]
+"""Of a content's file: its name, the offset, the bytes."""
+
+_lock = threading.Lock()
+_idle: list[Runner] = []
+_busy: set[Runner] = set()
+_places: dict[str, Place] = {}
+_ended: set[str] = set()
+"""Sweeps whose cells are not wanted any more."""
+
+
+def described() -> dict[str, str]:
+    """This worker's versions, and where it runs."""
+    return {**versions.described(), "distributed": versions.dask_version()}
+
+
+def run_batch(text: str) -> str:
+    """Carry out the jobs of `{"sweep", "jobs": [[key, words]...]}`, one after another.
+
+    The answer has `missing`, digests of contents that this worker hasn't got, and then nothing was
+    carried out; else `answers`, [key, answer] each, as far as it got before the sweep was ended.
+    """
+    from distributed import get_worker
+
+    request = json.loads(text)
+    worker = get_worker().address
+    needed = content.needed([words for _, words in request["jobs"]])
+    with _lock:
+        missing = sorted(needed - _places.keys())
+    if missing:
+        return json.dumps({"worker": worker, "missing": missing})
+    answers: list[tuple[str, Mapping[str, Any]]] = []
+    with contextlib.suppress(Stopped):
+        for key, words in request["jobs"]:
+            if request["sweep"] in _ended:
+                break
+            answers.append((key, _run(words)))
+    return json.dumps({"worker": worker, "answers": answers})
+
+
+def _run(words: Mapping[str, Any]) -> dict[str, Any]:
+    with _lock:
+        runner = _idle.pop() if _idle else Runner()
+        _busy.add(runner)
+        places = dict(_places)
+    try:
+        answer = runner.run(words, places)
+    except BaseException:
+        with _lock:
+            _busy.discard(runner)
+        runner.release()
+        raise
+    with _lock:
+        _busy.discard(runner)
+        _idle.append(runner)
+    return answer
+
+
+def receive(digest: str, pieces: list[Piece], dask_worker: Any = None) -> None:
+    """Pieces of a content's files."""
+    for name, offset, data in pieces:
+        path = os.path.join(_folder(dask_worker), f"{digest}.part", name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "r+b" if offset else "wb") as file:
+            file.seek(offset)
+            file.write(data)
+
+
+def complete(digest: str, names: list[str], dask_worker: Any = None) -> str | None:
+    """All of a content has come; what is wrong with it, if anything."""
+    folder = os.path.join(_folder(dask_worker), digest)
+    part = f"{folder}.part"
+    if digest in _places:  # of another sweep: a cell may be reading it
+        shutil.rmtree(part, ignore_errors=True)
+        return None
+    os.makedirs(part, exist_ok=True)
+    found, _ = content.digest_of({name: os.path.join(part, name) for name in names})
+    if found != digest:
+        shutil.rmtree(part, ignore_errors=True)
+        return "it has changed since the sweep looked at it; start the sweep again"
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(part, folder)
+    with _lock:
+        _places[digest] = (folder, names)
+    return None
+
+
+def dismiss(sweep: str, at_once: bool) -> None:
+    """The sweep is over: begin none of its cells; `at_once`: break off those under way."""
+    with _lock:
+        _ended.add(sweep)
+        idle, busy = list(_idle), list(_busy) if at_once else []
+        _idle.clear()
+    for runner in idle:
+        runner.close()
+        runner.release()
+    for runner in busy:
+        runner.close()
+
+
+def _folder(dask_worker: Any) -> str:
+    """Dask removes it with the worker."""
+    return os.path.join(str(dask_worker.local_directory), "pyvmm-sweep")
