@@ -81,7 +81,7 @@ def _require_fuse(path: str) -> None:
         raise HostError(f"--memory-file {path} needs mfusepy: pip install 'pyvmm[fuse]'") from None
     except (OSError, AttributeError) as error:
         raise HostError(
-            f"--memory-file {path}: libfuse can't be loaded ({error}); install Debian's libfuse3-3"
+            f"--memory-file {path}: libfuse can't be loaded ({error}); install Debian's fuse3"
         ) from None
 
 
