@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import runpy
+import subprocess
+import sys
 import sysconfig
 import tempfile
 from pathlib import Path
@@ -19,7 +21,8 @@ IMAGES = (".bin", ".elf")
 
 
 class CffiBuildHook(BuildHookInterface[Any]):
-    """Compiles the extension and puts it into the wheel, with the guests' images."""
+    """Compiles the extension and puts it into the wheel, with the guests' images and the manual
+    page."""
 
     PLUGIN_NAME = "custom"
 
@@ -47,6 +50,19 @@ class CffiBuildHook(BuildHookInterface[Any]):
         self._scratch = tempfile.TemporaryDirectory(prefix="pyvmm-wheel-")
         built = compile_extension(Path(self._scratch.name))
         build_data["force_include"][str(built)] = f"kvm_bindings/{built.name}"
+        page = Path(self._scratch.name) / "pyvmm.1"
+        page.write_text(self._manual(), encoding="utf-8")
+        build_data["shared_data"][str(page)] = "share/man/man1/pyvmm.1"
+
+    def _manual(self) -> str:
+        """The manual page, made by a process of its own from the parsers of this tree."""
+        program = (
+            "import sys; sys.path.insert(0, sys.argv[1]); from vmm.cli.manual import manual; "
+            "sys.stdout.write(manual(sys.argv[2]))"
+        )
+        words = [sys.executable, "-I", "-c", program, self.root, self.metadata.version]
+        done = subprocess.run(words, check=True, stdout=subprocess.PIPE, encoding="utf-8")
+        return done.stdout
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
         scratch = getattr(self, "_scratch", None)

@@ -7,6 +7,7 @@ pyvmm's own code import what they need from its rooms, so that a start pays for 
 # Not vmm.core.lean_typing's: nothing may be imported before vmm.__main__ has seen to Ctrl-C.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from vmm.conversion.events import Changed, Lost, MachineEvent, Noted, Requested
     from vmm.core.errors import (
         AccessDenied,
         GuestFailure,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from vmm.devices.virtio.own import VirtioDevice
     from vmm.exits.outcome import Outcome
     from vmm.exits.own import ExitHandler
+    from vmm.library.events import Events
     from vmm.library.machine import Machine, NotRunning
     from vmm.machine.config import MachineConfig
     from vmm.machine.report_keys import Report
@@ -34,15 +36,20 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AccessDenied",
+    "Changed",
+    "Events",
     "ExitHandler",
     "ExtensionError",
     "GuestFailure",
     "GuestMemoryError",
     "HostError",
     "Kind",
+    "Lost",
     "Machine",
     "MachineConfig",
+    "MachineEvent",
     "NotRunning",
+    "Noted",
     "Outcome",
     "OutputError",
     "PageState",
@@ -54,6 +61,7 @@ __all__ = [
     "PyvmmError",
     "Range",
     "Report",
+    "Requested",
     "UnmappedAccess",
     "UsageError",
     "VirtioDevice",
@@ -61,12 +69,17 @@ __all__ = [
 ]
 
 _ROOMS = {
+    "Changed": "vmm.conversion.events",
+    "Events": "vmm.library.events",
     "ExitHandler": "vmm.exits.own",
     "ExtensionError": "vmm.core.own_code",
     "Kind": "vmm.core.events",
+    "Lost": "vmm.conversion.events",
     "Machine": "vmm.library.machine",
     "MachineConfig": "vmm.machine.config",
+    "MachineEvent": "vmm.conversion.events",
     "NotRunning": "vmm.library.machine",
+    "Noted": "vmm.conversion.events",
     "Outcome": "vmm.exits.outcome",
     "PageState": "vmm.memory.guest_memory",
     "PciDevice": "vmm.devices.own",
@@ -75,6 +88,7 @@ _ROOMS = {
     "PortDevice": "vmm.devices.own",
     "Range": "vmm.core.ranges",
     "Report": "vmm.machine.report_keys",
+    "Requested": "vmm.conversion.events",
     "VirtioDevice": "vmm.devices.virtio.own",
     "sweep": "vmm.sweeps.api",
 }

@@ -5,8 +5,8 @@
 Each round boots four times with --private-mem in one lab machine, from exec to the shell's prompt:
 untraced, traced, traced, untraced. Prints medians, spread, their ratio, and how many events a
 traced boot had. Boots on a busy machine say little, so the parts are measured as well, in the same
-lab machine, and the least of several runs of each counts: what tracing adds before the guest runs,
-what an event adds, what a flush does (on a thread of its own, twice a second).
+lab machine: what tracing adds before the guest runs, what an event adds, what a flush does (on a
+thread of its own, twice a second). The least of several runs of each counts.
 """
 
 from __future__ import annotations

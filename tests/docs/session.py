@@ -43,12 +43,16 @@ class Session:
             program = programs / name
             program.write_text(f'#!/bin/sh\nexec "{sys.executable}" {words} "$@"\n')
             program.chmod(0o755)
+        installed = Path(sys.executable).parent  # what came with Python packages: pytest, dask
         self._environment = os.environ | {
-            "PATH": f"{programs}:{os.environ.get('PATH', os.defpath)}",
+            "PATH": f"{programs}:{installed}:{os.environ.get('PATH', os.defpath)}",
             "PYTHONPATH": str(ROOT),
             "COLUMNS": "80",
             "TERM": "dumb",
             "LC_ALL": "C.UTF-8",
+            # As where pyvmm is installed, whether this checkout is or not.
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+            "PYTEST_PLUGINS": "vmm.scenario.pytest_plugin",
         }
 
     def carry_out(self, block: Block) -> None:

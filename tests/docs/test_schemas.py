@@ -78,11 +78,10 @@ class Socket:
     """A connection to a run's control socket."""
 
     def __init__(self, path: Path, run: command.Session) -> None:
-        while not path.exists():
-            assert run.process.poll() is None
         self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._connection.settimeout(command.TIME_LIMIT)
-        self._connection.connect(str(path))
+        while self._connection.connect_ex(str(path)):  # not there yet, or not listening
+            assert run.process.poll() is None
         self.lines = self._connection.makefile("rb")
 
     def ask(self, **request: object) -> Any:

@@ -22,7 +22,7 @@ _MSI = range(0xFEE00, 0xFEF00)  # page numbers
 
 
 class Model:
-    """What the specification and the README say, page by page."""
+    """What the specification and vmm/docs/devices.md say, page by page."""
 
     def __init__(self) -> None:
         self.shared = [number < SHARED_PAGES for number in range(RAM_PAGES)]

@@ -17,7 +17,7 @@ from kvm_bindings import exits as kvm_exits
 from tests.support.guests import SPIN, kernel, say
 from vmm import Kind, Machine, MachineConfig, Outcome, Range
 from vmm.conversion.schemes.remap import RemapScheme
-from vmm.examples import side_by_side
+from vmm.examples import events_to_csv, side_by_side
 from vmm.examples.costly_scheme import Costly
 from vmm.examples.post_codes import PostCodes
 from vmm.examples.ram_disk import RamDisk
@@ -458,6 +458,48 @@ def test_name_that_nobody_registers_is_one_line(
 
 
 # -- programs -------------------------------------------------------------------------------------
+
+
+def test_events_of_a_run_are_its_requests_and_its_end() -> None:
+    with Machine(PRIVATE) as machine:
+        events = machine.events()
+        machine.start()
+        seen = list(events)
+
+    conversions = machine.report["conversions"]
+    assert conversions is not None
+    requests = [event for event in seen if isinstance(event, vmm.Requested)]
+    shares = [event for event in requests if event.kind == "share"]
+    failed = [event for event in requests if event.errno]
+    assert len(shares) == conversions["share"]["calls"] > 0
+    assert len(requests) - len(shares) == conversions["unshare"]["calls"]
+    assert len(failed) == conversions["share"]["failed"] + conversions["unshare"]["failed"]
+    assert any(isinstance(event, vmm.Changed) for event in seen)
+    last = seen[-1]
+    assert isinstance(last, vmm.Noted)
+    assert (last.what, last.details["exit"]) == ("ended", "poweroff")
+
+
+def test_events_end_with_a_machine_that_does_not_start() -> None:
+    machine = Machine(MachineConfig(kernel="/nonexistent"))
+    events = machine.events()
+
+    with pytest.raises(vmm.UsageError, match="/nonexistent"):
+        machine.start()
+
+    assert list(events) == []
+
+
+def test_events_to_csv_of_the_examples_has_a_row_for_each_change(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    events_to_csv.main(str(tmp_path / "exposed.csv"))
+
+    heading, *rows = (tmp_path / "exposed.csv").read_text().splitlines()
+    assert capsys.readouterr().out == "poweroff 0 events lost\n"
+    assert heading == "seconds,shared_bytes,refused"
+    assert max(int(row.split(",")[1]) for row in rows) > 2 << 20
+    assert rows[-1].split(",")[1:] == ["0", "0"]
 
 
 def test_side_by_side_of_the_examples_says_what_each_policy_made_of_it(

@@ -322,7 +322,7 @@ def test_coalescing_is_not_noticed_by_the_payload(report: Path) -> None:
 
 
 def test_kept_pages_come_back_with_their_content_which_the_payload_notices(report: Path) -> None:
-    """What README warns of: the guest has to initialise what it shares."""
+    """What the documentation warns of: the guest has to initialise what it shares."""
     policy = ("--policy", f"{BUILTIN}:KeepShared")
 
     run = pyvmm(report, "--private-mem", "--mem", "64M", *policy)

@@ -287,7 +287,7 @@ def test_conversion_that_is_refused_stops_the_loader(kvm: System) -> None:
     assert guest.reason == "could not convert its window back to private memory"
 
 
-# -- what strict does not keep a monitor from: said in the README, and shown here ------------------
+# -- what strict does not keep a monitor from: said in vmm/docs/explanation/strict.md, shown here --
 
 # mov rax, [rdi]; mov [rsi], rax; out, for ever
 _COPY_A_WORD = b"\x48\x8b\x07\x48\x89\x06\xe6" + bytes([DONE_PORT]) + b"\xeb\xfc"

@@ -26,14 +26,18 @@ _FILE = r"(?:FILE|DIR|PATH|SOCKET)\b"
 _SETTING = re.compile(rf"(\w+)={_FILE}")
 _DEBIAN = re.compile(r"debian:|payload$|pkvm-guest$")
 """Kernels that the lab has by name."""
+_ALTERNATIVE = re.compile(r"\|PATH$")
+"""A number, or a path: PORT|PATH."""
+_NO_FILE = re.compile("[A-Z]+=")
+"""A root disk's file system by its UUID=, LABEL= and so on."""
 
 
 def expanded(words: Sequence[str], *, lab: bool = False) -> list[str]:
     """A run's words (or the lab's: `lab`) with what the file says in front of them. The last of
     several files counts. Raises UsageError, which names the file and the key."""
     own, program = list(words), list[str]()
-    if lab and "--exec" in own:
-        at = own.index("--exec")
+    if lab and "--lab-exec" in own:
+        at = own.index("--lab-exec")
         own, program = own[:at], own[at:]
     path, own = _taken(own)
     if path is None:
@@ -157,11 +161,13 @@ class _File:
         if not self._folder:
             return value
         metavar = option.metavar
+        if _ALTERNATIVE.search(metavar) and not value.isdigit():
+            return self._path_of(value)
         if re.fullmatch(_FILE, metavar):
             return value if _DEBIAN.match(value) else self._path_of(value)
         # A comma in a setting's value is written twice.
         words = [word.replace("\0", ",") for word in value.replace(",,", "\0").split(",")]
-        if re.match(_FILE, metavar):
+        if re.match(_FILE, metavar) and not _NO_FILE.match(words[0]):
             words[0] = self._path_of(words[0])
         keys = set(_SETTING.findall(metavar))
         for at, word in enumerate(words):

@@ -53,11 +53,15 @@ def _lines(version: str) -> Iterator[str]:
         yield ".PP"
         yield _text(line)
     yield ".SH EXIT STATUS"
-    for word in status.strip().split(", "):
+    numbers, _, more = status.strip().partition(";")
+    for word in numbers.split(", "):
         number, _, meaning = word.partition(" ")
         yield ".TP"
         yield f".B {number}"
         yield f"{_sentence(meaning)}"
+    if more:
+        yield ".PP"
+        yield _sentence(more)
 
 
 def _section(command: Command) -> Iterator[str]:

@@ -57,7 +57,9 @@ class Changed(NamedTuple):
 
 
 class Noted(NamedTuple):
-    """The machine is "paused", "resumed" or "ended"; `details` say how."""
+    """The machine is "paused", "resumed" or "ended", or a device is stopped until the guest resets
+    it ("device-stopped": it named memory that is private or not there, or broke a ring's rules);
+    `details` say how, or which."""
 
     seconds: float
     what: str

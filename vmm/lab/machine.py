@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from firmware import init_path
+from vmm._firmware import init_path
 from vmm.core.errors import HostError, UsageError, tell
 from vmm.core.guest_init import modules_for
 from vmm.core.kernel_file import modules_beside

@@ -18,12 +18,14 @@ from vmm.core.events import Kind
 from vmm.core.ranges import PAGE_SIZE, Range
 from vmm.exits.outcome import STOPPED, Outcome
 from vmm.library.console import ConsoleTarget, Line
+from vmm.library.events import Events
 from vmm.machine.config import MachineConfig
 from vmm.machine.machine import Machine as RunningMachine
 from vmm.memory.guest_memory import GuestMemory, PageState
 from vmm.policy import Policy
 
 if TYPE_CHECKING:
+    from vmm.conversion.events import EventFeed
     from vmm.conversion.scheme import Scheme
     from vmm.exits.own import ExitHandler
     from vmm.machine.extensions import Extensions, OwnDevice
@@ -99,6 +101,7 @@ class Machine:
         self._outcome: Outcome | None = None
         self._error: BaseException | None = None
         self._is_error_told = False
+        self._events: list[Events] = []
 
     # -- its life -----------------------------------------------------------------------------
 
@@ -189,6 +192,19 @@ class Machine:
         """It goes on. Raises NotRunning."""
         self._ask(lambda operations: operations.resume())
 
+    def events(self, capacity: int = 4096) -> Events:
+        """What happens from the start to the end, as an iterator of `Requested`, `Changed`, `Noted`
+        and `Lost`, for one reader, on any thread. The guest never waits for it.
+
+        To be called before `start`: a machine that nobody follows notes nothing. Raises UsageError
+        afterwards.
+        """
+        if self._thread.ident is not None:
+            raise UsageError("the machine has started: ask for its events before `start`")
+        events = Events(capacity)
+        self._events.append(events)
+        return events
+
     def status(self) -> Status:
         """The numbers of this moment. Raises NotRunning."""
         return self._ask(lambda operations: operations.status())
@@ -258,6 +274,14 @@ class Machine:
 
     # -- vmm.machine.machine.Embedding, on the machine's thread -------------------------------
 
+    @property
+    def follow(self) -> Callable[[EventFeed], None] | None:
+        return self._follow if self._events else None
+
+    def _follow(self, feed: EventFeed) -> None:
+        for events in self._events:
+            events.follow(feed)
+
     def make_console(self, on_quit: Callable[[], None]) -> Console:
         return self._line.connect(on_quit)
 
@@ -293,6 +317,8 @@ class Machine:
             with self._bell_lock:
                 bell, self._bell = self._bell, None
             self._serve()  # those who still wait for an answer
+            for events in self._events:
+                events.end()
             if bell is not None:
                 os.close(bell)
             self._started.set()

@@ -37,6 +37,11 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
         "signal, the terminal or a standard stream.",
         ("Machine", "MachineConfig", "Outcome", "Report"),
     ),
+    "Events": (
+        "`for event in machine.events(): ...` in any thread; ask for them before `start`. A "
+        "`MachineEvent` is one of the four. A machine that nobody follows notes nothing.",
+        ("Events", "Requested", "Changed", "Noted", "Lost"),
+    ),
     "Guest memory": ("", ("Kind", "Range", "PageState")),
     "Policies": (
         "Decisions and events are in [vmm.policy](policies.md).",
@@ -58,6 +63,7 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
         "guest gets as an error number.",
         ("PortDevice", "PciDevice", "VirtioDevice", "ExitHandler"),
     ),
+    "Sweeps": ("[Sweeps](sweep.md) has what a plan may say.", ("sweep",)),
     "Errors": (
         "",
         (
@@ -105,7 +111,9 @@ def _fenced(text: str) -> str:
     return "\n".join(lines)
 
 
-def _described(name: str, thing: type) -> str:
+def _described(name: str, thing: Any) -> str:
+    if inspect.isfunction(thing):
+        return f"\n### `{name}`\n\n`{name}{_signature(thing)}`\n\n{_text(thing.__doc__)}\n"
     bases = [base.__name__ for base in thing.__mro__[1:2] if base.__name__ in vmm.__all__]
     bases = [base for base in bases if base != name]
     derived = f" ({bases[0]})" if bases else ""
@@ -192,12 +200,13 @@ def _fields(kind: type) -> Iterator[tuple[str, str, str, str]]:
 def _signature(function: Any) -> str:
     """As it is written, without `self`."""
     found = inspect.signature(function)
-    parameters = [p.replace(annotation=_Written(p.annotation)) for p in found.parameters.values()]
-    text = str(
-        found.replace(
-            parameters=parameters[1:], return_annotation=_Written(found.return_annotation)
-        )
-    )
+    parameters = [
+        p.replace(annotation=_Written(p.annotation))
+        for p in found.parameters.values()
+        if p.name != "self"
+    ]
+    returned = _Written(found.return_annotation)
+    text = str(found.replace(parameters=parameters, return_annotation=returned))
     return text.removesuffix(" -> None")
 
 

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from vmm.conversion.lending import Lender
     from vmm.conversion.observer import ConversionObserver
     from vmm.core.unix_listener import UnixListener
+    from vmm.devices.virtio.device import DeviceObserver
     from vmm.devices.virtio.iommu import VirtioIommu
     from vmm.machine.debugger import Debugger
     from vmm.machine.execution import Execution
@@ -78,6 +79,10 @@ class Embedding(Protocol):
     policies: Sequence[Policy]
     extensions: Extensions | None
     """What is the program's own in the machine, besides policies."""
+
+    @property
+    def follow(self) -> Callable[[EventFeed], None] | None:
+        """What follows the machine's events, if anything does."""
 
     def make_console(self, on_quit: Callable[[], None]) -> Console:
         """What the guest's serial line is connected to."""
@@ -315,10 +320,13 @@ class Machine:
         self._cleanup.callback(self._console.close)
         observer: ConversionObserver | None = None if trace is None else trace.conversions
         self._events: EventFeed | None = None
-        if self._control is not None or self._embedding is not None:
+        follow = None if self._embedding is None else self._embedding.follow
+        if self._control is not None or follow is not None:
             from vmm.conversion.events import EventFeed  # nobody follows most runs
 
             observer = self._events = EventFeed(observer)
+            if follow is not None:
+                follow(self._events)
         self._converter = Converter(
             self._vm.memory,
             self._vm.scheme,
@@ -338,9 +346,7 @@ class Machine:
             power_off=lambda: self.stop(Outcome(POWEROFF)),
             reset=self._guest_reset,
             watch=self._watcher,
-            observer_of=(lambda device: None)
-            if trace is None
-            else partial(trace.device, shared_bit=self._vm.scheme.shared_alias),
+            observer_of=self._device_observer,
             iommu=iommu,
             own=None if self._own is None else self._own.plain,
         )
@@ -360,6 +366,17 @@ class Machine:
             self._debugger.connect(self._architecture, self._vm, self._vcpus, watch, table)
         if trace is not None:
             self._handlers.table = trace.exits(self._handlers.table)
+
+    def _device_observer(self, device: str) -> DeviceObserver | None:
+        """Who is told of what a device does, if anybody is."""
+        observer: DeviceObserver | None = None
+        if self._trace is not None:
+            observer = self._trace.device(device, shared_bit=self._vm.scheme.shared_alias)
+        if self._events is not None:
+            from vmm.wiring.device_events import DeviceEvents
+
+            observer = DeviceEvents(self._events, device, observer)
+        return observer
 
     def _make_lender(self) -> VirtioIommu:
         """Give the virtual IOMMU what it lends the guest's memory by."""

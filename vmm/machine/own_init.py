@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from firmware import init_path
+from vmm._firmware import init_path
 from vmm.boot.source import Source, open_source
 from vmm.core.errors import HostError, UsageError
 from vmm.core.guest_init import EXEC_WORD, SHARE_WORD, initramfs, modules_for

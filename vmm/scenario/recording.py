@@ -90,11 +90,14 @@ def parse(data: bytes, name: str) -> Recording:
 
 def _events(content: Mapping[str, Any]) -> Iterator[Recorded]:
     columns = ("kinds", "pauses_us", "distances", "sizes", "errnos")
-    devices, of = content["devices"], iter(content["device"])
-    gpa = 0
+    devices, of = content["devices"], content["device"]
+    gpa = accesses = 0
     for kind, pause, distance, size, errno in zip(*map(content.get, columns), strict=True):
         gpa += distance
-        device = devices[next(of)] if kind in (TO_GUEST, TO_DEVICE) else ""
+        device = ""
+        if kind in (TO_GUEST, TO_DEVICE):
+            device = devices[of[accesses]]
+            accesses += 1
         yield Recorded(kind, pause, gpa, size, errno, device)
 
 

@@ -45,11 +45,15 @@ def points(groups: Iterable[Group]) -> list[Point]:
     return made
 
 
-def front_line(drawn: Sequence[Point]) -> list[tuple[float, float]]:
+def front_line(drawn: Sequence[Point], *, of_all: bool = False) -> list[tuple[float, float]]:
     """The corners of the front, from the shortest wait on: what lies above and to the right of it
-    is beaten by a policy on it."""
+    is beaten by a policy on it. With `of_all` the one of all policies, where it is another."""
+    granting = {(point.x, point.y) for point in drawn if point.group.on_front}
+    everyone = {(point.x, point.y) for point in drawn if point.group.on_front_of_all}
+    if of_all and everyone == granting:
+        return []
     corners: list[tuple[float, float]] = []
-    for x, y in sorted({(point.x, point.y) for point in drawn if point.group.on_front}):
+    for x, y in sorted(everyone if of_all else granting):
         if corners:
             corners.append((x, corners[-1][1]))
         corners.append((x, y))

@@ -15,7 +15,7 @@ import queue
 import secrets
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from vmm.core.errors import OutputError, UsageError, one_line
@@ -28,7 +28,9 @@ from vmm.sweeps.pool import Places
 CONNECT_SECONDS = 10.0
 _PIECE = 4 << 20
 _BATCH_SECONDS = 0.25
-"""How long a task takes where cells are short: a scheduler hands out a few thousand a second."""
+"""How long a task takes at least, where cells are short: what a task costs is little then."""
+_TASKS_A_SECOND = 200
+"""How many tasks all workers together end at most: a scheduler is busy with a few hundred."""
 _MOST_BATCH = 256
 _AHEAD = 3
 """Tasks for each slot, the one under way included, so that no worker waits for the next."""
@@ -52,13 +54,15 @@ class DaskExecutor:
         self._contents = contents
         self._places = places
         self._sweep = secrets.token_hex(8)
-        self._batches: dict[str, tuple[Any, list[Job]]] = {}
+        self._batches: dict[str, tuple[Any, list[Job], int]] = {}
         self._ended: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._number = 0
         self._outstanding = 0
         self._mean = 0.0
         self._slots = 0
         self._admitted: set[str] = set()
+        # Contents sent, by worker and digest: how many tasks had been submitted by then.
+        self._sent: dict[tuple[str, str], int] = {}
         self._looked = 0.0
         self._stopping = False
         self._quietened = logging.getLogger("distributed")
@@ -133,13 +137,17 @@ class DaskExecutor:
                 )
             self._admitted.add(address)
 
-    def _supply(self, worker: str, digests: Sequence[str]) -> None:
-        """Send contents to a worker that lacks them. Raises UsageError for one that changed."""
+    def _supply(self, worker: str, digests: Sequence[str], task: int) -> None:
+        """Send contents to a worker that lacked them when it took that task. Raises UsageError for
+        one that changed."""
         for digest in digests:
+            if task <= self._sent.get((worker, digest), 0):
+                continue  # it has got it since
+            self._sent[worker, digest] = self._number
             folder, names = self._places[digest]
             try:
-                for name in names:
-                    self._send(worker, digest, name, os.path.join(folder, name))
+                for pieces in _pieces(folder, names):
+                    self._send(worker, digest, pieces)
                 wrong = self._client.run(far.complete, digest, names, workers=[worker])[worker]
             except FileNotFoundError as error:
                 wrong = f"{error.filename} has gone"
@@ -148,16 +156,8 @@ class DaskExecutor:
             if wrong:
                 raise UsageError(f"{self._contents[digest].name}: {wrong}")
 
-    def _send(self, worker: str, digest: str, name: str, path: str) -> None:
-        with open(path, "rb") as file:
-            offset = 0
-            while True:
-                data = file.read(_PIECE)
-                if data or not offset:
-                    self._client.run(far.receive, digest, name, offset, data, workers=[worker])
-                offset += len(data)
-                if len(data) < _PIECE:
-                    return
+    def _send(self, worker: str, digest: str, pieces: Sequence[far.Piece]) -> None:
+        self._client.run(far.receive, digest, list(pieces), workers=[worker])
 
     # -- jobs ---------------------------------------------------------------------------------
 
@@ -171,7 +171,8 @@ class DaskExecutor:
         """Cells in a task: many short ones, or one long one."""
         if not self._mean:
             return 1
-        return max(1, min(int(_BATCH_SECONDS / self._mean), _MOST_BATCH))
+        seconds = max(_BATCH_SECONDS, self._slots / _TASKS_A_SECOND)
+        return max(1, min(int(seconds / self._mean), _MOST_BATCH))
 
     def submit(self, jobs: Sequence[Job]) -> None:
         self._outstanding += len(jobs)
@@ -184,34 +185,48 @@ class DaskExecutor:
         key = f"pyvmm-sweep-{self._sweep}-{self._number}"
         text = json.dumps({"sweep": self._sweep, "jobs": [[job.key, job.words] for job in jobs]})
         future = self._client.submit(far.run_batch, text, key=key, pure=False)
-        self._batches[key] = (future, jobs)
+        self._batches[key] = (future, jobs, self._number)
         future.add_done_callback(lambda future: self._ended.put(future.key))
 
     def take(self, seconds: float) -> list[Answer]:
-        answers: list[Answer] = []
+        ended = []
         try:
-            answers += self._answers(self._ended.get(timeout=seconds))
+            ended.append(self._ended.get(timeout=seconds))
             while True:
-                answers += self._answers(self._ended.get_nowait())
+                ended.append(self._ended.get_nowait())
         except queue.Empty:
-            if self._client.status != "running" and not self._stopping:
+            if not ended and self._client.status != "running" and not self._stopping:
                 raise self._gone() from None
+        answers = self._answers(ended)
         self._outstanding -= len(answers)
         return answers
 
-    def _answers(self, key: str) -> list[Answer]:
-        """What a task that has ended brought; one that couldn't be carried out is given anew."""
-        future, jobs = self._batches.pop(key)
-        if future.status in ("cancelled", "lost"):
-            if self._stopping:
-                return []
-            raise self._gone()
-        if future.status == "error":
-            return self._failed(future, jobs)
-        told = json.loads(future.result())
+    def _answers(self, ended: Sequence[str]) -> list[Answer]:
+        """What tasks that have ended brought; those that couldn't be carried out are given anew."""
+        finished = {
+            key: future for key in ended if (future := self._batches[key][0]).status == "finished"
+        }
+        # All in one go: each question costs a round trip.
+        told = self._asked(lambda: self._client.gather(finished, errors="skip")) if finished else {}
+        answers: list[Answer] = []
+        for key in ended:
+            future, jobs, number = self._batches.pop(key)
+            if key in told:
+                answers += self._brought(json.loads(told[key]), jobs, number)
+            elif future.status == "error":
+                answers += self._failed(future, jobs)
+            elif future.status in ("cancelled", "lost"):
+                if not self._stopping:
+                    raise self._gone()
+            else:  # its worker died with the answer: Dask has it done again
+                self._batches[key] = (future, jobs, number)
+                future.add_done_callback(lambda future: self._ended.put(future.key))
+        return answers
+
+    def _brought(self, told: Mapping[str, Any], jobs: list[Job], number: int) -> list[Answer]:
         if "missing" in told:
             if not self._stopping:
-                self._supply(told["worker"], told["missing"])
+                self._supply(told["worker"], told["missing"], number)
                 self._submit(jobs)
             return []
         answers = [Answer(key, answer, told["worker"]) for key, answer in told["answers"]]
@@ -219,7 +234,8 @@ class DaskExecutor:
             seconds = float(each.answer["seconds"])
             self._mean = 0.9 * self._mean + 0.1 * seconds if self._mean else seconds
         done = {each.key for each in answers}
-        if left := [job for job in jobs if job.key not in done]:
+        left = [job for job in jobs if job.key not in done]
+        if left and not self._stopping:
             self._submit(left)
         return answers
 
@@ -261,10 +277,31 @@ class DaskExecutor:
 
     def close(self) -> None:
         self._stopping = True
-        with contextlib.suppress(Exception):
-            self._client.cancel([future for future, _ in self._batches.values()])
-            self._client.run(far.dismiss, self._sweep, True, on_error="ignore")
+        if self._client.status == "running":  # else there is nobody to wait for
+            with contextlib.suppress(Exception):
+                self._client.cancel([future for future, _, _ in self._batches.values()])
+                self._client.run(far.dismiss, self._sweep, True, on_error="ignore")
         self._batches.clear()
         with contextlib.suppress(Exception):
             self._client.close(timeout=_LAST_SECONDS)
         self._quietened.setLevel(self._level)
+
+
+def _pieces(folder: str, names: Sequence[str]) -> Iterator[list[far.Piece]]:
+    """The files, in pieces that go together. Raises OSError."""
+    held: list[far.Piece] = []
+    size = 0
+    for name in names:
+        with open(os.path.join(folder, name), "rb") as file:
+            offset = 0
+            while (data := file.read(_PIECE)) or not offset:
+                held.append((name, offset, data))
+                offset += len(data)
+                size += len(data)
+                if size >= _PIECE:
+                    yield held
+                    held, size = [], 0
+                if len(data) < _PIECE:
+                    break
+    if held:
+        yield held

@@ -16,6 +16,9 @@ from typing import Any
 from vmm.sweeps import content, versions
 from vmm.sweeps.pool import Place, Runner, Stopped
 
+Piece = tuple[str, int, bytes]
+"""Of a content's file: its name, the offset, the bytes."""
+
 _lock = threading.Lock()
 _idle: list[Runner] = []
 _busy: set[Runner] = set()
@@ -71,19 +74,23 @@ def _run(words: Mapping[str, Any]) -> dict[str, Any]:
     return answer
 
 
-def receive(digest: str, name: str, offset: int, data: bytes, dask_worker: Any = None) -> None:
-    """A piece of a content's file."""
-    path = os.path.join(_folder(dask_worker), f"{digest}.part", name)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path, "r+b" if offset else "wb") as file:
-        file.seek(offset)
-        file.write(data)
+def receive(digest: str, pieces: list[Piece], dask_worker: Any = None) -> None:
+    """Pieces of a content's files."""
+    for name, offset, data in pieces:
+        path = os.path.join(_folder(dask_worker), f"{digest}.part", name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "r+b" if offset else "wb") as file:
+            file.seek(offset)
+            file.write(data)
 
 
 def complete(digest: str, names: list[str], dask_worker: Any = None) -> str | None:
     """All of a content has come; what is wrong with it, if anything."""
     folder = os.path.join(_folder(dask_worker), digest)
     part = f"{folder}.part"
+    if digest in _places:  # of another sweep: a cell may be reading it
+        shutil.rmtree(part, ignore_errors=True)
+        return None
     os.makedirs(part, exist_ok=True)
     found, _ = content.digest_of({name: os.path.join(part, name) for name in names})
     if found != digest:

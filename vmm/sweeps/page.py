@@ -25,7 +25,8 @@ _HEAD = """\
 <title>{title}</title>
 <style>
 {style}
-.front {{ fill: none; stroke: var(--mark); stroke-width: 1.6; stroke-dasharray: 5 3; }}
+.front {{ fill: none; stroke: var(--mark); stroke-width: 1.6; }}
+.of-all {{ stroke: var(--dim); stroke-width: 1.2; stroke-dasharray: 2 3; }}
 td {{ white-space: nowrap; }}
 td:first-child {{ white-space: normal; width: auto; }}
 .card {{ overflow-x: auto; }}
@@ -38,9 +39,12 @@ td:first-child {{ white-space: normal; width: auto; }}
 _TAIL = "</main>\n</body>\n</html>\n"
 _PLOT_NOTE = (
     "To the left the guest waits less, further down the host sees less. Dots are means over "
-    "repetitions, bars reach from the least to the most. The dashed line is the Pareto front: of "
-    "the policies that grant everything, those that no other beats. Hollow dots refuse requests or "
-    "end the guest early, which may keep it from working, and are not on it."
+    "repetitions, bars reach from the least to the most. The line is the Pareto front: of the "
+    "policies that grant everything, those that no other beats."
+)
+_REFUSING_NOTE = (
+    " Hollow dots refuse requests or end the guest early, which may keep it from working; the "
+    "dotted line is the front with them."
 )
 
 
@@ -97,11 +101,9 @@ def _plot_card(workload: str, groups: Sequence[Group], colours: dict[str, str]) 
         for name in names
     )
     body = plot(drawn, colours) if drawn else "<p>No cell has figures.</p>"
-    note = (
-        _PLOT_NOTE
-        if any(not point.group.counts for point in drawn)
-        else (_PLOT_NOTE[: _PLOT_NOTE.index(" Hollow")])
-    )
+    note = _PLOT_NOTE
+    if any(not point.group.counts for point in drawn):
+        note += _REFUSING_NOTE
     return (
         f'<section class="card" data-chart="pareto"><h2>{html.escape(workload)}: exposed bytes '
         f'against guest waiting time</h2><p class="note">{note}</p>'
@@ -141,10 +143,12 @@ def plot(drawn: Sequence[Point], colours: dict[str, str]) -> str:
         f'<text x="{_LEFT}" y="{_TOP - 4}">exposed to the host on average'
         f"{' (logarithmic)' if upwards.is_log else ''}</text>"
     )
-    corners = chart.front_line(drawn)
-    if len(corners) > 1:
-        path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in corners)
-        pieces.append(f'<polyline class="front" points="{path}"/>')
+    for of_all in (True, False):
+        corners = chart.front_line(drawn, of_all=of_all)
+        if len(corners) > 1:
+            path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in corners)
+            kind = "front of-all" if of_all else "front"
+            pieces.append(f'<polyline class="{kind}" points="{path}"/>')
     for point in drawn:
         pieces.append(_dot(point, x(point.x), y(point.y), colours))
         bars = (

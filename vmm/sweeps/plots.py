@@ -47,13 +47,14 @@ def write_svg(output: Output, results: Results) -> None:
                 Line2D([], [], marker="o", linestyle="", color=colour, label=name)
                 for name, colour in colours.items()
             ]
-            handles.append(Line2D([], [], linestyle="--", color=_FRONT, label="Pareto front"))
+            handles.append(Line2D([], [], color=_FRONT, label="Pareto front"))
             handles.append(
                 Line2D(
                     [], [], marker="o", linestyle="", color="gray", markerfacecolor="none",
                     label="refuses requests",
                 )
             )  # fmt: skip
+            handles.append(Line2D([], [], linestyle=":", color="gray", label="front with those"))
             figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
             picture = io.BytesIO()
             figure.savefig(picture, format="svg", metadata={"Date": None})
@@ -80,9 +81,10 @@ def _draw(axes: Any, title: str, drawn: list[chart.Point], colours: dict[str, st
         axis.set_major_locator(_fixed(found.ticks))
         axis.set_minor_locator(_fixed([]))
         axis.set_major_formatter(lambda value, _, show=show: show(value))
-    corners = chart.front_line(drawn)
-    if len(corners) > 1:
-        axes.plot(*zip(*corners, strict=True), "--", color=_FRONT, linewidth=1.3, zorder=1)
+    for of_all, style, colour in ((True, ":", "gray"), (False, "-", _FRONT)):
+        corners = chart.front_line(drawn, of_all=of_all)
+        if len(corners) > 1:
+            axes.plot(*zip(*corners, strict=True), style, color=colour, linewidth=1.3, zorder=1)
     for point in drawn:
         colour = colours[point.group.policy]
         axes.errorbar(

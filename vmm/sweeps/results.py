@@ -75,8 +75,10 @@ class Group(NamedTuple):
     """Why guests ended otherwise than they wished, each reason once."""
     errors: tuple[str, ...]
     on_front: bool
-    """No other group of its workload that grants everything is better in exposed bytes or waiting
-    time without being worse in the other one."""
+    """It grants everything, and no other group of its workload that does is better in exposed bytes
+    or waiting time without being worse in the other one."""
+    on_front_of_all: bool
+    """The same among all groups, whatever they refuse."""
 
     @property
     def counts(self) -> bool:
@@ -110,9 +112,11 @@ class Results(NamedTuple):
         for group in made:
             workloads.setdefault(group.workload_label, []).append(group)
         return [
-            group._replace(on_front=on_front)
+            group._replace(on_front=granting, on_front_of_all=of_all)
             for groups in workloads.values()
-            for group, on_front in zip(groups, front(groups), strict=True)
+            for group, granting, of_all in zip(
+                groups, front(groups), front(groups, refusing=True), strict=True
+            )
         ]
 
     def as_json(self) -> dict[str, Any]:
@@ -182,11 +186,14 @@ def collected(plan: Plan, stored: Mapping[str, Result]) -> Results:
     )
 
 
-def front(groups: Sequence[Group]) -> list[bool]:
+def front(groups: Sequence[Group], *, refusing: bool = False) -> list[bool]:
     """Which of a workload's groups are on its Pareto front: exposed bytes against waiting time,
-    by their means; equal ones are all on it."""
+    by their means; equal ones are all on it. Of those that grant everything, or, `refusing`, of
+    all."""
     points = [
-        (group.figures[EXPOSED].mean, group.figures[WAITED].mean) if group.counts else None
+        (group.figures[EXPOSED].mean, group.figures[WAITED].mean)
+        if group.counts or (refusing and group.figures)
+        else None
         for group in groups
     ]
     there = [point for point in points if point is not None]
@@ -217,6 +224,7 @@ def _group(cells: Sequence[CellResult]) -> Group:
         ended=tuple(dict.fromkeys(each.ended for each in results if each.ended)),
         errors=tuple(dict.fromkeys(each.error for each in results if each.error)),
         on_front=False,
+        on_front_of_all=False,
     )
 
 

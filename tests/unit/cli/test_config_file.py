@@ -177,6 +177,33 @@ def test_file_that_cannot_be_read_is_told(
     assert result.status == 2
 
 
+@pytest.mark.parametrize(
+    ("root", "placed"),
+    [("r.ext4,part=2", "/r.ext4,part=2"), ("UUID=1-2", None), ("PARTLABEL=my root", None)],
+)
+def test_root_disk_is_a_file_or_a_name(tmp_path: Path, root: str, placed: str | None) -> None:
+    (tmp_path / "m.toml").write_text(f'root = "{root}"')
+
+    wanted = root if placed is None else f"{tmp_path}{placed}"
+    assert expanded(["--config", f"{tmp_path}/m.toml"]) == ["--root", wanted]
+
+
+def test_port_is_a_number_or_a_path(tmp_path: Path) -> None:
+    (tmp_path / "port").write_text("gdb = 1234")
+    (tmp_path / "path").write_text('gdb = "s"')
+
+    assert expanded(["--config", f"{tmp_path}/port"]) == ["--gdb", "1234"]
+    assert expanded(["--config", f"{tmp_path}/path"]) == ["--gdb", f"{tmp_path}/s"]
+
+
+def test_run_that_was_to_execute_a_command_fails_with_a_status_of_its_own(
+    command: Command, tmp_path: Path
+) -> None:
+    (tmp_path / "m.toml").write_text('exec = "true"\nkernel = "nowhere"')
+
+    assert command("--config", "m.toml").status == cli.OWN_STATUS
+
+
 def test_last_of_several_files_counts(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("cpus = 1")
     (tmp_path / "b").write_text("cpus = 2")
@@ -229,6 +256,6 @@ def test_plain_run_leaves_the_labs_table_alone(tmp_path: Path) -> None:
 def test_words_of_a_program_in_the_lab_are_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ["--lab-quiet", "--exec", "tool", "--config", "its.toml"]
+    words = ["--lab-quiet", "--lab-exec", "tool", "--config", "its.toml"]
 
     assert lab_words(monkeypatch, words) == words

@@ -13,7 +13,7 @@ def test_page_is_up_to_date() -> None:
 def test_page_has_every_public_name_once() -> None:
     listed = [name for _, names in SECTIONS.values() for name in names]
 
-    assert sorted(listed) == sorted(vmm.__all__)
+    assert sorted([*listed, "MachineEvent"]) == sorted(vmm.__all__)  # a union, told with the four
     assert [page().count(f"\n### `{name}`") for name in listed] == [1] * len(listed)
 
 

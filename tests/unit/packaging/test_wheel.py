@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from vmm.cli.manual import manual
+
 ROOT = Path(__file__).resolve().parents[3]
 BUILD = """
 import sys
@@ -56,7 +58,9 @@ def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_puts_two_packages_and_nothing_else_into_site_packages(wheel: Path) -> None:
     tops = {name.partition("/")[0] for name in names(wheel)}
 
-    assert {top for top in tops if not top.endswith(".dist-info")} == {"vmm", "kvm_bindings"}
+    assert {top for top in tops if not top.endswith((".dist-info", ".data"))} == {
+        "vmm", "kvm_bindings"
+    }  # fmt: skip
 
 
 def test_wheel_has_what_a_run_needs_and_no_sources_of_firmware(wheel: Path) -> None:
@@ -64,6 +68,16 @@ def test_wheel_has_what_a_run_needs_and_no_sources_of_firmware(wheel: Path) -> N
 
     assert found >= IMAGES | {"vmm/py.typed", "vmm/library/machine.py", "kvm_bindings/vm.py"}
     assert not {name for name in found if name.endswith((".S", ".inc", ".ld"))}
+
+
+def test_wheel_has_the_manual_page_of_its_own_parsers(wheel: Path) -> None:
+    version = wheel.name.split("-")[1]
+
+    with zipfile.ZipFile(wheel) as archive:
+        page = archive.read(f"pyvmm-{version}.data/data/share/man/man1/pyvmm.1").decode()
+
+    assert page == manual(version)
+    assert not {name for name in names(wheel) if ".data/" in name and "man1" not in name}
 
 
 def test_wheel_of_an_sdist_is_that_of_the_tree(wheel: Path, tmp_path: Path) -> None:

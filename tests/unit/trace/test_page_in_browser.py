@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import pytest
 
 from tests.unit.trace.test_views import boot_like, untold
 from vmm.core.output import Output
+from vmm.trace.layout import Kind
 from vmm.trace.reader import Trace
 from vmm.trace.summary import summarise
 from vmm.trace.views.page import write_page
@@ -62,7 +64,7 @@ def test_page_in_a_browser_has_charts_with_content(browser: str, html: Path) -> 
 
     charts = Counter(re.findall(r'data-chart="(\w+)"', dom))
     assert charts == {
-        "timeline": 2, "shared": 1, "latency": 1, "io": 1, "exits": 1, "refusals": 1,
+        "changes": 1, "timeline": 2, "shared": 1, "latency": 1, "io": 1, "exits": 1, "refusals": 1,
     }  # fmt: skip
     # Every change of state is drawn: 48 runs of states, what is left of RAM, 48 conversions.
     assert all(int(drawn) > 96 for drawn in re.findall(r'data-drawn="(\d+)"', dom))
@@ -72,6 +74,32 @@ def test_page_in_a_browser_has_charts_with_content(browser: str, html: Path) -> 
     assert "peak 16" in shared
     assert max(len(path) for path in re.findall(r'd="([^"]*)"', shared)) > 300
     assert "1 x share (hypercall): refused by a policy, EACCES" in dom
+
+
+def test_page_of_two_runs_begins_with_what_changed_and_has_one_time_scale(
+    browser: str, tmp_path: Path
+) -> None:
+    longer = boot_like()
+    longer.facts["policies"] = [["m:Stricter"]]
+    for number in range(20):
+        longer.request(
+            Kind.SHARE, 300 + number, 5, 1, decision="deny", errno=errno.EACCES, by="Stricter"
+        )
+    folders = [boot_like().write(tmp_path / "a"), longer.write(tmp_path / "b")]
+    traces = [Trace(folder) for folder in folders]
+    path = tmp_path / "page.html"
+    write_page(Output("page", str(path)), traces, [summarise(trace) for trace in traces])
+
+    dom = browse(browser, path, "--dump-dom")
+
+    text = re.sub(r"<[^>]*>", " ", dom[dom.index("What changed") : dom.index('class="tiles"')])
+    words = " ".join(text.split())
+    assert re.search(r"policies none m:Stricter .*refused by a policy 1 21 21x", words)
+    windows = re.findall(r'data-window="([^"]*)"', dom)
+    assert len(windows) == 2 and len(set(windows)) == 1
+    assert windows[0].startswith("0,319")
+    assert re.findall(r'data-tracks="([^"]*)"', dom) == ["allow,deny", "allow,deny"]
+    assert re.findall(r'data-decided="([^"]*)"', dom) == ["49", "69"]
 
 
 def test_page_in_a_browser_shows_states_in_their_colours(browser: str, html: Path) -> None:

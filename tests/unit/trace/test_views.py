@@ -18,10 +18,11 @@ from vmm.core.output import Output
 from vmm.trace.layout import HOST, Kind
 from vmm.trace.reader import Trace
 from vmm.trace.summary import summarise
+from vmm.trace.views.charts import decided_requests
 from vmm.trace.views.chrome import write_chrome
 from vmm.trace.views.page import page
 from vmm.trace.views.plots import write_plots
-from vmm.trace.views.tables import tables
+from vmm.trace.views.tables import changes, tables
 from vmm.trace.views.units import bytes_text, time_text
 
 
@@ -92,6 +93,67 @@ def test_chrome_trace_has_tracks_requests_and_counters(trace: Trace, tmp_path: P
     refused = [e for e in by_phase["X"] if e["args"].get("answer")]
     assert [e["args"]["answer"] for e in refused] == ["EACCES"]
     assert refused[0]["ts"] == 80_000
+
+
+def test_chrome_trace_has_a_track_of_policy_decisions(tmp_path: Path) -> None:
+    events = boot_like()
+    events.request(Kind.UNSHARE, 90, 5, 1, decision="defer", by="Late")
+    events.request(Kind.SHARE, 95, 1 << 30, 1, decision="none", errno=errno.EINVAL)
+    with closing(Trace(events.write(tmp_path / "t"))) as trace:
+        write_chrome(Output("t.json", str(tmp_path / "t.json")), trace)
+
+    told: list[dict[str, Any]] = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
+    made = [event for event in told if event.get("cat") == "policy"]
+    (track,) = {event["tid"] for event in made}
+    assert {"name": "policy decisions"} in [
+        event["args"] for event in told if event["ph"] == "M" and event.get("tid") == track
+    ]
+    assert [event["name"] for event in made][-3:] == [
+        "deny share", "defer unshare (Late)", "invalid share"
+    ]  # fmt: skip
+    assert made[-2]["ts"] == 90_000
+
+
+def test_decisions_of_a_large_trace_keep_every_refusal(tmp_path: Path) -> None:
+    events = Events((0, 4096, "private"))
+    for number in range(300):
+        events.request(Kind.SHARE, number, number, 1)
+    events.request(Kind.SHARE, 150.5, 7, 1, decision="deny", errno=errno.EACCES, by="Quota")
+    events.add(Kind.IO_REFUSED, 151, "blk0")
+    with closing(Trace(events.write(tmp_path / "t"))) as trace:
+        found = decided_requests(trace, most=50)
+
+    times, gpas, _, words, what, answers, by = found["rows"]
+    assert len(times) == 50
+    at = words.index(found["words"].index("deny"))
+    assert (times[at], gpas[at]) == (150_500_000, 7 * 4096)
+    names = found["names"]
+    assert (names[what[at]], names[answers[at]], names[by[at]]) == ("share", "EACCES", "Quota")
+    stopped = words.index(found["words"].index("device stopped"))
+    assert names[what[stopped]] == "blk0"
+
+
+def test_changes_begin_with_words_and_end_with_the_smallest_number(
+    trace: Trace, tmp_path: Path
+) -> None:
+    other = boot_like()
+    other.facts["scheme"] = "attributes"
+    for number in range(200):
+        other.add(Kind.EXIT, 100 + number, "io", gpa=0x3F8, took=0.02)
+    other.add(Kind.EXIT, 400, "mmio", gpa=0x1000, took=0.02)
+    with closing(Trace(other.write(tmp_path / "other"))) as second:
+        found = changes(tables([summarise(trace), summarise(second)]))
+
+    labels = [row.label for row in found]
+    assert labels[0] == "scheme, doorbell"
+    assert labels.index("exits: mmio") < labels.index("exits: io") < labels.index("time")
+    assert "trace" not in labels
+    assert dict(zip(labels, found, strict=True))["exits: io"].change == "6x"
+
+
+def test_runs_that_are_the_same_have_no_changes(trace: Trace, other: Trace) -> None:
+    assert changes(tables([summarise(trace), summarise(other)])) == []
+    assert changes(tables([summarise(trace)])) == []
 
 
 def test_plots_are_pictures(trace: Trace, other: Trace, tmp_path: Path) -> None:

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 from vmm.core.ranges import PAGE_SHIFT
 from vmm.trace.arrays import Integers, np
-from vmm.trace.layout import Kind
+from vmm.trace.layout import DECISIONS, KIND_NAMES, Kind, decision_name
 from vmm.trace.reader import Trace
 from vmm.trace.states import NONE, BytesOverTime, StateRows, initial_states, span_bytes
-from vmm.trace.summary import rows_by_device
+from vmm.trace.summary import errno_name, rows_by_device
 
 MOST_RECTANGLES = 40_000
 _EXACT_STEPS = 4000
@@ -21,6 +21,7 @@ _MOST_WORK = 1 << 34
 _BINS = 240
 _MOST_POINTS = 1500
 _BINS_PER_DECADE = 8
+_ALLOW = DECISIONS.index("allow")
 
 
 class Rectangles(NamedTuple):
@@ -180,13 +181,42 @@ def _binned(times: Integers, until: int, weights: Integers | None = None) -> lis
     return [int(height) for height in heights.tolist()]
 
 
-def refused_requests(trace: Trace, most: int = 2000) -> tuple[list[int], list[int]]:
-    """Times (ns) and GPAs of share and unshare requests that were not granted."""
-    request = (trace["kind"] == Kind.SHARE) | (trace["kind"] == Kind.UNSHARE)
-    rows = np.flatnonzero(request & (trace["errno"] != 0))
-    if len(rows) > most:
-        rows = rows[np.linspace(0, len(rows) - 1, most).astype(np.int64)]
-    return trace["time_ns"][rows].tolist(), trace["gpa"][rows].tolist()
+def decided_requests(trace: Trace, most: int = 4000) -> dict[str, Any]:
+    """Share and unshare requests, and devices that were stopped, for tracks in time.
+
+    `words` is what was decided, `rows` columns of time (ns), GPA, bytes, the word's number, and
+    numbers of `names`: what was asked for, the answer ("" where it was done), the policy. Of
+    more than `most` those that were allowed and done are thinned out first.
+    """
+    kinds = trace["kind"]
+    asked = (kinds == Kind.SHARE) | (kinds == Kind.UNSHARE)
+    rows = np.flatnonzero(asked | (kinds == Kind.IO_REFUSED))
+    plain = (trace["errno"][rows] == 0) & (trace["decision"][rows] == _ALLOW) & asked[rows]
+    special = _thinned(rows[~plain], most)
+    rows = np.sort(np.concatenate([special, _thinned(rows[plain], most - len(special))]))
+    words: dict[str, int] = {}
+    names: dict[str, int] = {"": 0}
+    found: list[list[int]] = [[] for _ in range(7)]
+    picked = (trace[n][rows].tolist() for n in ("time_ns", "gpa", "bytes", "kind", "decision",
+                                                "errno", "detail"))  # fmt: skip
+    for at, gpa, size, kind, decision, number, detail in zip(*picked, strict=True):
+        if kind == Kind.IO_REFUSED:
+            word, what, by = "device stopped", trace.name(detail & 0xFFFF), ""
+        else:
+            word = decision_name(decision) if decision else "invalid"
+            what, by = KIND_NAMES[kind], trace.name(detail >> 16)
+        answer = errno_name(number) if number else ""
+        texts = [names.setdefault(text, len(names)) for text in (what, answer, by)]
+        row = (at, gpa, size, words.setdefault(word, len(words)), *texts)
+        for column, value in zip(found, row, strict=True):
+            column.append(value)
+    return {"words": list(words), "names": list(names), "rows": found}
+
+
+def _thinned(rows: Integers, most: int) -> Integers:
+    if len(rows) <= most:
+        return rows
+    return rows[np.linspace(0, len(rows) - 1, max(most, 0)).astype(np.int64)]
 
 
 def ram_ranges(trace: Trace) -> list[tuple[int, int]]:

@@ -1,7 +1,7 @@
 """The Trace Event Format (JSON) that ui.perfetto.dev and chrome://tracing open.
 
-One track per vCPU with its exits and, inside them, requests; one per device; counters for the
-bytes shared and deferred.
+One track per vCPU with its exits and, inside them, requests; one for what the policies decided;
+one per device; counters for the bytes shared and deferred.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from vmm.trace.summary import errno_name
 
 _CHUNK = 1 << 16
 _PROCESS = 1
+_POLICIES = 999
 _DEVICES = 1000
 """Thread ids: vCPUs have their own numbers, devices start here."""
 
@@ -53,7 +54,7 @@ def _events(trace: Trace) -> Iterator[Event]:
             event["pid"] = _PROCESS
             yield event
             if event["tid"] not in tracks:
-                tracks[event["tid"]] = _track(trace, row)
+                tracks[event["tid"]] = _track(trace, row, event["tid"])
     for thread, name in tracks.items():
         about = {"pid": _PROCESS, "tid": thread, "args": {"name": name}}
         yield {"ph": "M", "name": "thread_name", **about}
@@ -68,7 +69,9 @@ def _rows(trace: Trace) -> Iterator[Row]:
             yield dict(zip(columns, cells, strict=True))
 
 
-def _track(trace: Trace, row: Row) -> str:
+def _track(trace: Trace, row: Row, thread: int) -> str:
+    if thread == _POLICIES:
+        return "policy decisions"
     if row["kind"] in (Kind.IO_IN, Kind.IO_OUT, Kind.IO_REFUSED, Kind.LEND, Kind.RETURN):
         return trace.name(row["detail"] & 0xFFFF)
     return "host" if row["vcpu"] == HOST else f"vCPU {row['vcpu']}"
@@ -86,7 +89,15 @@ def _of_row(trace: Trace, number: int, row: Row) -> list[Event]:
             where["by"] = trace.name(row["detail"] >> 16)
         if row["errno"]:
             where["answer"] = errno_name(row["errno"])
-        return [_complete(word, "conversion", row["vcpu"], begin, span, where)]
+        decided = where["decision"] if row["decision"] else "invalid"
+        by = f" ({where['by']})" if "by" in where else ""
+        return [
+            _complete(word, "conversion", row["vcpu"], begin, span, where),
+            {
+                "ph": "i", "s": "t", "cat": "policy", "name": f"{decided} {word}{by}",
+                "tid": _POLICIES, "ts": begin, "args": where,
+            },
+        ]  # fmt: skip
     if kind == Kind.EXIT:
         address = {"address": f"{row['gpa']:#x}"}
         return [_complete(name, "exit", row["vcpu"], begin, span, address)]

@@ -4,6 +4,8 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const main = document.getElementById("page");
 const traces = data.traces;
 const colours = ["var(--first)", "var(--second)"];
+const decisionColours = { allow: "allow", deny: "refused", partial: "partial", defer: "deferred",
+  convert: "first", kill: "refused", invalid: "dim", "device stopped": "refused" };
 const SVG = "http://www.w3.org/2000/svg";
 
 function make(tag, attributes = {}, ...children) {
@@ -71,18 +73,27 @@ function pieces(trace, changedOnly) {
   for (const area of areas) area.weight = Math.sqrt(area.size);
   return areas;
 }
+// All timelines show the same stretch of time: two runs can be read one below the other.
+const longest = Math.max(...traces.map((trace) => trace.until), 1);
+let shown = [0, longest];
+function show(from, to) {
+  shown = [Math.max(from, 0), Math.min(to, longest)];
+  timelines.forEach((timeline) => timeline.draw());
+}
 class Timeline {
   constructor(trace) {
     this.trace = trace;
+    this.tracks = trace.decided.words;
     this.canvas = make("canvas", { height: 420, role: "img", "aria-label": "page states over time" });
     this.changedOnly = false;
-    this.window = [0, trace.until || 1];
-    this.left = 92; this.right = 18; this.bottom = 36; this.height = 420;
+    this.left = 92; this.right = 18; this.track = 15;
+    this.bottom = 36 + this.track * this.tracks.length + (this.tracks.length ? 8 : 0);
+    this.height = 384 + this.bottom;
     this.canvas.addEventListener("pointermove", (event) => this.hover(event));
     this.canvas.addEventListener("pointerleave", (event) => showTip(event, ""));
     this.canvas.addEventListener("pointerdown", (event) => { this.drag = event.offsetX; });
     this.canvas.addEventListener("pointerup", (event) => this.zoom(event));
-    this.canvas.addEventListener("dblclick", () => { this.window = [0, trace.until || 1]; this.draw(); });
+    this.canvas.addEventListener("dblclick", () => show(0, longest));
   }
   layOut() {
     const list = pieces(this.trace, this.changedOnly);
@@ -98,7 +109,7 @@ class Timeline {
     this.pieces = list;
   }
   x(us) {
-    const [from, to] = this.window;
+    const [from, to] = shown;
     return this.left + (us - from) / (to - from) * (this.width - this.left - this.right);
   }
   draw() {
@@ -116,7 +127,7 @@ class Timeline {
     draw.beginPath();
     draw.rect(this.left, 0, this.width - this.left - this.right, this.height);
     draw.clip();
-    const { rects, blockBytes: block, converting, refused } = this.trace;
+    const { rects, blockBytes: block, converting } = this.trace;
     // The private ground first, so that single shared pages are not painted over.
     let drawn = 0;
     for (const state of ["private", "shared", "deferred"]) {
@@ -131,15 +142,52 @@ class Timeline {
     for (let i = 0; i < converting[0].length; i++) {
       drawn += this.fill(converting[0][i], converting[1][i], converting[2][i], converting[3][i]);
     }
-    draw.fillStyle = colour("refused");
-    for (const at of refused[0]) draw.fillRect(Math.min(this.x(at), this.width - this.right - 2), this.height - this.bottom + 1, 1.5, 6);
+    const decided = this.decisions(draw, colour);
     this.bounceBuffer(draw, colour("mark"));
+    if (this.trace.until < shown[1]) {
+      draw.fillStyle = colour("dim");
+      draw.fillRect(this.x(this.trace.until), 0, 1, this.height - 30);
+      draw.font = "11px system-ui, sans-serif";
+      const end = this.x(this.trace.until), fits = end + 90 < this.width - this.right;
+      draw.textAlign = fits ? "left" : "right";
+      draw.fillText("end of the run", end + (fits ? 5 : -5), 12);
+    }
     draw.restore();
     this.axes(draw, colour("dim"), colour("line"));
-    this.canvas.dataset.drawn = drawn;
+    Object.assign(this.canvas.dataset, { drawn, decided, tracks: this.tracks.join(","), window: shown.join(",") });
+  }
+  trackTop(number) { return this.height - this.bottom + 8 + number * this.track; }
+  // A track for each thing that was decided, what was not carried out in full height.
+  decisions(draw, colour) {
+    const { words, rows } = this.trace.decided;
+    let drawn = 0;
+    for (let i = 0; i < rows[0].length; i++) {
+      if (rows[0][i] < shown[0] || rows[0][i] > shown[1]) continue;
+      const word = words[rows[3][i]];
+      draw.fillStyle = colour(decisionColours[word] || "dim");
+      const low = word === "allow" && !rows[5][i] ? 4 : 1;
+      draw.fillRect(this.x(rows[0][i]) - 0.75, this.trackTop(rows[3][i]) + low, 1.5, this.track - 1 - low);
+      drawn++;
+    }
+    return drawn;
+  }
+  // What was decided at a point of a track, the nearest within some pixels.
+  decidedAt(event) {
+    const { words, names, rows } = this.trace.decided, number = Math.floor((event.offsetY - this.trackTop(0)) / this.track);
+    if (number < 0 || number >= words.length) return "";
+    let best = -1, near = 6;
+    for (let i = 0; i < rows[0].length; i++) {
+      const away = Math.abs(this.x(rows[0][i]) - event.offsetX);
+      if (rows[3][i] === number && away < near) [best, near] = [i, away];
+    }
+    if (best < 0) return "";
+    const [at, gpa, size, word, what, answer, by] = rows.map((column) => column[best]);
+    const who = names[by] ? ` by ${names[by]}` : "", got = names[answer] ? `, answer ${names[answer]}` : "";
+    const where = words[word] === "device stopped" ? names[what] : `${names[what]} ${hex(gpa)} + ${bytes(size)}`;
+    return `${time(at)}: ${words[word]}${who}${got}\n${where}`;
   }
   fill(from, to, gpa, size) {
-    if (to < this.window[0] || from > this.window[1]) return 0;
+    if (to < shown[0] || from > shown[1]) return 0;
     // On whole pixels: half covered ones would draw seams between neighbours.
     const snap = (at) => Math.round(at * this.scale) / this.scale;
     const x = snap(this.x(from)), width = Math.max(snap(this.x(to)) - x, 1);
@@ -175,8 +223,9 @@ class Timeline {
     draw.strokeStyle = line;
     draw.font = "11px system-ui, sans-serif";
     draw.textAlign = "center";
-    for (const at of ticks(...this.window, 8)) draw.fillText(time(at), this.x(at), this.height - 12);
+    for (const at of ticks(...shown, 8)) draw.fillText(time(at), this.x(at), this.height - 12);
     draw.textAlign = "right";
+    this.tracks.forEach((word, i) => draw.fillText(word, this.left - 7, this.trackTop(i) + 11));
     let above = Infinity;
     for (const piece of this.pieces) {
       draw.strokeRect(this.left, piece.top, this.width - this.left - this.right, piece.height);
@@ -190,7 +239,7 @@ class Timeline {
     }
   }
   at(event) {
-    const [from, to] = this.window, piece = this.pieces.find((p) =>
+    const [from, to] = shown, piece = this.pieces.find((p) =>
       event.offsetY >= p.top && event.offsetY <= p.top + p.height);
     const us = from + (event.offsetX - this.left) / (this.width - this.left - this.right) * (to - from);
     const gpa = piece && piece.start + (1 - (event.offsetY - piece.top) / piece.height) * piece.size;
@@ -198,7 +247,7 @@ class Timeline {
   }
   hover(event) {
     const [us, gpa] = this.at(event);
-    if (gpa === undefined || us < this.window[0] || us > this.window[1]) return showTip(event, "");
+    if (gpa === undefined || us < shown[0] || us > shown[1]) return showTip(event, this.decidedAt(event));
     const { rects, blockBytes: block } = this.trace;
     let found = "";
     for (let i = 0; i < rects[0].length; i++) {
@@ -214,8 +263,7 @@ class Timeline {
     const [from, to] = [this.drag, event.offsetX].sort((a, b) => a - b);
     if (this.drag === undefined || to - from < 6) return;
     const at = (x) => this.at({ offsetX: x, offsetY: -1 })[0];
-    this.window = [Math.max(at(from), 0), Math.min(at(to), this.trace.until)];
-    this.draw();
+    show(at(from), at(to));
   }
   card() {
     const button = (text, value) => {
@@ -228,12 +276,13 @@ class Timeline {
       return made;
     };
     const key = legend([["private", "var(--private)"], ["shared", "var(--shared)"],
-      ["deferred", "var(--deferred)"], ["converting", "var(--converting)"], ["refused request", "var(--refused)"]]);
+      ["deferred", "var(--deferred)"], ["converting", "var(--converting)"]]);
     key.append(button("all of RAM", false), button("what changed", true));
     const coarse = this.trace.blockBytes > 4096
       ? ` Drawn in blocks of ${bytes(this.trace.blockBytes)}: there are more changes than fit.` : "";
     const made = card(`Page states: address over time${traces.length > 1 ? `, ${name(this.trace)}` : ""}`,
-      `Drag to zoom in time, double-click to zoom out.${coarse}`, key, make("div", { class: "chart" }, this.canvas));
+      `Drag to zoom in time, double-click to zoom out${traces.length > 1 ? "; both runs have the same time scale" : ""}. ` +
+      `Below: what was decided of each request.${coarse}`, key, make("div", { class: "chart" }, this.canvas));
     made.dataset.chart = "timeline";
     return made;
   }
@@ -255,7 +304,6 @@ function byteTicks(most) {
   const step = 2 ** Math.ceil(Math.log2(most / 4 || 1));
   return [0, 1, 2, 3, 4].map((n) => n * step).filter((at) => at <= most * 1.001);
 }
-const longest = Math.max(...traces.map((trace) => trace.until), 1);
 const who = () => traces.length > 1 ? legend(traces.map((trace, i) => [name(trace), colours[i]])) : "";
 
 function sharedChart() {
@@ -373,6 +421,15 @@ function tiles() {
     tile("spent converting", told((s) => time((s.conversions.share.latency_ns.total + s.conversions.unshare.latency_ns.total) / 1000))),
     tile("exits", (s) => count(Object.values(s.exits).reduce((all, one) => all + one.count, 0))));
 }
+// What is not the same in two runs leads the page.
+function changed() {
+  const made = card("What changed", `${name(traces[0])} | ${name(traces[1])} | the second against the first`);
+  made.dataset.chart = "changes";
+  if (!data.changes.length) made.append(make("p", {}, "Nothing but the usual noise: no number differs by a tenth."));
+  made.append(make("table", {}, ...data.changes.map((row) => make("tr", {}, make("td", {}, row.label),
+    ...row.cells.map((cell) => make("td", {}, cell)), make("td", { class: "change" }, row.change)))));
+  return made;
+}
 function refusals() {
   const made = card("Refusals", "Requests and I/O that were refused, invalid, or failed.");
   made.dataset.chart = "refusals";
@@ -391,7 +448,7 @@ function numbers(table) {
 }
 const timelines = traces.map((trace) => new Timeline(trace));
 const devices = [...new Set(traces.flatMap((trace) => Object.keys(trace.io)))];
-main.append(make("h1", {}, document.title), ...traces.map(headLine), tiles(),
+main.append(make("h1", {}, document.title), ...traces.map(headLine), ...(traces.length > 1 ? [changed()] : []), tiles(),
   ...timelines.map((timeline) => timeline.card()),
   make("div", { class: "grid" }, sharedChart(), latencyChart(), ...devices.map(ioChart), exitsChart(), refusals()),
   make("div", { class: "grid" }, ...data.tables.map(numbers)));

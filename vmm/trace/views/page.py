@@ -17,7 +17,7 @@ from vmm.trace.reader import Trace
 from vmm.trace.states import STATES, bytes_over_time, initial_states, state_rows
 from vmm.trace.summary import duration_ns
 from vmm.trace.views import charts
-from vmm.trace.views.tables import Summary, refusal_lines, tables
+from vmm.trace.views.tables import Summary, changes, refusal_lines, tables
 
 _HERE = Path(__file__).parent
 
@@ -31,15 +31,16 @@ def write_page(output: Output, traces: Sequence[Trace], summaries: Sequence[Summ
 
 def page(traces: Sequence[Trace], summaries: Sequence[Summary]) -> str:
     """The whole page."""
+    made = tables(summaries)
     data = {
         "states": list(STATES),
         "traces": [
             _trace_data(trace, summary) for trace, summary in zip(traces, summaries, strict=True)
         ],
         "tables": [
-            {"title": table.title, "rows": [row._asdict() for row in table.rows]}
-            for table in tables(summaries)
+            {"title": table.title, "rows": [row._asdict() for row in table.rows]} for table in made
         ],
+        "changes": [row._asdict() for row in changes(made)],
     }
     names = " and ".join(os.path.basename(os.path.normpath(trace.path)) for trace in traces)
     parts = {
@@ -65,7 +66,8 @@ def _trace_data(trace: Trace, summary: Summary) -> dict[str, Any]:
     drawn = charts.rectangles(rows, initial, until)
     longest = charts.longest_conversions(rows)
     times, shared = charts.points(bytes_over_time(rows, initial), until)
-    refused_at, refused_gpa = charts.refused_requests(trace)
+    decided = charts.decided_requests(trace)
+    decided["rows"][0] = [time // 1000 for time in decided["rows"][0]]
     return {
         "summary": summary,
         "refusals": refusal_lines(summary),
@@ -85,7 +87,7 @@ def _trace_data(trace: Trace, summary: Summary) -> dict[str, Any]:
             rows.gpa[longest].tolist(),
             rows.bytes[longest].tolist(),
         ],
-        "refused": [[time // 1000 for time in refused_at], refused_gpa],
+        "decided": decided,
         "shared": [[time // 1000 for time in times], shared],
         "latency": charts.latency_histogram(trace),
         "io": charts.io_over_time(trace, until),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -66,6 +67,39 @@ def _is_known(summary: Summary, keys: Sequence[str]) -> bool:
     """Whether the host had a way to know this number of conversions or states."""
     of_states = keys[0] == "conversions" or (keys[0] == "memory" and keys[1] != "ram_bytes")
     return not of_states or bool(summary["memory"]["told"])
+
+
+MOST_CHANGES = 12
+"""Numbers that lead the comparison of two traces."""
+_SAME = 1.1
+"""How much larger one number may be than the other and still say nothing new."""
+
+
+def changes(made: Sequence[Table]) -> list[Row]:
+    """What is not the same in two traces: words first, then numbers, the largest change first.
+    Nothing for one trace."""
+    words: list[Row] = []
+    numbers: list[tuple[float, Row]] = []
+    for table in made:
+        for row in table.rows:
+            if len(row.cells) != 2 or row.cells[0] == row.cells[1] or row.label in _OWN:
+                continue
+            label = row.label if table.title == "run" else f"{table.title}: {row.label.strip()}"
+            there = row._replace(label=label)
+            if row.change.endswith("x"):
+                ratio = float(row.change[:-1])
+                if ratio == 0 or max(ratio, 1 / ratio) >= _SAME:
+                    numbers.append((abs(math.log(max(ratio, 1e-9))), there))
+            elif row.cells[0] == "-" or row.cells[0].startswith("0"):
+                numbers.append((math.inf, there))
+            else:
+                words.append(there)
+    numbers.sort(key=lambda each: -each[0])
+    return [*words, *(row for _, row in numbers[:MOST_CHANGES])]
+
+
+_OWN = ("trace", "90 %", "99 %", "longest")
+"""What is never the same, and what the number above it says already."""
 
 
 def _change(values: Sequence[float | None]) -> str:
