@@ -98,6 +98,9 @@ for unit in {masked}; do ln -sf /dev/null "/etc/systemd/system/$unit"; done
 ldconfig
 journalctl --update-catalog || true
 systemd-hwdb update || true
+# Under emulation everything takes longer than those who chose the time limits thought of.
+mkdir -p /etc/systemd/system.conf.d
+printf '[Manager]\\nDefaultDeviceTimeoutSec=15min\\n' >/etc/systemd/system.conf.d/emulated.conf
 [ -s /etc/machine-id ] || systemd-machine-id-setup
 rm -rf /var/cache/apt/*.bin /var/log/dpkg.log /var/log/alternatives.log /var/cache/debconf/*-old
 touch -r /usr /etc/.updated /var/.updated
