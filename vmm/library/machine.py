@@ -82,7 +82,7 @@ class Machine:
         config.validate(architecture())
         if config.execute is not None:
             raise UsageError(
-                "execute: the command's streams would be the program's own; run pyvmm --exec instead"
+                "execute: its streams would be the program's own; run pyvmm --exec instead"
             )
         if policies and config.private_memory is None:
             raise UsageError("policies need private_memory: an ordinary VM converts no pages")
