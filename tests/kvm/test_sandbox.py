@@ -46,8 +46,8 @@ def hostile(trace):
     print("attempts:" + json.dumps(ended), file=sys.stderr, flush=True)
     return summarise(trace)
 report.summarise = hostile
-from vmm.cli.main import entry_point
-entry_point()
+import runpy
+runpy.run_module("vmm", run_name="__main__", alter_sys=True)
 """
 """`pyvmm` whose reader of traces makes the attempts."""
 

@@ -204,7 +204,7 @@ def _with_config_file(words: Sequence[str], *, lab: bool = False) -> Sequence[st
 
 def _run(arguments: Sequence[str]) -> int:
     config = _configuration(arguments)
-    if not process.is_ours or config.debug_shell:  # the shell is the user's own
+    if not process.is_ours() or config.debug_shell:  # the shell is the user's own
         config = config._replace(sandbox="off")
     from vmm.arch import architecture
     from vmm.machine.images import OpenedImages
@@ -269,7 +269,6 @@ def entry_point() -> NoReturn:
     """The console script."""
     # What a start imports and makes is there to stay: looking through it for garbage at every 700
     # objects would only delay the guest. Later collections are as much rarer as they are longer.
-    process.is_ours = True
     gc.set_threshold(100_000)
     _open_standard_fds()
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see vmm.__main__

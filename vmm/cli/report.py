@@ -32,7 +32,7 @@ def run(arguments: Sequence[str]) -> int:
             for option in ("html", "chrome")
             if (path := getattr(options, option))
         }
-        if process.is_ours:
+        if process.is_ours():
             _enter_sandbox(options)
         traces = [opened.enter_context(closing(Trace(path))) for path in options.traces]
         summaries = [summarise(trace) for trace in traces]
