@@ -212,9 +212,10 @@ class Machine:
 
     def _leave_somebody_outside(self) -> None:
         """What the run has to do with paths at its end is for a process that keeps its rights."""
-        from vmm.sandbox.enter import require_paths
+        if self._config.allowed_paths:
+            from vmm.sandbox.enter import require_paths
 
-        require_paths(self._config.allowed_paths)
+            require_paths(self._config.allowed_paths)
         # Not imported where nothing listens.
         sockets = sys.modules.get("vmm.core.unix_listener")
         listeners: list[UnixListener] = [] if sockets is None else sockets.listening()
@@ -309,6 +310,9 @@ class Machine:
         from vmm.control.console import Console
         from vmm.conversion.transaction import Converter
         from vmm.wiring.devices import Devices
+
+        if self._config.sandbox != "off":
+            import vmm.sandbox.enter  # noqa: F401 -- for `_enter_sandbox`
 
         trace = self._trace
         self._loop = EventLoop()
