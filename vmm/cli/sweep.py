@@ -31,7 +31,9 @@ def run(arguments: Sequence[str]) -> int:
     path = options.store or default_store(options.sweep)
     with ExitStack() as opened:
         outputs = {
-            option: opened.enter_context(closing(Output(f"--{option} {given}", given)))
+            option: opened.enter_context(
+                closing(Output(f"--{option} {given}", given, (options.sweep, path)))
+            )
             for option in ("html", "svg")
             if (given := getattr(options, option))
         }
