@@ -275,7 +275,6 @@ class Machine:
             paths=config.allowed_paths,
             maps=config.allow_mapped_io,
             connects=config.vsock is not None,
-            files=config.memory_file is not None,
         )
         if self._sandbox.seccomp:
             self._vcpus.at_start = enter_vcpu

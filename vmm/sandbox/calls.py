@@ -100,8 +100,6 @@ class Needs(NamedTuple):
     """Whether a device connects to Unix sockets (vsock)."""
     writes: bool = False
     """Whether there are folders to write to."""
-    files: bool = False
-    """Whether guest memory is a file for other programs, whose pages go to them through pipes."""
     landlock: bool = True
     """Whether Landlock says which files may be opened; else none for writing."""
 
@@ -157,5 +155,4 @@ def conditional(needs: Needs) -> dict[str, Alternatives]:
 
 def allowed(needs: Needs) -> Iterable[str]:
     """The calls that the device loop may make whatever their arguments."""
-    calls = ALWAYS | ON_FOLDERS if needs.writes else ALWAYS
-    return calls | {"vmsplice"} if needs.files else calls
+    return ALWAYS | ON_FOLDERS if needs.writes else ALWAYS
