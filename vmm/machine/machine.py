@@ -33,7 +33,7 @@ from vmm.exits.outcome import (
 from vmm.exits.run_loop import install_kick_handler
 from vmm.exits.stragglers import Stragglers
 from vmm.exits.vcpu_group import VcpuGroup
-from vmm.machine.config import KNOWN_BACKINGS, KNOWN_SCHEMES, MachineConfig
+from vmm.machine.config import MachineConfig
 from vmm.machine.guest_vm import GuestVm
 from vmm.machine.images import OpenedImages
 from vmm.machine.peripherals import open_devices
@@ -108,7 +108,10 @@ class Machine:
         for a machine of an architecture that pyvmm doesn't know."""
         self._architecture = architecture() if arch is None else arch
         self._own = _extensions(config, embedding)
-        self._config = config.as_ours() if self._own is None else self._own.as_ours(config)
+        self._config = config
+        if self._own is not None:
+            self._config = self._own.as_ours(config)
+            self._config.validate(self._architecture)
         self._images = images
         self._embedding = embedding
         self._cleanup = ExitStack()
@@ -173,7 +176,12 @@ class Machine:
         config = self._config
         images = self._images or OpenedImages(self._architecture, config)
         self._cleanup.callback(images.close)
-        config = self._config = images.config
+        config = images.config if self._own is None else self._own.as_ours(images.config)
+        self._config = config
+        if config.report is not None or config.consoles:
+            from vmm.machine.own_files import refuse_overwriting  # most runs write no file
+
+            refuse_overwriting(config)
         self._guest = self._make_guest(images)
         self._cleanup.callback(self._guest.close)
         self._policies = _load_policies(config)
@@ -638,8 +646,7 @@ class Machine:
 def _extensions(config: MachineConfig, embedding: Embedding | None) -> Extensions | None:
     """What is the user's own in a machine, besides policies; None where nothing is."""
     given = None if embedding is None else embedding.extensions
-    named = config.devices or config.exit_handlers
-    if not named and config.scheme in KNOWN_SCHEMES and config.private_memory in KNOWN_BACKINGS:
+    if config.has_known_names and not (config.devices or config.exit_handlers):
         return given
     from vmm.machine.extensions import named_extensions
 

@@ -390,6 +390,8 @@ class GuestMemory:
         Each of them may succeed or fail, so that its pages count for the state which they leave
         as well as for the one that they are to have.
         """
+        if not self._conversions:  # as nearly always: one number, read at once
+            return self._states.total(state)
         with self._lock:
             total, conversions = self._states.total(state), list(self._conversions.values())
         coming = [each for each in conversions if each.target is state]
