@@ -255,18 +255,22 @@ class Machine:
                 mounted.leave()
 
         tasks: list[Callable[[bytes], None]] = []
+
+        def done_outside(task: Callable[[bytes], None]) -> Callable[..., None]:
+            tasks.append(task)
+            number = len(tasks) - 1
+            return lambda message=b"": outside.do(number, message)
+
         keeps = [listener.fd for listener in listeners]
         if replaced is not None:
-            tasks.append(replaced.replace)
+            replaced.through = done_outside(replaced.replace)
         if shared is not None:
-            tasks.append(lambda _: shared.take_back())
+            shared.through = done_outside(lambda _: shared.take_back())
             keeps.append(shared.archive.fileno())
+        if mounted is not None:
+            mounted.through = done_outside(lambda _: mounted.leave())
         outside = Outside(tasks, last, keeps)
         self._cleanup.callback(outside.close)
-        if replaced is not None:
-            replaced.through = partial(outside.do, 0)
-        if shared is not None:
-            shared.through = partial(outside.do, len(tasks) - 1)
 
     def _enter_sandbox(self) -> None:
         """Everything is open: give up what the run doesn't need any more."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from vmm.control.memory_file.place import Place
+from vmm.core.errors import OutputError
 from vmm.core.event_loop import EventLoop
 from vmm.core.lean_typing import TYPE_CHECKING, cast
 from vmm.exits.outcome import KILLED, Outcome
@@ -25,6 +26,8 @@ class MemoryFile:
         """Makes the folder ready. Raises UsageError, HostError."""
         self._place = Place(path)
         self._mount: MemoryMount | None = None
+        self.through: Callable[[], None] | None = None
+        """What has `leave` done in another process."""
 
     @contextmanager
     def served(
@@ -59,6 +62,10 @@ class MemoryFile:
             yield
         finally:
             memory.on_change = None
+            if self.through is not None:
+                # First: libfuse finds it done, and doesn't try itself, which it would complain of.
+                with suppress(OutputError):
+                    self.through()
             self._mount.close()
 
     def leave(self) -> None:
