@@ -369,7 +369,7 @@ def _apply(text: bytes, sources: Path, program: Sequence[str], what: str) -> Non
 
 def _complaint(output: bytes) -> str:
     """The first file and hunk that failed, of what GNU patch says."""
-    lines = output.decode(errors="replace").splitlines()
+    lines = [line for line in output.decode(errors="replace").splitlines() if line.strip()]
     name = ""
     for line in lines:
         if file := _FILE.match(line):
@@ -378,6 +378,8 @@ def _complaint(output: bytes) -> str:
             return f"hunk {failed[1]} of {name}, at line {failed[2]}"
         if "Reversed (or previously applied) patch" in line:
             return f"{name} has it already"
+        if "****" in line:
+            return line.replace("patch: **** ", "")
         if "can't find file" in line or "No file to patch" in line:
             named = [one for one in lines if one.startswith(("|+++ ", "|--- "))]
             return f"there is no file {named[-1][5:].split()[0].partition('/')[2] if named else ''}"

@@ -92,6 +92,10 @@ def test_patch_that_does_not_apply_names_file_and_hunk(tree: Path, tmp_path: Pat
         (git_diff("virt/kvm/nowhere.c"), "there is no file virt/kvm/nowhere.c"),
         (git_diff(body=hunk("x", "line 9")), f"{MAIN} has it already|hunk 1 of {MAIN}"),
         (git_diff(body="@@ nonsense @@\n x\n"), "garbage|malformed"),
+        (
+            git_diff(body="@@ -1 +1,3 @@\n line 0\n+a\n\nno mark\n"),
+            "apply: malformed patch at line",
+        ),
     ],
 )
 def test_other_failures_of_patch_are_one_line(
