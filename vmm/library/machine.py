@@ -80,6 +80,10 @@ class Machine:
             self.extensions = Extensions(devices, exits, scheme, backing)
             config = self.extensions.as_ours(config)
         config.validate(architecture())
+        if config.execute is not None:
+            raise UsageError(
+                "execute: its streams would be the program's own; run pyvmm --exec instead"
+            )
         if policies and config.private_memory is None:
             raise UsageError("policies need private_memory: an ordinary VM converts no pages")
         if policies:

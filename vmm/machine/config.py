@@ -82,6 +82,8 @@ class MachineConfig(NamedTuple):
     debug_shell: bool = False
     status: bool = False
     control: str | None = None
+    memory_file: str | None = None
+    """A folder in which guest memory is to be a file."""
     devices: tuple[str, ...] = ()
     """The user's own devices, as --device names them: SPEC[,NAME=VALUE...]."""
     exit_handlers: tuple[str, ...] = ()

@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from vmm.machine.debugger import Debugger
     from vmm.machine.execution import Execution
     from vmm.machine.extensions import Extensions
+    from vmm.machine.memory_file import MemoryFile
     from vmm.machine.report_keys import Report
     from vmm.machine.tracing import RunTrace
     from vmm.memory.aliased_memory import Announce
@@ -144,6 +145,10 @@ class Machine:
                 raise HostError(in_words(error)) from error
             if self._report_file is not None:
                 self._report_file.begin()
+            if self._memory_file is not None:
+                memory, bit = self._vm.memory, self._vm.scheme.shared_alias
+                served = self._memory_file.served(memory, bit, self._watcher, self._loop, self.stop)
+                self._cleanup.enter_context(served)
             self._enter_sandbox()
             outcome = None
             try:
@@ -206,6 +211,14 @@ class Machine:
 
             self._control = ControlSocket(config.control)
             self._cleanup.callback(self._control.close)
+        self._memory_file: MemoryFile | None = None
+        if config.memory_file is not None:
+            if self._embedding is not None:
+                raise UsageError("memory_file: libfuse wants a process of its own; use pyvmm run")
+            from vmm.machine.memory_file import MemoryFile
+
+            self._memory_file = MemoryFile(config.memory_file)
+            self._cleanup.callback(self._memory_file.close)
         self._debugger: Debugger | None = None
         if config.gdb is not None:
             from vmm.machine.debugger import Debugger
@@ -230,13 +243,16 @@ class Machine:
         report = self._report_file
         replaced = report if report is not None and report.is_replaced else None
         shared = None if self._execution is None else self._execution.shared
-        if replaced is None and shared is None and not listeners:
+        mounted = self._memory_file
+        if replaced is None and shared is None and mounted is None and not listeners:
             return
         from vmm.sandbox.outside import Outside
 
         def last() -> None:
             for listener in listeners:
                 listener.remove()
+            if mounted is not None:
+                mounted.leave()
 
         tasks: list[Callable[[bytes], None]] = []
         keeps = [listener.fd for listener in listeners]
@@ -581,6 +597,8 @@ class Machine:
             }
         if self._lender is not None:
             self.report["iommu"] = self._lender.as_dict()
+        if self._memory_file is not None:
+            self.report["memory_file"] = self._memory_file.as_dict()
         if self._debugger is not None:
             self.report["gdb"] = self._debugger.as_dict()
         if self._report_file is not None:
