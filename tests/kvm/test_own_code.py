@@ -341,6 +341,7 @@ def test_backing_of_ones_own_stands_behind_the_private_side() -> None:
         assert machine.run(SECONDS) == Outcome("poweroff")
 
     assert machine.report["backings"]["private"] == "mine"
+    assert "by the word of a backing of the user's own (Mine)" in machine.report["isolation"]
     assert Mine.punched
 
 

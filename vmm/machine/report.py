@@ -59,6 +59,8 @@ def isolation_of(private: Backing | None, common: Range = NOWHERE, scheme: str =
     strength = POLICY_ENFORCED
     if private.host_access == "kernel-refused":
         strength = KERNEL_ENFORCED.format(how=_HOW[private.traits.private_access])
+    if not type(private).__module__.startswith("vmm.memory."):
+        strength += f"; by the word of a backing of the user's own ({type(private).__name__})"
     if scheme == "realm":
         strength += _REALM
     if common.size:

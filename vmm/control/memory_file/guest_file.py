@@ -43,35 +43,6 @@ class GuestFile:
         self.counts["bytes_read"] += done
         return done
 
-    def move_to(self, pipe: int, size: int, offset: int, announce: Announce | None) -> int:
-        """As `read_into`, with the pages themselves put into a pipe that has room for them.
-
-        What is in the pipe was shared when it got there; a page that is unshared after that is
-        taken out of the backing, and stays with the pipe as it was. Only where `moves`.
-        """
-
-        def move(gpa: int, start: int, end: int) -> None:
-            memory = self._memory
-            memory._enter(gpa, end - start)
-            try:
-                at, last = gpa, gpa + end - start
-                while at < last:
-                    at += os.splice(memory.shared.fd, pipe, last - at, offset_src=at)
-            finally:
-                memory._leave()
-
-        done = self._move(size, offset, announce, False, move)
-        self.counts["reads"] += 1
-        self.counts["bytes_read"] += done
-        return done
-
-    @property
-    def moves(self) -> bool:
-        """Whether `move_to` works: two backings, the shared one with splice(2), whose pages never
-        become private ones; and plain addresses."""
-        memory = self._memory
-        return memory.told and not memory.in_place and not self._bit and memory.shared.traits.splice
-
     def write(self, data: memoryview, offset: int, announce: Announce | None) -> int:
         """As `read_into`. Past the end nothing can be written: ENOSPC."""
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
 import os
 import select
 import signal
@@ -25,7 +24,6 @@ from vmm.control.memory_file.guest_file import Announce, GuestFile
 from vmm.control.memory_file.place import Place
 from vmm.core.errors import HostError, one_line
 from vmm.core.event_loop import EventLoop
-from vmm.core.ranges import PAGE_SIZE
 from vmm.policy import PolicyError, PolicyKill
 
 MEMORY, STATES, CHANGES = "/memory", "/states", "/changes"
@@ -35,17 +33,7 @@ MOUNT_SECONDS = 10.0
 _END_SECONDS = 2.0
 _UNNAMED = "?"
 
-LARGE = 64 << 10
-"""From this size on a read moves pages instead of copying their bytes once more."""
-_PIPE_BYTES = 2 << 20
-# fuse_common.h
-_CAP_SPLICE_WRITE, _CAP_SPLICE_MOVE = 1 << 7, 1 << 8
-_BUF_IS_FD = 1 << 1
-
 _libfuse = mfusepy._libfuse
-_libc = ctypes.CDLL(None)
-_libc.malloc.restype, _libc.malloc.argtypes = ctypes.c_void_p, (ctypes.c_size_t,)
-_libc.free.restype, _libc.free.argtypes = None, (ctypes.c_void_p,)
 _Log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 
 
@@ -85,21 +73,16 @@ class _Files:
         self._open: dict[int, _Open] = {}
         self._next = 1
         self.opens = 0
-        self.pipe = _Pipe() if guest.moves else None
         self.waiting = False
         """Whether somebody polls for the next change."""
 
-    def init_with_config(self, connection: Any, config: Any) -> None:
-        connection.want |= connection.capable & (_CAP_SPLICE_WRITE | _CAP_SPLICE_MOVE)
+    def init(self, path: str) -> None:
         self.ready.set()
 
     def destroy(self, path: str) -> None:
         for each in self._open.values():
             _release_waiter(each)
         self._open.clear()
-        if self.pipe is not None:
-            self.pipe.close()
-            self.pipe = None
 
     def getattr(self, path: str, info: Any = None) -> dict[str, int]:
         if self.ending:
@@ -169,15 +152,6 @@ class _Files:
     def truncate(self, path: str, size: int) -> int:
         raise OSError(errno.EPERM, "memory has the size that it has")
 
-    def moved(self, path: str, size: int, offset: int, info: Any) -> int | None:
-        """Large reads of memory: how much is in the pipe `outlet`; None where it isn't done so."""
-        if size < LARGE or path != MEMORY or self.pipe is None:
-            return None
-        each = self._of(info)
-        if not self.pipe.has_room(size + offset % PAGE_SIZE):
-            return None
-        return self.guest.move_to(self.pipe.inlet, size, offset, each.announce)
-
     def read_into(self, path: str, buffer: memoryview, offset: int, info: Any) -> int:
         each = self._of(info)
         if path == MEMORY:
@@ -194,7 +168,7 @@ class _Files:
             raise OSError(errno.EACCES, "not for writing")
         return self.guest.write(data, offset, self._of(info).announce)
 
-    read_buf, write = read_into, write_from  # mfusepy looks for these names
+    read, write = read_into, write_from  # mfusepy looks for these names
 
     def lseek(self, path: str, offset: int, whence: int, info: Any) -> int:
         if path != MEMORY:
@@ -255,25 +229,8 @@ class _Fuse(mfusepy.FUSE):  # type: ignore[misc]  # it has no types
 
     operations: _Files
 
-    def read_buf(self, path: bytes, answer: Any, size: int, offset: int, info: Any) -> int:
-        """libfuse frees what it is given here."""
-        name, files = path.decode(), self.operations
-        moved = files.moved(name, size, offset, info.contents)
-        if moved is not None:
-            assert files.pipe is not None
-            _give(answer, _BufferVector(1, 0, 0, moved, _BUF_IS_FD, None, files.pipe.outlet, 0))
-            return 0
-        memory = _libc.malloc(size)
-        if not memory:
-            raise OSError(errno.ENOMEM, "no memory")
-        try:
-            array = (ctypes.c_char * size).from_address(memory)
-            done = files.read_into(name, memoryview(array).cast("B"), offset, info.contents)
-            _give(answer, _BufferVector(1, 0, 0, done, 0, memory, -1, 0))
-        except BaseException:
-            _libc.free(memory)
-            raise
-        return 0
+    def read(self, path: bytes, buffer: Any, size: int, offset: int, info: Any) -> int:
+        return self.operations.read_into(path.decode(), _view(buffer, size), offset, info.contents)
 
     def write(self, path: bytes, buffer: Any, size: int, offset: int, info: Any) -> int:
         return self.operations.write_from(path.decode(), _view(buffer, size), offset, info.contents)
@@ -286,53 +243,6 @@ def _view(buffer: Any, size: int) -> memoryview:
     """libfuse's own buffer, for one call."""
     array = (ctypes.c_char * size).from_address(ctypes.addressof(buffer.contents))
     return memoryview(array).cast("B")
-
-
-class _BufferVector(ctypes.Structure):
-    """struct fuse_bufvec with its one struct fuse_buf (fuse_common.h), which libfuse frees."""
-
-    _fields_ = (
-        ("count", ctypes.c_size_t),
-        ("idx", ctypes.c_size_t),
-        ("off", ctypes.c_size_t),
-        ("size", ctypes.c_size_t),
-        ("flags", ctypes.c_int),
-        ("mem", ctypes.c_void_p),
-        ("fd", ctypes.c_int),
-        ("pos", ctypes.c_int64),
-    )
-
-
-def _give(answer: Any, vector: _BufferVector) -> None:
-    """Hand libfuse a copy of its own. Raises OSError."""
-    size = ctypes.sizeof(vector)
-    place = _libc.malloc(size)
-    if not place:
-        raise OSError(errno.ENOMEM, "no memory")
-    ctypes.memmove(place, ctypes.addressof(vector), size)
-    ctypes.cast(answer, ctypes.POINTER(ctypes.c_void_p))[0] = place
-
-
-class _Pipe:
-    """Where pages of memory wait for libfuse to send them; empty between two requests."""
-
-    def __init__(self) -> None:
-        self.outlet, self.inlet = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        self._room = fcntl.fcntl(self.inlet, fcntl.F_GETPIPE_SZ)
-        with contextlib.suppress(OSError):  # a user's pipes have a limit, 1 MiB most often
-            self._room = fcntl.fcntl(self.inlet, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-
-    def has_room(self, size: int) -> bool:
-        """Whether that many bytes from a page's start on fit; what an earlier request has left,
-        as nobody took its answer, is thrown away."""
-        with contextlib.suppress(BlockingIOError):
-            while os.read(self.outlet, 1 << 20):
-                pass
-        return size <= self._room
-
-    def close(self) -> None:
-        os.close(self.inlet)
-        os.close(self.outlet)
 
 
 @contextlib.contextmanager

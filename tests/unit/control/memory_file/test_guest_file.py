@@ -119,31 +119,6 @@ def test_policy_that_says_no_is_eacces(memory: GuestMemory) -> None:
     assert memory.pread(5, 0) == b"start"
 
 
-def test_moved_pages_are_those_that_a_read_finds(memory: GuestMemory) -> None:
-    file = GuestFile(memory)
-    outlet, inlet = os.pipe()
-
-    assert file.moves
-    assert file.move_to(inlet, 100, PRIVATE.start - 4, None) == 4
-    assert os.read(outlet, 100) == b"last"
-    with pytest.raises(PermissionError):
-        file.move_to(inlet, 100, PRIVATE.start, None)
-
-    os.close(inlet)
-    assert os.read(outlet, 100) == b""
-    os.close(outlet)
-
-
-def test_in_place_memory_is_never_moved() -> None:
-    """Its page may become private while a pipe still has it."""
-    backing = MemfdBacking(LOW)
-    memory = GuestMemory([Range(0, LOW)], backing, backing, [PRIVATE])
-
-    assert not GuestFile(memory).moves
-
-    memory.close()
-
-
 def test_data_are_the_shared_runs_and_all_else_is_a_hole(memory: GuestMemory) -> None:
     file = GuestFile(memory)
 
