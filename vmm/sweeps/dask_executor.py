@@ -137,32 +137,37 @@ class DaskExecutor:
                 )
             self._admitted.add(address)
 
-    def _supply(self, worker: str, digests: Sequence[str], task: int) -> None:
-        """Send contents to a worker that lacked them when it took that task. Raises UsageError for
-        one that changed."""
+    def _note_lack(
+        self, lacking: dict[str, list[str]], worker: str, digests: Sequence[str], task: int
+    ) -> None:
+        """Have contents sent to a worker that lacked them when it took that task."""
         for digest in digests:
-            if task <= self._sent.get((worker, digest), 0):
-                continue  # it has got it since
-            self._sent[worker, digest] = self._number
-            folder, names = self._places[digest]
-            try:
-                for pieces in _pieces(folder, names):
-                    self._send(worker, digest, pieces)
-                wrong = self._complete(worker, digest, names)
-            except FileNotFoundError as error:
-                wrong = f"{error.filename} has gone"
-            except (OSError, KeyError):
-                return  # the worker has gone: Dask gives its tasks to others
-            if wrong:
-                raise UsageError(f"{self._contents[digest].name}: {wrong}")
+            if task > self._sent.get((worker, digest), 0):  # else it has got it since
+                self._sent[worker, digest] = self._number
+                lacking.setdefault(digest, []).append(worker)
 
-    def _send(self, worker: str, digest: str, pieces: Sequence[far.Piece]) -> None:
-        self._client.run(far.receive, self._sweep, digest, list(pieces), workers=[worker])
+    def _supply(self, workers: Sequence[str], digest: str) -> None:
+        """Send a content to workers, all at once. Raises UsageError for one that has changed. A
+        worker that has gone gets nothing: Dask gives its tasks to others."""
+        folder, names = self._places[digest]
+        wrong = None
+        try:
+            for pieces in _pieces(folder, names):
+                self._send(workers, digest, pieces)
+            wrong = self._complete(workers, digest, names)
+        except FileNotFoundError as error:
+            wrong = f"{error.filename} has gone"
+        if wrong:
+            raise UsageError(f"{self._contents[digest].name}: {wrong}")
 
-    def _complete(self, worker: str, digest: str, names: Sequence[str]) -> str | None:
-        told = self._client.run(far.complete, self._sweep, digest, list(names), workers=[worker])
-        wrong: str | None = told[worker]
-        return wrong
+    def _send(self, workers: Sequence[str], digest: str, pieces: Sequence[far.Piece]) -> None:
+        words = (self._sweep, digest, list(pieces))
+        self._client.run(far.receive, *words, workers=list(workers), on_error="return")
+
+    def _complete(self, workers: Sequence[str], digest: str, names: Sequence[str]) -> str | None:
+        words = (self._sweep, digest, list(names))
+        told = self._client.run(far.complete, *words, workers=list(workers), on_error="return")
+        return next((wrong for wrong in told.values() if isinstance(wrong, str)), None)
 
     # -- jobs ---------------------------------------------------------------------------------
 
@@ -179,9 +184,11 @@ class DaskExecutor:
         seconds = max(_BATCH_SECONDS, self._slots / _TASKS_A_SECOND)
         return max(1, min(int(seconds / self._mean), _MOST_BATCH))
 
-    def submit(self, jobs: Sequence[Job]) -> None:
+    def submit(self, jobs: Sequence[Job], left: int) -> None:
         self._outstanding += len(jobs)
-        size = self._batch
+        # In the end, no worker has several cells to do while another has none.
+        share = (len(jobs) + left) // max(self._slots, 1)
+        size = max(1, min(self._batch, share))
         for start in range(0, len(jobs), size):
             self._submit(list(jobs[start : start + size]))
 
@@ -220,10 +227,16 @@ class DaskExecutor:
         # All in one go: each question costs a round trip.
         told = self._asked(lambda: self._client.gather(finished, errors="skip")) if finished else {}
         answers: list[Answer] = []
+        lacking: dict[str, list[str]] = {}
+        again: list[list[Job]] = []
         for key in ended:
             future, jobs, number = self._batches.pop(key)
             if key in told:
-                answers += self._brought(json.loads(told[key]), jobs, number)
+                brought = json.loads(told[key])
+                mine, left = self._brought(brought, jobs)
+                answers += mine
+                again += [left] if left else []
+                self._note_lack(lacking, brought["worker"], brought.get("missing", ()), number)
             elif future.status == "error":
                 answers += self._failed(future, jobs)
             elif future.status in ("cancelled", "lost"):
@@ -232,25 +245,23 @@ class DaskExecutor:
             else:  # its worker died with the answer: Dask has it done again
                 self._batches[key] = (future, jobs, number)
                 future.add_done_callback(lambda future: self._ended.put(future.key))
+        if not self._stopping:
+            for digest, workers in lacking.items():
+                self._supply(workers, digest)
+            for left in again:
+                self._submit(left)
         return answers
 
-    def _brought(self, told: Mapping[str, Any], jobs: list[Job], number: int) -> list[Answer]:
+    def _brought(self, told: Mapping[str, Any], jobs: list[Job]) -> tuple[list[Answer], list[Job]]:
+        """The answers of a task, and the jobs that it didn't carry out."""
         if "unfit" in told:  # it has joined since
             self._admit([told["worker"]])
-        if "unfit" in told or "missing" in told:
-            if not self._stopping:
-                self._supply(told["worker"], told.get("missing", ()), number)
-                self._submit(jobs)
-            return []
-        answers = [Answer(key, answer, told["worker"]) for key, answer in told["answers"]]
+        answers = [Answer(key, answer, told["worker"]) for key, answer in told.get("answers", ())]
         for each in answers:
             seconds = float(each.answer["seconds"])
             self._mean = 0.9 * self._mean + 0.1 * seconds if self._mean else seconds
         done = {each.key for each in answers}
-        left = [job for job in jobs if job.key not in done]
-        if left and not self._stopping:
-            self._submit(left)
-        return answers
+        return answers, [job for job in jobs if job.key not in done]
 
     def _failed(self, future: Any, jobs: list[Job]) -> list[Answer]:
         """A task that Dask gave up: a worker died under it once too often."""

@@ -41,8 +41,8 @@ class Executor(Protocol):
         """How many more jobs it takes, so that nobody is idle."""
         ...
 
-    def submit(self, jobs: Sequence[Job]) -> None:
-        """Have them carried out."""
+    def submit(self, jobs: Sequence[Job], left: int) -> None:
+        """Have them carried out; `left` more will come."""
         ...
 
     def take(self, seconds: float) -> list[Answer]:
@@ -112,7 +112,7 @@ class LocalExecutor:
     def room(self) -> int:
         return 2 * self.slots - self._outstanding
 
-    def submit(self, jobs: Sequence[Job]) -> None:
+    def submit(self, jobs: Sequence[Job], left: int) -> None:
         for job in jobs:
             self._outstanding += 1
             self._jobs.put(job)

@@ -12,8 +12,10 @@ import math
 import os
 import selectors
 import signal
+import site
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -114,7 +116,7 @@ class Runner:
         self._answers, their_answers = os.pipe()
         environment = {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join(dict.fromkeys(filter(None, sys.path))),
+            "PYTHONPATH": os.pathsep.join(_own_path()),
             "PYTHONHASHSEED": "0",  # a policy's sets come in one order in all processes
         }
         # -P: no module of the folder that the user is in takes the place of one of Python's.
@@ -212,6 +214,18 @@ class Runner:
         """After `close`: give back what is left, on the thread that used it."""
         self._closed = True
         self._end()
+
+
+def _own_path() -> list[str]:
+    """What is on Python's path here besides what each of its processes finds by itself: to have
+    that twice would put installed modules before Python's own."""
+    library = sysconfig.get_path("stdlib")
+    archive = "python{}{}.zip".format(*sys.version_info)
+    usual = {
+        *site.getsitepackages(), site.getusersitepackages(), library,
+        os.path.join(library, "lib-dynload"), os.path.join(os.path.dirname(library), archive),
+    }  # fmt: skip
+    return [each for each in dict.fromkeys(sys.path) if each and each not in usual]
 
 
 def _has_ended(process: subprocess.Popen[bytes], seconds: float) -> bool:

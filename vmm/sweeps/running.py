@@ -133,7 +133,7 @@ def _carry_out(
         while open_jobs:
             room = max(min(executor.room, len(waiting)), 0)
             if room:
-                executor.submit([waiting.popleft() for _ in range(room)])
+                executor.submit([waiting.popleft() for _ in range(room)], len(waiting))
             take(executor.take(_TICK))
             told(count.progress(executor.slots))
     except KeyboardInterrupt:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import fcntl
 import os
+import site
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from vmm.sweeps import cells
+from vmm.sweeps import cells, pool
 from vmm.sweeps.cells import CellFailed, Cells
 
 WORDS: Mapping[str, Any] = {
@@ -119,3 +121,16 @@ def test_second_lab_on_a_machine_waits_for_the_first(home: Path) -> None:
     assert other.stdout.readline() == b"has it\n"
     assert other.wait(60) == 0
     other.stdout.close()
+
+
+def test_processes_are_not_given_what_python_finds_by_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "path", ["", "/mine", *sys.path, "/mine"])
+
+    own = pool._own_path()
+
+    assert own[0] == "/mine"
+    assert own.count("/mine") == 1
+    assert not {"", sysconfig.get_path("stdlib"), *site.getsitepackages()} & set(own)
+    assert not any(each.endswith(("lib-dynload", ".zip")) for each in own)

@@ -105,9 +105,11 @@ def test_contents_reach_each_worker_once(
     sent: Counter[tuple[str, str, str]] = Counter()
     really = DaskExecutor._send
 
-    def send(self: DaskExecutor, worker: str, digest: str, pieces: Sequence[Piece]) -> None:
-        sent.update((worker, digest, name) for name, _, _ in pieces)
-        really(self, worker, digest, pieces)
+    def send(
+        self: DaskExecutor, workers: Sequence[str], digest: str, pieces: Sequence[Piece]
+    ) -> None:
+        sent.update((worker, digest, name) for worker in workers for name, _, _ in pieces)
+        really(self, workers, digest, pieces)
 
     monkeypatch.setattr(DaskExecutor, "_send", send)
     monkeypatch.setattr(dask_executor, "_BATCH_SECONDS", 0.0)  # a task for each cell
