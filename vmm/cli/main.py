@@ -192,6 +192,7 @@ def _configuration(arguments: Sequence[str], machine: str | None = None) -> Mach
         share=options.share,
         status=options.status,
         control=options.control,
+        memory_file=options.memory_file,
         gdb=options.gdb,
         gdb_sees_private=options.gdb_sees_private,
         core_dumps=options.core_dumps or options.private_mem is None,

@@ -15,6 +15,9 @@ from vmm.core.kmodules import ModuleTree, without_signature
 EXEC_WORD, SHARE_WORD = "pyvmm.exec", "pyvmm.share"
 """On the kernel's command line: run a command; unpack a folder for it first."""
 _ALWAYS = ("virtio_pci", "virtio_blk")
+# A system hears of its power button by the first two (SIGTERM to pyvmm presses it); systemd loads
+# the third by name, and the root disk has no modules.
+_OF_SYSTEMS = ("button", "evdev", "autofs4")
 _OF_OPTIONS = {
     "--exec": "virtio_console",
     "--console": "virtio_console",
@@ -40,7 +43,9 @@ def modules_for(
     devices = [name for option, name in _OF_OPTIONS.items() if option in given]
     # The IOMMU's first: other devices wait for it.
     devices.sort(key=lambda name: name != "virtio_iommu")
-    wanted = [*_ALWAYS, *([] if file_system is None else [file_system]), *dict.fromkeys(devices)]
+    wanted = [*_ALWAYS, *dict.fromkeys(devices)]
+    if file_system is not None:
+        wanted += [file_system, *(() if "--exec" in given else _OF_SYSTEMS)]
     return [(name, without_signature(data)) for name, data in ModuleTree(tree).in_order(wanted)]
 
 

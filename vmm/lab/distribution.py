@@ -41,11 +41,24 @@ _BASE = (
     *("iproute2", "procps", "libpam-runtime"),
 )
 _TOOLS = ("unshare", "chroot", "tar", "dpkg-deb")
-# Nothing in a lab is served by these, and each costs a boot some of its time.
+# Nothing in a lab is served by these, and each costs a boot some of its time: a second or more.
 _MASKED = (
     *("apt-daily.timer", "apt-daily-upgrade.timer", "dpkg-db-backup.timer", "e2scrub_all.timer"),
-    *("e2scrub_reap.service", "fstrim.timer", "systemd-pstore.service"),
+    *("e2scrub_reap.service", "fstrim.timer", "systemd-pstore.service", "getty@tty1.service"),
+    *("kmod-static-nodes.service", "modprobe@.service", "systemd-udev-load-credentials.service"),
+    *("systemd-random-seed.service", "systemd-journal-flush.service", "dev-hugepages.mount"),
+    *("dev-mqueue.mount", "sys-fs-fuse-connections.mount", "sys-kernel-config.mount"),
+    *("sys-kernel-debug.mount", "sys-kernel-tracing.mount", "proc-sys-fs-binfmt_misc.automount"),
 )
+# What udev is told of at boot, of several hundred devices: those that a system waits for. All of
+# them keep it at work for so long that the wait for the serial line's login ends before (90 s).
+_COLDPLUGGED = ("block", "net", "input", "virtio-ports")
+_COLDPLUG = """\
+[Service]
+ExecStart=
+ExecStart=-udevadm trigger --type=all --action=add {subsystems}
+ExecStart=-udevadm trigger --type=all --action=add --sysname-match=ttyS0 --sysname-match=hvc*
+"""
 _FULL = "No space left on device"
 
 # Runs in namespaces of its own, as their root; $1 is the tree, $2 the packages' folder, $3 where
@@ -98,6 +111,13 @@ for unit in {masked}; do ln -sf /dev/null "/etc/systemd/system/$unit"; done
 ldconfig
 journalctl --update-catalog || true
 systemd-hwdb update || true
+# Under emulation everything takes longer than those who chose the time limits thought of.
+mkdir -p /etc/systemd/system.conf.d
+mkdir -p /etc/systemd/system/systemd-udev-trigger.service.d /etc/systemd/journald.conf.d
+cat >/etc/systemd/system/systemd-udev-trigger.service.d/few.conf <<'end'
+{coldplug}end
+printf '[Journal]\\nStorage=volatile\\n' >/etc/systemd/journald.conf.d/volatile.conf
+printf '[Manager]\\nDefaultDeviceTimeoutSec=15min\\n' >/etc/systemd/system.conf.d/emulated.conf
 [ -s /etc/machine-id ] || systemd-machine-id-setup
 rm -rf /var/cache/apt/*.bin /var/log/dpkg.log /var/log/alternatives.log /var/cache/debconf/*-old
 touch -r /usr /etc/.updated /var/.updated
@@ -202,6 +222,7 @@ class ImageMaker:
     def cached(self, request: ImageRequest) -> Path:
         """The cache's own copy; not to be written."""
         text = f"{' '.join(request.include)} {request.size} {_RECIPE} {_CONFIGURE} {_BASE}"
+        text += f" {_MASKED} {_COLDPLUG} {_COLDPLUGGED}"
         key = hashlib.sha256(text.encode()).hexdigest()[:12]
         prefix = f"images/{request.name}-"
 
@@ -234,6 +255,9 @@ class ImageMaker:
             triplet=HERE.triplet,
             name=request.name,
             masked=" ".join(map(shlex.quote, _MASKED)),
+            coldplug=_COLDPLUG.format(
+                subsystems=" ".join(f"--subsystem-match={name}" for name in _COLDPLUGGED)
+            ),
             blocks=request.size // 4096,
         )
         (work / "configure").write_text(script)

@@ -29,6 +29,24 @@ def refused(command: Command, arguments: str | list[str], message: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--exec", "ls"], "--exec needs --kernel"),
+        (["--kernel", "k", "--share", "d"], "--share needs --exec"),
+        (["--root", "disk.img"], "--root needs --kernel"),
+        (["--kernel", "k", "--root", "disk.img,part=x"], "no partition's number, as in part=1"),
+    ],
+)
+def test_root_and_command_without_what_they_need(
+    command: Command, arguments: list[str], message: str
+) -> None:
+    result = command(*arguments)
+
+    assert re.search(message, result.complaint), result.complaint
+    assert result.status == (125 if "--exec" in arguments else 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
         ("--frobnicate", "unrecognized arguments: --frobnicate; see pyvmm --help"),
         ("--dsk x", "unrecognized arguments: --dsk .did you mean --disk.. x; see pyvmm --help"),
         ("vmlinuz", "there is no command vmlinuz; the commands are run, check, "),

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+import firmware
 from tests.unit.core.test_cpio import entries
 from tests.unit.core.test_kmodules import module, write
+from tests.unit.core.test_root_disk import ext4
 from vmm.core.errors import HostError
 from vmm.lab import hosts, image, interpreter, machine, qemu
 from vmm.lab.cache import Cache
@@ -232,6 +234,30 @@ def test_pyvmm_words_get_an_initrd_for_a_kernel(
         "--append=loglevel=7",
     ]
     assert lab.pyvmm_words(["check"]) == ["check"]
+
+
+@pytest.mark.parametrize(
+    ("words", "has_shell"), [(["--exec", "ls"], True), (["--root", "disk.img"], False)]
+)
+def test_command_and_root_disk_get_a_kernel_and_our_init(
+    words: list[str],
+    has_shell: bool,
+    busybox: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "disk.img").write_bytes(ext4().ljust(1 << 17, b"\0"))
+    (tmp_path / "k").touch()
+    lab = Lab(LabOptions(cache=tmp_path / "cache", busybox=str(busybox)))
+    monkeypatch.setattr(lab, "guest_kernel", lambda name: Kernel(tmp_path / "k", None))
+
+    made = lab.pyvmm_words(words)
+
+    assert made[: len(words) + 2] == [*words, "--kernel", str(tmp_path / "k")]
+    archive = Path(made[made.index("--initrd") + 1]).read_bytes()
+    assert Path(firmware.init_path()).read_bytes() in archive
+    assert (b"bin/busybox\0" in archive) is has_shell
 
 
 @pytest.mark.parametrize("words", [["bench", "--kernel", "k"], ["run"], ["--private-mem"]])

@@ -203,7 +203,9 @@ def test_second_stage_that_fails_is_told_by_its_first_complaint(
 
 
 def test_script_of_the_second_stage_is_one_that_a_shell_reads() -> None:
-    script = distribution._CONFIGURE.format(triplet="t", name="n", masked="m", blocks=1)
+    script = distribution._CONFIGURE.format(
+        triplet="t", name="n", masked="m", blocks=1, coldplug=""
+    )
 
     for text in (script, distribution._ENTER):
         subprocess.run(["sh", "-n", "-c", text], check=True)

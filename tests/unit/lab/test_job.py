@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -49,12 +50,76 @@ def test_policy_brings_the_modules_beside_it_that_it_imports(files: Path) -> Non
     assert job.inputs == [files / name for name in ("policy.py", "near.py", "nearer.py", "pack")]
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--device", "policy.py:Mine,size=1M"],
+        ["--exit-handler=policy.py:Mine"],
+        ["--scheme", "policy.py:Mine"],
+        ["--private-mem=policy.py:Mine"],
+    ],
+)
+def test_other_code_of_the_users_brings_its_modules_too(words: list[str], files: Path) -> None:
+    (files / "policy.py").write_text("import near\n")
+    (files / "near.py").touch()
+
+    job = job_from_arguments(words, files)
+
+    assert job.inputs == [files / "policy.py", files / "near.py"]
+
+
 def test_word_that_is_too_long_for_a_file_name_is_left_alone(files: Path) -> None:
     words = ["python3", "-c", "print(1)\n" * 100]
 
     job = job_from_arguments(words, files)
 
     assert (job.words, job.inputs) == (words, [])
+
+
+def test_root_disk_is_a_drive_and_keeps_its_words(files: Path) -> None:
+    words = ["--root", "disk.img,part=1,ro", "--root=UUID=12"]
+
+    job = job_from_arguments(words, files)
+
+    assert job.words == ["--root", f"{job.devices()[0]},part=1,ro", "--root=UUID=12"]
+    assert job.drives == [Drive(files / "disk.img", True)]
+
+
+def test_shared_folder_goes_in_and_comes_back_and_nothing_else(files: Path) -> None:
+    folder = files / "work"
+    folder.mkdir()
+    (folder / "in").write_text("in")
+    job = job_from_arguments(["--share", "work", "--exec", "true"], files)
+    assert job.share is not None
+    with tarfile.open(job.share.returned, "w") as tar:
+        for name in ("./out", "../escaped"):
+            member = tarfile.TarInfo(name)
+            member.size = 2
+            tar.addfile(member, io.BytesIO(b"ok"))
+
+    job.share.take_back()
+
+    with tarfile.open(job.share.packed) as tar:
+        assert tar.getnames() == ["in"]
+    assert job.share.packed in job.inputs and job.share.returned in job.outputs
+    assert sorted(p.name for p in folder.iterdir()) == ["in", "out"]
+    assert not (files / "escaped").exists()
+    shutil.rmtree(job.share.scratch)
+
+
+def test_script_unpacks_the_folder_before_and_packs_it_after_the_command(files: Path) -> None:
+    (files / "work").mkdir()
+    job = job_from_arguments(["--share", "work"], files)
+    assert job.share is not None
+
+    lay_out(job, Surroundings({}, "/bin", "token"), files / "job")
+
+    script = (files / "job" / "run").read_text()
+    unpacks, runs, packs = map(
+        script.index, (f"-C {files}/work\n", "running >", f"tar -c -f {job.share.returned}")
+    )
+    assert unpacks < runs < packs
+    shutil.rmtree(job.share.scratch)
 
 
 def test_file_named_twice_is_taken_once(files: Path) -> None:

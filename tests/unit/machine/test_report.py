@@ -14,7 +14,7 @@ import pytest
 from vmm.conversion.accounting import Accounting, Refinements
 from vmm.core.errors import UsageError
 from vmm.core.ranges import Range
-from vmm.exits.outcome import PANIC, RESET, Outcome
+from vmm.exits.outcome import FAILED, PANIC, RESET, Outcome
 from vmm.machine.machine import reset_outcome
 from vmm.machine.report import (
     KERNEL_ENFORCED,
@@ -338,6 +338,13 @@ PANIC_LINE = b"[    1.2] Kernel panic - not syncing: VFS: Unable to mount root f
 
 def test_reset_is_the_guests_wish() -> None:
     assert reset_outcome(b"Welcome!\r\n/ # reboot -f\r\n").exit == RESET
+
+
+def test_reset_after_our_init_has_failed_says_why() -> None:
+    outcome = reset_outcome(b"Run /init\r\npyvmm-init: failed: there is no /dev/vda\r\nreboot: x")
+
+    assert (outcome.exit, outcome.reason) == (FAILED, "there is no /dev/vda")
+    assert outcome.exit_status == 1
 
 
 def test_reset_after_a_panic_is_a_panic_with_its_first_line() -> None:
