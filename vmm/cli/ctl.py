@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 from vmm.cli.output import printing
-from vmm.core.errors import UsageError
+from vmm.core.errors import UsageError, tell
 from vmm.core.near import did_you_mean
 from vmm.core.suboptions import byte_size
 
@@ -45,10 +45,26 @@ def run(words: Sequence[str]) -> int:
                 print(json.dumps(answer, indent=2))
             return 0 if answer.get("ok") is True else 1
         connection.settimeout(None)
-        with printing(), contextlib.suppress(KeyboardInterrupt, ConnectionError):
-            for line in lines:
-                sys.stdout.buffer.write(line)
-                sys.stdout.buffer.flush()
+        return _follow(path, lines)
+
+
+def _next_line(lines: BinaryIO) -> bytes:
+    with contextlib.suppress(ConnectionError):  # not those of our own output
+        return lines.readline()
+    return b""
+
+
+def _follow(path: str, lines: BinaryIO) -> int:
+    """Print events to the run's end, or until nobody wants more."""
+    last = b""
+    with printing(), contextlib.suppress(KeyboardInterrupt):
+        while line := _next_line(lines):
+            last = line
+            sys.stdout.buffer.write(line)
+            sys.stdout.buffer.flush()
+        if not last.startswith(b'{"event": "ended"'):
+            tell(f"ctl {path}: the run has gone without saying how it ended; was it killed?")
+            return 1
     return 0
 
 

@@ -105,6 +105,43 @@ def test_follow_prints_a_line_for_each_event_until_the_run_ends(
     assert (rest, follower.returncode) == ("", 0)
 
 
+def test_follow_whose_reader_has_seen_enough_is_no_error(server: Server) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "vmm", "ctl", str(server.path), "follow"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT,
+    ) as follower:  # fmt: skip
+        assert follower.stdout is not None and follower.stderr is not None
+        assert server.operations.events is not None
+        while not server.operations.events._subscriptions:
+            assert follower.poll() is None
+        follower.stdout.close()
+        server.operations.events.note("paused")
+        said = follower.stderr.read()
+
+    assert (follower.returncode, said) == (0, b"")
+
+
+def test_follow_of_a_run_that_was_killed_is_told(command: Command, tmp_path: Path) -> None:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(str(tmp_path / "s"))
+    listener.listen()
+
+    def speak() -> None:
+        connection, _ = listener.accept()
+        connection.recv(100)
+        connection.sendall(b'{"ok": true}\n{"event": "paused", "s": 1.0}\n')
+        connection.close()
+
+    thread = threading.Thread(target=speak)
+    thread.start()
+    result = command("ctl", str(tmp_path / "s"), "follow")
+    thread.join(10)
+    listener.close()
+
+    assert (result.status, result.out) == (1, '{"event": "paused", "s": 1.0}\n')
+    assert "has gone without saying how it ended; was it killed?" in result.err
+
+
 @pytest.mark.parametrize("answer", [b"hello\n", b"[1]\n"])
 def test_somebody_else_at_the_socket_is_said(
     command: Command, tmp_path: Path, answer: bytes
