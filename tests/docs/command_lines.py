@@ -46,6 +46,9 @@ def pyvmm_commands(line: str) -> list[list[str]]:
 def parse(words: list[str], machine: str = "x86_64") -> None:
     """As the command does it on such a machine, before it looks at any file. Raises UsageError."""
     name = words[0] if words else ""
+    while "--config" in words:  # a file that another block writes
+        at = words.index("--config")
+        words = [*words[:at], *words[at + 2 :]]
     try:
         if name == "lab":
             _parse_lab(words[1:])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tomllib
@@ -47,6 +49,9 @@ class Session:
         self._environment = os.environ | {
             "PATH": f"{programs}:{installed}:{os.environ.get('PATH', os.defpath)}",
             "PYTHONPATH": str(ROOT),
+            # A page may tell readers to write to their home; what was downloaded is kept.
+            "HOME": str(folder),
+            "XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache")),
             "COLUMNS": "80",
             "TERM": "dumb",
             "LC_ALL": "C.UTF-8",
@@ -92,14 +97,19 @@ class Session:
         # The mark between two commands must not change the status that the second may ask for.
         mark = f"status=$?; printf '{_MARK}%d{_MARK}' $status; (exit $status)\n"
         script = "".join(f"{each.text}\n{mark}" for each in lines)
-        script += "kill $(jobs -p) 2>/dev/null; wait\n"
         said = self._folder.parent / f"{self._folder.name}.said"
         with open(said, "wb") as output:
-            subprocess.run(
+            shell = subprocess.Popen(
                 ["bash", "--norc", "-c", script],
                 cwd=self._folder, env=self._environment, stdin=subprocess.DEVNULL,
-                stdout=output, stderr=output, timeout=seconds, check=False,
+                stdout=output, stderr=output, start_new_session=True,
             )  # fmt: skip
+            try:
+                shell.wait(seconds)
+            finally:  # with all that it has put in the background
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(shell.pid, signal.SIGKILL)
+                shell.wait()
         parts = said.read_bytes().decode(errors="replace").replace("\r\n", "\n").split(_MARK)
         answers = list(zip(parts[::2], parts[1::2], strict=False))
         for number, command in enumerate(lines):

@@ -21,7 +21,7 @@ from tests.support.trace import Events
 from vmm.cli import replay as replay_command
 from vmm.cli import report as report_command
 from vmm.conversion.accounting import Accounting, Refinements
-from vmm.conversion.events import Lost, as_json
+from vmm.conversion.events import Lost, Noted, as_json
 from vmm.devices.virtio.balloon import BalloonStatistics
 from vmm.devices.virtio.iommu import S_OK, IommuStatistics
 from vmm.exits.outcome import Outcome
@@ -122,6 +122,8 @@ def test_control_socket_of_a_run_is_as_its_schema_says(tmp_path: Path, run: Path
 
 def test_lost_events_are_as_the_schema_says() -> None:
     assert not faults("control", as_json(Lost(1.0, 3)), part="event")
+    stopped = as_json(Noted(1.0, "device-stopped", {"device": "blk0"}))
+    assert not faults("control", stopped, part="event")
 
 
 @pytest.fixture

@@ -180,18 +180,6 @@ def test_what_a_virtio_device_raises_ends_the_run_on_the_loops_thread() -> None:
     assert machine.report["guest"]["exit"] == "extension-error"
 
 
-def test_answer_that_does_not_fit_is_the_devices_fault() -> None:
-    class TooMuch(RamDisk):
-        def answer(self, queue: int, request: bytes, room: int) -> bytes:
-            return bytes(room + 1)
-
-    with (
-        Machine(PRIVATE, devices=[TooMuch()]) as machine,
-        pytest.raises(vmm.ExtensionError, match=r"answer returned \d+ bytes; return bytes, \d+ at"),
-    ):
-        machine.run(SECONDS)
-
-
 def test_command_shows_the_users_own_frames_alone(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "import vmm\n\n\nclass Mine(vmm.PortDevice):\n    ports = range(0x80, 0x81)\n\n"
@@ -212,6 +200,28 @@ def test_command_shows_the_users_own_frames_alone(tmp_path: Path) -> None:
         "LookupError: my own",
         "pyvmm: Mine: write raised LookupError('my own')",
     ]
+
+
+def test_signal_ends_a_run_whose_device_never_returns(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import time\nfrom vmm.examples.ram_disk import RamDisk\n\n\nclass Mine(RamDisk):\n"
+        "    def answer(self, queue, request, room):\n"
+        "        print('answering', flush=True)\n        time.sleep(1e6)\n"
+    )
+    words = ["--private-mem", "--device", f"{tmp_path}/mine.py:Mine"]
+
+    with subprocess.Popen(
+        [sys.executable, "-m", "vmm", *words],
+        cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    ) as running:  # fmt: skip
+        assert running.stdout is not None and running.stderr is not None
+        while "answering" not in running.stdout.readline():
+            assert running.poll() is None
+        running.terminate()
+
+        assert running.wait(SECONDS) == 1
+        assert running.stderr.read() == "pyvmm: the run was stopped: received SIGTERM\n"
 
 
 # -- exits ----------------------------------------------------------------------------------------
@@ -295,13 +305,6 @@ def test_scheme_of_ones_own_carries_conversions_out() -> None:
     shared = sum(area.size for kind, area in NOTED if kind is Kind.SHARE)
     assert machine.report["scheme"] == "noting"
     assert shared >= conversions["share"]["bytes"] > 0
-
-
-def test_costly_scheme_of_the_examples_runs_the_payload() -> None:
-    with Machine(MachineConfig(private_memory="auto"), scheme=Costly) as machine:
-        assert machine.run(SECONDS) == Outcome("poweroff")
-
-    assert machine.report["scheme"] == "costly-cbit"
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def note(folder: Path, word: int, more: str = "") -> Path:
     ("host", "schemes", "wanted"),
     [
         ("experimental", "in-place cbit remap", {"in_place", "guest_memfd_io", "vm_io"}),
-        ("pkvm", "pkvm remap", {"protected_vms"}),
+        ("pkvm", "pkvm", {"protected_vms"}),
     ],
 )
 def test_machine_with_a_patched_kernel_of_its_own_runs_guests(

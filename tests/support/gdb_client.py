@@ -11,8 +11,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import pytest
-
 SECONDS = 20
 
 
@@ -112,6 +110,8 @@ GENERAL = (
 
 def gdb(where: str, *commands: str, seconds: float = 40) -> str:
     """What real gdb prints for these commands after it has attached; an error doesn't end it."""
+    import pytest  # not in the lab, where the client alone is used
+
     program = shutil.which("gdb")
     if program is None:
         pytest.skip("no gdb: install Debian's package gdb")

@@ -9,33 +9,18 @@ from collections.abc import Iterator, Sequence
 
 from vmm.cli.grammar import SHELLS, Command, Option, commands, with_a_runs
 from vmm.cli.output import printing
+from vmm.cli.parsers import completion_parser as parser
 from vmm.core.errors import UsageError
 from vmm.core.near import did_you_mean
-
-USAGE = """\
-usage: pyvmm completion bash|zsh|fish
-
-Prints the script that completes pyvmm's commands, options and their values. To have it always:
-  bash   pyvmm completion bash > ~/.local/share/bash-completion/completions/pyvmm
-  zsh    pyvmm completion zsh > DIR/_pyvmm, with DIR in $fpath (before compinit)
-  fish   pyvmm completion fish > ~/.config/fish/completions/pyvmm.fish
-In this shell alone: source <(pyvmm completion bash), for fish: pyvmm completion fish | source
-"""
 
 
 def run(words: Sequence[str]) -> int:
     """The whole command; the exit status. Raises UsageError."""
-    if list(words) in (["--help"], ["-h"]):
-        text = USAGE
-    elif len(words) == 1 and words[0] in SHELLS:
-        text = script(words[0])
-    else:
-        given = " ".join(words) or "no shell"
-        remedy = did_you_mean(words[0], SHELLS) if words else None
-        raise UsageError(
-            f"completion for {given}: {remedy or 'give one of ' + ', '.join(SHELLS)}; "
-            "see pyvmm completion --help"
-        )
+    shell = parser().parse_args(words).shell
+    if shell not in SHELLS:
+        remedy = did_you_mean(shell, SHELLS) or f"give one of {', '.join(SHELLS)}"
+        raise UsageError(f"completion for {shell}: {remedy}; see pyvmm completion --help")
+    text = script(shell)
     with printing():
         print(text, end="")
     return 0

@@ -62,9 +62,6 @@ def commands() -> list[Command]:
     found = [_of_parser("run", run, "run a virtual machine; the command where none is given")]
     found += [_of_parser(name, make()) for name, make in PARSERS.items()]
     found += [_lab(), _ctl()]
-    found.append(
-        Command("completion", "print a shell's completion script for pyvmm", (), (SHELLS,))
-    )
     found.append(Command("help", "show a command's options", (), (tuple(c.name for c in found),)))
     return found
 
@@ -85,7 +82,8 @@ def _of_parser(name: str, parser: argparse.ArgumentParser, summary: str = "") ->
         if action.option_strings:
             options.append(_option(action))
         else:
-            positions.append(tuple(action.choices or ()))
+            words = _words(action.metavar) if isinstance(action.metavar, str) else ()
+            positions.append(tuple(action.choices or words))
     text = parser.description or ""
     return Command(
         name,

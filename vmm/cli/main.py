@@ -40,6 +40,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         return _command(_without_help(arguments))
     except (Exception, KeyboardInterrupt) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 0  # help, for `head`; unbuffered, it is noticed here and not when all is over
         if "--debug" in arguments:
             import traceback  # not on the start-up path
 
@@ -120,12 +122,21 @@ def _refuse_early(arguments: Sequence[str], machine: str) -> None:
         _configuration(arguments, machine)
 
 
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe whose reader has gone."""
+    import select  # not on the start-up path
+
+    waiter = select.poll()
+    waiter.register(1, 0)
+    return bool(waiter.poll(0))
+
+
 def _explain(error: BaseException) -> tuple[int, str]:
     """The exit status and the sentence for whatever ended the command."""
     if isinstance(error, PyvmmError):
         return error.exit_status, str(error)
     if isinstance(error, KeyboardInterrupt):
-        return 1, "interrupted while no guest was running"
+        return 1, f"interrupted {str(error) or 'while no guest was running'}"
     if isinstance(error, MemoryError):
         return 1, "pyvmm itself ran out of memory; give it more, or less to do"
     # Not KvmError: a host that has no room for memslots or VMs can't do it.
@@ -182,6 +193,7 @@ def _configuration(arguments: Sequence[str], machine: str | None = None) -> Mach
         share=options.share,
         status=options.status,
         control=options.control,
+        memory_file=options.memory_file,
         gdb=options.gdb,
         gdb_sees_private=options.gdb_sees_private,
         core_dumps=options.core_dumps or options.private_mem is None,

@@ -3,6 +3,8 @@ manual page need nothing else, and are made where nothing is compiled or install
 
 from __future__ import annotations
 
+import argparse
+
 from vmm.cli.parser import Parser, add_policy_options
 
 BENCH_SECTIONS = (
@@ -215,6 +217,29 @@ def sweep_parser() -> Parser:
     return made
 
 
+def completion_parser() -> Parser:
+    """The words of `pyvmm completion`."""
+    made = Parser(
+        prog="pyvmm completion",
+        description="Prints the script that completes pyvmm's commands, options and their values.",
+        epilog=_COMPLETION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    made.add_argument("shell", metavar="bash|zsh|fish", help="the shell that is to complete them")
+    made.add_argument("--debug", action="store_true", help="show a traceback for errors")
+    return made
+
+
+_COMPLETION = """\
+To have it always:
+  bash   pyvmm completion bash > ~/.local/share/bash-completion/completions/pyvmm
+  zsh    pyvmm completion zsh > DIR/_pyvmm, with DIR in $fpath (before compinit)
+  fish   pyvmm completion fish > ~/.config/fish/completions/pyvmm.fish
+In this shell alone: source <(pyvmm completion bash); for fish: pyvmm completion fish | source
+"""
+
+
 PARSERS = {
     "check": check_parser,
     "selftest": selftest_parser,
@@ -223,5 +248,6 @@ PARSERS = {
     "replay": replay_parser,
     "sweep": sweep_parser,
     "measure": measure_parser,
+    "completion": completion_parser,
 }
 """By command; run's are in vmm.cli.run_options, the lab's and ctl's are no argparse's."""

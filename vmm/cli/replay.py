@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from types import FrameType
 from typing import Any
 
 from vmm.cli.output import aligned, printing
 from vmm.cli.parsers import replay_parser as parser
 from vmm.core.errors import one_line, tell
 from vmm.policy.loader import load_policy
+from vmm.policy.protocol import BrokenOff
 from vmm.replay.figures import recorded, replayed
 from vmm.replay.replay import Replay
 from vmm.trace.cost import CostModel, Line, Requests, learn, requests_of
@@ -33,7 +36,7 @@ def run(arguments: Sequence[str]) -> int:
         requests = requests_of(trace)
         model = learn(trace, requests)
         with closing(Replay(trace, requests, policies)) as replay:
-            with telling_who_does_not_return(replay):
+            with telling_who_does_not_return(replay), interruptible(replay):
                 replay.run(model, duration_ns(trace))
             found = _found(trace, requests, model, replay)
     found["policies"] = [[spec, *words] for spec, words in options.policy]
@@ -66,6 +69,26 @@ def telling_who_does_not_return(replay: Replay, seconds: float = HOOK_SECONDS) -
     finally:
         ended.set()
         looker.join()
+
+
+@contextmanager
+def interruptible(replay: Replay) -> Iterator[None]:
+    """Within the block Ctrl-C ends the replay, also in a policy's hook: else it would look like an
+    exception of the policy's own. Main thread only."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        hook = replay.converter.undecided
+        raise BrokenOff("" if hook is None else f"in {hook}")
+
+    former = signal.getsignal(signal.SIGINT)
+    if former is not signal.default_int_handler:  # ignored, as by nohup
+        yield
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, former)
 
 
 def _found(trace: Trace, requests: Requests, model: CostModel, replay: Replay) -> dict[str, Any]:

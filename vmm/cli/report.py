@@ -14,6 +14,7 @@ from vmm.cli.output import aligned, printing
 from vmm.cli.parsers import report_parser as parser
 from vmm.core.errors import UsageError, one_line
 from vmm.core.output import Output
+from vmm.trace.layout import COLUMNS, SIDECAR
 from vmm.trace.reader import Trace
 from vmm.trace.summary import summarise
 from vmm.trace.views.tables import Summary, refusal_lines, tables
@@ -24,11 +25,15 @@ def run(arguments: Sequence[str]) -> int:
     options = parser().parse_args(arguments)
     if len(options.traces) > 2:
         raise UsageError(f"{len(options.traces)} traces; pyvmm report compares two at most")
+    if options.html and options.chrome and _is_same(options.html, options.chrome):
+        raise UsageError(f"--html and --chrome both write {options.html}; give another path")
     if options.chrome and len(options.traces) > 1:
         raise UsageError("--chrome takes one trace; give a single DIR")
     with ExitStack() as opened:
         pages = {
-            option: opened.enter_context(closing(Output(f"--{option} {path}", path)))
+            option: opened.enter_context(
+                closing(Output(f"--{option} {path}", path, _parts(options.traces)))
+            )
             for option in ("html", "chrome")
             if (path := getattr(options, option))
         }
@@ -39,6 +44,16 @@ def run(arguments: Sequence[str]) -> int:
         _write_views(options, pages, traces, summaries)
     show(summaries, as_json=options.json)
     return 0
+
+
+def _parts(traces: Sequence[str]) -> list[str]:
+    """What the traces are made of; a view may lie beside that."""
+    names = [SIDECAR, *(column.name for column in COLUMNS)]
+    return [os.path.join(trace, name) for trace in traces for name in names]
+
+
+def _is_same(one: str, other: str) -> bool:
+    return one != "-" and os.path.realpath(one) == os.path.realpath(other)
 
 
 def _enter_sandbox(options: Namespace) -> None:

@@ -202,6 +202,12 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             "help": "listen on a Unix socket for JSON lines: status, pause, resume, dump-state, "
             "convert, follow, quit; pyvmm ctl PATH COMMAND sends one",
         },
+        "--memory-file": {
+            "metavar": "DIR",
+            "help": "guest memory as a file, DIR/memory, for other programs of yours: what is "
+            "shared can be read and written, all else is refused (needs pip install "
+            "'pyvmm[fuse]')",
+        },
         "--gdb": {
             "metavar": "PORT|PATH",
             "help": "have the guest wait for gdb (target remote :PORT, or PATH): on a TCP port of "

@@ -31,7 +31,9 @@ def run(arguments: Sequence[str]) -> int:
     path = options.store or default_store(options.sweep)
     with ExitStack() as opened:
         outputs = {
-            option: opened.enter_context(closing(Output(f"--{option} {given}", given)))
+            option: opened.enter_context(
+                closing(Output(f"--{option} {given}", given, (options.sweep, path)))
+            )
             for option in ("html", "svg")
             if (given := getattr(options, option))
         }
@@ -94,9 +96,10 @@ def _print(results: Results, options: Namespace, store: str) -> None:
 
 @contextmanager
 def progress() -> Iterator[Callable[[Progress], None]]:
-    """Where `running.run` says how far it is: a bar on a terminal, else nothing."""
+    """Where `running.run` says how far it is: a bar on a terminal, else what would look like a
+    hang."""
     if sys.stderr is None or not sys.stderr.isatty():
-        yield lambda now: None
+        yield _Waiting()
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
@@ -120,6 +123,18 @@ def progress() -> Iterator[Callable[[Progress], None]]:
             bar.update(task, total=now.cells, completed=now.stored, rest=rest)
 
         yield show
+
+
+class _Waiting:
+    """Says once that a scheduler has no workers, where that would look as if nothing happened."""
+
+    def __init__(self) -> None:
+        self._said = False
+
+    def __call__(self, now: Progress) -> None:
+        if not now.slots and now.stored < now.cells and not self._said:
+            self._said = True
+            tell("the scheduler has no workers; waiting for some (Ctrl-C ends it)")
 
 
 def duration_text(seconds: float) -> str:

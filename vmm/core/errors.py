@@ -31,19 +31,25 @@ def in_words(error: OSError) -> str:
 
 def limit_met(error: OSError) -> str:
     """What to do about an error that a limit of this process explains: "; ...", or nothing."""
-    if error.errno not in (errno.EMFILE, errno.EFBIG):
+    if error.errno not in _LIMITS:
         return ""
-    files = error.errno == errno.EMFILE
+    name, option, words = _LIMITS[error.errno]
     try:
         import resource  # most runs meet no limit
     except ImportError:  # a file of its own, and none can be opened
-        return f"; raise `ulimit -{'n' if files else 'f'}`"
-    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE if files else resource.RLIMIT_FSIZE)
+        return f"; raise `ulimit -{option}`"
+    most, _ = resource.getrlimit(getattr(resource, name))
     if most == resource.RLIM_INFINITY:
         return ""
-    if files:
-        return f"; this process may have {most} open: raise `ulimit -n`"
-    return f"; a file of this process may have {most} bytes: raise `ulimit -f`"
+    return f"; {words.format(most)}: raise `ulimit -{option}`"
+
+
+_LIMITS = {
+    errno.EMFILE: ("RLIMIT_NOFILE", "n", "this process may have {} open"),
+    errno.EFBIG: ("RLIMIT_FSIZE", "f", "a file of this process may have {} bytes"),
+    errno.ENOMEM: ("RLIMIT_AS", "v", "this process may map {} bytes"),
+}
+"""By errno: the resource, ulimit's option in KiB or pieces, and what to say of it."""
 
 
 class PyvmmError(Exception):

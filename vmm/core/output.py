@@ -11,7 +11,7 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from vmm.core.errors import OutputError, UsageError, limit_met
 from vmm.core.lean_typing import Protocol
@@ -84,9 +84,10 @@ class Output:
     "-" is /dev/stdout.
     """
 
-    def __init__(self, name: str, path: str) -> None:
-        """`name` is what messages call it, as in "--report r.json". Raises UsageError where the
-        path is no good; a disk that is full now may not be so later."""
+    def __init__(self, name: str, path: str, reads: Iterable[str] = ()) -> None:
+        """`name` is what messages call it, as in "--report r.json"; `reads` are files that must
+        not be replaced by it, and folders whose files must not. Raises UsageError where the path
+        is no good; a disk that is full now may not be so later."""
         self.name = name
         self._fd: int | None = None
         path = "/dev/stdout" if path == "-" else path
@@ -103,6 +104,7 @@ class Output:
                 if path.endswith("/") or not os.path.basename(path):
                     raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)) from None
             if stat.S_ISREG(mode):
+                _refuse_replacing(name, self._path, reads)
                 self._probe()
             elif stat.S_ISBLK(mode):
                 raise UsageError(f"{name} cannot be written: it is a block device; {_ANOTHER}")
@@ -112,7 +114,10 @@ class Output:
             reason = error.strerror if isinstance(error, OSError) else str(error)
             if isinstance(error, OSError) and error.errno == errno.ENXIO:
                 reason = "nobody reads it"
-            raise UsageError(f"{name} cannot be written: {reason}; {_ANOTHER}") from None
+            remedy = limit_met(error) if isinstance(error, OSError) else ""
+            raise UsageError(
+                f"{name} cannot be written: {reason}{remedy or f'; {_ANOTHER}'}"
+            ) from None
 
     @property
     def file(self) -> str | None:
@@ -188,6 +193,15 @@ class Output:
 
 
 _ANOTHER = "give another path"
+
+
+def _refuse_replacing(name: str, path: str, reads: Iterable[str]) -> None:
+    """Raise UsageError for a file that is there and is one of `reads`, or in one."""
+    for other in reads:
+        read = os.path.realpath(other)
+        if os.path.exists(path) and (path == read or path.startswith(f"{read}{os.sep}")):
+            where = "is" if path == read else "is in"
+            raise UsageError(f"{name} {where} {other}, which is read; {_ANOTHER}")
 
 
 def _remedy(error: OSError) -> str:

@@ -9,7 +9,7 @@ import socket
 import stat
 from collections.abc import Callable, Iterator
 
-from vmm.core.errors import UsageError
+from vmm.core.errors import UsageError, limit_met
 
 _open: set[UnixListener] = set()
 
@@ -19,6 +19,11 @@ def listening() -> list[UnixListener]:
     return list(_open)
 
 
+_REMEDY = (
+    "; give a path of at most 107 bytes in a directory that you may write to, where nothing is yet"
+)
+
+
 class UnixListener:
     """Listens at `path`, without ever blocking; `close` removes the socket."""
 
@@ -26,8 +31,12 @@ class UnixListener:
         """Raises UsageError, which names `option`. A socket left behind there by a process that
         has ended is replaced. `owner_only`: nobody else may connect (mode 0600)."""
         self.path = path
+        self._spare = -1
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
+            # Given up for a moment to hang up on a caller for whom there is no fd: who is not
+            # taken would be announced for ever.
+            self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
             _remove_stale(path)
             with _umask(0o177) if owner_only else contextlib.nullcontext():
                 self._socket.bind(path)
@@ -38,16 +47,15 @@ class UnixListener:
                 raise FileExistsError(errno.EADDRINUSE, "another process has just taken it")
         except (OSError, ValueError) as error:
             self._socket.close()
+            if self._spare >= 0:
+                os.close(self._spare)
             reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+            limit = limit_met(error) if isinstance(error, OSError) else ""
             raise UsageError(
-                f"{option}{path}: cannot listen there: {reason}; give a path of at most 107 bytes "
-                "in a directory that you may write to, where nothing is yet"
+                f"{option}{path}: cannot listen there: {reason}{limit or _REMEDY}"
             ) from error
         self._socket.setblocking(False)
         self.fd = self._socket.fileno()
-        # Given up for a moment to hang up on a caller that there is no fd for: one that is
-        # not taken would be announced for ever.
-        self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         _open.add(self)
 
     def accept(self) -> socket.socket | None:

@@ -17,7 +17,7 @@ _REQUIRED = (
 )
 # What each asks of Kconfig besides, how many files it is and how many minutes they take.
 _OF = {
-    "x86": (("KVM_AMD", "KVM_IOAPIC", "HOTPLUG_PCI_ACPI", "SERIAL_8250_CONSOLE"), 900, 10),
+    "x86": (("KVM_AMD", "KVM_IOAPIC", "HOTPLUG_PCI_ACPI", "SERIAL_8250_CONSOLE"), 1350, 10),
     "arm64": (("PCI_HOST_GENERIC", "SERIAL_AMBA_PL011_CONSOLE"), 900, 10),
 }
 

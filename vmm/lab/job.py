@@ -31,6 +31,8 @@ _MOUNT = "/lab/job"
 _STATUS = "lab/status"
 RESULTS_BYTES = 8 << 30  # sparse: costs what is written
 
+_OWN_CODE = ("--policy", "--device", "--exit-handler", "--scheme", "--private-mem")
+"""Options that may name a class of the user's, in a file."""
 _INPUT_OPTIONS = ("--kernel", "--initrd")
 _OUTPUT_OPTIONS = ("--report", "--trace")
 _OUTPUTS_OF = {
@@ -152,7 +154,7 @@ def _take(job: Job, option: str, value: str, outputs: Sequence[str]) -> str:
             raise UsageError(f"{option} {value}: no permission to read it")
     if not value.startswith("--"):
         _carry_if_file(job, value)
-    if option == "--policy":
+    if option in _OWN_CODE:
         _carry_imports(job, _absolute(job, value.rpartition(":")[0]))
     return value
 

@@ -140,7 +140,8 @@ class KernelBuild:
         def compile_in() -> None:
             folder.take_over(wanted, self._tree)
             self._configure()
-            self._make(self.kernel.image)
+            with folder.interruptible():
+                self._make(self.kernel.image)
 
         folder.build(lambda: self._lay_out(folder), compile_in)
         into.mkdir()

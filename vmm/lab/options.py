@@ -45,8 +45,8 @@ where no --kernel is given, as in: pyvmm lab --exec 'uname -r'
                            content. On arm64 and pkvm the whole kernel, as by --kernel-build
   --kvm-source DIR         take KVM from this kernel tree: virt, arch/x86/kvm, its headers
   --kernel-build           compile the machine's whole kernel, small, with any patch, or the whole
-                           tree of --kvm-source: MINUTES once, then what depends on what has
-                           changed
+                           tree of --kvm-source: some 10 minutes on two cores once, then what
+                           depends on what has changed
   --kvm-config NAME        with CONFIG_NAME=y, which KVM alone asks for, or with --kernel-build any
                            option of Linux's; may be repeated
   --kvm-parameter kvm.NAME=VALUE

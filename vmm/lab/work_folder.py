@@ -10,7 +10,8 @@ import filecmp
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -71,6 +72,18 @@ class WorkFolder:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.unlink(missing_ok=True)  # perhaps a link to the cached tree's
                 shutil.copy(file, target, follow_symlinks=False)
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """For a run of make that leaves nothing half made when it is asked to end, as the kernel's:
+        who interrupts it loses what was being compiled, and the next build goes on."""
+        try:
+            yield
+        except Exception:
+            raise
+        except BaseException:  # a signal's: make was told, and has ended
+            self._unfinished.unlink(missing_ok=True)
+            raise
 
     @property
     def _names(self) -> Path:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import tty
 from collections.abc import Callable
-from typing import Any, Protocol
 
 from vmm.control.console import Console
+from vmm.core.lean_typing import Any, Protocol
 
 
 class HasFileno(Protocol):
@@ -35,6 +34,8 @@ class Line:
         if isinstance(target, str):
             if target != "pty":
                 raise ValueError(f"console={target!r}: a function, a file, a descriptor or 'pty'")
+            import tty  # other targets have no use for it
+
             ours, theirs = os.openpty()
             self._fds = [ours, theirs]  # theirs, too: with nobody there a line is hung up
             tty.setraw(theirs)

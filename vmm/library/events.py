@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from typing import Self
 
 from vmm.conversion.events import EventFeed, MachineEvent, Subscription
+from vmm.core.lean_typing import Self
 
 
 class Events:
@@ -48,7 +48,7 @@ class Events:
     def follow(self, feed: EventFeed) -> None:
         self._subscription = feed.subscribe(self._changed.set, self._capacity)
 
-    def end(self) -> None:
+    def finish(self) -> None:
         """Nothing more will happen."""
         self._ended = True
         self._changed.set()

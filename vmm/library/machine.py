@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, TypeVar
 
 from vmm.arch import architecture
 from vmm.control.console import Console
@@ -15,6 +14,7 @@ from vmm.control.operations import Operations, Status
 from vmm.core.errors import PyvmmError, UsageError
 from vmm.core.event_loop import EventLoop, drain
 from vmm.core.events import Kind
+from vmm.core.lean_typing import TYPE_CHECKING, Self, TypeVar
 from vmm.core.ranges import PAGE_SIZE, Range
 from vmm.exits.outcome import STOPPED, Outcome
 from vmm.library.console import ConsoleTarget, Line
@@ -96,7 +96,7 @@ class Machine:
         self._line = Line(console)
         self._machine = RunningMachine(config, embedding=self)
         self._thread = threading.Thread(target=self._run, name="pyvmm machine", daemon=True)
-        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._calls: deque[Callable[[], None]] = deque()
         self._bell: int | None = None
         self._bell_lock = threading.Lock()
         self._stop_reason: str | None = None
@@ -269,7 +269,7 @@ class Machine:
             with self._bell_lock:
                 if self._bell is None:
                     raise NotRunning("the guest doesn't run")
-                self._calls.put(answer)
+                self._calls.append(answer)
                 os.eventfd_write(self._bell, 1)
             answered.wait()
         if errors:
@@ -307,8 +307,8 @@ class Machine:
     def _serve(self) -> None:
         while True:
             try:
-                call = self._calls.get_nowait()
-            except queue.Empty:
+                call = self._calls.popleft()
+            except IndexError:
                 return
             call()
 
@@ -322,7 +322,7 @@ class Machine:
                 bell, self._bell = self._bell, None
             self._serve()  # those who still wait for an answer
             for events in self._events:
-                events.end()
+                events.finish()
             if bell is not None:
                 os.close(bell)
             self._started.set()

@@ -78,7 +78,8 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
 _PYVMMS = frozenset(
     {
         "make_console", "running", "observer", "extensions", "guest_options", "as_ours", "validate",
-        "connect", "raised", "is_asserted", "go_on", "answer_these", "answer_all", "disconnect",
+        "connect", "raised", "follow", "finish", "is_asserted", "go_on", "answer_these",
+        "answer_all", "disconnect",
     }
 )  # fmt: skip
 """Members that pyvmm itself has a use for, and nobody else."""
@@ -162,13 +163,14 @@ def _base_doc(kind: type, name: str) -> str | None:
 
 
 @cache
-def _source(module: str) -> str:
-    return inspect.getsource(importlib.import_module(module))
+def _source(module: str) -> tuple[str, ast.Module]:
+    text = inspect.getsource(importlib.import_module(module))
+    return text, ast.parse(text)
 
 
 def _fields(kind: type) -> Iterator[tuple[str, str, str, str]]:
     """Fields of a class as its source has them: name, annotation, default, the string below."""
-    source = _source(kind.__module__)
+    source, tree = _source(kind.__module__)
 
     def written(node: ast.AST | None) -> str:
         return "" if node is None else ast.get_source_segment(source, node) or ""
@@ -176,7 +178,7 @@ def _fields(kind: type) -> Iterator[tuple[str, str, str, str]]:
     body = next(
         (
             node.body
-            for node in ast.walk(ast.parse(source))
+            for node in ast.walk(tree)
             if isinstance(node, ast.ClassDef) and node.name == kind.__name__
         ),
         [],

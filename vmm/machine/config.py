@@ -82,6 +82,8 @@ class MachineConfig(NamedTuple):
     debug_shell: bool = False
     status: bool = False
     control: str | None = None
+    memory_file: str | None = None
+    """A folder in which guest memory is to be a file."""
     devices: tuple[str, ...] = ()
     """The user's own devices, as --device names them: SPEC[,NAME=VALUE...]."""
     exit_handlers: tuple[str, ...] = ()
@@ -125,18 +127,28 @@ class MachineConfig(NamedTuple):
     def as_ours(self) -> MachineConfig:
         """With pyvmm's names in the place of a scheme's and a backing's that are the user's own:
         of those that they are like. Raises UsageError for one that can't be imported."""
-        if self.scheme in KNOWN_SCHEMES and self.private_memory in KNOWN_BACKINGS:
+        if self.has_known_names:
             return self
         from vmm.machine.extensions import as_ours  # most runs have only pyvmm's
 
         return as_ours(self)
 
+    @property
+    def has_known_names(self) -> bool:
+        """Whether scheme and private memory are pyvmm's own."""
+        return self.scheme in KNOWN_SCHEMES and self.private_memory in KNOWN_BACKINGS
+
     def validate(self, limits: Limits) -> None:
         """Raises UsageError with the value and the remedy."""
-        ours = self.as_ours()
-        if ours is not self:
-            ours.validate(limits)
-            return
+        if not self.has_known_names:
+            # What is in a file is looked at when the machine is made.
+            scheme = "auto" if ":" in self.scheme else self.scheme
+            memory = self.private_memory
+            memory = "auto" if memory is not None and ":" in memory else memory
+            ours = self._replace(scheme=scheme, private_memory=memory).as_ours()
+            if ours != self:
+                ours.validate(limits)
+                return
         if not SMALLEST_MEMORY <= self.memory <= limits.largest_memory:
             raise UsageError(
                 f"--mem {size_text(self.memory)} is out of range; "

@@ -33,7 +33,7 @@ from vmm.exits.outcome import (
 from vmm.exits.run_loop import install_kick_handler
 from vmm.exits.stragglers import Stragglers
 from vmm.exits.vcpu_group import VcpuGroup
-from vmm.machine.config import KNOWN_BACKINGS, KNOWN_SCHEMES, MachineConfig
+from vmm.machine.config import MachineConfig
 from vmm.machine.guest_vm import GuestVm
 from vmm.machine.images import OpenedImages
 from vmm.machine.peripherals import open_devices
@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from vmm.machine.debugger import Debugger
     from vmm.machine.execution import Execution
     from vmm.machine.extensions import Extensions
+    from vmm.machine.memory_file import MemoryFile
     from vmm.machine.report_keys import Report
     from vmm.machine.tracing import RunTrace
     from vmm.memory.aliased_memory import Announce
@@ -107,7 +108,10 @@ class Machine:
         for a machine of an architecture that pyvmm doesn't know."""
         self._architecture = architecture() if arch is None else arch
         self._own = _extensions(config, embedding)
-        self._config = config.as_ours() if self._own is None else self._own.as_ours(config)
+        self._config = config
+        if self._own is not None:
+            self._config = self._own.as_ours(config)
+            self._config.validate(self._architecture)
         self._images = images
         self._embedding = embedding
         self._cleanup = ExitStack()
@@ -141,6 +145,10 @@ class Machine:
                 raise HostError(in_words(error)) from error
             if self._report_file is not None:
                 self._report_file.begin()
+            if self._memory_file is not None:
+                memory, bit = self._vm.memory, self._vm.scheme.shared_alias
+                served = self._memory_file.served(memory, bit, self._watcher, self._loop, self.stop)
+                self._cleanup.enter_context(served)
             self._enter_sandbox()
             outcome = None
             try:
@@ -168,7 +176,12 @@ class Machine:
         config = self._config
         images = self._images or OpenedImages(self._architecture, config)
         self._cleanup.callback(images.close)
-        config = self._config = images.config
+        config = images.config if self._own is None else self._own.as_ours(images.config)
+        self._config = config
+        if config.report is not None or config.consoles:
+            from vmm.machine.own_files import refuse_overwriting  # most runs write no file
+
+            refuse_overwriting(config)
         self._guest = self._make_guest(images)
         self._cleanup.callback(self._guest.close)
         self._policies = _load_policies(config)
@@ -198,6 +211,14 @@ class Machine:
 
             self._control = ControlSocket(config.control)
             self._cleanup.callback(self._control.close)
+        self._memory_file: MemoryFile | None = None
+        if config.memory_file is not None:
+            if self._embedding is not None:
+                raise UsageError("memory_file: libfuse wants a process of its own; use pyvmm run")
+            from vmm.machine.memory_file import MemoryFile
+
+            self._memory_file = MemoryFile(config.memory_file)
+            self._cleanup.callback(self._memory_file.close)
         self._debugger: Debugger | None = None
         if config.gdb is not None:
             from vmm.machine.debugger import Debugger
@@ -222,13 +243,16 @@ class Machine:
         report = self._report_file
         replaced = report if report is not None and report.is_replaced else None
         shared = None if self._execution is None else self._execution.shared
-        if replaced is None and shared is None and not listeners:
+        mounted = self._memory_file
+        if replaced is None and shared is None and mounted is None and not listeners:
             return
         from vmm.sandbox.outside import Outside
 
         def last() -> None:
             for listener in listeners:
                 listener.remove()
+            if mounted is not None:
+                mounted.leave()
 
         tasks: list[Callable[[bytes], None]] = []
         keeps = [listener.fd for listener in listeners]
@@ -573,6 +597,8 @@ class Machine:
             }
         if self._lender is not None:
             self.report["iommu"] = self._lender.as_dict()
+        if self._memory_file is not None:
+            self.report["memory_file"] = self._memory_file.as_dict()
         if self._debugger is not None:
             self.report["gdb"] = self._debugger.as_dict()
         if self._report_file is not None:
@@ -620,8 +646,7 @@ class Machine:
 def _extensions(config: MachineConfig, embedding: Embedding | None) -> Extensions | None:
     """What is the user's own in a machine, besides policies; None where nothing is."""
     given = None if embedding is None else embedding.extensions
-    named = config.devices or config.exit_handlers
-    if not named and config.scheme in KNOWN_SCHEMES and config.private_memory in KNOWN_BACKINGS:
+    if config.has_known_names and not (config.devices or config.exit_handlers):
         return given
     from vmm.machine.extensions import named_extensions
 

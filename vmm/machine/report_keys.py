@@ -136,6 +136,17 @@ class Debugging(TypedDict):
     private_bytes: int
 
 
+class FileUse(TypedDict):
+    """What other programs did with guest memory as a file."""
+
+    opens: int
+    reads: int
+    writes: int
+    bytes_read: int
+    bytes_written: int
+    refused: int
+
+
 class Report(TypedDict):
     """What a run did (`--report`)."""
 
@@ -161,6 +172,8 @@ class Report(TypedDict):
     """What the guest has lent to its devices."""
     gdb: NotRequired[Debugging]
     """What a debugger did (`--gdb`)."""
+    memory_file: NotRequired[FileUse]
+    """What other programs did with guest memory (`--memory-file`)."""
     sandbox: NotRequired[SandboxKept | None]
     """Of a run in a sandbox; None where it ended before that."""
 

@@ -10,7 +10,7 @@ import errno
 import threading
 import time
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
 from threading import get_ident
 
@@ -156,6 +156,10 @@ class GuestMemory:
         # Accesses under way, by thread: a conversion waits for those that have a piece of it.
         self._in_flight: dict[int, Flight] = {}
         self._waiting = 0
+        self.changes = 0
+        """How often page states have changed."""
+        self.on_change: Callable[[], None] | None = None
+        """Told of each change, in the middle of it: it must not wait, nor use memory."""
 
     @property
     def ram_bytes(self) -> int:
@@ -386,6 +390,8 @@ class GuestMemory:
         Each of them may succeed or fail, so that its pages count for the state which they leave
         as well as for the one that they are to have.
         """
+        if not self._conversions:  # as nearly always: one number, read at once
+            return self._states.total(state)
         with self._lock:
             total, conversions = self._states.total(state), list(self._conversions.values())
         coming = [each for each in conversions if each.target is state]
@@ -488,6 +494,7 @@ class GuestMemory:
         if runs is None and conversion.is_uniform:
             with self._lock:
                 self._states.set(conversion.area, state)
+                self._note_change()
                 del self._conversions[thread]
             return
         whole = runs is None
@@ -502,6 +509,7 @@ class GuestMemory:
             with self._lock:
                 for area in [Range(start, end - start)] if whole else part:
                     self._states.set(area, state)
+                self._note_change()
                 if rest is not None:
                     self._conversions[thread] = conversion = rest
                 else:
@@ -510,6 +518,12 @@ class GuestMemory:
                 time.sleep(0)  # else who waits for the lock may not get it for a long time
         if not parts:
             self.abandon_conversion()
+
+    def _note_change(self) -> None:
+        """Page states have changed; lock held."""
+        self.changes += 1
+        if self.on_change is not None:
+            self.on_change()
 
     def abandon_conversion(self) -> None:
         """The conversion failed, or there was nothing to do: its pages are what they were."""

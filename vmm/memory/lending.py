@@ -230,6 +230,7 @@ class LendingMemory(GuestMemory):
         self._require_room(area, PageState.LENT)
         already = [run for run, state in self._states.runs(area) if state is PageState.LENT]
         self._states.set(area, PageState.LENT)
+        self._note_change()
         return already
 
     def unmap(self, space: AddressSpace, low: int, high: int) -> list[Mapping]:
@@ -265,6 +266,7 @@ class LendingMemory(GuestMemory):
         if again.is_uniform(area.start, area.end, 0):
             with self._lock:
                 self._states.set(area, PageState.PRIVATE)
+                self._note_change()
             return [area]
         freed: list[Range] = []
         for run, count in list(again.runs(area)):
@@ -276,6 +278,7 @@ class LendingMemory(GuestMemory):
             with self._lock:
                 for run in freed[at : at + _RUNS_AT_ONCE]:
                     self._states.set(run, PageState.PRIVATE)
+                self._note_change()
         return freed
 
     # -- what GuestMemory does, of lent pages ---------------------------------------------------

@@ -88,7 +88,12 @@ class Scenario:
         missing = [n for n, p in known.items() if p.default is p.empty and n not in given]
         if missing:
             raise ScenarioError(f"scenario {self.name} needs a value for {', '.join(missing)}")
-        hints = typing.get_type_hints(self.function) if given else {}
+        try:
+            hints = typing.get_type_hints(inspect.unwrap(self.function)) if given else {}
+        except Exception as error:
+            raise ScenarioError(
+                f"scenario {self.name}: its parameters' types: {error!r}"
+            ) from error
         return {name: self._value(name, value, hints.get(name)) for name, value in given.items()}
 
     def _value(self, name: str, value: Any, wanted: Any) -> Any:
@@ -102,8 +107,11 @@ class Scenario:
             ) from None
 
     def start(self, guest: Guest, given: Mapping[str, Any]) -> Steps:
-        """The steps of one vCPU. `given` as `bound` has it."""
-        return self.function(guest, **given)
+        """The steps of one vCPU. `given` as `bound` has it. Raises ScenarioError."""
+        try:
+            return self.function(guest, **given)
+        except TypeError as error:  # a generator function runs nothing yet: it is what it takes
+            raise ScenarioError(f"scenario {self.name} is called with a guest: {error}") from error
 
 
 def scenario(

@@ -35,10 +35,6 @@ class ModelMemory(GuestMemory):
         private_side.state = PageState.PRIVATE
         shared_side.memory = private_side.memory = self
         self._area = NOWHERE
-        self.changed_bytes = 0
-        """Of conversions, all of their areas; not those whose discard was put off."""
-        self.late_sizes: list[int] | None = None
-        """A list gets the size of each conversion that ends: late discards are counted with it."""
 
     @property
     def shared_bytes(self) -> int:
@@ -75,15 +71,9 @@ class ModelMemory(GuestMemory):
         """As GuestMemory's."""
         if runs is None:
             self._states.set(self._area, state)
-            size = self._area[1]
         else:
             for run in runs:
                 self._states.set(run, state)
-            size = sum(run.size for run in runs)
-        if state is not PageState.DEFERRED:
-            self.changed_bytes += size
-        if self.late_sizes is not None:
-            self.late_sizes.append(size)
 
     def discard(self, gpa: int, size: int) -> None:
         """As GuestMemory's; there is nothing in the pages."""

@@ -30,12 +30,8 @@ from vmm.policy import (
     Partial,
     Policy,
     PolicyKill,
-    View,
 )
 from vmm.policy.arguments import require_hooks
-from vmm.policy.decisions import CarriedOut
-from vmm.policy.decisions import Refusal as Refused
-from vmm.policy.hooks import Hooks
 from vmm.policy.loader import load_policy
 from vmm.replay.replay import MOST_REFUSALS, Refusal
 from vmm.scenario.definition import Scenario, ScenarioError, Steps
@@ -117,18 +113,6 @@ def run(
         return running.result()
 
 
-class _Hooks(Hooks):
-    """Asks the policies, and keeps what they said to the last request; None: they weren't asked."""
-
-    said: CarriedOut | Refused | None = None
-
-    def decide(
-        self, kind: Kind, area: Range, vcpu: int, doorbell: str, view: View
-    ) -> CarriedOut | Refused:
-        self.said = decision = Hooks.decide(self, kind, area, vcpu, doorbell, view)
-        return decision
-
-
 class _Vcpu:
     """One vCPU's steps, and where in time it is: seconds."""
 
@@ -168,10 +152,8 @@ class _Run:
             *policies,
             clock=lambda: self._now,
             wake_at=self._wake_at,
+            observer=self,
         )
-        # Not an observer: that costs a tenth of a run. What it would hear is what the model's
-        # memory counts, and what the policies say here.
-        self._hooks = self.converter.hooks = _Hooks(policies)
         self._watchers: dict[str, Callable[[Range, bool, str | None], None] | None] = {}
         self._io = dict.fromkeys(("allowed", "denied", "refused"), 0)
         self._ended: Ended | None = None
@@ -184,8 +166,11 @@ class _Run:
         self._late_discards = 0
         self._guest_ns = 0.0
         self._host_ns = 0.0
+        self._changed = 0
+        self._took_ns = 0.0
+        self._settling = False
         self._shared = self._peak = self._memory.shared_bytes
-        self._since = 0.0
+        self._shared_since = 0.0
         self._byte_seconds = 0.0
         self._deferred = 0
         self._deferred_byte_seconds = 0.0
@@ -196,37 +181,55 @@ class _Run:
     def _wake_at(self, due: float) -> None:
         self._wake = due
 
-    def _account(self, kind: Kind, gpa: int, size: int, answer: int | None) -> float:
-        """Count a request that was answered (None: with the run's end); the seconds that the
-        guest waited for it."""
-        decision, changed = self._hooks.said, self._memory.changed_bytes
+    def answered(
+        self,
+        request: ConversionRequest,
+        decision: Decision | None,
+        decided_by: str | None,
+        answer: int | None,
+        started: int,
+    ) -> None:
+        """Part of being a ConversionObserver."""
         self._decisions[decision.__class__] += 1
+        changed = self._changed
         if changed:
             self._conversions += 1
             self._converted_bytes += changed
-            fixed, per_byte = self._costs[kind]
+            fixed, per_byte = self._costs[request[0]]
             took = fixed + per_byte * changed
         else:
             took = self._nothing
+        self._took_ns = took
         self._guest_ns += took
-        if self._memory.shared_bytes != self._shared or decision.__class__ is not Allow:
-            self._account_states()
         if answer:
             word = _WORDS[decision.__class__]
             self._partial += word == "partial"
             if len(self._refused) < MOST_REFUSALS:
-                now, by = round(self._now * 1e9), self._hooks.decided_by
-                self._refused.append(Refusal(now, kind.value, gpa, size, word, by, -answer))
-        return took * 1e-9
+                kind, gpa, pages = request[:3]
+                self._refused.append(
+                    Refusal(
+                        round(self._now * 1e9), kind.value, gpa, pages * PAGE_SIZE, word,
+                        decided_by, -answer,
+                    )
+                )  # fmt: skip
 
-    def _account_states(self) -> None:
-        """How much is shared, and waits for its discard, has changed, or may have."""
-        passed = self._now - self._since
-        self._since = self._now
+    def changed(self, areas: Sequence[Range], state: PageState, began: int) -> None:
+        """Part of being a ConversionObserver."""
+        now = self._now
+        passed = now - self._shared_since
         self._byte_seconds += self._shared * passed
-        self._deferred_byte_seconds += self._deferred * passed
-        self._shared, self._deferred = self._memory.shared_bytes, self._memory.deferred_bytes
-        self._peak = max(self._peak, self._shared)
+        self._shared_since = now
+        if self._deferred or state is PageState.DEFERRED:
+            self._deferred_byte_seconds += self._deferred * passed
+            self._deferred = self._memory.deferred_bytes
+        self._shared = shared = self._memory.shared_bytes
+        self._peak = max(self._peak, shared)
+        size = areas[0][1] if len(areas) == 1 else sum(area.size for area in areas)
+        if self._settling:
+            self._late_discards += len(areas)
+            self._host_ns += self._model.late_discard(size)
+        elif state is not PageState.DEFERRED:  # what is put off costs the guest nothing
+            self._changed += size
 
     @property
     def silent(self) -> str:
@@ -275,7 +278,6 @@ class _Run:
     def _advance(self, vcpu: _Vcpu, horizon: float) -> bool:
         """Take the vCPU's steps until another one's turn has come; False: it has none left."""
         send, number, convert = vcpu.steps.send, vcpu.number, self.converter.convert
-        memory, hooks = self._memory, self._hooks
         answer, at, most = vcpu.answer, vcpu.at, self._most_steps
         try:
             while at <= horizon:
@@ -300,22 +302,19 @@ class _Run:
                     except (TypeError, ValueError):
                         raise self._area_error(step) from None
                     kind = Kind.SHARE if type(step) is Share else Kind.UNSHARE
-                    memory.changed_bytes, hooks.said = 0, None
-                    try:
-                        answer = convert(
-                            ConversionRequest(kind, start, size // PAGE_SIZE, number, _DOORBELL)
-                        )
-                    except PolicyKill:
-                        self._account(kind, start, size, None)
-                        raise
-                    at += self._account(kind, start, size, answer)
+                    self._changed = 0
+                    answer = convert(
+                        ConversionRequest(kind, start, size // PAGE_SIZE, number, _DOORBELL)
+                    )
+                    at += self._took_ns * 1e-9
                 elif type(step) is Wait:
                     at, answer = self._later(step, at), 0
                 elif type(step) is Io:
                     answer = self._device_access(step)
                 elif type(step) is Fault:
-                    answer, took = self._fault(step, number)
-                    at += took
+                    self._took_ns = 0.0
+                    answer = self._fault(step, number)
+                    at += self._took_ns * 1e-9
                     if answer:
                         return False
                 elif type(step) is Discard:
@@ -385,28 +384,19 @@ class _Run:
             return -errno.EFAULT
         return 0
 
-    def _fault(self, step: Fault, vcpu: int) -> tuple[int, float]:
-        """An access, tried again until it is served, and the seconds that it waited; one that is
-        refused ends the run."""
+    def _fault(self, step: Fault, vcpu: int) -> int:
+        """An access, tried again until it is served; one that is refused ends the run."""
         start, size = self._area_of(step)
         first, end = page_align_down(start), page_align_up(start + size)
-        area = Range(first, end - first)
         wanted = (PageState.PRIVATE, PageState.DEFERRED) if step.private else (PageState.SHARED,)
         kind = Kind.UNSHARE if step.private else Kind.SHARE
-        answer, took = 0, 0.0
+        answer = 0
         for _ in range(_FAULTS_AT_ONCE):
-            states = self._memory.states(area)
+            states = self._memory.states(Range(first, end - first))
             if states and all(state in wanted for _, state in states):
-                return 0, took
-            self._memory.changed_bytes, self._hooks.said = 0, None
-            calls = self.converter.accounting.of(kind).calls
-            try:
-                answer = self.converter.fault(kind, first, area.size, vcpu)
-            except PolicyKill:
-                self._account(kind, first, area.size, None)
-                raise
-            if self.converter.accounting.of(kind).calls != calls:  # else it is to try again
-                took += self._account(kind, first, area.size, answer)
+                return 0
+            self._changed = 0
+            answer = self.converter.fault(kind, first, end - first, vcpu)
             if answer:
                 break
         name = errno.errorcode.get(-answer, str(-answer))
@@ -416,19 +406,15 @@ class _Run:
             f"this takes was refused: {name}",
             FAILED,
         )
-        return answer or -errno.EFAULT, took
+        return answer or -errno.EFAULT
 
     def _settle_until(self, limit: float) -> None:
         """Carry out late discards when they are due, as the event loop's timer does."""
-        memory = self._memory
         while self._wake <= limit:
             self._now, self._wake = max(self._now, self._wake), math.inf
-            memory.late_sizes = []
+            self._settling = True
             self.converter.settle()
-            self._late_discards += len(memory.late_sizes)
-            self._host_ns += sum(map(self._model.late_discard, memory.late_sizes))
-            memory.late_sizes = None
-            self._account_states()
+            self._settling = False
 
     def _error(self, what: str) -> ScenarioError:
         return ScenarioError(
@@ -440,7 +426,7 @@ class _Run:
     def result(self) -> Result:
         decisions = {_WORDS[each]: count for each, count in self._decisions.items()}
         until = self._now
-        passed = until - self._since
+        passed = until - self._shared_since
         byte_seconds = self._byte_seconds + self._shared * passed
         deferred = self._deferred_byte_seconds + self._deferred * passed
         figures: dict[str, float] = {

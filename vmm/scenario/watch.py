@@ -54,14 +54,17 @@ class Watch:
                 if not self._seen:
                     self._thread = None
                     return
-                still = [run for run, steps in self._seen.values() if run.steps == steps]
-                self._seen = {
-                    key: (run, run.steps)
-                    for key, (run, steps) in self._seen.items()
-                    if run.steps != steps  # who has been told of is left alone
-                }
+                still = self._standing_still()
             for run in still:
                 tell(f"{run.silent} has not returned for {self._seconds:g} s; Ctrl-C ends the run")
+
+    def _standing_still(self) -> list[Watched]:
+        """Those that are where they were at the last look, once each; with the lock held."""
+        still = [run for run, steps in self._seen.values() if run.steps == steps]
+        self._seen = {
+            key: (run, run.steps) for key, (run, steps) in self._seen.items() if run.steps != steps
+        }
+        return still
 
 
 WATCH = Watch()

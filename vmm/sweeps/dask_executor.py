@@ -148,7 +148,7 @@ class DaskExecutor:
             try:
                 for pieces in _pieces(folder, names):
                     self._send(worker, digest, pieces)
-                wrong = self._client.run(far.complete, digest, names, workers=[worker])[worker]
+                wrong = self._complete(worker, digest, names)
             except FileNotFoundError as error:
                 wrong = f"{error.filename} has gone"
             except (OSError, KeyError):
@@ -157,7 +157,12 @@ class DaskExecutor:
                 raise UsageError(f"{self._contents[digest].name}: {wrong}")
 
     def _send(self, worker: str, digest: str, pieces: Sequence[far.Piece]) -> None:
-        self._client.run(far.receive, digest, list(pieces), workers=[worker])
+        self._client.run(far.receive, self._sweep, digest, list(pieces), workers=[worker])
+
+    def _complete(self, worker: str, digest: str, names: Sequence[str]) -> str | None:
+        told = self._client.run(far.complete, self._sweep, digest, list(names), workers=[worker])
+        wrong: str | None = told[worker]
+        return wrong
 
     # -- jobs ---------------------------------------------------------------------------------
 
@@ -183,7 +188,13 @@ class DaskExecutor:
     def _submit(self, jobs: list[Job]) -> None:
         self._number += 1
         key = f"pyvmm-sweep-{self._sweep}-{self._number}"
-        text = json.dumps({"sweep": self._sweep, "jobs": [[job.key, job.words] for job in jobs]})
+        text = json.dumps(
+            {
+                "sweep": self._sweep,
+                "code": versions.code_digest(),
+                "jobs": [[job.key, job.words] for job in jobs],
+            }
+        )
         future = self._client.submit(far.run_batch, text, key=key, pure=False)
         self._batches[key] = (future, jobs, self._number)
         future.add_done_callback(lambda future: self._ended.put(future.key))
@@ -224,9 +235,11 @@ class DaskExecutor:
         return answers
 
     def _brought(self, told: Mapping[str, Any], jobs: list[Job], number: int) -> list[Answer]:
-        if "missing" in told:
+        if "unfit" in told:  # it has joined since
+            self._admit([told["worker"]])
+        if "unfit" in told or "missing" in told:
             if not self._stopping:
-                self._supply(told["worker"], told["missing"], number)
+                self._supply(told["worker"], told.get("missing", ()), number)
                 self._submit(jobs)
             return []
         answers = [Answer(key, answer, told["worker"]) for key, answer in told["answers"]]

@@ -116,7 +116,7 @@ def read(path: str) -> Definition:
     text = read_given(path, path, remedy, most=_MOST_TEXT)
     try:
         table = tomllib.loads(text.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, a number of 5,000 digits
         raise UsageError(f"{path} is no TOML: {error}; {remedy}") from None
     stem = os.path.splitext(os.path.basename(path))[0]
     return parse(table, path, stem, os.path.dirname(path))

@@ -21,7 +21,8 @@ Piece = tuple[str, int, bytes]
 
 _lock = threading.Lock()
 _idle: list[Runner] = []
-_busy: set[Runner] = set()
+_busy: dict[Runner, str] = {}
+"""With the sweep whose cell each carries out."""
 _places: dict[str, Place] = {}
 _ended: set[str] = set()
 """Sweeps whose cells are not wanted any more."""
@@ -33,15 +34,18 @@ def described() -> dict[str, str]:
 
 
 def run_batch(text: str) -> str:
-    """Carry out the jobs of `{"sweep", "jobs": [[key, words]...]}`, one after another.
+    """Carry out the jobs of `{"sweep", "code", "jobs": [[key, words]...]}`, one after another.
 
-    The answer has `missing`, digests of contents that this worker hasn't got, and then nothing was
-    carried out; else `answers`, [key, answer] each, as far as it got before the sweep was ended.
+    The answer has `unfit` where this worker's sources of pyvmm are others than `code`, or
+    `missing`, digests of contents that it hasn't got, and then nothing was carried out; else
+    `answers`, [key, answer] each, as far as it got before the sweep was ended.
     """
     from distributed import get_worker
 
     request = json.loads(text)
     worker = get_worker().address
+    if request.get("code", versions.code_digest()) != versions.code_digest():
+        return json.dumps({"worker": worker, "unfit": True})
     needed = content.needed([words for _, words in request["jobs"]])
     with _lock:
         missing = sorted(needed - _places.keys())
@@ -52,42 +56,42 @@ def run_batch(text: str) -> str:
         for key, words in request["jobs"]:
             if request["sweep"] in _ended:
                 break
-            answers.append((key, _run(words)))
+            answers.append((key, _run(words, request["sweep"])))
     return json.dumps({"worker": worker, "answers": answers})
 
 
-def _run(words: Mapping[str, Any]) -> dict[str, Any]:
+def _run(words: Mapping[str, Any], sweep: str) -> dict[str, Any]:
     with _lock:
         runner = _idle.pop() if _idle else Runner()
-        _busy.add(runner)
+        _busy[runner] = sweep
         places = dict(_places)
     try:
         answer = runner.run(words, places)
     except BaseException:
         with _lock:
-            _busy.discard(runner)
+            del _busy[runner]
         runner.release()
         raise
     with _lock:
-        _busy.discard(runner)
+        del _busy[runner]
         _idle.append(runner)
     return answer
 
 
-def receive(digest: str, pieces: list[Piece], dask_worker: Any = None) -> None:
+def receive(sweep: str, digest: str, pieces: list[Piece], dask_worker: Any = None) -> None:
     """Pieces of a content's files."""
     for name, offset, data in pieces:
-        path = os.path.join(_folder(dask_worker), f"{digest}.part", name)
+        path = os.path.join(_folder(dask_worker), f"{digest}.{sweep}", name)
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path, "r+b" if offset else "wb") as file:
             file.seek(offset)
             file.write(data)
 
 
-def complete(digest: str, names: list[str], dask_worker: Any = None) -> str | None:
+def complete(sweep: str, digest: str, names: list[str], dask_worker: Any = None) -> str | None:
     """All of a content has come; what is wrong with it, if anything."""
     folder = os.path.join(_folder(dask_worker), digest)
-    part = f"{folder}.part"
+    part = f"{folder}.{sweep}"
     if digest in _places:  # of another sweep: a cell may be reading it
         shutil.rmtree(part, ignore_errors=True)
         return None
@@ -107,7 +111,8 @@ def dismiss(sweep: str, at_once: bool) -> None:
     """The sweep is over: begin none of its cells; `at_once`: break off those under way."""
     with _lock:
         _ended.add(sweep)
-        idle, busy = list(_idle), list(_busy) if at_once else []
+        idle = list(_idle)
+        busy = [runner for runner, of in _busy.items() if of == sweep] if at_once else []
         _idle.clear()
     for runner in idle:
         runner.close()

@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from vmm.core.errors import UsageError
 from vmm.sweeps import content
 from vmm.sweeps.content import Content, place
 from vmm.sweeps.definition import Cell, Definition, PolicyChoice, Workload, filled
+from vmm.sweeps.versions import figures_digest, pyvmm_version
 
 FORMAT = 1
 """Counts up when the same job comes to other figures, or to figures of another meaning."""
@@ -37,9 +38,10 @@ class Plan(NamedTuple):
     contents: Mapping[str, Content]
 
 
-Check = Callable[[Mapping[str, Any]], Mapping[str, str]]
-"""Has a job looked at without running it; the digests of the modules that its policies are from.
+Check = Callable[[Sequence[Mapping[str, Any]]], Mapping[str, str]]
+"""Has parts of jobs loaded without running them; the digests of the modules that policies are from.
 Raises UsageError."""
+_CHECKED_AT_ONCE = 100
 
 
 def plan(definition: Definition, contents: dict[str, Content], check: Check) -> Plan:
@@ -56,40 +58,38 @@ class _Planner:
         self._check = check
         self._contents = contents
         self._by_path: dict[tuple[str, ...], Content] = {}
-        self._looked_at: set[str] = set()
-        self._modules: dict[str, str] = {}
 
     def plan(self) -> Plan:
         definition = self._definition
-        policies = {}
-        for each in definition.policies:
-            policies[each.label] = self._policies(each)
-            self._look_at({"policies": policies[each.label]})
-        jobs = []
+        policies = {each.label: self._policies(each) for each in definition.policies}
         workloads: dict[tuple[str, int], dict[str, Any]] = {}
         for cell in definition.cells():
             at = (cell.workload.label, cell.repetition)
             if at not in workloads:
                 workloads[at] = self._workload(cell.workload, cell)
-                self._look_at(workloads[at])
-            words = {**workloads[at], "policies": policies[cell.policy.label]}
-            words["seed"] = definition.seed + cell.repetition
-            words["repetition"] = cell.repetition
-            words["seconds"] = definition.seconds
-            words["modules"] = {
-                spec: self._modules[spec]
-                for spec in sorted(each["spec"] for each in words["policies"])
-                if spec in self._modules
+        modules = self._checked([{"policies": each} for each in policies.values()])
+        modules |= self._checked(list(workloads.values()))
+        jobs = []
+        for cell in definition.cells():
+            words = {
+                **workloads[cell.workload.label, cell.repetition],
+                "policies": policies[cell.policy.label],
+                "seed": definition.seed + cell.repetition,
+                "repetition": cell.repetition,
+                "seconds": definition.seconds,
             }
+            specs = sorted(each["spec"] for each in words["policies"])
+            words["modules"] = {spec: modules[spec] for spec in specs if spec in modules}
             jobs.append(Job(_key(words), cell, words))
         return Plan(definition, tuple(jobs), self._contents)
 
-    def _look_at(self, part: Mapping[str, Any]) -> None:
-        """Have a job's part, its policies or its workload, checked once."""
-        text = _canonical(part)
-        if text not in self._looked_at:
-            self._looked_at.add(text)
-            self._modules |= self._check(part)
+    def _checked(self, parts: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+        """Have parts of jobs, policies or workloads, checked, each once; their modules."""
+        different = list({_canonical(part): part for part in parts}.values())
+        found: dict[str, str] = {}
+        for start in range(0, len(different), _CHECKED_AT_ONCE):
+            found |= self._check(different[start : start + _CHECKED_AT_ONCE])
+        return found
 
     # -- policies -----------------------------------------------------------------------------
 
@@ -188,10 +188,8 @@ def _canonical(value: Any) -> str:
 
 def _key(words: Mapping[str, Any]) -> str:
     """Without what doesn't decide the result: how long it may take."""
-    from vmm.sweeps.versions import pyvmm_version
-
     decisive = {name: value for name, value in words.items() if name != "seconds"}
-    text = _canonical([FORMAT, pyvmm_version(), decisive])
+    text = _canonical([FORMAT, pyvmm_version(), figures_digest(), decisive])
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 

@@ -149,8 +149,7 @@ def plot(drawn: Sequence[Point], colours: dict[str, str]) -> str:
             path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in corners)
             kind = "front of-all" if of_all else "front"
             pieces.append(f'<polyline class="{kind}" points="{path}"/>')
-    for point in drawn:
-        pieces.append(_dot(point, x(point.x), y(point.y), colours))
+    for point in sorted(drawn, key=lambda point: point.group.on_front):  # these on top
         bars = (
             (x(point.x_range[0]), x(point.x_range[1]), y(point.y), y(point.y)),
             (x(point.x), x(point.x), y(point.y_range[0]), y(point.y_range[1])),
@@ -161,18 +160,18 @@ def plot(drawn: Sequence[Point], colours: dict[str, str]) -> str:
                     f'<line x1="{x1:.1f}" x2="{x2:.1f}" y1="{y1:.1f}" y2="{y2:.1f}" '
                     f'stroke="{colours[point.group.policy]}" opacity="0.6"/>'
                 )
+        pieces.append(_dot(point, x(point.x), y(point.y), colours))
     return "".join([*pieces, "</svg>"])
 
 
 def _dot(point: Point, x: float, y: float, colours: dict[str, str]) -> str:
     group = point.group
     colour = colours[group.policy]
+    at = f'cx="{x:.1f}" cy="{y:.1f}"'
     fill = colour if group.counts else "none"
-    ring = (
-        f' data-front="yes" stroke-width="3" stroke="{_RING}"'
-        if group.on_front
-        else (f' stroke="{colour}" stroke-width="1.6"')
-    )
+    ring = ""
+    if group.on_front:
+        ring = f'<circle {at} r="8.5" fill="none" stroke="var(--mark)" stroke-width="1.6"/>'
     lines = [
         group.policy_label,
         f"the guest waits {_spread_text(group.figures[WAITED], time_text)}",
@@ -183,12 +182,12 @@ def _dot(point: Point, x: float, y: float, colours: dict[str, str]) -> str:
     ]  # fmt: skip
     title = html.escape("\n".join(lines))
     return (
-        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{fill}"{ring}>'
-        f"<title>{title}</title></circle>"
+        f'<g{_FRONT if group.on_front else ""}>{ring}<circle {at} r="5" fill="{fill}" '
+        f'stroke="{colour}" stroke-width="1.6"/><title>{title}</title></g>'
     )
 
 
-_RING = "var(--mark)"
+_FRONT = ' data-front="yes"'
 
 
 def _spread_text(spread: Spread, show: Callable[[float], str]) -> str:

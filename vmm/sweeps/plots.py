@@ -47,7 +47,17 @@ def write_svg(output: Output, results: Results) -> None:
                 Line2D([], [], marker="o", linestyle="", color=colour, label=name)
                 for name, colour in colours.items()
             ]
-            handles.append(Line2D([], [], color=_FRONT, label="Pareto front"))
+            handles.append(
+                Line2D(
+                    [],
+                    [],
+                    color=_FRONT,
+                    marker="o",
+                    markersize=10,
+                    markerfacecolor="none",
+                    label="Pareto front",
+                )
+            )
             handles.append(
                 Line2D(
                     [], [], marker="o", linestyle="", color="gray", markerfacecolor="none",
@@ -85,7 +95,7 @@ def _draw(axes: Any, title: str, drawn: list[chart.Point], colours: dict[str, st
         corners = chart.front_line(drawn, of_all=of_all)
         if len(corners) > 1:
             axes.plot(*zip(*corners, strict=True), style, color=colour, linewidth=1.3, zorder=1)
-    for point in drawn:
+    for point in sorted(drawn, key=lambda point: point.group.on_front):  # these on top
         colour = colours[point.group.policy]
         axes.errorbar(
             point.x, point.y,
@@ -93,8 +103,13 @@ def _draw(axes: Any, title: str, drawn: list[chart.Point], colours: dict[str, st
             yerr=[[point.y - point.y_range[0]], [point.y_range[1] - point.y]],
             marker="o", markersize=6, color=colour, linewidth=1, zorder=2,
             markerfacecolor=colour if point.group.counts else "none",
-            markeredgecolor=_FRONT if point.group.on_front else colour,
+            markeredgecolor=colour,
         )  # fmt: skip
+        if point.group.on_front:
+            axes.plot(
+                point.x, point.y, marker="o", markersize=12, color=_FRONT, markerfacecolor="none",
+                zorder=3,
+            )  # fmt: skip
     if not across.is_log:
         axes.set_xlim(left=0)
     if not upwards.is_log:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vmm.core.errors import UsageError
@@ -51,10 +51,10 @@ class Runner:
         self._closed = False
         self._lock = threading.Lock()
 
-    def check(self, words: Mapping[str, Any], places: Places) -> dict[str, str]:
-        """Have a job's part loaded; the digests of its modules. Raises UsageError."""
+    def check(self, parts: Sequence[Mapping[str, Any]], places: Places) -> dict[str, str]:
+        """Have parts of jobs loaded; the digests of their modules. Raises UsageError."""
         self._forget_log()
-        answer = self._ask({"check": words}, places, _CHECK_SECONDS)
+        answer = self._ask({"check": parts}, places, _CHECK_SECONDS)
         if "error" in answer:
             printed = self._printed().strip().rpartition("\n")[2] if "log" not in answer else ""
             raise UsageError(f"{answer['error']}: {printed}" if printed else answer["error"])
@@ -117,7 +117,8 @@ class Runner:
             "PYTHONPATH": os.pathsep.join(dict.fromkeys(filter(None, sys.path))),
             "PYTHONHASHSEED": "0",  # a policy's sets come in one order in all processes
         }
-        command = [sys.executable, "-m", "vmm.sweeps.runner"]
+        # -P: no module of the folder that the user is in takes the place of one of Python's.
+        command = [sys.executable, "-P", "-m", "vmm.sweeps.runner"]
         process = subprocess.Popen(
             [*command, str(their_requests), str(their_answers)],
             stdin=subprocess.PIPE,

@@ -230,7 +230,9 @@ def _group(cells: Sequence[CellResult]) -> Group:
 
 def _spread(values: Sequence[float]) -> Spread:
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return Spread(statistics.fmean(values), min(values), max(values), deviation)
+    least, most = min(values), max(values)
+    # Rounding may put the mean of equal values beside them.
+    return Spread(min(max(statistics.fmean(values), least), most), least, most, deviation)
 
 
 def _names(mappings: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -59,15 +59,21 @@ class _Runner:
         self._say(answer)
 
     def _carried_out(self, request: dict[str, Any]) -> dict[str, Any]:
-        words = request.get("run") or request["check"]
+        if "check" in request:
+            modules: dict[str, str] = {}
+            for part in request["check"]:
+                modules |= self._cells.check(self._placed(part))
+            return {"modules": modules}
+        words = request["run"]
+        modules = words.pop("modules")
+        done = self._cells.run({**self._placed(words), "modules": modules})
+        return {"figures": done.figures, "ended": done.ended}
+
+    def _placed(self, words: Any) -> Any:
+        """The words with paths in them. Raises UsageError for files that have changed."""
         for digest in content.needed(words):
             self._require_unchanged(digest)
-        words = content.placed(words, self._folders)
-        modules = words.pop("modules", {})
-        if "check" in request:
-            return {"modules": self._cells.check(words)}
-        done = self._cells.run({**words, "modules": modules})
-        return {"figures": done.figures, "ended": done.ended}
+        return content.placed(words, self._folders)
 
     def _require_unchanged(self, digest: str) -> None:
         """Once in this process: the files that were hashed are the files that are here."""

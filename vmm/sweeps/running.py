@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from vmm.sweeps import content, jobs
@@ -51,10 +51,10 @@ class Prepared:
             self.close()
             raise
 
-    def _check(self, part: Mapping[str, Any]) -> Mapping[str, str]:
-        for digest in content.needed(part):
+    def _check(self, parts: Sequence[Mapping[str, Any]]) -> Mapping[str, str]:
+        for digest in content.needed(parts):
             self.snapshot.add(digest)
-        return self.runner.check(part, self.snapshot.places)
+        return self.runner.check(parts, self.snapshot.places)
 
     def close(self) -> None:
         """End the process, remove the copies."""

@@ -406,3 +406,38 @@ def test_advice_about_memory_counts_what_private_memory_bounces_through(
 
     assert advice in result.complaint
     assert result.status == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--disk d --report d", "--report d is also --disk d, and would replace it"),
+        ("--disk d,ro --report link", "--report link is also --disk d,"),
+        ("--disk d --console file=sub/../d", "--console file=sub/../d is also --disk d"),
+        ("--kernel k --report k", "--report k is also --kernel k"),
+        ("--kernel k --initrd d --report d", "--report d is also --initrd d"),
+        ("--private-mem --policy p.py:P --report p.py", "--report p.py is also --policy p.py:P"),
+        ("--report new --console file=new", "--console file=new is also --report new"),
+        ("--console file=a --console file=a,name=x", "--console file=a,name=x is also --console"),
+    ],
+)
+def test_output_that_would_replace_an_input_is_refused_and_the_input_stays(
+    command: Command, tmp_path: Path, options: str, message: str
+) -> None:
+    (tmp_path / "sub").mkdir()
+    contents = {"d": bytes(4096), "k": build_bzimage(), "p.py": b"class P: pass\n"}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "link").symlink_to("d")
+
+    result = command(*options.split())
+
+    assert message in result.complaint
+    assert result.status == 2
+    assert {name: (tmp_path / name).read_bytes() for name in contents} == contents
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("options", ["--report /dev/null --console file=/dev/null", "--report -"])
+def test_outputs_may_share_a_device(command: Command, options: str) -> None:
+    assert command(*options.split()).status == 3  # no KVM here

@@ -310,13 +310,14 @@ def test_lab_asks_nothing_about_the_words_of_a_program(
 
 
 INTERRUPTED_IMPORT = """
-import os, signal, sys
+import os, sys
+import _signal as signal  # `signal` is one of those that are imported
 
 signal.signal(signal.SIGINT, signal.{before})
 
 class Interrupting:
     def find_spec(self, name, path=None, target=None):
-        if name == "vmm.cli.run_options":
+        if name == "{at}":
             os.kill(os.getpid(), signal.SIGINT)
 
 sys.meta_path.insert(0, Interrupting())
@@ -324,13 +325,14 @@ import vmm.__main__
 """
 
 
+@pytest.mark.parametrize("at", ["signal", "enum", "vmm.cli.run_options"])
 @pytest.mark.parametrize(
     ("before", "status"), [("default_int_handler", -signal.SIGINT), ("SIG_IGN", 0)]
 )
 def test_interrupt_while_pyvmm_is_being_imported_shows_no_traceback(
-    before: str, status: int
+    before: str, status: int, at: str
 ) -> None:
-    script = INTERRUPTED_IMPORT.format(before=before)
+    script = INTERRUPTED_IMPORT.format(before=before, at=at)
 
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
 

@@ -15,7 +15,9 @@ import pytest
 from kvm_bindings import KvmError
 from tests.support.trace import Events
 from vmm.cli.main import _explain
-from vmm.core.errors import in_words
+from vmm.core.errors import UsageError, in_words
+from vmm.core.output import Output
+from vmm.core.unix_listener import UnixListener
 from vmm.memory.backings.memfd import MemfdBacking
 from vmm.trace.layout import Kind
 
@@ -136,6 +138,9 @@ def test_guest_memory_beyond_the_file_size_limit_is_said_in_words(
         (KvmError("KVM_CREATE_VM", errno.EMFILE, "type=0"),
          "KVM_CREATE_VM(type=0) failed: EMFILE (Too many open files); "
          "this process may have 64 open: raise `ulimit -n`"),
+        (KvmError("mmap", errno.ENOMEM, "fd=5"),
+         "mmap(fd=5) failed: ENOMEM (Cannot allocate memory); "
+         "this process may map 64 bytes: raise `ulimit -v`"),
         (OSError(errno.ENOENT, "No such file or directory", "x"), "x: No such file or directory"),
     ],
 )  # fmt: skip
@@ -151,6 +156,23 @@ def test_no_limit_is_named_where_there_is_none(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(resource, "getrlimit", lambda which: (resource.RLIM_INFINITY,) * 2)
 
     assert in_words(OSError(errno.EFBIG, "File too large")) == "File too large"
+
+
+def test_limit_of_open_files_is_named_where_an_output_or_a_socket_meets_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (64, 64))
+
+    def refuse(*_: object, **__: object) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(os, "open", refuse)
+    for make in (
+        lambda: Output("--report r", str(tmp_path / "r")),
+        lambda: UnixListener("--control ", str(tmp_path / "s")),
+    ):
+        with pytest.raises(UsageError, match=r"may have 64 open: raise `ulimit -n`$"):
+            make()
 
 
 def test_limit_without_a_file_to_spare_for_its_number_is_told(
@@ -175,3 +197,22 @@ def test_output_named_minus_is_stdout_and_no_file(tmp_path: Path, folder: Path) 
 
     assert (result.stdout.lower(), result.stderr) == ("<!doctype html>", "")
     assert not (tmp_path / "-").exists()
+
+
+@pytest.mark.parametrize(
+    "words", ["--version", "help lab", "ctl --help", "--help", "completion zsh"]
+)
+def test_reader_that_has_gone_is_no_error_where_output_is_not_buffered(
+    tmp_path: Path, words: str
+) -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+
+    done = subprocess.run(
+        [sys.executable, "-m", "vmm", *words.split()], cwd=tmp_path, stdout=write_end,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+        stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=60, check=False,
+    )  # fmt: skip
+
+    os.close(write_end)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import re
+import signal
 import threading
 from pathlib import Path
 
@@ -159,3 +161,20 @@ def test_replay_of_a_policy_that_answers_says_nothing_of_hooks(
 
     assert "returned" not in result.err
     assert threading.active_count() == threads
+
+
+@pytest.mark.usefixtures("trace")
+def test_ctrl_c_in_a_hook_is_not_the_policys_exception(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "interrupted.py").write_text(
+        "import signal\n"
+        "from vmm.policy import Policy\n"
+        "class Long(Policy):\n"
+        "    def on_share(self, event, view):\n"
+        "        signal.raise_signal(signal.SIGINT)\n"
+    )
+
+    result = command("replay", "t", "--policy", "interrupted.py:Long")
+
+    assert result.status == 1
+    assert re.fullmatch("interrupted in policy Long: on_share for .*", result.complaint)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -171,3 +171,26 @@ def test_view_that_cannot_be_written_is_refused(
     assert result.complaint == (
         f"{option} nowhere/x cannot be written: No such file or directory; give another path"
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["t", "--html", "t/trace.json"], "--html t/trace.json is t/trace.json, which is read"),
+        (["t", "--chrome", "t/gpa/data.ninja"], "--chrome t/gpa/data.ninja is in t/gpa, which"),
+        (["t", "--html", "x", "--chrome", "./x"], "--html and --chrome both write x"),
+    ],
+)
+def test_view_does_not_replace_the_trace_nor_another_view(
+    command: Command, tmp_path: Path, words: list[str], message: str
+) -> None:
+    events = Events((0, 64, "private"))
+    events.add(Kind.EXIT, 3, "io", gpa=0x3F8)
+    events.write(tmp_path / "t")
+
+    result = command("report", *words)
+
+    assert message in result.complaint
+    assert command("report", "t").status == 0
+    for _ in range(2):  # beside its parts there is room, and what is there may be replaced
+        assert command("report", "t", "--html", "t/page.html").status == 0

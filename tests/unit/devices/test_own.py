@@ -9,6 +9,7 @@ import pytest
 
 from tests.support.fake_memory import FakeMemory
 from tests.support.virtio_machine import VirtioMachine
+from vmm.core.errors import UsageError
 from vmm.core.own_code import ExtensionError
 from vmm.core.ranges import Range
 from vmm.devices.bus import MemoryBus, PortBus
@@ -17,7 +18,7 @@ from vmm.devices.pci import PciBus
 from vmm.devices.virtio.own import MOST_BYTES, VirtioDevice
 from vmm.examples.ram_disk import IO_ERROR, OK, UNSUPPORTED, RamDisk
 from vmm.wiring.board import Slot
-from vmm.wiring.own_devices import OwnFunction
+from vmm.wiring.own_devices import OwnFunction, add_own
 
 INTX_OFF = 0x400
 
@@ -232,3 +233,28 @@ def test_interrupt_that_the_guest_disabled_comes_when_it_enables_it(
     bus.write_config(0, 1, 0, 0x04, 2, 0)
 
     assert (before, line.raised) == (0, 1)
+
+
+# -- boards ---------------------------------------------------------------------------------------
+
+
+class BoardWithoutPorts:
+    """As arm64's."""
+
+    has_ports = False
+
+
+def test_ports_where_there_are_none_are_refused_with_what_there_is() -> None:
+    with pytest.raises(UsageError, match=r"Registers: .* no I/O ports; use vmm.PciDevice"):
+        add_own(Registers(), BoardWithoutPorts(), None, None, None)  # type: ignore[arg-type]
+
+
+def test_ports_that_pyvmm_has_are_refused() -> None:
+    class Board:
+        has_ports = True
+        ports = PortBus()
+
+    Board.ports.add(0x510, 1, Registers())
+
+    with pytest.raises(UsageError, match=r"Registers: ports 0x510 to 0x513 cannot go to"):
+        add_own(Registers(), Board(), None, None, None)  # type: ignore[arg-type]

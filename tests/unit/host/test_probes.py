@@ -53,6 +53,24 @@ def test_guest_that_never_exits_is_stopped_and_its_vm_closed() -> None:
     assert threading.active_count() == 1
 
 
+def test_ctrl_c_while_the_watchdog_starts_leaves_no_watchdog_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    start = threading.Timer.start
+
+    def interrupted(timer: threading.Timer) -> None:
+        start(timer)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Timer, "start", interrupted)
+    host = FakeHost()
+
+    with pytest.raises(KeyboardInterrupt), MicroGuest(host.as_system(), b"") as guest:
+        guest.run()
+
+    assert threading.active_count() == 1
+
+
 def test_signal_that_is_not_the_watchdogs_does_not_end_the_guest() -> None:
     host = FakeHost(InterruptedExit(errno.EINTR), DONE)
 

@@ -50,6 +50,24 @@ def test_policy_brings_the_modules_beside_it_that_it_imports(files: Path) -> Non
     assert job.inputs == [files / name for name in ("policy.py", "near.py", "nearer.py", "pack")]
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--device", "policy.py:Mine,size=1M"],
+        ["--exit-handler=policy.py:Mine"],
+        ["--scheme", "policy.py:Mine"],
+        ["--private-mem=policy.py:Mine"],
+    ],
+)
+def test_other_code_of_the_users_brings_its_modules_too(words: list[str], files: Path) -> None:
+    (files / "policy.py").write_text("import near\n")
+    (files / "near.py").touch()
+
+    job = job_from_arguments(words, files)
+
+    assert job.inputs == [files / "policy.py", files / "near.py"]
+
+
 def test_word_that_is_too_long_for_a_file_name_is_left_alone(files: Path) -> None:
     words = ["python3", "-c", "print(1)\n" * 100]
 

@@ -25,6 +25,7 @@ from vmm.lab.kvm_change import KvmChange, kernel_files, kernel_part
 from vmm.lab.machine import Lab
 from vmm.lab.options import LabOptions
 from vmm.lab.packages import MissingFiles, Packages
+from vmm.lab.work_folder import WorkFolder
 
 VERSION = "7.3.4-1~bpo13+1"
 # Configures by taking the wanted options as they are; compiles one file, unless that is done.
@@ -236,22 +237,29 @@ def test_options_of_the_host_reach_the_configuration(build: Builder) -> None:
     assert "CONFIG_KVM_SW_PROTECTED_VM=y" in options and "CONFIG_KVM_XEN=y" in options
 
 
-def test_interrupted_build_is_begun_from_nothing(
-    build: Builder, tmp_path: Path, progress: Noted, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("during", "goes_on"), [("part", True), ("take_over", False)])
+def test_interrupted_build_goes_on_unless_its_sources_were_half_there(
+    during: str,
+    goes_on: bool,
+    build: Builder,
+    tmp_path: Path,
+    progress: Noted,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def interrupt(text: str) -> None:
+    def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patching:
-        patching.setattr(progress, "part", interrupt)
+        owner = progress if during == "part" else WorkFolder
+        patching.setattr(owner, during, interrupt)
         with pytest.raises(KeyboardInterrupt):
             build(whole())
     (work,) = (tmp_path / "cache" / "kvm-work").iterdir()
     (work / "linux" / "half").touch()
 
-    build(whole())
+    assert build(whole()).read_text() == FILES[0] + FILES[3]
 
-    assert not (work / "linux" / "half").exists()
+    assert (work / "linux" / "half").exists() == goes_on
 
 
 def test_place_where_nothing_can_be_linked_is_named(

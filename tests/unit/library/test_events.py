@@ -28,7 +28,7 @@ def test_events_come_in_order_and_end_with_the_machine() -> None:
     feed.changed([Range(0, 4096)], PageState.SHARED, 0)
     feed.note("ended", exit="poweroff")
 
-    events.end()
+    events.finish()
 
     names = [getattr(event, "what", "changed") for event in events]
     assert names == ["paused", "changed", "ended"]
@@ -50,7 +50,7 @@ def test_reader_waits_for_the_next_event_on_its_own_thread() -> None:
     feed.note("paused")
     assert first.wait(60)
     feed.note("resumed")
-    events.end()
+    events.finish()
     reader.join()
 
     assert [event.what for event in read if isinstance(event, Noted)] == ["paused", "resumed"]
@@ -60,7 +60,7 @@ def test_slow_reader_loses_what_comes_late_and_is_told_how_much() -> None:
     feed, events = followed(capacity=2)
     for number in range(5):
         feed.note(str(number))
-    events.end()
+    events.finish()
 
     *kept, lost = events
 
@@ -71,7 +71,7 @@ def test_slow_reader_loses_what_comes_late_and_is_told_how_much() -> None:
 def test_machine_that_never_starts_has_no_events() -> None:
     events = Events(1)
 
-    events.end()
+    events.finish()
 
     assert list(events) == []
 
@@ -115,7 +115,7 @@ def test_device_that_stops_is_an_event_and_a_trace_hears_of_it_too() -> None:
     assert observer.queue(3) == "queue 3"  # type: ignore[comparison-overlap]
     observer.stopped()
     DeviceEvents(feed, "rng", None).stopped()
-    events.end()
+    events.finish()
 
     assert told == ["stopped"]
     assert [event.details for event in events if isinstance(event, Noted)] == [

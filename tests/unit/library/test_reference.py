@@ -14,7 +14,8 @@ def test_page_has_every_public_name_once() -> None:
     listed = [name for _, names in SECTIONS.values() for name in names]
 
     assert sorted([*listed, "MachineEvent"]) == sorted(vmm.__all__)  # a union, told with the four
-    assert [page().count(f"\n### `{name}`") for name in listed] == [1] * len(listed)
+    text = page()
+    assert [text.count(f"\n### `{name}`") for name in listed] == [1] * len(listed)
 
 
 def test_page_says_something_of_every_public_name_and_has_no_pyvmms_own_paths() -> None:

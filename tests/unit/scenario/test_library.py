@@ -11,7 +11,7 @@ import vmm.scenario
 from tests.support.trace import PAGE, Events
 from vmm.core.errors import UsageError
 from vmm.core.ranges import Range
-from vmm.policy import Decision, Deny, Event, Policy, View
+from vmm.policy import Allow, Decision, Deny, Event, IoEvent, Policy, View
 from vmm.policy.builtin import Quota
 from vmm.scenario import Guest, Scenario, ScenarioError, Share, Steps, load, names, run
 from vmm.scenario.guest import Heap
@@ -59,9 +59,17 @@ def test_device_of_a_recorded_kernel_stops_where_its_memory_was_refused() -> Non
 
     result = run(load("debian-6.12-boot"), [NothingShared()])
 
-    accesses = result.io["refused"]
-    assert result.io["allowed"] == 0
-    assert 1 <= accesses <= 3  # once for each device, which has stopped then
+    assert result.io == {"allowed": 0, "denied": 0, "refused": 2}  # once each of two disks
+
+
+def test_device_of_a_recorded_kernel_makes_no_access_after_a_refused_one() -> None:
+    class NotThere(Policy):
+        def on_io(self, event: IoEvent, view: View) -> Decision:
+            return Deny() if event.device == "net0" else Allow()
+
+    result = run(load("network"), [NotThere()])
+
+    assert result.io == {"allowed": 0, "denied": 1, "refused": 0}
 
 
 def test_recorded_pauses_are_scaled_and_jittered_by_the_seed() -> None:
@@ -188,6 +196,22 @@ def nothing(guest: Guest) -> Steps:
 def test_scenario_of_an_impossible_guest_is_refused(words: str, given: dict[str, object]) -> None:
     with pytest.raises(ScenarioError, match=words):
         Scenario(nothing, **given)  # type: ignore[arg-type]
+
+
+def test_function_that_takes_no_guest_is_one_line() -> None:
+    def nobody() -> Steps:
+        yield Share(Range(0, PAGE))
+
+    with pytest.raises(ScenarioError, match=r"scenario nobody is called with a guest: .* takes 0"):
+        run(Scenario(nobody))
+
+
+def test_parameter_of_an_unknown_type_is_one_line() -> None:
+    def unknown(guest: Guest, size: Nowhere) -> Steps:  # type: ignore[name-defined]  # noqa: F821
+        yield Share(Range(0, PAGE))
+
+    with pytest.raises(ScenarioError, match="scenario unknown: its parameters' types: NameError"):
+        run(Scenario(unknown), parameters={"size": "4K"})
 
 
 def test_heap_gives_each_page_once_and_takes_it_back() -> None:

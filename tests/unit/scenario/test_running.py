@@ -424,7 +424,7 @@ def test_quota_holds_against_a_guest_that_asks_for_more() -> None:
 
 
 @pytest.mark.parametrize("who", ["scenario waits_for_ever, step 2,", "policy Sleeps: on_share"])
-def test_who_does_not_return_is_told_once(who: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_does_not_return_is_told(who: str, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
     goes_on = threading.Event()
 
@@ -452,3 +452,29 @@ def test_who_does_not_return_is_told_once(who: str, monkeypatch: pytest.MonkeyPa
     assert len(told) == 1
     assert told[0].startswith(who)
     assert told[0].endswith("has not returned for 0.02 s; Ctrl-C ends the run")
+
+
+def test_run_that_stands_still_is_found_once() -> None:
+    class Standing:
+        steps = 5
+        silent = "it"
+
+    run, looks = Standing(), watch.Watch(1e6)
+
+    with looks.over(run):
+        first, second, third = (looks._standing_still() for _ in range(3))
+
+    assert (first, second, third) == ([], [run], [])
+
+
+def test_run_that_gets_on_is_not_found() -> None:
+    class Going:
+        steps = 0
+        silent = "it"
+
+    run, looks = Going(), watch.Watch(1e6)
+
+    with looks.over(run):
+        for _ in range(3):
+            assert looks._standing_still() == []
+            run.steps += 1

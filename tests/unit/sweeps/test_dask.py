@@ -182,6 +182,21 @@ def test_worker_with_another_version_is_refused(
     assert "install the same on all machines" in result.complaint
 
 
+def test_worker_whose_sources_differ_carries_out_nothing(
+    sweep: Callable[..., Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # One that has joined after the others were looked at.
+    monkeypatch.setattr(DaskExecutor, "_look", lambda self, first=False: None)
+    monkeypatch.setattr(DaskExecutor, "room", 10)
+    monkeypatch.setattr(versions, "code_digest", lambda: "mine")
+
+    result = sweep()
+
+    assert result.status == 2
+    assert " runs other sources of pyvmm " in result.complaint
+    assert rows(folder) == []
+
+
 @pytest.mark.parametrize(
     ("address", "reason"),
     [

@@ -10,6 +10,7 @@ import pytest
 from vmm.core.errors import UsageError
 from vmm.sweeps.definition import Definition, parse, read
 
+ROOT = Path(__file__).resolve().parents[3]
 POLICY = '[[policy]]\nuse = "m:A"\n'
 WORKLOAD = '[[workload]]\nreplay = "t"\n'
 
@@ -134,7 +135,12 @@ def test_definition_with_a_mistake_is_one_line_with_the_place(text: str, message
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"a = [", "is no TOML: "), (b"\xff", "is no TOML: "), (None, "cannot be read: No such file")],
+    [
+        (b"a = [", "is no TOML: "),
+        (b"a = " + b"1" * 5000, "is no TOML: "),
+        (b"\xff", "is no TOML: "),
+        (None, "cannot be read: No such file"),
+    ],
 )
 def test_file_that_is_no_toml_is_refused(
     tmp_path: Path, content: bytes | None, message: str
@@ -154,3 +160,15 @@ def test_sweep_is_called_as_its_file_unless_it_says(tmp_path: Path) -> None:
     assert read(str(path)).name == "night"
     path.write_text('name = "other"\n' + POLICY + WORKLOAD)
     assert read(str(path)).name == "other"
+
+
+def test_example_is_the_sweep_of_the_how_to() -> None:
+    example = read(str(ROOT / "vmm/examples/sweep/boots.toml"))
+    page = (ROOT / "vmm/docs/howto/sweep-on-many-machines.md").read_text()
+    block = page.partition("```toml boots.toml\n")[2].partition("```")[0]
+
+    shown = parse(tomllib.loads(block), "boots.toml", "boots", example.folder)
+
+    assert shown == example
+    assert len({policy.name for policy in shown.policies}) >= 6
+    assert {workload.kernel for workload in shown.workloads} == {"6.12", "7.3"}

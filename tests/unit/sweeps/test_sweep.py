@@ -85,6 +85,17 @@ def test_changed_trace_is_run_again(command: Command, folder: Path) -> None:
     assert len(rows(folder)) == 6
 
 
+def test_changed_pyvmm_is_run_again(
+    command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command("sweep", "s.toml")
+    monkeypatch.setattr("vmm.sweeps.jobs.figures_digest", lambda: "another converter")
+
+    command("sweep", "s.toml")
+
+    assert len(rows(folder)) == 6
+
+
 def test_definition_and_contents_are_in_the_store(command: Command, folder: Path) -> None:
     command("sweep", "s.toml")
 

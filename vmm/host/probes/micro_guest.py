@@ -74,12 +74,13 @@ class MicroGuest(ABC):
             signal.pthread_kill(runner, KICK_SIGNAL)
 
         watchdog = threading.Timer(self._seconds, bark)
-        watchdog.start()
         try:
+            watchdog.start()  # Ctrl-C may come while it waits for the thread
             yield
         finally:
             watchdog.cancel()
-            watchdog.join()
+            if watchdog.ident is not None:
+                watchdog.join()
 
     def next_exit(self) -> Exit:
         """KVM_RUN, repeated for signals other than the watchdog's."""
