@@ -59,7 +59,8 @@ def _executes(arguments: Sequence[str]) -> bool:
     """Whether a run was asked to run a command in the guest, whose status is the run's."""
     with contextlib.suppress(UsageError):  # which is what the command ended with
         arguments = _with_config_file(arguments)
-    return any(word == "--exec" or word.startswith("--exec=") for word in arguments)
+    ours = arguments[: arguments.index("--lab-exec")] if "--lab-exec" in arguments else arguments
+    return any(word == "--exec" or word.startswith("--exec=") for word in ours)
 
 
 def _command(arguments: Sequence[str]) -> int:

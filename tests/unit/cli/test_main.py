@@ -357,3 +357,19 @@ def test_interrupts_are_errors_again_once_pyvmm_is_imported(
         gc.set_threshold(*THRESHOLDS)
 
     assert ended.value.code == 5
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        (["--exec", "ls"], 125),
+        (["--exec=ls"], 125),
+        (["lab", "--exec", "ls", "--no-such-option"], 125),
+        (["lab", "--lab-mem", "x", "--lab-exec", "sh", "--exec"], 2),
+        (["--mem", "x"], 2),
+    ],
+)
+def test_own_failure_with_a_command_has_a_status_of_its_own(
+    command: Command, words: list[str], status: int
+) -> None:
+    assert command(*words).status == status
