@@ -594,11 +594,15 @@ class Machine:
             self.report["launch"] = self._guest.launch
         if self._config.sandbox != "off":
             kept = self._sandbox
-            self.report["sandbox"] = kept and {
-                "seccomp": kept.seccomp,
-                "landlock": kept.landlock,
-                "paths": list(kept.paths),
-            }
+            self.report["sandbox"] = (
+                None
+                if kept is None
+                else {
+                    "seccomp": kept.seccomp,
+                    "landlock": kept.landlock,
+                    "paths": list(kept.paths),
+                }
+            )
         if self._lender is not None:
             self.report["iommu"] = self._lender.as_dict()
         if self._memory_file is not None:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from vmm.core.lean_typing import NamedTuple
-
 _O_ACCMODE, _O_CREAT, _O_TRUNC = 0o3, 0o100, 0o1000
 _MAP_PRIVATE, _MAP_ANONYMOUS, _PROT_EXEC = 0x02, 0x20, 0x4
 _CLONE_THREAD = 0x10000
@@ -71,13 +69,18 @@ NOT_FOR_VCPUS = _names("accept4 socket connect wait4 waitid kill dup2 dup3 flock
 """What the device loop may call and a vCPU's thread may not."""
 
 
-class Condition(NamedTuple):
+class Condition:  # a NamedTuple would be a part of a start that can be felt
     """An argument's low 32 bits, `mask` applied, are one of `values` (or none of them)."""
 
-    argument: int
-    mask: int
-    values: Sequence[int]
-    negated: bool = False
+    __slots__ = ("argument", "mask", "negated", "values")
+
+    def __init__(
+        self, argument: int, mask: int, values: Sequence[int], negated: bool = False
+    ) -> None:
+        self.argument = argument
+        self.mask = mask
+        self.values = values
+        self.negated = negated
 
 
 Alternatives = Sequence[Sequence[Condition]]
@@ -86,22 +89,33 @@ Alternatives = Sequence[Sequence[Condition]]
 _WORD = 0xFFFFFFFF
 
 
-class Needs(NamedTuple):
+class Needs:
     """What a run's filters depend on."""
 
-    pid: int
-    kept: Sequence[int] = ()
-    """File descriptors that nobody may map: disks, guest memory, the standard ones."""
-    outputs: Sequence[int] = (1, 2)
-    """Those that may get another file put in their place: a console that nobody reads."""
-    maps: bool = False
-    """Whether files are mapped after all: a disk with io=mmap, a trace that is read."""
-    connects: bool = False
-    """Whether a device connects to Unix sockets (vsock)."""
-    writes: bool = False
-    """Whether there are folders to write to."""
-    landlock: bool = True
-    """Whether Landlock says which files may be opened; else none for writing."""
+    def __init__(
+        self,
+        pid: int,
+        kept: Sequence[int] = (),
+        outputs: Sequence[int] = (1, 2),
+        *,
+        maps: bool = False,
+        connects: bool = False,
+        writes: bool = False,
+        landlock: bool = True,
+    ) -> None:
+        """`kept`: file descriptors that nobody may map: disks, guest memory, the standard ones.
+        `outputs`: those that may get another file put in their place: a console that nobody reads.
+        `maps`: files are mapped after all: a disk with io=mmap, a trace that is read. `connects`:
+        a device connects to Unix sockets (vsock). `writes`: there are folders to write to.
+        `landlock`: it says which files may be opened; else none for writing.
+        """
+        self.pid = pid
+        self.kept = kept
+        self.outputs = outputs
+        self.maps = maps
+        self.connects = connects
+        self.writes = writes
+        self.landlock = landlock
 
 
 def conditional(needs: Needs) -> dict[str, Alternatives]:
@@ -145,7 +159,7 @@ def conditional(needs: Needs) -> dict[str, Alternatives]:
         "dup2": [[Condition(1, _WORD, needs.outputs)]],
         "dup3": [[Condition(1, _WORD, needs.outputs)]],
         "openat": [opened],
-        "open": [[condition._replace(argument=1) for condition in opened]],
+        "open": [[Condition(1, each.mask, each.values) for each in opened]],
     }
     if needs.connects:
         calls["socket"] = [[Condition(0, _WORD, (_AF_UNIX,))]]

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 from kvm_bindings import KvmError, sandbox
 from vmm.core.errors import HostError, UsageError
-from vmm.core.lean_typing import NamedTuple
 from vmm.sandbox import seccomp
 from vmm.sandbox.calls import NOT_FOR_VCPUS, Needs, allowed, conditional
 from vmm.sandbox.paths import READ, readable
@@ -24,14 +23,15 @@ WRITE = (
 )
 
 
-class Sandbox(NamedTuple):
+class Sandbox:
     """What a run has given up, as its report has it."""
 
-    seccomp: bool
-    landlock: int
-    """Landlock's version; 0: none, and then nothing is opened for writing at all."""
-    paths: Sequence[str]
-    """What the user has given back (--allow-path)."""
+    def __init__(self, seccomp: bool, landlock: int, paths: Sequence[str]) -> None:
+        """`landlock`: its version; 0: none, and then nothing is opened for writing at all.
+        `paths`: what the user has given back (--allow-path)."""
+        self.seccomp = seccomp
+        self.landlock = landlock
+        self.paths = paths
 
 
 def enter(
@@ -70,7 +70,13 @@ def enter(
             )
         outputs = (1, 2) if output is None else (1, 2, output)
         needs = Needs(
-            os.getpid(), (0, *outputs, *kept), outputs, maps, connects, writes, version > 0
+            os.getpid(),
+            (0, *outputs, *kept),
+            outputs,
+            maps=maps,
+            connects=connects,
+            writes=writes,
+            landlock=version > 0,
         )
         sandbox.seccomp(seccomp.allow_only(allowed(needs), conditional(needs)), all_threads=True)
     except KvmError as error:

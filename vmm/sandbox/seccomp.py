@@ -77,8 +77,11 @@ def _body(alternatives: Alternatives) -> list[Instruction]:
 
 def _condition(condition: Condition) -> list[Instruction]:
     """Skips the one instruction after it where the condition holds."""
-    argument, mask, values, negated = condition
-    program = [(_LOAD, 0, 0, _ARGUMENTS + 8 * argument), (_AND, 0, 0, mask)]
+    values, negated = condition.values, condition.negated
+    program = [
+        (_LOAD, 0, 0, _ARGUMENTS + 8 * condition.argument),
+        (_AND, 0, 0, condition.mask),
+    ]
     left = len(values)
     for value in values:
         left -= 1

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,12 @@ from vmm.sandbox.calls import Condition, Needs
 
 ALLOW, EPERM, ENOSYS = 0x7FFF0000, 0x00050000 | errno.EPERM, 0x00050000 | errno.ENOSYS
 KILL = 0x80000000
-NEEDS = Needs(pid=1234, kept=(0, 1, 2, 9))
+
+
+def needs(**more: Any) -> Needs:
+    return Needs(pid=1234, kept=(0, 1, 2, 9), **more)
+
+
 ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -53,8 +59,9 @@ def verdict(
             return k
 
 
-def of_loop(needs: Needs = NEEDS) -> list[seccomp.Instruction]:
-    return seccomp.allow_only(calls.allowed(needs), calls.conditional(needs))
+def of_loop(of: Needs | None = None) -> list[seccomp.Instruction]:
+    of = of or needs()
+    return seccomp.allow_only(calls.allowed(of), calls.conditional(of))
 
 
 def number(name: str) -> int:
@@ -86,7 +93,7 @@ def test_plain_calls_are_allowed(name: str) -> None:
 @pytest.mark.parametrize("name", ["renameat2", "unlinkat", "mkdirat"])
 def test_calls_on_folders_are_allowed_only_where_some_are_writable(name: str) -> None:
     assert verdict(of_loop(), number(name)) == EPERM
-    assert verdict(of_loop(NEEDS._replace(writes=True)), number(name)) == ALLOW
+    assert verdict(of_loop(needs(writes=True)), number(name)) == ALLOW
 
 
 def test_unknown_and_new_calls_are_refused() -> None:
@@ -121,7 +128,7 @@ def test_mappings_are_anonymous_or_of_files_that_are_not_kept() -> None:
     assert verdict(program, mmap, 0, 4096, read_execute, private, 20) == ALLOW
     assert verdict(program, mmap, 0, 4096, 1, private, 9) == EPERM
     assert verdict(program, mmap, 0, 4096, 1, shared, 20) == EPERM
-    mapped = of_loop(NEEDS._replace(maps=True))
+    mapped = of_loop(needs(maps=True))
     assert verdict(mapped, mmap, 0, 4096, 3, shared, 9) == ALLOW
     assert verdict(mapped, mmap, 0, 4096, read_execute, shared, 9) == EPERM
 
@@ -134,7 +141,7 @@ def test_signals_and_copies_are_for_this_process_only() -> None:
 
 def test_opening_for_writing_needs_landlock_or_is_refused() -> None:
     write, create = 1, 0o101
-    without = of_loop(NEEDS._replace(landlock=False))
+    without = of_loop(needs(landlock=False))
 
     assert verdict(of_loop(), number("openat"), 0, 0, write) == ALLOW
     assert verdict(of_loop(), number("openat"), 0, 0, create) == EPERM
@@ -143,14 +150,14 @@ def test_opening_for_writing_needs_landlock_or_is_refused() -> None:
 
 
 def test_descriptor_is_put_in_the_place_of_an_output_only() -> None:
-    program = of_loop(NEEDS._replace(outputs=(1, 2, 12)))
+    program = of_loop(needs(outputs=(1, 2, 12)))
 
     assert verdict(program, number("dup3"), 5, 12) == ALLOW
     assert verdict(program, number("dup3"), 5, 9) == EPERM
 
 
 def test_only_unix_sockets_and_only_where_a_device_connects() -> None:
-    connecting = of_loop(NEEDS._replace(connects=True))
+    connecting = of_loop(needs(connects=True))
 
     assert verdict(of_loop(), number("socket"), 1, 1) == EPERM
     assert verdict(connecting, number("socket"), 1, 1) == ALLOW
