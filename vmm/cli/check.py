@@ -74,7 +74,16 @@ def shown(found: HostCheck, verbose: bool) -> Iterator[tuple[str, str]]:
 
 
 def _wrapped(text: str, indent: str) -> list[str]:
-    return textwrap.wrap(text, width(), subsequent_indent=indent, break_on_hyphens=False)
+    rest = text.lstrip(" ")
+    return textwrap.wrap(
+        rest,
+        width(),
+        # As an indent: a word that is too long for the line would lose the spaces before it.
+        initial_indent=text[: len(text) - len(rest)],
+        subsequent_indent=indent,
+        break_on_hyphens=False,
+        break_long_words=False,  # a path can be copied
+    )
 
 
 def verdict(found: HostCheck, verbose: bool) -> list[str]:

@@ -203,6 +203,12 @@ BINDINGS_WITH_POINTERS = {"system.py", "vcpu.py", "datapath.py", "mapped.py", "v
 """The last three: their callers' buffers, and their own."""
 POINTER_CALLS = {"cast", "buffer", "from_buffer", "memmove", "string", "unpack"}
 
+LIBFUSE = {
+    "vmm/control/memory_file/mount.py": ["ctypes", "from_address"],
+    "vmm/control/memory_file/place.py": ["ctypes"],
+}
+"""Its own buffers, which it hands to its callbacks, and umount2(2): no guest memory."""
+
 
 def ways_to_dereference(source: str) -> list[str]:
     """Names of modules and functions in `source` that can turn an address into bytes."""
@@ -227,7 +233,7 @@ def test_program_has_no_means_to_dereference_an_address() -> None:
         if (ways := ways_to_dereference(path.read_text()))
     }
 
-    assert found == {}
+    assert found == LIBFUSE
 
 
 @pytest.mark.parametrize(
