@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import select
@@ -72,6 +73,7 @@ class Console:
         try:
             # A number of its own: `abandon_output` puts something else behind it.
             self._stdout: int | None = os.dup(stdout)
+            self._dropped: int | None = None
         except OSError:
             os.close(self._room)
             raise
@@ -131,9 +133,12 @@ class Console:
         return self._stdout
 
     def _drop_output(self) -> None:
+        """Its number stays taken, by /dev/null: a sandbox knows it as one that nobody maps, and a
+        module of Python's that is loaded late must not get it."""
         if self._stdout is not None:
-            os.close(self._stdout)
-            self._stdout = None
+            with contextlib.suppress(OSError):  # no number left for /dev/null: nor for a module
+                self.abandon_output()
+            self._dropped, self._stdout = self._stdout, None
 
     def tail(self) -> bytes:
         """The last few KiB of output."""
@@ -168,7 +173,10 @@ class Console:
 
     def close(self) -> None:
         self.restore()
-        self._drop_output()
+        for fd in (self._stdout, self._dropped):
+            if fd is not None:
+                os.close(fd)
+        self._stdout = self._dropped = None
         os.close(self._room)
 
     def _watch(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,16 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "p.py").write_text(POLICIES)
     (tmp_path / "s.toml").write_text(SWEEP)
     return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def no_modules_of_other_tests(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A policy file's folder stays on the path of the process that has loaded it, as it should in
+    a run; another test's `p.py` would be found there."""
+    base = str(tmp_path_factory.getbasetemp())
+    monkeypatch.setattr(sys, "path", [each for each in sys.path if not each.startswith(base)])
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None)).startswith(base):
+            monkeypatch.delitem(sys.modules, name)
