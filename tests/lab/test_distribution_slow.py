@@ -40,7 +40,7 @@ def image(lab: Lab, tmp_path: Path) -> Path:
 def test_debian_comes_to_its_login_in_private_memory_and_powers_off(
     lab_start: Starter, image: Path
 ) -> None:
-    words = ["--kernel", "debian:7.3", "--root", image.name, "--private-mem", "--mem", "512M"]
+    words = ["--kernel", "debian:7.3", "--root", str(image), "--private-mem", "--mem", "512M"]
     began = time.monotonic()
     run = lab_start(words)
 
