@@ -204,9 +204,9 @@ def test_command_shows_the_users_own_frames_alone(tmp_path: Path) -> None:
 
 def test_signal_ends_a_run_whose_device_never_returns(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
-        "import time\nfrom vmm.examples.ram_disk import RamDisk\n\n\nclass Mine(RamDisk):\n"
+        "import threading\nfrom vmm.examples.ram_disk import RamDisk\n\n\nclass Mine(RamDisk):\n"
         "    def answer(self, queue, request, room):\n"
-        "        print('answering', flush=True)\n        time.sleep(1e6)\n"
+        "        print('answering', flush=True)\n        threading.Event().wait()\n"
     )
     words = ["--private-mem", "--device", f"{tmp_path}/mine.py:Mine"]
 

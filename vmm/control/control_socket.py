@@ -15,9 +15,9 @@ import json
 import os
 import select
 import socket
-import time
 from collections.abc import Callable, Iterator, Sequence
 
+from vmm.control.accepting import Accepting
 from vmm.control.operations import REST_SECONDS, Operations
 from vmm.conversion.events import (
     CAPACITY,
@@ -41,7 +41,6 @@ ROWS_AT_ONCE = 512
 """How much of a long answer is made at once: a guest can have its page states make one of tens of
 thousands of rows, and the device loop, which makes it, has to go on."""
 EVENTS_AT_ONCE = 256
-_ACCEPT_AGAIN_SECONDS = 1.0
 
 _WHY = {
     errno.EACCES: "a policy refused it",
@@ -75,22 +74,10 @@ class ControlSocket:
         self._loop = loop
         self._operations = operations
         loop.add(self._bell, self._on_events, unheld=True)
-        self._listen()
+        self._accepting = Accepting(loop, self._listener, self._take)
 
-    def _listen(self) -> None:
+    def _take(self, connection: socket.socket) -> None:
         assert self._loop is not None
-        self._loop.add(self._listener.fd, self._accept, unheld=True)
-
-    def _accept(self) -> None:
-        assert self._loop is not None
-        try:
-            connection = self._listener.accept()
-        except OSError:  # no fd is free: trying at once would not help
-            self._loop.remove(self._listener.fd)
-            self._loop.set_timer(time.monotonic() + _ACCEPT_AGAIN_SECONDS, self._listen)
-            return
-        if connection is None:
-            return
         client = _Client(connection, self._loop, self._answer, self._clients.discard, self._ring)
         if len(self._clients) >= MOST_CLIENTS:
             client.say({"ok": False, "error": f"{MOST_CLIENTS} clients are connected already"})
@@ -145,7 +132,7 @@ class ControlSocket:
                 client.look_for_events()  # to how the run ended
             client.close()
         if self._loop is not None:
-            self._loop.remove(self._listener.fd)
+            self._accepting.stop()
             self._loop.remove(self._bell)
             self._loop = None
         if self._bell >= 0:

@@ -171,6 +171,8 @@ def _handler(handler: ExitHandler) -> ExitHandler:
     if not handler.exits and not handler.hypercalls:
         name = type(handler).__name__
         raise UsageError(f"{name} handles nothing: give it exits, or hypercalls")
+    if type(handler).handle is ExitHandler.handle:
+        raise UsageError(f"{type(handler).__name__} has no handle(vcpu, exit); write one")
     return handler
 
 

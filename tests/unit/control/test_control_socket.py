@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.support.control import Server, line
-from vmm.control import control_socket as module
+from vmm.control import accepting as accepting_module
 from vmm.control.control_socket import (
     LONGEST_LINE,
     MOST_CLIENTS,
@@ -244,7 +244,8 @@ def test_path_that_cannot_be_a_socket_is_refused(path: str, why: str) -> None:
 
 def test_lack_of_fds_is_survived(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     failed = threading.Event()
-    listener = server.control._listener
+    accepting = server.control._accepting
+    listener = accepting._listener
     accept = listener.accept
 
     class NoFds:
@@ -257,8 +258,8 @@ def test_lack_of_fds_is_survived(server: Server, monkeypatch: pytest.MonkeyPatch
                 raise OSError(errno.EMFILE, "too many open files")
             return accept()
 
-    monkeypatch.setattr(module, "_ACCEPT_AGAIN_SECONDS", 0.001)
-    server.control._listener = NoFds()  # type: ignore[assignment]
+    monkeypatch.setattr(accepting_module, "AGAIN_SECONDS", 0.001)
+    accepting._listener = NoFds()
 
     assert server.ask(line("status"))[0]["ok"]
     assert failed.is_set()

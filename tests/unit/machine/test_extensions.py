@@ -52,11 +52,19 @@ def test_device_that_cannot_be_one_is_refused(device: Any, words: str) -> None:
         Extensions([device])
 
 
+def made_handler() -> ExitHandler:
+    class Empty(ExitHandler):
+        hypercalls = (12,)
+
+    return Empty()
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
         ({"exits": [object()]}, "not an instance of a subclass of vmm.ExitHandler"),
         ({"exits": [ExitHandler()]}, "ExitHandler handles nothing"),
+        ({"exits": [made_handler()]}, r"Empty has no handle\(vcpu, exit\); write one"),
         ({"scheme": type("Mine", (), {})}, "scheme Mine.like is None; name the scheme whose VM"),
         ({"scheme": type("Mine", (Costly,), {"like": "pkvm"})}, "Mine.like is 'pkvm'"),
         ({"backing": type("Mine", (), {"like": "ram"})}, "backing Mine.like is 'ram'"),

@@ -10,12 +10,13 @@ import contextlib
 import socket
 import time
 
+from vmm.control.accepting import Accepting, Listener
 from vmm.control.gdb.packets import INTERRUPT, LONGEST, Packet, Parser, TooLong, framed
 from vmm.control.gdb.session import Session
 from vmm.control.gdb.target import Stop, Target
 from vmm.core.errors import UsageError
 from vmm.core.event_loop import URGENT_SECONDS, EventLoop, drain
-from vmm.core.lean_typing import TYPE_CHECKING, Protocol
+from vmm.core.lean_typing import TYPE_CHECKING
 from vmm.core.unix_listener import UnixListener
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ MOST_RESENT = 16
 LOOK_AGAIN_SECONDS, STILL_SECONDS = 0.002, 0.25
 """How often, and how long in all, vCPUs are waited for that are in a handler when all are to stand
 still. After that the stop is told all the same: such a vCPU runs no guest code either."""
-_ACCEPT_AGAIN_SECONDS = 1.0
 
 
 def port_of(where: str) -> int | None:
@@ -40,13 +40,6 @@ def port_of(where: str) -> int | None:
     if not 1 <= port <= 65535:
         raise UsageError(f"--gdb {where}: a TCP port is 1 to 65535")
     return port
-
-
-class Listener(Protocol):
-    fd: int
-
-    def accept(self) -> socket.socket | None: ...
-    def close(self) -> None: ...
 
 
 class _TcpListener:
@@ -95,6 +88,7 @@ class GdbServer:
         self.where = where
         self._listener = listen(where)
         self._loop: EventLoop | None = None
+        self._accepting: Accepting | None = None
         self._client: _Client | None = None
 
     def serve(self, loop: EventLoop, target: Target, quit: Callable[[], None]) -> None:
@@ -103,22 +97,10 @@ class GdbServer:
         self._loop, self._target, self._quit = loop, target, quit
         target.freeze()
         loop.add(target.signal, self._caught, unheld=True)
-        self._listen()
+        self._accepting = Accepting(loop, self._listener, self._take)
 
-    def _listen(self) -> None:
+    def _take(self, connection: socket.socket) -> None:
         assert self._loop is not None
-        self._loop.add(self._listener.fd, self._accept, unheld=True)
-
-    def _accept(self) -> None:
-        assert self._loop is not None
-        try:
-            connection = self._listener.accept()
-        except OSError:  # no fd is free: trying at once would not help
-            self._loop.remove(self._listener.fd)
-            self._loop.set_timer(time.monotonic() + _ACCEPT_AGAIN_SECONDS, self._listen)
-            return
-        if connection is None:
-            return
         if self._client is not None and self._client.has_begun:
             connection.close()  # one debugger at a time; there is no packet that would say so
             return
@@ -142,9 +124,9 @@ class GdbServer:
         if self._client is not None:
             self._client.say_ended(exit_status)
             self._client.drop()
-        if self._loop is not None:
+        if self._loop is not None and self._accepting is not None:
             self._loop.remove(self._target.signal)
-            self._loop.remove(self._listener.fd)
+            self._accepting.stop()
             self._loop = None
         self._listener.close()
 
