@@ -24,11 +24,9 @@ def readable() -> set[str]:
         path = os.path.realpath(entry) if entry else here
         if path is not None and path != here:
             found.add(path)
-    for module in list(sys.modules.values()):
-        file = getattr(module, "__file__", None)
-        if file and not any(file.startswith(folder + "/") for folder in found):
-            found.add(file)
-    return found
+    beneath = tuple(folder + "/" for folder in found)
+    files = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
+    return found | {file for file in files if file and not file.startswith(beneath)}
 
 
 def _has_folder() -> bool:

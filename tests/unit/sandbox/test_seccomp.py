@@ -54,6 +54,8 @@ def verdict(
             at += if_true if value == k else if_false
         elif code == 0x25:
             at += if_true if value > k else if_false
+        elif code == 0x35:
+            at += if_true if value >= k else if_false
         else:
             assert code == 0x06
             return k
@@ -94,6 +96,15 @@ def test_plain_calls_are_allowed(name: str) -> None:
 def test_calls_on_folders_are_allowed_only_where_some_are_writable(name: str) -> None:
     assert verdict(of_loop(), number(name)) == EPERM
     assert verdict(of_loop(needs(writes=True)), number(name)) == ALLOW
+
+
+def test_exactly_the_calls_that_are_named_are_allowed() -> None:
+    program = seccomp.allow_only(calls.ALWAYS, {})
+    named = {sandbox.syscall_number(name) for name in calls.ALWAYS}
+
+    allowed = {each for each in range(1000) if verdict(program, each) == ALLOW}
+
+    assert allowed == named - {None}
 
 
 def test_unknown_and_new_calls_are_refused() -> None:
