@@ -11,6 +11,7 @@ from vmm.machine.config import MachineConfig
 
 if TYPE_CHECKING:
     from vmm.devices.virtio.device import VirtioDevice
+    from vmm.machine.device_processes import DeviceProcesses
     from vmm.machine.execution import Execution
 
 MOST_DEVICES = 31
@@ -41,6 +42,15 @@ def open_devices(
     imported.
     """
     devices: dict[str, VirtioDevice] = {}
+    processes: list[DeviceProcesses] = []
+
+    def apart() -> DeviceProcesses:
+        if not processes:
+            from vmm.machine.device_processes import DeviceProcesses
+
+            processes.append(DeviceProcesses(confined=config.sandbox != "off"))
+            owner.callback(processes[0].close)
+        return processes[0]
 
     def add(name: str, device: VirtioDevice) -> None:
         owner.callback(device.close)
@@ -52,7 +62,10 @@ def open_devices(
 
         for number, spec in enumerate(config.disks):
             disk = open_disk(spec)
-            add(f"blk{number}", VirtioBlock(disk, fdops.punch_hole))
+            if disk.apart:
+                add(f"blk{number}", apart().disk(f"blk{number}", disk))
+            else:
+                add(f"blk{number}", VirtioBlock(disk, fdops.punch_hole))
             if disk.engine == "mmap" and not config.allow_mapped_io:
                 raise UsageError(
                     f"--disk {spec}: io=mmap reads and writes guest memory itself, which nothing "
@@ -86,6 +99,8 @@ def open_devices(
 
         add("iommu", VirtioIommu())
     require_slots(len(devices))
+    if processes:
+        processes[0].begin()
     return devices
 
 

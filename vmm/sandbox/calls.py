@@ -65,6 +65,14 @@ WORKER = _names(
     "sched_getaffinity"
 )
 """For a child that only computes: no threads, no signals to others, no callers."""
+DEVICE = _names(
+    "read write readv writev pread64 pwrite64 fdatasync fallocate fadvise64 lseek fstat close "
+    "recvfrom sendto shutdown poll ppoll munmap mremap madvise brk futex sched_yield clock_gettime "
+    "getpid gettid getrandom rt_sigaction rt_sigprocmask rt_sigreturn sigaltstack rseq exit "
+    "exit_group restart_syscall"
+)
+"""For a device in a process of its own: bytes, on its disk or its network, and its socket. None
+opens, maps, connects or starts anything."""
 NOT_FOR_VCPUS = _names("accept4 socket connect wait4 waitid kill dup2 dup3 flock")
 """What the device loop may call and a vCPU's thread may not."""
 

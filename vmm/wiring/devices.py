@@ -118,6 +118,8 @@ class Devices:
             msix_base=slot.msix_base,
         )
         device.watch = self._loop.watch
+        if device.apart:
+            device.set_timer = self._loop.set_timer  # type: ignore[attr-defined]  # ProcessDevice's
         self._opened.callback(device.disconnect)
         line.add_source(transport.interrupt_pending)
         notifier.serve(transport.notify)
