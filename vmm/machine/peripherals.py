@@ -34,17 +34,26 @@ def device_names(config: MachineConfig) -> list[str]:
 
 
 def open_devices(
-    config: MachineConfig, owner: ExitStack, execution: Execution | None = None
+    config: MachineConfig,
+    owner: ExitStack,
+    execution: Execution | None = None,
+    *,
+    may_fork: bool = True,
 ) -> dict[str, VirtioDevice]:
     """The devices by their names in the report, in the order of their PCI slots: disks first.
 
-    `owner` closes what was opened. Raises UsageError and HostError. Only what is used is
-    imported.
+    `owner` closes what was opened; `may_fork`: whether this process is the machine's alone.
+    Raises UsageError and HostError. Only what is used is imported.
     """
     devices: dict[str, VirtioDevice] = {}
     processes: list[DeviceProcesses] = []
 
     def apart() -> DeviceProcesses:
+        if not may_fork:
+            raise UsageError(
+                "a device's process is a fork of pyvmm's own, and this one is a program's; leave "
+                "the setting process away, or use pyvmm run"
+            )
         if not processes:
             from vmm.machine.device_processes import DeviceProcesses
 

@@ -127,7 +127,7 @@ class VirtioDevice(ABC):
     """Whether its driver keeps its processor waiting for the answer: queue 0 is then served by the
     vCPU that notifies it, before the guest goes on."""
     apart = False
-    """Whether it runs in a process of its own (vmm.devices.process), and this only stands for it."""
+    """Whether this stands for a device in a process of its own (vmm.devices.process)."""
     engine: str | None = None
     """How its bytes are moved from and to a file; None where it makes no transfers."""
     may_decline = 0
