@@ -31,11 +31,13 @@ PLACES = {"in pyvmm": "", "in a process": ",process"}
 _RESULT = re.compile(r"result (\S+): (\d+) ticks")
 
 
-def measure(disk: Path, rounds: int) -> Iterator[tuple[str, dict[str, list[float]]]]:
+def measure(
+    disk: Path, rounds: int, tests: dict[str, str]
+) -> Iterator[tuple[str, dict[str, list[float]]]]:
     """For each test the microseconds a request of every round, by place."""
     rate = floors.tick_rate()
     taken: dict[str, dict[str, list[float]]] = {
-        test: {place: [] for place in PLACES} for test in TESTS
+        test: {place: [] for place in PLACES} for test in tests
     }
     name = str(disk).replace(",", ",,")
     for number in range(rounds):
@@ -43,11 +45,11 @@ def measure(disk: Path, rounds: int) -> Iterator[tuple[str, dict[str, list[float
         for place in order:
             words = pyvmm(
                 "--kernel", str(bench_guest()), "--mem", "256M", "--append",
-                f"-- {' '.join(TESTS)} e2000", "--disk", name + PLACES[place],
+                f"-- {' '.join(tests)} e2000", "--disk", name + PLACES[place],
             )  # fmt: skip
             for line, _ in results_of(words):
                 match = _RESULT.match(line)
-                if match is not None and match[1] in TESTS:
+                if match is not None and match[1] in tests:
                     count = int(match[1].rpartition("n")[2])
                     taken[match[1]][place].append(int(match[2]) / rate / count * 1e6)
     yield from taken.items()
@@ -57,12 +59,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("rounds", type=int, nargs="?", default=8)
     parser.add_argument("--disk", type=Path)
+    parser.add_argument("--tests", type=int, default=len(TESTS), help="only so many of them")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         disk = arguments.disk or Path(folder, "disk.img")
         disk_bench.fill(disk)
         print(f"{'':<34}{'in pyvmm':>10}{'process':>10}   ratio (quartiles)")
-        for test, places in measure(disk, arguments.rounds):
+        for test, places in measure(
+            disk, arguments.rounds, dict([*TESTS.items()][: arguments.tests])
+        ):
             here, there = places.values()
             ratios = [one / other for one, other in zip(here, there, strict=True)]
             low, middle, high = quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3

@@ -6,11 +6,17 @@ from kvm_bindings import fdops
 from vmm.core.disk_image import SECTOR
 from vmm.devices.process.front_end import MovedFile, ProcessDevice
 from vmm.devices.process.spawner import Job, Spawner
-from vmm.devices.virtio.block import VirtioBlock
+from vmm.devices.virtio.block import F_FLUSH, VirtioBlock
 from vmm.devices.virtio.block_file import DiskFile
 
-DISK_PATIENCE = 3
-"""As VirtioBlock's, where each look is a message."""
+DISK_PATIENCE = 2
+"""As VirtioBlock's, where a look is a message: the first comes with what was returned."""
+
+
+def _flushes(features: int) -> bool:
+    """Whether a disk's driver flushes. For one that doesn't, a write is on the disk when it has
+    been moved, which has to be before the device sees to that."""
+    return bool(features & F_FLUSH)
 
 
 class DeviceProcesses:
@@ -28,7 +34,7 @@ class DeviceProcesses:
     def disk(self, name: str, disk: DiskFile) -> ProcessDevice:
         """The device that stands for a disk's."""
         device = VirtioBlock(disk, fdops.punch_hole, DISK_PATIENCE)
-        number = self._spawner.add(Job(device, [disk.fd], [disk.fd]))
+        number = self._spawner.add(Job(device, [disk.fd], [disk.fd], _flushes))
         moved = MovedFile(disk.fd, disk.sectors * SECTOR, disk.read_only)
         return ProcessDevice(device, name, number, self._spawner, [moved], fails_requests=True)
 

@@ -16,6 +16,7 @@ from vmm.devices.process.protocol import HEAD
 from vmm.devices.process.remote_memory import (
     Channel,
     PyvmmIsGone,
+    Redo,
     RemoteBatches,
     RemoteMemory,
     RemoteQueue,
@@ -30,16 +31,26 @@ class BackEnd:
     """Serves one device on one socket."""
 
     def __init__(
-        self, device: VirtioDevice, connection: socket.socket, files: Sequence[int]
+        self,
+        device: VirtioDevice,
+        connection: socket.socket,
+        files: Sequence[int],
+        may_keep: Callable[[int], bool] = lambda features: False,
     ) -> None:
-        """`files`: the fds that bytes are moved from and to, as pyvmm numbers them."""
+        """`files`: the fds that bytes are moved from and to, as pyvmm numbers them. `may_keep`:
+        whether, with these features agreed on, moves may be carried out as late as what tells the
+        driver of them."""
         self._device = device
         self._channel = Channel(connection)
+        self._may_keep = may_keep
+        self._memory: RemoteMemory | None = None
         self._numbers = {fd: number for number, fd in enumerate(files)}
         self._queues: dict[int, SplitQueue] = {}
         self._kicked: set[int] = set()
         # Those to be served, in their order; values are what a notify brought along.
         self._ready: dict[int, bytes | None] = {}
+        # Those whose last turn left something: what it brought along is still new.
+        self._going_on: set[int] = set()
         self._poll = select.poll()
         self._poll.register(self._channel.fileno(), select.POLLIN)
         self._watched: dict[int, Callable[[], None]] = {}
@@ -81,6 +92,7 @@ class BackEnd:
             if generation == self._channel.generation and queue in self._queues:
                 self._kicked.add(queue)
                 self._ready[queue] = bytes(body) or None
+                self._going_on.discard(queue)
             return
         if what not in (protocol.ACTIVATE, protocol.RESET):
             return  # the answer to what was asked before a reset
@@ -92,8 +104,12 @@ class BackEnd:
 
     def _activate(self, flags: int, body: bytes) -> None:
         (features,) = protocol.FEATURES.unpack_from(body)
-        batches = bool(flags & protocol.BATCHES)
-        memory = (RemoteBatches if batches else RemoteMemory)(self._channel, self._numbers)
+        memory: RemoteMemory
+        if flags & protocol.BATCHES:
+            memory = RemoteBatches(self._channel, self._numbers, self._may_keep(features))
+        else:
+            memory = RemoteMemory(self._channel, self._numbers)
+        self._memory = memory
         for index, base, size, desc, avail, used in protocol.QUEUE.iter_unpack(
             body[protocol.FEATURES.size :]
         ):
@@ -111,6 +127,7 @@ class BackEnd:
         self._queues = {}
         self._kicked.clear()
         self._ready.clear()
+        self._going_on.clear()
         self._device.reset()
 
     def _serve(self, queue: int) -> None:
@@ -128,26 +145,46 @@ class BackEnd:
             self._announce()
 
     def _serve_queue(self, index: int, queue: SplitQueue, ring: bytes | None) -> None:
-        device = self._device
+        device, memory = self._device, self._memory
         queue.budget.begin()
-        if isinstance(queue, RemoteQueue):
-            queue.begin(ring)
-        interrupt = False
-        for _ in range(LOOKS_AT_ONCE):
-            if interrupt:
-                self._tell(index, protocol.INTERRUPT)
-            queue.more = queue.soon = False
-            interrupt = device.process(index)
-            if not (queue.soon and queue.budget.look()):
-                break
+        counts = dict(vars(device.statistics))
+        try:
+            if isinstance(queue, RemoteQueue) and isinstance(memory, RemoteBatches):
+                if index in self._going_on:
+                    self._going_on.discard(index)
+                else:
+                    queue.begin(ring)
+                memory.begin()
+            interrupt = self._look(index, queue)
+            if isinstance(memory, RemoteBatches):
+                memory.end()
+        except Redo:
+            assert isinstance(queue, RemoteQueue)
+            queue.rewind()
+            vars(device.statistics).update(counts)
+            self._ready.setdefault(index, None)
+            return
         flags = protocol.INTERRUPT if interrupt else 0
         if queue.more:
             self._ready.setdefault(index, None)
+            self._going_on.add(index)
         elif index in self._kicked:
             self._kicked.discard(index)
             flags |= protocol.RESTED
         if flags:
             self._tell(index, flags)
+
+    def _look(self, index: int, queue: SplitQueue) -> bool:
+        """Whether the driver wants an interrupt for what was returned last."""
+        interrupt = False
+        for _ in range(LOOKS_AT_ONCE):
+            if interrupt:
+                self._tell(index, protocol.INTERRUPT)
+            queue.more = queue.soon = False
+            interrupt = self._device.process(index)
+            if not (queue.soon and queue.budget.look()):
+                break
+        return interrupt
 
     def _tell(self, index: int, flags: int) -> None:
         counts = self._device.statistics

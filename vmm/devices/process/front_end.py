@@ -26,7 +26,6 @@ from vmm.core.errors import (
 from vmm.core.lean_typing import Any, NamedTuple, Protocol
 from vmm.devices.process import protocol
 from vmm.devices.process.protocol import HEAD, ProtocolError
-from vmm.devices.virtio.budget import TURN_SECONDS
 from vmm.devices.virtio.device import (
     GuestMemory,
     IoStatistics,
@@ -38,8 +37,6 @@ from vmm.devices.virtio.queue import Chain, QueueError, SplitQueue
 ANSWER_SECONDS = 30.0
 """How long a process may say nothing while something is for it to do: as long as Linux waits for a
 SCSI disk's command. Its longest step is a flush."""
-AT_ONCE = 8
-"""Messages that are carried out before others on the loop have their turn."""
 _MOST_LOOKED_INTO = 8
 """Queues of a device whose rings are sent along with a notify: all of them fit into the socket."""
 _S_IOERR = b"\x01"
@@ -325,36 +322,31 @@ class ProcessDevice(VirtioDevice):
     # --- from the process ---
 
     def _ready(self) -> None:
-        started = time.monotonic()
-        for _ in range(AT_ONCE):
-            queue = None
-            lost = None
-            with self._lock:
-                if self._socket is None:
-                    return
-                try:
-                    size = self._socket.recv_into(self._buffer)
-                    if not size:
-                        lost = ""
-                    else:
-                        self._heard = True
-                        queue = self._obey(size)
-                except BlockingIOError:
-                    return
-                except OSError:
+        """One message, however many there are: others on the loop have their turn in between."""
+        queue = lost = None
+        with self._lock:
+            if self._socket is None:
+                return
+            try:
+                size = self._socket.recv_into(self._buffer)
+                self._heard = True
+                if size:
+                    queue = self._obey(size)
+                else:
                     lost = ""
-                except ProtocolError as error:
-                    lost = f"broke the protocol: {error}"
-            if lost is not None:
-                self._lost(lost)
+            except BlockingIOError:
                 return
-            if queue is not None:
-                self._deliver((queue,))
-            if self._has_news:
-                self._has_news = False
-                self.announce()
-            if time.monotonic() - started > TURN_SECONDS:
-                return
+            except OSError:
+                lost = ""
+            except ProtocolError as error:
+                lost = f"broke the protocol: {error}"
+        if lost is not None:
+            self._lost(lost)
+        elif queue is not None:
+            self._deliver((queue,))
+        elif self._has_news:
+            self._has_news = False
+            self.announce()
 
     def _obey(self, size: int) -> int | None:
         """Carry out one message; a queue about which the transport is to be told."""
@@ -429,12 +421,14 @@ class ProcessDevice(VirtioDevice):
         """Carry out an access to guest memory, and say what came of it."""
         memory = self._memory
         status = protocol.OK
-        answer: bytes | bytearray = b""
+        answer: bytes | bytearray | None = b""
         if generation != self._generation or memory is None:
             status = protocol.STALE
         else:
             try:
                 answer = self._access(memory, what, flags, number, body)
+                if answer is None:
+                    status = protocol.SHORT
             except GuestMemoryError as error:
                 self._refusal = error
                 status = _STATUS_OF.get(type(error), protocol.UNMAPPED)
@@ -442,31 +436,42 @@ class ProcessDevice(VirtioDevice):
             except OSError as error:
                 status = protocol.FAILED
                 answer = protocol.ERRNO.pack(error.errno or 0)
-        self._say(protocol.ANSWER, status, 0, answer)
+        self._say(protocol.ANSWER, status, 0, answer or b"")
 
     def _access(
         self, memory: Any, what: int, flags: int, number: int, body: memoryview
-    ) -> bytes | bytearray:
+    ) -> bytes | bytearray | None:
+        """What comes of it: the answer's body; None: less was moved than asked for."""
         if what == protocol.READ:
             return _read(memory, protocol.pieces_in(body))
         if what == protocol.WRITE:
-            pieces, then, data = protocol.write_in(body)
+            moves, pieces, then, data = protocol.write_in(body)
+            if moves:
+                moved, asked = self._move(memory, flags & protocol.OUT, number, moves, False)
+                if moved < asked:
+                    return None
             _write(memory, pieces, bytes(data))
             return _read(memory, then) if then else b""
+        is_out, whole = what == protocol.MOVE_OUT, bool(flags & protocol.WHOLE)
+        return protocol.MOVED.pack(self._move(memory, is_out, number, body, whole)[0])
+
+    def _move(
+        self, memory: Any, is_out: int, number: int, body: memoryview, whole: bool
+    ) -> tuple[int, int]:
+        """How many bytes were moved between memory and a file, and how many were to be."""
         if number >= len(self._files):
             raise ProtocolError(f"file {number}")
         file = self._files[number]
-        whole = bool(flags & protocol.WHOLE)
-        moves = protocol.moves_in(body, 0 if what == protocol.MOVE_IN else 1, file.size, whole)
-        if what == protocol.MOVE_IN:
-            moved = _move_in(memory, file.fd, moves, whole)
-            self.statistics.bytes_read += moved
-        else:
+        moves = protocol.moves_in(body, 1 if is_out else 0, file.size, whole)
+        if is_out:
             if file.read_only:
                 raise ProtocolError(f"a write to file {number}, which is read-only")
             moved = _move_out(memory, moves, file.fd, whole)
             self.statistics.bytes_written += moved
-        return protocol.MOVED.pack(moved)
+        else:
+            moved = _move_in(memory, file.fd, moves, whole)
+            self.statistics.bytes_read += moved
+        return moved, sum(moves[2::3])
 
     def _deliver(self, queues: Sequence[int] | Mapping[int, object]) -> None:
         """Have the transport look at what a queue's process has said. Without the lock."""

@@ -11,7 +11,8 @@ pyvmm to the process:
     ANSWER     flags: a STATUS. The bytes read, or u64 bytes moved; else a sentence or u32 errno
 The process to pyvmm, which answers the first four, one at a time:
     READ       pieces: u64 gpa, size...
-    WRITE      u32 count of pieces, u32 of those read afterwards; all of these; the data
+    WRITE      u32 counts: of moves (of a file, flags: OUT), of pieces, of those read afterwards;
+               all of these; the data, which is written when all has been moved, and SHORT otherwise
     MOVE_IN    file: moves: u64 file offset, gpa, size...
     MOVE_OUT   file: moves: u64 gpa, file offset, size...
                flags of both: WHOLE: one move, which ends short at the file's end alone, and not
@@ -37,7 +38,7 @@ QUEUE = Struct("=HHIQQQ")
 """Index, the available index to go on from, size, then the three addresses."""
 COUNTS = Struct("=QQQ")
 """Requests, flushes and errors of the device since its process began."""
-WRITE_HEAD = Struct("=II")
+WRITE_HEAD = Struct("=IIIxxxx")
 FEATURES = Struct("=Q")
 MOVED = Struct("=Q")
 ERRNO = Struct("=I")
@@ -49,9 +50,10 @@ BATCHES, RESUMED = 1, 2  # flags of ACTIVATE
 INTERRUPT, RESTED = 1, 2  # flags of TURN
 REFUSED = 1  # flag of STOPPED
 WHOLE = 1  # flag of MOVE_IN and MOVE_OUT
+OUT = 1  # flag of WRITE
 
-OK, PRIVATE, UNMAPPED, DENIED, FAILED, STALE = 0, 1, 2, 3, 4, 5
-"""How an access ended: in the first four and the last no byte has moved."""
+OK, PRIVATE, UNMAPPED, DENIED, FAILED, STALE, SHORT = 0, 1, 2, 3, 4, 5, 6
+"""How an access ended."""
 
 MOST_DATA = 64 << 10
 """Bytes that one message reads or writes."""
@@ -62,12 +64,12 @@ MOST_AFTER = 16
 MOST_MOVED = 8 << 20
 """Bytes that one message moves: twice what a disk asks for at once where it is quick."""
 MOST_WHOLE = 1 << 20
-LONGEST = 160 << 10
+LONGEST = 192 << 10
 """Of any packet."""
 MOST_TEXT = 300
 MOST_COUNT = 1 << 62
 
-assert HEAD.size + WRITE_HEAD.size + 16 * (MOST_PIECES + MOST_AFTER) + MOST_DATA <= LONGEST
+assert HEAD.size + WRITE_HEAD.size + 40 * MOST_PIECES + 16 * MOST_AFTER + MOST_DATA <= LONGEST
 
 
 class ProtocolError(Exception):
@@ -77,6 +79,7 @@ class ProtocolError(Exception):
 class Asked(NamedTuple):
     """A WRITE, taken apart."""
 
+    moves: memoryview
     pieces: list[int]
     then: list[int]
     data: memoryview
@@ -104,22 +107,23 @@ def pieces_in(body: memoryview) -> list[int]:
 
 
 def write_in(body: memoryview) -> Asked:
-    """What a WRITE asks for. Raises ProtocolError."""
+    """What a WRITE asks for; its moves are for `moves_in`. Raises ProtocolError."""
     if len(body) < WRITE_HEAD.size:
         raise ProtocolError("a write without its head")
-    count, after = WRITE_HEAD.unpack_from(body)
-    if not 0 < count <= MOST_PIECES or after > MOST_AFTER:
-        raise ProtocolError(f"a write of {count} pieces, and {after} to read")
-    middle = WRITE_HEAD.size + 16 * count
+    moves, count, after = WRITE_HEAD.unpack_from(body)
+    if moves > MOST_PIECES or not 0 < count <= MOST_PIECES or after > MOST_AFTER:
+        raise ProtocolError(f"a write of {count} pieces after {moves} moves, and {after} to read")
+    start = WRITE_HEAD.size + 24 * moves
+    middle = start + 16 * count
     end = middle + 16 * after
     if len(body) < end:
         raise ProtocolError(f"a write of {count} pieces in {len(body)} bytes")
-    pieces = body[WRITE_HEAD.size : middle].cast("Q").tolist()
+    pieces = body[start:middle].cast("Q").tolist()
     then = pieces_in(body[middle:end]) if after else []
     data = body[end:]
     if sum(pieces[1::2]) != len(data) or not 0 < len(data) <= MOST_DATA:
         raise ProtocolError(f"a write of {sum(pieces[1::2])} bytes with {len(data)}")
-    return Asked(pieces, then, data)
+    return Asked(body[WRITE_HEAD.size : start], pieces, then, data)
 
 
 def moves_in(body: memoryview, at: int, end: int, whole: bool) -> list[int]:

@@ -21,9 +21,17 @@ _REFUSALS: dict[int, type[GuestMemoryError]] = {
     protocol.DENIED: AccessDenied,
 }
 
+TURNS_AT_ONCE = 64
+"""Turns in which moves aren't kept, after some that failed."""
+
 
 class StaleAccess(Exception):
     """The device has been reset since: nothing of what it was doing counts any more."""
+
+
+class Redo(Exception):
+    """What was taken for moved was not, or not all of it: the turn has to be done again, which a
+    disk's may."""
 
 
 class PyvmmIsGone(Exception):
@@ -76,6 +84,8 @@ class Channel:
     def _raise(status: int, body: memoryview) -> NoReturn:
         if status == protocol.STALE:
             raise StaleAccess
+        if status == protocol.SHORT:
+            raise Redo
         if status == protocol.FAILED:
             (number,) = protocol.ERRNO.unpack(body)
             raise OSError(number, os.strerror(number))
@@ -105,9 +115,8 @@ class RemoteMemory:
     def write(self, pieces: list[int], data: bytes, then: list[int] | None = None) -> memoryview:
         """Write `data` over the pieces (gpa, size, gpa...), then read the pieces of `then`."""
         then = then or []
-        head = protocol.WRITE_HEAD.pack(len(pieces) // 2, len(then) // 2)
-        numbers = protocol.words(pieces + then)
-        return self._ask(protocol.WRITE, 0, head + numbers + data)
+        head = protocol.WRITE_HEAD.pack(0, len(pieces) // 2, len(then) // 2)
+        return self._ask(protocol.WRITE, 0, head + protocol.words(pieces + then) + data)
 
     def transfer_in(self, src_fd: int, src_offset: int, gpa: int, size: int) -> int:
         return self._whole(protocol.MOVE_IN, src_fd, src_offset, gpa, size)
@@ -135,7 +144,64 @@ class RemoteMemory:
 
 
 class RemoteBatches(RemoteMemory):
-    """With the verbs for many pieces, where guest memory has them over there."""
+    """With the verbs for many pieces, where guest memory has them over there.
+
+    Where it may, it keeps a list of moves until what comes next, which mostly is what tells the
+    driver of them: one message instead of two. Who asked takes them for done. Where they turn out
+    not to be, the message after that raises Redo, and nothing else was done.
+    """
+
+    def __init__(self, channel: Channel, files: dict[int, int], may_keep: bool) -> None:
+        self._channel_ask = channel.ask
+        super().__init__(channel, files)
+        self._ask = self._ask_after_moves
+        self._may_keep = may_keep
+        self._kept: tuple[int, int, list[int]] | None = None
+        self._at_once = 0
+
+    def begin(self) -> None:
+        """A turn begins."""
+        self._kept = None
+        if self._at_once:
+            self._at_once -= 1
+
+    def end(self) -> None:
+        """A turn ends. Raises Redo."""
+        if self._kept is not None:
+            self._move_kept()
+
+    def _ask_after_moves(self, what: int, queue: int, body: bytes, flags: int = 0) -> memoryview:
+        if self._kept is not None:
+            self._move_kept()
+        return self._channel_ask(what, queue, body, flags)
+
+    def _move_kept(self) -> None:
+        assert self._kept is not None
+        (what, number, moves), self._kept = self._kept, None
+        try:
+            answer = self._channel_ask(what, number, protocol.words(moves))
+        except (GuestMemoryError, OSError):
+            raise self._redo() from None
+        if protocol.MOVED.unpack(answer)[0] < sum(moves[2::3]):
+            raise self._redo()
+
+    def _redo(self) -> Redo:
+        """So that it becomes clear what is in the way; a disk that is slow stays so."""
+        self._at_once = TURNS_AT_ONCE
+        return Redo()
+
+    def write(self, pieces: list[int], data: bytes, then: list[int] | None = None) -> memoryview:
+        if self._kept is None:
+            return super().write(pieces, data, then)
+        (what, number, moves), self._kept = self._kept, None
+        then = then or []
+        head = protocol.WRITE_HEAD.pack(len(moves) // 3, len(pieces) // 2, len(then) // 2)
+        body = head + protocol.words(moves + pieces + then) + data
+        flags = protocol.OUT if what == protocol.MOVE_OUT else 0
+        try:
+            return self._channel_ask(protocol.WRITE, number, body, flags)
+        except (GuestMemoryError, OSError, Redo):
+            raise self._redo() from None
 
     def read_many(self, pieces: list[int]) -> bytes:
         size = sum(pieces[1::2])
@@ -161,6 +227,10 @@ class RemoteBatches(RemoteMemory):
 
     def _moved(self, what: int, fd: int, moves: list[int]) -> int:
         """In as many messages as it takes; short where one was."""
+        total = sum(moves[2::3])
+        if self._may_keep and not self._at_once and self._kept is None and _is_one(moves, total):
+            self._kept = what, self._files[fd], moves
+            return total
         total = 0
         for part in _in_messages(moves):
             (moved,) = protocol.MOVED.unpack(self._ask(what, self._files[fd], protocol.words(part)))
@@ -170,9 +240,14 @@ class RemoteBatches(RemoteMemory):
         return total
 
 
+def _is_one(moves: list[int], size: int) -> bool:
+    """Whether one message may have them all."""
+    return len(moves) <= 3 * protocol.MOST_PIECES and size <= protocol.MOST_MOVED
+
+
 def _in_messages(moves: list[int]) -> Iterator[list[int]]:
     """The same moves in lists that are within a message's limits."""
-    if len(moves) <= 3 * protocol.MOST_PIECES and sum(moves[2::3]) <= protocol.MOST_MOVED:
+    if _is_one(moves, sum(moves[2::3])):
         yield moves
         return
     part: list[int] = []
@@ -202,7 +277,8 @@ class _QueueMemory:
         self._ring = ring
         self._index = ring[0]
         self._event_gpa = event
-        self._after_return = [event, 2, *(ring if ring[3] <= 2 * MOST_ENTRIES else ())]
+        self._look = ring if ring[3] <= 2 * MOST_ENTRIES else []
+        self._after_return = [event, 2, *self._look]
         self._brought: bytes | None = None
         self._event: bytes | None = None
         self._index_brought: bytes | None = None
@@ -222,8 +298,10 @@ class _QueueMemory:
         return self._memory.pread(size, gpa)
 
     def pwrite(self, data: bytes, gpa: int) -> None:
-        self._brought = self._event = None
-        self._index_brought = bytes(self._memory.write([gpa, len(data)], data, [self._index, 4]))
+        answer = self._memory.write([gpa, len(data)], data, [self._index, 4, *self._look])
+        self._event, self._index_brought = None, bytes(answer[:4])
+        # It may be there already, and is looked at next then.
+        self._brought = (bytes(answer[4:]) or None) if answer[2:4] != data else None
 
     def read_many(self, pieces: list[int]) -> bytes | bytearray:
         if pieces == self._ring and self._brought is not None:
@@ -256,3 +334,8 @@ class RemoteQueue(SplitQueue):
     def begin(self, ring: bytes | None) -> None:
         """A turn begins, with this in the rings (None: not known)."""
         self._remote.bring(ring)
+
+    def rewind(self) -> None:
+        """What was taken and not returned is to be taken again."""
+        self.resume(self._next_used)
+        self.unfinished = None

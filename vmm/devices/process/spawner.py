@@ -41,6 +41,8 @@ class Job(NamedTuple):
     """What pyvmm moves bytes from and to, by the numbers that both sides have for it."""
     keeps: Sequence[int]
     """The file descriptors that it needs: the device's own."""
+    may_keep: Callable[[int], bool] = lambda features: False
+    """As BackEnd's."""
 
 
 class Spawner:
@@ -207,7 +209,7 @@ def _become(
         _close_all_but({connection.fileno(), *job.keeps})
         import vmm.devices.virtio.read_ahead  # noqa: F401 -- what it would load later, and can't
 
-        back_end = BackEnd(job.device, connection, job.files)
+        back_end = BackEnd(job.device, connection, job.files, job.may_keep)
         seccomp, landlock = (False, 0) if confine is None else confine()
         back_end.run(seccomp, landlock)
     finally:
