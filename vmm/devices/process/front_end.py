@@ -65,6 +65,14 @@ class Processes(Protocol):
         ...
 
 
+class _Short(Exception):
+    """So many bytes were moved, and fewer than asked for: what depends on them isn't done."""
+
+    def __init__(self, moved: int) -> None:
+        super().__init__()
+        self.moved = moved
+
+
 class ProcessStatistics(IoStatistics):
     """Those of every device, and what became of its processes. Bytes are counted here; requests,
     flushes and errors are what the process says."""
@@ -421,14 +429,15 @@ class ProcessDevice(VirtioDevice):
         """Carry out an access to guest memory, and say what came of it."""
         memory = self._memory
         status = protocol.OK
-        answer: bytes | bytearray | None = b""
+        answer: bytes | bytearray = b""
         if generation != self._generation or memory is None:
             status = protocol.STALE
         else:
             try:
                 answer = self._access(memory, what, flags, number, body)
-                if answer is None:
-                    status = protocol.SHORT
+            except _Short as short:
+                status = protocol.SHORT
+                answer = protocol.MOVED.pack(short.moved)
             except GuestMemoryError as error:
                 self._refusal = error
                 status = _STATUS_OF.get(type(error), protocol.UNMAPPED)
@@ -436,12 +445,12 @@ class ProcessDevice(VirtioDevice):
             except OSError as error:
                 status = protocol.FAILED
                 answer = protocol.ERRNO.pack(error.errno or 0)
-        self._say(protocol.ANSWER, status, 0, answer or b"")
+        self._say(protocol.ANSWER, status, 0, answer)
 
     def _access(
         self, memory: Any, what: int, flags: int, number: int, body: memoryview
-    ) -> bytes | bytearray | None:
-        """What comes of it: the answer's body; None: less was moved than asked for."""
+    ) -> bytes | bytearray:
+        """What comes of it: the answer's body."""
         if what == protocol.READ:
             return _read(memory, protocol.pieces_in(body))
         if what == protocol.WRITE:
@@ -449,7 +458,7 @@ class ProcessDevice(VirtioDevice):
             if moves:
                 moved, asked = self._move(memory, flags & protocol.OUT, number, moves, False)
                 if moved < asked:
-                    return None
+                    raise _Short(moved)
             _write(memory, pieces, bytes(data))
             return _read(memory, then) if then else b""
         is_out, whole = what == protocol.MOVE_OUT, bool(flags & protocol.WHOLE)

@@ -12,7 +12,8 @@ pyvmm to the process:
 The process to pyvmm, which answers the first four, one at a time:
     READ       pieces: u64 gpa, size...
     WRITE      u32 counts: of moves (of a file, flags: OUT), of pieces, of those read afterwards;
-               all of these; the data, which is written when all has been moved, and SHORT otherwise
+               all of these; the data, which is written when all has been moved: SHORT otherwise,
+               and u64 bytes moved
     MOVE_IN    file: moves: u64 file offset, gpa, size...
     MOVE_OUT   file: moves: u64 gpa, file offset, size...
                flags of both: WHOLE: one move, which ends short at the file's end alone, and not

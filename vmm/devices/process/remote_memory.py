@@ -13,6 +13,7 @@ from vmm.core.errors import AccessDenied, GuestMemoryError, PrivateAccess, Unmap
 from vmm.core.lean_typing import NoReturn
 from vmm.devices.process import protocol
 from vmm.devices.process.protocol import HEAD
+from vmm.devices.virtio.block_batch import after
 from vmm.devices.virtio.queue import F_EVENT_IDX, SplitQueue
 
 _REFUSALS: dict[int, type[GuestMemoryError]] = {
@@ -32,6 +33,14 @@ class StaleAccess(Exception):
 class Redo(Exception):
     """What was taken for moved was not, or not all of it: the turn has to be done again, which a
     disk's may."""
+
+
+class _Short(Exception):
+    """So much was moved, and less than asked for: the file ends, or the host is slow."""
+
+    def __init__(self, moved: int) -> None:
+        super().__init__()
+        self.moved = moved
 
 
 class PyvmmIsGone(Exception):
@@ -85,7 +94,7 @@ class Channel:
         if status == protocol.STALE:
             raise StaleAccess
         if status == protocol.SHORT:
-            raise Redo
+            raise _Short(protocol.MOVED.unpack(body)[0])
         if status == protocol.FAILED:
             (number,) = protocol.ERRNO.unpack(body)
             raise OSError(number, os.strerror(number))
@@ -178,12 +187,18 @@ class RemoteBatches(RemoteMemory):
     def _move_kept(self) -> None:
         assert self._kept is not None
         (what, number, moves), self._kept = self._kept, None
-        try:
-            answer = self._channel_ask(what, number, protocol.words(moves))
-        except (GuestMemoryError, OSError):
-            raise self._redo() from None
-        if protocol.MOVED.unpack(answer)[0] < sum(moves[2::3]):
+        while moves:
+            try:
+                answer = self._channel_ask(what, number, protocol.words(moves))
+            except (GuestMemoryError, OSError):
+                raise self._redo() from None
+            moves = self._left(moves, protocol.MOVED.unpack(answer)[0])
+
+    def _left(self, moves: list[int], moved: int) -> list[int]:
+        """What is to be done of the moves yet. Raises Redo where it is of no use."""
+        if not moved:
             raise self._redo()
+        return after(moves, moved) if moved < sum(moves[2::3]) else []
 
     def _redo(self) -> Redo:
         """So that it becomes clear what is in the way; a disk that is slow stays so."""
@@ -195,13 +210,17 @@ class RemoteBatches(RemoteMemory):
             return super().write(pieces, data, then)
         (what, number, moves), self._kept = self._kept, None
         then = then or []
-        head = protocol.WRITE_HEAD.pack(len(moves) // 3, len(pieces) // 2, len(then) // 2)
-        body = head + protocol.words(moves + pieces + then) + data
         flags = protocol.OUT if what == protocol.MOVE_OUT else 0
-        try:
-            return self._channel_ask(protocol.WRITE, number, body, flags)
-        except (GuestMemoryError, OSError, Redo):
-            raise self._redo() from None
+        while True:
+            counts = len(moves) // 3, len(pieces) // 2, len(then) // 2
+            numbers = protocol.words(moves + pieces + then)
+            body = protocol.WRITE_HEAD.pack(*counts) + numbers + data
+            try:
+                return self._channel_ask(protocol.WRITE, number, body, flags)
+            except _Short as short:
+                moves = self._left(moves, short.moved)
+            except (GuestMemoryError, OSError):
+                raise self._redo() from None
 
     def read_many(self, pieces: list[int]) -> bytes:
         size = sum(pieces[1::2])
