@@ -152,7 +152,7 @@ def test_access_of_before_a_reset_is_stale_and_moves_nothing(by_hand: DiskRig) -
 
     by_hand.raw(HEAD.pack(protocol.MOVE_IN, 0, 0, former) + words((0, 0x9000, 512)))
 
-    said = []
+    said: list[tuple[int, int, int, bytes]] = []
     while not said or said[-1][0] != protocol.ANSWER:
         said.append(by_hand.hear())
     assert said[-1][1] == protocol.STALE
