@@ -6,6 +6,7 @@ import os
 import signal
 import struct
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,14 @@ MakeRig = Callable[..., DiskRig]
 
 def finished(rig: DiskRig, *statuses: Piece) -> Callable[[], bool]:
     return lambda: all(rig.status(one) != NONE for one in statuses)
+
+
+def _has_counted(rig: DiskRig, requests: int) -> bool:
+    return rig.device.statistics.requests == requests
+
+
+def _is_over(rig: DiskRig, last: Piece) -> bool:
+    return rig.status(last) != NONE or bool(rig.machine.driver.status & NEEDS_RESET)
 
 
 @pytest.mark.parametrize("batching", [True, False])
@@ -305,11 +314,7 @@ def _outcome(
         machine.kick(0)
         if rig is not None:
             last = statuses[-1]
-            rig.until(
-                lambda end=last: (
-                    machine.text(end, 1) != b"\xcc" or bool(machine.driver.status & NEEDS_RESET)
-                )
-            )
+            rig.until(partial(_is_over, rig, last))
         if machine.driver.status & NEEDS_RESET:
             break
     assert isinstance(machine.memory, BatchingFakeMemory)
