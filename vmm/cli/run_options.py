@@ -82,14 +82,15 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "--cpus": {"metavar": "N", "default": "1", "help": "number of vCPUs (default 1)"},
         "--disk": {
-            "metavar": "FILE[,ro][,serial=TEXT][,queues=N][,io=ENGINE][,format=raw][,share=on]",
+            "metavar": "FILE[,ro][,serial=TEXT][,queues=N][,io=ENGINE][,format=raw][,share=on]"
+            "[,process]",
             **_SEVERAL,
             "help": "a raw disk image or block device as virtio-blk; with several queues each is "
             "served by a thread of its own; may be given several times; ENGINE: auto (default), "
             "pread (through a buffer), fd2fd (inside the kernel), hva (by the kernel, to and from "
             "KVM's mapping), mmap (memcpy); an image is locked against other machines (share=on: "
             "not), one in another format is refused "
-            "(format=raw: not)",
+            "(format=raw: not); process: in a process of its own, which has no guest memory",
         },
         "--allow-mapped-io": {
             **_FLAG,
@@ -99,7 +100,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "more devices, all virtio over PCI": {
         "--net": {
-            "metavar": "tap=NAME|passt=SOCKET[,mac=MAC]",
+            "metavar": "tap=NAME|passt=SOCKET[,mac=MAC][,process]",
             **_SEVERAL,
             "help": "a network card on a tap interface, or behind a passt that runs already (passt "
             "--socket SOCKET; needs no privileges); may be given several times",
