@@ -20,6 +20,7 @@ from vmm.core.errors import (
     AccessDenied,
     GuestMemoryError,
     PrivateAccess,
+    PyvmmError,
     one_line,
     tell,
 )
@@ -365,6 +366,10 @@ class ProcessDevice(VirtioDevice):
                 lost = ""
             except ProtocolError as error:
                 lost = f"broke the protocol: {error}"
+            except PyvmmError:
+                raise  # a policy's word on the run as a whole
+            except Exception as error:  # a mistake here costs the guest that device, not the run
+                lost = f"had pyvmm fail: {error!r}"
         if lost is not None:
             self._lost(lost)
         elif queue is not None:
