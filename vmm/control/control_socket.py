@@ -27,13 +27,17 @@ from vmm.conversion.events import (
     Subscription,
     as_json,
 )
+from vmm.core.errors import HostError
 from vmm.core.event_loop import EventLoop, drain
 from vmm.core.events import FROM_HOST, Kind
 from vmm.core.lean_typing import Any
 from vmm.core.ranges import PAGE_SIZE
 from vmm.core.unix_listener import UnixListener
 
-COMMANDS = ("status", "pause", "resume", "dump-state", "convert", "follow", "quit")
+COMMANDS = (
+    "status", "pause", "resume", "dump-state", "convert", "devices", "restart-device", "follow",
+    "quit",
+)  # fmt: skip
 LONGEST_LINE = 64 << 10
 MOST_CLIENTS = 16
 _CHUNK = 64 << 10
@@ -109,6 +113,10 @@ class ControlSocket:
                 operations.resume()
             case "convert":
                 _convert(operations, request)
+            case "devices":
+                return {"devices": operations.devices()}
+            case "restart-device":
+                _restart(operations, request)
             case "follow":
                 client.follow(_feed(operations).subscribe(self._ring))
             case "quit":
@@ -312,6 +320,18 @@ def _convert(operations: Operations, request: dict[str, Any]) -> None:
         name = errno.errorcode.get(-answer, str(-answer))
         why = _why(-answer, events)
         raise BadRequest(f"{kind.value} [{gpa:#x}, {gpa + size:#x}): {name}, {why}")
+
+
+def _restart(operations: Operations, request: dict[str, Any]) -> None:
+    name = request.get("device")
+    if not isinstance(name, str):
+        raise BadRequest('restart-device needs "device": a name, which devices lists')
+    try:
+        operations.restart_device(name)
+    except LookupError as error:
+        raise BadRequest(str(error.args[0])) from None
+    except HostError as error:
+        raise BadRequest(str(error)) from None
 
 
 def _why(number: int, events: Sequence[MachineEvent]) -> str:

@@ -194,7 +194,9 @@ class Machine:
             self._execution = Execution(config.execute, config.share)
             self._cleanup.callback(self._execution.close)
             self._execution.connect(self.stop)
-        self._virtio = open_devices(config, self._cleanup, self._execution)
+        self._virtio = open_devices(
+            config, self._cleanup, self._execution, may_fork=self._embedding is None
+        )
         if self._own is not None:
             self._own.join(self._virtio, config, self._cleanup)
         self._trace = None if config.trace is None else _open_trace(config.trace, config)
@@ -287,6 +289,7 @@ class Machine:
             paths=config.allowed_paths,
             maps=config.allow_mapped_io,
             connects=config.vsock is not None,
+            receives=any(device.apart for device in self._virtio.values()),
         )
         if self._sandbox.seccomp:
             self._vcpus.at_start = enter_vcpu

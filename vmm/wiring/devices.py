@@ -118,6 +118,8 @@ class Devices:
             msix_base=slot.msix_base,
         )
         device.watch = self._loop.watch
+        if device.apart:
+            device.set_timer = self._loop.set_timer  # type: ignore[attr-defined]  # ProcessDevice's
         self._opened.callback(device.disconnect)
         line.add_source(transport.interrupt_pending)
         notifier.serve(transport.notify)
@@ -198,6 +200,19 @@ class Devices:
     def end(self, timeout: float) -> bool:
         """No request is served any more; False when one under way takes longer (seconds)."""
         return all(notifier.end(timeout) for notifier in self._notifiers)
+
+    def restart(self, name: str) -> None:
+        """Start a device's process anew. Raises LookupError where none can be, HostError."""
+        device = self._virtio.get(name)
+        if device is None:
+            known = ", ".join(self._virtio) or "none"
+            raise LookupError(f"there is no device {name:.40}; there are: {known}")
+        if not device.apart:
+            raise LookupError(
+                f"{name} is in pyvmm's own process; only a device with the setting process, as in "
+                "--disk FILE,process, can be started again"
+            )
+        device.restart()  # type: ignore[attr-defined]  # ProcessDevice's
 
     def io_statistics(self) -> dict[str, dict[str, Any]]:
         """Each device's counts by its name, for the report; a disk's engine with its own."""

@@ -12,17 +12,20 @@ from vmm.memory.transfer import ENGINES
 
 SERIAL_BYTES = 20
 
-SYNTAX = f"FILE[,ro][,serial=TEXT][,queues=N][,io={'|'.join(ENGINES)}][,format=raw][,share=on]"
+SYNTAX = (
+    f"FILE[,ro][,serial=TEXT][,queues=N][,io={'|'.join(ENGINES)}][,format=raw][,share=on][,process]"
+)
 MOST_QUEUES = 16
 
 
 class DiskFile:
     """An open disk: `sectors` of 512 bytes on `fd`, which this object owns.
 
-    `engine` names how its bytes are to be moved, `queues` how many requests at the same time.
+    `engine` names how its bytes are to be moved, `queues` how many requests at the same time;
+    `apart`: whether the device is to have a process of its own.
     """
 
-    __slots__ = ("engine", "fd", "path", "queues", "read_only", "sectors", "serial")
+    __slots__ = ("apart", "engine", "fd", "path", "queues", "read_only", "sectors", "serial")
 
     def __init__(
         self,
@@ -33,6 +36,7 @@ class DiskFile:
         serial: bytes,
         engine: str = "auto",
         queues: int = 1,
+        apart: bool = False,
     ) -> None:
         self.fd = fd
         self.path = path
@@ -41,6 +45,7 @@ class DiskFile:
         self.serial = serial
         self.queues = queues
         self.engine = engine
+        self.apart = apart
 
     def close(self) -> None:
         if self.fd >= 0:
@@ -118,7 +123,12 @@ def open_disk(spec: str) -> DiskFile:
     engine = words.take_word("io", ENGINES) or "auto"
     raw = words.take_word("format", ("raw",)) is not None
     shared = words.take_word("share", ("on", "off")) == "on"
+    apart = words.flag("process")
     words.finish()
+    if apart and queues > 1:
+        raise UsageError(
+            f"--disk {path}: a process of its own serves one queue; leave queues={queues} away"
+        )
     fd = _open(path, read_only)
     try:
         size = check_raw(fd, "--disk", path, raw=raw)
@@ -131,7 +141,7 @@ def open_disk(spec: str) -> DiskFile:
     except BaseException:
         os.close(fd)
         raise
-    return DiskFile(fd, path, size // SECTOR, read_only, serial, engine, queues)
+    return DiskFile(fd, path, size // SECTOR, read_only, serial, engine, queues, apart)
 
 
 def _serial(words: Suboptions, path: str) -> bytes:

@@ -126,6 +126,8 @@ class VirtioDevice(ABC):
     prompt = False
     """Whether its driver keeps its processor waiting for the answer: queue 0 is then served by the
     vCPU that notifies it, before the guest goes on."""
+    apart = False
+    """Whether this stands for a device in a process of its own (vmm.devices.process)."""
     engine: str | None = None
     """How its bytes are moved from and to a file; None where it makes no transfers."""
     may_decline = 0
