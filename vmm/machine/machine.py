@@ -367,6 +367,10 @@ class Machine:
             observer=observer,
         )
         iommu = self._make_lender() if self._config.iommu else None
+        if self._config.has_back_ends:
+            from vmm.machine.back_ends import require_fitting
+
+            require_fitting(self._config, self._vm, self._watcher("vhost-user") is not None)
         self._devices = Devices(
             self._vm.kvm,
             self._vm.memory,
@@ -607,6 +611,10 @@ class Machine:
             self.report["iommu"] = self._lender.as_dict()
         if self._memory_file is not None:
             self.report["memory_file"] = self._memory_file.as_dict()
+        if self._config.has_back_ends:
+            from vmm.machine.back_ends import described
+
+            self.report["vhost_user"] = described(self._virtio)
         if self._debugger is not None:
             self.report["gdb"] = self._debugger.as_dict()
         if self._report_file is not None:
