@@ -7,6 +7,7 @@ received (recv(2) has no room for them, so that the kernel closes them).
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import select
 import socket
@@ -109,5 +110,8 @@ class Channel:
             raise BackEndError(f"it {verb} {name} in time")
 
     def close(self) -> None:
+        """Whoever else has this socket open, the back end hears that it is over."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
         self.fd = -1

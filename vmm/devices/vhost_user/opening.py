@@ -9,7 +9,7 @@ import stat
 from vmm.core.errors import UsageError
 from vmm.core.suboptions import Suboptions
 from vmm.devices.vhost_user.block import VhostUserBlock
-from vmm.devices.vhost_user.channel import PATIENCE, BackEndError
+from vmm.devices.vhost_user.channel import BackEndError
 from vmm.devices.vhost_user.device import MOST_QUEUES
 from vmm.devices.vhost_user.file_system import TAG_BYTES, VhostUserFs
 
@@ -61,16 +61,18 @@ def open_fs(spec: str, name: str) -> VhostUserFs:
         raise _unusable(option, path, error, _START_FS) from error
 
 
-def connect(path: str) -> socket.socket:
-    """A connection to the socket at `path`. Raises OSError."""
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+def connect(path: str, unconnected: socket.socket | None = None) -> socket.socket:
+    """A connection to the socket at `path`, by a new socket or by one that is there. Raises
+    OSError."""
+    flags = socket.SOCK_STREAM | socket.SOCK_CLOEXEC
+    connection = unconnected or socket.socket(socket.AF_UNIX, flags)
     try:
-        connection.settimeout(PATIENCE)  # one whose queue is full is not waited for
+        connection.setblocking(False)  # one whose queue is full is not waited for
         connection.connect(path)
-    except OSError as error:
-        connection.close()
-        # A time limit has no errno.
-        raise OSError(error.errno or 0, error.strerror or "it takes no connection") from error
+    except OSError:
+        if unconnected is None:
+            connection.close()
+        raise
     return connection
 
 

@@ -73,12 +73,15 @@ def unreturned(
 ) -> list[int]:
     """The heads that may have been made available and not returned since, oldest first.
 
-    The rings hold what the last `size` times had, by the slot. The head that was returned at the
-    n-th time had been made available by then, at a time up to the n-th plus the queue's size: one
-    whose last time among the available lies at or before its last time among the used is not
-    outstanding. All others may be; where they are as many as the indexes say, they are. Only a back
-    end that returns requests out of their order can leave more.
+    The rings hold what the last `size` times had, by the slot. What was returned at the n-th time
+    had been made available at the latest at the time n + size. So a head whose last time among the
+    available lies at or before its last time among the returned is not outstanding, and all others
+    may be. Where they are as many as the indexes say, they are taken to be: a back end that keeps
+    the driver's order leaves no more, one that doesn't may leave more. (It could leave as many and
+    others: where a request waited while a whole round of the ring came and went, and a later one
+    was returned out of its order. Then the driver finds one answered that it doesn't wait for.)
     """
+    # What was never written holds zeros, as returned at times before the ring's first.
     last_used: dict[int, int] = {}
     for time in range(used_index - size, used_index):
         last_used[used[time % size]] = time
@@ -94,5 +97,4 @@ def unreturned(
         for head, time in last_available.items()
         if head not in last_used or time > last_used[head]
     ]
-    # What was never written holds zeros: slots from before the ring's first round.
     return [head for time, head in sorted(found)]
