@@ -64,7 +64,10 @@ class BackEndDouble:
         """As when the process ends."""
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
+        else:
+            self._theirs.close()  # nobody has it
         self.socket.close()
         for fd in [fd for fds in self.fds.values() for fd in fds]:
             os.close(fd)

@@ -92,7 +92,9 @@ def test_a_device_that_returns_out_of_order_leaves_doubt_and_never_a_wrong_answe
         if free and len(rings.outstanding) < 4 and chance.random() < 0.55:
             rings.give(free[0])
         elif rings.outstanding:
-            overtakes = len(rings.outstanding) > 1 and overtaken < SIZE // 2 and chance.random() < 0.3
+            overtakes = (
+                len(rings.outstanding) > 1 and overtaken < SIZE // 2 and chance.random() < 0.3
+            )
             overtaken = overtaken + 1 if overtakes else 0
             rings.give_back(1 if overtakes else 0)
         left = rings.left()
