@@ -1,4 +1,4 @@
-"""A stock kernel's devices in other processes, virtiofsd and qemu-storage-daemon; when asked for."""
+"""A stock kernel with virtiofsd and qemu-storage-daemon behind its devices; when asked for."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ the device loop reads it and interrupts the guest as for any other device.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from threading import Lock
 
 from kvm_bindings import KvmError, Vm
@@ -93,11 +93,9 @@ class Calls:
                     self._vm.irqfd(eventfd, bound, deassign=True)
                     del self._bound[queue]
                 if wanted is not None:
-                    try:
+                    with suppress(KvmError):
                         self._vm.irqfd(eventfd, wanted)
-                    except KvmError:
-                        continue
-                    self._bound[queue] = wanted
+                        self._bound[queue] = wanted
 
     def _gsi(self, queue: int) -> int | None:
         if not self._wanted or self._table is None or self._messages is None:
