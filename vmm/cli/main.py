@@ -176,6 +176,7 @@ def _configuration(arguments: Sequence[str], machine: str | None = None) -> Mach
         scheme=options.scheme,
         disks=tuple(disks),
         nets=tuple(options.net),
+        file_systems=tuple(options.fs),
         consoles=tuple(options.console),
         vsock=options.vsock,
         rng=options.rng,

@@ -82,14 +82,16 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "--cpus": {"metavar": "N", "default": "1", "help": "number of vCPUs (default 1)"},
         "--disk": {
-            "metavar": "FILE[,ro][,serial=TEXT][,queues=N][,io=ENGINE][,format=raw][,share=on]",
+            "metavar": "FILE[,ro][,serial=TEXT][,queues=N][,io=ENGINE][,format=raw][,share=on]"
+            "|vhost-user=SOCKET[,queues=N]",
             **_SEVERAL,
             "help": "a raw disk image or block device as virtio-blk; with several queues each is "
             "served by a thread of its own; may be given several times; ENGINE: auto (default), "
             "pread (through a buffer), fd2fd (inside the kernel), hva (by the kernel, to and from "
             "KVM's mapping), mmap (memcpy); an image is locked against other machines (share=on: "
             "not), one in another format is refused "
-            "(format=raw: not)",
+            "(format=raw: not); vhost-user=: a disk that another program serves, such as "
+            "qemu-storage-daemon, which maps the shared side of guest memory",
         },
         "--allow-mapped-io": {
             **_FLAG,
@@ -103,6 +105,12 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             **_SEVERAL,
             "help": "a network card on a tap interface, or behind a passt that runs already (passt "
             "--socket SOCKET; needs no privileges); may be given several times",
+        },
+        "--fs": {
+            "metavar": "TAG,vhost-user=SOCKET",
+            **_SEVERAL,
+            "help": "a directory of the host's, as a virtiofsd serves it that listens on SOCKET; "
+            "in the guest: mount -t virtiofs TAG /mnt; may be given several times",
         },
         "--vsock": {
             "metavar": "path=PATH[,cid=N]",

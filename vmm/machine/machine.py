@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from vmm.core.unix_listener import UnixListener
     from vmm.devices.virtio.device import DeviceObserver
     from vmm.devices.virtio.iommu import VirtioIommu
+    from vmm.machine.back_ends import Spares
     from vmm.machine.debugger import Debugger
     from vmm.machine.execution import Execution
     from vmm.machine.extensions import Extensions
@@ -246,7 +247,12 @@ class Machine:
         replaced = report if report is not None and report.is_replaced else None
         shared = None if self._execution is None else self._execution.shared
         mounted = self._memory_file
-        if replaced is None and shared is None and mounted is None and not listeners:
+        spares: list[Spares] = []
+        if self._config.has_back_ends:
+            from vmm.machine.back_ends import spare
+
+            spares = spare(self._virtio)
+        if not (replaced or shared or mounted or spares or listeners):
             return
         from vmm.sandbox.outside import Outside
 
@@ -271,6 +277,10 @@ class Machine:
             keeps.append(shared.archive.fileno())
         if mounted is not None:
             mounted.through = done_outside(lambda _: mounted.leave())
+        for each in spares:
+            each.through = done_outside(each.connect)
+            keeps += each.fds
+            self._cleanup.callback(each.close)
         outside = Outside(tasks, last, keeps)
         self._cleanup.callback(outside.close)
 
@@ -370,6 +380,10 @@ class Machine:
             observer=observer,
         )
         iommu = self._make_lender() if self._config.iommu else None
+        if self._config.has_back_ends:
+            from vmm.machine.back_ends import require_fitting
+
+            require_fitting(self._config, self._vm, self._watcher("vhost-user") is not None)
         self._devices = Devices(
             self._vm.kvm,
             self._vm.memory,
@@ -610,6 +624,10 @@ class Machine:
             self.report["iommu"] = self._lender.as_dict()
         if self._memory_file is not None:
             self.report["memory_file"] = self._memory_file.as_dict()
+        if self._config.has_back_ends:
+            from vmm.machine.back_ends import described
+
+            self.report["vhost_user"] = described(self._virtio)
         if self._debugger is not None:
             self.report["gdb"] = self._debugger.as_dict()
         if self._report_file is not None:
