@@ -50,8 +50,9 @@ ALWAYS = _names(
     # Who it is.
     "getpid gettid getppid getuid geteuid getgid getegid getpgid getpgrp getrandom getrusage "
     "uname sysinfo "
-    # Callers and back ends that are connected.
-    "recvfrom sendto sendmsg shutdown getsockopt setsockopt getsockname getpeername accept4 flock "
+    # Callers and back ends that are connected; a caller may hand over a file to write to.
+    "recvfrom recvmsg sendto sendmsg shutdown getsockopt setsockopt getsockname getpeername "
+    "accept4 flock "
     # Of no use without a right of Landlock's to the folder.
     "umask"
 )
@@ -65,7 +66,7 @@ WORKER = _names(
     "sched_getaffinity"
 )
 """For a child that only computes: no threads, no signals to others, no callers."""
-NOT_FOR_VCPUS = _names("accept4 socket connect wait4 waitid kill dup2 dup3 flock")
+NOT_FOR_VCPUS = _names("accept4 recvmsg socket connect wait4 waitid kill dup2 dup3 flock")
 """What the device loop may call and a vCPU's thread may not."""
 
 
