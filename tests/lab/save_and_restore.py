@@ -1,7 +1,8 @@
 """Runs inside a lab machine: boots a guest, saves it at work, and has it go on in another pyvmm.
 
-    python save_and_restore.py POLICIES.PY KERNEL INITRD DISK BACKING CPUS
+    python save_and_restore.py POLICIES.PY KERNEL INITRD IMAGE DISK BACKING CPUS
 
+DISK is made, as a copy of IMAGE.
 A line of JSON with what was seen goes to stdout; the test judges it.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,7 +27,10 @@ WRITING = (
 )
 
 
-def main(console_file: str, kernel: str, initrd: str, disk: str, backing: str, cpus: str) -> None:
+def main(
+    console_file: str, kernel: str, initrd: str, image: str, disk: str, backing: str, cpus: str
+) -> None:
+    shutil.copy(image, disk)
     spec = importlib.util.spec_from_file_location("policies", console_file)
     assert spec is not None and spec.loader is not None
     policies = importlib.util.module_from_spec(spec)
@@ -42,15 +47,20 @@ def main(console_file: str, kernel: str, initrd: str, disk: str, backing: str, c
         return {"exit": done.returncode, "answer": answer, "seconds": seconds}
 
     def said(console: Any, command: str) -> str:
-        console.type(command)
+        try:
+            console.type(command)
+        except BrokenPipeError:
+            print(json.dumps({**seen, "stderr": (folder / "stderr").read_text()}))
+            raise SystemExit from None
         text: str = console.expect_prompt(limit) or "(nothing)"
         return text.removeprefix(command).strip()
 
+    seen: dict[str, Any] = {}
     words = [*PYVMM, "--kernel", kernel, "--initrd", initrd, "--append", "quiet", "--mem", "256M"]
     words += ["--cpus", cpus, "--disk", disk, "--control", str(path)]
     words += [] if backing == "none" else [f"--private-mem={backing}"]
     console = policies.Console(words, folder / "stderr")
-    seen: dict[str, Any] = {"booted": console.expect_prompt(policies.BOOT_LIMIT) is not None}
+    seen["booted"] = console.expect_prompt(policies.BOOT_LIMIT) is not None
     said(console, WRITING)
     said(console, "sleep 3")
     seen["lines before"] = said(console, "wc -l </mnt/log")

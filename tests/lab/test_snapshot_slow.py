@@ -34,13 +34,13 @@ def test_saved_guest_goes_on_where_it_was(
     lab: Lab, lab_start: Starter, tmp_path: Path, backing: str, cpus: int
 ) -> None:
     (tmp_path / "root").mkdir()
-    disk = tmp_path / "disk.ext4"
-    ext4_image(disk, tmp_path / "root")
+    image, disk = tmp_path / "image.ext4", tmp_path / "disk.ext4"
+    ext4_image(image, tmp_path / "root")
     kernel = lab.guest_kernel("debian:6.12")
     words = [str(executable()), str(SCRIPT), policies.__file__, str(kernel.image)]
-    words += [str(lab.guest_initramfs(kernel)), str(disk), backing, str(cpus)]
+    words += [str(lab.guest_initramfs(kernel)), str(image), str(disk), backing, str(cpus)]
 
-    run = lab_start(words, program=True, cpus=1, files=[disk], outputs=[disk])
+    run = lab_start(words, program=True, cpus=1, files=[image], outputs=[disk])
     assert run.wait(_SECONDS) == 0, bytes(run.stderr.data)
     seen: dict[str, Any] = json.loads(bytes(run.stdout.data).splitlines()[-1])
 

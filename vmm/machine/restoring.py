@@ -6,6 +6,7 @@ again, for a snapshot is a file that anybody can have written, and opens nothing
 
 from __future__ import annotations
 
+from vmm.conversion.matrix import BACKINGS, SCHEMES
 from vmm.core.errors import UsageError
 from vmm.core.lean_typing import TYPE_CHECKING
 from vmm.core.ranges import PAGE_SIZE, Range
@@ -70,6 +71,9 @@ class Restoring:
             raise inner.bad(f"its guest is {inner.text('architecture')}, and this is {arch.name}")
         scheme = inner.text("scheme", 32)
         private = inner.text("private_memory", 32) if inner.has("private_memory") else None
+        # Pyvmm's own alone: elsewhere a name with a colon is the user's code, to be imported.
+        if private is not None and (private not in BACKINGS or scheme not in SCHEMES):
+            raise inner.bad(f"scheme {scheme!r} with private memory {private!r} is none of pyvmm's")
         self._alias = inner.number("alias", (1 << _MOST_BITS) - 1)
         self._doorbell = inner.text("doorbell", 32)
         self.config = config._replace(
@@ -153,7 +157,11 @@ class Restoring:
 
     def guest(self, arch: Architecture) -> Guest:
         """What the machine runs."""
-        return arch.restored_guest(self.config.guest_options(), self._doorbell, self._private)
+        options = self.config.guest_options()
+        try:
+            return arch.restored_guest(options, self._doorbell, self._private)
+        except UsageError as error:
+            raise self._inner.bad(str(error)) from None
 
     def load(self, memory: GuestMemory, alias: int) -> None:
         """Memory's bytes, each on its side."""
