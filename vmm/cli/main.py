@@ -7,13 +7,13 @@ import contextlib
 import errno
 import gc
 import os
-import signal
 import sys
 from collections.abc import Sequence
 
 from vmm.cli import process
 from vmm.cli.run_options import DEFAULT_SIZES, parse
 from vmm.core.errors import HostError, PyvmmError, UsageError, in_words, limit_met, tell
+from vmm.core.lean_signal import signal
 from vmm.core.lean_typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import time
 from contextlib import ExitStack
@@ -16,6 +15,7 @@ from vmm.control.signals import SignalReactions
 from vmm.core import own_code
 from vmm.core.errors import HostError, UsageError, in_words, tell
 from vmm.core.event_loop import EventLoop
+from vmm.core.lean_signal import signal
 from vmm.core.lean_typing import TYPE_CHECKING, Protocol
 from vmm.core.own_code import ExtensionError
 from vmm.exits.outcome import (

@@ -11,11 +11,10 @@ import threading
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from enum import Enum
 from threading import get_ident
 
 from vmm.core.errors import PrivateAccess, UnmappedAccess
-from vmm.core.lean_typing import TYPE_CHECKING, NamedTuple, cast
+from vmm.core.lean_typing import TYPE_CHECKING, Enum, NamedTuple, cast
 from vmm.core.ranges import NOWHERE, PAGE_SIZE, Cut, Range, RangeMap
 from vmm.memory.backing import Backing, Buffer, byte_count
 
@@ -49,8 +48,6 @@ class PageState(Enum):
     LENT = "lent"
     CONVERTING = "converting"
     OBSERVED = "observed"
-
-    __hash__ = object.__hash__  # members are equal only to themselves; Enum's own is slow
 
 
 class Residency(NamedTuple):
