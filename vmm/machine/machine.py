@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from vmm.arch.protocol import Architecture, Guest
     from vmm.control.console import Console
     from vmm.control.control_socket import ControlSocket
+    from vmm.control.saving import Saving
     from vmm.control.status_line import StatusLine
     from vmm.conversion.events import EventFeed
     from vmm.conversion.lending import Lender
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from vmm.machine.extensions import Extensions
     from vmm.machine.memory_file import MemoryFile
     from vmm.machine.report_keys import Report
+    from vmm.machine.restoring import Restoring
     from vmm.machine.tracing import RunTrace
     from vmm.memory.aliased_memory import Announce
     from vmm.sandbox.enter import Sandbox
@@ -178,6 +180,9 @@ class Machine:
         images = self._images or OpenedImages(self._architecture, config)
         self._cleanup.callback(images.close)
         config = images.config if self._own is None else self._own.as_ours(images.config)
+        self._restoring: Restoring | None = None
+        if config.restore is not None:
+            config = self._open_snapshot(config, config.restore)
         self._config = config
         if config.report is not None or config.consoles:
             from vmm.machine.own_files import refuse_overwriting  # most runs write no file
@@ -233,6 +238,18 @@ class Machine:
             self._cleanup.callback(self._report_file.close)
         if config.sandbox != "off":
             self._leave_somebody_outside()
+
+    def _open_snapshot(self, config: MachineConfig, path: str) -> MachineConfig:
+        """What the machine is, with the snapshot's word on it."""
+        from vmm.machine.restoring import Restoring
+        from vmm.snapshot.folder import SnapshotFolder
+
+        if self._own is not None:
+            raise UsageError("--restore: devices and schemes of your own are in no snapshot")
+        folder = SnapshotFolder(path)
+        self._cleanup.callback(folder.close)
+        self._restoring = Restoring(folder, config, self._architecture)
+        return self._restoring.config
 
     def _leave_somebody_outside(self) -> None:
         """What the run has to do with paths at its end is for a process that keeps its rights."""
@@ -299,13 +316,16 @@ class Machine:
             paths=config.allowed_paths,
             maps=config.allow_mapped_io,
             connects=config.vsock is not None,
-            receives=any(device.apart for device in self._virtio.values()),
+            receives=config.control is not None
+            or any(device.apart for device in self._virtio.values()),
         )
         if self._sandbox.seccomp:
             self._vcpus.at_start = enter_vcpu
 
     def _make_guest(self, images: OpenedImages) -> Guest:
         options = self._config.guest_options()
+        if self._restoring is not None:
+            return self._restoring.guest(self._architecture)
         if images.kernel is None:
             return self._architecture.payload_guest(options)
         return self._architecture.linux_guest(options, images.kernel, images.initrd)
@@ -458,6 +478,10 @@ class Machine:
 
     def _load_guest(self) -> None:
         """Memory contents by pwrite and fd-to-fd transfer, then registers."""
+        if self._restoring is not None:
+            self._restoring.load(self._vm.memory, self._vm.scheme.alias)
+            self._restoring.restore(self._vm.platform, self._devices)
+            return
         launch = LaunchMemory(self._vm.memory)
         platform = self._vm.platform
         functions = list(self._virtio)
@@ -501,7 +525,10 @@ class Machine:
             self.stop,
             None if self._lender is None else self._lender.as_dict,
             self._events,
+            self._make_saving,
         )
+        if self._control is not None:
+            self._vcpus.settles = True  # a snapshot needs registers that owe no exit
         alone = self._embedding is None
         if alone:
             # Beyond the guest's end: a signal must not cost the report.
@@ -516,6 +543,8 @@ class Machine:
                 self._console.attach(self._loop, self._devices.board.serial)
                 if self._config.paused:
                     operations.pause()
+                if self._restoring is not None:
+                    self._devices.resume()
                 self._vcpus.start()
                 if self._devices.board.coalesces_output:
                     Stragglers(self._vcpus.runners[0], self._loop.set_timer).look()
@@ -540,6 +569,22 @@ class Machine:
             if runner.error is not None:
                 raise runner.error
         return self._outcomes[0]
+
+    def _make_saving(self, operations: Operations) -> Saving:
+        """What dumps and saves the machine, once somebody asks."""
+        from vmm.control.saving import Saving
+        from vmm.machine.restoring import facts
+
+        vm = self._vm
+        config, arch = self._config, self._architecture.name
+        own = self._own is not None or self._execution is not None
+        return Saving(
+            operations,
+            vm.memory,
+            vm.platform,
+            self._devices.state,
+            lambda: facts(config, vm, arch, own=own),
+        )
 
     def _interject(self, data: bytes) -> bool:
         """For who was made before the console."""

@@ -14,6 +14,7 @@ from vmm.wiring.board import BoardParts
 from vmm.wiring.interrupts import Lines, MsixMessages
 
 if TYPE_CHECKING:
+    from vmm.core.saved import Saved, State
     from vmm.devices.msix import MsixTable
     from vmm.devices.own import GuardedRegisters, PciDevice, PortDevice
     from vmm.devices.virtio.device import DeviceObserver, VirtioDevice
@@ -203,6 +204,48 @@ class Devices:
             for transport in self._transports:
                 held.enter_context(transport.held(max(deadline - time.monotonic(), 0)))
             return held.pop_all()
+
+    def state(self, timeout: float) -> State:
+        """What a snapshot keeps of the board and the virtio devices, which are held. Raises
+        TimeoutError when what is under way takes longer (seconds), NotSaved, OSError."""
+        from vmm.core.saved import NotSaved
+
+        if self._own:
+            raise NotSaved(f"{', '.join(self._own)}: the user's own devices can't be saved")
+        deadline = time.monotonic() + timeout
+        for transport in self._transports:
+            transport.finish(max(deadline - time.monotonic(), 0))
+        pairs = zip(self._virtio, self._transports, strict=True)
+        return {
+            "board": self.board.state(),
+            "virtio": [{"name": name, "transport": each.state()} for name, each in pairs],
+        }
+
+    def restore(self, saved: Saved) -> None:
+        """Be in that state, with the same devices; then, when all else is there, `resume`.
+        Raises BadState, OSError."""
+        for inner, name, transport in zip(
+            saved.each("virtio", len(self._transports)),
+            self._virtio,
+            self._transports,
+            strict=True,
+        ):
+            if inner.text("name") != name:
+                raise inner.bad(f"it is {inner.text('name')!r:.40}, and here is {name}")
+            each = inner.inner("transport")
+            transport.restore(each)
+            each.finish()
+            inner.finish()
+        board = saved.inner("board")
+        self.board.restore(board)
+        board.finish()
+        self.board.pci.remap()
+
+    def resume(self) -> None:
+        """The restored machine is about to run."""
+        for transport in self._transports:
+            transport.resume()
+        self._lines.raise_pending()
 
     def end(self, timeout: float) -> bool:
         """No request is served any more; False when one under way takes longer (seconds)."""

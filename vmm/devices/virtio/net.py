@@ -9,10 +9,13 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping, Sequence
 
-from vmm.core.lean_typing import Protocol
+from vmm.core.lean_typing import TYPE_CHECKING, Protocol
 from vmm.devices.virtio.device import EXPECTED, GuestMemory, VirtioDevice
 from vmm.devices.virtio.queue import Chain, QueueError, SplitQueue
 from vmm.devices.virtio.segments import gather, scatter, total
+
+if TYPE_CHECKING:
+    from vmm.core.saved import Saved, State
 
 F_CSUM, F_GUEST_CSUM = 1 << 0, 1 << 1
 F_MAC, F_GUEST_TSO4, F_GUEST_TSO6 = 1 << 5, 1 << 7, 1 << 8
@@ -96,6 +99,14 @@ class VirtioNet(VirtioDevice):
         self._receiving = self._waiting_for_room = False
         self._held = None
         self._watch_backend()
+
+    def state(self) -> State:
+        """See vmm.core.saved.Stateful; a frame that waits for buffers is lost, as networks do."""
+        return {"mac": self._mac.hex()}
+
+    def restore(self, saved: Saved) -> None:
+        """See vmm.core.saved.Stateful: the driver knows the card by its address."""
+        self._mac = saved.bytes("mac", len(self._mac))
 
     def close(self) -> None:
         self.watch(self._backend.fd, self._ready)
