@@ -145,6 +145,9 @@ def _explain(error: BaseException) -> tuple[int, str]:
         return 1, f"output could not be written: {in_words(error)}{remedy}"
     if isinstance(error, ImportError) and os.strerror(errno.EMFILE) in str(error):
         error = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    if isinstance(error, RuntimeError) and str(error) == "can't start new thread":
+        limits = "raise `ulimit -u`, or the limit of the cgroup (pids.max)"
+        return HostError.exit_status, f"the host refused one more thread; {limits}"
     if isinstance(error, OSError):
         return HostError.exit_status, f"the host refused: {in_words(error)}"
     return 1, f"internal error: {error!r}; --debug shows where, for a bug report"

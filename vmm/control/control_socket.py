@@ -90,7 +90,10 @@ class ControlSocket:
             client.close()
             return
         self._clients.add(client)
-        client.listen()
+        try:
+            client.listen()
+        except OSError:  # epoll has no room for it: that costs the caller, not the run
+            client.close()
 
     def _answer(self, client: _Client, line: bytes) -> dict[str, Any]:
         try:

@@ -21,6 +21,7 @@ from vmm.core.own_code import ExtensionError
 from vmm.exits.outcome import (
     EXTENSION_ERROR,
     FAILED,
+    INTERNAL_ERROR,
     KILLED,
     PANIC,
     POLICY_ERROR,
@@ -145,7 +146,10 @@ class Machine:
                 self._own_code_failed(error)
                 raise
             except OSError as error:  # KvmError is one
-                raise HostError(in_words(error)) from error
+                words = in_words(error)
+                if type(error) is OSError and error.filename is None:
+                    words = f"the host refused what the machine needs: {words}"
+                raise HostError(words) from error
             if self._report_file is not None:
                 self._report_file.begin()
             if self._memory_file is not None:
@@ -166,6 +170,11 @@ class Machine:
                 outcome = outcome or Outcome(word, str(error))
                 self._own_code_failed(error)
                 raise
+            except OSError as error:
+                # Nobody else could be told: no device of the guest's, no caller.
+                words = f"the host refused what the run needs: {in_words(error)}"
+                outcome = outcome or Outcome(INTERNAL_ERROR, words)
+                raise HostError(words) from error
             finally:
                 if outcome is not None:
                     self._write_report(outcome, time.monotonic() - started)

@@ -6,6 +6,7 @@ csum_start, csum_offset, num_buffers
 
 from __future__ import annotations
 
+import errno
 import struct
 from collections.abc import Mapping, Sequence
 
@@ -37,6 +38,8 @@ NEEDS_CSUM = 1  # header flag
 GSO_NONE, GSO_TCPV4, GSO_TCPV6 = 0, 1, 4
 # Buffers looked at together: few frames come alone or in hundreds.
 _BATCH = 32
+_FOR_A_MOMENT = (errno.ENOMEM, errno.ENOBUFS, errno.EINTR)
+"""What says nothing against the backend: the next try may go well."""
 
 
 class NetBackend(Protocol):
@@ -180,8 +183,9 @@ class VirtioNet(VirtioDevice):
             return frame
         try:
             return self._backend.receive() if self._link_up else None
-        except OSError:
-            self._lost()
+        except OSError as error:
+            if error.errno not in _FOR_A_MOMENT:
+                self._lost()
             return None
 
     def _deliver(
@@ -261,8 +265,11 @@ class VirtioNet(VirtioDevice):
         self._waiting_for_room = False
         try:
             self._waiting_for_room = self._link_up and not self._backend.flush()
-        except OSError:
-            self._lost()
+        except OSError as error:
+            if error.errno in _FOR_A_MOMENT:
+                self._waiting_for_room = True
+            else:
+                self._lost()
         return not self._waiting_for_room
 
     def _send(self, chain: Chain) -> bool:
