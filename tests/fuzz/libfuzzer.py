@@ -139,8 +139,8 @@ def _as_files(data: Sequence[bytes]) -> Iterator[Path]:
 
 def common_words(longest: int) -> list[str]:
     """libFuzzer's options that every run has."""
-    return [f"-max_len={longest}", f"-timeout={PATIENCE}", "-rss_limit_mb=2048",
-            "-print_final_stats=1", "-reload=0"]  # fmt: skip
+    return [f"-max_len={longest}", f"-timeout={PATIENCE}", f"-report_slow_units={PATIENCE}",
+            "-rss_limit_mb=2048", "-print_final_stats=1", "-reload=0"]  # fmt: skip
 
 
 def main(words: list[str]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests.fuzz.targets import (
+    control,
     conversions,
     devices,
     disks,
@@ -11,10 +12,11 @@ from tests.fuzz.targets import (
     iommu,
     queue,
     registers,
+    traces,
 )
 from tests.fuzz.targets.registry import TARGETS, Target
 
 # Each module puts its targets among them.
-_ALL = (conversions, devices, disks, files, images, iommu, queue, registers)
+_ALL = (control, conversions, devices, disks, files, images, iommu, queue, registers, traces)
 
 __all__ = ["TARGETS", "Target"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,7 +11,7 @@ from tests.fuzz.attacked import DEVICES, FailingHost, attacked
 from tests.fuzz.drawing import Choices, recorded
 from tests.fuzz.hostile_driver import CANARY
 from tests.fuzz.oracles import TurnCost, assert_holds_little
-from tests.fuzz.targets.registry import target
+from tests.fuzz.targets.registry import scratch_folder, target
 from vmm.memory import transfer
 
 _LIVES = 3
@@ -27,7 +26,7 @@ def _live(name: str, choices: Choices) -> None:
     transfer._scratches.own.pipe_ends()
     transfer._scratches.own.bounce()
     before = len(os.listdir("/proc/self/fd"))
-    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder, ExitStack() as stack:
+    with scratch_folder() as folder, ExitStack() as stack:
         fails, another = choices.random() < 0.2, choices.random() < 0.2
         host = FailingHost(choices, stack) if fails else None
         with attacked(name, choices, Path(folder)) as (device, driver):

@@ -9,12 +9,11 @@ import os
 import stat
 import struct
 import tarfile
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from tests.fuzz.drawing import Choices, recorded
-from tests.fuzz.targets.registry import target
+from tests.fuzz.targets.registry import scratch_folder, target
 from tests.support.cpio import entries
 from tests.support.fdt import Read, read_tree
 from vmm.arch.aarch64 import fdt
@@ -31,9 +30,6 @@ from vmm.lab.sources import debian_archive, read_sources
 from vmm.lab.streams import EndMark
 from vmm.scenario.recorded import scenario_of
 from vmm.scenario.recording import SHARE, TO_GUEST, UNSHARE, Recorded, Recording, parse
-
-_PLACE = Path(tempfile.gettempdir())
-
 
 # --- the configuration file, and the command line that it becomes ---
 
@@ -54,12 +50,13 @@ def _configs() -> list[bytes]:
 def config(data: bytes) -> None:
     """A TOML file: either one line about what is wrong, or words that the command line takes as
     it takes its own."""
-    path = _PLACE / f"fuzz-{os.getpid()}.toml"
-    path.write_bytes(data)
+    fd = os.memfd_create("config")
+    path = f"/proc/self/fd/{fd}"
     try:
-        words = expanded(["--config", str(path)])
-        assert all(isinstance(word, str) for word in words)
-        lab = expanded(["--config", str(path)], lab=True)
+        os.write(fd, data)
+        words = expanded(["--config", path])
+        assert all(isinstance(word, str) and "\0" not in word for word in words)
+        lab = expanded(["--config", path], lab=True)
         assert lab[len(lab) - len(words) :] == words
         _configuration(words, "x86_64")
     except UsageError as error:
@@ -67,7 +64,7 @@ def config(data: bytes) -> None:
     except SystemExit:
         assert False, "a file made the command print its help"  # noqa: B011
     finally:
-        path.unlink()
+        os.close(fd)
 
 
 def _command_lines() -> list[bytes]:
@@ -122,7 +119,7 @@ def modules(data: bytes) -> None:
     without = without_signature(content)
     assert content.startswith(without)
     assert sum(map(len, dependencies(content))) <= len(content)
-    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
+    with scratch_folder() as folder:
         path = Path(folder, f"first{suffix}")
         path.write_bytes(content)
         if not suffix:
@@ -153,7 +150,7 @@ def _sources() -> list[bytes]:
 @target("apt-sources", _sources)
 def apt_sources(data: bytes) -> None:
     """A byte for the format, then a file of apt's: at most one archive, with all that it needs."""
-    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
+    with scratch_folder() as folder:
         parts = Path(folder, "sources.list.d")
         parts.mkdir()
         name = "a.sources" if data[:1] > b"\0" else "a.list"
@@ -317,7 +314,7 @@ def share(data: bytes) -> None:
             archive = data[1:]
     else:
         archive = _archive(Choices(data[1:]))
-    with tempfile.TemporaryDirectory(prefix="fuzz-") as base:
+    with scratch_folder() as base:
         folder, outside = Path(base, "folder"), Path(base, "outside")
         for each in (folder, outside):
             each.mkdir()

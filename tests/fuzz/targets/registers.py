@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import struct
-import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,7 +12,7 @@ from tests.fuzz.drawing import Choices, recorded
 from tests.fuzz.ports import Board
 from tests.fuzz.storm import Guest
 from tests.fuzz.targets.conversions import records
-from tests.fuzz.targets.registry import target
+from tests.fuzz.targets.registry import scratch_folder, target
 from vmm.arch.aarch64.devices.gic_v2m import GicV2m
 from vmm.arch.aarch64.devices.pci_ecam import PciEcam
 from vmm.arch.aarch64.devices.pl031 import Pl031
@@ -44,7 +43,7 @@ def ports(data: bytes) -> None:
 
 
 def _storm(choices: Choices) -> None:
-    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder, ExitStack() as stack:
+    with scratch_folder() as folder, ExitStack() as stack:
         guest = Guest(choices, Path(folder), stack)
         guest.kvm.refuses = choices.random() < 0.5
         before = len(os.listdir("/proc/self/fd"))

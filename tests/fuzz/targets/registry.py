@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any, NamedTuple
@@ -45,6 +47,15 @@ class Target(NamedTuple):
 
 
 TARGETS: dict[str, Target] = {}
+
+
+def scratch_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder for one input, in memory where there is such a place: on a disk making and removing
+    it would be most of the work."""
+    memory = "/dev/shm"
+    return tempfile.TemporaryDirectory(
+        prefix="fuzz-", dir=memory if os.access(memory, os.W_OK) else None
+    )
 
 
 def _none() -> Iterator[bytes]:
