@@ -86,6 +86,9 @@ class ControlSocket:
         assert self._loop is not None
         client = _Client(connection, self._loop, self._answer, self._clients.discard, self._ring)
         if len(self._clients) >= MOST_CLIENTS:
+            for other in list(self._clients):
+                other.leave_if_gone()
+        if len(self._clients) >= MOST_CLIENTS:
             client.say({"ok": False, "error": f"{MOST_CLIENTS} clients are connected already"})
             client.close()
             return
@@ -262,6 +265,12 @@ class _Client:
         try:
             self._go_on()
         except OSError:  # it has hung up
+            self.close()
+
+    def leave_if_gone(self) -> None:
+        """Close where the other end has hung up: of one that follows and has said that it won't
+        say any more, only the next event would show it."""
+        if _has_hung_up(self._connection):
             self.close()
 
     def _say_events(self, events: Subscription) -> None:
