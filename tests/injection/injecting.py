@@ -68,9 +68,7 @@ def shim() -> str:
     return path
 
 
-def run(
-    words: Sequence[str], *faults: Fault, environment: dict[str, str] | None = None
-) -> Ended:
+def run(words: Sequence[str], *faults: Fault, environment: dict[str, str] | None = None) -> Ended:
     """Run `words` with these faults; never for longer than SECONDS."""
     more = dict(environment or {})
     with tempfile.NamedTemporaryFile(prefix="pyvmm-counts-") as file:
