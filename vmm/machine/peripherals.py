@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from kvm_bindings import fdops
 from vmm.core.errors import UsageError
 from vmm.core.lean_typing import TYPE_CHECKING
-from vmm.machine.config import MachineConfig
+from vmm.machine.config import VHOST_USER, MachineConfig
 
 if TYPE_CHECKING:
     from vmm.devices.virtio.device import VirtioDevice
@@ -30,6 +30,7 @@ def device_names(config: MachineConfig) -> list[str]:
     }
     several = [f"blk{number}" for number in range(len(config.disks))]
     several += [f"net{number}" for number in range(len(config.nets))]
+    several += [f"fs{number}" for number in range(len(config.file_systems))]
     return several + [name for name, is_there in single.items() if is_there]
 
 
@@ -70,6 +71,11 @@ def open_devices(
         from vmm.devices.virtio.block_file import open_disk
 
         for number, spec in enumerate(config.disks):
+            if spec.startswith(VHOST_USER):
+                from vmm.devices.vhost_user import opening
+
+                add(f"blk{number}", opening.open_disk(spec, f"blk{number}"))
+                continue
             disk = open_disk(spec)
             if disk.apart:
                 add(f"blk{number}", apart().disk(f"blk{number}", disk))
@@ -89,6 +95,10 @@ def open_devices(
                 add(f"net{number}", apart().net(f"net{number}", net))
             else:
                 add(f"net{number}", net)
+    for number, spec in enumerate(config.file_systems):
+        from vmm.devices.vhost_user import opening
+
+        add(f"fs{number}", opening.open_fs(spec, f"fs{number}"))
     if config.vsock is not None:
         from vmm.devices.virtio.vsock import open_vsock
 

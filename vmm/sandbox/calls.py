@@ -116,8 +116,9 @@ class Needs:
         `outputs`: those that may get another file put in their place: a console that nobody reads.
         `maps`: files are mapped after all: a disk with io=mmap, a trace that is read. `connects`:
         a device connects to Unix sockets (vsock). `writes`: there are folders to write to.
-        `landlock`: it says which files may be opened; else none for writing. `receives`: sockets
-        to devices' processes come from the process that starts them.
+        `landlock`: it says which files may be opened; else none for writing. `receives`: open
+        files come by socket: from the control socket's callers, to write to, and from the process
+        that starts devices' processes.
         """
         self.pid = pid
         self.kept = kept

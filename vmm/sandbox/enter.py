@@ -51,8 +51,8 @@ def enter(
     `kept`: descriptors that nobody may map from now on; `output`: the console's, which may get
     another file put in its place; `folders`: where the run writes files of its own; `reads`: what
     it reads by path; `paths`: what the user gives back, to read and write; `maps`: files are used
-    through mappings; `connects`: a device connects to Unix sockets; `receives`: devices'
-    processes may be started anew. Threads that run already get the system calls' part only. Raises
+    through mappings; `connects`: a device connects to Unix sockets; `receives`: open
+    files come by socket. Threads that run already get the system calls' part only. Raises
     HostError where `mode` is "on" and the kernel can't do it.
     """
     writes = bool(folders or paths)

@@ -6,9 +6,13 @@ import os
 import stat
 
 from vmm.core.disk_image import SECTOR, check_raw, in_use, is_read_only_device, lock
-from vmm.core.errors import UsageError
+from vmm.core.errors import UsageError, one_line
+from vmm.core.lean_typing import TYPE_CHECKING
 from vmm.core.suboptions import Suboptions
 from vmm.memory.transfer import ENGINES
+
+if TYPE_CHECKING:
+    from vmm.core.saved import Saved, State
 
 SERIAL_BYTES = 20
 
@@ -16,6 +20,8 @@ SYNTAX = (
     f"FILE[,ro][,serial=TEXT][,queues=N][,io={'|'.join(ENGINES)}][,format=raw][,share=on][,process]"
 )
 MOST_QUEUES = 16
+_SAMPLES, _SAMPLE_BYTES = 64, 32 << 10
+"""What of a disk is looked at to tell it from others, in equal distances from its beginning on."""
 
 
 class DiskFile:
@@ -46,6 +52,46 @@ class DiskFile:
         self.queues = queues
         self.engine = engine
         self.apart = apart
+
+    def identity(self) -> State:
+        """What tells this disk, as it is now, from others, and from what it will be. Raises
+        OSError."""
+        found = os.fstat(self.fd)
+        return {
+            "path": one_line(os.path.abspath(self.path)),
+            "sectors": self.sectors,
+            # A device file's time says nothing of what is on the device.
+            "changed_ns": found.st_mtime_ns if stat.S_ISREG(found.st_mode) else 0,
+            "sample": self._sample(),
+        }
+
+    def _sample(self) -> int:
+        """A checksum over some of the disk."""
+        from binascii import crc32  # for snapshots alone
+
+        total = 0
+        step = max(self.sectors * SECTOR // _SAMPLES // SECTOR * SECTOR, _SAMPLE_BYTES)
+        for number in range(_SAMPLES):
+            total = crc32(os.pread(self.fd, _SAMPLE_BYTES, number * step), total)
+        return total
+
+    def require(self, saved: Saved) -> None:
+        """Raises BadState unless this is the disk that `identity` was asked of, unchanged."""
+        path = saved.text("path", 1 << 14)
+        sectors = saved.number("sectors", 1 << 55)
+        changed = saved.number("changed_ns", 1 << 63)
+        sample = saved.number("sample", 0xFFFF_FFFF)
+        here = self.identity()
+        what = ""
+        if sectors != self.sectors:
+            what = f"it has {self.sectors} sectors, and had {sectors}"
+        elif changed != here["changed_ns"] or sample != here["sample"]:
+            what = "it was written to since (a copy has to keep the time: cp --preserve)"
+        if what:
+            raise saved.bad(
+                f"--disk {self.path} is not as the guest left {path!r}: {what}; give the disk as "
+                "it was at the snapshot"
+            )
 
     def close(self) -> None:
         if self.fd >= 0:

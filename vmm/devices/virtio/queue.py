@@ -18,8 +18,11 @@ from itertools import chain
 
 from kvm_bindings.virtqueue import MOST_ENTRIES, Chains
 from vmm.core.errors import PyvmmError
-from vmm.core.lean_typing import NamedTuple, Protocol
+from vmm.core.lean_typing import TYPE_CHECKING, NamedTuple, Protocol
 from vmm.devices.virtio.budget import Budget, Work
+
+if TYPE_CHECKING:
+    from vmm.core.saved import Saved, State
 
 MAX_QUEUE_SIZE = 32768
 MAX_CHAIN_BYTES = 1 << 32  # 2.7.5; one byte less, so that the used length can say it
@@ -151,6 +154,17 @@ class SplitQueue:
         """How often the queue is looked at in vain, after something was taken, before the driver
         is asked to notify: a notify costs a busy driver an exit, and the device a wake-up."""
         self._looks = 0
+
+    def state(self) -> State:
+        """See vmm.core.saved.Stateful; with no chain `unfinished`."""
+        return {"next_avail": self._next_avail, "next_used": self._next_used}
+
+    def restore(self, saved: Saved) -> None:
+        """See vmm.core.saved.Stateful: before the first take."""
+        self._next_avail = saved.number("next_avail", 0xFFFF)
+        self._next_used = saved.number("next_used", 0xFFFF)
+        if self.outstanding > self.size:
+            raise saved.bad(f"{self.outstanding} chains are taken from {self.size} entries")
 
     def take(self, most: int = MAX_QUEUE_SIZE) -> list[Chain]:
         """The chains that became available since the last call, in the driver's order.
