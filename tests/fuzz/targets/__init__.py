@@ -10,6 +10,7 @@ from tests.fuzz.targets import (
     files,
     images,
     iommu,
+    processes,
     queue,
     registers,
     traces,
@@ -17,6 +18,18 @@ from tests.fuzz.targets import (
 from tests.fuzz.targets.registry import TARGETS, Target
 
 # Each module puts its targets among them.
-_ALL = (control, conversions, devices, disks, files, images, iommu, queue, registers, traces)
+_ALL = (
+    control,
+    conversions,
+    devices,
+    disks,
+    files,
+    images,
+    iommu,
+    processes,
+    queue,
+    registers,
+    traces,
+)
 
 __all__ = ["TARGETS", "Target"]
