@@ -374,6 +374,7 @@ class VhostUserDevice(VirtioDevice):
         self._back_end, self._next = self._next, None
         self._restarts += 1
         self._listen()
+        tell(f"{self.name}: another back end has taken over at {self.path}")
 
     def _resume(self) -> None:
         """In the middle of a driver's life: answer what is left, then begin where the guest is."""
