@@ -33,7 +33,11 @@ class Rings:
 
     def left(self) -> list[int] | None:
         return unreturned(
-            self.size, self.available_index, tuple(self.available), self.used_index, tuple(self.used)
+            self.size,
+            self.available_index,
+            tuple(self.available),
+            self.used_index,
+            tuple(self.used),
         )
 
 
