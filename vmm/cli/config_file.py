@@ -88,6 +88,11 @@ class _File:
             raise self._error("lab", table, "a table, as in [lab]")
         words = self._of_table("", self._values, known["run"], given)
         of_lab = self._of_table("lab.", table, known["lab"], given)  # misspelt keys are told always
+        if any("\0" in word for word in (*of_lab, *words)):
+            raise UsageError(
+                f"{OPTION} {self._path}: a text has a NUL character, which no option takes; "
+                "leave it out"
+            )
         return [*of_lab, *words] if lab else words
 
     def _of_table(

@@ -48,6 +48,9 @@ _SEVERAL = {"action": "append", "default": []}
 _POLICIES = "policies"
 """--policy and --policy-arg, which depend on each other, are argparse's business alone."""
 
+DEFAULT_SIZES = "512M", "1"
+"""--mem and --cpus."""
+
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "the guest": {
         "--kernel": {"metavar": "FILE", "help": "a Linux bzImage or vmlinux (x86-64)"},
@@ -77,10 +80,14 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "--mem": {
             "metavar": "SIZE",
-            "default": "512M",
+            "default": DEFAULT_SIZES[0],
             "help": "guest RAM, as in 512M or 2G (default 512M)",
         },
-        "--cpus": {"metavar": "N", "default": "1", "help": "number of vCPUs (default 1)"},
+        "--cpus": {
+            "metavar": "N",
+            "default": DEFAULT_SIZES[1],
+            "help": "number of vCPUs (default 1)",
+        },
         "--disk": {
             "metavar": "FILE[,ro][,serial=TEXT][,queues=N][,io=ENGINE][,format=raw][,share=on]"
             "|vhost-user=SOCKET[,queues=N]",
@@ -183,6 +190,11 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             "metavar": "FILE",
             "help": 'take options from this TOML file, as in mem = "2G", disk = ["a.img"], '
             "rng = true; those on the command line replace them, paths are relative to it",
+        },
+        "--restore": {
+            "metavar": "DIR",
+            "help": "go on from what pyvmm ctl PATH snapshot DIR has saved: memory, processors and "
+            "private memory are in there; name the disks and other devices again",
         },
         "-S": {
             **_FLAG,

@@ -10,7 +10,10 @@ import struct
 from collections.abc import Callable, Iterable, Mapping
 from threading import Lock
 
-from vmm.core.lean_typing import Protocol
+from vmm.core.lean_typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from vmm.core.saved import Saved, State
 
 BAR_SIZE = 0x1000
 TABLE, PENDING = 0x000, 0x800  # where the table and the pending bit array are in the BAR
@@ -105,6 +108,17 @@ class MsixTable:
         """The function was reset: what it had to tell is nobody's business any more."""
         with self._lock:
             self._pending = 0
+
+    def state(self) -> State:
+        """See vmm.core.saved.Stateful; what is enabled says the function's configuration."""
+        with self._lock:
+            return {"table": bytes(self._table).hex(), "pending": self._pending}
+
+    def restore(self, saved: Saved) -> None:
+        """See vmm.core.saved.Stateful: before the function's configuration, which routes."""
+        with self._lock:
+            self._table[:] = saved.bytes("table", len(self._table))
+            self._pending = saved.number("pending", (1 << self.vectors) - 1)
 
     # --- the BAR ---
 

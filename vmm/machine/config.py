@@ -91,6 +91,9 @@ class MachineConfig(NamedTuple):
     devices: tuple[str, ...] = ()
     """The user's own devices, as --device names them: SPEC[,NAME=VALUE...]."""
     exit_handlers: tuple[str, ...] = ()
+    restore: str | None = None
+    """A snapshot's folder that the machine comes from: kernel, memory, processors, private memory
+    and scheme are there, devices are named again (`vmm.machine.restoring`)."""
     paused: bool = False
     """Whether the guest waits for a resume before its first instruction."""
     gdb: str | None = None
@@ -179,6 +182,9 @@ class MachineConfig(NamedTuple):
         if self.append and self.kernel is None:
             raise UsageError("--append needs --kernel: the embedded payload has no command line")
         self._validate_boot()
+        if self.restore is not None:
+            self._validate_restore(limits)
+            return  # what depends on private memory is looked at once that is known
         if self.policies and self.private_memory is None:
             raise UsageError("--policy needs --private-mem: an ordinary VM converts no pages")
         if self.debug_shell and not self.policies:
@@ -191,6 +197,25 @@ class MachineConfig(NamedTuple):
             self._validate_iommu(limits)
         if self.has_back_ends:
             self._validate_back_ends()
+
+    def _validate_restore(self, limits: Limits) -> None:
+        """What the machine is, is in the snapshot."""
+        if limits.name != "x86_64":
+            raise UsageError("--restore: only x86-64 guests can be restored so far")
+        given = {
+            "--kernel": self.kernel,
+            "--private-mem": self.private_memory,
+            "--scheme": None if self.scheme == "auto" else self.scheme,
+            "--iommu": self.iommu or None,
+            "--device": self.devices or None,
+            "--exit-handler": self.exit_handlers or None,
+        }
+        for option, value in given.items():
+            if value is not None:
+                raise UsageError(
+                    f"--restore {self.restore} and {option}: the snapshot says what the machine "
+                    "is; leave the other out"
+                )
 
     def _validate_sandbox(self) -> None:
         if self.sandbox not in SANDBOXES:

@@ -60,6 +60,11 @@ class GuestVm:
             return None
         return self._guest.doorbell
 
+    @property
+    def guest_doorbell(self) -> str:
+        """How the guest would ask for conversions, whether there are any or not."""
+        return self._guest.doorbell
+
     def _create_vm(self) -> None:
         system = self._cleanup.enter_context(open_kvm(self._architecture))
         self.system: System = system

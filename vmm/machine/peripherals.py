@@ -11,6 +11,7 @@ from vmm.machine.config import VHOST_USER, MachineConfig
 
 if TYPE_CHECKING:
     from vmm.devices.virtio.device import VirtioDevice
+    from vmm.machine.device_processes import DeviceProcesses
     from vmm.machine.execution import Execution
 
 MOST_DEVICES = 31
@@ -34,14 +35,32 @@ def device_names(config: MachineConfig) -> list[str]:
 
 
 def open_devices(
-    config: MachineConfig, owner: ExitStack, execution: Execution | None = None
+    config: MachineConfig,
+    owner: ExitStack,
+    execution: Execution | None = None,
+    *,
+    may_fork: bool = True,
 ) -> dict[str, VirtioDevice]:
     """The devices by their names in the report, in the order of their PCI slots: disks first.
 
-    `owner` closes what was opened. Raises UsageError and HostError. Only what is used is
-    imported.
+    `owner` closes what was opened; `may_fork`: whether this process is the machine's alone.
+    Raises UsageError and HostError. Only what is used is imported.
     """
     devices: dict[str, VirtioDevice] = {}
+    processes: list[DeviceProcesses] = []
+
+    def apart() -> DeviceProcesses:
+        if not may_fork:
+            raise UsageError(
+                "a device's process is a fork of pyvmm's own, and this one is a program's; leave "
+                "the setting process away, or use pyvmm run"
+            )
+        if not processes:
+            from vmm.machine.device_processes import DeviceProcesses
+
+            processes.append(DeviceProcesses(confined=config.sandbox != "off"))
+            owner.callback(processes[0].close)
+        return processes[0]
 
     def add(name: str, device: VirtioDevice) -> None:
         owner.callback(device.close)
@@ -58,7 +77,10 @@ def open_devices(
                 add(f"blk{number}", opening.open_disk(spec, f"blk{number}"))
                 continue
             disk = open_disk(spec)
-            add(f"blk{number}", VirtioBlock(disk, fdops.punch_hole))
+            if disk.apart:
+                add(f"blk{number}", apart().disk(f"blk{number}", disk))
+            else:
+                add(f"blk{number}", VirtioBlock(disk, fdops.punch_hole))
             if disk.engine == "mmap" and not config.allow_mapped_io:
                 raise UsageError(
                     f"--disk {spec}: io=mmap reads and writes guest memory itself, which nothing "
@@ -96,6 +118,8 @@ def open_devices(
 
         add("iommu", VirtioIommu())
     require_slots(len(devices))
+    if processes:
+        processes[0].begin()
     return devices
 
 

@@ -97,6 +97,18 @@ class EngineCounts(TypedDict):
     fallbacks: int
 
 
+class ProcessCounts(TypedDict):
+    """A device's process: its id, how often it was lost and started anew, how the last one that was
+    lost ended, and its sandbox (the filter of system calls, Landlock's version)."""
+
+    pid: int
+    deaths: int
+    restarts: int
+    last_end: str | None
+    seccomp: bool
+    landlock: int
+
+
 class DeviceCounts(TypedDict):
     """What one device did; a device of the user's own may have more keys."""
 
@@ -108,6 +120,7 @@ class DeviceCounts(TypedDict):
     refused: int
     engine: NotRequired[EngineCounts]
     engine_lent: NotRequired[EngineCounts]
+    process: NotRequired[ProcessCounts]
     inflated: NotRequired[int]
     deflated: NotRequired[int]
     reported: NotRequired[int]

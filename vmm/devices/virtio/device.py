@@ -11,9 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from threading import Lock
 
 from vmm.core.errors import GuestMemoryError
-from vmm.core.lean_typing import Protocol
+from vmm.core.lean_typing import TYPE_CHECKING, Protocol
 from vmm.devices.virtio.budget import Work
 from vmm.devices.virtio.queue import Chain, QueueError, QueueObserver, SplitQueue
+
+if TYPE_CHECKING:
+    from vmm.core.saved import Saved, State
 
 
 class GuestMemory(Protocol):
@@ -126,6 +129,8 @@ class VirtioDevice(ABC):
     prompt = False
     """Whether its driver keeps its processor waiting for the answer: queue 0 is then served by the
     vCPU that notifies it, before the guest goes on."""
+    apart = False
+    """Whether this stands for a device in a process of its own (vmm.devices.process)."""
     engine: str | None = None
     """How its bytes are moved from and to a file; None where it makes no transfers."""
     may_decline = 0
@@ -235,6 +240,15 @@ class VirtioDevice(ABC):
         self._memory = None
         self._queues = {}
         self._agreed = 0
+
+    def state(self) -> State:
+        """See vmm.core.saved.Stateful: what it knows besides its queues, when no request is under
+        way. Of most devices that is nothing."""
+        return {}
+
+    def restore(self, saved: Saved) -> None:  # noqa: B027  # most have nothing to take
+        """See vmm.core.saved.Stateful: after `activate`, if its driver was up. Its queues are
+        served soon, whatever they hold."""
 
     def disconnect(self) -> None:
         """The loop and the transport go away."""
