@@ -150,9 +150,11 @@ def resident(backing: Backing, area: Range) -> Iterator[Range]:
         except OSError as error:
             if error.errno == errno.ENXIO:  # nothing from there on
                 return
-            yield from _asked_for(backing, Range(at, area.end - at))
-            return
+            start = end = at
         if start >= area.end:
+            return
+        if end <= start:  # this kind of file can't tell
+            yield from _asked_for(backing, Range(at, area.end - at))
             return
         yield Range(start, end - start)
         at = end
