@@ -85,9 +85,7 @@ def test_snapshot_has_what_was_touched_of_the_shared_side_alone(
     assert machine.stood_still == 1
 
 
-def test_private_pages_come_from_their_side(
-    machine: Machine, file: int, tmp_path: Path
-) -> None:
+def test_private_pages_come_from_their_side(machine: Machine, file: int, tmp_path: Path) -> None:
     machine.private.pwrite(b"private", RAM - PAGE)
     machine.private.pwrite(b"behind a shared page", 0)
     other = os.open(tmp_path / "private", os.O_RDWR | os.O_CREAT)
@@ -317,11 +315,10 @@ def test_failure_to_write_is_answered_in_words(server: Server, file: int) -> Non
     def fail(*files: int) -> dict[str, Any]:
         raise OSError(28, "No space left on device")
 
-    server.operations.dump = fail  # type: ignore[method-assign]
+    server.operations.dump = fail  # type: ignore[assignment,method-assign]
 
     (answer,) = ask(server, [file], line("dump"))
 
     assert answer == {
         "ok": False, "error": "it could not be written: No space left on device",
     }  # fmt: skip
-
