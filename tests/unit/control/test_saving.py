@@ -8,6 +8,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -146,6 +147,23 @@ def test_memory_that_the_kernel_keeps_is_refused_before_the_guest_stands_still(
     finally:
         os.close(other)
         machine.close()
+
+
+def test_memory_that_is_touched_here_and_there_makes_no_more_pieces_than_there_may_be() -> None:
+    backing = MemfdBacking(RAM)
+    try:
+        for number in range(0, RAM // PAGE, 2):
+            backing.pwrite(b"x", number * PAGE)
+
+        one_by_one = list(resident(backing, Range(0, RAM)))
+        coarse = list(resident(backing, Range(PAGE, RAM - PAGE), 64 * PAGE))
+
+        assert len(one_by_one) == RAM // PAGE // 2
+        assert len(coarse) <= RAM // (64 * PAGE) + 1
+        assert coarse[0].start == 2 * PAGE and coarse[-1].end <= RAM
+        assert all(each.end <= after.start for each, after in pairwise(coarse))
+    finally:
+        backing.close()
 
 
 @pytest.mark.parametrize("kind", ["pipe", "eventfd"])
