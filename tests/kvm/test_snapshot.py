@@ -304,6 +304,7 @@ def test_devices_are_named_again_and_disks_are_as_they_were(saved: Path) -> None
 HOSTILE: dict[str, Callable[[Any], None]] = {
     "private pages": lambda s: s.update(pages=[[0, 16 << 20, "private"]]),
     "bytes nowhere": lambda s: s["memory"].insert(0, [0, 4096, "00" * 32]),
+    "another processor": lambda s: s["state"]["platform"]["cpuid"][0][0].__setitem__(3, 1),
     "registers": lambda s: s["state"]["platform"]["chips"]["vcpus"][0].update(xcrs="ff" * 392),
 }
 """One for each step of a restore; tests/unit/machine/test_restoring.py has the others."""
