@@ -1,0 +1,1 @@
+"""Snapshots: their folder, and core files."""
