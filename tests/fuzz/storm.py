@@ -160,6 +160,9 @@ class Guest:
             FIRST_MESSAGE_GSI <= message.gsi < FIRST_MESSAGE_GSI + self.vectors
             for message in self.kvm.messages
         )
+        for function in self.board.pci._functions.values():
+            for bar in function._bars:
+                assert bar.mapped in (None, function._wanted(bar)), "a BAR is where it was"
         places = {each.notify_address: each for each in self.transports if each.notify_address}
         for address, queue in self.kvm.ioeventfds:
             assert queue < len(places[address]._device.queue_sizes)
