@@ -23,7 +23,7 @@ _MOST = 1 << 20
 """Bytes of a file that are read."""
 _NOT_HERE = ("--help", "-h", "--version", OPTION)
 _FILE = r"(?:FILE|DIR|PATH|SOCKET)\b"
-_SETTING = re.compile(rf"(\w+)={_FILE}")
+_SETTING = re.compile(rf"([\w-]+)={_FILE}")
 _DEBIAN = re.compile(r"debian:|payload$|pkvm-guest$")
 """Kernels that the lab has by name."""
 _ALTERNATIVE = re.compile(r"\|PATH$")
@@ -172,9 +172,10 @@ class _File:
             return value if _DEBIAN.match(value) else self._path_of(value)
         # A comma in a setting's value is written twice.
         words = [word.replace("\0", ",") for word in value.replace(",,", "\0").split(",")]
-        if re.match(_FILE, metavar) and not _NO_FILE.match(words[0]):
-            words[0] = self._path_of(words[0])
         keys = set(_SETTING.findall(metavar))
+        is_setting = words[0].partition("=")[0] in keys
+        if re.match(_FILE, metavar) and not (is_setting or _NO_FILE.match(words[0])):
+            words[0] = self._path_of(words[0])
         for at, word in enumerate(words):
             key, equals, path = word.partition("=")
             if equals and key in keys:

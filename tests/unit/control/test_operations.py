@@ -35,6 +35,9 @@ class FakeDevices:
     def io_statistics(self) -> dict[str, dict[str, int]]:
         return {"blk0": {"requests": 3}}
 
+    def restart(self, name: str) -> None:
+        self.log.append(f"restarted {name}")
+
 
 class Bench:
     def __init__(self) -> None:
