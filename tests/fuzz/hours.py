@@ -13,6 +13,8 @@ FOLDER/turns.jsonl has a line for each turn. A failure ends the target's turn an
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -72,8 +74,9 @@ def write_seeds(work: Path, name: str) -> None:
 
     folder = work / name
     folder.mkdir(parents=True, exist_ok=True)
-    for number, data in enumerate(TARGETS[name].seeds()):
-        (folder / f"seed-{number}").write_bytes(data)
+    with contextlib.redirect_stderr(io.StringIO()):  # devices say what becomes of them
+        for number, data in enumerate(TARGETS[name].seeds()):
+            (folder / f"seed-{number}").write_bytes(data)
 
 
 def table(work: Path) -> list[str]:

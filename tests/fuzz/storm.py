@@ -94,6 +94,7 @@ class Guest:
             output=nothing, room=nothing, power_off=nothing, reset=nothing,
         )  # fmt: skip
         stack.callback(wired.close)
+        self.wired = wired
         self.board = cast(PcBoard, wired.board)
         self.transports = wired._transports
         self.vectors = sum(len(each.queue_sizes) + 1 for each in self.devices.values())
