@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from vmm.cli import process
-from vmm.cli.run_options import parse
+from vmm.cli.run_options import DEFAULT_SIZES, parse
 from vmm.core.errors import HostError, PyvmmError, UsageError, in_words, limit_met, tell
 from vmm.core.lean_signal import signal
 from vmm.core.lean_typing import TYPE_CHECKING, NoReturn
@@ -145,6 +145,9 @@ def _explain(error: BaseException) -> tuple[int, str]:
         return 1, f"output could not be written: {in_words(error)}{remedy}"
     if isinstance(error, ImportError) and os.strerror(errno.EMFILE) in str(error):
         error = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    if isinstance(error, RuntimeError) and str(error) == "can't start new thread":
+        limits = "raise `ulimit -u`, or the limit of the cgroup (pids.max)"
+        return HostError.exit_status, f"the host refused one more thread; {limits}"
     if isinstance(error, OSError):
         return HostError.exit_status, f"the host refused: {in_words(error)}"
     return 1, f"internal error: {error!r}; --debug shows where, for a bug report"
@@ -176,6 +179,7 @@ def _configuration(arguments: Sequence[str], machine: str | None = None) -> Mach
         scheme=options.scheme,
         disks=tuple(disks),
         nets=tuple(options.net),
+        file_systems=tuple(options.fs),
         consoles=tuple(options.console),
         vsock=options.vsock,
         rng=options.rng,
@@ -196,13 +200,18 @@ def _configuration(arguments: Sequence[str], machine: str | None = None) -> Mach
         memory_file=options.memory_file,
         gdb=options.gdb,
         gdb_sees_private=options.gdb_sees_private,
-        core_dumps=options.core_dumps or options.private_mem is None,
+        core_dumps=options.core_dumps or (options.private_mem is None and options.restore is None),
+        restore=options.restore,
         paused=options.S,
         sandbox=options.sandbox,
         allowed_paths=tuple(options.allow_path),
     )
     if config.paused and config.control is None:
         raise UsageError("-S needs --control PATH: pyvmm ctl PATH resume lets the guest go")
+    if config.restore is not None and (options.mem, options.cpus) != DEFAULT_SIZES:
+        raise UsageError(
+            "--restore and --mem or --cpus: the snapshot says how large the machine is"
+        )
     config.validate(architecture(machine))
     return config
 

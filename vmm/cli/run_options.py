@@ -48,6 +48,9 @@ _SEVERAL = {"action": "append", "default": []}
 _POLICIES = "policies"
 """--policy and --policy-arg, which depend on each other, are argparse's business alone."""
 
+DEFAULT_SIZES = "512M", "1"
+"""--mem and --cpus."""
+
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "the guest": {
         "--kernel": {"metavar": "FILE", "help": "a Linux bzImage or vmlinux (x86-64)"},
@@ -77,19 +80,25 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "--mem": {
             "metavar": "SIZE",
-            "default": "512M",
+            "default": DEFAULT_SIZES[0],
             "help": "guest RAM, as in 512M or 2G (default 512M)",
         },
-        "--cpus": {"metavar": "N", "default": "1", "help": "number of vCPUs (default 1)"},
+        "--cpus": {
+            "metavar": "N",
+            "default": DEFAULT_SIZES[1],
+            "help": "number of vCPUs (default 1)",
+        },
         "--disk": {
-            "metavar": "FILE[,ro][,serial=TEXT][,queues=N][,io=ENGINE][,format=raw][,share=on]",
+            "metavar": "FILE[,ro][,serial=TEXT][,queues=N][,io=ENGINE][,format=raw][,share=on]"
+            "|vhost-user=SOCKET[,queues=N]",
             **_SEVERAL,
             "help": "a raw disk image or block device as virtio-blk; with several queues each is "
             "served by a thread of its own; may be given several times; ENGINE: auto (default), "
             "pread (through a buffer), fd2fd (inside the kernel), hva (by the kernel, to and from "
             "KVM's mapping), mmap (memcpy); an image is locked against other machines (share=on: "
             "not), one in another format is refused "
-            "(format=raw: not)",
+            "(format=raw: not); vhost-user=: a disk that another program serves, such as "
+            "qemu-storage-daemon, which maps the shared side of guest memory",
         },
         "--allow-mapped-io": {
             **_FLAG,
@@ -103,6 +112,12 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             **_SEVERAL,
             "help": "a network card on a tap interface, or behind a passt that runs already (passt "
             "--socket SOCKET; needs no privileges); may be given several times",
+        },
+        "--fs": {
+            "metavar": "TAG,vhost-user=SOCKET",
+            **_SEVERAL,
+            "help": "a directory of the host's, as a virtiofsd serves it that listens on SOCKET; "
+            "in the guest: mount -t virtiofs TAG /mnt; may be given several times",
         },
         "--vsock": {
             "metavar": "path=PATH[,cid=N]",
@@ -175,6 +190,11 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             "metavar": "FILE",
             "help": 'take options from this TOML file, as in mem = "2G", disk = ["a.img"], '
             "rng = true; those on the command line replace them, paths are relative to it",
+        },
+        "--restore": {
+            "metavar": "DIR",
+            "help": "go on from what pyvmm ctl PATH snapshot DIR has saved: memory, processors and "
+            "private memory are in there; name the disks and other devices again",
         },
         "-S": {
             **_FLAG,

@@ -21,6 +21,7 @@ from vmm.core.own_code import ExtensionError
 from vmm.exits.outcome import (
     EXTENSION_ERROR,
     FAILED,
+    INTERNAL_ERROR,
     KILLED,
     PANIC,
     POLICY_ERROR,
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from vmm.arch.protocol import Architecture, Guest
     from vmm.control.console import Console
     from vmm.control.control_socket import ControlSocket
+    from vmm.control.saving import Saving
     from vmm.control.status_line import StatusLine
     from vmm.conversion.events import EventFeed
     from vmm.conversion.lending import Lender
@@ -55,11 +57,13 @@ if TYPE_CHECKING:
     from vmm.core.unix_listener import UnixListener
     from vmm.devices.virtio.device import DeviceObserver
     from vmm.devices.virtio.iommu import VirtioIommu
+    from vmm.machine.back_ends import Spares
     from vmm.machine.debugger import Debugger
     from vmm.machine.execution import Execution
     from vmm.machine.extensions import Extensions
     from vmm.machine.memory_file import MemoryFile
     from vmm.machine.report_keys import Report
+    from vmm.machine.restoring import Restoring
     from vmm.machine.tracing import RunTrace
     from vmm.memory.aliased_memory import Announce
     from vmm.sandbox.enter import Sandbox
@@ -142,7 +146,10 @@ class Machine:
                 self._own_code_failed(error)
                 raise
             except OSError as error:  # KvmError is one
-                raise HostError(in_words(error)) from error
+                words = in_words(error)
+                if type(error) is OSError and error.filename is None:
+                    words = f"the host refused what the machine needs: {words}"
+                raise HostError(words) from error
             if self._report_file is not None:
                 self._report_file.begin()
             if self._memory_file is not None:
@@ -163,6 +170,11 @@ class Machine:
                 outcome = outcome or Outcome(word, str(error))
                 self._own_code_failed(error)
                 raise
+            except OSError as error:
+                # Nobody else could be told: no device of the guest's, no caller.
+                words = f"the host refused what the run needs: {in_words(error)}"
+                outcome = outcome or Outcome(INTERNAL_ERROR, words)
+                raise HostError(words) from error
             finally:
                 if outcome is not None:
                     self._write_report(outcome, time.monotonic() - started)
@@ -177,6 +189,9 @@ class Machine:
         images = self._images or OpenedImages(self._architecture, config)
         self._cleanup.callback(images.close)
         config = images.config if self._own is None else self._own.as_ours(images.config)
+        self._restoring: Restoring | None = None
+        if config.restore is not None:
+            config = self._open_snapshot(config, config.restore)
         self._config = config
         if config.report is not None or config.consoles:
             from vmm.machine.own_files import refuse_overwriting  # most runs write no file
@@ -194,7 +209,9 @@ class Machine:
             self._execution = Execution(config.execute, config.share)
             self._cleanup.callback(self._execution.close)
             self._execution.connect(self.stop)
-        self._virtio = open_devices(config, self._cleanup, self._execution)
+        self._virtio = open_devices(
+            config, self._cleanup, self._execution, may_fork=self._embedding is None
+        )
         if self._own is not None:
             self._own.join(self._virtio, config, self._cleanup)
         self._trace = None if config.trace is None else _open_trace(config.trace, config)
@@ -231,6 +248,18 @@ class Machine:
         if config.sandbox != "off":
             self._leave_somebody_outside()
 
+    def _open_snapshot(self, config: MachineConfig, path: str) -> MachineConfig:
+        """What the machine is, with the snapshot's word on it."""
+        from vmm.machine.restoring import Restoring
+        from vmm.snapshot.folder import SnapshotFolder
+
+        if self._own is not None:
+            raise UsageError("--restore: devices and schemes of your own are in no snapshot")
+        folder = SnapshotFolder(path)
+        self._cleanup.callback(folder.close)
+        self._restoring = Restoring(folder, config, self._architecture)
+        return self._restoring.config
+
     def _leave_somebody_outside(self) -> None:
         """What the run has to do with paths at its end is for a process that keeps its rights."""
         if self._config.allowed_paths:
@@ -244,7 +273,12 @@ class Machine:
         replaced = report if report is not None and report.is_replaced else None
         shared = None if self._execution is None else self._execution.shared
         mounted = self._memory_file
-        if replaced is None and shared is None and mounted is None and not listeners:
+        spares: list[Spares] = []
+        if self._config.has_back_ends:
+            from vmm.machine.back_ends import spare
+
+            spares = spare(self._virtio)
+        if not (replaced or shared or mounted or spares or listeners):
             return
         from vmm.sandbox.outside import Outside
 
@@ -269,6 +303,10 @@ class Machine:
             keeps.append(shared.archive.fileno())
         if mounted is not None:
             mounted.through = done_outside(lambda _: mounted.leave())
+        for each in spares:
+            each.through = done_outside(each.connect)
+            keeps += each.fds
+            self._cleanup.callback(each.close)
         outside = Outside(tasks, last, keeps)
         self._cleanup.callback(outside.close)
 
@@ -287,12 +325,16 @@ class Machine:
             paths=config.allowed_paths,
             maps=config.allow_mapped_io,
             connects=config.vsock is not None,
+            receives=config.control is not None
+            or any(device.apart for device in self._virtio.values()),
         )
         if self._sandbox.seccomp:
             self._vcpus.at_start = enter_vcpu
 
     def _make_guest(self, images: OpenedImages) -> Guest:
         options = self._config.guest_options()
+        if self._restoring is not None:
+            return self._restoring.guest(self._architecture)
         if images.kernel is None:
             return self._architecture.payload_guest(options)
         return self._architecture.linux_guest(options, images.kernel, images.initrd)
@@ -367,6 +409,10 @@ class Machine:
             observer=observer,
         )
         iommu = self._make_lender() if self._config.iommu else None
+        if self._config.has_back_ends:
+            from vmm.machine.back_ends import require_fitting
+
+            require_fitting(self._config, self._vm, self._watcher("vhost-user") is not None)
         self._devices = Devices(
             self._vm.kvm,
             self._vm.memory,
@@ -441,6 +487,10 @@ class Machine:
 
     def _load_guest(self) -> None:
         """Memory contents by pwrite and fd-to-fd transfer, then registers."""
+        if self._restoring is not None:
+            self._restoring.load(self._vm.memory, self._vm.scheme.alias)
+            self._restoring.restore(self._vm.platform, self._devices)
+            return
         launch = LaunchMemory(self._vm.memory)
         platform = self._vm.platform
         functions = list(self._virtio)
@@ -484,7 +534,10 @@ class Machine:
             self.stop,
             None if self._lender is None else self._lender.as_dict,
             self._events,
+            self._make_saving,
         )
+        if self._control is not None:
+            self._vcpus.settles = True  # a snapshot needs registers that owe no exit
         alone = self._embedding is None
         if alone:
             # Beyond the guest's end: a signal must not cost the report.
@@ -499,6 +552,8 @@ class Machine:
                 self._console.attach(self._loop, self._devices.board.serial)
                 if self._config.paused:
                     operations.pause()
+                if self._restoring is not None:
+                    self._devices.resume()
                 self._vcpus.start()
                 if self._devices.board.coalesces_output:
                     Stragglers(self._vcpus.runners[0], self._loop.set_timer).look()
@@ -523,6 +578,22 @@ class Machine:
             if runner.error is not None:
                 raise runner.error
         return self._outcomes[0]
+
+    def _make_saving(self, operations: Operations) -> Saving:
+        """What dumps and saves the machine, once somebody asks."""
+        from vmm.control.saving import Saving
+        from vmm.machine.restoring import facts
+
+        vm = self._vm
+        config, arch = self._config, self._architecture.name
+        own = self._own is not None or self._execution is not None
+        return Saving(
+            operations,
+            vm.memory,
+            vm.platform,
+            self._devices.state,
+            lambda: facts(config, vm, arch, own=own),
+        )
 
     def _interject(self, data: bytes) -> bool:
         """For who was made before the console."""
@@ -607,6 +678,10 @@ class Machine:
             self.report["iommu"] = self._lender.as_dict()
         if self._memory_file is not None:
             self.report["memory_file"] = self._memory_file.as_dict()
+        if self._config.has_back_ends:
+            from vmm.machine.back_ends import described
+
+            self.report["vhost_user"] = described(self._virtio)
         if self._debugger is not None:
             self.report["gdb"] = self._debugger.as_dict()
         if self._report_file is not None:

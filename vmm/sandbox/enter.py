@@ -44,14 +44,16 @@ def enter(
     paths: Sequence[str] = (),
     maps: bool = False,
     connects: bool = False,
+    receives: bool = False,
 ) -> Sandbox:
     """Give up all system calls and files but those of vmm.sandbox.calls and vmm.sandbox.paths.
 
     `kept`: descriptors that nobody may map from now on; `output`: the console's, which may get
     another file put in its place; `folders`: where the run writes files of its own; `reads`: what
     it reads by path; `paths`: what the user gives back, to read and write; `maps`: files are used
-    through mappings; `connects`: a device connects to Unix sockets. Threads that run already get
-    the system calls' part only. Raises HostError where `mode` is "on" and the kernel can't do it.
+    through mappings; `connects`: a device connects to Unix sockets; `receives`: devices'
+    processes may be started anew. Threads that run already get the system calls' part only. Raises
+    HostError where `mode` is "on" and the kernel can't do it.
     """
     writes = bool(folders or paths)
     try:
@@ -77,6 +79,7 @@ def enter(
             connects=connects,
             writes=writes,
             landlock=version > 0,
+            receives=receives,
         )
         sandbox.seccomp(seccomp.allow_only(allowed(needs), conditional(needs)), all_threads=True)
     except KvmError as error:

@@ -160,6 +160,20 @@ def test_client_that_hangs_up_at_once_harms_nothing(server: Server) -> None:
     assert server.ask(line("status"))[0]["ok"]
 
 
+def test_followers_that_have_gone_keep_no_place(server: Server) -> None:
+    for _ in range(MOST_CLIENTS):
+        with server.connect() as follower:
+            follower.sendall(line("follow"))
+            assert follower.recv(100) == b'{"ok": true}\n'
+            follower.shutdown(socket.SHUT_WR)
+            for _ in range(2):  # the first may be in the middle of a round
+                has_looked = threading.Event()
+                server.loop.set_timer(0, has_looked.set)
+                assert has_looked.wait(10)
+
+    assert server.ask(line("status"))[0]["ok"]
+
+
 def test_clients_beyond_the_limit_are_told_so(server: Server) -> None:
     for _ in range(MOST_CLIENTS):
         connection = server.connect()

@@ -149,6 +149,10 @@ class GuestFile:
             except GuestMemoryError as error:
                 refusal = error
                 break
+            except OSError:
+                if not done:
+                    raise
+                break  # what was moved before has been moved
             done += area.size
         if not done:
             self.counts["refused"] += 1

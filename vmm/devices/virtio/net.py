@@ -6,13 +6,17 @@ csum_start, csum_offset, num_buffers
 
 from __future__ import annotations
 
+import errno
 import struct
 from collections.abc import Mapping, Sequence
 
-from vmm.core.lean_typing import Protocol
+from vmm.core.lean_typing import TYPE_CHECKING, Protocol
 from vmm.devices.virtio.device import EXPECTED, GuestMemory, VirtioDevice
 from vmm.devices.virtio.queue import Chain, QueueError, SplitQueue
 from vmm.devices.virtio.segments import gather, scatter, total
+
+if TYPE_CHECKING:
+    from vmm.core.saved import Saved, State
 
 F_CSUM, F_GUEST_CSUM = 1 << 0, 1 << 1
 F_MAC, F_GUEST_TSO4, F_GUEST_TSO6 = 1 << 5, 1 << 7, 1 << 8
@@ -34,6 +38,8 @@ NEEDS_CSUM = 1  # header flag
 GSO_NONE, GSO_TCPV4, GSO_TCPV6 = 0, 1, 4
 # Buffers looked at together: few frames come alone or in hundreds.
 _BATCH = 32
+_FOR_A_MOMENT = (errno.ENOMEM, errno.ENOBUFS, errno.EINTR)
+"""What says nothing against the backend: the next try may go well."""
 
 
 class NetBackend(Protocol):
@@ -96,6 +102,14 @@ class VirtioNet(VirtioDevice):
         self._receiving = self._waiting_for_room = False
         self._held = None
         self._watch_backend()
+
+    def state(self) -> State:
+        """See vmm.core.saved.Stateful; a frame that waits for buffers is lost, as networks do."""
+        return {"mac": self._mac.hex()}
+
+    def restore(self, saved: Saved) -> None:
+        """See vmm.core.saved.Stateful: the driver knows the card by its address."""
+        self._mac = saved.bytes("mac", len(self._mac))
 
     def close(self) -> None:
         self.watch(self._backend.fd, self._ready)
@@ -169,8 +183,9 @@ class VirtioNet(VirtioDevice):
             return frame
         try:
             return self._backend.receive() if self._link_up else None
-        except OSError:
-            self._lost()
+        except OSError as error:
+            if error.errno not in _FOR_A_MOMENT:
+                self._lost()
             return None
 
     def _deliver(
@@ -250,8 +265,11 @@ class VirtioNet(VirtioDevice):
         self._waiting_for_room = False
         try:
             self._waiting_for_room = self._link_up and not self._backend.flush()
-        except OSError:
-            self._lost()
+        except OSError as error:
+            if error.errno in _FOR_A_MOMENT:
+                self._waiting_for_room = True
+            else:
+                self._lost()
         return not self._waiting_for_room
 
     def _send(self, chain: Chain) -> bool:
