@@ -247,7 +247,9 @@ def as_markdown() -> str:
     head = ["path", "call", "on", *map(word, errors), "others"]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for row in TABLE:
-        more = "; ".join(f"{word(error)}: {row.cells[error]}" for error in rare if error in row.cells)
+        more = "; ".join(
+            f"{word(error)}: {row.cells[error]}" for error in rare if error in row.cells
+        )
         cells = [row.cells.get(error, NOT_GIVEN) for error in errors]
         lines.append(f"| {' | '.join([row.path, f'`{row.call}`', row.on, *cells, more])} |")
     return "\n".join(lines) + "\n"
