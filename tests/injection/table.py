@@ -15,7 +15,7 @@ from vmm.core.lean_typing import NamedTuple
 SAME = "nobody notices"
 """The call is repeated, or another way is taken: answers, bytes and counts are as without it."""
 GUEST = "guest told"
-"""The guest's request ends with an I/O error, its conversion with the errno; the machine goes on."""
+"""The guest's request ends with an I/O error, its conversion with the errno; the run goes on."""
 RESET = "device stops"
 """DEVICE_NEEDS_RESET; its driver may reset it, and the machine goes on."""
 SAID = "one line, goes on"
