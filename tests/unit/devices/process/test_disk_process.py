@@ -282,9 +282,8 @@ def test_any_requests_end_as_they_do_in_pyvmm_s_own_process(
         there, here = _outcome(rig.machine, rig, batches), _outcome(own, None, batches)
         assert there == here
         assert rig.disk() == path.read_bytes()
-        assert (rig.device.statistics.bytes_read, rig.device.statistics.refused) == (
-            own.device.statistics.bytes_read, own.device.statistics.refused,
-        )  # fmt: skip
+        # Not how much was moved for it: what comes before a refusal may be moved twice.
+        assert rig.device.statistics.refused == own.device.statistics.refused
     finally:
         rig.close()
         own.close()
