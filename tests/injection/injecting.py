@@ -68,9 +68,7 @@ def shim() -> str:
     return path
 
 
-def run(
-    words: Sequence[str], *faults: Fault, environment: dict[str, str] | None = None
-) -> Ended:
+def run(words: Sequence[str], *faults: Fault, environment: dict[str, str] | None = None) -> Ended:
     """Run `words` with these faults; never for longer than SECONDS."""
     more = dict(environment or {})
     with tempfile.NamedTemporaryFile(prefix="pyvmm-counts-") as file:
@@ -120,6 +118,12 @@ def run_under_strace(
         status, output, errors = _ended([*tracer, *words], {})
         lines = Path(log.name).read_text(errors="replace")
     return Ended(status, output, errors, lines.count(f"{call}("), lines.count("(INJECTED)"))
+
+
+def program(name: str, fault: Fault) -> Ended:
+    """One of tests.injection.programs, whose calls fail as it says when it arms the library."""
+    words = [sys.executable, "-m", "tests.injection.programs", name, str(fault.error)]
+    return run(words, fault, environment={"PYVMM_INJECT_WAITS": "1", "PYTHONPATH": str(ROOT)})
 
 
 def pyvmm(*options: str) -> list[str]:
