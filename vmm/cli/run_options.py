@@ -258,6 +258,11 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             "help": "a file or folder that a policy may still open in the sandbox, to read and "
             "write; may be given several times",
         },
+        "--uid": {
+            "metavar": "USER|UID:GID",
+            "help": "become this user once everything is open, on all threads and without any "
+            "capability; what has to be done with paths at the end keeps its rights",
+        },
         "--debug": {**_FLAG, "help": "show a traceback for errors, for bug reports"},
     },
 }

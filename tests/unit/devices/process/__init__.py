@@ -1,1 +1,1 @@
-"""Devices in processes of their own: the protocol, both sides of it, and what lies at either."""
+"""Tests of vmm.devices.process."""
