@@ -18,13 +18,16 @@ from vmm.core.suboptions import byte_size
 USAGE = """\
 usage: pyvmm ctl PATH status | pause | resume | dump-state | quit
        pyvmm ctl PATH convert share|unshare GPA SIZE
+       pyvmm ctl PATH devices
+       pyvmm ctl PATH device restart NAME
        pyvmm ctl PATH dump FILE
        pyvmm ctl PATH snapshot DIR [--with-private] [--then-quit]
        pyvmm ctl PATH follow
 
 Asks the pyvmm that was started with --control PATH, and prints its answer as JSON. A refusal's
 answer has the reason in "error". GPA is an address, as in 0x1000; SIZE is in bytes, or has a unit,
-as in 64K or 2M. "follow" prints a line of JSON for each event, until the run or Ctrl-C ends it;
+as in 64K or 2M. "device restart" starts a device's process anew, one of --disk FILE,process; NAME
+is in "devices". "follow" prints a line of JSON for each event, until the run or Ctrl-C ends it;
 who reads slowly loses some and is told how many.
 "dump" makes an ELF core file of the shared memory and the processors, for gdb, crash and drgn.
 "snapshot" makes a folder that pyvmm --restore DIR goes on from; --with-private puts private memory
@@ -35,7 +38,8 @@ exit status: 0 done, 1 refused, 2 bad usage, or nobody there
 _PATIENCE = 60.0  # seconds: a conversion may wait for device I/O
 _LONG_PATIENCE = 3600.0  # and all of memory may go to a slow disk
 COMMANDS = (
-    "status", "pause", "resume", "dump-state", "convert", "dump", "snapshot", "follow", "quit",
+    "status", "pause", "resume", "dump-state", "convert", "devices", "device", "dump", "snapshot",
+    "follow", "quit",
 )  # fmt: skip
 
 
@@ -128,6 +132,13 @@ def _request(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
         case [_, "convert", *rest]:
             raise UsageError(
                 f"ctl convert takes share|unshare GPA SIZE, not {' '.join(rest) or 'nothing'}; "
+                "see pyvmm ctl --help"
+            )
+        case [path, "device", "restart", name]:
+            return path, {"command": "restart-device", "device": name}
+        case [_, "device", *rest]:
+            raise UsageError(
+                f"ctl device takes restart NAME, not {' '.join(rest) or 'nothing'}; "
                 "see pyvmm ctl --help"
             )
         case [path, ("dump" | "snapshot") as command, *rest]:

@@ -145,6 +145,9 @@ def _explain(error: BaseException) -> tuple[int, str]:
         return 1, f"output could not be written: {in_words(error)}{remedy}"
     if isinstance(error, ImportError) and os.strerror(errno.EMFILE) in str(error):
         error = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    if isinstance(error, RuntimeError) and str(error) == "can't start new thread":
+        limits = "raise `ulimit -u`, or the limit of the cgroup (pids.max)"
+        return HostError.exit_status, f"the host refused one more thread; {limits}"
     if isinstance(error, OSError):
         return HostError.exit_status, f"the host refused: {in_words(error)}"
     return 1, f"internal error: {error!r}; --debug shows where, for a bug report"
@@ -176,6 +179,7 @@ def _configuration(arguments: Sequence[str], machine: str | None = None) -> Mach
         scheme=options.scheme,
         disks=tuple(disks),
         nets=tuple(options.net),
+        file_systems=tuple(options.fs),
         consoles=tuple(options.console),
         vsock=options.vsock,
         rng=options.rng,
@@ -201,6 +205,7 @@ def _configuration(arguments: Sequence[str], machine: str | None = None) -> Mach
         paused=options.S,
         sandbox=options.sandbox,
         allowed_paths=tuple(options.allow_path),
+        user=options.uid,
     )
     if config.paused and config.control is None:
         raise UsageError("-S needs --control PATH: pyvmm ctl PATH resume lets the guest go")
@@ -222,6 +227,8 @@ def _with_config_file(words: Sequence[str], *, lab: bool = False) -> Sequence[st
 
 def _run(arguments: Sequence[str]) -> int:
     config = _configuration(arguments)
+    if config.user is not None and not process.is_ours():
+        raise UsageError("--uid: all threads of the program that calls would change; run pyvmm")
     if not process.is_ours() or config.debug_shell:  # the shell is the user's own
         config = config._replace(sandbox="off")
     from vmm.arch import architecture

@@ -89,14 +89,17 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             "help": "number of vCPUs (default 1)",
         },
         "--disk": {
-            "metavar": "FILE[,ro][,serial=TEXT][,queues=N][,io=ENGINE][,format=raw][,share=on]",
+            "metavar": "FILE[,ro][,serial=TEXT][,queues=N][,io=ENGINE][,format=raw][,share=on]"
+            "[,process]|vhost-user=SOCKET[,queues=N]",
             **_SEVERAL,
             "help": "a raw disk image or block device as virtio-blk; with several queues each is "
             "served by a thread of its own; may be given several times; ENGINE: auto (default), "
             "pread (through a buffer), fd2fd (inside the kernel), hva (by the kernel, to and from "
             "KVM's mapping), mmap (memcpy); an image is locked against other machines (share=on: "
             "not), one in another format is refused "
-            "(format=raw: not)",
+            "(format=raw: not); process: in a process of its own, which has no guest memory; "
+            "vhost-user=: a disk that another program serves, such as "
+            "qemu-storage-daemon, which maps the shared side of guest memory",
         },
         "--allow-mapped-io": {
             **_FLAG,
@@ -106,10 +109,16 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "more devices, all virtio over PCI": {
         "--net": {
-            "metavar": "tap=NAME|passt=SOCKET[,mac=MAC]",
+            "metavar": "tap=NAME|passt=SOCKET[,mac=MAC][,process]",
             **_SEVERAL,
             "help": "a network card on a tap interface, or behind a passt that runs already (passt "
             "--socket SOCKET; needs no privileges); may be given several times",
+        },
+        "--fs": {
+            "metavar": "TAG,vhost-user=SOCKET",
+            **_SEVERAL,
+            "help": "a directory of the host's, as a virtiofsd serves it that listens on SOCKET; "
+            "in the guest: mount -t virtiofs TAG /mnt; may be given several times",
         },
         "--vsock": {
             "metavar": "path=PATH[,cid=N]",
@@ -248,6 +257,11 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             **_SEVERAL,
             "help": "a file or folder that a policy may still open in the sandbox, to read and "
             "write; may be given several times",
+        },
+        "--uid": {
+            "metavar": "USER|UID:GID",
+            "help": "become this user once everything is open, on all threads and without any "
+            "capability; what has to be done with paths at the end keeps its rights",
         },
         "--debug": {**_FLAG, "help": "show a traceback for errors, for bug reports"},
     },

@@ -45,7 +45,10 @@ class Accepting:
             self._loop.set_timer(time.monotonic() + AGAIN_SECONDS, self._listen)
             return
         if connection is not None:
-            self._taken(connection)
+            try:
+                self._taken(connection)
+            except OSError:  # epoll has no room for it: that costs the caller, not the run
+                connection.close()
 
     def stop(self) -> None:
         """Take nobody any more; the listener stays open."""

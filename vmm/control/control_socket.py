@@ -27,6 +27,7 @@ from vmm.conversion.events import (
     Subscription,
     as_json,
 )
+from vmm.core.errors import PyvmmError
 from vmm.core.event_loop import EventLoop, drain
 from vmm.core.events import FROM_HOST, Kind
 from vmm.core.lean_typing import Any
@@ -34,7 +35,8 @@ from vmm.core.ranges import PAGE_SIZE
 from vmm.core.unix_listener import UnixListener
 
 COMMANDS = (
-    "status", "pause", "resume", "dump-state", "convert", "dump", "snapshot", "follow", "quit",
+    "status", "pause", "resume", "dump-state", "convert", "devices", "restart-device", "dump",
+    "snapshot", "follow", "quit",
 )  # fmt: skip
 MOST_FILES = 2
 """How many open files come along with a command."""
@@ -84,11 +86,17 @@ class ControlSocket:
         assert self._loop is not None
         client = _Client(connection, self._loop, self._answer, self._clients.discard, self._ring)
         if len(self._clients) >= MOST_CLIENTS:
+            for other in list(self._clients):
+                other.leave_if_gone()
+        if len(self._clients) >= MOST_CLIENTS:
             client.say({"ok": False, "error": f"{MOST_CLIENTS} clients are connected already"})
             client.close()
             return
         self._clients.add(client)
-        client.listen()
+        try:
+            client.listen()
+        except OSError:  # epoll has no room for it: that costs the caller, not the run
+            client.close()
 
     def _answer(self, client: _Client, line: bytes) -> dict[str, Any]:
         try:
@@ -113,6 +121,10 @@ class ControlSocket:
                 operations.resume()
             case "convert":
                 _convert(operations, request)
+            case "devices":
+                return {"devices": operations.devices()}
+            case "restart-device":
+                _restart(operations, request)
             case "dump":
                 return _saved(lambda: operations.dump(client.files(1)[0]))
             case "snapshot":
@@ -255,6 +267,12 @@ class _Client:
         except OSError:  # it has hung up
             self.close()
 
+    def leave_if_gone(self) -> None:
+        """Close where the other end has hung up: of one that follows and has said that it won't
+        say any more, only the next event would show it."""
+        if _has_hung_up(self._connection):
+            self.close()
+
     def _say_events(self, events: Subscription) -> None:
         """Some of them: the others on the loop have their turn before the rest."""
         some = events.take(EVENTS_AT_ONCE)
@@ -341,6 +359,18 @@ def _convert(operations: Operations, request: dict[str, Any]) -> None:
         name = errno.errorcode.get(-answer, str(-answer))
         why = _why(-answer, events)
         raise BadRequest(f"{kind.value} [{gpa:#x}, {gpa + size:#x}): {name}, {why}")
+
+
+def _restart(operations: Operations, request: dict[str, Any]) -> None:
+    name = request.get("device")
+    if not isinstance(name, str):
+        raise BadRequest('restart-device needs "device": a name, which devices lists')
+    try:
+        operations.restart_device(name)
+    except LookupError as error:
+        raise BadRequest(str(error.args[0])) from None
+    except PyvmmError as error:
+        raise BadRequest(str(error)) from None
 
 
 def _why(number: int, events: Sequence[MachineEvent]) -> str:

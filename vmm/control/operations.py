@@ -34,6 +34,10 @@ class HeldDevices(Protocol):
     def hold(self, timeout: float) -> ExitStack: ...
     def io_statistics(self) -> dict[str, dict[str, Any]]: ...
 
+    def restart(self, name: str) -> None:
+        """Start a device's process anew. Raises LookupError where none can be, HostError."""
+        ...
+
 
 class Status(NamedTuple):
     """The numbers of a moment; bytes, counts since the start, seconds since the start."""
@@ -234,6 +238,17 @@ class Operations:
     def convert(self, kind: Kind, gpa: int, size: int) -> int:
         """A conversion that the host wants: 0, or a negative errno. As if the guest had asked."""
         return self._converter.convert_for_host(kind, gpa, size)
+
+    def devices(self) -> dict[str, dict[str, Any] | None]:
+        """By name, what there is to say of each device's process; None: it has none."""
+        found = self._devices.io_statistics()
+        return {name: counts.get("process") for name, counts in found.items()}
+
+    def restart_device(self, name: str) -> None:
+        """Start a device's process anew. Raises LookupError where none can be, and HostError."""
+        if self._held is not None:
+            raise LookupError("the machine is paused; resume it first")
+        self._devices.restart(name)
 
     def quit(self) -> None:
         self._stop(Outcome(QUIT, "by the control socket"))

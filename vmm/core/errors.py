@@ -36,8 +36,8 @@ def limit_met(error: OSError) -> str:
     name, option, words = _LIMITS[error.errno]
     try:
         import resource  # most runs meet no limit
-    except ImportError:  # a file of its own, and none can be opened
-        return f"; raise `ulimit -{option}`"
+    except ImportError:  # a file of its own: none can be opened, or not in a sandbox any more
+        return f"; raise `ulimit -{option}`" if error.errno == errno.EMFILE else ""
     most, _ = resource.getrlimit(getattr(resource, name))
     if most == resource.RLIM_INFINITY:
         return ""

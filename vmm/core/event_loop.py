@@ -96,12 +96,18 @@ class EventLoop:
         """
         with self._timer_lock:
             self._timers[callback] = when
-        os.eventfd_write(self._wake, 1)
+        self._wake_up()
 
     def stop(self) -> None:
         """Make `run` return after the callback under way."""
         self._stopping = True
-        os.eventfd_write(self._wake, 1)
+        self._wake_up()
+
+    def _wake_up(self) -> None:
+        try:
+            os.eventfd_write(self._wake, 1)
+        except OSError:
+            pass  # it is full, and so readable: who ends a run must get to its end
 
     def run(self) -> None:
         """Serve events until `stop`."""
@@ -171,7 +177,11 @@ class EventLoop:
 
 def drain(eventfd: int) -> None:
     """Take an eventfd's count, which makes it unreadable until the next signal."""
-    try:
-        os.eventfd_read(eventfd)
-    except BlockingIOError:
+    while True:
+        try:
+            os.eventfd_read(eventfd)
+        except InterruptedError:
+            continue  # Python doesn't repeat this one by itself
+        except BlockingIOError:
+            pass
         return

@@ -33,7 +33,10 @@ def write_all(fd: int, data: bytes | memoryview, patience: float | None = None) 
     view = memoryview(data)
     while view:
         try:
-            view = view[os.write(fd, view) :]
+            written = os.write(fd, view)
+            if not written:
+                raise OSError(errno.EIO, "nothing more is written")
+            view = view[written:]
         except BlockingIOError:
             _wait_writable(fd, patience)
 

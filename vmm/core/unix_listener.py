@@ -59,25 +59,44 @@ class UnixListener:
         _open.add(self)
 
     def accept(self) -> socket.socket | None:
-        """Who has come, non-blocking; None when nobody has, or there was no fd left for them."""
+        """Who has come, non-blocking; None when nobody has, or there was no fd left for them.
+
+        Raises OSError where who has come can be neither taken nor turned away now (ENOMEM).
+        """
         try:
             caller, _ = self._socket.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return None
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                self._turn_away()
+            if error.errno not in (errno.EMFILE, errno.ENFILE) or not self._turn_away():
+                raise
             return None
         caller.setblocking(False)
         return caller
 
-    def _turn_away(self) -> None:
+    def take(self) -> socket.socket | None:
+        """As `accept`, for who can't try again later: None also where nobody can be taken now."""
+        try:
+            return self.accept()
+        except OSError:
+            return None
+
+    def _turn_away(self) -> bool:
+        """Hang up on who has come; whether they are gone."""
         if self._spare >= 0:
             os.close(self._spare)
             self._spare = -1
-        with contextlib.suppress(OSError):
+        try:
             caller, _ = self._socket.accept()
             caller.close()
-        with contextlib.suppress(OSError):
-            self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        except BlockingIOError:
+            pass
+        except OSError:
+            return False
+        finally:
+            with contextlib.suppress(OSError):
+                self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        return True
 
     def close(self) -> None:
         _open.discard(self)

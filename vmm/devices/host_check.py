@@ -32,7 +32,8 @@ def pattern(gpa: int, size: int, key: int) -> bytes:
 def host_check(memory: GuestMemory, gpa: int, size: int) -> int:
     """Verify and replace the pattern in [gpa, gpa + size); 0 or a negative errno.
 
-    -EINVAL: not RAM, nothing, or too much; -EACCES: not wholly shared; -EIO: another content.
+    -EINVAL: not RAM, nothing, or too much; -EACCES: not wholly shared; -EIO: another content;
+    or what the host's kernel refuses the access with.
     """
     if not 0 < size <= LARGEST_CHECK:
         return -errno.EINVAL
@@ -44,4 +45,6 @@ def host_check(memory: GuestMemory, gpa: int, size: int) -> int:
         return -errno.EINVAL
     except PrivateAccess:
         return -errno.EACCES
+    except OSError as error:
+        return -(error.errno or errno.EIO)
     return 0

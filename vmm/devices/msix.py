@@ -7,7 +7,7 @@ address, data, vector control (bit 0: masked). Software accesses whole dwords or
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from threading import Lock
 
 from vmm.core.lean_typing import TYPE_CHECKING, Protocol
@@ -66,6 +66,8 @@ class MsixTable:
         self._routes: list[tuple[int, int] | None] = [None] * vectors
         self._pending = 0
         self._masked_all = False
+        self.settled: Callable[[], None] | None = None
+        """Told, on a vCPU's thread, after each change of what `is_live` says of a vector."""
         self.enabled = False
         """Whether the function interrupts by messages, and not by INTx."""
         # For all of the above.
@@ -83,6 +85,8 @@ class MsixTable:
             self.enabled = bool(value & CONTROL_ENABLE)
             self._masked_all = bool(value & CONTROL_MASK_ALL)
         self._settle(range(self.vectors))
+        if self.settled is not None:
+            self.settled()
 
     def interrupt(self, vector: int) -> None:
         """The function has something to tell by that vector; unknown ones are dropped."""
@@ -91,6 +95,14 @@ class MsixTable:
         with self._lock:
             self._pending |= 1 << vector
             self._send(vector)
+
+    def is_live(self, vector: int) -> bool:
+        """Whether the vector's message may be sent, and its route is the right one."""
+        if vector >= self.vectors:
+            return False
+        with self._lock:
+            message = self._live(vector)
+            return message is not None and message == self._routes[vector]
 
     def forget_pending(self) -> None:
         """The function was reset: what it had to tell is nobody's business any more."""
@@ -127,6 +139,8 @@ class MsixTable:
         with self._lock:
             self._table[offset : offset + size] = value.to_bytes(size, "little")
         self._settle((offset // 16,))
+        if self.settled is not None:
+            self.settled()
 
     def _settle(self, vectors: Iterable[int]) -> None:
         """After a change: route the live messages of `vectors` to where the table says, all of

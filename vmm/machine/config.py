@@ -20,6 +20,8 @@ MAX_CPUS = 64
 KNOWN_SCHEMES = ("auto", *matrix.SCHEMES)
 KNOWN_BACKINGS = (None, "auto", *BACKINGS)
 SANDBOXES = ("auto", "on", "off")
+VHOST_USER = "vhost-user="
+"""A disk's settings begin so where another process serves it, at a socket."""
 
 
 def parse_size(text: str) -> int:
@@ -67,6 +69,8 @@ class MachineConfig(NamedTuple):
     scheme: str = "auto"
     disks: tuple[str, ...] = ()
     nets: tuple[str, ...] = ()
+    file_systems: tuple[str, ...] = ()
+    """Directories of the host's, each served by a virtiofsd: TAG,vhost-user=SOCKET."""
     consoles: tuple[str, ...] = ()
     vsock: str | None = None
     rng: bool = False
@@ -114,6 +118,14 @@ class MachineConfig(NamedTuple):
     machine is a part of keeps its rights."""
     allowed_paths: tuple[str, ...] = ()
     """Files and folders that stay within reach in the sandbox, to read and write."""
+    user: str | None = None
+    """USER or UID:GID: who the process becomes once everything is open (`vmm.sandbox.user`). For
+    a process of its own: all its threads change. `validate` refuses it where that may not be."""
+
+    @property
+    def has_back_ends(self) -> bool:
+        """Whether other processes serve devices (vhost-user): they map the shared side."""
+        return bool(self.file_systems) or any(disk.startswith(VHOST_USER) for disk in self.disks)
 
     def guest_options(self) -> GuestOptions:
         """What the guest's architecture has to know of it."""
@@ -186,6 +198,8 @@ class MachineConfig(NamedTuple):
             self._validate_gdb(limits)
         if self.iommu:
             self._validate_iommu(limits)
+        if self.has_back_ends:
+            self._validate_back_ends()
 
     def _validate_restore(self, limits: Limits) -> None:
         """What the machine is, is in the snapshot."""
@@ -211,6 +225,18 @@ class MachineConfig(NamedTuple):
             raise UsageError(f"--sandbox={self.sandbox} is unknown; use {', '.join(SANDBOXES)}")
         if self.allowed_paths and self.sandbox == "off":
             raise UsageError("--allow-path: nothing is out of reach with --sandbox=off")
+        if self.user is not None:
+            from vmm.sandbox.user import user_named  # most runs stay who they are
+
+            user_named(self.user)
+
+    def _validate_back_ends(self) -> None:
+        """They map one file, the shared side; there has to be one."""
+        if self.iommu:
+            raise UsageError(
+                "--iommu with vhost-user=: behind an IOMMU devices use lent private pages, which "
+                "no other process is given; run without --iommu, or without vhost-user="
+            )
 
     def _validate_gdb(self, limits: Limits) -> None:
         from vmm.control.gdb.server import port_of

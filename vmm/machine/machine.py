@@ -21,6 +21,7 @@ from vmm.core.own_code import ExtensionError
 from vmm.exits.outcome import (
     EXTENSION_ERROR,
     FAILED,
+    INTERNAL_ERROR,
     KILLED,
     PANIC,
     POLICY_ERROR,
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from vmm.core.unix_listener import UnixListener
     from vmm.devices.virtio.device import DeviceObserver
     from vmm.devices.virtio.iommu import VirtioIommu
+    from vmm.machine.back_ends import Spares
     from vmm.machine.debugger import Debugger
     from vmm.machine.execution import Execution
     from vmm.machine.extensions import Extensions
@@ -144,12 +146,17 @@ class Machine:
                 self._own_code_failed(error)
                 raise
             except OSError as error:  # KvmError is one
-                raise HostError(in_words(error)) from error
+                words = in_words(error)
+                if type(error) is OSError and error.filename is None:
+                    words = f"the host refused what the machine needs: {words}"
+                raise HostError(words) from error
             if self._report_file is not None:
                 self._report_file.begin()
             if self._memory_file is not None:
                 memory, bit = self._vm.memory, self._vm.scheme.shared_alias
-                served = self._memory_file.served(memory, bit, self._watcher, self._loop, self.stop)
+                served = self._memory_file.served(
+                    memory, bit, self._watcher, self._loop, self.stop, self._enter_early
+                )
                 self._cleanup.enter_context(served)
             self._enter_sandbox()
             outcome = None
@@ -165,6 +172,11 @@ class Machine:
                 outcome = outcome or Outcome(word, str(error))
                 self._own_code_failed(error)
                 raise
+            except OSError as error:
+                # Nobody else could be told: no device of the guest's, no caller.
+                words = f"the host refused what the run needs: {in_words(error)}"
+                outcome = outcome or Outcome(INTERNAL_ERROR, words)
+                raise HostError(words) from error
             finally:
                 if outcome is not None:
                     self._write_report(outcome, time.monotonic() - started)
@@ -199,7 +211,9 @@ class Machine:
             self._execution = Execution(config.execute, config.share)
             self._cleanup.callback(self._execution.close)
             self._execution.connect(self.stop)
-        self._virtio = open_devices(config, self._cleanup, self._execution)
+        self._virtio = open_devices(
+            config, self._cleanup, self._execution, may_fork=self._embedding is None
+        )
         if self._own is not None:
             self._own.join(self._virtio, config, self._cleanup)
         self._trace = None if config.trace is None else _open_trace(config.trace, config)
@@ -216,6 +230,8 @@ class Machine:
 
             self._control = ControlSocket(config.control)
             self._cleanup.callback(self._control.close)
+        if config.user is not None and self._embedding is not None:
+            raise UsageError("user: all threads of your program would change; use pyvmm run")
         self._memory_file: MemoryFile | None = None
         if config.memory_file is not None:
             if self._embedding is not None:
@@ -233,7 +249,7 @@ class Machine:
         self._report_file = None if config.report is None else ReportFile(config.report)
         if self._report_file is not None:
             self._cleanup.callback(self._report_file.close)
-        if config.sandbox != "off":
+        if config.sandbox != "off" or config.user is not None:
             self._leave_somebody_outside()
 
     def _open_snapshot(self, config: MachineConfig, path: str) -> MachineConfig:
@@ -261,7 +277,12 @@ class Machine:
         replaced = report if report is not None and report.is_replaced else None
         shared = None if self._execution is None else self._execution.shared
         mounted = self._memory_file
-        if replaced is None and shared is None and mounted is None and not listeners:
+        spares: list[Spares] = []
+        if self._config.has_back_ends:
+            from vmm.machine.back_ends import spare
+
+            spares = spare(self._virtio)
+        if not (replaced or shared or mounted or spares or listeners):
             return
         from vmm.sandbox.outside import Outside
 
@@ -286,13 +307,24 @@ class Machine:
             keeps.append(shared.archive.fileno())
         if mounted is not None:
             mounted.through = done_outside(lambda _: mounted.leave())
+        for each in spares:
+            each.through = done_outside(each.connect)
+            keeps += each.fds
+            self._cleanup.callback(each.close)
         outside = Outside(tasks, last, keeps)
         self._cleanup.callback(outside.close)
 
     def _enter_sandbox(self) -> None:
         """Everything is open: give up what the run doesn't need any more."""
         config = self._config
+        user = None
+        if config.user is not None:
+            from vmm.sandbox.user import become, user_named  # most runs stay who they are
+
+            user = user_named(config.user)
         if config.sandbox == "off":
+            if user is not None:
+                become(user, self._written_folders())
             return
         from vmm.sandbox.enter import enter, enter_vcpu, kept_descriptors
 
@@ -300,13 +332,30 @@ class Machine:
             config.sandbox,
             kept=kept_descriptors(),
             output=self._console.output_fd,
-            folders=() if config.trace is None else (config.trace,),
+            folders=self._written_folders(),
             paths=config.allowed_paths,
             maps=config.allow_mapped_io,
             connects=config.vsock is not None,
+            receives=config.control is not None
+            or any(device.apart for device in self._virtio.values()),
+            core_dumps=config.core_dumps,
+            user=user,
         )
         if self._sandbox.seccomp:
             self._vcpus.at_start = enter_vcpu
+
+    def _written_folders(self) -> tuple[str, ...]:
+        return () if self._config.trace is None else (self._config.trace,)
+
+    def _enter_early(self) -> None:
+        """On the memory file's thread, which starts before the sandbox, as no mount(2) is in it,
+        and looks up in /proc what its openers are called."""
+        if self._config.sandbox == "off":
+            return
+        from vmm.sandbox.enter import enter_files
+
+        paths = self._config.allowed_paths
+        enter_files(folders=self._written_folders(), reads=("/proc",), paths=paths)
 
     def _make_guest(self, images: OpenedImages) -> Guest:
         options = self._config.guest_options()
@@ -386,6 +435,10 @@ class Machine:
             observer=observer,
         )
         iommu = self._make_lender() if self._config.iommu else None
+        if self._config.has_back_ends:
+            from vmm.machine.back_ends import require_fitting
+
+            require_fitting(self._config, self._vm, self._watcher("vhost-user") is not None)
         self._devices = Devices(
             self._vm.kvm,
             self._vm.memory,
@@ -651,6 +704,10 @@ class Machine:
             self.report["iommu"] = self._lender.as_dict()
         if self._memory_file is not None:
             self.report["memory_file"] = self._memory_file.as_dict()
+        if self._config.has_back_ends:
+            from vmm.machine.back_ends import described
+
+            self.report["vhost_user"] = described(self._virtio)
         if self._debugger is not None:
             self.report["gdb"] = self._debugger.as_dict()
         if self._report_file is not None:

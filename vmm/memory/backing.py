@@ -7,6 +7,7 @@ themselves are in `vmm.memory.backings`, one file each.
 
 from __future__ import annotations
 
+import errno
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -30,12 +31,15 @@ def fill(buffer: bytearray | memoryview, data: bytes) -> int:
 
 
 def write_all(fd: int, data: Buffer, offset: int) -> None:
-    """pwrite(2) until everything is written. Raises OSError."""
+    """pwrite(2) until everything is written. Raises OSError: EIO where a call writes nothing."""
     written = os.pwrite(fd, data, offset)
     if written != byte_count(data):
         view = memoryview(data).cast("B")
         while written < len(view):
-            written += os.pwrite(fd, view[written:], offset + written)
+            moved = os.pwrite(fd, view[written:], offset + written)
+            if not moved:
+                raise OSError(errno.EIO, f"nothing more is written at {offset + written:#x}")
+            written += moved
 
 
 class Traits(NamedTuple):

@@ -119,6 +119,8 @@ class GuestMemory:
 
     told = True
     """Whether the host is told of every conversion, so that `states` is what it knows."""
+    shared_bit = 0
+    """What a device's address of a shared page carries (`vmm.memory.aliased_memory`)."""
     _open = PageState.SHARED
     """The state in which the host may try to touch a page."""
 

@@ -191,6 +191,10 @@ class MsixMessages:
             self._opened.push(opened.pop_all())
         return eventfd
 
+    def gsi(self, vector: int) -> int | None:
+        """The GSI by which KVM sends the vector's message, once it has one."""
+        return self._gsis.get(vector)
+
     def signal(self, vector: int) -> None:
         """Send the vector's message; dropped while it has none."""
         eventfd = self._eventfds.get(vector)

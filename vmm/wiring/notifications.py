@@ -123,7 +123,10 @@ class ThreadedQueueNotifier(QueueNotifier):
         leave_signals_to_the_main_thread()
         try:
             while True:
-                os.eventfd_read(eventfd)
+                try:
+                    os.eventfd_read(eventfd)
+                except InterruptedError:
+                    continue  # Python doesn't repeat this one by itself
                 if self._ending:
                     return
                 notify(index)

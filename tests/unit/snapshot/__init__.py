@@ -1,1 +1,1 @@
-"""Snapshots: their folder, and core files."""
+"""Tests of vmm.snapshot."""

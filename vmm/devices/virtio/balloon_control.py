@@ -39,7 +39,7 @@ class SteeredBalloon(VirtioBalloon):
         self._listener.close()
 
     def _called(self) -> None:
-        client = self._listener.accept()
+        client = self._listener.take()
         if client is None:
             return
         self._client, self._said = client, b""

@@ -477,6 +477,8 @@ class VirtioBlock(VirtioDevice):
         with memoryview(_ZEROES) as zeroes:
             while position < end:
                 written = os.pwrite(self._disk.fd, zeroes[: end - position], position)
+                if not written:
+                    raise OSError(errno.EIO, f"nothing more is written at {position:#x}")
                 position += written
                 budget.spend(1, written)
                 if not budget.look() and position < end:

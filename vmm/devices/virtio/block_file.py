@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 SERIAL_BYTES = 20
 
-SYNTAX = f"FILE[,ro][,serial=TEXT][,queues=N][,io={'|'.join(ENGINES)}][,format=raw][,share=on]"
+SYNTAX = (
+    f"FILE[,ro][,serial=TEXT][,queues=N][,io={'|'.join(ENGINES)}][,format=raw][,share=on][,process]"
+)
 MOST_QUEUES = 16
 _SAMPLES, _SAMPLE_BYTES = 64, 32 << 10
 """What of a disk is looked at to tell it from others, in equal distances from its beginning on."""
@@ -25,10 +27,11 @@ _SAMPLES, _SAMPLE_BYTES = 64, 32 << 10
 class DiskFile:
     """An open disk: `sectors` of 512 bytes on `fd`, which this object owns.
 
-    `engine` names how its bytes are to be moved, `queues` how many requests at the same time.
+    `engine` names how its bytes are to be moved, `queues` how many requests at the same time;
+    `apart`: whether the device is to have a process of its own.
     """
 
-    __slots__ = ("engine", "fd", "path", "queues", "read_only", "sectors", "serial")
+    __slots__ = ("apart", "engine", "fd", "path", "queues", "read_only", "sectors", "serial")
 
     def __init__(
         self,
@@ -39,6 +42,7 @@ class DiskFile:
         serial: bytes,
         engine: str = "auto",
         queues: int = 1,
+        apart: bool = False,
     ) -> None:
         self.fd = fd
         self.path = path
@@ -47,6 +51,7 @@ class DiskFile:
         self.serial = serial
         self.queues = queues
         self.engine = engine
+        self.apart = apart
 
     def identity(self) -> State:
         """What tells this disk, as it is now, from others, and from what it will be. Raises
@@ -164,7 +169,12 @@ def open_disk(spec: str) -> DiskFile:
     engine = words.take_word("io", ENGINES) or "auto"
     raw = words.take_word("format", ("raw",)) is not None
     shared = words.take_word("share", ("on", "off")) == "on"
+    apart = words.flag("process")
     words.finish()
+    if apart and queues > 1:
+        raise UsageError(
+            f"--disk {path}: a process of its own serves one queue; leave queues={queues} away"
+        )
     fd = _open(path, read_only)
     try:
         size = check_raw(fd, "--disk", path, raw=raw)
@@ -177,7 +187,7 @@ def open_disk(spec: str) -> DiskFile:
     except BaseException:
         os.close(fd)
         raise
-    return DiskFile(fd, path, size // SECTOR, read_only, serial, engine, queues)
+    return DiskFile(fd, path, size // SECTOR, read_only, serial, engine, queues, apart)
 
 
 def _serial(words: Suboptions, path: str) -> bytes:

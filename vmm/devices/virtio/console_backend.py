@@ -157,7 +157,7 @@ class SocketServer(_Stream):
 
     def connected(self) -> bool:
         if self.fd < 0:
-            client = self._listener.accept()
+            client = self._listener.take()
             if client is None:
                 return False
             self._watch(self._listener.fd, self._ready)

@@ -6,6 +6,7 @@ csum_start, csum_offset, num_buffers
 
 from __future__ import annotations
 
+import errno
 import struct
 from collections.abc import Mapping, Sequence
 
@@ -37,6 +38,8 @@ NEEDS_CSUM = 1  # header flag
 GSO_NONE, GSO_TCPV4, GSO_TCPV6 = 0, 1, 4
 # Buffers looked at together: few frames come alone or in hundreds.
 _BATCH = 32
+_FOR_A_MOMENT = (errno.ENOMEM, errno.ENOBUFS, errno.EINTR)
+"""What says nothing against the backend: the next try may go well."""
 
 
 class NetBackend(Protocol):
@@ -45,6 +48,8 @@ class NetBackend(Protocol):
     fd: int
     features: int
     """Offloads that the backend can carry out."""
+    is_stream: bool
+    """Whether frames follow each other on a connection, so that nobody else can take it up."""
 
     def set_offloads(self, features: int) -> None:
         """What the driver agreed to."""
@@ -72,10 +77,12 @@ class VirtioNet(VirtioDevice):
     device_id = 1
     pci_class = 0x020000  # Ethernet controller
     queue_sizes: Sequence[int] = (QUEUE_SIZE, QUEUE_SIZE)
+    wants_process = False
+    """Whether it is to have a process of its own."""
 
     def __init__(self, backend: NetBackend, mac: bytes) -> None:
         super().__init__()
-        self._backend = backend
+        self.backend = self._backend = backend
         self._mac = mac
         self._link_up = True
         self._receiving = self._waiting_for_room = False
@@ -84,7 +91,11 @@ class VirtioNet(VirtioDevice):
 
     def config(self) -> bytes:
         """struct virtio_net_config up to mtu (5.1.4)."""
-        return _CONFIG.pack(self._mac, STATUS_LINK_UP if self._link_up else 0, 1, 0)
+        return self.config_with(link_up=self._link_up)
+
+    def config_with(self, *, link_up: bool) -> bytes:
+        """What `config` is with a link, or without one."""
+        return _CONFIG.pack(self._mac, STATUS_LINK_UP if link_up else 0, 1, 0)
 
     def activate(
         self, memory: GuestMemory, queues: Mapping[int, SplitQueue], features: int
@@ -180,8 +191,9 @@ class VirtioNet(VirtioDevice):
             return frame
         try:
             return self._backend.receive() if self._link_up else None
-        except OSError:
-            self._lost()
+        except OSError as error:
+            if error.errno not in _FOR_A_MOMENT:
+                self._lost()
             return None
 
     def _deliver(
@@ -261,8 +273,11 @@ class VirtioNet(VirtioDevice):
         self._waiting_for_room = False
         try:
             self._waiting_for_room = self._link_up and not self._backend.flush()
-        except OSError:
-            self._lost()
+        except OSError as error:
+            if error.errno in _FOR_A_MOMENT:
+                self._waiting_for_room = True
+            else:
+                self._lost()
         return not self._waiting_for_room
 
     def _send(self, chain: Chain) -> bool:

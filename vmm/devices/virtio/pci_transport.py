@@ -27,7 +27,7 @@ from vmm.devices.virtio.pci_function import (
     NOTIFY,
     VirtioPciFunction,
 )
-from vmm.devices.virtio.queue import F_EVENT_IDX, F_INDIRECT_DESC, QueueError, SplitQueue
+from vmm.devices.virtio.queue import F_EVENT_IDX, F_INDIRECT_DESC, SplitQueue
 
 if TYPE_CHECKING:
     from vmm.core.saved import Saved, State
@@ -142,9 +142,10 @@ class VirtioPciTransport:
         device.wake = self._ring
         device.serve = self.notify
         device.announce = self.config_changed
+        device.interrupt = self.interrupt_for
         # A driver that waits for each answer has no use for them: an indirect table is one more
         # read of guest memory, event indexes are two more and a write.
-        ring_features = 0 if device.prompt else RING_FEATURES
+        ring_features = 0 if device.prompt else RING_FEATURES & ~device.lacks
         self._offered = device.features | REQUIRED_FEATURES | ring_features
         self._required = REQUIRED_FEATURES & ~device.may_decline
         self._config = device.config()
@@ -362,6 +363,14 @@ class VirtioPciTransport:
             if self._status & STATUS_DRIVER_OK:
                 self._raise(ISR_CONFIG, self._config_vector)
 
+    def interrupt_for(self, queue_index: int) -> None:
+        """Somebody else has served that queue of the device's: let the driver know."""
+        self._raise(ISR_QUEUE, self._queues[queue_index].vector)
+
+    def vector_of(self, queue_index: int) -> int:
+        """The queue's MSI-X vector, as the driver has set it; NO_VECTOR for none."""
+        return self._queues[queue_index].vector
+
     def interrupt_pending(self) -> bool:
         """After the guest's EOI: whether the line has to go up again."""
         return self._isr != 0 and self._uses_intx and self.function.intx_enabled
@@ -517,7 +526,7 @@ class VirtioPciTransport:
                 for index, queue in queues.items():
                     queue.observer = self._observer.queue(index)
             self._device.activate(self._memory, queues, self._driver_features)
-        except (QueueError, OSError) as error:
+        except EXPECTED as error:
             self._fail(error)
             return
         except PyvmmError:

@@ -285,6 +285,18 @@ class SplitQueue:
         """How many chains were taken and not returned; never more than the queue's size."""
         return (self._next_avail - self._next_used) & 0xFFFF
 
+    @property
+    def addresses(self) -> tuple[int, int, int]:
+        """Where descriptor table, available ring and used ring are."""
+        return self._desc, self._avail, self._used
+
+    def resume(self, index: int) -> None:
+        """Go on where all chains before number `index` were returned, in their order, and no other
+        one: what was taken besides is there to be taken again."""
+        self._next_avail = self._next_used = index
+        self._armed = -1
+        self._looks = 0
+
     def put_back(self, count: int) -> None:
         """Leave the last `count` chains of a `take` for the next one."""
         self._next_avail = (self._next_avail - count) & 0xFFFF

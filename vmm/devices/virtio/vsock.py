@@ -225,14 +225,17 @@ class VirtioVsock(VirtioDevice):
 
     def _guest_calls(self, header: Header) -> None:
         """The guest connects to a port of the host: to the program that listens on PATH_port."""
-        link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        link = None
         try:
+            # Also what the host has no descriptor for is a call refused, not the device's end.
+            link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
             link.setblocking(False)
             if len(self._connections) >= MOST_CONNECTIONS - HOST_PLACES:
                 raise OSError("too many connections")
             link.connect(f"{self._listener.path}_{header.dst_port}")
         except OSError:
-            link.close()
+            if link is not None:
+                link.close()
             self._refuse(header)
             return
         connection = self._add(link, header.src_port, header.dst_port)
@@ -367,7 +370,7 @@ class VirtioVsock(VirtioDevice):
         )
 
     def _accept(self) -> None:
-        caller = self._listener.accept()
+        caller = self._listener.take()
         if caller is None:
             return
         self._callers[caller.fileno()] = caller, bytearray()

@@ -42,9 +42,14 @@ class MappedBacking(FdBacking):
         return self.hva + offset
 
     def pread(self, size: int, offset: int) -> bytes:
-        data = os.pread(self._mem, size, self._address(offset, size))
-        if len(data) != size:
-            raise OSError(errno.EIO, f"only {len(data)} of {size} bytes at {offset:#x} readable")
+        address = self._address(offset, size)
+        data = os.pread(self._mem, size, address)
+        while len(data) != size:
+            more = os.pread(self._mem, size - len(data), address + len(data))
+            if not more:
+                reach = f"only {len(data)} of {size} bytes at {offset:#x} readable"
+                raise OSError(errno.EIO, reach)
+            data += more
         return data
 
     def pwrite(self, data: Buffer, offset: int) -> None:
@@ -73,7 +78,10 @@ class MappedBacking(FdBacking):
         address = self._address(offset, size)
         done = 0
         while done < size:
-            done += fdops.pwrite_from_address(
+            moved = fdops.pwrite_from_address(
                 dst_fd, address + done, size - done, dst_offset + done
             )
+            if moved == 0:
+                raise OSError(errno.EIO, f"nothing more is written at {dst_offset + done:#x}")
+            done += moved
         return done

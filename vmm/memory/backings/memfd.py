@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 
 from kvm_bindings import fdops
@@ -21,16 +20,16 @@ class MemfdBacking(FdIoBacking):
 
     def __init__(self, size: int, label: str = "pyvmm-guest") -> None:
         """Creates the memfd, `size` bytes long and empty. Raises OSError."""
-        fd = os.memfd_create(label, self._flags)
+        fd = -1
         try:
+            fd = os.memfd_create(label, self._flags)
             os.ftruncate(fd, size)
             self._prepare(fd)
         except OSError as error:
-            os.close(fd)
-            if error.errno == errno.EFBIG:  # a memfd is a file, too
-                what = f"{size >> 20} MiB of guest memory: {error.strerror}"
-                raise OSError(errno.EFBIG, what) from None
-            raise
+            if fd >= 0:
+                os.close(fd)
+            what = f"{size >> 20} MiB of guest memory: {error.strerror}"
+            raise OSError(error.errno, what) from None
         super().__init__(fd, size)
 
     def _prepare(self, fd: int) -> None:

@@ -164,6 +164,11 @@ class ProtectedMemfdBacking(MemfdBacking):
         done = 0
         for position, offset, size in _parts(moves, _BOUNCE):
             data = os.pread(src_fd, size, position)
+            while len(data) < size:
+                more = os.pread(src_fd, size - len(data), position + len(data))
+                if not more:
+                    break
+                data += more
             self._write([offset, len(data)], data)
             done += len(data)
             if len(data) < size:

@@ -1,0 +1,130 @@
+"""A command whose calls into the C library fail as a test wants it.
+
+Two ways in. `Fault`s are carried out by a library that is preloaded (shim.c): the only way to a
+call that moves less than it was asked for, and to one ioctl among others. strace(1) injects behind
+the C library, at the kernel's door.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import mmap
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from vmm.core.lean_typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIM = Path(__file__).with_name("shim.c")
+SECONDS = 40
+"""After so long a run counts as hanging."""
+SHORT = 0
+"""In the place of an errno: the call moves half of the bytes."""
+FOR_EVER = 1 << 40
+_COUNTS = 4096
+
+
+class Fault(NamedTuple):
+    """Which calls fail, and how."""
+
+    call: str
+    """As strace names it; splice is `splice-in` (from a file) or `splice-out`."""
+    on: str = "*"
+    """Part of what /proc/self/fd says of the descriptor."""
+    error: int = errno.EIO
+    first: int = 1
+    last: int = 1
+    request: int = 0
+    """An ioctl's number, where only that one is meant."""
+
+
+class Ended(NamedTuple):
+    """How a command ended."""
+
+    status: int
+    """-9: it hung, and was killed."""
+    output: str
+    errors: str
+    seen: int
+    """How many calls were such as the first fault names."""
+    injected: int
+
+
+@functools.cache
+def shim() -> str:
+    """The compiled library's path."""
+    folder = tempfile.mkdtemp(prefix="pyvmm-shim-")
+    path = os.path.join(folder, "shim.so")
+    compiler = shutil.which("cc") or "gcc"
+    command = [compiler, "-O1", "-Wall", "-Werror", "-shared", "-fPIC", "-o", path, str(SHIM)]
+    subprocess.run([*command, "-ldl"], check=True, timeout=60)
+    return path
+
+
+def run(words: Sequence[str], *faults: Fault, environment: dict[str, str] | None = None) -> Ended:
+    """Run `words` with these faults; never for longer than SECONDS."""
+    more = dict(environment or {})
+    with tempfile.NamedTemporaryFile(prefix="pyvmm-counts-") as file:
+        file.truncate(_COUNTS)
+        if faults:
+            more |= {
+                "LD_PRELOAD": shim(),
+                "PYVMM_INJECT_COUNTS": file.name,
+                "PYVMM_INJECT": "|".join(
+                    f"{each.call},{each.on},{each.request},{each.first},{each.last},{each.error}"
+                    for each in faults
+                ),
+            }
+        status, output, errors = _ended(words, more)
+        with mmap.mmap(file.fileno(), _COUNTS, access=mmap.ACCESS_READ) as counts:
+            seen, injected = struct.unpack_from("=QQ", counts)
+    return Ended(status, output, errors, seen, injected)
+
+
+def _ended(words: Sequence[str], environment: dict[str, str]) -> tuple[int, str, str]:
+    with subprocess.Popen(
+        words, cwd=ROOT, env=os.environ | environment, text=True, errors="replace",
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        try:
+            output, errors = process.communicate(timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            output, errors = process.communicate()
+    return process.returncode, output, errors
+
+
+def run_under_strace(
+    words: Sequence[str], call: str, error: int, match: str, first: int, last: int
+) -> Ended:
+    """Run `words` with calls that fail behind the C library; `match` is a whole path, or `*`.
+    `first` and `last` count each thread's calls apart."""
+    when = f"{first}+" if last == FOR_EVER else f"{first}..{last}"
+    name = "EOPNOTSUPP" if error == errno.EOPNOTSUPP else errno.errorcode[error]
+    inject = f"inject={call}:error={name}:when={when}"
+    with tempfile.NamedTemporaryFile(prefix="pyvmm-strace-") as log:
+        # By a filter: a call that is stopped at its entry becomes number -1, which a sandbox sees.
+        tracer = ["strace", "-f", "-qq", "--seccomp-bpf", "-o", log.name]
+        tracer += ["-e", f"trace={call}", "-e", inject]
+        if match != "*":
+            tracer += ["-P", match]
+        status, output, errors = _ended([*tracer, *words], {})
+        lines = Path(log.name).read_text(errors="replace")
+    return Ended(status, output, errors, lines.count(f"{call}("), lines.count("(INJECTED)"))
+
+
+def program(name: str, fault: Fault) -> Ended:
+    """One of tests.injection.programs, whose calls fail as it says when it arms the library."""
+    words = [sys.executable, "-m", "tests.injection.programs", name, str(fault.error)]
+    return run(words, fault, environment={"PYVMM_INJECT_WAITS": "1", "PYTHONPATH": str(ROOT)})
+
+
+def pyvmm(*options: str) -> list[str]:
+    return [sys.executable, "-m", "vmm", *options]
