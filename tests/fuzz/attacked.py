@@ -346,6 +346,11 @@ class FailingHost:
         return tuple(words)
 
 
+def _surprised(error: Exception) -> Exception:
+    """A mistake of the device's own, which costs a guest that device and us nothing: say so."""
+    raise AssertionError(f"a fault of the device's own: {error!r}") from error
+
+
 @contextlib.contextmanager
 def attacked(
     name: str, rng: random.Random, folder: Path
@@ -362,6 +367,7 @@ def attacked(
             tail=target.tail,
             engine=target.engine,
         )
+        driver.machine.transport._unexpected = _surprised  # type: ignore[method-assign]
         try:
             yield target, driver
         finally:

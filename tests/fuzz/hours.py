@@ -3,6 +3,7 @@
     python -m tests.fuzz.hours --work FOLDER [--hours H] [--turn SECONDS] [NAME...]
     python -m tests.fuzz.hours --work FOLDER --table          what has come of it so far
     python -m tests.fuzz.hours --work FOLDER --merge [NAME...]  the corpus anew, minimised
+    python -m tests.fuzz.hours --work FOLDER --again FILE NAME  one input
 
 The target with the fewest seconds is next, each in a process of its own, at the lowest priority.
 FOLDER/turns.jsonl has a line for each turn. A failure ends the target's turn and no more.
@@ -13,6 +14,8 @@ FOLDER/turns.jsonl has a line for each turn. A failure ends the target's turn an
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -72,8 +75,9 @@ def write_seeds(work: Path, name: str) -> None:
 
     folder = work / name
     folder.mkdir(parents=True, exist_ok=True)
-    for number, data in enumerate(TARGETS[name].seeds()):
-        (folder / f"seed-{number}").write_bytes(data)
+    with contextlib.redirect_stderr(io.StringIO()):  # devices say what becomes of them
+        for number, data in enumerate(TARGETS[name].seeds()):
+            (folder / f"seed-{number}").write_bytes(data)
 
 
 def table(work: Path) -> list[str]:
@@ -128,12 +132,18 @@ def main(words: list[str]) -> int:
     parser.add_argument("--turn", type=int, default=300, metavar="SECONDS")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--merge", action="store_true")
+    parser.add_argument("--again", type=Path, metavar="FILE", help="run the target on this input")
     options = parser.parse_args(words)
     os.nice(19)
     options.work.mkdir(parents=True, exist_ok=True)
     work = options.work.absolute()
     if options.table:
         print("\n".join(table(work)))
+        return 0
+    if options.again is not None:
+        from tests.fuzz.targets import TARGETS
+
+        TARGETS[options.name[0]](options.again.read_bytes())
         return 0
     if options.merge:
         from tests.fuzz.targets import TARGETS

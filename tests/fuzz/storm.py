@@ -94,6 +94,7 @@ class Guest:
             output=nothing, room=nothing, power_off=nothing, reset=nothing,
         )  # fmt: skip
         stack.callback(wired.close)
+        self.wired = wired
         self.board = cast(PcBoard, wired.board)
         self.transports = wired._transports
         self.vectors = sum(len(each.queue_sizes) + 1 for each in self.devices.values())
@@ -160,6 +161,9 @@ class Guest:
             FIRST_MESSAGE_GSI <= message.gsi < FIRST_MESSAGE_GSI + self.vectors
             for message in self.kvm.messages
         )
+        for function in self.board.pci._functions.values():
+            for bar in function._bars:
+                assert bar.mapped in (None, function._wanted(bar)), "a BAR is where it was"
         places = {each.notify_address: each for each in self.transports if each.notify_address}
         for address, queue in self.kvm.ioeventfds:
             assert queue < len(places[address]._device.queue_sizes)

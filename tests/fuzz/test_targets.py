@@ -19,6 +19,7 @@ from tests.fuzz.drawing import Choices, patched, patches, recorded
 from tests.fuzz.oracles import Resources
 from tests.fuzz.targets import TARGETS
 from vmm.conversion.transaction import Converter
+from vmm.core.errors import UsageError
 from vmm.core.ranges import Range
 from vmm.memory.lending import READ, WRITE, IommuMemory, LendingMemory, _Plan
 
@@ -263,4 +264,59 @@ def test_image_targets_notice_an_unforeseen_exception(
     monkeypatch.setattr("vmm.arch.x86_64.kernel.parse_elf", careless)
 
     with pytest.raises(IndexError):
+        play_all(name)
+
+
+def nothing(*arguments: object, **keywords: object) -> None:
+    """What a step comes to that has been forgotten."""
+
+
+def accept(*arguments: object) -> int:
+    return 0
+
+
+def odd(*arguments: object, **keywords: object) -> None:
+    raise IndexError("nobody foresaw this")
+
+
+@pytest.mark.parametrize(
+    ("name", "where", "broken"),
+    [
+        ("queue", "vmm.devices.virtio.queue.SplitQueue._write", nothing),
+        ("msix", "vmm.devices.msix.MsixTable._send_all", nothing),
+        ("bars", "vmm.devices.pci.PciFunction.unmap_changed", nothing),
+        ("share", "vmm.core.share._stays_inside", lambda parts, target: True),
+        ("share", "vmm.core.share.os.replace", nothing),
+        ("gdb-session", "vmm.control.gdb.target.Target.remove_software", nothing),
+        ("gdb-packets", "vmm.control.gdb.packets.unescaped", lambda data: data),
+        ("control-socket", "vmm.control.control_socket._number", lambda request, name: 1 << 70),
+        ("exec-init", "vmm.machine.execution._Fd.write", accept),
+        ("load-window", "vmm.devices.load_window.LoadWindow._fail", nothing),
+        ("root-disk", "vmm.core.root_disk._uuid", lambda data: "x"),
+        ("disk-image", "vmm.core.disk_image._format", nothing),
+        ("replay", "vmm.replay.replay.Replay.run", nothing),
+        ("trace", "vmm.trace.summary.duration_ns", odd),
+        ("recording", "vmm.scenario.recording.pairwise", lambda numbers: [(0, 0)] * 99),
+        ("smc", "vmm.conversion.transaction.Converter.convert", accept),
+        ("conversions", "vmm.memory.guest_memory.GuestMemory.discard_private", nothing),
+        ("iommu-program", "vmm.memory.lending.LendingMemory.take_back", lambda *_: []),
+        ("arm-image", "vmm.arch.aarch64.kernel.parse_header", odd),
+        ("payload", "vmm.boot.decompress._stream", odd),
+        ("options", "vmm.machine.config.parse_size", odd),
+        ("config", "vmm.cli.config_file._File._policies", lambda *_: [[]]),
+        ("modules", "vmm.core.kmodules.dependencies", odd),
+        ("cpio", "vmm.core.cpio.CpioWriter._parents_of", nothing),
+        ("device-tree", "vmm.arch.aarch64.fdt._padded", lambda data: data),
+        ("end-mark", "vmm.lab.streams.EndMark.rest", lambda mark: b""),
+        ("blk", "vmm.devices.virtio.block.VirtioBlock.close", nothing),
+        ("vsock", "vmm.devices.virtio.vsock.VirtioVsock.close", nothing),
+        ("rng", "vmm.devices.virtio.queue.SplitQueue.publish", odd),
+    ],
+)
+def test_target_finds_a_fault_that_is_put_in(
+    name: str, where: str, broken: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(where, broken)
+
+    with pytest.raises((AssertionError, IndexError, ValueError, OSError, UsageError)):
         play_all(name)

@@ -1,8 +1,9 @@
 /* Preloaded into a process: chosen calls of the C library fail with an errno, or move less than they were asked for.
 
    PYVMM_INJECT: rules "call,object,request,first,last,result", separated by '|'. `object` is a part of the name that
-   /proc/self/fd has for the descriptor (empty: any), `request` an ioctl's number (0: any), `first` and `last` which of
-   the calls that match, counted from 1. `result` is the errno; 0 is a call that is carried out for half of the bytes.
+   /proc/self/fd has for the descriptor ("*": any; with a '$' behind it: its end), `request` an ioctl's number (0: any),
+   `first` and `last` which of the calls that match, counted from 1. `result` is the errno; 0 is a call that is carried
+   out for half of the bytes.
    PYVMM_INJECT_COUNTS: a file that is mapped, with two uint64_t for each rule: calls that matched, and were changed.
    Counted over all processes that inherit it. */
 
@@ -52,6 +53,14 @@ __attribute__((constructor)) static void start(void)
         abort();
 }
 
+static int matches(const char *name, const char *object)
+{
+    size_t size = strlen(object), length = strlen(name);
+    if (size && object[size - 1] == '$')
+        return length >= size - 1 && !strncmp(name + length - (size - 1), object, size - 1);
+    return strstr(name, object) != NULL;
+}
+
 /* -1: nothing; 0: short; else the errno. */
 static int injected(const char *call, int fd, uint64_t request)
 {
@@ -69,7 +78,7 @@ static int injected(const char *call, int fd, uint64_t request)
                 name[length < 0 ? 0 : length] = 0;
                 errno = error;
             }
-            if (!strstr(name, rule->object))
+            if (!matches(name, rule->object))
                 continue;
         }
         if (!counts)
@@ -164,6 +173,13 @@ ssize_t splice(int from, off64_t *source, int to, off64_t *target, size_t size, 
 
 FALLOCATE(fallocate, off_t)
 FALLOCATE(fallocate64, off64_t)
+
+off64_t lseek64(int fd, off64_t offset, int whence)
+{
+    REAL(lseek64);
+    FAIL_OR("lseek", fd, );
+    return real(fd, offset, whence);
+}
 
 int fdatasync(int fd)
 {

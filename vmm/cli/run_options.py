@@ -90,14 +90,15 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "--disk": {
             "metavar": "FILE[,ro][,serial=TEXT][,queues=N][,io=ENGINE][,format=raw][,share=on]"
-            "|vhost-user=SOCKET[,queues=N]",
+            "[,process]|vhost-user=SOCKET[,queues=N]",
             **_SEVERAL,
             "help": "a raw disk image or block device as virtio-blk; with several queues each is "
             "served by a thread of its own; may be given several times; ENGINE: auto (default), "
             "pread (through a buffer), fd2fd (inside the kernel), hva (by the kernel, to and from "
             "KVM's mapping), mmap (memcpy); an image is locked against other machines (share=on: "
             "not), one in another format is refused "
-            "(format=raw: not); vhost-user=: a disk that another program serves, such as "
+            "(format=raw: not); process: in a process of its own, which has no guest memory; "
+            "vhost-user=: a disk that another program serves, such as "
             "qemu-storage-daemon, which maps the shared side of guest memory",
         },
         "--allow-mapped-io": {
@@ -108,7 +109,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "more devices, all virtio over PCI": {
         "--net": {
-            "metavar": "tap=NAME|passt=SOCKET[,mac=MAC]",
+            "metavar": "tap=NAME|passt=SOCKET[,mac=MAC][,process]",
             **_SEVERAL,
             "help": "a network card on a tap interface, or behind a passt that runs already (passt "
             "--socket SOCKET; needs no privileges); may be given several times",

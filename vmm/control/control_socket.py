@@ -27,7 +27,7 @@ from vmm.conversion.events import (
     Subscription,
     as_json,
 )
-from vmm.core.errors import HostError
+from vmm.core.errors import PyvmmError
 from vmm.core.event_loop import EventLoop, drain
 from vmm.core.events import FROM_HOST, Kind
 from vmm.core.lean_typing import Any
@@ -369,7 +369,7 @@ def _restart(operations: Operations, request: dict[str, Any]) -> None:
         operations.restart_device(name)
     except LookupError as error:
         raise BadRequest(str(error.args[0])) from None
-    except HostError as error:
+    except PyvmmError as error:
         raise BadRequest(str(error)) from None
 
 

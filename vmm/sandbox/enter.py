@@ -58,8 +58,8 @@ def enter(
     `kept`: descriptors that nobody may map from now on; `output`: the console's, which may get
     another file put in its place; `folders`: where the run writes files of its own; `reads`: what
     it reads by path; `paths`: what the user gives back, to read and write; `maps`: files are used
-    through mappings; `connects`: a device connects to Unix sockets; `receives`: devices'
-    processes may be started anew; `core_dumps`: whether a crash may leave one; `user`: the
+    through mappings; `connects`: a device connects to Unix sockets; `receives`: open files
+    come by socket; `core_dumps`: whether a crash may leave one; `user`: the
     user to become. Threads that run already get the system calls' part only (see `enter_files`).
     Raises HostError where `mode` is "on" and the kernel can't do it.
     """

@@ -252,17 +252,18 @@ class Devices:
         return all(notifier.end(timeout) for notifier in self._notifiers)
 
     def restart(self, name: str) -> None:
-        """Start a device's process anew. Raises LookupError where none can be, HostError."""
+        """Start a device's process anew, or take up the back end that runs in the last one's place.
+        Raises LookupError where neither can be, HostError, PyvmmError."""
         device = self._virtio.get(name)
         if device is None:
             known = ", ".join(self._virtio) or "none"
             raise LookupError(f"there is no device {name:.40}; there are: {known}")
-        if not device.apart:
+        if not (device.apart or device.served_elsewhere):
             raise LookupError(
                 f"{name} is in pyvmm's own process; only a device with the setting process, as in "
-                "--disk FILE,process, can be started again"
+                "--disk FILE,process, or with vhost-user=SOCKET can be started again"
             )
-        device.restart()  # type: ignore[attr-defined]  # ProcessDevice's
+        device.restart()  # type: ignore[attr-defined]  # ProcessDevice's, VhostUserDevice's
 
     def io_statistics(self) -> dict[str, dict[str, Any]]:
         """Each device's counts by its name, for the report; a disk's engine with its own."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests.fuzz.targets import (
+    apart,
     control,
     conversions,
     devices,
@@ -17,6 +18,6 @@ from tests.fuzz.targets import (
 from tests.fuzz.targets.registry import TARGETS, Target
 
 # Each module puts its targets among them.
-_ALL = (control, conversions, devices, disks, files, images, iommu, queue, registers, traces)
+_ALL = (apart, control, conversions, devices, disks, files, images, iommu, queue, registers, traces)
 
 __all__ = ["TARGETS", "Target"]

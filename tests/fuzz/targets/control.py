@@ -301,6 +301,7 @@ def _sessions() -> list[bytes]:
         session(b"m%x,20" % top, b"m1000,2000", b"M1000,3:aabbcc", b"X2000,2:}\x03a", b"m0,9000"),
         session(b"Z0,1000,1", b"m1000,4", b"M0fff,3:010203", b"z0,1000,1", b"Z1,1000,1", b"Z2,8,8",
                 b"Z4,10,4", b"z2,8,8", b"s", b"!stop", b"vCont;s:1;c", b"!stop", b"D"),
+        session(b"Z0,1000,1", b"Z0,%x,1" % (top + 0x2000), b"c", b"!stop", b"D"),
         session(b"qqemu.PhyMemMode", b"Qqemu.PhyMemMode:1", b"m8000,10", b"mf000,10", b"k", b"D;1"),
         session(*(b"qRcmd," + word.hex().encode() for word in (
             b"why", b"can", b"translate 0x1000", b"states 0", b"states 0x8000 99999", b"help",
@@ -400,6 +401,8 @@ def load_window(data: bytes) -> None:
             if was_open and width == 4 and offset == PORT_FILL and value < 4 and not memory.private:
                 expected[_WINDOW : _WINDOW + len(chunks[value])] = chunks[value]
                 assert window.is_open
+            elif was_open and width == 4:
+                assert not window.is_open, "the loader is wrong, and may go on"
             assert memory.peek(memory.size, 0) == expected
             assert len(ended) == before + (was_open and not window.is_open)
             assert all(word.isprintable() for word in ended)

@@ -182,7 +182,7 @@ def patch_files(data: bytes) -> None:
     assert total <= len(data) + 1
 
 
-@target("end-mark", lambda: [b"\3ENDabcENDdef", b"\2\0\1a\0\1b", b"\1xx"])
+@target("end-mark", lambda: [b"\3ENDxabcENDxdef", b"\3ENDxabEN", b"\2\0\1a\0\1b", b"\1xx"])
 def end_mark(data: bytes) -> None:
     """A mark, then a stream: in any pieces what comes out is what was before the mark."""
     size = 1 + data[0] % 8 if data else 1
@@ -285,6 +285,15 @@ def _archive(choices: Choices) -> bytes:
     return out.getvalue()
 
 
+def _link(name: str, linked: str) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        member = tarfile.TarInfo(name)
+        member.type, member.linkname = tarfile.SYMTYPE, linked
+        tar.addfile(member)
+    return out.getvalue()
+
+
 def _shares() -> Iterator[bytes]:
     for seed in range(8):
         made: list[bytes] = []
@@ -295,6 +304,8 @@ def _shares() -> Iterator[bytes]:
         yield b"\0" + recorded(make, seed, most=60)
         if seed < 3:
             yield b"\1" + gzip.compress(made[0], mtime=0)
+    for name, linked in (("x", "../outside"), ("d/y", "/etc"), ("z", "in/../../outside")):
+        yield b"\1" + gzip.compress(_link(name, linked), mtime=0)
 
 
 _LIMIT = 4096

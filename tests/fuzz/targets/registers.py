@@ -85,7 +85,7 @@ def _msix_seeds() -> list[bytes]:
         return struct.pack("<BHBQ", kind, offset, size, value)
 
     program = b"".join(
-        op(0, 16 * vector + at, 4, value)
+        op(0, 16 * vector + at, 2, value)
         for vector in range(2)
         for at, value in ((0, 0xFEE0_0000), (4, 0), (8, 0x41 + vector), (12, 0))
     )
@@ -98,7 +98,7 @@ def _msix_seeds() -> list[bytes]:
 def msix(data: bytes) -> None:
     """Records of 12 bytes: write, read, control, interrupt or reset; offset, size, value. Beside
     a model of the table: a message is sent once, by the route that its entry says."""
-    vectors = 1 + (data[0] % 5 if data else 0)
+    vectors = 3
     lines = _Lines(vectors)
     table = MsixTable(vectors, lines)
     model = bytearray(16 * vectors)

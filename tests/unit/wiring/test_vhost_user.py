@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from typing import cast
 
@@ -45,7 +45,7 @@ class FakeMessages:
     def __init__(self) -> None:
         self.routed: set[int] = set()
 
-    def route(self, messages: dict[int, tuple[int, int]]) -> None:
+    def route(self, messages: Mapping[int, tuple[int, int]]) -> None:
         self.routed |= set(messages)
 
     def signal(self, vector: int) -> None:

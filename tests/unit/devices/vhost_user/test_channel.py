@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import time
 from collections.abc import Iterator
 
 import pytest
 
 from tests.support.back_end import FEATURES, REPLY, BackEndDouble, reply
-from vmm.devices.vhost_user import channel, messages
+from vmm.devices.vhost_user import messages
 from vmm.devices.vhost_user.channel import BackEndError, Channel
 from vmm.devices.vhost_user.device import VERSION_1, greet
 from vmm.devices.vhost_user.messages import PROTOCOL_F_CONFIG, PROTOCOL_F_MQ
@@ -117,8 +118,8 @@ def test_patience_is_for_all_questions_together(
 ) -> None:
     """A back end that answers each in the last moment is not waited for again and again."""
     link = connected(back_end, patience=10)
-    now = [channel.time.monotonic()]
-    monkeypatch.setattr(channel.time, "monotonic", lambda: now[0])
+    now = [time.monotonic()]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     link.begin(10)
     link.number(messages.GET_FEATURES)
     now[0] += 11

@@ -372,7 +372,7 @@ def test_indexes_that_cannot_be_need_a_reset(rig: Rig, back_end: BackEndDouble) 
 def test_rings_that_do_not_say_what_is_left_need_a_reset(rig: Rig, back_end: BackEndDouble) -> None:
     rig.machine.up()
     heads = [request(rig)[0] for _ in range(3)]
-    take(rig, heads[2])  # before its turn
+    take(rig, heads[2], heads[2])  # twice
     back_end.end()
 
     rig.machine.settle()
