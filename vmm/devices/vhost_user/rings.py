@@ -20,11 +20,6 @@ class ForeignQueue(SplitQueue):
     __slots__ = ()
 
     @property
-    def addresses(self) -> tuple[int, int, int]:
-        """Where the guest has descriptor table, available ring and used ring."""
-        return self._desc, self._avail, self._used
-
-    @property
     def next_available(self) -> int:
         """Where a back end is to begin."""
         return self._next_avail

@@ -369,7 +369,9 @@ def test_indexes_that_cannot_be_need_a_reset(rig: Rig, back_end: BackEndDouble) 
     assert rig.device.statistics.errors == 1
 
 
-def test_rings_that_do_not_say_what_is_left_need_a_reset(rig: Rig, back_end: BackEndDouble) -> None:
+def test_rings_that_do_not_say_what_is_left_need_a_reset(
+    rig: Rig, back_end: BackEndDouble, capfd: pytest.CaptureFixture[str]
+) -> None:
     rig.machine.up()
     heads = [request(rig)[0] for _ in range(3)]
     take(rig, heads[2], heads[2])  # twice
@@ -378,6 +380,7 @@ def test_rings_that_do_not_say_what_is_left_need_a_reset(rig: Rig, back_end: Bac
     rig.machine.settle()
 
     assert rig.machine.driver.status & NEEDS_RESET
+    assert "serves no request until its driver resets it" in capfd.readouterr().err
 
 
 def test_rings_that_became_private_need_a_reset(rig: Rig, back_end: BackEndDouble) -> None:
