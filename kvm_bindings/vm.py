@@ -53,13 +53,22 @@ class Vm(OwnedFd):
         result = self._pointer(ioctls.KVM_ENABLE_CAP, cap)
         check("KVM_ENABLE_CAP", result, "cap={}, args={}", capability, [hex(a) for a in args])
 
-    def irqfd(self, eventfd: int, gsi: int, resamplefd: int | None = None) -> None:
-        """KVM_IRQFD: a write to `eventfd` raises `gsi`.
+    def irqfd(
+        self,
+        eventfd: int,
+        gsi: int,
+        resamplefd: int | None = None,
+        *,
+        deassign: bool = False,
+    ) -> None:
+        """KVM_IRQFD: a write to `eventfd` raises `gsi`; with `deassign` it no longer does.
 
         With `resamplefd` the line is level-triggered: it stays up until the guest's EOI, which
         KVM announces on that eventfd.
         """
         irqfd = ffi.new("struct kvm_irqfd *", {"fd": eventfd, "gsi": gsi})
+        if deassign:
+            irqfd.flags = ioctls.KVM_IRQFD_FLAG_DEASSIGN
         if resamplefd is not None:
             irqfd.flags = ioctls.KVM_IRQFD_FLAG_RESAMPLE
             irqfd.resamplefd = resamplefd

@@ -100,3 +100,83 @@ struct kvm_fpu {
     uint32_t mxcsr;
     uint32_t pad2;
 };
+
+struct kvm_msr_list {
+    uint32_t nmsrs;
+    uint32_t indices[];
+};
+
+struct kvm_sregs2 {
+    struct kvm_segment cs, ds, es, fs, gs, ss;
+    struct kvm_segment tr, ldt;
+    struct kvm_dtable gdt, idt;
+    uint64_t cr0, cr2, cr3, cr4, cr8;
+    uint64_t efer;
+    uint64_t apic_base;
+    uint64_t flags;
+    uint64_t pdptrs[4];
+};
+
+/* What follows is saved and put back as bytes, so that only sizes and a few members matter. */
+struct kvm_lapic_state {
+    char regs[0x400];
+};
+
+struct kvm_mp_state {
+    uint32_t mp_state;
+};
+
+struct kvm_vcpu_events {
+    uint8_t exception[4];
+    uint32_t exception_error_code;
+    uint8_t interrupt[4];
+    uint8_t nmi[4];
+    uint32_t sipi_vector;
+    uint32_t flags;
+    uint8_t smi[4];
+    uint8_t triple_fault_pending;
+    uint8_t reserved[26];
+    uint8_t exception_has_payload;
+    uint64_t exception_payload;
+};
+
+struct kvm_debugregs {
+    uint64_t db[4];
+    uint64_t dr6;
+    uint64_t dr7;
+    uint64_t flags;
+    uint64_t reserved[9];
+};
+
+struct kvm_xcrs {
+    uint32_t nr_xcrs;
+    uint32_t flags;
+    uint64_t xcrs[32];
+    uint64_t padding[16];
+};
+
+struct kvm_xsave {
+    uint32_t region[1024];
+    uint32_t extra[];
+};
+
+struct kvm_irqchip {
+    uint32_t chip_id;
+    uint32_t pad;
+    char chip[512];
+};
+
+struct kvm_pit_state2 {
+    uint8_t channels[72];
+    uint32_t flags;
+    uint32_t reserved[9];
+};
+
+struct kvm_clock_data {
+    uint64_t clock;
+    uint32_t flags;
+    uint32_t pad0;
+    uint64_t realtime;
+    uint64_t host_tsc;
+    uint32_t pad[4];
+};

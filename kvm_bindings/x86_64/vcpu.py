@@ -182,3 +182,116 @@ class Vcpu(kvm_bindings.Vcpu):
             return False
         check("KVM_KVMCLOCK_CTRL", result, "vcpu={}", self.index)
         return True
+
+    # -- state to save and put back, as the kernel's structures --------------------------------
+
+    def _saved(self, name: str, request: int, kind: str) -> bytes:
+        state = ffi.new(f"struct {kind} *")
+        check(name, self._pointer(request, state), "vcpu={}", self.index)
+        return bytes(ffi.buffer(state))
+
+    def _put_back(self, name: str, request: int, kind: str, data: bytes) -> None:
+        if len(data) != ffi.sizeof(f"struct {kind}"):
+            fail(name, -errno.EINVAL, f"vcpu={self.index}, {len(data)} bytes")
+        state = ffi.from_buffer(f"struct {kind} *", data)
+        check(name, self._pointer(request, state), "vcpu={}", self.index)
+
+    def save_sregs(self) -> bytes:
+        """KVM_GET_SREGS: struct kvm_sregs."""
+        return self._saved("KVM_GET_SREGS", ioctls.KVM_GET_SREGS, "kvm_sregs")
+
+    def restore_sregs(self, data: bytes) -> None:
+        """KVM_SET_SREGS. Raises KvmError (EINVAL: no processor is in such a state)."""
+        self._put_back("KVM_SET_SREGS", ioctls.KVM_SET_SREGS, "kvm_sregs", data)
+
+    def save_sregs2(self) -> bytes:
+        """KVM_GET_SREGS2: struct kvm_sregs2, which has the PDPTRs of PAE paging."""
+        return self._saved("KVM_GET_SREGS2", ioctls.KVM_GET_SREGS2, "kvm_sregs2")
+
+    def restore_sregs2(self, data: bytes) -> None:
+        """KVM_SET_SREGS2, as `restore_sregs`; pending interrupts are KVM_SET_VCPU_EVENTS' here."""
+        self._put_back("KVM_SET_SREGS2", ioctls.KVM_SET_SREGS2, "kvm_sregs2", data)
+
+    def get_lapic(self) -> bytes:
+        """KVM_GET_LAPIC: the 1 KiB of the local APIC's registers."""
+        return self._saved("KVM_GET_LAPIC", ioctls.KVM_GET_LAPIC, "kvm_lapic_state")
+
+    def set_lapic(self, data: bytes) -> None:
+        """KVM_SET_LAPIC; the APIC base (KVM_SET_SREGS) comes first."""
+        self._put_back("KVM_SET_LAPIC", ioctls.KVM_SET_LAPIC, "kvm_lapic_state", data)
+
+    def get_mp_state(self) -> int:
+        """KVM_GET_MP_STATE: KVM_MP_STATE_*, 0 for one that runs."""
+        data = self._saved("KVM_GET_MP_STATE", ioctls.KVM_GET_MP_STATE, "kvm_mp_state")
+        return int.from_bytes(data, "little")
+
+    def set_mp_state(self, state: int) -> None:
+        """KVM_SET_MP_STATE. Raises KvmError (EINVAL: no such state)."""
+        data = state.to_bytes(4, "little")
+        self._put_back("KVM_SET_MP_STATE", ioctls.KVM_SET_MP_STATE, "kvm_mp_state", data)
+
+    def get_vcpu_events(self) -> bytes:
+        """KVM_GET_VCPU_EVENTS: struct kvm_vcpu_events: exceptions, interrupts, NMI, SMI."""
+        return self._saved("KVM_GET_VCPU_EVENTS", ioctls.KVM_GET_VCPU_EVENTS, "kvm_vcpu_events")
+
+    def set_vcpu_events(self, data: bytes) -> None:
+        """KVM_SET_VCPU_EVENTS, what its flags say is valid. Raises KvmError."""
+        self._put_back("KVM_SET_VCPU_EVENTS", ioctls.KVM_SET_VCPU_EVENTS, "kvm_vcpu_events", data)
+
+    def get_debugregs(self) -> bytes:
+        """KVM_GET_DEBUGREGS: struct kvm_debugregs, the guest's own."""
+        return self._saved("KVM_GET_DEBUGREGS", ioctls.KVM_GET_DEBUGREGS, "kvm_debugregs")
+
+    def set_debugregs(self, data: bytes) -> None:
+        """KVM_SET_DEBUGREGS. Raises KvmError."""
+        self._put_back("KVM_SET_DEBUGREGS", ioctls.KVM_SET_DEBUGREGS, "kvm_debugregs", data)
+
+    def get_xcrs(self) -> bytes:
+        """KVM_GET_XCRS: struct kvm_xcrs."""
+        return self._saved("KVM_GET_XCRS", ioctls.KVM_GET_XCRS, "kvm_xcrs")
+
+    def set_xcrs(self, data: bytes) -> None:
+        """KVM_SET_XCRS. Raises KvmError (EINVAL: CPUID has no such feature)."""
+        self._put_back("KVM_SET_XCRS", ioctls.KVM_SET_XCRS, "kvm_xcrs", data)
+
+    def get_xsave(self, size: int = 0) -> bytes:
+        """KVM_GET_XSAVE, or with a `size` (KVM_CAP_XSAVE2's) KVM_GET_XSAVE2: the XSAVE area."""
+        least: int = ffi.sizeof("struct kvm_xsave")
+        area = ffi.new("char[]", max(size, least))
+        name, request = ("KVM_GET_XSAVE2", ioctls.KVM_GET_XSAVE2) if size else (
+            "KVM_GET_XSAVE", ioctls.KVM_GET_XSAVE)  # fmt: skip
+        check(name, self._pointer(request, area), "vcpu={}", self.index)
+        return bytes(ffi.buffer(area))
+
+    def set_xsave(self, data: bytes, size: int = 0) -> None:
+        """KVM_SET_XSAVE, as `get_xsave` gives it with that `size`. Raises KvmError."""
+        if len(data) != max(size, ffi.sizeof("struct kvm_xsave")):  # as much as KVM reads
+            fail("KVM_SET_XSAVE", -errno.EINVAL, f"vcpu={self.index}, {len(data)} bytes")
+        result = self._pointer(ioctls.KVM_SET_XSAVE, ffi.from_buffer("char[]", data))
+        check("KVM_SET_XSAVE", result, "vcpu={}", self.index)
+
+    def get_msrs(self, indices: Iterable[int]) -> dict[int, int]:
+        """KVM_GET_MSRS: MSR index -> value, without those that can't be read here."""
+        left, found = list(indices), dict[int, int]()
+        while left:
+            buffer = ffi.new("char[]", ffi.sizeof("struct kvm_msrs") + 16 * len(left))
+            msrs = ffi.cast("struct kvm_msrs *", buffer)
+            msrs.nmsrs = len(left)
+            for entry, index in zip(msrs.entries[0 : len(left)], left, strict=True):
+                entry.index = index
+            done = check(
+                "KVM_GET_MSRS", self._pointer(ioctls.KVM_GET_MSRS, msrs), "vcpu={}", self.index
+            )
+            found |= {entry.index: entry.data for entry in msrs.entries[0:done]}
+            left = left[done + 1 :]  # the first that can't be read ends it
+        return found
+
+    def tsc_khz(self) -> int:
+        """KVM_GET_TSC_KHZ: the guest's time stamp counter's frequency; 0 where KVM can't say."""
+        result = self._value(ioctls.KVM_GET_TSC_KHZ)
+        return max(result, 0)
+
+    def set_tsc_khz(self, frequency: int) -> None:
+        """KVM_SET_TSC_KHZ. Raises KvmError (EINVAL: this processor can't scale to that)."""
+        result = self._value(ioctls.KVM_SET_TSC_KHZ, frequency)
+        check("KVM_SET_TSC_KHZ", result, "vcpu={}, {} kHz", self.index, frequency)

@@ -8,7 +8,7 @@ What would take a guest a day happens here without its pauses, in rounds. Each r
 - random conversion programs on this host's KVM, compared with the reference, with what the
   kernel holds behind either side (`tests.fuzz.conversion_programs`);
 - lives of each virtio device under a hostile driver: work, resets, conversions, a host that
-  comes, talks and hangs up, a pause in between (`tests.fuzz.test_devices`);
+  comes, talks and hangs up, a pause in between (`tests.fuzz.attacked`);
 - conversions by one `Converter` that lives for all of the run, beside a disk whose data is read
   back: page states, accounting and the kernel's count of each side have to agree at every look;
 - pauses and dumps of a guest that another pyvmm runs all the while.
@@ -44,9 +44,9 @@ from typing import Any, Protocol, cast
 
 from kvm_bindings.x86_64 import System
 from tests.fuzz import conversion_programs
+from tests.fuzz.attacked import DEVICES, Attacked, attacked
 from tests.fuzz.hostile_driver import HostileDriver
 from tests.fuzz.oracles import assert_holds_little
-from tests.fuzz.test_devices import TARGETS, Target, attacked
 from tests.support import guests
 from tests.support.conversion import share, unshare
 from tests.support.fake_memory import FakeMemory
@@ -141,9 +141,9 @@ class Devices:
         self.done: Counter[str] = Counter()
         self._folder = folder
         self._rng = rng
-        self._opened: dict[str, tuple[ExitStack, Target, HostileDriver]] = {}
+        self._opened: dict[str, tuple[ExitStack, Attacked, HostileDriver]] = {}
 
-    def _open(self, name: str) -> tuple[ExitStack, Target, HostileDriver]:
+    def _open(self, name: str) -> tuple[ExitStack, Attacked, HostileDriver]:
         folder = self._folder / f"{name}"
         folder.mkdir(exist_ok=True)
         stack = ExitStack()
@@ -152,7 +152,7 @@ class Devices:
         return stack, target, driver
 
     def round(self) -> None:
-        for name in TARGETS:
+        for name in DEVICES:
             if name not in self._opened:
                 self._opened[name] = self._open(name)
             _, target, driver = self._opened[name]

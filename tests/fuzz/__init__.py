@@ -1,1 +1,1 @@
-"""Random programs, state machines and fuzz targets; each prints the seed that repeats it."""
+"""Random programs, state machines and fuzz targets; see README.md beside this."""

@@ -82,6 +82,7 @@ class VirtioMachine:
             bar_base=BAR,
             interrupt_line=5,
             ring=self.rung.append,
+            make_queue=device.queue_type,
         )
         device.watch = self.loop.watch
         device.start()

@@ -17,7 +17,7 @@ LAYERS = (
     {"core"},
     {"sandbox"},
     {"memory"},
-    {"policy", "devices", "boot", "trace"},
+    {"policy", "devices", "boot", "trace", "snapshot"},
     {"conversion"},
     {"exits"},
     {"wiring"},
@@ -41,7 +41,7 @@ BINDINGS_USERS = {
 # Of an architecture only what talks to KVM; the rest is encodings: data in, bytes and values out.
 ARCHITECTURES_KVM = {
     "architecture", "platform", "board", "exits", "gic", "guest_cpu", "page_tables", "micro_guest",
-    "probes", "capabilities", "debug",
+    "probes", "capabilities", "debug", "vcpu_state",
 }  # fmt: skip
 FIRMWARE_USERS = {"arch.x86_64", "arch.aarch64", "machine", "bench", "cli", "lab"}
 

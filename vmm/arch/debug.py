@@ -6,9 +6,8 @@ For type checkers, but for the small tuples: only a run with --gdb imports it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from enum import Enum
 
-from vmm.core.lean_typing import Any, NamedTuple, Protocol
+from vmm.core.lean_typing import Any, Enum, NamedTuple, Protocol
 
 
 class NotMapped(Exception):

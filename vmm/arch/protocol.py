@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from vmm.boot.source import Source
     from vmm.conversion.transaction import Converter
     from vmm.core.ranges import Range
+    from vmm.core.saved import Saved, State
     from vmm.devices.bus import PortDevice
     from vmm.exits.handlers import ExitHandlers
     from vmm.exits.outcome import Outcome
@@ -111,6 +112,22 @@ class Platform(Protocol):
         """
         ...
 
+    def state(self) -> State:
+        """What a snapshot keeps of the VM's chips and processors; no vCPU is in the guest, nor has
+        an exit to complete. Raises NotSaved, KvmError."""
+        ...
+
+    def restore(self, saved: Saved) -> int:
+        """Be in that state, before anything runs; the nanoseconds that have gone by since, by
+        which the guest's clocks are put forward. Raises BadState."""
+        ...
+
+    def core_vcpus(self) -> list[dict[str, Any]]:
+        """Each vCPU's registers for a core file, as `state`: {"regs": {name: value},
+        "sregs": {name: value or {field: value}}, "fpu": the XSAVE area's first 512 bytes in
+        hexadecimal, "kernel_gs_base"}. Raises NotSaved, KvmError."""
+        ...
+
 
 class Architecture(HostArchitecture, Protocol):
     """One architecture of guests, which is the host's."""
@@ -130,6 +147,14 @@ class Architecture(HostArchitecture, Protocol):
         self, options: GuestOptions, kernel: OpenedKernel, initrd: Source | None
     ) -> Guest:
         """The guest that runs the kernel, whose images it takes over. Raises UsageError."""
+        ...
+
+    def restored_guest(
+        self, options: GuestOptions, doorbell: str, private: Sequence[Range]
+    ) -> Guest:
+        """A guest that is there already, in a snapshot, with these private pages; it asks for
+        conversions as it did. Raises UsageError where none can be restored, or for a doorbell that
+        there isn't."""
         ...
 
     def payload_guest(self, options: GuestOptions) -> Guest:

@@ -23,7 +23,7 @@ _MOST = 1 << 20
 """Bytes of a file that are read."""
 _NOT_HERE = ("--help", "-h", "--version", OPTION)
 _FILE = r"(?:FILE|DIR|PATH|SOCKET)\b"
-_SETTING = re.compile(rf"(\w+)={_FILE}")
+_SETTING = re.compile(rf"([\w-]+)={_FILE}")
 _DEBIAN = re.compile(r"debian:|payload$|pkvm-guest$")
 """Kernels that the lab has by name."""
 _ALTERNATIVE = re.compile(r"\|PATH$")
@@ -88,6 +88,11 @@ class _File:
             raise self._error("lab", table, "a table, as in [lab]")
         words = self._of_table("", self._values, known["run"], given)
         of_lab = self._of_table("lab.", table, known["lab"], given)  # misspelt keys are told always
+        if any("\0" in word for word in (*of_lab, *words)):
+            raise UsageError(
+                f"{OPTION} {self._path}: a text has a NUL character, which no option takes; "
+                "leave it out"
+            )
         return [*of_lab, *words] if lab else words
 
     def _of_table(
@@ -167,9 +172,11 @@ class _File:
             return value if _DEBIAN.match(value) else self._path_of(value)
         # A comma in a setting's value is written twice.
         words = [word.replace("\0", ",") for word in value.replace(",,", "\0").split(",")]
-        if re.match(_FILE, metavar) and not _NO_FILE.match(words[0]):
-            words[0] = self._path_of(words[0])
         keys = set(_SETTING.findall(metavar))
+        key, equals, _ = words[0].partition("=")
+        is_setting = bool(equals) and key in keys
+        if re.match(_FILE, metavar) and not (is_setting or _NO_FILE.match(words[0])):
+            words[0] = self._path_of(words[0])
         for at, word in enumerate(words):
             key, equals, path = word.partition("=")
             if equals and key in keys:

@@ -18,16 +18,29 @@ from vmm.core.suboptions import byte_size
 USAGE = """\
 usage: pyvmm ctl PATH status | pause | resume | dump-state | quit
        pyvmm ctl PATH convert share|unshare GPA SIZE
+       pyvmm ctl PATH devices
+       pyvmm ctl PATH device restart NAME
+       pyvmm ctl PATH dump FILE
+       pyvmm ctl PATH snapshot DIR [--with-private] [--then-quit]
        pyvmm ctl PATH follow
 
 Asks the pyvmm that was started with --control PATH, and prints its answer as JSON. A refusal's
 answer has the reason in "error". GPA is an address, as in 0x1000; SIZE is in bytes, or has a unit,
-as in 64K or 2M. "follow" prints a line of JSON for each event, until the run or Ctrl-C ends it;
+as in 64K or 2M. "device restart" starts a device's process anew, one of --disk FILE,process; NAME
+is in "devices". "follow" prints a line of JSON for each event, until the run or Ctrl-C ends it;
 who reads slowly loses some and is told how many.
+"dump" makes an ELF core file of the shared memory and the processors, for gdb, crash and drgn.
+"snapshot" makes a folder that pyvmm --restore DIR goes on from; --with-private puts private memory
+in, too, of a rehearsal; --then-quit ends the run, so that its disks stay as they are. Both stop the
+guest meanwhile.
 exit status: 0 done, 1 refused, 2 bad usage, or nobody there
 """
 _PATIENCE = 60.0  # seconds: a conversion may wait for device I/O
-COMMANDS = ("status", "pause", "resume", "dump-state", "convert", "follow", "quit")
+_LONG_PATIENCE = 3600.0  # and all of memory may go to a slow disk
+COMMANDS = (
+    "status", "pause", "resume", "dump-state", "convert", "devices", "device", "dump", "snapshot",
+    "follow", "quit",
+)  # fmt: skip
 
 
 def run(words: Sequence[str]) -> int:
@@ -36,6 +49,8 @@ def run(words: Sequence[str]) -> int:
         print(USAGE, end="")
         return 0
     path, request = _request(words)
+    if request["command"] in ("dump", "snapshot"):
+        return _save(path, request)
     with _connected(path) as connection, connection.makefile("rb") as lines:
         with contextlib.suppress(ConnectionError):  # it has ended, or is about to say why not
             connection.sendall(json.dumps(request).encode() + b"\n")
@@ -46,6 +61,44 @@ def run(words: Sequence[str]) -> int:
             return 0 if answer.get("ok") is True else 1
         connection.settimeout(None)
         return _follow(path, lines)
+
+
+def _save(path: str, request: dict[str, Any]) -> int:
+    """`dump` and `snapshot`, of which this process has the most to do."""
+    from vmm.cli import ctl_saving  # the other commands do without
+
+    with _connected(path, _LONG_PATIENCE) as connection, connection.makefile("rb") as lines:
+
+        def ask(request: dict[str, Any], files: Sequence[int]) -> dict[str, Any]:
+            with contextlib.suppress(ConnectionError):
+                ctl_saving.send_files(connection, json.dumps(request).encode() + b"\n", files)
+            return _answer(path, lines, _LONG_PATIENCE)
+
+        def make() -> dict[str, Any]:
+            if request["command"] == "dump":
+                return ctl_saving.dump(ask, request["to"])
+            return ctl_saving.snapshot(
+                ask,
+                request["to"],
+                with_private=request["--with-private"],
+                then_quit=request["--then-quit"],
+            )
+
+        answer = ctl_saving.carried_out(make)
+    with printing():
+        print(json.dumps(answer, indent=2))
+    return 0 if answer.get("ok") is True else 1
+
+
+def _saving_request(command: str, rest: list[str]) -> dict[str, Any]:
+    known = ("--with-private", "--then-quit") if command == "snapshot" else ()
+    names = [word for word in rest if word not in known]
+    if len(names) != 1 or not names[0] or names[0].startswith("--"):
+        what = "DIR [--with-private] [--then-quit]" if known else "FILE"
+        raise UsageError(
+            f"ctl {command} takes {what}, not {' '.join(rest) or 'nothing'}; see pyvmm ctl --help"
+        )
+    return {"command": command, "to": names[0], **{word: word in rest for word in known}}
 
 
 def _next_line(lines: BinaryIO) -> bytes:
@@ -81,6 +134,15 @@ def _request(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
                 f"ctl convert takes share|unshare GPA SIZE, not {' '.join(rest) or 'nothing'}; "
                 "see pyvmm ctl --help"
             )
+        case [path, "device", "restart", name]:
+            return path, {"command": "restart-device", "device": name}
+        case [_, "device", *rest]:
+            raise UsageError(
+                f"ctl device takes restart NAME, not {' '.join(rest) or 'nothing'}; "
+                "see pyvmm ctl --help"
+            )
+        case [path, ("dump" | "snapshot") as command, *rest]:
+            return path, _saving_request(command, rest)
         case [path, command] if command in COMMANDS:
             return path, {"command": command}
         case [_, command, *rest]:
@@ -92,9 +154,9 @@ def _request(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
 
 
 @contextmanager
-def _connected(path: str) -> Iterator[socket.socket]:
+def _connected(path: str, patience: float = _PATIENCE) -> Iterator[socket.socket]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-        connection.settimeout(_PATIENCE)
+        connection.settimeout(patience)
         try:
             connection.connect(path)
         except (OSError, ValueError) as error:
@@ -105,12 +167,12 @@ def _connected(path: str) -> Iterator[socket.socket]:
         yield connection
 
 
-def _answer(path: str, lines: BinaryIO) -> dict[str, Any]:
+def _answer(path: str, lines: BinaryIO, patience: float = _PATIENCE) -> dict[str, Any]:
     try:
         line = lines.readline()
     except TimeoutError:
         raise UsageError(
-            f"ctl {path}: no answer within {_PATIENCE:g} s; is that a running pyvmm's --control?"
+            f"ctl {path}: no answer within {patience:g} s; is that a running pyvmm's --control?"
         ) from None
     except ConnectionError:
         line = b""

@@ -7,13 +7,13 @@ import contextlib
 import errno
 import gc
 import os
-import signal
 import sys
 from collections.abc import Sequence
 
 from vmm.cli import process
-from vmm.cli.run_options import parse
+from vmm.cli.run_options import DEFAULT_SIZES, parse
 from vmm.core.errors import HostError, PyvmmError, UsageError, in_words, limit_met, tell
+from vmm.core.lean_signal import signal
 from vmm.core.lean_typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
@@ -179,6 +179,7 @@ def _configuration(arguments: Sequence[str], machine: str | None = None) -> Mach
         scheme=options.scheme,
         disks=tuple(disks),
         nets=tuple(options.net),
+        file_systems=tuple(options.fs),
         consoles=tuple(options.console),
         vsock=options.vsock,
         rng=options.rng,
@@ -199,13 +200,19 @@ def _configuration(arguments: Sequence[str], machine: str | None = None) -> Mach
         memory_file=options.memory_file,
         gdb=options.gdb,
         gdb_sees_private=options.gdb_sees_private,
-        core_dumps=options.core_dumps or options.private_mem is None,
+        core_dumps=options.core_dumps or (options.private_mem is None and options.restore is None),
+        restore=options.restore,
         paused=options.S,
         sandbox=options.sandbox,
         allowed_paths=tuple(options.allow_path),
+        user=options.uid,
     )
     if config.paused and config.control is None:
         raise UsageError("-S needs --control PATH: pyvmm ctl PATH resume lets the guest go")
+    if config.restore is not None and (options.mem, options.cpus) != DEFAULT_SIZES:
+        raise UsageError(
+            "--restore and --mem or --cpus: the snapshot says how large the machine is"
+        )
     config.validate(architecture(machine))
     return config
 
@@ -220,6 +227,8 @@ def _with_config_file(words: Sequence[str], *, lab: bool = False) -> Sequence[st
 
 def _run(arguments: Sequence[str]) -> int:
     config = _configuration(arguments)
+    if config.user is not None and not process.is_ours():
+        raise UsageError("--uid: all threads of the program that calls would change; run pyvmm")
     if not process.is_ours() or config.debug_shell:  # the shell is the user's own
         config = config._replace(sandbox="off")
     from vmm.arch import architecture

@@ -48,6 +48,9 @@ _SEVERAL = {"action": "append", "default": []}
 _POLICIES = "policies"
 """--policy and --policy-arg, which depend on each other, are argparse's business alone."""
 
+DEFAULT_SIZES = "512M", "1"
+"""--mem and --cpus."""
+
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "the guest": {
         "--kernel": {"metavar": "FILE", "help": "a Linux bzImage or vmlinux (x86-64)"},
@@ -77,19 +80,26 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "--mem": {
             "metavar": "SIZE",
-            "default": "512M",
+            "default": DEFAULT_SIZES[0],
             "help": "guest RAM, as in 512M or 2G (default 512M)",
         },
-        "--cpus": {"metavar": "N", "default": "1", "help": "number of vCPUs (default 1)"},
+        "--cpus": {
+            "metavar": "N",
+            "default": DEFAULT_SIZES[1],
+            "help": "number of vCPUs (default 1)",
+        },
         "--disk": {
-            "metavar": "FILE[,ro][,serial=TEXT][,queues=N][,io=ENGINE][,format=raw][,share=on]",
+            "metavar": "FILE[,ro][,serial=TEXT][,queues=N][,io=ENGINE][,format=raw][,share=on]"
+            "[,process]|vhost-user=SOCKET[,queues=N]",
             **_SEVERAL,
             "help": "a raw disk image or block device as virtio-blk; with several queues each is "
             "served by a thread of its own; may be given several times; ENGINE: auto (default), "
             "pread (through a buffer), fd2fd (inside the kernel), hva (by the kernel, to and from "
             "KVM's mapping), mmap (memcpy); an image is locked against other machines (share=on: "
             "not), one in another format is refused "
-            "(format=raw: not)",
+            "(format=raw: not); process: in a process of its own, which has no guest memory; "
+            "vhost-user=: a disk that another program serves, such as "
+            "qemu-storage-daemon, which maps the shared side of guest memory",
         },
         "--allow-mapped-io": {
             **_FLAG,
@@ -99,10 +109,16 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "more devices, all virtio over PCI": {
         "--net": {
-            "metavar": "tap=NAME|passt=SOCKET[,mac=MAC]",
+            "metavar": "tap=NAME|passt=SOCKET[,mac=MAC][,process]",
             **_SEVERAL,
             "help": "a network card on a tap interface, or behind a passt that runs already (passt "
             "--socket SOCKET; needs no privileges); may be given several times",
+        },
+        "--fs": {
+            "metavar": "TAG,vhost-user=SOCKET",
+            **_SEVERAL,
+            "help": "a directory of the host's, as a virtiofsd serves it that listens on SOCKET; "
+            "in the guest: mount -t virtiofs TAG /mnt; may be given several times",
         },
         "--vsock": {
             "metavar": "path=PATH[,cid=N]",
@@ -176,6 +192,11 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             "help": 'take options from this TOML file, as in mem = "2G", disk = ["a.img"], '
             "rng = true; those on the command line replace them, paths are relative to it",
         },
+        "--restore": {
+            "metavar": "DIR",
+            "help": "go on from what pyvmm ctl PATH snapshot DIR has saved: memory, processors and "
+            "private memory are in there; name the disks and other devices again",
+        },
         "-S": {
             **_FLAG,
             "help": "don't let the guest run yet: pyvmm ctl PATH resume does (needs --control)",
@@ -236,6 +257,11 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             **_SEVERAL,
             "help": "a file or folder that a policy may still open in the sandbox, to read and "
             "write; may be given several times",
+        },
+        "--uid": {
+            "metavar": "USER|UID:GID",
+            "help": "become this user once everything is open, on all threads and without any "
+            "capability; what has to be done with paths at the end keeps its rights",
         },
         "--debug": {**_FLAG, "help": "show a traceback for errors, for bug reports"},
     },

@@ -27,13 +27,19 @@ from vmm.conversion.events import (
     Subscription,
     as_json,
 )
+from vmm.core.errors import PyvmmError
 from vmm.core.event_loop import EventLoop, drain
 from vmm.core.events import FROM_HOST, Kind
 from vmm.core.lean_typing import Any
 from vmm.core.ranges import PAGE_SIZE
 from vmm.core.unix_listener import UnixListener
 
-COMMANDS = ("status", "pause", "resume", "dump-state", "convert", "follow", "quit")
+COMMANDS = (
+    "status", "pause", "resume", "dump-state", "convert", "devices", "restart-device", "dump",
+    "snapshot", "follow", "quit",
+)  # fmt: skip
+MOST_FILES = 2
+"""How many open files come along with a command."""
 LONGEST_LINE = 64 << 10
 MOST_CLIENTS = 16
 _CHUNK = 64 << 10
@@ -80,6 +86,9 @@ class ControlSocket:
         assert self._loop is not None
         client = _Client(connection, self._loop, self._answer, self._clients.discard, self._ring)
         if len(self._clients) >= MOST_CLIENTS:
+            for other in list(self._clients):
+                other.leave_if_gone()
+        if len(self._clients) >= MOST_CLIENTS:
             client.say({"ok": False, "error": f"{MOST_CLIENTS} clients are connected already"})
             client.close()
             return
@@ -112,6 +121,15 @@ class ControlSocket:
                 operations.resume()
             case "convert":
                 _convert(operations, request)
+            case "devices":
+                return {"devices": operations.devices()}
+            case "restart-device":
+                _restart(operations, request)
+            case "dump":
+                return _saved(lambda: operations.dump(client.files(1)[0]))
+            case "snapshot":
+                count = 2 if request.get("private") is True else 1
+                return _saved(lambda: operations.snapshot(*client.files(count)))
             case "follow":
                 client.follow(_feed(operations).subscribe(self._ring))
             case "quit":
@@ -166,6 +184,7 @@ class _Client:
         self._pieces: Iterator[bytes] = iter(())
         self._ends = False
         self._events: Subscription | None = None
+        self._files: list[int] = []
 
     def listen(self) -> None:
         self._loop.watch(self._connection.fileno(), self._ready, readable=True, unheld=True)
@@ -183,7 +202,11 @@ class _Client:
             self.close()
 
     def _receive(self) -> None:
-        data = self._connection.recv(_CHUNK)
+        flags = socket.MSG_CMSG_CLOEXEC
+        data, files, _, _ = socket.recv_fds(self._connection, _CHUNK, MOST_FILES, flags)
+        if files:
+            self._close_files()
+            self._files = files
         self._input += data
         if not data:
             if self._events is not None and _has_hung_up(self._connection):
@@ -215,6 +238,20 @@ class _Client:
                 unheld=True,
             )
 
+    def files(self, count: int) -> list[int]:
+        """The open files that came along last: exactly so many; they stay this client's."""
+        if len(self._files) != count:
+            raise BadRequest(
+                f"{len(self._files)} open files came along (SCM_RIGHTS), and {count} are written "
+                "to; use pyvmm ctl"
+            )
+        return self._files
+
+    def _close_files(self) -> None:
+        for fd in self._files:
+            os.close(fd)
+        self._files = []
+
     def follow(self, events: Subscription) -> None:
         """Send events from now on, whenever there is nothing else to say."""
         if self._events is not None:
@@ -228,6 +265,12 @@ class _Client:
         try:
             self._go_on()
         except OSError:  # it has hung up
+            self.close()
+
+    def leave_if_gone(self) -> None:
+        """Close where the other end has hung up: of one that follows and has said that it won't
+        say any more, only the next event would show it."""
+        if _has_hung_up(self._connection):
             self.close()
 
     def _say_events(self, events: Subscription) -> None:
@@ -258,6 +301,7 @@ class _Client:
         if self._events is not None:
             self._events.close()
             self._events = None
+        self._close_files()
         if self._connection.fileno() >= 0:
             self._loop.remove(self._connection.fileno())
             self._connection.close()
@@ -317,6 +361,18 @@ def _convert(operations: Operations, request: dict[str, Any]) -> None:
         raise BadRequest(f"{kind.value} [{gpa:#x}, {gpa + size:#x}): {name}, {why}")
 
 
+def _restart(operations: Operations, request: dict[str, Any]) -> None:
+    name = request.get("device")
+    if not isinstance(name, str):
+        raise BadRequest('restart-device needs "device": a name, which devices lists')
+    try:
+        operations.restart_device(name)
+    except LookupError as error:
+        raise BadRequest(str(error.args[0])) from None
+    except PyvmmError as error:
+        raise BadRequest(str(error)) from None
+
+
 def _why(number: int, events: Sequence[MachineEvent]) -> str:
     """Why a conversion of the host's got this answer, as `events` of its time have it."""
     for event in events:
@@ -327,6 +383,20 @@ def _why(number: int, events: Sequence[MachineEvent]) -> str:
             verb = said.get(event.decision, f"said {event.decision}")
             return f"policy {event.decided_by or 'of this run'} {verb}"
     return _WHY.get(number, os.strerror(number))
+
+
+def _saved(save: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `save` says, or why it can't."""
+    from vmm.core.errors import HostError, UsageError, in_words  # most runs are not asked
+
+    try:
+        return save()
+    except (UsageError, HostError) as error:
+        raise BadRequest(str(error)) from None
+    except TimeoutError:
+        raise BadRequest("a device does not come to rest (a disk may hang); try again") from None
+    except OSError as error:
+        raise BadRequest(f"it could not be written: {in_words(error)}") from None
 
 
 def _feed(operations: Operations) -> EventFeed:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from vmm.control.operations import Operations
 from vmm.core.event_loop import EventLoop, drain
+from vmm.core.lean_signal import signal
 from vmm.core.lean_typing import TYPE_CHECKING
 
 if TYPE_CHECKING:

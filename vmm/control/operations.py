@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 
 from vmm.core.event_loop import EventLoop
 from vmm.core.events import Kind
@@ -15,6 +15,7 @@ from vmm.exits.vcpu_group import VcpuGroup
 from vmm.memory.guest_memory import GuestMemory, PageState
 
 if TYPE_CHECKING:
+    from vmm.control.saving import Saving
     from vmm.conversion.events import EventFeed
     from vmm.conversion.transaction import Converter
 
@@ -23,11 +24,19 @@ REST_SECONDS = 5.0
 for so long at most the device loop, which asks for it, does nothing else."""
 
 
+MOST_TRIES = 8
+"""How often vCPUs are stopped anew, for one that is in the middle of string I/O."""
+
+
 class HeldDevices(Protocol):
     """The machine's devices, as far as operations need them."""
 
     def hold(self, timeout: float) -> ExitStack: ...
     def io_statistics(self) -> dict[str, dict[str, Any]]: ...
+
+    def restart(self, name: str) -> None:
+        """Start a device's process anew. Raises LookupError where none can be, HostError."""
+        ...
 
 
 class Status(NamedTuple):
@@ -58,9 +67,11 @@ class Operations:
         stop: Callable[[Outcome], None],
         lending: Callable[[], dict[str, Any]] | None = None,
         events: EventFeed | None = None,
+        make_saving: Callable[[Operations], Saving] | None = None,
     ) -> None:
         """`lending`: what the virtual IOMMU has lent so far, where there is one; `events`: where
-        those who follow the machine subscribe."""
+        those who follow the machine subscribe; `make_saving`: makes what dumps and saves the
+        machine, where that can be."""
         self._lending = lending
         self.events = events
         self._memory = memory
@@ -71,6 +82,7 @@ class Operations:
         self._stop = stop
         self._started = time.monotonic()
         self._held: ExitStack | None = None
+        self._make_saving = make_saving
 
     def status(self) -> Status:
         counts = self._converter.accounting
@@ -152,6 +164,73 @@ class Operations:
             self._vcpus.resume()
             self._note("resumed")
 
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        """Within the block every vCPU stands with no exit left to complete, so that its registers
+        are what the guest has, and devices leave memory alone. A guest that was paused is
+        paused afterwards, too. Raises NotSaved where that takes longer than REST_SECONDS."""
+        from vmm.core.saved import NotSaved
+
+        paused, debugged = self._held is not None, self._vcpus.frozen
+        if self._held is not None:
+            self._held.close()  # a vCPU may wait for a device, in the middle of an exit
+            self._held = None
+        try:
+            self._await_still(debugged)
+            try:
+                held = self._devices.hold(REST_SECONDS)
+            except TimeoutError:
+                raise NotSaved(
+                    f"a device does not come to rest within {REST_SECONDS:g} s (a disk may hang); "
+                    "try again"
+                ) from None
+            with held:
+                yield
+        finally:
+            if not debugged:
+                self._vcpus.thaw()
+            if paused:
+                try:
+                    self._held = self._devices.hold(REST_SECONDS)
+                except TimeoutError:
+                    self._loop.release()
+                    self._vcpus.resume()
+                    self._note("resumed")
+
+    def _await_still(self, debugged: bool) -> None:
+        """Raises NotSaved."""
+        from vmm.core.saved import NotSaved
+
+        for _ in range(MOST_TRIES):
+            if not debugged:
+                self._vcpus.freeze()
+            if not self._vcpus.wait_until_still(REST_SECONDS):
+                raise NotSaved(
+                    f"a vCPU is not done with an exit within {REST_SECONDS:g} s (a policy, or a "
+                    "console that nobody reads, may keep it); try again"
+                )
+            if not any(runner.owes for runner in self._vcpus.runners):
+                return
+            if debugged:
+                break
+            self._vcpus.thaw()
+        raise NotSaved("a vCPU is in the middle of string I/O; try again")
+
+    def dump(self, fd: int) -> dict[str, Any]:
+        """See Saving.dump."""
+        return self._saving().dump(fd)
+
+    def snapshot(self, fd: int, private: int | None = None) -> dict[str, Any]:
+        """See Saving.snapshot."""
+        return self._saving().snapshot(fd, private)
+
+    def _saving(self) -> Saving:
+        if self._make_saving is None:
+            from vmm.core.saved import NotSaved
+
+            raise NotSaved("this machine can't be saved")
+        return self._make_saving(self)
+
     def _note(self, what: str) -> None:
         if self.events is not None:
             self.events.note(what)
@@ -159,6 +238,17 @@ class Operations:
     def convert(self, kind: Kind, gpa: int, size: int) -> int:
         """A conversion that the host wants: 0, or a negative errno. As if the guest had asked."""
         return self._converter.convert_for_host(kind, gpa, size)
+
+    def devices(self) -> dict[str, dict[str, Any] | None]:
+        """By name, what there is to say of each device's process; None: it has none."""
+        found = self._devices.io_statistics()
+        return {name: counts.get("process") for name, counts in found.items()}
+
+    def restart_device(self, name: str) -> None:
+        """Start a device's process anew. Raises LookupError where none can be, and HostError."""
+        if self._held is not None:
+            raise LookupError("the machine is paused; resume it first")
+        self._devices.restart(name)
 
     def quit(self) -> None:
         self._stop(Outcome(QUIT, "by the control socket"))

@@ -7,14 +7,14 @@ handlers only note what happened, and the device loop acts.
 from __future__ import annotations
 
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
-from vmm.core.ending_signals import on_ending_signal
+from vmm.core.ending_signals import ENDING_SIGNALS, on_ending_signal
 from vmm.core.event_loop import EventLoop, drain
 from vmm.core.job_control import on_stop_and_continue
+from vmm.core.lean_signal import signal
 
 POWER_BUTTON_SECONDS = 30.0
 """How long a guest that was told of its power button may take to power off."""
@@ -79,7 +79,7 @@ class SignalReactions:
             self._asked = True
             os.eventfd_write(self._button, 1)
         else:
-            self._end(f"received {signal.Signals(number).name}")
+            self._end(f"received {ENDING_SIGNALS[number]}")
 
     # -- on the device loop -------------------------------------------------------------------
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
-
-from vmm.core.lean_typing import NamedTuple
+from vmm.core.lean_typing import Enum, NamedTuple
 
 
 class Kind(Enum):
@@ -12,8 +10,6 @@ class Kind(Enum):
 
     SHARE = "share"
     UNSHARE = "unshare"
-
-    __hash__ = object.__hash__  # members are equal only to themselves; Enum's own is slow
 
 
 FAULT = "fault"

@@ -22,6 +22,7 @@ _OF_OPTIONS = {
     "--exec": "virtio_console",
     "--console": "virtio_console",
     "--net": "virtio_net",
+    "--fs": "virtiofs",
     "--rng": "virtio_rng",
     "--balloon": "virtio_balloon",
     "--vsock": "vmw_vsock_virtio_transport",

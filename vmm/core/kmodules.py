@@ -9,6 +9,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import lzma
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -65,7 +66,12 @@ class ModuleTree:
                 f"kernel module {path}: packing {suffix!r} is not known; "
                 f"unpack the modules, known are {' '.join(_PACKINGS)}"
             )
-        return unpack(path.read_bytes())
+        try:
+            return unpack(path.read_bytes())
+        except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
+            raise UsageError(
+                f"kernel module {path} cannot be unpacked: {error}; get a fresh copy"
+            ) from error
 
 
 def _canonical(name: str) -> str:
@@ -78,8 +84,8 @@ def dependencies(module: bytes) -> list[str]:
     at = module.find(b"\0depends=")
     if at < 0:
         return []
-    value = module[at + 9 : module.index(b"\0", at + 9)]
-    return [name.decode() for name in value.split(b",") if name]
+    value = module[at + 9 :].partition(b"\0")[0]
+    return [name.decode("ascii", "replace") for name in value.split(b",") if name]
 
 
 def without_signature(module: bytes) -> bytes:

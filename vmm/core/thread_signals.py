@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import signal
+from vmm.core.lean_signal import signal
 
 _SYNCHRONOUS = {
     signal.SIGSEGV,

@@ -10,8 +10,12 @@ import errno
 from collections.abc import Callable
 
 from vmm.core.events import ConversionRequest, Kind
+from vmm.core.lean_typing import TYPE_CHECKING
 from vmm.core.ranges import PAGE_SHIFT
 from vmm.devices.bus import Banked, all_ones
+
+if TYPE_CHECKING:
+    from vmm.core.saved import Saved, State
 
 REG_FRAME, REG_PAGES, REG_COMMAND, REG_RESULT, REG_FAILURE = 0x00, 0x04, 0x08, 0x0C, 0x10
 COMMAND_SHARE, COMMAND_UNSHARE, COMMAND_HOST_CHECK = 1, 2, 3
@@ -92,6 +96,16 @@ class DoorbellBank:
             self._pages = value
         elif offset == REG_COMMAND:
             self._command(value, self._actions.convert)
+
+    def state(self) -> State:
+        """See vmm.core.saved.Stateful."""
+        return {"frame": self._frame, "pages": self._pages, "result": self._result}
+
+    def restore(self, saved: Saved) -> None:
+        """See vmm.core.saved.Stateful."""
+        self._frame = saved.number("frame", _U32)
+        self._pages = saved.number("pages", _U32)
+        self._result = saved.number("result", _U32)
 
     def _command(self, code: int, convert: Callable[[ConversionRequest], int]) -> None:
         gpa = self._frame << PAGE_SHIFT

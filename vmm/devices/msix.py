@@ -7,10 +7,13 @@ address, data, vector control (bit 0: masked). Software accesses whole dwords or
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from threading import Lock
 
-from vmm.core.lean_typing import Protocol
+from vmm.core.lean_typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from vmm.core.saved import Saved, State
 
 BAR_SIZE = 0x1000
 TABLE, PENDING = 0x000, 0x800  # where the table and the pending bit array are in the BAR
@@ -63,6 +66,8 @@ class MsixTable:
         self._routes: list[tuple[int, int] | None] = [None] * vectors
         self._pending = 0
         self._masked_all = False
+        self.settled: Callable[[], None] | None = None
+        """Told, on a vCPU's thread, after each change of what `is_live` says of a vector."""
         self.enabled = False
         """Whether the function interrupts by messages, and not by INTx."""
         # For all of the above.
@@ -80,6 +85,8 @@ class MsixTable:
             self.enabled = bool(value & CONTROL_ENABLE)
             self._masked_all = bool(value & CONTROL_MASK_ALL)
         self._settle(range(self.vectors))
+        if self.settled is not None:
+            self.settled()
 
     def interrupt(self, vector: int) -> None:
         """The function has something to tell by that vector; unknown ones are dropped."""
@@ -89,10 +96,29 @@ class MsixTable:
             self._pending |= 1 << vector
             self._send(vector)
 
+    def is_live(self, vector: int) -> bool:
+        """Whether the vector's message may be sent, and its route is the right one."""
+        if vector >= self.vectors:
+            return False
+        with self._lock:
+            message = self._live(vector)
+            return message is not None and message == self._routes[vector]
+
     def forget_pending(self) -> None:
         """The function was reset: what it had to tell is nobody's business any more."""
         with self._lock:
             self._pending = 0
+
+    def state(self) -> State:
+        """See vmm.core.saved.Stateful; what is enabled says the function's configuration."""
+        with self._lock:
+            return {"table": bytes(self._table).hex(), "pending": self._pending}
+
+    def restore(self, saved: Saved) -> None:
+        """See vmm.core.saved.Stateful: before the function's configuration, which routes."""
+        with self._lock:
+            self._table[:] = saved.bytes("table", len(self._table))
+            self._pending = saved.number("pending", (1 << self.vectors) - 1)
 
     # --- the BAR ---
 
@@ -113,6 +139,8 @@ class MsixTable:
         with self._lock:
             self._table[offset : offset + size] = value.to_bytes(size, "little")
         self._settle((offset // 16,))
+        if self.settled is not None:
+            self.settled()
 
     def _settle(self, vectors: Iterable[int]) -> None:
         """After a change: route the live messages of `vectors` to where the table says, all of

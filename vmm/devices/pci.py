@@ -12,7 +12,7 @@ import struct
 from collections.abc import Callable
 from threading import RLock
 
-from vmm.core.lean_typing import NamedTuple
+from vmm.core.lean_typing import TYPE_CHECKING, NamedTuple
 from vmm.devices.bus import (
     MEMORY_PAGE,
     MEMORY_SPACE,
@@ -23,6 +23,9 @@ from vmm.devices.bus import (
     PortDevice,
     all_ones,
 )
+
+if TYPE_CHECKING:
+    from vmm.core.saved import Saved, State
 
 CONFIG_SIZE = 256
 SLOTS = 32
@@ -202,6 +205,18 @@ class PciFunction:
         old = int.from_bytes(self._config[register:end], "little")
         self._config[register:end] = ((old & ~mask) | (value & mask)).to_bytes(size, "little")
 
+    def state(self) -> State:
+        """See vmm.core.saved.Stateful: what the guest could have written."""
+        return {"config": bytes(self._config).hex()}
+
+    def restore(self, saved: Saved) -> None:
+        """See vmm.core.saved.Stateful. As if the guest had written all registers at once: what it
+        can't write stays. The bus maps BARs (`PciBus.remap`)."""
+        self._take_config(saved.bytes("config", CONFIG_SIZE))
+
+    def _take_config(self, config: bytes) -> None:
+        PciFunction.write_config(self, 0, CONFIG_SIZE, int.from_bytes(config, "little"))
+
     def asserts_interrupt(self) -> bool:
         """Status bit 3: has it an interrupt to tell of? Overridden by functions with INTx."""
         return False
@@ -275,6 +290,14 @@ class PciBus:
         if not 0 <= slot < SLOTS or slot in self._functions:
             raise ValueError(f"PCI slot {slot} is taken or not one of 0 to {SLOTS - 1}")
         self._functions[slot] = function
+
+    def remap(self) -> None:
+        """The functions' registers were restored: have BARs where these say."""
+        with self._lock:
+            for function in self._functions.values():
+                function.unmap_changed(self._buses)
+            for function in self._functions.values():
+                function.map_missing(self._buses)
 
     def read_config(self, bus: int, device: int, function: int, register: int, size: int) -> int:
         """Read `size` bytes of a function's configuration space from `register`."""

@@ -15,6 +15,11 @@ from collections import deque
 from collections.abc import Callable
 from threading import Lock
 
+from vmm.core.lean_typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vmm.core.saved import Saved, State
+
 PORTS = 8
 FIFO_DEPTH = 16
 
@@ -152,6 +157,44 @@ class Serial16550:
                 return True
             self._starved = True
             return False
+
+    # --- snapshots ---
+
+    def state(self) -> State:
+        """See vmm.core.saved.Stateful."""
+        with self._lock:
+            return {
+                "received": bytes(self._received).hex(),
+                "ier": self._ier,
+                "lcr": self._lcr,
+                "mcr": self._mcr,
+                "scratch": self._scratch,
+                "divisor": self._divisor,
+                "fifo_enabled": self._fifo_enabled,
+                "trigger": self._trigger,
+                "line_errors": self._line_errors,
+                "modem_deltas": self._modem_deltas,
+                "listens": self._listens,
+                "transmit_cause": self._transmit_cause,
+            }
+
+    def restore(self, saved: Saved) -> None:
+        """See vmm.core.saved.Stateful. An interrupt that was on its way is sent once more."""
+        with self._lock:
+            self._received.extend(saved.bytes("received", most=FIFO_DEPTH))
+            self._ier = saved.number("ier", 0x0F)
+            self._lcr = saved.number("lcr", 0xFF)
+            self._mcr = saved.number("mcr", 0x1F)
+            self._scratch = saved.number("scratch", 0xFF)
+            self._divisor = saved.number("divisor", 0xFFFF)
+            self._fifo_enabled = saved.flag("fifo_enabled")
+            self._trigger = saved.number("trigger", FIFO_DEPTH, 1)
+            self._line_errors = saved.number("line_errors", 0xFF)
+            self._modem_deltas = saved.number("modem_deltas", MSR_DELTAS)
+            self._listens = saved.flag("listens")
+            self._transmit_cause = saved.flag("transmit_cause")
+            edge = self._pending()
+        self._tell(edge, False)
 
     # --- registers ---
 

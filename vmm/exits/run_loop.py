@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -10,6 +9,7 @@ from contextlib import AbstractContextManager
 from kvm_bindings import KvmError, Vcpu
 from kvm_bindings.exits import Exit, InterruptedExit
 from kvm_bindings.vcpu import interrupt_by
+from vmm.core.lean_signal import signal
 from vmm.core.lean_typing import TYPE_CHECKING, Any, Protocol
 from vmm.core.thread_signals import leave_signals_to_the_main_thread
 from vmm.exits.outcome import INTERNAL_ERROR, KILLED, Outcome

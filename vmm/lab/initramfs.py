@@ -28,6 +28,7 @@ _GUEST_DEVICES = {
     "0x1044": "virtio_rng",
     "0x1045": "virtio_balloon",
     "0x1053": "vmw_vsock_virtio_transport",
+    "0x105a": "virtiofs",
     # Other devices wait for it, where the machine says that it is in front of them.
     "0x1057": "virtio_iommu",
 }

@@ -135,6 +135,8 @@ def _share(job: Job, text: str) -> None:
 
 def _take(job: Job, option: str, value: str, outputs: Sequence[str]) -> str:
     """Notes what the option's value names; returns the value as it is to be inside."""
+    if option == "--disk" and value.startswith("vhost-user="):
+        return value  # a socket in the lab machine
     if option == "--disk" or (option == "--root" and value.partition("=")[0] not in TAGS):
         return attach(job, value, option)
     if option == "--share":

@@ -224,7 +224,7 @@ def split_patch(data: bytes) -> Iterator[FilePatch]:
 
 
 def _hunk_end(lines: list[bytes], at: int) -> int:
-    counts = re.match(rb"@@ -\d+(?:,(\d+))? \+\d+(?:,(\d+))? @@", lines[at])
+    counts = re.match(rb"@@ -\d+(?:,(\d{1,9}))? \+\d+(?:,(\d{1,9}))? @@", lines[at])
     at += 1
     if counts is None:
         return at

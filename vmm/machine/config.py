@@ -20,6 +20,8 @@ MAX_CPUS = 64
 KNOWN_SCHEMES = ("auto", *matrix.SCHEMES)
 KNOWN_BACKINGS = (None, "auto", *BACKINGS)
 SANDBOXES = ("auto", "on", "off")
+VHOST_USER = "vhost-user="
+"""A disk's settings begin so where another process serves it, at a socket."""
 
 
 def parse_size(text: str) -> int:
@@ -67,6 +69,8 @@ class MachineConfig(NamedTuple):
     scheme: str = "auto"
     disks: tuple[str, ...] = ()
     nets: tuple[str, ...] = ()
+    file_systems: tuple[str, ...] = ()
+    """Directories of the host's, each served by a virtiofsd: TAG,vhost-user=SOCKET."""
     consoles: tuple[str, ...] = ()
     vsock: str | None = None
     rng: bool = False
@@ -87,6 +91,9 @@ class MachineConfig(NamedTuple):
     devices: tuple[str, ...] = ()
     """The user's own devices, as --device names them: SPEC[,NAME=VALUE...]."""
     exit_handlers: tuple[str, ...] = ()
+    restore: str | None = None
+    """A snapshot's folder that the machine comes from: kernel, memory, processors, private memory
+    and scheme are there, devices are named again (`vmm.machine.restoring`)."""
     paused: bool = False
     """Whether the guest waits for a resume before its first instruction."""
     gdb: str | None = None
@@ -111,6 +118,14 @@ class MachineConfig(NamedTuple):
     machine is a part of keeps its rights."""
     allowed_paths: tuple[str, ...] = ()
     """Files and folders that stay within reach in the sandbox, to read and write."""
+    user: str | None = None
+    """USER or UID:GID: who the process becomes once everything is open (`vmm.sandbox.user`). For
+    a process of its own: all its threads change. `validate` refuses it where that may not be."""
+
+    @property
+    def has_back_ends(self) -> bool:
+        """Whether other processes serve devices (vhost-user): they map the shared side."""
+        return bool(self.file_systems) or any(disk.startswith(VHOST_USER) for disk in self.disks)
 
     def guest_options(self) -> GuestOptions:
         """What the guest's architecture has to know of it."""
@@ -170,6 +185,9 @@ class MachineConfig(NamedTuple):
         if self.append and self.kernel is None:
             raise UsageError("--append needs --kernel: the embedded payload has no command line")
         self._validate_boot()
+        if self.restore is not None:
+            self._validate_restore(limits)
+            return  # what depends on private memory is looked at once that is known
         if self.policies and self.private_memory is None:
             raise UsageError("--policy needs --private-mem: an ordinary VM converts no pages")
         if self.debug_shell and not self.policies:
@@ -180,12 +198,45 @@ class MachineConfig(NamedTuple):
             self._validate_gdb(limits)
         if self.iommu:
             self._validate_iommu(limits)
+        if self.has_back_ends:
+            self._validate_back_ends()
+
+    def _validate_restore(self, limits: Limits) -> None:
+        """What the machine is, is in the snapshot."""
+        if limits.name != "x86_64":
+            raise UsageError("--restore: only x86-64 guests can be restored so far")
+        given = {
+            "--kernel": self.kernel,
+            "--private-mem": self.private_memory,
+            "--scheme": None if self.scheme == "auto" else self.scheme,
+            "--iommu": self.iommu or None,
+            "--device": self.devices or None,
+            "--exit-handler": self.exit_handlers or None,
+        }
+        for option, value in given.items():
+            if value is not None:
+                raise UsageError(
+                    f"--restore {self.restore} and {option}: the snapshot says what the machine "
+                    "is; leave the other out"
+                )
 
     def _validate_sandbox(self) -> None:
         if self.sandbox not in SANDBOXES:
             raise UsageError(f"--sandbox={self.sandbox} is unknown; use {', '.join(SANDBOXES)}")
         if self.allowed_paths and self.sandbox == "off":
             raise UsageError("--allow-path: nothing is out of reach with --sandbox=off")
+        if self.user is not None:
+            from vmm.sandbox.user import user_named  # most runs stay who they are
+
+            user_named(self.user)
+
+    def _validate_back_ends(self) -> None:
+        """They map one file, the shared side; there has to be one."""
+        if self.iommu:
+            raise UsageError(
+                "--iommu with vhost-user=: behind an IOMMU devices use lent private pages, which "
+                "no other process is given; run without --iommu, or without vhost-user="
+            )
 
     def _validate_gdb(self, limits: Limits) -> None:
         from vmm.control.gdb.server import port_of

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from vmm.conversion.schemes.remap import Parking
     from vmm.host.choice import Chosen
     from vmm.machine.extensions import Extensions
+    from vmm.memory.backing import Backing
 
 
 class GuestVm:
@@ -57,6 +58,11 @@ class GuestVm:
         """How the guest asks for conversions; None where it has none to ask for."""
         if not self.is_private:
             return None
+        return self._guest.doorbell
+
+    @property
+    def guest_doorbell(self) -> str:
+        """How the guest would ask for conversions, whether there are any or not."""
         return self._guest.doorbell
 
     def _create_vm(self) -> None:
@@ -119,7 +125,7 @@ class GuestVm:
             backing = chosen.backing
             private = self._guest.private_ranges(self.ram)
         in_place = backing is not None and backing.traits.in_place
-        shared = backing if in_place and backing else MemfdBacking(size, "pyvmm-shared")
+        shared = backing if in_place and backing else self._make_shared(size)
         common = self._guest.unpaged if self.scheme.alias else NOWHERE
         self.memory = make_memory(
             self.scheme,
@@ -136,6 +142,15 @@ class GuestVm:
         self._memslots_failure: BaseException | None = None
         self._memslots.start()
         self._cleanup.callback(self._memslots.join)
+
+    def _make_shared(self, size: int) -> Backing:
+        """The shared side. Raises OSError."""
+        if not self._config.has_back_ends:
+            return MemfdBacking(size, "pyvmm-shared")
+        # Other processes get it: none may cut it off under the guest's feet.
+        from vmm.memory.backings.sealed_memfd import SealedMemfdBacking
+
+        return SealedMemfdBacking(size, "pyvmm-shared")
 
     def _make_memslots(self) -> None:
         try:

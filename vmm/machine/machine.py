@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import time
 from contextlib import ExitStack
@@ -16,6 +15,7 @@ from vmm.control.signals import SignalReactions
 from vmm.core import own_code
 from vmm.core.errors import HostError, UsageError, in_words, tell
 from vmm.core.event_loop import EventLoop
+from vmm.core.lean_signal import signal
 from vmm.core.lean_typing import TYPE_CHECKING, Protocol
 from vmm.core.own_code import ExtensionError
 from vmm.exits.outcome import (
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from vmm.arch.protocol import Architecture, Guest
     from vmm.control.console import Console
     from vmm.control.control_socket import ControlSocket
+    from vmm.control.saving import Saving
     from vmm.control.status_line import StatusLine
     from vmm.conversion.events import EventFeed
     from vmm.conversion.lending import Lender
@@ -56,11 +57,13 @@ if TYPE_CHECKING:
     from vmm.core.unix_listener import UnixListener
     from vmm.devices.virtio.device import DeviceObserver
     from vmm.devices.virtio.iommu import VirtioIommu
+    from vmm.machine.back_ends import Spares
     from vmm.machine.debugger import Debugger
     from vmm.machine.execution import Execution
     from vmm.machine.extensions import Extensions
     from vmm.machine.memory_file import MemoryFile
     from vmm.machine.report_keys import Report
+    from vmm.machine.restoring import Restoring
     from vmm.machine.tracing import RunTrace
     from vmm.memory.aliased_memory import Announce
     from vmm.sandbox.enter import Sandbox
@@ -151,7 +154,9 @@ class Machine:
                 self._report_file.begin()
             if self._memory_file is not None:
                 memory, bit = self._vm.memory, self._vm.scheme.shared_alias
-                served = self._memory_file.served(memory, bit, self._watcher, self._loop, self.stop)
+                served = self._memory_file.served(
+                    memory, bit, self._watcher, self._loop, self.stop, self._enter_early
+                )
                 self._cleanup.enter_context(served)
             self._enter_sandbox()
             outcome = None
@@ -186,6 +191,9 @@ class Machine:
         images = self._images or OpenedImages(self._architecture, config)
         self._cleanup.callback(images.close)
         config = images.config if self._own is None else self._own.as_ours(images.config)
+        self._restoring: Restoring | None = None
+        if config.restore is not None:
+            config = self._open_snapshot(config, config.restore)
         self._config = config
         if config.report is not None or config.consoles:
             from vmm.machine.own_files import refuse_overwriting  # most runs write no file
@@ -203,7 +211,9 @@ class Machine:
             self._execution = Execution(config.execute, config.share)
             self._cleanup.callback(self._execution.close)
             self._execution.connect(self.stop)
-        self._virtio = open_devices(config, self._cleanup, self._execution)
+        self._virtio = open_devices(
+            config, self._cleanup, self._execution, may_fork=self._embedding is None
+        )
         if self._own is not None:
             self._own.join(self._virtio, config, self._cleanup)
         self._trace = None if config.trace is None else _open_trace(config.trace, config)
@@ -220,6 +230,8 @@ class Machine:
 
             self._control = ControlSocket(config.control)
             self._cleanup.callback(self._control.close)
+        if config.user is not None and self._embedding is not None:
+            raise UsageError("user: all threads of your program would change; use pyvmm run")
         self._memory_file: MemoryFile | None = None
         if config.memory_file is not None:
             if self._embedding is not None:
@@ -237,8 +249,20 @@ class Machine:
         self._report_file = None if config.report is None else ReportFile(config.report)
         if self._report_file is not None:
             self._cleanup.callback(self._report_file.close)
-        if config.sandbox != "off":
+        if config.sandbox != "off" or config.user is not None:
             self._leave_somebody_outside()
+
+    def _open_snapshot(self, config: MachineConfig, path: str) -> MachineConfig:
+        """What the machine is, with the snapshot's word on it."""
+        from vmm.machine.restoring import Restoring
+        from vmm.snapshot.folder import SnapshotFolder
+
+        if self._own is not None:
+            raise UsageError("--restore: devices and schemes of your own are in no snapshot")
+        folder = SnapshotFolder(path)
+        self._cleanup.callback(folder.close)
+        self._restoring = Restoring(folder, config, self._architecture)
+        return self._restoring.config
 
     def _leave_somebody_outside(self) -> None:
         """What the run has to do with paths at its end is for a process that keeps its rights."""
@@ -253,7 +277,12 @@ class Machine:
         replaced = report if report is not None and report.is_replaced else None
         shared = None if self._execution is None else self._execution.shared
         mounted = self._memory_file
-        if replaced is None and shared is None and mounted is None and not listeners:
+        spares: list[Spares] = []
+        if self._config.has_back_ends:
+            from vmm.machine.back_ends import spare
+
+            spares = spare(self._virtio)
+        if not (replaced or shared or mounted or spares or listeners):
             return
         from vmm.sandbox.outside import Outside
 
@@ -278,13 +307,24 @@ class Machine:
             keeps.append(shared.archive.fileno())
         if mounted is not None:
             mounted.through = done_outside(lambda _: mounted.leave())
+        for each in spares:
+            each.through = done_outside(each.connect)
+            keeps += each.fds
+            self._cleanup.callback(each.close)
         outside = Outside(tasks, last, keeps)
         self._cleanup.callback(outside.close)
 
     def _enter_sandbox(self) -> None:
         """Everything is open: give up what the run doesn't need any more."""
         config = self._config
+        user = None
+        if config.user is not None:
+            from vmm.sandbox.user import become, user_named  # most runs stay who they are
+
+            user = user_named(config.user)
         if config.sandbox == "off":
+            if user is not None:
+                become(user, self._written_folders())
             return
         from vmm.sandbox.enter import enter, enter_vcpu, kept_descriptors
 
@@ -292,16 +332,35 @@ class Machine:
             config.sandbox,
             kept=kept_descriptors(),
             output=self._console.output_fd,
-            folders=() if config.trace is None else (config.trace,),
+            folders=self._written_folders(),
             paths=config.allowed_paths,
             maps=config.allow_mapped_io,
             connects=config.vsock is not None,
+            receives=config.control is not None
+            or any(device.apart for device in self._virtio.values()),
+            core_dumps=config.core_dumps,
+            user=user,
         )
         if self._sandbox.seccomp:
             self._vcpus.at_start = enter_vcpu
 
+    def _written_folders(self) -> tuple[str, ...]:
+        return () if self._config.trace is None else (self._config.trace,)
+
+    def _enter_early(self) -> None:
+        """On the memory file's thread, which starts before the sandbox, as no mount(2) is in it,
+        and looks up in /proc what its openers are called."""
+        if self._config.sandbox == "off":
+            return
+        from vmm.sandbox.enter import enter_files
+
+        paths = self._config.allowed_paths
+        enter_files(folders=self._written_folders(), reads=("/proc",), paths=paths)
+
     def _make_guest(self, images: OpenedImages) -> Guest:
         options = self._config.guest_options()
+        if self._restoring is not None:
+            return self._restoring.guest(self._architecture)
         if images.kernel is None:
             return self._architecture.payload_guest(options)
         return self._architecture.linux_guest(options, images.kernel, images.initrd)
@@ -376,6 +435,10 @@ class Machine:
             observer=observer,
         )
         iommu = self._make_lender() if self._config.iommu else None
+        if self._config.has_back_ends:
+            from vmm.machine.back_ends import require_fitting
+
+            require_fitting(self._config, self._vm, self._watcher("vhost-user") is not None)
         self._devices = Devices(
             self._vm.kvm,
             self._vm.memory,
@@ -450,6 +513,10 @@ class Machine:
 
     def _load_guest(self) -> None:
         """Memory contents by pwrite and fd-to-fd transfer, then registers."""
+        if self._restoring is not None:
+            self._restoring.load(self._vm.memory, self._vm.scheme.alias)
+            self._restoring.restore(self._vm.platform, self._devices)
+            return
         launch = LaunchMemory(self._vm.memory)
         platform = self._vm.platform
         functions = list(self._virtio)
@@ -493,7 +560,10 @@ class Machine:
             self.stop,
             None if self._lender is None else self._lender.as_dict,
             self._events,
+            self._make_saving,
         )
+        if self._control is not None:
+            self._vcpus.settles = True  # a snapshot needs registers that owe no exit
         alone = self._embedding is None
         if alone:
             # Beyond the guest's end: a signal must not cost the report.
@@ -508,6 +578,8 @@ class Machine:
                 self._console.attach(self._loop, self._devices.board.serial)
                 if self._config.paused:
                     operations.pause()
+                if self._restoring is not None:
+                    self._devices.resume()
                 self._vcpus.start()
                 if self._devices.board.coalesces_output:
                     Stragglers(self._vcpus.runners[0], self._loop.set_timer).look()
@@ -532,6 +604,22 @@ class Machine:
             if runner.error is not None:
                 raise runner.error
         return self._outcomes[0]
+
+    def _make_saving(self, operations: Operations) -> Saving:
+        """What dumps and saves the machine, once somebody asks."""
+        from vmm.control.saving import Saving
+        from vmm.machine.restoring import facts
+
+        vm = self._vm
+        config, arch = self._config, self._architecture.name
+        own = self._own is not None or self._execution is not None
+        return Saving(
+            operations,
+            vm.memory,
+            vm.platform,
+            self._devices.state,
+            lambda: facts(config, vm, arch, own=own),
+        )
 
     def _interject(self, data: bytes) -> bool:
         """For who was made before the console."""
@@ -616,6 +704,10 @@ class Machine:
             self.report["iommu"] = self._lender.as_dict()
         if self._memory_file is not None:
             self.report["memory_file"] = self._memory_file.as_dict()
+        if self._config.has_back_ends:
+            from vmm.machine.back_ends import described
+
+            self.report["vhost_user"] = described(self._virtio)
         if self._debugger is not None:
             self.report["gdb"] = self._debugger.as_dict()
         if self._report_file is not None:

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from vmm.core.errors import UsageError
 from vmm.core.suboptions import Suboptions
-from vmm.machine.config import MachineConfig
+from vmm.machine.config import VHOST_USER, MachineConfig
 
 
 def refuse_overwriting(config: MachineConfig) -> None:
@@ -35,6 +35,8 @@ def _read(config: MachineConfig) -> Iterator[tuple[str, str]]:
         if path is not None:
             yield f"{option} {path}", path
     for spec in config.disks:
+        if spec.startswith(VHOST_USER):
+            continue
         with suppress(UsageError):  # whoever opens it says what is wrong
             path = Suboptions("--disk", spec, "").first("file")
             yield f"--disk {path}", path

@@ -15,6 +15,7 @@ from vmm.core.guest_init import EXEC_WORD, SHARE_WORD, initramfs, modules_for
 from vmm.core.kernel_file import modules_beside
 from vmm.core.lean_typing import TYPE_CHECKING
 from vmm.core.root_disk import Root, find_root
+from vmm.machine.config import VHOST_USER
 
 if TYPE_CHECKING:
     from vmm.machine.config import MachineConfig
@@ -83,6 +84,8 @@ def _root(config: MachineConfig) -> Root:
     try:
         for spec in config.disks:
             name = spec.replace(",,", "\0").split(",")[0].replace("\0", ",")
+            if name.startswith(VHOST_USER):
+                name = os.devnull  # what it holds is its back end's to know
             flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
             try:
                 disks.append((name, os.open(name, flags)))
@@ -102,6 +105,7 @@ def _options(config: MachineConfig) -> list[str]:
         "--exec": config.execute,
         "--console": config.consoles,
         "--net": config.nets,
+        "--fs": config.file_systems,
         "--rng": config.rng,
         "--balloon": config.balloon is not None,
         "--vsock": config.vsock,

@@ -97,6 +97,18 @@ class EngineCounts(TypedDict):
     fallbacks: int
 
 
+class ProcessCounts(TypedDict):
+    """A device's process: its id, how often it was lost and started anew, how the last one that was
+    lost ended, and its sandbox (the filter of system calls, Landlock's version)."""
+
+    pid: int
+    deaths: int
+    restarts: int
+    last_end: str | None
+    seccomp: bool
+    landlock: int
+
+
 class DeviceCounts(TypedDict):
     """What one device did; a device of the user's own may have more keys."""
 
@@ -108,6 +120,7 @@ class DeviceCounts(TypedDict):
     refused: int
     engine: NotRequired[EngineCounts]
     engine_lent: NotRequired[EngineCounts]
+    process: NotRequired[ProcessCounts]
     inflated: NotRequired[int]
     deflated: NotRequired[int]
     reported: NotRequired[int]
@@ -147,6 +160,21 @@ class FileUse(TypedDict):
     refused: int
 
 
+class BackEndUse(TypedDict):
+    """A device's back end in another process: what of the shared memory it was given (bytes, and
+    [gpa, size] each), since when (seconds), what holds it to page states, and how often it was
+    lost and another took over."""
+
+    socket: str
+    memory_bytes: int
+    regions: list[Any]
+    since_s: float | None
+    page_states: str
+    connected: bool
+    lost: int
+    restarts: int
+
+
 class Report(TypedDict):
     """What a run did (`--report`)."""
 
@@ -174,6 +202,8 @@ class Report(TypedDict):
     """What a debugger did (`--gdb`)."""
     memory_file: NotRequired[FileUse]
     """What other programs did with guest memory (`--memory-file`)."""
+    vhost_user: NotRequired[dict[str, BackEndUse]]
+    """Of devices that other processes serve (vhost-user)."""
     sandbox: NotRequired[SandboxKept | None]
     """Of a run in a sandbox; None where it ended before that."""
 

@@ -11,11 +11,10 @@ import threading
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from enum import Enum
 from threading import get_ident
 
 from vmm.core.errors import PrivateAccess, UnmappedAccess
-from vmm.core.lean_typing import TYPE_CHECKING, NamedTuple, cast
+from vmm.core.lean_typing import TYPE_CHECKING, Enum, NamedTuple, cast
 from vmm.core.ranges import NOWHERE, PAGE_SIZE, Cut, Range, RangeMap
 from vmm.memory.backing import Backing, Buffer, byte_count
 
@@ -49,8 +48,6 @@ class PageState(Enum):
     LENT = "lent"
     CONVERTING = "converting"
     OBSERVED = "observed"
-
-    __hash__ = object.__hash__  # members are equal only to themselves; Enum's own is slow
 
 
 class Residency(NamedTuple):
@@ -122,6 +119,8 @@ class GuestMemory:
 
     told = True
     """Whether the host is told of every conversion, so that `states` is what it knows."""
+    shared_bit = 0
+    """What a device's address of a shared page carries (`vmm.memory.aliased_memory`)."""
     _open = PageState.SHARED
     """The state in which the host may try to touch a page."""
 

@@ -65,7 +65,15 @@ WORKER = _names(
     "sched_getaffinity"
 )
 """For a child that only computes: no threads, no signals to others, no callers."""
-NOT_FOR_VCPUS = _names("accept4 socket connect wait4 waitid kill dup2 dup3 flock")
+DEVICE = _names(
+    "read write readv writev pread64 pwrite64 fdatasync fallocate fadvise64 lseek close "
+    "recvfrom sendto shutdown poll ppoll munmap mremap madvise brk futex sched_yield clock_gettime "
+    "getpid gettid getrandom rt_sigaction rt_sigprocmask rt_sigreturn sigaltstack rseq exit "
+    "exit_group restart_syscall"
+)
+"""For a device in a process of its own: bytes, on its disk or its network, and its socket. None
+opens, maps, connects or starts anything."""
+NOT_FOR_VCPUS = _names("accept4 socket connect recvmsg wait4 waitid kill dup2 dup3 flock")
 """What the device loop may call and a vCPU's thread may not."""
 
 
@@ -102,12 +110,15 @@ class Needs:
         connects: bool = False,
         writes: bool = False,
         landlock: bool = True,
+        receives: bool = False,
     ) -> None:
         """`kept`: file descriptors that nobody may map: disks, guest memory, the standard ones.
         `outputs`: those that may get another file put in their place: a console that nobody reads.
         `maps`: files are mapped after all: a disk with io=mmap, a trace that is read. `connects`:
         a device connects to Unix sockets (vsock). `writes`: there are folders to write to.
-        `landlock`: it says which files may be opened; else none for writing.
+        `landlock`: it says which files may be opened; else none for writing. `receives`: open
+        files come by socket: from the control socket's callers, to write to, and from the process
+        that starts devices' processes.
         """
         self.pid = pid
         self.kept = kept
@@ -116,6 +127,7 @@ class Needs:
         self.connects = connects
         self.writes = writes
         self.landlock = landlock
+        self.receives = receives
 
 
 def conditional(needs: Needs) -> dict[str, Alternatives]:
@@ -164,6 +176,8 @@ def conditional(needs: Needs) -> dict[str, Alternatives]:
     if needs.connects:
         calls["socket"] = [[Condition(0, _WORD, (_AF_UNIX,))]]
         calls["connect"] = [[]]
+    if needs.receives:
+        calls["recvmsg"] = [[]]
     return calls
 
 

@@ -11,6 +11,7 @@ import contextlib
 import os
 import signal
 from collections.abc import Callable, Collection, Sequence
+from threading import Lock
 
 from vmm.core.errors import HostError, OutputError
 from vmm.core.lean_typing import NoReturn
@@ -39,6 +40,7 @@ class Outside:
         `last` is what it does when this process has let go of it or has ended; `keeps`: the
         descriptors that those need, besides standard error. Raises HostError.
         """
+        self._asking = Lock()
         reader, self._writer = os.pipe2(os.O_CLOEXEC)
         self._reader, writer = os.pipe2(os.O_CLOEXEC)
         try:
@@ -59,8 +61,9 @@ class Outside:
         """Have a task done there, by its place among the tasks. Raises OutputError: the task's
         own, or that the process is gone."""
         try:
-            _send(self._writer, bytes((task,)) + message)
-            text = _received(self._reader).decode()
+            with self._asking:
+                _send(self._writer, bytes((task,)) + message)
+                text = _received(self._reader).decode()
         except (OSError, EOFError):
             raise OutputError("the process outside the sandbox has ended") from None
         if text:

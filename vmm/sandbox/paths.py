@@ -6,6 +6,7 @@ import os
 import sys
 
 from kvm_bindings import sandbox
+from kvm_bindings.sandbox import __file__ as _BINDINGS
 
 READ = sandbox.READ_FILE | sandbox.READ_DIR
 _SYSTEM = (
@@ -18,20 +19,19 @@ _SYSTEM = (
 def readable() -> set[str]:
     """What Python may still load: its own library, the modules that are loaded (whose lines a
     traceback shows), the system's shared libraries; not the folder that pyvmm was started in."""
-    here = os.path.realpath(os.getcwd()) if _has_folder() else None
-    found = {os.path.dirname(os.path.dirname(os.path.realpath(__file__))), *_SYSTEM}
-    for entry in sys.path:
-        path = os.path.realpath(entry) if entry else here
-        if path is not None and path != here:
-            found.add(path)
+    here = _identity(os.curdir)
+    found = {*_SYSTEM, os.path.dirname(os.path.dirname(__file__)), os.path.dirname(_BINDINGS)}
+    # Not realpath: a rule is about the folder that a path leads to.
+    found.update(path for path in sys.path if path and _identity(path) not in (None, here))
     beneath = tuple(folder + "/" for folder in found)
     files = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
     return found | {file for file in files if file and not file.startswith(beneath)}
 
 
-def _has_folder() -> bool:
+def _identity(path: str) -> tuple[int, int] | None:
+    """Which folder it leads to; None where there is none."""
     try:
-        os.getcwd()
+        status = os.stat(path)
     except OSError:
-        return False
-    return True
+        return None
+    return status.st_dev, status.st_ino

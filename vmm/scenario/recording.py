@@ -10,7 +10,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,6 +25,8 @@ SHARE, UNSHARE, TO_GUEST, TO_DEVICE = "suio"
 """An event's kind: the guest's requests, and a device's request whose data goes so."""
 _MOST_BYTES = 64 << 20
 """Of a recording when it is unpacked."""
+_MOST = 1 << 64
+"""What addresses, sizes and times are below."""
 
 
 class Recorded(NamedTuple):
@@ -82,18 +84,38 @@ def parse(data: bytes, name: str) -> Recording:
         if content["format"] != FORMAT or content["version"] != VERSION:
             raise UsageError(f"{name}: not a recording of version {VERSION}")
         events = list(_events(content))
-        ram, shared = ([Range(*each) for each in content[part]] for part in ("ram", "shared"))
+        ram, shared = ([_area(each) for each in content[part]] for part in ("ram", "shared"))
         return Recording(dict(content["facts"]), ram, shared, events)
     except (OSError, EOFError, ValueError, KeyError, TypeError, IndexError) as error:
         raise UsageError(f"{name}: no recording, or a damaged one: {error!r}") from error
 
 
+def _area(numbers: Sequence[Any]) -> Range:
+    _check_numbers(numbers, 0)
+    return Range(*numbers)
+
+
+def _check_numbers(numbers: Sequence[Any], least: int) -> None:
+    """Raises ValueError unless all are whole numbers that an address can be, from `least` on."""
+    if set(map(type, numbers)) - {int} or not all(least <= each < _MOST for each in numbers):
+        raise ValueError(f"numbers of {least} to {_MOST - 1} are wanted")
+
+
 def _events(content: Mapping[str, Any]) -> Iterator[Recorded]:
     columns = ("kinds", "pauses_us", "distances", "sizes", "errnos")
+    for name in ("pauses_us", "sizes", "errnos", "device"):
+        _check_numbers(content[name], 0)
+    _check_numbers(content["distances"], -_MOST)
     devices, of = content["devices"], content["device"]
+    if set(content["kinds"]) - {SHARE, UNSHARE, TO_GUEST, TO_DEVICE}:
+        raise ValueError("an event of no known kind")
+    if set(map(type, devices)) - {str}:
+        raise ValueError("a device without a name")
     gpa = accesses = 0
     for kind, pause, distance, size, errno in zip(*map(content.get, columns), strict=True):
         gpa += distance
+        if gpa < 0:
+            raise ValueError("an address below zero")
         device = ""
         if kind in (TO_GUEST, TO_DEVICE):
             device = devices[of[accesses]]

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from kvm_bindings import Vm
     from vmm.core.event_loop import EventLoop
     from vmm.core.lean_typing import Protocol
+    from vmm.core.saved import Saved, State
     from vmm.devices.bus import MemoryBus, PortBus
     from vmm.devices.pci import PciBus
     from vmm.memory.backing import Backing
@@ -40,6 +41,18 @@ if TYPE_CHECKING:
 
         def press_power_button(self) -> bool:
             """Ask the guest to power off; False where it does not listen."""
+            ...
+
+        def state(self) -> State:
+            """What a snapshot keeps of the fixed devices. Raises NotSaved."""
+            ...
+
+        def restore(self, saved: Saved) -> None:
+            """Be in that state. Raises BadState."""
+            ...
+
+        def put_forward(self, nanoseconds: int) -> None:
+            """The guest was away for so long: its clocks go on from then."""
             ...
 
         def slot(self, number: int) -> Slot:

@@ -14,6 +14,7 @@ from vmm.wiring.board import BoardParts
 from vmm.wiring.interrupts import Lines, MsixMessages
 
 if TYPE_CHECKING:
+    from vmm.core.saved import Saved, State
     from vmm.devices.msix import MsixTable
     from vmm.devices.own import GuardedRegisters, PciDevice, PortDevice
     from vmm.devices.virtio.device import DeviceObserver, VirtioDevice
@@ -98,10 +99,15 @@ class Devices:
             from vmm.wiring.prompt import PromptNotifier
 
             kind = PromptNotifier
+        if device.served_elsewhere:
+            from vmm.wiring.vhost_user import ForwardingNotifier
+
+            kind = ForwardingNotifier
         notifier = kind(self._vm, self._loop, len(device.queue_sizes), slot.registers_in_io)
         self._opened.callback(notifier.close)
         self._notifiers.append(notifier)
         memory, make_queue = self._memory_of(name, number, device)
+        msix, messages = self._msix_table(len(device.queue_sizes) + 1)
         transport = VirtioPciTransport(
             device,
             memory,
@@ -114,12 +120,18 @@ class Devices:
             notified=notifier.notified,
             observer=self._observer_of(name),
             make_queue=make_queue,
-            msix=self._msix_table(len(device.queue_sizes) + 1),
+            msix=msix,
             msix_base=slot.msix_base,
         )
         device.watch = self._loop.watch
+        if device.apart:
+            device.set_timer = self._loop.set_timer  # type: ignore[attr-defined]  # ProcessDevice's
         self._opened.callback(device.disconnect)
         line.add_source(transport.interrupt_pending)
+        if device.served_elsewhere:
+            from vmm.wiring.vhost_user import wire
+
+            wire(device, self._vm, self._memory, transport, notifier, msix, messages, self._opened)
         notifier.serve(transport.notify)
         device.start()
         self.board.pci.add(number, transport.function)
@@ -142,22 +154,20 @@ class Devices:
                 device, self.board, slot if is_pci else None, self._lines.level, memory
             )
 
-    def _msix_table(self, vectors: int) -> MsixTable | None:
+    def _msix_table(self, vectors: int) -> tuple[MsixTable | None, MsixMessages | None]:
         """A function's table, one vector for each queue and one for changes of configuration."""
         if self._routes is None:
-            return None
+            return None, None
         from vmm.devices.msix import MAX_VECTORS, MsixTable  # a run without devices does without
 
         messages = MsixMessages(self._vm, self._routes)
         self._opened.callback(messages.close)
-        return MsixTable(min(vectors, MAX_VECTORS), messages)
+        return MsixTable(min(vectors, MAX_VECTORS), messages), messages
 
     def _memory_of(
         self, name: str, number: int, device: VirtioDevice
     ) -> tuple[GuestMemoryOfDevice, Callable[..., SplitQueue]]:
         """Guest memory as a device in slot `number` gets to see it, and what makes its queues."""
-        from vmm.devices.virtio.queue import SplitQueue
-
         memory: GuestMemoryOfDevice = self._memory
         engine = None
         if device.engine is not None:
@@ -178,7 +188,7 @@ class Devices:
         elif engine is not None:
             memory = self._memory.through(engine)
         if announce is None:
-            return memory, SplitQueue
+            return memory, device.queue_type
         from vmm.devices.virtio.watched import WatchedMemory  # most runs do without
 
         watched = WatchedMemory(memory, announce)
@@ -195,9 +205,65 @@ class Devices:
                 held.enter_context(transport.held(max(deadline - time.monotonic(), 0)))
             return held.pop_all()
 
+    def state(self, timeout: float) -> State:
+        """What a snapshot keeps of the board and the virtio devices, which are held. Raises
+        TimeoutError when what is under way takes longer (seconds), NotSaved, OSError."""
+        from vmm.core.saved import NotSaved
+
+        if self._own:
+            raise NotSaved(f"{', '.join(self._own)}: the user's own devices can't be saved")
+        deadline = time.monotonic() + timeout
+        for transport in self._transports:
+            transport.finish(max(deadline - time.monotonic(), 0))
+        pairs = zip(self._virtio, self._transports, strict=True)
+        return {
+            "board": self.board.state(),
+            "virtio": [{"name": name, "transport": each.state()} for name, each in pairs],
+        }
+
+    def restore(self, saved: Saved) -> None:
+        """Be in that state, with the same devices; then, when all else is there, `resume`.
+        Raises BadState, OSError."""
+        for inner, name, transport in zip(
+            saved.each("virtio", len(self._transports)),
+            self._virtio,
+            self._transports,
+            strict=True,
+        ):
+            if inner.text("name") != name:
+                raise inner.bad(f"it is {inner.text('name')!r:.40}, and here is {name}")
+            each = inner.inner("transport")
+            transport.restore(each)
+            each.finish()
+            inner.finish()
+        board = saved.inner("board")
+        self.board.restore(board)
+        board.finish()
+        self.board.pci.remap()
+
+    def resume(self) -> None:
+        """The restored machine is about to run."""
+        for transport in self._transports:
+            transport.resume()
+        self._lines.raise_pending()
+
     def end(self, timeout: float) -> bool:
         """No request is served any more; False when one under way takes longer (seconds)."""
         return all(notifier.end(timeout) for notifier in self._notifiers)
+
+    def restart(self, name: str) -> None:
+        """Start a device's process anew, or take up the back end that runs in the last one's place.
+        Raises LookupError where neither can be, HostError, PyvmmError."""
+        device = self._virtio.get(name)
+        if device is None:
+            known = ", ".join(self._virtio) or "none"
+            raise LookupError(f"there is no device {name:.40}; there are: {known}")
+        if not (device.apart or device.served_elsewhere):
+            raise LookupError(
+                f"{name} is in pyvmm's own process; only a device with the setting process, as in "
+                "--disk FILE,process, or with vhost-user=SOCKET can be started again"
+            )
+        device.restart()  # type: ignore[attr-defined]  # ProcessDevice's, VhostUserDevice's
 
     def io_statistics(self) -> dict[str, dict[str, Any]]:
         """Each device's counts by its name, for the report; a disk's engine with its own."""

@@ -59,6 +59,10 @@ class LevelLine:
 
     def _resample(self) -> None:
         drain(self._resamplefd)
+        self.raise_pending()
+
+    def raise_pending(self) -> None:
+        """Have the line go up if a source has something to say."""
         if any(pending() for pending in self._pending):
             os.eventfd_write(self._eventfd, 1)
 
@@ -84,6 +88,11 @@ class Lines:
             self._levels[gsi] = LevelLine(self._vm, gsi, self._loop)
             self._opened.callback(self._levels[gsi].close)
         return self._levels[gsi]
+
+    def raise_pending(self) -> None:
+        """Have all level-triggered lines go up that a source wants up."""
+        for line in self._levels.values():
+            line.raise_pending()
 
 
 def can_use_messages(vm: Vm, private: Backing | None) -> bool:
@@ -181,6 +190,10 @@ class MsixMessages:
             self._vm.irqfd(eventfd, gsi)
             self._opened.push(opened.pop_all())
         return eventfd
+
+    def gsi(self, vector: int) -> int | None:
+        """The GSI by which KVM sends the vector's message, once it has one."""
+        return self._gsis.get(vector)
 
     def signal(self, vector: int) -> None:
         """Send the vector's message; dropped while it has none."""

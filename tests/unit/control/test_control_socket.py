@@ -88,6 +88,26 @@ def test_pause_that_a_device_keeps_from_happening_is_said(server: Server) -> Non
     assert answer["ok"] is False and "runs on" in answer["error"]
 
 
+def test_devices_are_listed_and_started_anew(server: Server) -> None:
+    answers = server.ask(line("devices"), line("restart-device", device="blk0"))
+
+    assert answers == [{"ok": True, "devices": {"blk0": {"pid": 7}, "blk1": None}}, {"ok": True}]
+    assert server.operations.calls == ["restart blk0"]
+
+
+def test_device_that_cannot_be_started_anew_is_said(server: Server) -> None:
+    answers = server.ask(
+        *(line("restart-device", device=name) for name in ("blk1", "blk2", 7)),
+        line("restart-device"),
+    )
+
+    assert [answer["ok"] for answer in answers] == [False] * 4
+    assert [answer["error"] for answer in answers[:2]] == [
+        "blk1 is in pyvmm's own process", "no memory",
+    ]  # fmt: skip
+    assert all('"device"' in answer["error"] for answer in answers[2:])
+
+
 # -- clients that don't mean well -----------------------------------------------------------------
 
 NONSENSE = [
@@ -156,6 +176,20 @@ def test_client_that_hangs_up_at_once_harms_nothing(server: Server) -> None:
         connection = server.connect()
         connection.sendall(line("dump-state") * 3)
         connection.close()
+
+    assert server.ask(line("status"))[0]["ok"]
+
+
+def test_followers_that_have_gone_keep_no_place(server: Server) -> None:
+    for _ in range(MOST_CLIENTS):
+        with server.connect() as follower:
+            follower.sendall(line("follow"))
+            assert follower.recv(100) == b'{"ok": true}\n'
+            follower.shutdown(socket.SHUT_WR)
+            for _ in range(2):  # the first may be in the middle of a round
+                has_looked = threading.Event()
+                server.loop.set_timer(0, has_looked.set)
+                assert has_looked.wait(10)
 
     assert server.ask(line("status"))[0]["ok"]
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import enum
+import pickle
 import typing
 
 import pytest
@@ -31,6 +34,24 @@ class Real(typing.NamedTuple):
         return self.x + self.y
 
 
+class LeanSide(lean_typing.Enum):
+    """A side."""
+
+    LEFT = "left"
+    RIGHT = "right"
+
+    @property
+    def other(self) -> object:
+        return LeanSide.RIGHT if self is LeanSide.LEFT else LeanSide.LEFT
+
+
+class RealSide(enum.Enum):
+    """A side."""
+
+    LEFT = "left"
+    RIGHT = "right"
+
+
 def test_named_tuple_is_what_typing_makes_of_the_same_class() -> None:
     lean, real = Lean(1), Real(1)
 
@@ -55,3 +76,32 @@ def test_generic_class_can_be_indexed_and_subclassed() -> None:
         pass
 
     assert isinstance(Numbers(), Box)
+
+
+def test_enum_has_the_members_that_the_real_one_has() -> None:
+    lean, real = list(LeanSide), list(RealSide)
+
+    assert [(each.name, each.value) for each in lean] == [(each.name, each.value) for each in real]
+    assert repr(lean) == repr(real).replace("Real", "Lean")
+    assert list(map(str, lean)) == [str(each).replace("Real", "Lean") for each in real]
+    assert len(LeanSide) == len(RealSide)
+    assert list(LeanSide.__members__) == list(RealSide.__members__)
+    assert LeanSide.__doc__ == "A side."
+
+
+def test_member_is_one_object_however_it_is_got() -> None:
+    left = LeanSide.LEFT
+
+    for same in (LeanSide("left"), LeanSide["LEFT"], copy.copy(left), copy.deepcopy(left)):
+        assert same is left
+    assert pickle.loads(pickle.dumps(left)) is left
+    assert left.other is LeanSide.RIGHT
+    assert isinstance(left, LeanSide) and left in LeanSide
+    assert left not in ("left", LeanSide.RIGHT)
+
+
+def test_enum_without_such_a_member_raises() -> None:
+    with pytest.raises(ValueError, match="'up' is not a valid LeanSide"):
+        LeanSide("up")
+    with pytest.raises(KeyError):
+        LeanSide["UP"]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import firmware
-from tests.unit.core.test_cpio import entries
+from tests.support.cpio import entries
 from tests.unit.core.test_kmodules import module, write
 from tests.unit.core.test_root_disk import ext4
 from vmm.core.errors import HostError

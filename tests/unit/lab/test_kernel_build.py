@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.core.test_cpio import entries
+from tests.support.cpio import entries
 from tests.unit.lab.test_guest_kernel import FILES, Archive
 from tests.unit.lab.test_kvm_build import Noted
 from tests.unit.lab.test_kvm_change import git_diff, mail, patch_file

@@ -125,6 +125,11 @@ class Arm64:
 
         return LinuxGuest(options, kernel, initrd)
 
+    def restored_guest(
+        self, options: GuestOptions, doorbell: str, private: Sequence[Range]
+    ) -> Guest:
+        raise UsageError("--restore: only x86-64 guests can be restored so far")
+
     def payload_guest(self, options: GuestOptions) -> Guest:
         from vmm.arch.aarch64.guests import PayloadGuest
 

@@ -17,6 +17,7 @@ from vmm.devices.serial16550 import Serial16550
 from vmm.wiring.board import BoardParts, Slot
 
 if TYPE_CHECKING:
+    from vmm.core.saved import Saved, State
     from vmm.memory.backing import Backing
 
 _HOST_BRIDGE = (0x1B36, 0x0008, 0x06_0000)
@@ -49,6 +50,18 @@ class ArmBoard:
 
     def press_power_button(self) -> bool:
         return False
+
+    def state(self) -> State:
+        """ArmPlatform's refusal comes first."""
+        raise NotImplementedError
+
+    def restore(self, saved: Saved) -> None:
+        """As `state`."""
+        raise NotImplementedError
+
+    def put_forward(self, nanoseconds: int) -> None:
+        """As `state`."""
+        raise NotImplementedError
 
     def slot(self, number: int) -> Slot:
         spi = layout.pci_intx_spi(number)

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import struct
 from contextlib import ExitStack, closing
-from enum import Enum
 
 from vmm.arch.aarch64 import layout
 from vmm.boot.identify import PREFIX, describe
 from vmm.boot.kernel import MIB, KernelFile, Memory, transfer_exactly
 from vmm.boot.source import DEFAULT_LIMIT, PathOrFd, Source
-from vmm.core.lean_typing import TYPE_CHECKING, NamedTuple
+from vmm.core.lean_typing import TYPE_CHECKING, Enum, NamedTuple
 from vmm.core.ranges import Range, page_align_up
 
 if TYPE_CHECKING:

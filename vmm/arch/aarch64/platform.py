@@ -13,7 +13,7 @@ from vmm.arch.aarch64 import layout
 from vmm.arch.aarch64.gic import create_gic
 from vmm.arch.aarch64.guests import MMIO_DOORBELL_NAME
 from vmm.core.errors import HostError
-from vmm.core.lean_typing import TYPE_CHECKING, cast
+from vmm.core.lean_typing import TYPE_CHECKING, Any, NoReturn, cast
 from vmm.host.kvm import SEE_CHECK
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from vmm.arch.protocol import Guest
     from vmm.conversion.transaction import Converter
     from vmm.core.ranges import Range
+    from vmm.core.saved import Saved, State
     from vmm.exits.outcome import Outcome
     from vmm.memory.guest_memory import GuestMemory, LaunchMemory
     from vmm.wiring.board import Board, BoardParts
@@ -108,6 +109,21 @@ class ArmPlatform:
         first = self.vcpus[0]
         first.set_one_reg(CORE_REGISTERS["pc"], entry.pc)
         first.set_one_reg(CORE_REGISTERS["x0"], entry.x0)
+
+    def state(self) -> State:
+        _refuse()
+
+    def restore(self, saved: Saved) -> int:
+        _refuse()
+
+    def core_vcpus(self) -> list[dict[str, Any]]:
+        _refuse()
+
+
+def _refuse() -> NoReturn:
+    from vmm.core.saved import NotSaved
+
+    raise NotSaved("only x86-64 guests can be saved and dumped so far")
 
 
 class _AtSharedAddresses:

@@ -125,6 +125,13 @@ class X86:
 
         return LinuxGuest(options, kernel, initrd)
 
+    def restored_guest(
+        self, options: GuestOptions, doorbell: str, private: Sequence[Range]
+    ) -> Guest:
+        from vmm.arch.x86_64.guests import RestoredGuest
+
+        return RestoredGuest(options, doorbell, private)
+
     def payload_guest(self, options: GuestOptions) -> Guest:
         from vmm.arch.x86_64.guests import PayloadGuest
 

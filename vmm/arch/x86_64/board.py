@@ -18,6 +18,7 @@ from vmm.wiring.interrupts import MessageRoutes, can_use_messages
 
 if TYPE_CHECKING:
     from kvm_bindings.x86_64 import Vm
+    from vmm.core.saved import Saved, State, Stateful
     from vmm.memory.backing import Backing
 
 
@@ -36,19 +37,36 @@ class PcBoard:
         line = parts.lines.edge(layout.COM1_IRQ)
         self.serial = Serial16550(parts.output, line, parts.room)
         self.ports.add(layout.COM1_PORT, layout.COM1_PORTS, self.serial)
-        self.ports.add(layout.I8042_PORT, layout.I8042_PORTS, I8042(parts.reset))
-        self.ports.add(layout.CMOS_PORT, layout.CMOS_PORTS, Cmos(time.time_ns))
+        i8042, cmos = I8042(parts.reset), Cmos(time.time_ns)
+        self.ports.add(layout.I8042_PORT, layout.I8042_PORTS, i8042)
+        self.ports.add(layout.CMOS_PORT, layout.CMOS_PORTS, cmos)
         sci = parts.lines.level(layout.SCI_IRQ)
         pm = AcpiPm(time.monotonic_ns, parts.power_off, parts.reset, sci)
         sci.add_source(pm.interrupt_pending)
         self.ports.add(layout.ACPI_PM_PORT, layout.ACPI_PM_PORTS, pm)
         self._pm = pm
-        self.ports.add(layout.PCI_CONFIG_PORT, layout.PCI_CONFIG_PORTS, PciConf1(self.pci))
+        conf1 = PciConf1(self.pci)
+        self.ports.add(layout.PCI_CONFIG_PORT, layout.PCI_CONFIG_PORTS, conf1)
+        self._stateful: dict[str, Stateful] = {
+            "serial": self.serial, "i8042": i8042, "cmos": cmos, "pm": pm, "pci": conf1,
+        }  # fmt: skip
         # Index registers: a write means nothing before the data register is accessed. And the
         # serial port's transmitter: drivers look at its status before they go on.
         for port, size in ((layout.PCI_CONFIG_PORT, 4), (layout.CMOS_PORT, 1)):
             self._vm.coalesce_port_writes(port, size)
         self.coalesces_output = self._vm.coalesce_port_writes(layout.COM1_PORT, 1)
+
+    def state(self) -> State:
+        return {name: device.state() for name, device in self._stateful.items()}
+
+    def restore(self, saved: Saved) -> None:
+        for name, device in self._stateful.items():
+            inner = saved.inner(name)
+            device.restore(inner)
+            inner.finish()
+
+    def put_forward(self, nanoseconds: int) -> None:
+        self._pm.put_forward(nanoseconds)
 
     def press_power_button(self) -> bool:
         return self._pm.press_power_button()

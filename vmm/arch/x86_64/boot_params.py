@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from enum import IntEnum
 
 from vmm.arch.x86_64 import layout
 from vmm.arch.x86_64.bzimage import HEADER_LIMIT, HEADER_START, LOADED_HIGH, XLF_KERNEL_64
@@ -35,7 +34,7 @@ XLF_CAN_BE_LOADED_ABOVE_4G = 1 << 1  # xloadflags
 _U32 = 0xFFFF_FFFF
 
 
-class E820Type(IntEnum):
+class E820Type:
     """Memory types of the ACPI specification's address map interfaces (15.1)."""
 
     RAM = 1
@@ -48,7 +47,7 @@ class E820Entry(NamedTuple):
 
     start: int
     size: int
-    type: E820Type
+    type: int
 
 
 def e820_map(ram: Sequence[Range], low_ram: Range = layout.LOW_RAM) -> list[E820Entry]:

@@ -292,6 +292,44 @@ class PayloadGuest:
         """Nothing is held open."""
 
 
+class RestoredGuest:
+    """A guest out of a snapshot, with its memory and its registers: nothing is loaded."""
+
+    host_loads_private = True
+    loads_itself = False
+    launch = None
+    window = None
+    two_addresses = False
+    msrs: Mapping[int, int] = {}
+
+    def __init__(self, options: GuestOptions, doorbell: str, private: Sequence[Range]) -> None:
+        """Raises UsageError for a doorbell that there isn't."""
+        if doorbell not in (HYPERCALL_NAME, PORT_NAME):
+            raise UsageError(f"{doorbell!r:.40} is no way of asking for conversions")
+        self.doorbell = doorbell
+        several = options.is_private and options.cpus > 1 and doorbell == HYPERCALL_NAME
+        self.unpaged = layout.TRAMPOLINE if several else NOWHERE  # as LinuxGuest has it
+        self._private = list(private)
+
+    def finish_opening(self) -> None:
+        """Everything is there."""
+
+    def private_ranges(self, ram: list[Range]) -> list[Range]:
+        return self._private
+
+    def early_private_writes(self, ram: list[Range]) -> list[Range]:
+        """It is past that."""
+        return []
+
+    def load(
+        self, launch: LaunchMemory, ram: list[Range], alias: int, functions: Sequence[str]
+    ) -> InitialState:
+        raise NotImplementedError("a restored guest has its state")
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
 _BOOT_MEMORY = (Range(0, layout.HIGH_RAM_START),)
 """The low megabyte holds boot_params, command line, page tables and ACPI tables."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import ExitStack, closing
-from enum import Enum
 from types import TracebackType
 
 from vmm.arch.x86_64.bzimage import SetupHeader, is_bzimage, parse_setup_header
@@ -12,7 +11,7 @@ from vmm.arch.x86_64.elf import ElfImage, Segment, is_elf, parse_elf
 from vmm.boot.identify import PREFIX, describe
 from vmm.boot.kernel import MIB, KernelFile, Memory, transfer_exactly
 from vmm.boot.source import DEFAULT_LIMIT, PathOrFd, Source
-from vmm.core.lean_typing import NamedTuple
+from vmm.core.lean_typing import Enum, NamedTuple
 from vmm.core.ranges import Range, page_align_up
 
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from vmm.core.lean_typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vmm.core.saved import Saved, State
+
 SYSCFG = 0xC001_0010  # AMD APM vol. 2, 3.2.1; bit 23: memory encryption is enabled
 SYSCFG_MEM_ENCRYPT = 1 << 23
 SEV_STATUS = 0xC001_0131  # APM vol. 2, 15.34.10; bit 0: SEV is active
@@ -42,6 +47,14 @@ class MsrTable:
         if index == MIGRATION_CONTROL:
             return MIGRATION_READY if self.migration_ready else 0
         return None
+
+    def state(self) -> State:
+        """See vmm.core.saved.Stateful."""
+        return {"migration_ready": self.migration_ready}
+
+    def restore(self, saved: Saved) -> None:
+        """See vmm.core.saved.Stateful."""
+        self.migration_ready = saved.flag("migration_ready")
 
     def write(self, index: int, value: int) -> bool:
         """Take a write; False when the guest is to get #GP."""

@@ -17,11 +17,16 @@ if TYPE_CHECKING:
     from vmm.arch.options import GuestOptions
     from vmm.arch.protocol import Guest
     from vmm.arch.x86_64.board import PcBoard
+    from vmm.arch.x86_64.cpuid import CpuidEntry
     from vmm.arch.x86_64.exits import X86ExitHandlers
     from vmm.arch.x86_64.guests import X86Guest
+    from vmm.arch.x86_64.vcpu_state import ChipState
     from vmm.conversion.transaction import Converter
+    from vmm.core.lean_typing import Any
     from vmm.core.ranges import Range
+    from vmm.core.saved import Saved, State
     from vmm.devices.bus import PortBus
+    from vmm.devices.doorbell import DoorbellBank
     from vmm.exits.outcome import Outcome
     from vmm.memory.guest_memory import GuestMemory, LaunchMemory
     from vmm.wiring.board import Board, BoardParts
@@ -38,6 +43,8 @@ class X86Platform:
         self._supported_cpuid = system.supported_cpuid()
         self._hypercalls = guest.doorbell == HYPERCALL_NAME
         self.vcpus: list[Vcpu] = []
+        self._msr_indices = system.msr_indices
+        self._cpuids: list[list[CpuidEntry]] = []
         vm.set_identity_map_addr(layout.IDENTITY_MAP_GPA)
         vm.set_tss_addr(layout.TSS_ADDRESS_GPA)
         vm.create_irqchip()
@@ -66,7 +73,9 @@ class X86Platform:
             vcpu = self._vm.create_vcpu(index)
             opened.callback(vcpu.close)
             # Before registers: KVM refuses EFER.LME to a vCPU whose CPUID doesn't have long mode.
-            vcpu.set_cpuid2(guest_cpuid(self._supported_cpuid, index, count, c_bit=c_bit))
+            cpuid = guest_cpuid(self._supported_cpuid, index, count, c_bit=c_bit)
+            vcpu.set_cpuid2(cpuid)
+            self._cpuids.append(cpuid)
             if self._guest.msrs:
                 vcpu.set_msrs(self._guest.msrs)
             self.vcpus.append(vcpu)
@@ -91,14 +100,12 @@ class X86Platform:
         is_private = self._options.is_private
         actions = doorbell_actions(memory, converter if is_private else None, stop)
         ports = board.ports
-        ports.add(
-            layout.DOORBELL_PORT,
-            layout.DOORBELL_PORTS,
-            doorbell(self._options.cpus, PORT_NAME, actions),
-        )
+        self._doorbell = doorbell(self._options.cpus, PORT_NAME, actions)
+        self._msrs = MsrTable(is_private)
+        ports.add(layout.DOORBELL_PORT, layout.DOORBELL_PORTS, self._doorbell)
         if self._guest.loads_itself:
             self._open_window(ports, memory, stop)
-        return X86ExitHandlers(ports, board.registers, MsrTable(is_private), converter, stop)
+        return X86ExitHandlers(ports, board.registers, self._msrs, converter, stop)
 
     def _open_window(
         self, ports: PortBus, memory: GuestMemory, stop: Callable[[Outcome], None]
@@ -125,6 +132,57 @@ class X86Platform:
                 other.update_sregs({"apic_base": OTHERS_APIC_BASE})
         first.update_sregs(state.sregs)  # type: ignore[arg-type]  # a TypedDict
         first.set_regs(state.regs)
+
+    # -- snapshots ----------------------------------------------------------------------------
+
+    def state(self) -> State:
+        if self._guest.window is not None and self._guest.window.is_open:
+            from vmm.core.saved import NotSaved
+
+            raise NotSaved("the guest's loader is at work still; try again when the kernel runs")
+        banks: Sequence[DoorbellBank] = self._doorbell.banks  # type: ignore[assignment]
+        return {
+            "cpuid": [[list(entry) for entry in cpuid] for cpuid in self._cpuids],
+            "doorbell": [bank.state() for bank in banks],
+            "msrs": self._msrs.state(),
+            "chips": self._chips().state(),
+        }
+
+    def restore(self, saved: Saved) -> int:
+        self._require_cpuid(saved)
+        banks: Sequence[DoorbellBank] = self._doorbell.banks  # type: ignore[assignment]
+        for bank, inner in zip(banks, saved.each("doorbell", len(banks)), strict=True):
+            bank.restore(inner)
+            inner.finish()
+        inner = saved.inner("msrs")
+        self._msrs.restore(inner)
+        inner.finish()
+        return self._chips().restore(saved.inner("chips"))
+
+    def _chips(self) -> ChipState:
+        from vmm.arch.x86_64.vcpu_state import ChipState
+
+        return ChipState(self._vm, self.vcpus, self._msr_indices)
+
+    def _require_cpuid(self, saved: Saved) -> None:
+        """A guest that has seen a feature uses it: the processor has to be as it was."""
+        rows = saved.rows("cpuid", len(self._cpuids))
+        mine = [[list(entry) for entry in cpuid] for cpuid in self._cpuids]
+        if rows == mine:
+            return
+        for there, here in zip(rows, mine, strict=False):
+            for row in here:
+                if not isinstance(there, list) or row not in there:
+                    raise saved.bad(
+                        f"its guest was told of another processor: CPUID leaf {row[0]:#x} is not "
+                        "the same here; restore it where the snapshot was made"
+                    )
+        raise saved.bad("its guest was told of another processor; restore it where it was made")
+
+    def core_vcpus(self) -> list[dict[str, Any]]:
+        from vmm.arch.x86_64.vcpu_state import core_registers
+
+        return [core_registers(vcpu) for vcpu in self.vcpus]
 
 
 def _require_exits(vm: Vm) -> None:

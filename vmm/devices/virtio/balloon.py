@@ -11,10 +11,14 @@ import struct
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
 
+from vmm.core.lean_typing import TYPE_CHECKING
 from vmm.devices.virtio.budget import Budget, Work
 from vmm.devices.virtio.device import GuestMemory, IoStatistics, VirtioDevice
 from vmm.devices.virtio.queue import Chain, QueueError, SplitQueue
 from vmm.devices.virtio.segments import aligned_pieces, cut, first, gather, total
+
+if TYPE_CHECKING:
+    from vmm.core.saved import Saved, State
 
 F_STATS_VQ, F_DEFLATE_ON_OOM = 1 << 1, 1 << 2
 F_PAGE_POISON, F_REPORTING = 1 << 4, 1 << 5
@@ -30,6 +34,7 @@ MOST_PAGES = 1 << 16  # in one request; Linux' have 256
 PAGES_AT_ONCE = 1024  # of a request, read and sorted together
 DISCARD_AT_ONCE = 2 << 20  # bytes; the kernel may have a page of each state in there
 MOST_REPORTED = 1 << 30  # bytes in one report; Linux reports 32 ranges of 4 MiB at most
+_U32 = 0xFFFF_FFFF
 _CONFIG = struct.Struct("<IIII")  # num_pages, actual, free_page_hint_cmd_id, poison_val
 _ACTUAL, _POISON = 4, 12
 _STATISTIC = struct.Struct("<HQ")
@@ -115,6 +120,27 @@ class VirtioBalloon(VirtioDevice):
         self._answer_due = False
         self._actual = self._poison = 0
         self.statistics.size = 0
+
+    def state(self) -> State:
+        """See vmm.core.saved.Stateful."""
+        asked = self._asked
+        return {
+            "pages": self._pages,
+            "actual": self._actual,
+            "poison": self._poison,
+            "asked": None if asked is None else asked.head,
+        }
+
+    def restore(self, saved: Saved) -> None:
+        """See vmm.core.saved.Stateful. Who had asked for statistics has gone."""
+        self._pages = saved.number("pages", _U32)
+        self._actual = saved.number("actual", _U32)
+        self._poison = saved.number("poison", _U32)
+        self.statistics.size = self._actual * PAGE
+        if saved.has("asked"):
+            head = saved.number("asked", QUEUE_SIZE - 1)
+            if STATS in self._queues and self._queues[STATS].outstanding:
+                self._asked = Chain(head, [], [])  # its answer has been read
 
     def process(self, queue_index: int) -> bool:
         queue = self._queues[queue_index]

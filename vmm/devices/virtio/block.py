@@ -17,12 +17,16 @@ from functools import partial
 from kvm_bindings.virtqueue import Chains, DiskPlanner
 from vmm.core.disk_image import SECTOR
 from vmm.core.errors import GuestMemoryError
+from vmm.core.lean_typing import TYPE_CHECKING
 from vmm.devices.virtio.block_batch import Batch, serve_together
 from vmm.devices.virtio.block_file import SERIAL_BYTES, DiskFile, ReadAhead
 from vmm.devices.virtio.budget import Budget, Pace, Work
 from vmm.devices.virtio.device import EXPECTED, GuestMemory, VirtioDevice
 from vmm.devices.virtio.queue import Chain, QueueError, Segment, SplitQueue, listed
 from vmm.devices.virtio.segments import aligned_pieces, gather, merged, take_front, total
+
+if TYPE_CHECKING:
+    from vmm.core.saved import Saved, State
 
 F_SEG_MAX, F_RO, F_BLK_SIZE, F_FLUSH = 1 << 2, 1 << 5, 1 << 6, 1 << 9
 F_MQ, F_DISCARD, F_WRITE_ZEROES = 1 << 12, 1 << 13, 1 << 14
@@ -128,6 +132,16 @@ class VirtioBlock(VirtioDevice):
         self._planners.clear()
         for queue in queues.values():
             queue.patience = self._patience
+
+    def state(self) -> State:
+        """See vmm.core.saved.Stateful: which disk it is, by what it holds now, on the disk."""
+        if not self._disk.read_only:
+            os.fdatasync(self._disk.fd)
+        return self._disk.identity()
+
+    def restore(self, saved: Saved) -> None:
+        """See vmm.core.saved.Stateful: the disk has to be as the guest has left it."""
+        self._disk.require(saved)
 
     def close(self) -> None:
         self._planners.clear()  # large, and the rest of a machine may wait for the collector

@@ -95,7 +95,7 @@ def _read(memory: DiskMemory, fd: int, moves: list[int], left: int, read_ahead: 
         started = time.monotonic()
         moved = memory.move_in(fd, moves)
         left -= moved
-        rest = _after(moves, moved) if left else []
+        rest = after(moves, moved) if left else []
         if read_ahead.is_due(time.monotonic() - started, moved):
             read_ahead.look(rest[0] if rest else moves[-3] + moves[-1])
         if not (left and moved):
@@ -110,10 +110,10 @@ def _write(memory: DiskMemory, moves: list[int], left: int, fd: int) -> bool:
         left -= moved
         if not (left and moved):
             return not left
-        moves = _after(moves, moved)
+        moves = after(moves, moved)
 
 
-def _after(moves: list[int], moved: int) -> list[int]:
+def after(moves: list[int], moved: int) -> list[int]:
     """What is left of moves (source, target, size, source...) when so many bytes have moved."""
     at = 0
     while moved >= moves[at + 2]:

@@ -6,23 +6,32 @@ import os
 import stat
 
 from vmm.core.disk_image import SECTOR, check_raw, in_use, is_read_only_device, lock
-from vmm.core.errors import UsageError
+from vmm.core.errors import UsageError, one_line
+from vmm.core.lean_typing import TYPE_CHECKING
 from vmm.core.suboptions import Suboptions
 from vmm.memory.transfer import ENGINES
 
+if TYPE_CHECKING:
+    from vmm.core.saved import Saved, State
+
 SERIAL_BYTES = 20
 
-SYNTAX = f"FILE[,ro][,serial=TEXT][,queues=N][,io={'|'.join(ENGINES)}][,format=raw][,share=on]"
+SYNTAX = (
+    f"FILE[,ro][,serial=TEXT][,queues=N][,io={'|'.join(ENGINES)}][,format=raw][,share=on][,process]"
+)
 MOST_QUEUES = 16
+_SAMPLES, _SAMPLE_BYTES = 64, 32 << 10
+"""What of a disk is looked at to tell it from others, in equal distances from its beginning on."""
 
 
 class DiskFile:
     """An open disk: `sectors` of 512 bytes on `fd`, which this object owns.
 
-    `engine` names how its bytes are to be moved, `queues` how many requests at the same time.
+    `engine` names how its bytes are to be moved, `queues` how many requests at the same time;
+    `apart`: whether the device is to have a process of its own.
     """
 
-    __slots__ = ("engine", "fd", "path", "queues", "read_only", "sectors", "serial")
+    __slots__ = ("apart", "engine", "fd", "path", "queues", "read_only", "sectors", "serial")
 
     def __init__(
         self,
@@ -33,6 +42,7 @@ class DiskFile:
         serial: bytes,
         engine: str = "auto",
         queues: int = 1,
+        apart: bool = False,
     ) -> None:
         self.fd = fd
         self.path = path
@@ -41,6 +51,47 @@ class DiskFile:
         self.serial = serial
         self.queues = queues
         self.engine = engine
+        self.apart = apart
+
+    def identity(self) -> State:
+        """What tells this disk, as it is now, from others, and from what it will be. Raises
+        OSError."""
+        found = os.fstat(self.fd)
+        return {
+            "path": one_line(os.path.abspath(self.path)),
+            "sectors": self.sectors,
+            # A device file's time says nothing of what is on the device.
+            "changed_ns": found.st_mtime_ns if stat.S_ISREG(found.st_mode) else 0,
+            "sample": self._sample(),
+        }
+
+    def _sample(self) -> int:
+        """A checksum over some of the disk."""
+        from binascii import crc32  # for snapshots alone
+
+        total = 0
+        step = max(self.sectors * SECTOR // _SAMPLES // SECTOR * SECTOR, _SAMPLE_BYTES)
+        for number in range(_SAMPLES):
+            total = crc32(os.pread(self.fd, _SAMPLE_BYTES, number * step), total)
+        return total
+
+    def require(self, saved: Saved) -> None:
+        """Raises BadState unless this is the disk that `identity` was asked of, unchanged."""
+        path = saved.text("path", 1 << 14)
+        sectors = saved.number("sectors", 1 << 55)
+        changed = saved.number("changed_ns", 1 << 63)
+        sample = saved.number("sample", 0xFFFF_FFFF)
+        here = self.identity()
+        what = ""
+        if sectors != self.sectors:
+            what = f"it has {self.sectors} sectors, and had {sectors}"
+        elif changed != here["changed_ns"] or sample != here["sample"]:
+            what = "it was written to since (a copy has to keep the time: cp --preserve)"
+        if what:
+            raise saved.bad(
+                f"--disk {self.path} is not as the guest left {path!r}: {what}; give the disk as "
+                "it was at the snapshot"
+            )
 
     def close(self) -> None:
         if self.fd >= 0:
@@ -118,7 +169,12 @@ def open_disk(spec: str) -> DiskFile:
     engine = words.take_word("io", ENGINES) or "auto"
     raw = words.take_word("format", ("raw",)) is not None
     shared = words.take_word("share", ("on", "off")) == "on"
+    apart = words.flag("process")
     words.finish()
+    if apart and queues > 1:
+        raise UsageError(
+            f"--disk {path}: a process of its own serves one queue; leave queues={queues} away"
+        )
     fd = _open(path, read_only)
     try:
         size = check_raw(fd, "--disk", path, raw=raw)
@@ -131,7 +187,7 @@ def open_disk(spec: str) -> DiskFile:
     except BaseException:
         os.close(fd)
         raise
-    return DiskFile(fd, path, size // SECTOR, read_only, serial, engine, queues)
+    return DiskFile(fd, path, size // SECTOR, read_only, serial, engine, queues, apart)
 
 
 def _serial(words: Suboptions, path: str) -> bytes:

@@ -9,10 +9,13 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from vmm.core.lean_typing import Protocol
+from vmm.core.lean_typing import TYPE_CHECKING, Protocol
 from vmm.devices.virtio.device import EXPECTED, GuestMemory, VirtioDevice, Watch
 from vmm.devices.virtio.queue import Chain, QueueError, SplitQueue
 from vmm.devices.virtio.segments import gather, scatter, take_front, total
+
+if TYPE_CHECKING:
+    from vmm.core.saved import Saved, State
 
 F_MULTIPORT = 1 << 1
 
@@ -23,6 +26,7 @@ QUEUE_SIZE = 64
 CONTROL_RX, CONTROL_TX = 2, 3
 MOST_PORTS = 16
 _CHUNK = 64 << 10
+_MOST_MESSAGE = 4096  # bytes of one for the guest: a port's name is somebody's word
 MOST_OUTPUT = 1 << 20  # in one buffer; Linux' have 32 KiB at most
 
 _CONTROL = struct.Struct("<IHH")
@@ -119,6 +123,31 @@ class VirtioConsole(VirtioDevice):
         for port in self._ports:
             port.clear()
             port.backend.stop()
+
+    def state(self) -> State:
+        """See vmm.core.saved.Stateful. What a backend has not got rid of is lost."""
+        return {
+            "ports": [
+                {"guest_open": port.guest_open, "told_open": port.told_open} for port in self._ports
+            ],
+            "messages": [
+                {"port": port, "event": event, "message": message.hex()}
+                for (port, event), message in self._messages.items()
+            ],
+        }
+
+    def restore(self, saved: Saved) -> None:
+        """See vmm.core.saved.Stateful."""
+        for port, inner in zip(self._ports, saved.each("ports", len(self._ports)), strict=True):
+            port.guest_open = inner.flag("guest_open")
+            port.told_open = inner.flag("told_open")
+            inner.finish()
+            if self._memory is not None:
+                self._want(port)
+        for inner in saved.inners("messages", 8 * MOST_PORTS):
+            key = inner.number("port", len(self._ports) - 1), inner.number("event", PORT_NAME)
+            self._messages[key] = inner.bytes("message", most=_MOST_MESSAGE)
+            inner.finish()
 
     def close(self) -> None:
         for port in self._ports:

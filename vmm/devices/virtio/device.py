@@ -11,9 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from threading import Lock
 
 from vmm.core.errors import GuestMemoryError
-from vmm.core.lean_typing import Protocol
+from vmm.core.lean_typing import TYPE_CHECKING, Protocol
 from vmm.devices.virtio.budget import Work
 from vmm.devices.virtio.queue import Chain, QueueError, QueueObserver, SplitQueue
+
+if TYPE_CHECKING:
+    from vmm.core.saved import Saved, State
 
 
 class GuestMemory(Protocol):
@@ -126,10 +129,17 @@ class VirtioDevice(ABC):
     prompt = False
     """Whether its driver keeps its processor waiting for the answer: queue 0 is then served by the
     vCPU that notifies it, before the guest goes on."""
+    apart = False
+    """Whether this stands for a device in a process of its own (vmm.devices.process)."""
     engine: str | None = None
     """How its bytes are moved from and to a file; None where it makes no transfers."""
     may_decline = 0
     """Features of the transport that this device's drivers may do without."""
+    lacks = 0
+    """Features of the rings that the device can't do."""
+    queue_type: type[SplitQueue] = SplitQueue
+    served_elsewhere = False
+    """Whether another process serves its queues: it is `vmm.devices.vhost_user`'s then."""
 
     def __init__(self) -> None:
         self.statistics = IoStatistics()
@@ -141,6 +151,8 @@ class VirtioDevice(ABC):
         """Has `process(queue index)` called soon, on the thread that serves that queue."""
         self.serve: Callable[[int], None] = _unconnected
         """Has `process(queue index)` called now: for callbacks of `watch`, never in `process`."""
+        self.interrupt: Callable[[int], None] = _unconnected
+        """Interrupts the driver for a queue that somebody else has served; from any thread."""
         self.watch: Watch = _unconnected
         self.announce: Callable[[], None] = _unconnected
         """Tells the driver that `config` has changed; not to be called from `process`."""
@@ -229,9 +241,18 @@ class VirtioDevice(ABC):
         self._queues = {}
         self._agreed = 0
 
+    def state(self) -> State:
+        """See vmm.core.saved.Stateful: what it knows besides its queues, when no request is under
+        way. Of most devices that is nothing."""
+        return {}
+
+    def restore(self, saved: Saved) -> None:  # noqa: B027  # most have nothing to take
+        """See vmm.core.saved.Stateful: after `activate`, if its driver was up. Its queues are
+        served soon, whatever they hold."""
+
     def disconnect(self) -> None:
         """The loop and the transport go away."""
-        self.wake = self.serve = self.announce = self.watch = _unconnected
+        self.wake = self.serve = self.announce = self.watch = self.interrupt = _unconnected
 
     def close(self) -> None:  # noqa: B027  # nor to let go of
         """The machine ends: let go of what the device has opened on the host."""

@@ -16,6 +16,7 @@ from functools import partial
 from typing import NamedTuple, Protocol
 
 from vmm.core.ranges import PAGE_SIZE, Range
+from vmm.core.saved import NotSaved, State
 from vmm.devices.virtio.budget import Budget, Work
 from vmm.devices.virtio.device import EXPECTED, IoStatistics, VirtioDevice
 from vmm.devices.virtio.queue import Chain, SplitQueue
@@ -140,6 +141,10 @@ class VirtioIommu(VirtioDevice):
     def config(self) -> bytes:
         """struct virtio_iommu_config (5.13.4); bypass is 0 whatever the driver writes."""
         return _CONFIG.pack(PAGE_SIZES, 0, LAST_INPUT, 0, LAST_DOMAIN, PROBE_SIZE, 0)
+
+    def state(self) -> State:
+        """What is lent, and to whom, is not saved."""
+        raise NotSaved("--iommu: a machine with a virtual IOMMU can't be saved; run without it")
 
     def reset(self) -> None:
         """No endpoint is attached to a domain any more (5.13.5); waits for their accesses."""

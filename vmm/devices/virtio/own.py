@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 
 from vmm.core.own_code import ExtensionError, called
+from vmm.core.saved import NotSaved, State
 from vmm.devices.virtio import device
 from vmm.devices.virtio.queue import Chain, QueueError
 from vmm.devices.virtio.segments import first, gather, scatter, total
@@ -50,6 +51,11 @@ class VirtioDevice(device.VirtioDevice):
             return self._carry_out(queue_index, chain)
 
         return self.answer_all(queue, carry_out)
+
+    def state(self) -> State:
+        """Who overrides this, and `restore`, has a device that snapshots keep."""
+        name = self.name or type(self).__name__
+        raise NotSaved(f"device {name} is the user's own and has no state() to save it by")
 
     def _carry_out(self, index: int, chain: Chain) -> int:
         memory = self._memory

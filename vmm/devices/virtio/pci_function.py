@@ -130,6 +130,12 @@ class VirtioPciFunction(PciFunction):
         elif was_silent and register <= COMMAND + 1 and not self.command & COMMAND_INTX_DISABLE:
             self._registers.interrupts_enabled()
 
+    def _take_config(self, config: bytes) -> None:
+        super()._take_config(config)
+        if self._msix is not None:
+            control = self._config[self._msix_control : self._msix_control + 2]
+            self._msix.control(int.from_bytes(control, "little"))
+
     def _add_structure(self, kind: int, offset: int, length: int, extra: bytes = b"") -> int:
         body = _CAP_BODY.pack(_CAP_SIZE + len(extra), kind, 0, 0, 0, offset, length)
         return self.add_capability(_CAP_VENDOR, body + extra)

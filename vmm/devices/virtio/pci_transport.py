@@ -12,11 +12,12 @@ from __future__ import annotations
 import os
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from threading import Lock, RLock
 
 from vmm.core.errors import GuestMemoryError, PyvmmError, tell
+from vmm.core.lean_typing import TYPE_CHECKING
 from vmm.devices.msix import MsixTable
 from vmm.devices.virtio.device import EXPECTED, DeviceObserver, GuestMemory, VirtioDevice
 from vmm.devices.virtio.pci_function import (
@@ -26,7 +27,10 @@ from vmm.devices.virtio.pci_function import (
     NOTIFY,
     VirtioPciFunction,
 )
-from vmm.devices.virtio.queue import F_EVENT_IDX, F_INDIRECT_DESC, QueueError, SplitQueue
+from vmm.devices.virtio.queue import F_EVENT_IDX, F_INDIRECT_DESC, SplitQueue
+
+if TYPE_CHECKING:
+    from vmm.core.saved import Saved, State
 
 VIRTIO_F_VERSION_1 = 1 << 32
 VIRTIO_F_ACCESS_PLATFORM = 1 << 33
@@ -138,9 +142,10 @@ class VirtioPciTransport:
         device.wake = self._ring
         device.serve = self.notify
         device.announce = self.config_changed
+        device.interrupt = self.interrupt_for
         # A driver that waits for each answer has no use for them: an indirect table is one more
         # read of guest memory, event indexes are two more and a write.
-        ring_features = 0 if device.prompt else RING_FEATURES
+        ring_features = 0 if device.prompt else RING_FEATURES & ~device.lacks
         self._offered = device.features | REQUIRED_FEATURES | ring_features
         self._required = REQUIRED_FEATURES & ~device.may_decline
         self._config = device.config()
@@ -227,6 +232,129 @@ class VirtioPciTransport:
                 _acquire(active.lock, deadline, locks)
             yield
 
+    # --- snapshots; the device is `held` ---
+
+    def finish(self, timeout: float) -> None:
+        """Carry out the requests that a turn has left half done. Raises TimeoutError when that
+        takes longer (seconds)."""
+        deadline = time.monotonic() + timeout
+        for index, active in list(self._active.items()):
+            queue = active.queue
+            used: list[tuple[int, int]] = []
+            try:
+                while queue.unfinished is not None:
+                    if time.monotonic() > deadline:
+                        raise TimeoutError
+                    queue.budget.begin()
+                    self._device.go_on(queue, used)
+                if queue.publish(used):
+                    self._raise(ISR_QUEUE, self._queues[index].vector)
+            except EXPECTED as error:
+                if isinstance(error, TimeoutError):
+                    raise
+                self._stop(index, active, error)
+
+    def state(self) -> State:
+        """See vmm.core.saved.Stateful; after `finish`. Raises OSError where a disk can't be
+        flushed."""
+        queues = []
+        for index, settings in enumerate(self._queues):
+            active = self._active.get(index)
+            queues.append(
+                {
+                    "size": settings.size,
+                    "vector": settings.vector,
+                    "enabled": settings.enabled,
+                    "desc": settings.desc,
+                    "driver": settings.driver,
+                    "device": settings.device,
+                    "position": None if active is None else active.queue.state(),
+                }
+            )
+        return {
+            "id": self._device.device_id,
+            "status": self._status,
+            "device_feature_select": self._device_feature_select,
+            "driver_feature_select": self._driver_feature_select,
+            "driver_features": self._driver_features,
+            "queue_select": self._queue_select,
+            "config_vector": self._config_vector,
+            "generation": self._generation,
+            "isr": self._isr,
+            "queues": queues,
+            "device": self._device.state(),
+            "function": self.function.state(),
+            "msix": None if self._msix is None else self._msix.state(),
+        }
+
+    def restore(self, saved: Saved) -> None:
+        """See vmm.core.saved.Stateful. Rings and registers are as hostile as the guest's own
+        writes, and a driver that is up starts the device as it does itself. `resume` follows, once
+        the whole machine is there."""
+        kind = saved.number("id", 0xFFFF)
+        if kind != self._device.device_id:
+            raise saved.bad(f"it is device {kind}, and here is {self._device.device_id}")
+        if self._msix is None and saved.has("msix"):
+            raise saved.bad("its function has messages, and none can be had here")
+        if self._msix is not None:
+            inner = saved.inner("msix")
+            self._msix.restore(inner)
+            inner.finish()
+        with self._lock:
+            self._device_feature_select = saved.number("device_feature_select", _WORD)
+            self._driver_feature_select = saved.number("driver_feature_select", _WORD)
+            self._driver_features = saved.number("driver_features", (1 << 64) - 1)
+            self._queue_select = saved.number("queue_select", 0xFFFF)
+            self._config_vector = self._vector(saved.number("config_vector", NO_VECTOR))
+            self._generation = saved.number("generation", 0xFF)
+            self._isr = saved.number("isr", ISR_QUEUE | ISR_CONFIG)
+            status = saved.number("status", 0xFF)
+            if status & STATUS_FEATURES_OK and not self._features_acceptable():
+                raise saved.bad(
+                    f"its driver agreed on features {self._driver_features:#x}, and here are "
+                    f"{self._offered:#x}; give the device the options that it had"
+                )
+            positions = self._restore_queues(saved)
+            inner = saved.inner("device")
+            self._status = status & (_STATUS_OF_DRIVER | STATUS_NEEDS_RESET)
+            if status & STATUS_DRIVER_OK and not status & STATUS_NEEDS_RESET:
+                self._start(positions)
+            self._device.restore(inner)
+            inner.finish()
+            self._config = self._device.config()
+        inner = saved.inner("function")
+        self.function.restore(inner)
+        inner.finish()
+
+    def _restore_queues(self, saved: Saved) -> dict[int, Saved]:
+        """What the driver wrote for each; and for those in use where they were."""
+        positions: dict[int, Saved] = {}
+        for index, inner in enumerate(saved.each("queues", len(self._queues))):
+            queue, largest = self._queues[index], self._device.queue_sizes[index]
+            queue.size = inner.number("size", largest, 1)
+            if queue.size & (queue.size - 1):
+                raise inner.bad(f"size is {queue.size}, no power of two")
+            queue.vector = self._vector(inner.number("vector", NO_VECTOR))
+            queue.enabled = inner.flag("enabled")
+            for name in ("desc", "driver", "device"):
+                setattr(queue, name, inner.number(name, (1 << 64) - 1))
+            if inner.has("position"):
+                positions[index] = inner.inner("position")
+            inner.finish()
+        return positions
+
+    def resume(self) -> None:
+        """After `restore`: look at all queues, and interrupt for each once, since what was on its
+        way may be lost. An interrupt too many means nothing to a driver."""
+        with self._lock:
+            active = list(self._active)
+            if self._status & STATUS_DRIVER_OK:
+                for index in active:
+                    self._raise(ISR_QUEUE, self._queues[index].vector)
+                self._raise(ISR_CONFIG, self._config_vector)
+        for index in active:
+            self._ring(index)
+
     def config_changed(self) -> None:
         """The device's configuration is another one: let the driver know (4.1.4.3.1)."""
         with self._lock:
@@ -234,6 +362,14 @@ class VirtioPciTransport:
             self._generation = (self._generation + 1) & 0xFF
             if self._status & STATUS_DRIVER_OK:
                 self._raise(ISR_CONFIG, self._config_vector)
+
+    def interrupt_for(self, queue_index: int) -> None:
+        """Somebody else has served that queue of the device's: let the driver know."""
+        self._raise(ISR_QUEUE, self._queues[queue_index].vector)
+
+    def vector_of(self, queue_index: int) -> int:
+        """The queue's MSI-X vector, as the driver has set it; NO_VECTOR for none."""
+        return self._queues[queue_index].vector
 
     def interrupt_pending(self) -> bool:
         """After the guest's EOI: whether the line has to go up again."""
@@ -371,7 +507,9 @@ class VirtioPciTransport:
         accepted = self._driver_features
         return not accepted & ~self._offered and accepted & self._required == self._required
 
-    def _start(self) -> None:
+    def _start(self, positions: Mapping[int, Saved] | None = None) -> None:
+        """The driver is up. `positions`: where queues were that go on (a queue without one begins
+        anew)."""
         try:
             queues = {
                 index: self._make_queue(
@@ -380,11 +518,15 @@ class VirtioPciTransport:
                 for index, q in enumerate(self._queues)
                 if q.enabled
             }
+            for index, saved in () if positions is None else positions.items():
+                if index in queues:
+                    queues[index].restore(saved)
+                saved.finish()
             if self._observer is not None:
                 for index, queue in queues.items():
                     queue.observer = self._observer.queue(index)
             self._device.activate(self._memory, queues, self._driver_features)
-        except (QueueError, OSError) as error:
+        except EXPECTED as error:
             self._fail(error)
             return
         except PyvmmError:

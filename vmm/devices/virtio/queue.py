@@ -18,8 +18,11 @@ from itertools import chain
 
 from kvm_bindings.virtqueue import MOST_ENTRIES, Chains
 from vmm.core.errors import PyvmmError
-from vmm.core.lean_typing import NamedTuple, Protocol
+from vmm.core.lean_typing import TYPE_CHECKING, NamedTuple, Protocol
 from vmm.devices.virtio.budget import Budget, Work
+
+if TYPE_CHECKING:
+    from vmm.core.saved import Saved, State
 
 MAX_QUEUE_SIZE = 32768
 MAX_CHAIN_BYTES = 1 << 32  # 2.7.5; one byte less, so that the used length can say it
@@ -152,6 +155,17 @@ class SplitQueue:
         is asked to notify: a notify costs a busy driver an exit, and the device a wake-up."""
         self._looks = 0
 
+    def state(self) -> State:
+        """See vmm.core.saved.Stateful; with no chain `unfinished`."""
+        return {"next_avail": self._next_avail, "next_used": self._next_used}
+
+    def restore(self, saved: Saved) -> None:
+        """See vmm.core.saved.Stateful: before the first take."""
+        self._next_avail = saved.number("next_avail", 0xFFFF)
+        self._next_used = saved.number("next_used", 0xFFFF)
+        if self.outstanding > self.size:
+            raise saved.bad(f"{self.outstanding} chains are taken from {self.size} entries")
+
     def take(self, most: int = MAX_QUEUE_SIZE) -> list[Chain]:
         """The chains that became available since the last call, in the driver's order.
 
@@ -270,6 +284,18 @@ class SplitQueue:
     def outstanding(self) -> int:
         """How many chains were taken and not returned; never more than the queue's size."""
         return (self._next_avail - self._next_used) & 0xFFFF
+
+    @property
+    def addresses(self) -> tuple[int, int, int]:
+        """Where descriptor table, available ring and used ring are."""
+        return self._desc, self._avail, self._used
+
+    def resume(self, index: int) -> None:
+        """Go on where all chains before number `index` were returned, in their order, and no other
+        one: what was taken besides is there to be taken again."""
+        self._next_avail = self._next_used = index
+        self._armed = -1
+        self._looks = 0
 
     def put_back(self, count: int) -> None:
         """Leave the last `count` chains of a `take` for the next one."""

@@ -26,10 +26,11 @@ def holes(fd: int, start: int, size: int) -> list[tuple[int, int]]:
     """What of this part of the file, up to its end, is a hole, or was allocated and never written,
     as (start, end).
 
-    None where the file system doesn't tell, and in a block device, whose size stat(2) doesn't
-    know. Behind more extents than are worth to be looked at the rest counts as one.
+    None where the file system doesn't tell, and in a block device. Behind more extents than are
+    worth to be looked at the rest counts as one.
     """
-    end = min(start + size, os.fstat(fd).st_size)
+    # Not by stat(2), which takes a path: a device's process has no use for any.
+    end = min(start + size, os.lseek(fd, 0, os.SEEK_END))
     if start >= end:
         return []
     request = bytearray(_HEAD.size + _MOST_EXTENTS * _EXTENT.size)

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from functools import partial
 
+from vmm.core.lean_typing import TYPE_CHECKING
 from vmm.core.suboptions import Suboptions
 from vmm.core.unix_listener import UnixListener
 from vmm.devices.virtio.budget import Budget
@@ -24,6 +25,9 @@ from vmm.devices.virtio.queue import Chain, QueueError, SplitQueue
 from vmm.devices.virtio.segments import first, gather, scatter, take_front, total
 from vmm.devices.virtio.vsock_connection import BUFFER, Broken, Connection, Outgoing
 from vmm.devices.virtio.vsock_packet import HEADER_SIZE, HOST_CID, TYPE_STREAM, Header, Op
+
+if TYPE_CHECKING:
+    from vmm.core.saved import Saved, State
 
 SYNTAX = "path=PATH[,cid=N]"
 RX, TX, EVENT = 0, 1, 2
@@ -40,6 +44,8 @@ _LONGEST_LINE = 32
 _FIRST_HOST_PORT = 1 << 30
 
 _CONFIG = struct.Struct("<Q")
+_EVENT = struct.Struct("<I")
+_TRANSPORT_RESET = 0
 _Key = tuple[int, int]  # guest's port, host's port
 
 
@@ -64,6 +70,7 @@ class VirtioVsock(VirtioDevice):
         self._next_port = _FIRST_HOST_PORT
         self._hungry = True  # the guest has buffers for more packets
         self._served = False  # the driver has enabled both queues
+        self._has_moved = False  # it was restored, and the guest doesn't know yet
 
     def config(self) -> bytes:
         """struct virtio_vsock_config (5.10.4)."""
@@ -80,7 +87,7 @@ class VirtioVsock(VirtioDevice):
 
     def reset(self) -> None:
         super().reset()
-        self._served = False
+        self._served = self._has_moved = False
         self.watch(self._listener.fd, self._no_more)
         for connection in list(self._connections.values()):
             self._drop(connection)
@@ -94,8 +101,31 @@ class VirtioVsock(VirtioDevice):
         self.reset()
         self._listener.close()
 
+    def state(self) -> State:
+        """See vmm.core.saved.Stateful: without connections, whose host side doesn't come along."""
+        return {"cid": self._cid, "next_port": self._next_port}
+
+    def restore(self, saved: Saved) -> None:
+        """See vmm.core.saved.Stateful. The guest is told that its connections are gone, and that
+        it may have another CID (5.10.6, device events)."""
+        saved.number("cid", (1 << 32) - 1)
+        self._next_port = saved.number("next_port", (1 << 32) - 1)
+        self._has_moved = True
+
+    def _tell_moved(self, queue: SplitQueue) -> bool:
+        """VIRTIO_VSOCK_EVENT_TRANSPORT_RESET, as soon as there is a buffer for it."""
+        assert self._memory is not None
+        chains = queue.take(1) if self._has_moved else []
+        if not chains:
+            return False
+        self._has_moved = False
+        written = scatter(self._memory, chains[0].writable, _EVENT.pack(_TRANSPORT_RESET))
+        return queue.publish([(chains[0].head, written)])
+
     def process(self, queue_index: int) -> bool:
         queue = self._queues[queue_index]
+        if queue_index == EVENT:
+            return self._tell_moved(queue)
         if not self._served:
             return False  # one way only: there could be no connection
         if queue_index == RX:
@@ -103,7 +133,7 @@ class VirtioVsock(VirtioDevice):
             return self._send_packets(queue)
         if queue_index == TX:
             return self._take_packets(queue)
-        return False  # events are for guests that move to another host
+        return False
 
     # --- from the guest ---
 

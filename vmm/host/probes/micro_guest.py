@@ -8,12 +8,11 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from enum import Enum
 from types import TracebackType
-from typing import Self
 
 from kvm_bindings import Vcpu, Vm, fdops
 from kvm_bindings.exits import Exit, InterruptedExit
+from vmm.core.lean_typing import Enum, Self
 from vmm.exits.run_loop import KICK_SIGNAL, install_kick_handler
 
 WATCHDOG_SECONDS = 1.0

@@ -10,6 +10,10 @@ from collections.abc import Callable
 from threading import Lock
 
 from vmm.arch.x86_64 import layout
+from vmm.core.lean_typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vmm.core.saved import Saved, State
 
 TIMER_HZ = 3_579_545
 NS_PER_SECOND = 1_000_000_000
@@ -83,6 +87,29 @@ class AcpiPm:
     def interrupt_pending(self) -> bool:
         """Whether an enabled event is there, for which the SCI is to be up."""
         return bool(self._status & self._enable)
+
+    def state(self) -> State:
+        """See vmm.core.saved.Stateful."""
+        with self._lock:
+            return {
+                "status": self._status,
+                "enable": self._enable,
+                "control": self._control,
+                "timer_ns": self._clock() - self._start,
+            }
+
+    def restore(self, saved: Saved) -> None:
+        """See vmm.core.saved.Stateful."""
+        with self._lock:
+            self._status = saved.number("status", POWER_BUTTON) & POWER_BUTTON
+            self._enable = saved.number("enable", 0xFFFF) & ENABLE_MASK
+            self._control = saved.number("control", 0xFFFF) & (BM_RLD | SLP_TYP_MASK) | SCI_EN
+            self._start = self._clock() - saved.number("timer_ns", 1 << 63)
+
+    def put_forward(self, nanoseconds: int) -> None:
+        """The timer goes on from so much later: the machine was away for a while."""
+        with self._lock:
+            self._start -= nanoseconds
 
     def timer(self) -> int:
         """The free-running 32-bit counter, 3.579545 MHz."""

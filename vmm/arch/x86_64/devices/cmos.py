@@ -10,6 +10,10 @@ from collections.abc import Callable
 from threading import Lock
 
 from vmm.arch.x86_64.devices.byte_ports import ABSENT, BytePorts
+from vmm.core.lean_typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vmm.core.saved import Saved, State
 
 INDEX, DATA = 0, 1
 SIZE = 128
@@ -45,6 +49,31 @@ class Cmos(BytePorts):
         self._bytes[STATUS_A] = DIVIDER_32KHZ
         self._bytes[STATUS_B] = HOURS_24
         self._bytes[STATUS_D] = VALID
+
+    def state(self) -> State:
+        """See vmm.core.saved.Stateful. The time is the host's; what the guest has set differs from
+        it by an offset."""
+        with self._lock:
+            frozen = self._frozen
+            return {
+                "bytes": bytes(self._bytes).hex(),
+                "index": self._index,
+                "offset_seconds": self._offset_seconds,
+                "frozen": None if frozen is None else [[at, now] for at, now in frozen.items()],
+            }
+
+    def restore(self, saved: Saved) -> None:
+        """See vmm.core.saved.Stateful."""
+        with self._lock:
+            self._bytes[:] = saved.bytes("bytes", SIZE)
+            self._bytes[STATUS_B] &= ~INTERRUPTS & 0xFF
+            self._bytes[STATUS_C], self._bytes[STATUS_D] = 0, VALID
+            self._index = saved.number("index", SIZE - 1)
+            self._offset_seconds = saved.number("offset_seconds", LAST_SECOND, -LAST_SECOND)
+            if saved.has("frozen"):
+                rows = saved.numbers("frozen", 2, len(TIME_REGISTERS), 0xFF)
+                self._frozen = dict.fromkeys(TIME_REGISTERS, 0)
+                self._frozen |= {at: now for at, now in rows if at in TIME_REGISTERS}
 
     def read_byte(self, offset: int) -> int:
         if offset == INDEX:

@@ -9,6 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from vmm.arch.x86_64.devices.byte_ports import ABSENT, BytePorts
+from vmm.core.lean_typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vmm.core.saved import Saved, State
 
 DATA, SYSTEM_CONTROL_B, COMMAND = 0, 1, 4  # offsets from port 0x60
 
@@ -28,6 +32,14 @@ class I8042(BytePorts):
     def __init__(self, reset: Callable[[], None]) -> None:
         self._reset = reset
         self._port_b = 0
+
+    def state(self) -> State:
+        """See vmm.core.saved.Stateful."""
+        return {"port_b": self._port_b}
+
+    def restore(self, saved: Saved) -> None:
+        """See vmm.core.saved.Stateful."""
+        self._port_b = saved.number("port_b", PORT_B_WRITABLE)
 
     def read_byte(self, offset: int) -> int:
         if offset in (DATA, COMMAND):

@@ -5,7 +5,10 @@ PCI Local Bus Specification 3.0, 3.2.2.3.2.
 
 from __future__ import annotations
 
-from vmm.core.lean_typing import Protocol
+from vmm.core.lean_typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from vmm.core.saved import Saved, State
 
 ADDRESS, DATA, END = 0, 4, 8  # offsets from port 0xcf8
 ENABLE = 1 << 31
@@ -36,6 +39,14 @@ class PciConf1:
     def __init__(self, space: ConfigSpace) -> None:
         self._space = space
         self._address = 0
+
+    def state(self) -> State:
+        """See vmm.core.saved.Stateful."""
+        return {"address": self._address}
+
+    def restore(self, saved: Saved) -> None:
+        """See vmm.core.saved.Stateful."""
+        self._address = saved.number("address", 0xFFFF_FFFF) & ADDRESS_MASK
 
     def read(self, offset: int, size: int) -> int:
         """The address register, or configuration space; all ones for anything else."""

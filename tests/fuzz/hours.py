@@ -1,0 +1,159 @@
+"""Fuzzing for hours: all targets in turn, and what each of them came to.
+
+    python -m tests.fuzz.hours --work FOLDER [--hours H] [--turn SECONDS] [NAME...]
+    python -m tests.fuzz.hours --work FOLDER --table          what has come of it so far
+    python -m tests.fuzz.hours --work FOLDER --merge [NAME...]  the corpus anew, minimised
+    python -m tests.fuzz.hours --work FOLDER --again FILE NAME  one input
+
+The target with the fewest seconds is next, each in a process of its own, at the lowest priority.
+FOLDER/turns.jsonl has a line for each turn. A failure ends the target's turn and no more.
+`--merge` has libFuzzer choose the smallest inputs that together reach all that FOLDER's do
+(-merge=1), and puts them into tests/fuzz/corpus.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from tests.fuzz import corpora
+
+TURNS = "turns.jsonl"
+MOST_BYTES = 24 << 10
+"""Of one target's archive: the smallest inputs first."""
+
+
+def turns(work: Path) -> list[dict[str, Any]]:
+    """Those that have been."""
+    path = work / TURNS
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def take_turns(work: Path, names: list[str], hours: float, seconds: int) -> int:
+    """Fuzz until the time is over; 1 if anything has failed."""
+    spent: dict[str, float] = defaultdict(float)
+    for turn in turns(work):
+        spent[turn["name"]] += turn["seconds"]
+    end = time.monotonic() + hours * 3600
+    status = 0
+    while time.monotonic() < end:
+        from tests.fuzz.targets import TARGETS
+
+        name = min(names or TARGETS, key=lambda each: spent[each])
+        write_seeds(work, name)
+        started = time.monotonic()
+        command = [sys.executable, "-m", "tests.fuzz.libfuzzer", name, "--work", str(work)]
+        ended = subprocess.run(
+            [*command, "--seconds", str(seconds)], stdout=subprocess.PIPE, check=False
+        )
+        took = time.monotonic() - started
+        spent[name] += took
+        lines = ended.stdout.decode().splitlines()
+        result = json.loads(lines[-1]) if lines else {"name": name, "failed": ["no result"]}
+        status |= bool(result["failed"])
+        with open(work / TURNS, "a") as file:
+            file.write(json.dumps({**result, "seconds": round(took, 1)}) + "\n")
+        told = f"{name}: {result.get('runs')} runs, {result.get('edges')} edges"
+        print(told, *result["failed"], flush=True)
+    return status
+
+
+def write_seeds(work: Path, name: str) -> None:
+    """Put the target's seeds among its inputs."""
+    from tests.fuzz.targets import TARGETS
+
+    folder = work / name
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.redirect_stderr(io.StringIO()):  # devices say what becomes of them
+        for number, data in enumerate(TARGETS[name].seeds()):
+            (folder / f"seed-{number}").write_bytes(data)
+
+
+def table(work: Path) -> list[str]:
+    """What each target came to, a line each."""
+    by_name: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for turn in turns(work):
+        by_name[turn["name"]].append(turn)
+    rows = ["| target | kept | edges at first | edges | minutes | runs | failures |",
+            "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for name, own in sorted(by_name.items()):
+        whole = [turn for turn in own if turn.get("edges")]
+        rows.append(
+            f"| {name} | {len(corpora.corpus(name))} "
+            f"| {whole[0]['edges_at_first'] if whole else '-'} "
+            f"| {max((turn['edges'] for turn in whole), default='-')} "
+            f"| {sum(turn['seconds'] for turn in own) / 60:.0f} "
+            f"| {sum(turn.get('runs', 0) for turn in own)} "
+            f"| {sum(len(turn['failed']) for turn in own)} |"
+        )
+    return rows
+
+
+def merge(work: Path, name: str) -> int:
+    """Minimise what there is of a target, and keep it; bytes of its archive."""
+    write_seeds(work, name)
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as scratch:
+        everything, least = Path(scratch, "all"), Path(scratch, "least")
+        shutil.copytree(work / name, everything)
+        for number, data in enumerate(corpora.found(name)):
+            (everything / f"kept-{number}").write_bytes(data)
+        least.mkdir()
+        again = Path(scratch, "again")
+        # libFuzzer starts itself anew for this.
+        again.write_text(
+            f'#!/bin/sh\nexec {sys.executable} -m tests.fuzz.libfuzzer --as "$0" {name} "$@"\n'
+        )
+        again.chmod(0o700)
+        subprocess.run(
+            [again, "-merge=1", least, everything], check=True, stderr=subprocess.DEVNULL
+        )
+        smallest = sorted((path.read_bytes() for path in least.iterdir()), key=len)
+    while corpora.keep(name, smallest) > MOST_BYTES:
+        smallest = smallest[: len(smallest) * 9 // 10]
+    return (corpora.FOLDER / f"{name}.zip").stat().st_size
+
+
+def main(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz.hours")
+    parser.add_argument("name", nargs="*")
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--hours", type=float, default=1.0)
+    parser.add_argument("--turn", type=int, default=300, metavar="SECONDS")
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--merge", action="store_true")
+    parser.add_argument("--again", type=Path, metavar="FILE", help="run the target on this input")
+    options = parser.parse_args(words)
+    os.nice(19)
+    options.work.mkdir(parents=True, exist_ok=True)
+    work = options.work.absolute()
+    if options.table:
+        print("\n".join(table(work)))
+        return 0
+    if options.again is not None:
+        from tests.fuzz.targets import TARGETS
+
+        TARGETS[options.name[0]](options.again.read_bytes())
+        return 0
+    if options.merge:
+        from tests.fuzz.targets import TARGETS
+
+        for name in options.name or TARGETS:
+            size = merge(work, name)
+            print(f"{name}: {len(corpora.found(name))} inputs, {size} bytes", flush=True)
+        return 0
+    return take_turns(work, options.name, options.hours, options.turn)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

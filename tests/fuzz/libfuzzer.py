@@ -1,0 +1,178 @@
+"""One fuzz target, or several after each other, in libFuzzer's loop (atheris).
+
+    python -m tests.fuzz.libfuzzer [NAME...] [--runs N | --seconds S] [--seed N] [--work FOLDER]
+                                  [--factor N]
+
+Each target has a process of its own, forked from one that has everything imported with counters
+for libFuzzer. A line of JSON for each says what came of it. New inputs go to FOLDER/NAME, what
+has failed to FOLDER/NAME.failed. Exit status 1 if anything has failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.fuzz.corpora import corpus
+
+INSTRUMENTED = ["vmm", "kvm_bindings"]
+PATIENCE = 600
+"""Seconds that one input may take: it is no measure, but what hangs for good has to end."""
+_COVERED = re.compile(rb"^#\d+\s+(?:INITED|DONE|NEW|REDUCE|pulse).*?cov: (\d+) ft: (\d+)", re.M)
+_DONE = re.compile(rb"^Done (\d+) runs", re.M)
+_TAIL = 4000
+
+
+class Result(NamedTuple):
+    """What a target's turn came to. Edges are libFuzzer's `cov`, features its `ft`."""
+
+    name: str
+    edges_at_first: int
+    edges: int
+    features: int
+    runs: int
+    failed: list[str]
+    """Files with the inputs that failed."""
+    said: str
+    """The end of what was printed, where something has failed."""
+
+
+def available() -> bool:
+    """Whether atheris is installed."""
+    import importlib.util
+
+    return importlib.util.find_spec("atheris") is not None
+
+
+def import_instrumented(names: Sequence[str] = ()) -> None:
+    """Import all targets, and with them pyvmm, with counters; all that `names` need (or all)."""
+    import atheris
+
+    # It names each module.
+    with contextlib.redirect_stderr(io.StringIO()), atheris.instrument_imports(INSTRUMENTED):
+        from tests.fuzz.targets import TARGETS
+
+        for target in TARGETS.values():
+            if not names or target.name in names:
+                for data in target.seeds():
+                    target.run(data)  # what it imports late has counters, too
+
+
+def fuzz(name: str, words: Sequence[str], failed: Path | None = None) -> None:
+    """libFuzzer's loop; ends the process. `words` begin with what it calls itself by. An input
+    with which the target raises goes to `failed`."""
+    import atheris
+
+    from tests.fuzz.targets import TARGETS
+
+    target = TARGETS[name]
+
+    def attempt(data: bytes) -> None:
+        data = bytes(data)
+        try:
+            target(data)
+        except BaseException:
+            # libFuzzer keeps what makes a process crash or hang, but no exceptions' inputs.
+            if failed is not None:
+                (failed / f"raises-{hashlib.sha256(data).hexdigest()[:16]}").write_bytes(data)
+            raise
+
+    atheris.Setup(list(words), attempt)
+    atheris.Fuzz()
+
+
+def run(name: str, work: Path, words: Sequence[str]) -> Result:
+    """One turn of a target, in a child of this process, which has them all imported."""
+    inputs, failed = work / name, work / f"{name}.failed"
+    inputs.mkdir(parents=True, exist_ok=True)
+    failed.mkdir(exist_ok=True)
+    with _as_files(corpus(name)) as kept, tempfile.TemporaryFile() as log:
+        before = set(os.listdir(failed))
+        child = os.fork()
+        if not child:
+            with contextlib.suppress(BaseException):
+                os.dup2(log.fileno(), 1)
+                os.dup2(log.fileno(), 2)
+                places = [f"-artifact_prefix={failed}/", str(inputs), str(kept)]
+                fuzz(name, [name, *words, *places], failed)
+            os._exit(70)
+        _, status = os.waitpid(child, 0)
+        log.seek(0)
+        text = log.read()
+    seen = [(int(edges), int(features)) for edges, features in _COVERED.findall(text)]
+    done = _DONE.search(text)
+    fresh = sorted(set(os.listdir(failed)) - before)
+    if status and not fresh:
+        fresh = ["no input: it ended by itself"]
+    return Result(
+        name,
+        seen[0][0] if seen else 0,
+        seen[-1][0] if seen else 0,
+        seen[-1][1] if seen else 0,
+        0 if done is None else int(done[1]),
+        fresh,
+        text[-_TAIL:].decode("utf-8", "replace") if status else "",
+    )
+
+
+@contextlib.contextmanager
+def _as_files(data: Sequence[bytes]) -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    try:
+        for number, each in enumerate(data):
+            (folder / f"{number}").write_bytes(each)
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+def common_words(longest: int) -> list[str]:
+    """libFuzzer's options that every run has."""
+    return [f"-max_len={longest}", f"-timeout={PATIENCE}", f"-report_slow_units={PATIENCE}",
+            "-rss_limit_mb=2048", "-print_final_stats=1", "-reload=0"]  # fmt: skip
+
+
+def main(words: list[str]) -> int:
+    if words[:1] == ["--as"]:  # libFuzzer's own words, with a program that it can start again
+        import_instrumented([words[2]])
+        fuzz(words[2], [words[1], *words[3:]])
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz.libfuzzer")
+    parser.add_argument("name", nargs="*")
+    parser.add_argument("--runs", type=int, help="inputs for each target, not as it says itself")
+    parser.add_argument("--factor", type=int, default=1, help="so many times as many")
+    parser.add_argument("--seconds", type=int)
+    parser.add_argument("--seed", type=int, default=0, help="0: another one each time")
+    parser.add_argument("--work", type=Path, default=Path("fuzz-work"))
+    options = parser.parse_args(words)
+    import_instrumented(options.name)
+    from tests.fuzz.targets import TARGETS
+
+    status = 0
+    for name in options.name or TARGETS:
+        target = TARGETS[name]
+        limits = [f"-seed={options.seed}", *common_words(target.longest)]
+        if options.seconds is not None:
+            limits.append(f"-max_total_time={options.seconds}")
+        else:
+            # libFuzzer counts the corpus, too.
+            runs = (options.runs or target.runs) * options.factor
+            limits.append(f"-runs={runs + len(corpus(name))}")
+        result = run(name, options.work.absolute(), limits)
+        status |= bool(result.failed)
+        print(json.dumps(result._asdict()), flush=True)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,145 @@
+"""`pyvmm` whose disks' processes, when they first have something to do, try what they may not, and
+write how each attempt ended to the start of their disk: JSON, by name "ok" or the errno's name.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import json
+import mmap
+import os
+import resource
+import runpy
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+from tests.support.hostile_policy import _PTRACE, _PTRACE_ATTACH, _system_call
+from vmm.devices.virtio.block import VirtioBlock
+
+ROOM = 4096
+_KVM_GET_API_VERSION = 0xAE00
+_PIDFD_GETFD = 438
+_process_vm_readv = ctypes.CDLL(None, use_errno=True).process_vm_readv
+_done: list[bool] = []
+
+
+class _Iovec(ctypes.Structure):
+    _fields_ = (("base", ctypes.c_void_p), ("size", ctypes.c_size_t))
+
+
+def _fork() -> None:
+    if os.fork() == 0:
+        os._exit(0)
+
+
+def _thread() -> None:
+    try:
+        threading.Thread(target=lambda: None).start()
+    except RuntimeError:  # what Python makes of EPERM
+        raise PermissionError(errno.EPERM, "") from None
+
+
+def _limit() -> None:
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, resource.getrlimit(resource.RLIMIT_NOFILE))
+    except ValueError:
+        raise PermissionError(errno.EPERM, "") from None
+
+
+def _read_process(pid: int) -> None:
+    piece = ctypes.create_string_buffer(8)
+    here = _Iovec(ctypes.addressof(piece), 8)
+    if _process_vm_readv(pid, ctypes.byref(here), 1, ctypes.byref(here), 1, 0) < 0:
+        raise OSError(ctypes.get_errno(), "")
+
+
+def _attempts(fd: int, pyvmm: int) -> dict[str, Callable[[], object]]:
+    parent = os.getppid()
+    return {
+        "read a file": lambda: os.open("/etc/passwd", os.O_RDONLY),
+        "write a file": lambda: os.open("new.txt", os.O_WRONLY | os.O_CREAT),
+        "list a folder": lambda: os.listdir("/"),
+        "look at a file": lambda: os.stat("/etc/passwd"),
+        "remove a file": lambda: os.unlink("secret.txt"),
+        "link a file": lambda: os.link("secret.txt", "other.txt"),
+        "pyvmm's memory": lambda: os.open(f"/proc/{pyvmm}/mem", os.O_RDWR),
+        "pyvmm's descriptors": lambda: os.listdir(f"/proc/{pyvmm}/fd"),
+        **{
+            f"pyvmm's descriptor {number}": lambda number=number: os.open(  # type: ignore[misc]
+                f"/proc/{pyvmm}/fd/{number}", os.O_RDWR
+            )
+            for number in range(3, 12)
+        },
+        "a descriptor of pyvmm's": lambda: _system_call(_PIDFD_GETFD, 3, 5, 0),
+        "the spawner's memory": lambda: os.open(f"/proc/{parent}/mem", os.O_RDWR),
+        "own descriptors": lambda: os.listdir("/proc/self/fd"),
+        "the disk again": lambda: os.open(f"/proc/self/fd/{fd}", os.O_RDWR),
+        "fork": _fork,
+        "exec": lambda: os.execv("/nowhere", ["nowhere"]),
+        "spawn": lambda: subprocess.run(["/bin/true"], check=True),
+        "a thread": _thread,
+        "TCP": lambda: socket.socket(socket.AF_INET),
+        "a Unix socket": lambda: socket.socket(socket.AF_UNIX),
+        "a pair of sockets": socket.socketpair,
+        "ptrace": lambda: _system_call(_PTRACE, _PTRACE_ATTACH, 0, 0, 0),
+        "read pyvmm": lambda: _read_process(pyvmm),
+        "signal pyvmm": lambda: os.kill(pyvmm, 0),
+        "signal the spawner": lambda: os.kill(parent, 0),
+        "map the disk": lambda: mmap.mmap(fd, 4096),
+        "map the disk privately": lambda: mmap.mmap(fd, 4096, flags=mmap.MAP_PRIVATE),
+        "executable memory": lambda: mmap.mmap(-1, 4096, prot=7),
+        "a memfd": lambda: os.memfd_create("new"),
+        "copy a descriptor": lambda: os.dup(fd),
+        "KVM": lambda: fcntl.ioctl(fd, _KVM_GET_API_VERSION),
+        "cut the disk": lambda: os.ftruncate(fd, os.lseek(fd, 0, os.SEEK_END)),
+        "a limit": _limit,
+        "another user": lambda: os.setuid(os.getuid()),
+        # What has to work.
+        "read the disk": lambda: os.pread(fd, 512, 0),
+        "write the disk": lambda: os.pwrite(fd, bytes(ROOM), 0),
+        "sync the disk": lambda: os.fdatasync(fd),
+        "memory": lambda: mmap.mmap(-1, 4096).close(),
+        "time": time.monotonic,
+        "random": lambda: os.urandom(8),
+    }
+
+
+MUST_WORK = {"read the disk", "write the disk", "sync the disk", "memory", "time", "random"}
+
+
+def attempt_all(fd: int, pyvmm: int) -> dict[str, str]:
+    """How each attempt ended."""
+    ended = {}
+    for name, attempt in _attempts(fd, pyvmm).items():
+        try:
+            attempt()
+            ended[name] = "ok"
+        except OSError as error:
+            ended[name] = errno.errorcode[error.errno or 0]
+    return ended
+
+
+def main() -> None:
+    process, pyvmm = VirtioBlock.process, os.getpid()
+
+    def hostile(device: VirtioBlock, queue: int) -> bool:
+        if not _done:
+            _done.append(True)
+            fd = device._disk.fd
+            told = json.dumps(attempt_all(fd, pyvmm)).encode()
+            os.pwrite(fd, told.ljust(ROOM), 0)
+        return process(device, queue)
+
+    VirtioBlock.process = hostile  # type: ignore[method-assign, assignment]
+    sys.argv[0] = "pyvmm"
+    runpy.run_module("vmm", run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,360 @@
+"""Guest memory as a device's process has it: every access is a message to pyvmm, which carries it
+out or refuses it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import Iterator
+
+from kvm_bindings.virtqueue import MOST_ENTRIES
+from vmm.core.errors import AccessDenied, GuestMemoryError, PrivateAccess, UnmappedAccess
+from vmm.core.lean_typing import NoReturn
+from vmm.devices.process import protocol
+from vmm.devices.process.protocol import HEAD
+from vmm.devices.virtio.block_batch import after
+from vmm.devices.virtio.queue import F_EVENT_IDX, SplitQueue
+
+_REFUSALS: dict[int, type[GuestMemoryError]] = {
+    protocol.PRIVATE: PrivateAccess,
+    protocol.UNMAPPED: UnmappedAccess,
+    protocol.DENIED: AccessDenied,
+}
+
+TURNS_AT_ONCE = 64
+"""Turns in which moves aren't kept, after some that failed."""
+
+
+class StaleAccess(Exception):
+    """The device has been reset since: nothing of what it was doing counts any more."""
+
+
+class Redo(Exception):
+    """What was taken for moved was not, or not all of it: the turn has to be done again, which a
+    disk's may."""
+
+
+class _Short(Exception):
+    """So much was moved, and less than asked for: the file ends, or the host is slow."""
+
+    def __init__(self, moved: int) -> None:
+        super().__init__()
+        self.moved = moved
+
+
+class PyvmmIsGone(Exception):
+    """The other end of the socket."""
+
+
+class Channel:
+    """The process's end of the socket. `backlog` has what came while an answer was waited for."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+        self._buffer = memoryview(bytearray(protocol.LONGEST))
+        self.backlog: list[bytes] = []
+        self.generation = 0
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def say(self, what: int, flags: int = 0, queue: int = 0, body: bytes = b"") -> None:
+        try:
+            self._socket.send(HEAD.pack(what, flags, queue, self.generation) + body)
+        except OSError as error:
+            raise PyvmmIsGone from error
+
+    def hear(self) -> memoryview:
+        """The next packet; good until the next call. Raises PyvmmIsGone."""
+        try:
+            size = self._socket.recv_into(self._buffer)
+        except OSError as error:
+            raise PyvmmIsGone from error
+        if size < HEAD.size:
+            raise PyvmmIsGone
+        return self._buffer[:size]
+
+    def ask(self, what: int, queue: int, body: bytes, flags: int = 0) -> memoryview:
+        """Say it, and wait for what it came to: the answer's body. Raises GuestMemoryError,
+        OSError, StaleAccess."""
+        self.say(what, flags, queue, body)
+        while True:
+            packet = self.hear()
+            if packet[0] == protocol.ANSWER:
+                break
+            self.backlog.append(bytes(packet))
+        status, body_of_answer = packet[1], packet[HEAD.size :]
+        if status != protocol.OK:
+            self._raise(status, body_of_answer)
+        return body_of_answer
+
+    @staticmethod
+    def _raise(status: int, body: memoryview) -> NoReturn:
+        if status == protocol.STALE:
+            raise StaleAccess
+        if status == protocol.SHORT:
+            raise _Short(protocol.MOVED.unpack(body)[0])
+        if status == protocol.FAILED:
+            (number,) = protocol.ERRNO.unpack(body)
+            raise OSError(number, os.strerror(number))
+        raise _REFUSALS[status](bytes(body).decode("utf-8", "replace"))
+
+
+class RemoteMemory:
+    """GuestMemory's verbs, as vmm.devices.virtio.device.GuestMemory has them."""
+
+    def __init__(self, channel: Channel, files: dict[int, int]) -> None:
+        """`files`: for each fd that bytes may be moved from and to, its number over there."""
+        self._ask = channel.ask
+        self._files = files
+
+    def pread(self, size: int, gpa: int) -> bytes:
+        ask, most = self._ask, protocol.MOST_DATA
+        if 0 < size <= most:
+            return bytes(ask(protocol.READ, 0, protocol.words((gpa, size))))
+        parts = [(at, min(most, gpa + size - at)) for at in range(gpa, gpa + size, most)]
+        return b"".join([bytes(ask(protocol.READ, 0, protocol.words(part))) for part in parts])
+
+    def pwrite(self, data: bytes | memoryview, gpa: int) -> None:
+        for at in range(0, len(data), protocol.MOST_DATA):
+            part = bytes(data[at : at + protocol.MOST_DATA])
+            self.write([gpa + at, len(part)], part)
+
+    def write(self, pieces: list[int], data: bytes, then: list[int] | None = None) -> memoryview:
+        """Write `data` over the pieces (gpa, size, gpa...), then read the pieces of `then`."""
+        then = then or []
+        head = protocol.WRITE_HEAD.pack(0, len(pieces) // 2, len(then) // 2)
+        return self._ask(protocol.WRITE, 0, head + protocol.words(pieces + then) + data)
+
+    def transfer_in(self, src_fd: int, src_offset: int, gpa: int, size: int) -> int:
+        return self._whole(protocol.MOVE_IN, src_fd, src_offset, gpa, size)
+
+    def transfer_out(self, gpa: int, size: int, dst_fd: int, dst_offset: int) -> int:
+        return self._whole(protocol.MOVE_OUT, dst_fd, gpa, dst_offset, size)
+
+    def discard(self, gpa: int, size: int) -> None:
+        """Not for a device in a process: none that may be in one does it."""
+        raise OSError(errno.EOPNOTSUPP, f"discard of {size:#x} bytes at {gpa:#x}")
+
+    def _whole(self, what: int, fd: int, source: int, target: int, size: int) -> int:
+        """One transfer, in as many messages as it takes; short at the file's end alone."""
+        total = 0
+        while total < size:
+            part = min(size - total, protocol.MOST_WHOLE)
+            moves = protocol.words((source + total, target + total, part))
+            (moved,) = protocol.MOVED.unpack(
+                self._ask(what, self._files[fd], moves, protocol.WHOLE)
+            )
+            total += moved
+            if moved < part:
+                break
+        return total
+
+
+class RemoteBatches(RemoteMemory):
+    """With the verbs for many pieces, where guest memory has them over there.
+
+    Where it may, it keeps a list of moves until what comes next, which mostly is what tells the
+    driver of them: one message instead of two. Who asked takes them for done. Where they turn out
+    not to be, the message after that raises Redo, and nothing else was done.
+    """
+
+    def __init__(self, channel: Channel, files: dict[int, int], may_keep: bool) -> None:
+        self._channel_ask = channel.ask
+        super().__init__(channel, files)
+        self._ask = self._ask_after_moves
+        self._may_keep = may_keep
+        self._kept: tuple[int, int, list[int]] | None = None
+        self._at_once = 0
+
+    def begin(self) -> None:
+        """A turn begins."""
+        self._kept = None
+        if self._at_once:
+            self._at_once -= 1
+
+    def end(self) -> None:
+        """A turn ends. Raises Redo."""
+        if self._kept is not None:
+            self._move_kept()
+
+    def _ask_after_moves(self, what: int, queue: int, body: bytes, flags: int = 0) -> memoryview:
+        if self._kept is not None:
+            self._move_kept()
+        return self._channel_ask(what, queue, body, flags)
+
+    def _move_kept(self) -> None:
+        assert self._kept is not None
+        (what, number, moves), self._kept = self._kept, None
+        while moves:
+            try:
+                answer = self._channel_ask(what, number, protocol.words(moves))
+            except (GuestMemoryError, OSError):
+                raise self._redo() from None
+            moves = self._left(moves, protocol.MOVED.unpack(answer)[0])
+
+    def _left(self, moves: list[int], moved: int) -> list[int]:
+        """What is to be done of the moves yet. Raises Redo where it is of no use."""
+        if not moved:
+            raise self._redo()
+        return after(moves, moved) if moved < sum(moves[2::3]) else []
+
+    def _redo(self) -> Redo:
+        """So that it becomes clear what is in the way; a disk that is slow stays so."""
+        self._at_once = TURNS_AT_ONCE
+        return Redo()
+
+    def write(self, pieces: list[int], data: bytes, then: list[int] | None = None) -> memoryview:
+        if self._kept is None:
+            return super().write(pieces, data, then)
+        (what, number, moves), self._kept = self._kept, None
+        then = then or []
+        flags = protocol.OUT if what == protocol.MOVE_OUT else 0
+        while True:
+            counts = len(moves) // 3, len(pieces) // 2, len(then) // 2
+            numbers = protocol.words(moves + pieces + then)
+            body = protocol.WRITE_HEAD.pack(*counts) + numbers + data
+            try:
+                return self._channel_ask(protocol.WRITE, number, body, flags)
+            except _Short as short:
+                moves = self._left(moves, short.moved)
+            except (GuestMemoryError, OSError):
+                raise self._redo() from None
+
+    def read_many(self, pieces: list[int]) -> bytes:
+        size = sum(pieces[1::2])
+        if size <= protocol.MOST_DATA and len(pieces) <= 2 * protocol.MOST_PIECES:
+            return bytes(self._ask(protocol.READ, 0, protocol.words(pieces)))
+        pairs = zip(pieces[::2], pieces[1::2], strict=True)
+        return b"".join([self.pread(size, gpa) for gpa, size in pairs])
+
+    def write_many(self, pieces: list[int], data: bytes) -> None:
+        if len(data) <= protocol.MOST_DATA and len(pieces) <= 2 * protocol.MOST_PIECES:
+            self.write(pieces, data)
+            return
+        done = 0
+        for gpa, size in zip(pieces[::2], pieces[1::2], strict=True):
+            self.pwrite(data[done : done + size], gpa)
+            done += size
+
+    def move_in(self, src_fd: int, moves: list[int]) -> int:
+        return self._moved(protocol.MOVE_IN, src_fd, moves)
+
+    def move_out(self, moves: list[int], dst_fd: int) -> int:
+        return self._moved(protocol.MOVE_OUT, dst_fd, moves)
+
+    def _moved(self, what: int, fd: int, moves: list[int]) -> int:
+        """In as many messages as it takes; short where one was."""
+        total = sum(moves[2::3])
+        if self._may_keep and not self._at_once and self._kept is None and _is_one(moves, total):
+            self._kept = what, self._files[fd], moves
+            return total
+        total = 0
+        for part in _in_messages(moves):
+            (moved,) = protocol.MOVED.unpack(self._ask(what, self._files[fd], protocol.words(part)))
+            total += moved
+            if moved < sum(part[2::3]):
+                break
+        return total
+
+
+def _is_one(moves: list[int], size: int) -> bool:
+    """Whether one message may have them all."""
+    return len(moves) <= 3 * protocol.MOST_PIECES and size <= protocol.MOST_MOVED
+
+
+def _in_messages(moves: list[int]) -> Iterator[list[int]]:
+    """The same moves in lists that are within a message's limits."""
+    if _is_one(moves, sum(moves[2::3])):
+        yield moves
+        return
+    part: list[int] = []
+    size = 0
+    for source, target, length in zip(moves[::3], moves[1::3], moves[2::3], strict=True):
+        done = 0
+        while done < length:
+            if size == protocol.MOST_MOVED or len(part) == 3 * protocol.MOST_PIECES:
+                yield part
+                part, size = [], 0
+            step = min(length - done, protocol.MOST_MOVED - size)
+            part += (source + done, target + done, step)
+            done += step
+            size += step
+    yield part
+
+
+class _QueueMemory:
+    """What a queue reads and writes, with what it reads next brought along: a look at the rings
+    with a notify and after what it returns, the index after it has asked for a notify.
+
+    What was brought counts once, and until the next turn: the driver may have moved on.
+    """
+
+    def __init__(self, memory: RemoteBatches, ring: list[int], event: int) -> None:
+        self._memory = memory
+        self._ring = ring
+        self._index = ring[0]
+        self._event_gpa = event
+        self._look = ring if ring[3] <= 2 * MOST_ENTRIES else []
+        self._after_return = [event, 2, *self._look]
+        self._brought: bytes | None = None
+        self._event: bytes | None = None
+        self._index_brought: bytes | None = None
+
+    def bring(self, ring: bytes | None) -> None:
+        """A turn begins, with this in the rings (None: not known)."""
+        self._brought = ring
+        self._event = self._index_brought = None
+
+    def pread(self, size: int, gpa: int) -> bytes:
+        if gpa == self._event_gpa and size == 2 and self._event is not None:
+            found, self._event = self._event, None
+            return found
+        if gpa == self._index and size == 4 and self._index_brought is not None:
+            found, self._index_brought = self._index_brought, None
+            return found
+        return self._memory.pread(size, gpa)
+
+    def pwrite(self, data: bytes, gpa: int) -> None:
+        answer = self._memory.write([gpa, len(data)], data, [self._index, 4, *self._look])
+        self._event, self._index_brought = None, bytes(answer[:4])
+        # It may be there already, and is looked at next then.
+        self._brought = (bytes(answer[4:]) or None) if answer[2:4] != data else None
+
+    def read_many(self, pieces: list[int]) -> bytes | bytearray:
+        if pieces == self._ring and self._brought is not None:
+            found, self._brought = self._brought, None
+            return found
+        return self._memory.read_many(pieces)
+
+    def write_many(self, pieces: list[int], data: bytes) -> None:
+        self._index_brought = None
+        if len(data) > protocol.MOST_DATA:
+            self._brought = self._event = None
+            self._memory.write_many(pieces, data)
+            return
+        answer = self._memory.write(pieces, data, self._after_return)
+        self._event, self._brought = bytes(answer[:2]), bytes(answer[2:]) or None
+
+
+class RemoteQueue(SplitQueue):
+    """A queue that asks for little: see _QueueMemory."""
+
+    __slots__ = ("_remote",)
+
+    def __init__(
+        self, memory: RemoteBatches, size: int, desc: int, avail: int, used: int, features: int
+    ) -> None:
+        event = avail + 4 + 2 * size if features & F_EVENT_IDX else avail
+        self._remote = _QueueMemory(memory, protocol.ring_pieces(size, desc, avail), event)
+        super().__init__(self._remote, size, desc, avail, used, features)
+
+    def begin(self, ring: bytes | None) -> None:
+        """A turn begins, with this in the rings (None: not known)."""
+        self._remote.bring(ring)
+
+    def rewind(self) -> None:
+        """What was taken and not returned is to be taken again."""
+        self.resume(self._next_used)
+        self.unfinished = None

@@ -1,0 +1,224 @@
+"""What starts the devices' processes: a process that was forked before there was a guest.
+
+pyvmm itself can't: it has threads, and once the guest runs its sandbox lets it fork no more. What
+comes from here has none of the guest's memory, no KVM, and nothing of what was opened later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+from collections.abc import Callable, Sequence
+
+from vmm.core.errors import HostError
+from vmm.core.lean_typing import NamedTuple, NoReturn
+from vmm.devices.process.back_end import BackEnd
+from vmm.devices.virtio.device import VirtioDevice
+
+_START, _END = b"s", b"e"
+_FAILED = b"!"
+_ENDS_WITHIN = 2000
+"""Milliseconds that a killed process may take: one that waits for a disk doesn't end before."""
+_ANSWERS_WITHIN = 10.0
+_MOST = 4096
+_STILL_THERE = "was killed, and waits for the host still"
+
+_IGNORED = (
+    signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP, signal.SIGUSR1,
+    signal.SIGUSR2, signal.SIGPIPE,
+)  # fmt: skip
+"""What a terminal or a process manager sends to all of a command's processes."""
+
+
+class Job(NamedTuple):
+    """A device that is to have a process."""
+
+    device: VirtioDevice
+    files: Sequence[int]
+    """What pyvmm moves bytes from and to, by the numbers that both sides have for it."""
+    keeps: Sequence[int]
+    """The file descriptors that it needs: the device's own."""
+    may_keep: Callable[[int], bool] = lambda features: False
+    """As BackEnd's."""
+
+
+class Spawner:
+    """The process that starts processes, from `begin` until `close`."""
+
+    def __init__(self, confine: Callable[[], tuple[bool, int]] | None) -> None:
+        """`confine` puts a device's process into its sandbox, and says what of it there is: system
+        calls' filter, Landlock's version."""
+        self._confine = confine
+        self._jobs: list[Job] = []
+        self._pid = 0
+        self._commands: socket.socket | None = None
+
+    def add(self, job: Job) -> int:
+        """A device's number; before `begin`."""
+        self._jobs.append(job)
+        return len(self._jobs) - 1
+
+    def begin(self) -> None:
+        """Fork. This process should have no threads yet. Raises HostError."""
+        self._commands, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            self._pid = os.fork()
+        except OSError as error:
+            theirs.close()
+            raise HostError(
+                f"starting the process that starts devices' processes failed: {error.strerror}; "
+                "free memory or processes"
+            ) from error
+        if self._pid == 0:
+            _serve(theirs, self._jobs, self._confine)
+        theirs.close()
+        self._commands.settimeout(_ANSWERS_WITHIN)
+
+    def start(self, number: int) -> tuple[socket.socket, int]:
+        """The socket to a new process for that device, and its id. Raises HostError."""
+        try:
+            words, fds = self._ask(_START, number)
+        except (OSError, EOFError):
+            raise HostError("the process that starts devices' processes is gone") from None
+        if words.startswith(_FAILED) or len(fds) != 1:
+            raise HostError(
+                f"a device's process can't be started: {words[1:].decode()}; free memory or "
+                "processes, and try again"
+            )
+        return socket.socket(fileno=fds[0]), int(words)
+
+    def end(self, number: int) -> str:
+        """End that device's process, if it hasn't; how it ended, in words."""
+        if self._commands is None:
+            return "was not there"
+        try:
+            return self._ask(_END, number)[0].decode()
+        except (OSError, EOFError):
+            return "has ended"
+
+    def _ask(self, what: bytes, number: int) -> tuple[bytes, list[int]]:
+        assert self._commands is not None
+        self._commands.send(what + bytes((number,)))
+        words, fds, _, _ = socket.recv_fds(self._commands, _MOST, 1, socket.MSG_CMSG_CLOEXEC)
+        if not words:
+            raise EOFError
+        return words, fds
+
+    def close(self) -> None:
+        """End all of them; any number of times."""
+        if self._commands is not None:
+            self._commands.close()
+            self._commands = None
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(self._pid, 0)
+
+
+class _Nursery:
+    """The spawner's side."""
+
+    def __init__(self, jobs: Sequence[Job], confine: Callable[[], tuple[bool, int]] | None) -> None:
+        self._jobs = jobs
+        self._confine = confine
+        self._children: dict[int, int] = {}
+
+    def start(self, number: int) -> tuple[bytes, list[socket.socket]]:
+        if number in self._children and self.end(number) == _STILL_THERE:
+            return _FAILED + f"the last one {_STILL_THERE}".encode(), []
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            pid = os.fork()
+        except OSError as error:
+            ours.close()
+            theirs.close()
+            return _FAILED + (error.strerror or "").encode(), []
+        if pid == 0:
+            _become(self._jobs[number], theirs, self._confine)
+        theirs.close()
+        self._children[number] = pid
+        return str(pid).encode(), [ours]
+
+    def end(self, number: int) -> str:
+        pid = self._children.get(number)
+        if pid is None:
+            return "was not there"
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if not found:
+            found, status = _killed(pid)
+        if not found:
+            return _STILL_THERE
+        del self._children[number]
+        code = os.waitstatus_to_exitcode(status)
+        if code >= 0:
+            return f"ended with status {code}"
+        return f"was killed by {signal.Signals(-code).name}"
+
+    def end_all(self) -> None:
+        for number in list(self._children):
+            self.end(number)
+
+
+def _killed(pid: int) -> tuple[int, int]:
+    """Kill it, and wait for its end a while: (0, 0) where it takes longer."""
+    os.kill(pid, signal.SIGKILL)
+    fd = os.pidfd_open(pid)
+    try:
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        poll.poll(_ENDS_WITHIN)
+    finally:
+        os.close(fd)
+    return os.waitpid(pid, os.WNOHANG)
+
+
+def _serve(
+    commands: socket.socket,
+    jobs: Sequence[Job],
+    confine: Callable[[], tuple[bool, int]] | None,
+) -> NoReturn:
+    """The process that starts processes. Never returns: its parent's stack must not run twice."""
+    try:
+        for number in _IGNORED:
+            signal.signal(number, signal.SIG_IGN)
+        _close_all_but({2, commands.fileno(), *(fd for job in jobs for fd in job.keeps)})
+        nursery = _Nursery(jobs, confine)
+        try:
+            while command := commands.recv(_MOST):
+                sockets: list[socket.socket] = []
+                if command[:1] == _START:
+                    words, sockets = nursery.start(command[1])
+                else:
+                    words = nursery.end(command[1]).encode()
+                socket.send_fds(commands, [words], [one.fileno() for one in sockets])
+                for one in sockets:
+                    one.close()
+        except OSError:
+            pass
+        nursery.end_all()
+    finally:
+        os._exit(0)
+
+
+def _become(
+    job: Job, connection: socket.socket, confine: Callable[[], tuple[bool, int]] | None
+) -> NoReturn:
+    """A device's process, with nothing open but its socket and what the device needs."""
+    try:
+        _close_all_but({connection.fileno(), *job.keeps})
+        import vmm.devices.virtio.read_ahead  # noqa: F401 -- what it would load later, and can't
+
+        back_end = BackEnd(job.device, connection, job.files, job.may_keep)
+        seccomp, landlock = (False, 0) if confine is None else confine()
+        back_end.run(seccomp, landlock)
+    finally:
+        os._exit(0)
+
+
+def _close_all_but(kept: set[int]) -> None:
+    former = -1
+    for fd in sorted(kept):
+        os.closerange(former + 1, fd)
+        former = fd
+    os.closerange(former + 1, os.sysconf("SC_OPEN_MAX"))

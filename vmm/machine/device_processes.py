@@ -1,0 +1,57 @@
+"""Devices in processes of their own, as a run has them: what each has to be given."""
+
+from __future__ import annotations
+
+from kvm_bindings import fdops
+from vmm.core.disk_image import SECTOR
+from vmm.devices.process.front_end import MovedFile, ProcessDevice
+from vmm.devices.process.spawner import Job, Spawner
+from vmm.devices.virtio.block import F_FLUSH, VirtioBlock
+from vmm.devices.virtio.block_file import DiskFile
+from vmm.devices.virtio.net import VirtioNet
+
+DISK_PATIENCE = 2
+"""As VirtioBlock's, where a look is a message: the first comes with what was returned."""
+
+
+def _flushes(features: int) -> bool:
+    """Whether a disk's driver flushes. For one that doesn't, a write is on the disk when it has
+    been moved, which has to be before the device sees to that."""
+    return bool(features & F_FLUSH)
+
+
+class DeviceProcesses:
+    """The processes of one run's devices."""
+
+    def __init__(self, *, confined: bool) -> None:
+        """`confined`: whether they are to be in sandboxes."""
+        confine = None
+        if confined:
+            from vmm.sandbox.device import enter_device
+
+            confine = enter_device
+        self._spawner = Spawner(confine)
+
+    def disk(self, name: str, disk: DiskFile) -> ProcessDevice:
+        """The device that stands for a disk's."""
+        device = VirtioBlock(disk, fdops.punch_hole, DISK_PATIENCE)
+        number = self._spawner.add(Job(device, [disk.fd], [disk.fd], _flushes))
+        moved = MovedFile(disk.fd, disk.sectors * SECTOR, disk.read_only)
+        return ProcessDevice(device, name, number, self._spawner, [moved], fails_requests=True)
+
+    def net(self, name: str, device: VirtioNet) -> ProcessDevice:
+        """The device that stands for a network card."""
+        fd = device.backend.fd
+        number = self._spawner.add(Job(device, [], [fd]))
+        return ProcessDevice(
+            device, name, number, self._spawner,
+            config_without=device.config_with(link_up=False),
+            restarts=not device.backend.is_stream,
+        )  # fmt: skip
+
+    def begin(self) -> None:
+        """All have been opened. This process should have no threads yet. Raises HostError."""
+        self._spawner.begin()
+
+    def close(self) -> None:
+        self._spawner.close()

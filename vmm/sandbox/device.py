@@ -1,0 +1,29 @@
+"""A device's process: it serves what is open, and can open nothing."""
+
+from __future__ import annotations
+
+import os
+
+from kvm_bindings import KvmError, sandbox
+from vmm.sandbox import seccomp
+from vmm.sandbox.calls import DEVICE, Needs, conditional
+
+_CONDITIONAL = ("mmap", "mprotect", "ioctl")
+
+
+def enter_device() -> tuple[bool, int]:
+    """Give up everything but that. What there is of it: the filter of system calls, Landlock's
+    version (0: none); where this kernel can't take it away, it stays as it is."""
+    version = 0
+    try:
+        sandbox.no_new_privileges()
+        version = sandbox.landlock([])
+        rules = conditional(Needs(os.getpid()))
+        calls = {name: rules[name] for name in _CONDITIONAL}
+        # No file is mapped, not even a module: the first alternative alone, anonymous memory.
+        calls["mmap"] = calls["mmap"][:1]
+        calls["ioctl"] = calls["ioctl"][1:]  # without KVM's
+        sandbox.seccomp(seccomp.allow_only(DEVICE, calls))
+    except KvmError:
+        return False, version
+    return True, version
