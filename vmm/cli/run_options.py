@@ -123,7 +123,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "--vsock": {
             "metavar": "path=PATH[,cid=N]",
             "help": "sockets between guest and host: a program that connects to PATH and writes "
-            "'CONNECT PORT' reaches that port of the guest, the guest reaches who listens on "
+            "'CONNECT PORT' reaches that port of the guest, the guest reaches the listener of "
             "PATH_PORT by connecting to port PORT of CID 2 (the guest's own CID: 3)",
         },
         "--console": {

@@ -70,16 +70,20 @@ def _require_right(text: str) -> None:
 def become(user: User, folders: Sequence[str]) -> None:
     """All threads, for good: that user and group, no others, and no capabilities.
 
-    `folders`, with what the run has written in them, are that user's from now on. Raises OSError,
-    and HostError where that user can't read pyvmm and Python, of which parts are loaded late."""
-    for folder in folders:
-        for path, _, names in os.walk(folder):
-            for each in (path, *(os.path.join(path, name) for name in names)):
-                os.chown(each, *user, follow_symlinks=False)
-    # In this order: the last of them takes the right to the others. glibc does it on all threads.
-    os.setgroups([])
-    os.setresgid(user.gid, user.gid, user.gid)
-    os.setresuid(user.uid, user.uid, user.uid)
+    `folders`, with what the run has written in them, are that user's from now on. Raises
+    HostError: that can't be, or that user can't read pyvmm and Python, which are loaded late in
+    parts."""
+    try:
+        for folder in folders:
+            for path, _, names in os.walk(folder):
+                for each in (path, *(os.path.join(path, name) for name in names)):
+                    os.chown(each, *user, follow_symlinks=False)
+        # In this order: the last takes the right to the others. glibc does it on all threads.
+        os.setgroups([])
+        os.setresgid(user.gid, user.gid, user.gid)
+        os.setresuid(user.uid, user.uid, user.uid)
+    except OSError as error:
+        raise HostError(f"--uid: becoming user {user.uid} failed: {error}; leave it out") from error
     for path in (__file__, os.__file__):
         if not os.access(path, os.R_OK):
             raise HostError(
