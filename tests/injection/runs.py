@@ -138,8 +138,7 @@ def outcome(row: Row, error: int, run: Seen) -> str:
         return SAME if not run.disk_counts.get("errors") else COUNTED
     if row.call == "write" and row.on == "console" and ended.status == 0:
         return DROPPED
-    # A process that has ended is said; of all others the report tells.
-    if _guest_was_told(ended.output, error) and (not lines or row.path != "disk"):
+    if _guest_was_told(ended.output, error):
         return GUEST
     if "waited for in vain" in ended.output:
         return RESET
