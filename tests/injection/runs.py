@@ -44,6 +44,10 @@ _INTERRUPTIONS = 20
 """How often a call is interrupted that is to be repeated."""
 
 
+COUNTED = "errors are counted"
+"""And the guest, which has what it wants, goes on to its end."""
+
+
 class Seen(NamedTuple):
     """What is to be seen of a run that has ended."""
 
@@ -130,7 +134,7 @@ def outcome(row: Row, error: int, run: Seen) -> str:
     if went_well and ended.status == 0:
         if lines:
             return SAID
-        return SAME if not run.disk_counts.get("errors") else "errors are counted"
+        return SAME if not run.disk_counts.get("errors") else COUNTED
     if row.call == "write" and row.on == "console" and ended.status == 0:
         return DROPPED
     if _guest_was_told(ended.output, error):

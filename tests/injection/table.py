@@ -185,6 +185,7 @@ START = [
             ("landlock_add_rule", "", _all(ENDS_3, ENOMEM), 1),
             ("landlock_restrict_self", "", _all(ENDS_3, errno.E2BIG), 1),
             ("seccomp", "", _all(ENDS_3, ENOMEM), 1),
+            ("fchmod", "shared memory", _all(SAME, errno.EPERM), 1),
             ("prctl", "", _all(ENDS_3, errno.EPERM), 1),
         ]
     ),
@@ -219,7 +220,7 @@ OTHERS = [
         "control", lasts=False),
     Row("control", "epoll_ctl", "a caller", _all(CALLER, ENOSPC, ENOMEM), BY_PROGRAM, "control",
         lasts=False),
-    Row("control", "recvfrom", "socket", {EINTR: SAME, EAGAIN: SAME, SHORT: SAME, **_all(CALLER,
+    Row("control", "recvmsg", "socket", {EINTR: SAME, EAGAIN: SAME, SHORT: SAME, **_all(CALLER,
         EIO, ENOMEM)}, BY_PROGRAM, "control", lasts=False),
     Row("control", "sendto", "socket", {EINTR: SAME, EAGAIN: SAME, SHORT: SAME}, BY_PROGRAM,
         "control", lasts=False),
