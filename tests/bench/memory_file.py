@@ -4,7 +4,7 @@ GuestMemory's own.
     python -m tests.bench.memory_file
 
 Both are taken in turns, a round each; the figure is the median of the rounds' ratios. Needs
-/dev/fuse, mfusepy and libfuse3.
+/dev/fuse and libfuse3.
 """
 
 from __future__ import annotations

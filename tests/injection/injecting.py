@@ -82,18 +82,48 @@ def run(words: Sequence[str], *faults: Fault, environment: dict[str, str] | None
                     for each in faults
                 ),
             }
-        with subprocess.Popen(
-            words, cwd=ROOT, env=os.environ | more, text=True, errors="replace",
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        ) as process:  # fmt: skip
-            try:
-                output, errors = process.communicate(timeout=SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                output, errors = process.communicate()
+        status, output, errors = _ended(words, more)
         with mmap.mmap(file.fileno(), _COUNTS, access=mmap.ACCESS_READ) as counts:
             seen, injected = struct.unpack_from("=QQ", counts)
-    return Ended(process.returncode, output, errors, seen, injected)
+    return Ended(status, output, errors, seen, injected)
+
+
+def _ended(words: Sequence[str], environment: dict[str, str]) -> tuple[int, str, str]:
+    with subprocess.Popen(
+        words, cwd=ROOT, env=os.environ | environment, text=True, errors="replace",
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        try:
+            output, errors = process.communicate(timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            output, errors = process.communicate()
+    return process.returncode, output, errors
+
+
+def run_under_strace(
+    words: Sequence[str], call: str, error: int, match: str, first: int, last: int
+) -> Ended:
+    """Run `words` with calls that fail behind the C library; `match` is a whole path, or `*`.
+    `first` and `last` count each thread's calls apart."""
+    when = f"{first}+" if last == FOR_EVER else f"{first}..{last}"
+    name = "EOPNOTSUPP" if error == errno.EOPNOTSUPP else errno.errorcode[error]
+    inject = f"inject={call}:error={name}:when={when}"
+    with tempfile.NamedTemporaryFile(prefix="pyvmm-strace-") as log:
+        # By a filter: a call that is stopped at its entry becomes number -1, which a sandbox sees.
+        tracer = ["strace", "-f", "-qq", "--seccomp-bpf", "-o", log.name]
+        tracer += ["-e", f"trace={call}", "-e", inject]
+        if match != "*":
+            tracer += ["-P", match]
+        status, output, errors = _ended([*tracer, *words], {})
+        lines = Path(log.name).read_text(errors="replace")
+    return Ended(status, output, errors, lines.count(f"{call}("), lines.count("(INJECTED)"))
+
+
+def program(name: str, fault: Fault) -> Ended:
+    """One of tests.injection.programs, whose calls fail as it says when it arms the library."""
+    words = [sys.executable, "-m", "tests.injection.programs", name, str(fault.error)]
+    return run(words, fault, environment={"PYVMM_INJECT_WAITS": "1", "PYTHONPATH": str(ROOT)})
 
 
 def pyvmm(*options: str) -> list[str]:

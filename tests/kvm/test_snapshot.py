@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -21,7 +22,7 @@ from tests.support.command import Session
 from tests.support.saved import refuses_what_is_wrong
 from vmm.arch.x86_64.vcpu_state import ChipState
 from vmm.core.saved import Saved
-from vmm.snapshot.folder import packed, unpacked
+from vmm.snapshot.folder import packed
 
 pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("usable_kvm")]
 
@@ -113,6 +114,7 @@ def data_extents(path: Path) -> Iterator[tuple[int, int]]:
 def test_gdb_opens_a_dump_and_the_guest_goes_on(kernel: list[str], tmp_path: Path) -> None:
     with running(tmp_path / "ctl", *kernel, "--cpus", "2", until=SAID) as machine:
         answer = machine.ctl("dump", str(tmp_path / "core"))
+        again = command.run("ctl", str(tmp_path / "ctl"), "dump", str(tmp_path / "core"))
         machine.echoes(b"x")
 
     said = gdb(
@@ -126,18 +128,39 @@ def test_gdb_opens_a_dump_and_the_guest_goes_on(kernel: list[str], tmp_path: Pat
         "ok": True, "exit": 0, "vcpus": 2, "shared_bytes": 16 * MIB, "left_out_bytes": 0,
         "vmcoreinfo": False,
     }  # fmt: skip
+    assert again.returncode == 2
+    assert one_line(again.stderr).endswith("core is there already; name a file that isn't")
     assert f"rbx            {MARK:#x}" in said
     assert "Id   Target Id" in said and said.count("LWP") >= 2
     assert f"{guests.BASE:#x}:\t{int.from_bytes(CODE[:8], 'little'):#018x}" in said
     assert "Cannot access memory at address 0xf0000000" in said
 
 
-def test_private_pages_are_no_part_of_a_dump(tmp_path: Path) -> None:
-    core = tmp_path / "core"
-    with payload(tmp_path / "ctl", *PAYLOAD, until=b"ok 3") as machine:
-        pages = machine.ctl("dump-state")["pages"]
-        answer = machine.ctl("dump", str(core))
+class Written(NamedTuple):
+    """What a guest with private memory has left, and the answers."""
 
+    core: Path
+    saved: Path
+    pages: list[tuple[int, int, str]]
+    dumped: dict[str, Any]
+    snapped: dict[str, Any]
+    state: str
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory, kvm: System) -> Written:
+    folder = tmp_path_factory.mktemp("private")
+    core, saved = folder / "core", folder / "saved"
+    with payload(folder / "ctl", *PAYLOAD, until=b"ok 3") as machine:
+        pages = machine.ctl("dump-state")["pages"]
+        dumped = machine.ctl("dump", str(core))
+        snapped = machine.ctl("snapshot", str(saved))
+        state = machine.ctl("status")["state"]
+    return Written(core, saved, pages, dumped, snapped, state)
+
+
+def test_private_pages_are_no_part_of_a_dump(written: Written) -> None:
+    core, pages, answer = written.core, written.pages, written.dumped
     private = sum(size for _, size, state in pages if state == "private")
     assert answer["left_out_bytes"] == private > 16 * MIB
     assert answer["shared_bytes"] == 64 * MIB - private
@@ -150,16 +173,6 @@ def test_private_pages_are_no_part_of_a_dump(tmp_path: Path) -> None:
     shared_end = max(gpa + size for gpa, size, state in pages if state == "shared")
     assert end == 2 * MIB
     assert all(stop <= offset + shared_end for _, stop in data_extents(core))
-
-
-def test_dump_over_a_file_that_is_there_is_refused(kernel: list[str], tmp_path: Path) -> None:
-    (tmp_path / "core").write_text("precious")
-    with running(tmp_path / "ctl", *kernel, until=SAID):
-        done = command.run("ctl", str(tmp_path / "ctl"), "dump", str(tmp_path / "core"))
-
-    assert done.returncode == 2
-    assert done.stderr.decode().endswith("core is there already; name a file that isn't\n")
-    assert (tmp_path / "core").read_text() == "precious"
 
 
 # --- snapshot and restore ---
@@ -203,28 +216,12 @@ def test_private_guest_with_a_disk_ends_as_if_nothing_had_happened(tmp_path: Pat
     assert disk.read_bytes() == content
 
 
-@pytest.mark.usefixtures("guest_memfd_flags")
-def test_private_memory_of_a_guest_memfd_comes_along(tmp_path: Path) -> None:
-    words = ["--mem", "64M", "--private-mem=guest_memfd-mmap"]
-    saved = str(tmp_path / "saved")
-    with payload(tmp_path / "ctl", *words, until=b"ok 3") as machine:
-        machine.ctl("snapshot", saved, "--with-private", "--then-quit")
-
-    done = command.run("--restore", saved)
-
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert b"payload: all 17 checks passed" in done.stdout
-
-
-def test_snapshot_of_the_shared_side_has_no_private_byte_and_does_not_run(tmp_path: Path) -> None:
-    saved = tmp_path / "saved"
-    with payload(tmp_path / "ctl", *PAYLOAD, until=b"ok 3") as machine:
-        answer = machine.ctl("snapshot", str(saved))
-        assert machine.ctl("status")["state"] == "paused"
-        pages = machine.ctl("dump-state")["pages"]
+def test_snapshot_of_the_shared_side_has_no_private_byte_and_does_not_run(written: Written) -> None:
+    saved, pages, answer = written.saved, written.pages, written.snapped
 
     done = command.run("--restore", str(saved))
 
+    assert written.state == "paused", "as it was before"
     assert answer["private_bytes"] == 0 and answer["left_out_bytes"] > 16 * MIB
     assert sorted(path.name for path in saved.iterdir()) == ["memory", "state"]
     private = [(gpa, gpa + size) for gpa, size, state in pages if state == "private"]
@@ -248,27 +245,28 @@ def test_private_memory_that_the_kernel_keeps_is_refused(tmp_path: Path) -> None
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-def test_guest_that_was_never_started_can_be_saved(kernel: list[str], tmp_path: Path) -> None:
-    saved = str(tmp_path / "saved")
-    with running(tmp_path / "ctl", *kernel, "-S") as machine:
-        assert machine.ctl("snapshot", saved, "--then-quit")["ok"]
-        machine.session.wait()
-
-    with running(tmp_path / "other", "--restore", saved, until=SAID) as machine:
-        machine.echoes(b"x")
-
-
 # --- what is refused ---
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, kvm: System) -> Path:
+    """A folder with a snapshot, and its disk beside it."""
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "kernel").write_bytes(guests.kernel(CODE))
+    (folder / "disk").write_bytes(os.urandom(MIB))
+    words = ["--kernel", str(folder / "kernel"), "--mem", "16M"]
+    words += ["--disk", str(folder / "disk"), "--rng"]
+    with running(folder / "ctl", *words, until=SAID) as machine:
+        assert machine.ctl("snapshot", str(folder / "saved"), "--then-quit")["ok"]
+    return folder
+
+
 @pytest.fixture
-def saved(kernel: list[str], tmp_path: Path) -> Path:
-    path = tmp_path / "saved"
-    (tmp_path / "disk").write_bytes(os.urandom(MIB))
-    words = [*kernel, "--disk", str(tmp_path / "disk"), "--rng"]
-    with running(tmp_path / "ctl", *words, until=SAID) as machine:
-        assert machine.ctl("snapshot", str(path), "--then-quit")["ok"]
-    return path
+def saved(made: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be damaged."""
+    shutil.copytree(made / "saved", tmp_path / "saved")
+    shutil.copy2(made / "disk", tmp_path / "disk")
+    return tmp_path / "saved"
 
 
 def one_line(said: bytes) -> str:
@@ -286,9 +284,10 @@ def test_devices_are_named_again_and_disks_are_as_they_were(saved: Path) -> None
     disk = saved.parent / "disk"
     words = ["--disk", str(disk)]
 
-    assert restore(saved)[1].endswith(
-        f"its machine has blk0; name it again with --disk '{disk}' (a snapshot opens nothing by "
-        "itself)"
+    assert re.search(
+        r"its machine has blk0; name it again with --disk '/.*disk' \(a snapshot opens nothing by "
+        r"itself\)$",
+        restore(saved)[1],
     )
     assert "its machine has rng; name it again with --rng" in restore(saved, *words)[1]
     more = restore(saved, *words, "--rng", "--disk", f"{saved}/memory,ro,format=raw")
@@ -305,9 +304,8 @@ def test_devices_are_named_again_and_disks_are_as_they_were(saved: Path) -> None
 HOSTILE: dict[str, Callable[[Any], None]] = {
     "private pages": lambda s: s.update(pages=[[0, 16 << 20, "private"]]),
     "bytes nowhere": lambda s: s["memory"].insert(0, [0, 4096, "00" * 32]),
+    "another processor": lambda s: s["state"]["platform"]["cpuid"][0][0].__setitem__(3, 1),
     "registers": lambda s: s["state"]["platform"]["chips"]["vcpus"][0].update(xcrs="ff" * 392),
-    "queue": lambda s: s["state"]["devices"]["virtio"][0]["transport"].update(queues=[]),
-    "something more": lambda s: s.update(more=1),
 }
 """One for each step of a restore; tests/unit/machine/test_restoring.py has the others."""
 
@@ -324,9 +322,6 @@ def test_state_that_makes_no_sense_is_refused_with_one_line(saved: Path) -> None
         said[name] = restore(saved, *words)
     (saved / "state").write_bytes(whole[: len(whole) // 2])
     said["cut short"] = restore(saved, *words)
-    (saved / "state").write_bytes(whole)
-    (saved / "memory").write_bytes(b"")
-    said["no memory"] = restore(saved, *words)
 
     for name, (status, line) in said.items():
         assert status == 2, (name, line)
@@ -393,9 +388,3 @@ def test_processor_comes_back_as_it_was(kvm: System, chips: Callable[[], ChipSta
     assert again["kvmclock_ns"] > state["kvmclock_ns"], "time goes on while nobody is there"
     with pytest.raises(KvmError, match="KVM_SET_IRQCHIP"):
         second._vm.set_irqchip(b"short")
-
-
-def test_unpacked_state_is_what_was_packed(saved: Path) -> None:
-    data = (saved / "state").read_bytes()
-
-    assert unpacked(data, "state").names() == ["state", "pages", "memory", "private"]

@@ -57,12 +57,13 @@ def main(console_file: str, kernel: str, initrd: str, disk: str, report: str) ->
 
     seen: dict[str, Any] = {"booted": console.expect_prompt(policies.BOOT_LIMIT) is not None}
     seen["mounted"] = typed("mount -t ext4 /dev/vda /mnt && echo yes")
+    typed("echo 1 >/proc/sys/kernel/printk")  # nothing of the kernel's between the answers
     typed(LOAD)
     start = ask("dump-state")["io"]["blk0"]["bytes_written"]
     while ask("dump-state")["io"]["blk0"]["bytes_written"] < start + FIRST:
         pass
     os.kill(ask("devices")["devices"]["blk0"]["pid"], signal.SIGKILL)
-    seen["over"] = typed("while [ ! -e /tmp/over ]; do sleep 1; done; wc -l </tmp/ok")
+    seen["over"] = typed("while [ ! -e /tmp/over ]; do sleep 1; done; echo $(wc -l </tmp/ok) files")
     seen["dmesg"] = typed("dmesg | grep -i 'i/o error' | head -n 3")
     seen["unmounted"] = typed("umount /mnt && echo yes")
     done = subprocess.run(
@@ -72,7 +73,7 @@ def main(console_file: str, kernel: str, initrd: str, disk: str, report: str) ->
     seen["again"] = typed("mount -t ext4 /dev/vda /mnt && echo yes")
     seen["lost"] = typed("sha256sum -c /tmp/ok 2>&1 | grep -v ': OK$'")
     seen["after"] = typed(
-        "dd if=/dev/urandom of=/mnt/after bs=4k count=64 conv=fsync 2>/dev/null && echo yes"
+        "dd if=/dev/urandom of=/mnt/n bs=4k count=64 conv=fsync 2>/dev/null && echo yes"
     )
     typed("umount /mnt")
     console.type("poweroff -f")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -39,12 +40,15 @@ def test_file_system_is_whole_after_its_disk_s_process_was_killed_under_load(
 
     print(json.dumps(seen, indent=2))
     assert (seen["booted"], seen["mounted"]) == (True, "yes")
-    assert 0 < int(seen["over"]) < 600
+    files = re.search(r"^(\d+) files$", seen["over"], re.MULTILINE)
+    assert files is not None and 0 < int(files[1]) < 600
     assert "error" in seen["dmesg"].lower()
-    assert (seen["unmounted"], seen["restart"], seen["again"]) == ("yes", 0, "yes")
+    assert (seen["unmounted"][-3:], seen["restart"], seen["again"][-3:]) == ("yes", 0, "yes")
     assert seen["lost"] == ""
-    assert (seen["after"], seen["status"]) == ("yes", 0)
+    assert (seen["after"][-3:], seen["status"]) == ("yes", 0)
     process = json.loads((tmp_path / "report.json").read_text())["io"]["blk0"]["process"]
     assert (process["deaths"], process["restarts"]) == (1, 1)
     assert process["last_end"] == "was killed by SIGKILL"
-    subprocess.run(["e2fsck", "-fn", str(disk)], check=True, timeout=60)
+    print(json.dumps(process))
+    fsck = subprocess.run(["e2fsck", "-fn", str(disk)], check=True, timeout=60, capture_output=True)
+    print(fsck.stdout.decode())

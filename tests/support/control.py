@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import threading
 from pathlib import Path
@@ -11,8 +12,10 @@ from typing import Any
 from tests.support.status import status
 from vmm.control.control_socket import ControlSocket
 from vmm.conversion.events import EventFeed
+from vmm.core.errors import HostError
 from vmm.core.event_loop import EventLoop
 from vmm.core.events import FROM_HOST, NO_VCPU, ConversionRequest, Kind
+from vmm.core.saved import NotSaved
 from vmm.policy import Decision
 
 
@@ -25,6 +28,8 @@ class FakeOperations:
         self.answer = 0
         self.word: Decision | None = None  # of a policy, which the feed tells
         self.can_pause = True
+        self.saved: dict[str, Any] = {}
+        self.refuses_to_save = False
         self.pages = [[4096 * n, 4096, "private"] for n in range(3)]
 
     def status(self) -> Any:
@@ -42,6 +47,27 @@ class FakeOperations:
 
     def quit(self) -> None:
         self.calls.append("quit")
+
+    def dump(self, fd: int) -> dict[str, Any]:
+        self.calls.append("dump")
+        return self.saved
+
+    def snapshot(self, fd: int, private: int | None = None) -> dict[str, Any]:
+        self.calls.append("snapshot")
+        if self.refuses_to_save:
+            raise NotSaved("not now")
+        os.pwrite(fd, b"guest".ljust(4096, b"\0"), 4096)
+        return self.saved
+
+    def devices(self) -> dict[str, Any]:
+        return {"blk0": {"pid": 7}, "blk1": None}
+
+    def restart_device(self, name: str) -> None:
+        if name == "blk1":
+            raise LookupError("blk1 is in pyvmm's own process")
+        if name == "blk2":
+            raise HostError("no memory")
+        self.calls.append(f"restart {name}")
 
     def convert(self, kind: Kind, gpa: int, size: int) -> int:
         self.calls.append((kind, gpa, size))

@@ -28,7 +28,7 @@ Asks the pyvmm that was started with --control PATH, and prints its answer as JS
 answer has the reason in "error". GPA is an address, as in 0x1000; SIZE is in bytes, or has a unit,
 as in 64K or 2M. "device restart" starts a device's process anew, one of --disk FILE,process; NAME
 is in "devices". "follow" prints a line of JSON for each event, until the run or Ctrl-C ends it;
-who reads slowly loses some and is told how many.
+a slow reader loses some and is told how many.
 "dump" makes an ELF core file of the shared memory and the processors, for gdb, crash and drgn.
 "snapshot" makes a folder that pyvmm --restore DIR goes on from; --with-private puts private memory
 in, too, of a rehearsal; --then-quit ends the run, so that its disks stay as they are. Both stop the
@@ -48,9 +48,9 @@ def run(words: Sequence[str]) -> int:
     if words and words[0] in ("--help", "-h"):
         print(USAGE, end="")
         return 0
-    if words[1:2] in (["dump"], ["snapshot"]):
-        return _save(words)
     path, request = _request(words)
+    if request["command"] in ("dump", "snapshot"):
+        return _save(path, request)
     with _connected(path) as connection, connection.makefile("rb") as lines:
         with contextlib.suppress(ConnectionError):  # it has ended, or is about to say why not
             connection.sendall(json.dumps(request).encode() + b"\n")
@@ -63,17 +63,8 @@ def run(words: Sequence[str]) -> int:
         return _follow(path, lines)
 
 
-def _save(words: Sequence[str]) -> int:
-    """`dump` and `snapshot`."""
-    path, command, *rest = words
-    flags = [word for word in rest if word.startswith("--")]
-    names = [word for word in rest if word not in flags]
-    known = ("--with-private", "--then-quit") if command == "snapshot" else ()
-    if len(names) != 1 or not names[0] or any(flag not in known for flag in flags):
-        what = "DIR [--with-private] [--then-quit]" if known else "FILE"
-        raise UsageError(
-            f"ctl {command} takes {what}, not {' '.join(rest) or 'nothing'}; see pyvmm ctl --help"
-        )
+def _save(path: str, request: dict[str, Any]) -> int:
+    """`dump` and `snapshot`, of which this process has the most to do."""
     from vmm.cli import ctl_saving  # the other commands do without
 
     with _connected(path, _LONG_PATIENCE) as connection, connection.makefile("rb") as lines:
@@ -84,19 +75,30 @@ def _save(words: Sequence[str]) -> int:
             return _answer(path, lines, _LONG_PATIENCE)
 
         def make() -> dict[str, Any]:
-            if command == "dump":
-                return ctl_saving.dump(ask, names[0])
+            if request["command"] == "dump":
+                return ctl_saving.dump(ask, request["to"])
             return ctl_saving.snapshot(
                 ask,
-                names[0],
-                with_private="--with-private" in flags,
-                then_quit="--then-quit" in flags,
+                request["to"],
+                with_private=request["--with-private"],
+                then_quit=request["--then-quit"],
             )
 
         answer = ctl_saving.carried_out(make)
     with printing():
         print(json.dumps(answer, indent=2))
     return 0 if answer.get("ok") is True else 1
+
+
+def _saving_request(command: str, rest: list[str]) -> dict[str, Any]:
+    known = ("--with-private", "--then-quit") if command == "snapshot" else ()
+    names = [word for word in rest if word not in known]
+    if len(names) != 1 or not names[0] or names[0].startswith("--"):
+        what = "DIR [--with-private] [--then-quit]" if known else "FILE"
+        raise UsageError(
+            f"ctl {command} takes {what}, not {' '.join(rest) or 'nothing'}; see pyvmm ctl --help"
+        )
+    return {"command": command, "to": names[0], **{word: word in rest for word in known}}
 
 
 def _next_line(lines: BinaryIO) -> bytes:
@@ -139,6 +141,8 @@ def _request(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
                 f"ctl device takes restart NAME, not {' '.join(rest) or 'nothing'}; "
                 "see pyvmm ctl --help"
             )
+        case [path, ("dump" | "snapshot") as command, *rest]:
+            return path, _saving_request(command, rest)
         case [path, command] if command in COMMANDS:
             return path, {"command": command}
         case [_, command, *rest]:

@@ -90,14 +90,15 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "--disk": {
             "metavar": "FILE[,ro][,serial=TEXT][,queues=N][,io=ENGINE][,format=raw][,share=on]"
-            "|vhost-user=SOCKET[,queues=N]",
+            "[,process]|vhost-user=SOCKET[,queues=N]",
             **_SEVERAL,
             "help": "a raw disk image or block device as virtio-blk; with several queues each is "
             "served by a thread of its own; may be given several times; ENGINE: auto (default), "
             "pread (through a buffer), fd2fd (inside the kernel), hva (by the kernel, to and from "
             "KVM's mapping), mmap (memcpy); an image is locked against other machines (share=on: "
             "not), one in another format is refused "
-            "(format=raw: not); vhost-user=: a disk that another program serves, such as "
+            "(format=raw: not); process: in a process of its own, which has no guest memory; "
+            "vhost-user=: a disk that another program serves, such as "
             "qemu-storage-daemon, which maps the shared side of guest memory",
         },
         "--allow-mapped-io": {
@@ -108,7 +109,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "more devices, all virtio over PCI": {
         "--net": {
-            "metavar": "tap=NAME|passt=SOCKET[,mac=MAC]",
+            "metavar": "tap=NAME|passt=SOCKET[,mac=MAC][,process]",
             **_SEVERAL,
             "help": "a network card on a tap interface, or behind a passt that runs already (passt "
             "--socket SOCKET; needs no privileges); may be given several times",
@@ -122,7 +123,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "--vsock": {
             "metavar": "path=PATH[,cid=N]",
             "help": "sockets between guest and host: a program that connects to PATH and writes "
-            "'CONNECT PORT' reaches that port of the guest, the guest reaches who listens on "
+            "'CONNECT PORT' reaches that port of the guest, the guest reaches the listener of "
             "PATH_PORT by connecting to port PORT of CID 2 (the guest's own CID: 3)",
         },
         "--console": {
@@ -256,6 +257,11 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             **_SEVERAL,
             "help": "a file or folder that a policy may still open in the sandbox, to read and "
             "write; may be given several times",
+        },
+        "--uid": {
+            "metavar": "USER|UID:GID",
+            "help": "become this user once everything is open, on all threads and without any "
+            "capability; what has to be done with paths at the end keeps its rights",
         },
         "--debug": {**_FLAG, "help": "show a traceback for errors, for bug reports"},
     },

@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from vmm.control.operations import REST_SECONDS, Operations
-from vmm.core.ranges import Range
+from vmm.core.ranges import PAGE_SIZE, Range, page_align_up
 from vmm.core.saved import NotSaved, State
 from vmm.memory.backing import Backing
 from vmm.memory.guest_memory import GuestMemory, PageState
 from vmm.snapshot.core_file import data_offset
 
+MOST_PIECES = 1 << 16
+"""How many pieces of memory there are at most, besides runs of page states."""
 _AT_ONCE = 64 << 20
 _LOOKED_AT = 2 << 20
 """How much of a backing is asked about at once, where the kernel doesn't list what is there."""
@@ -105,6 +107,7 @@ class Saving:
     def _write(self, state: PageState, backing: Backing, fd: int, offset: int) -> list[list[int]]:
         """What there is of the pages in one state; the runs (gpa, size) that were written."""
         memory = self._memory
+        grain = page_align_up(max(memory.ram[-1].end // MOST_PIECES, PAGE_SIZE))
         written: list[list[int]] = []
         for run in [run for run, each in self._runs() if each is state]:
             pieces = [(run, backing)]
@@ -113,7 +116,7 @@ class Saving:
                 common = run.intersection(memory.common)
                 pieces += [(common, memory.shared)] if common is not None else []
             for piece, side in sorted(pieces, key=lambda each: each[0].start):
-                for part in resident(side, piece):
+                for part in resident(side, piece, grain):
                     _move(side, part, fd, offset)
                     written.append([part.start, part.size])
         return written
@@ -139,23 +142,26 @@ def _move(backing: Backing, part: Range, fd: int, offset: int) -> None:
         done += moved
 
 
-def resident(backing: Backing, area: Range) -> Iterator[Range]:
+def resident(backing: Backing, area: Range, grain: int = PAGE_SIZE) -> Iterator[Range]:
     """What the kernel holds memory for, as far as it says: pages that nobody has touched are zero,
-    and need no place in a file."""
+    and need no place in a file. `grain`: pieces have so many bytes at least, holes or not, since
+    who touches every second page makes as many pieces as there are."""
     at = area.start
     while at < area.end:
         try:
             start = max(os.lseek(backing.fd, at, os.SEEK_DATA), at)
-            end = min(os.lseek(backing.fd, start, os.SEEK_HOLE), area.end)
+            end = os.lseek(backing.fd, start, os.SEEK_HOLE)
         except OSError as error:
             if error.errno == errno.ENXIO:  # nothing from there on
                 return
-            yield from _asked_for(backing, Range(at, area.end - at))
-            return
+            start = end = at
         if start >= area.end:
             return
-        yield Range(start, end - start)
-        at = end
+        if end <= start:  # this kind of file can't tell
+            yield from _asked_for(backing, Range(at, area.end - at))
+            return
+        at = min(max(end, start + grain), area.end)
+        yield Range(start, at - start)
 
 
 def _asked_for(backing: Backing, area: Range) -> Iterator[Range]:

@@ -8,6 +8,7 @@ from vmm.devices.process.front_end import MovedFile, ProcessDevice
 from vmm.devices.process.spawner import Job, Spawner
 from vmm.devices.virtio.block import F_FLUSH, VirtioBlock
 from vmm.devices.virtio.block_file import DiskFile
+from vmm.devices.virtio.net import VirtioNet
 
 DISK_PATIENCE = 2
 """As VirtioBlock's, where a look is a message: the first comes with what was returned."""
@@ -37,6 +38,16 @@ class DeviceProcesses:
         number = self._spawner.add(Job(device, [disk.fd], [disk.fd], _flushes))
         moved = MovedFile(disk.fd, disk.sectors * SECTOR, disk.read_only)
         return ProcessDevice(device, name, number, self._spawner, [moved], fails_requests=True)
+
+    def net(self, name: str, device: VirtioNet) -> ProcessDevice:
+        """The device that stands for a network card."""
+        fd = device.backend.fd
+        number = self._spawner.add(Job(device, [], [fd]))
+        return ProcessDevice(
+            device, name, number, self._spawner,
+            config_without=device.config_with(link_up=False),
+            restarts=not device.backend.is_stream,
+        )  # fmt: skip
 
     def begin(self) -> None:
         """All have been opened. This process should have no threads yet. Raises HostError."""

@@ -90,7 +90,11 @@ def open_devices(
         from vmm.devices.virtio.net_backend import open_net
 
         for number, spec in enumerate(config.nets):
-            add(f"net{number}", open_net(spec))
+            net = open_net(spec)
+            if net.wants_process:
+                add(f"net{number}", apart().net(f"net{number}", net))
+            else:
+                add(f"net{number}", net)
     for number, spec in enumerate(config.file_systems):
         from vmm.devices.vhost_user import opening
 

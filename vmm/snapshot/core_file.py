@@ -3,9 +3,9 @@
 A PT_LOAD segment for each run of shared pages. Private pages are in none: a debugger says that it
 can't access them, and nothing in the file stands for them. Addresses are guest-physical, in p_paddr
 and in p_vaddr alike: crash and drgn walk the guest's page tables themselves, gdb shows physical
-memory. Notes: NT_PRSTATUS and NT_PRFPREG of each vCPU, QEMU's note of its control registers (which
-crash finds page tables by), VMCOREINFO where the guest has one in shared memory, and one of our
-own, PYVMM, with the page states as text.
+memory. Notes: NT_PRSTATUS and NT_PRFPREG of each vCPU; VMCOREINFO where the guest has one in shared
+memory, and with it QEMU's note of control registers (which crash finds page tables by); and one of
+our own, PYVMM, with the page states as text.
 Source: ELF-64 object file format; include/uapi/linux/elfcore.h and arch/x86/include/asm/elf.h.
 """
 
@@ -24,8 +24,8 @@ _NOTE = struct.Struct("<III")
 _ET_CORE, _EM_X86_64, _EV_CURRENT = 4, 62, 1
 _PT_LOAD, _PT_NOTE = 1, 4
 _NT_PRSTATUS, _NT_PRFPREG = 1, 2
-PYVMM_STATES = 1
-"""The type of the note named PYVMM."""
+PYVMM_STATES = 0x50595653
+"""The type of the note named PYVMM: no other's, for binutils looks at types alone."""
 _PRSTATUS = struct.Struct("<iiihxxQQiiii16s16s16s16s27Qixxxx")
 _USER_REGS = (
     *("r15", "r14", "r13", "r12", "rbp", "rbx", "r11", "r10", "r9", "r8"),
@@ -64,8 +64,9 @@ def headers(
     runs of pages [gpa, size, state]. Raises TooMany.
     """
     notes = b"".join(_vcpu_notes(number, vcpu) for number, vcpu in enumerate(vcpus, start=1))
-    notes += b"".join(_note(b"QEMU", 0, _qemu_state(vcpu)) for vcpu in vcpus)
     if vmcoreinfo is not None:
+        # With QEMU's and without VMCOREINFO drgn refuses the file, which it can show else.
+        notes += b"".join(_note(b"QEMU", 0, _qemu_state(vcpu)) for vcpu in vcpus)
         notes += _note(b"VMCOREINFO", 0, vmcoreinfo)
     text = "".join(f"{gpa:#x} {size:#x} {state}\n" for gpa, size, state in states)
     notes += _note(b"PYVMM", PYVMM_STATES, text.encode())

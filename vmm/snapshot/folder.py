@@ -31,7 +31,7 @@ VERSION = 1
 STATE, MEMORY, PRIVATE = "state", "memory", "private"
 PIECE = 4 << 20
 """Bytes of memory that have a checksum together, at most."""
-MOST_STATE = 256 << 20
+MOST_STATE = 64 << 20
 MOST_PIECES = 1 << 20
 _LONGEST_LINE = 128
 _ADDRESSES = 1 << 52

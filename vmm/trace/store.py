@@ -11,6 +11,7 @@ lose any of it.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import stat
@@ -176,7 +177,8 @@ class _ColumnFiles:
         write_all(self._data, cells.tobytes())
 
     def commit(self, rows: int) -> None:
-        os.pwrite(self._shape, _SHAPE.pack(rows), 0)
+        if os.pwrite(self._shape, _SHAPE.pack(rows), 0) != _SHAPE.size:
+            raise OSError(errno.EIO, "half of a row count is written")
 
 
 def _create(folder: int, name: str) -> int:

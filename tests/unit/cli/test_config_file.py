@@ -189,6 +189,16 @@ def test_root_disk_is_a_file_or_a_name(tmp_path: Path, root: str, placed: str | 
     assert expanded(["--config", f"{tmp_path}/m.toml"]) == ["--root", wanted]
 
 
+def test_socket_of_a_disks_back_end_is_placed(tmp_path: Path) -> None:
+    text = 'disk = ["vhost-user=s,queues=2", "vhost-user"]\nfs = "home,vhost-user=f"'
+    (tmp_path / "m.toml").write_text(text)
+
+    assert expanded(["--config", f"{tmp_path}/m.toml"]) == [
+        "--disk", f"vhost-user={tmp_path}/s,queues=2", "--disk", f"{tmp_path}/vhost-user",
+        "--fs", f"home,vhost-user={tmp_path}/f",
+    ]  # fmt: skip
+
+
 def test_port_is_a_number_or_a_path(tmp_path: Path) -> None:
     (tmp_path / "port").write_text("gdb = 1234")
     (tmp_path / "path").write_text('gdb = "s"')

@@ -18,6 +18,7 @@ from tests.support.control import Server
 from tests.unit.cli.conftest import Command
 from vmm.core.events import Kind
 from vmm.policy import Deny
+from vmm.snapshot.folder import SnapshotFolder
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -51,6 +52,15 @@ def test_conversion_is_asked_for_and_a_refusal_is_status_1(
     assert server.operations.calls == [(Kind.SHARE, 0x1000, 8192)]
 
 
+def test_device_is_started_anew_and_a_refusal_is_status_1(server: Server, command: Command) -> None:
+    done = command("ctl", str(server.path), "device", "restart", "blk0")
+    refused = command("ctl", str(server.path), "device", "restart", "blk1")
+
+    assert (done.status, refused.status) == (0, 1)
+    assert server.operations.calls == ["restart blk0"]
+    assert "own process" in json.loads(refused.out)["error"]
+
+
 def test_refusal_by_a_policy_names_it(server: Server, command: Command) -> None:
     server.operations.answer, server.operations.word = -errno.EACCES, Deny()
 
@@ -76,6 +86,8 @@ def test_device_that_does_not_rest_is_explained(server: Server, command: Command
         (["x", "zzz"], "the commands are status, pause"),
         (["x", "convert", "share", "1"], "convert takes share|unshare GPA SIZE, not share 1"),
         (["x", "status", "now"], "ctl status takes no now"),
+        (["x", "device"], "ctl device takes restart NAME, not nothing"),
+        (["x", "device", "stop", "blk0"], "ctl device takes restart NAME, not stop blk0"),
     ],
 )
 def test_wrong_words_are_told_with_the_right_ones(
@@ -208,3 +220,80 @@ def test_help_says_what_there_is(command: Command) -> None:
 
     assert result.status == 0
     assert "dump-state" in result.out
+
+
+SAVED = {"state": {"cpus": 1}, "pages": [[0, 8192, "shared"]], "memory": [[4096, 4096]]}
+
+
+def test_snapshot_makes_a_folder_of_what_the_machine_has_written(
+    server: Server, command: Command, tmp_path: Path
+) -> None:
+    server.operations.saved = SAVED
+
+    result = command("ctl", str(server.path), "snapshot", str(tmp_path / "saved"))
+
+    assert result.status == 0
+    assert json.loads(result.out) == {
+        "ok": True, "shared_bytes": 4096, "private_bytes": 0, "left_out_bytes": 0,
+    }  # fmt: skip
+    assert server.operations.calls == ["snapshot"]
+    folder = SnapshotFolder(str(tmp_path / "saved"))
+    ((piece, data),) = folder.contents(folder.state, "memory")
+    folder.close()
+    assert (piece.start, data[:5]) == (4096, b"guest")
+
+
+def test_guest_does_not_run_between_snapshot_and_quit(
+    server: Server, command: Command, tmp_path: Path
+) -> None:
+    server.operations.saved = SAVED
+
+    result = command("ctl", str(server.path), "snapshot", str(tmp_path / "saved"), "--then-quit")
+
+    assert result.status == 0
+    assert server.operations.calls == ["pause", "snapshot", "quit"]
+
+
+def test_guest_goes_on_where_the_snapshot_is_refused(
+    server: Server, command: Command, tmp_path: Path
+) -> None:
+    server.operations.refuses_to_save = True
+
+    result = command("ctl", str(server.path), "snapshot", str(tmp_path / "saved"), "--then-quit")
+
+    assert result.status == 1
+    assert json.loads(result.out) == {"ok": False, "error": "not now"}
+    assert server.operations.calls == ["pause", "snapshot", "resume"]
+    assert list(tmp_path.iterdir()) == [server.path]
+
+
+def test_guest_goes_on_where_the_folder_can_t_be_made(
+    server: Server, command: Command, tmp_path: Path
+) -> None:
+    path = tmp_path / "no" / "saved"
+
+    result = command("ctl", str(server.path), "snapshot", str(path), "--then-quit")
+
+    assert result.status == 2
+    assert f"{path} can't be made: No such file or directory" in result.err
+    assert server.operations.calls == ["pause", "resume"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("dump",),
+        ("dump", "a", "b"),
+        ("dump", "a", "--with-private"),
+        ("snapshot",),
+        ("snapshot", ""),
+        ("snapshot", "a", "--then-what"),
+        ("snapshot", "--then-quit"),
+    ],
+)
+def test_saving_is_told_where_to(server: Server, command: Command, words: tuple[str, ...]) -> None:
+    result = command("ctl", str(server.path), *words)
+
+    assert result.status == 2
+    assert re.search(f"ctl {words[0]} takes (FILE|DIR ).*; see pyvmm ctl --help", result.err)
+    assert server.operations.calls == []

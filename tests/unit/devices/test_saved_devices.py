@@ -304,6 +304,26 @@ def test_disk_that_was_written_to_is_refused(disk: Path) -> None:
         made.close()
 
 
+@pytest.mark.parametrize("kind", ["time", "content"])
+def test_time_and_content_are_looked_at_each_for_itself(disk: Path, kind: str) -> None:
+    made = Moved(lambda: VirtioBlock(open_disk(f"{disk},ro")))
+    try:
+        made.old.up()
+        state = made.state()
+        found = disk.stat()
+        if kind == "content":
+            with disk.open("r+b") as file:
+                file.seek(700_000)
+                file.write(b"changed")
+        later = found.st_mtime_ns + (kind == "time")
+        os.utime(disk, ns=(found.st_atime_ns, later))
+
+        with pytest.raises(BadState, match="written to since"):
+            made.restored(state)
+    finally:
+        made.close()
+
+
 def test_copy_of_the_disk_that_keeps_its_time_will_do(disk: Path, tmp_path: Path) -> None:
     made = Moved(lambda: VirtioBlock(open_disk(f"{disk},ro")))
     try:
@@ -331,6 +351,15 @@ def test_ring_outside_of_memory_stops_the_device_as_a_guest_s_own_would(block: M
     new.kick(0)
 
     assert new.driver.status & NEEDS_RESET
+
+
+def test_queue_that_has_taken_more_than_it_has_is_refused(block: Moved) -> None:
+    block.old.up(size=16)
+    state = block.state()
+    state["queues"][0]["position"] = {"next_avail": 5, "next_used": 0xFFFF - 11}
+
+    with pytest.raises(BadState, match="17 chains are taken from 16 entries"):
+        block.restored(state)
 
 
 def test_misaligned_ring_stops_the_device(block: Moved) -> None:

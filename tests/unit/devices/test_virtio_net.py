@@ -376,6 +376,7 @@ def test_net_backend_that_cannot_do_the_offloads_stops_the_device(
 class NotingBackend:
     """Can do all offloads; keeps the frames that it gets."""
 
+    is_stream = False
     features = F_CSUM | F_GUEST_CSUM | F_HOST_TSO4 | F_HOST_TSO6
 
     def __init__(self) -> None:

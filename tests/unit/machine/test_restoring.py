@@ -14,10 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.support.saved import mutations
+from vmm.arch.aarch64.architecture import ARCHITECTURE as ARM
+from vmm.arch.aarch64.platform import ArmPlatform
 from vmm.arch.x86_64.architecture import ARCHITECTURE
 from vmm.core.errors import UsageError
 from vmm.core.ranges import Range
-from vmm.core.saved import BadState
+from vmm.core.saved import BadState, NotSaved
 from vmm.machine.config import MachineConfig
 from vmm.machine.restoring import Restoring
 from vmm.memory.backings.memfd import MemfdBacking
@@ -212,3 +214,14 @@ def test_option_that_says_what_the_snapshot_says_is_refused(
 ) -> None:
     with pytest.raises(UsageError, match="--restore"):
         folder.restored(state(), **options)
+
+
+def test_arm64_is_refused_in_a_line() -> None:
+    with pytest.raises(UsageError, match="--restore: only x86-64 guests"):
+        MachineConfig(restore="saved").validate(ARM)
+    with pytest.raises(UsageError, match="only x86-64 guests"):
+        ARM.restored_guest(MachineConfig().guest_options(), "hypercall", [])
+    platform = ArmPlatform.__new__(ArmPlatform)
+    for refused in (platform.state, platform.core_vcpus):
+        with pytest.raises(NotSaved, match="only x86-64 guests can be saved and dumped so far"):
+            refused()

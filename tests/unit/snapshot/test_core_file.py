@@ -69,7 +69,7 @@ def test_private_pages_are_in_no_segment() -> None:
         (offset, 0, 0, PAGE, PAGE),
         (offset + 2 * PAGE, 2 * PAGE, 2 * PAGE, PAGE, PAGE),
     ]
-    ours = [data for name, kind, data in parsed.notes if (name, kind) == (b"PYVMM", 1)]
+    ours = [data for name, kind, data in parsed.notes if (name, kind) == (b"PYVMM", 0x50595653)]
     assert ours == [b"0x0 0x1000 shared\n0x1000 0x1000 private\n0x2000 0x1000 shared\n"]
 
 
@@ -88,9 +88,17 @@ def test_each_vcpu_has_its_registers() -> None:
     )
 
 
-def test_note_of_qemu_has_the_control_registers() -> None:
+def test_note_of_qemu_is_for_those_who_find_vmcoreinfo_too() -> None:
     parsed = Parsed(core_file.headers([], [vcpu(0)], [], None, 1 << 20))
 
+    assert {name for name, _, _ in parsed.notes} == {b"CORE", b"PYVMM"}, "else drgn refuses it"
+
+
+def test_note_of_qemu_has_the_control_registers() -> None:
+    noted = b"OSRELEASE=6.12"
+    parsed = Parsed(core_file.headers([], [vcpu(0)], [], noted, 1 << 20))
+
+    assert (b"VMCOREINFO", 0, noted) in parsed.notes
     ((_, _, data),) = [note for note in parsed.notes if note[0] == b"QEMU"]
     assert struct.unpack_from("<II", data) == (1, len(data))
     assert struct.unpack_from("<6Q", data, len(data) - 48) == (10, 0, 12, 13, 14, 99)

@@ -116,6 +116,8 @@ class ChipState:
                 self._vm.set_irqchip(chip)
             self._vm.set_pit2(pit)
             self._vm.set_clock(min(clock + gone_by, 1 << 63))
+            for vcpu in self._vcpus:
+                vcpu.kvmclock_ctrl()  # else watchdogs take the time for a lock-up
         except KvmError as error:
             raise saved.bad(f"this host's KVM refuses it: {error}") from error
         saved.finish()

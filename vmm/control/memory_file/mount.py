@@ -1,133 +1,104 @@
 """The file system of `--memory-file DIR`: `memory`, `states` and `changes` in a FUSE mount.
 
-libfuse by mfusepy, on a thread of its own: its loop waits in C, and takes one request at a time.
-What it asks for is done there, under GuestMemory's rules, as a device's accesses are.
+libfuse on a thread of its own: its loop waits in C, and takes one request at a time. What it asks
+for is done there, under GuestMemory's rules, as a device's accesses are.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
 import select
-import signal
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import mfusepy
-
 from vmm.control.memory_file.guest_file import Announce, GuestFile
+from vmm.control.memory_file.libfuse import ROOT, Answer, Attributes, Library, Session
 from vmm.control.memory_file.place import Place
 from vmm.core.errors import HostError, one_line
 from vmm.core.event_loop import EventLoop
 from vmm.policy import PolicyError, PolicyKill
 
-MEMORY, STATES, CHANGES = "/memory", "/states", "/changes"
+MEMORY, STATES, CHANGES = 2, 3, 4
 MOST_OPEN = 64
 """How many times the files may be open at once: a text of page states is held for each."""
 MOUNT_SECONDS = 10.0
 _END_SECONDS = 2.0
 _UNNAMED = "?"
-
-_libfuse = mfusepy._libfuse
-_Log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
-
-
-_no_log = _Log(lambda level, text, arguments: None)
-"""libfuse would print to stderr, where each error is one line of ours."""
+_OPTIONS = "fsname=pyvmm,subtype=pyvmm,default_permissions,nosuid,nodev,noexec"
 
 
 class _Open:
-    """One open file: its text, if it has one, and for `changes` who waits for the next."""
+    """One open file: its text, if it has one, and for `changes` what polls for the next."""
 
-    __slots__ = ("announce", "seen", "text", "waiter")
+    __slots__ = ("announce", "inode", "seen", "text", "waiter")
 
-    def __init__(self, announce: Announce | None, text: bytes | None) -> None:
+    def __init__(self, inode: int, announce: Announce | None, text: bytes | None) -> None:
+        self.inode = inode
         self.announce = announce
         self.text = text
         self.seen = -1
-        self.waiter: Any = None
+        self.waiter: int | None = None
 
 
 class _Files:
-    """What libfuse calls, by mfusepy's names for it. On the mount's thread."""
-
-    use_ns = True
+    """What libfuse asks for; see vmm.control.memory_file.libfuse.Files."""
 
     def __init__(
         self,
+        library: Library,
         guest: GuestFile,
         watcher: Callable[[str], Announce | None],
         fail: Callable[[BaseException], None],
     ) -> None:
+        self.names = {b"memory": MEMORY, b"states": STATES, b"changes": CHANGES}
+        self.began_ns = time.time_ns()
         self.guest = guest
-        self.ready = threading.Event()
-        self.ending = False
+        self.ending: Callable[[], None] | None = None
+        """What leaves the session, once the guest has ended."""
+        self._library = library
         self._watcher = watcher
         self._fail = fail
-        self._began = time.time_ns()
         self._open: dict[int, _Open] = {}
         self._next = 1
         self.opens = 0
         self.waiting = False
         """Whether somebody polls for the next change."""
 
-    def init(self, path: str) -> None:
-        self.ready.set()
-
-    def destroy(self, path: str) -> None:
+    def give_up(self) -> None:
+        """The session is over."""
         for each in self._open.values():
-            _release_waiter(each)
+            self._release_waiter(each)
         self._open.clear()
 
-    def getattr(self, path: str, info: Any = None) -> dict[str, int]:
-        if self.ending:
-            mfusepy.fuse_exit()
-            raise OSError(errno.ESHUTDOWN, "the guest has ended")
-        common = {
-            "st_uid": os.getuid(),
-            "st_gid": os.getgid(),
-            "st_nlink": 1,
-            **dict.fromkeys(("st_atime", "st_mtime", "st_ctime"), self._began),
-        }
-        if path == "/":
-            return {**common, "st_mode": stat.S_IFDIR | 0o500, "st_nlink": 2}
-        if path == MEMORY:
-            return {
-                **common,
-                "st_mode": stat.S_IFREG | 0o600,
-                "st_size": self.guest.size,
-                "st_blocks": self.guest.data_bytes // 512,
-                "st_blksize": 1 << 20,
-            }
-        if path in (STATES, CHANGES):
-            return {**common, "st_mode": stat.S_IFREG | 0o400, "st_size": 0}
-        raise OSError(errno.ENOENT, "no such file")
+    def attributes(self, inode: int) -> Attributes:
+        self._require_guest()
+        if inode == ROOT:
+            return Attributes(stat.S_IFDIR | 0o500)
+        if inode == MEMORY:
+            blocks = self.guest.data_bytes // 512
+            return Attributes(stat.S_IFREG | 0o600, self.guest.size, blocks)
+        return Attributes(stat.S_IFREG | 0o400)
 
-    def readdir(self, path: str, handle: int) -> list[str]:
-        return [".", "..", *(name[1:] for name in (MEMORY, STATES, CHANGES))]
-
-    def open(self, path: str, info: Any) -> int:
-        if path not in (MEMORY, STATES, CHANGES):
-            raise OSError(errno.ENOENT, "no such file")
-        if info.flags & os.O_TRUNC:
+    def open(self, inode: int, flags: int, process: int) -> int:
+        self._require_guest()
+        if flags & os.O_TRUNC:
             raise OSError(errno.EPERM, "memory has the size that it has")
         if len(self._open) >= MOST_OPEN:
             raise OSError(errno.ENFILE, "open too often")
-        text = self.guest.states_text() if path == STATES else None
-        announce = self._guarded(self._watcher(f"file:{_opener()}")) if path == MEMORY else None
-        info.fh = self._next
-        # Nothing is cached: a page may be private the next moment. Nor can it be mapped, then.
-        info.direct_io = 1
-        info.nonseekable = 0
-        self._open[self._next] = _Open(announce, text)
+        text = self.guest.states_text() if inode == STATES else None
+        announce = None
+        if inode == MEMORY:
+            announce = self._guarded(self._watcher(f"file:{_name_of(process)}"))
+        handle = self._next
+        self._open[handle] = _Open(inode, announce, text)
         self._next += 1
         self.opens += 1
-        return 0
+        return handle
 
     def _guarded(self, announce: Announce | None) -> Announce | None:
         """What a policy ends the run with ends it from here, too."""
@@ -143,121 +114,82 @@ class _Files:
 
         return ask
 
-    def release(self, path: str, info: Any) -> int:
-        each = self._open.pop(info.fh, None)
+    def release(self, handle: int) -> None:
+        each = self._open.pop(handle, None)
         if each is not None:
-            _release_waiter(each)
-        return 0
+            self._release_waiter(each)
 
-    def truncate(self, path: str, size: int) -> int:
-        raise OSError(errno.EPERM, "memory has the size that it has")
-
-    def read_into(self, path: str, buffer: memoryview, offset: int, info: Any) -> int:
-        each = self._of(info)
-        if path == MEMORY:
-            return self.guest.read_into(buffer, offset, each.announce)
-        if path == CHANGES and not offset:
+    def read(self, handle: int, size: int, offset: int, answer: Answer) -> None:
+        each = self._of(handle)
+        if each.inode == MEMORY:
+            self.guest.read(size, offset, each.announce, answer)
+            return
+        if each.inode == CHANGES and not offset:
             each.seen = self.guest.changes
             each.text = b"%d\n" % each.seen
-        text = (each.text or b"")[offset : offset + len(buffer)]
-        buffer[: len(text)] = text
-        return len(text)
+        answer.data((each.text or b"")[offset : offset + size])
 
-    def write_from(self, path: str, data: memoryview, offset: int, info: Any) -> int:
-        if path != MEMORY:
+    def write(self, handle: int, data: memoryview, offset: int) -> int:
+        each = self._of(handle)
+        if each.inode != MEMORY:
             raise OSError(errno.EACCES, "not for writing")
-        return self.guest.write(data, offset, self._of(info).announce)
+        return self.guest.write(data, offset, each.announce)
 
-    read, write = read_into, write_from  # mfusepy looks for these names
-
-    def lseek(self, path: str, offset: int, whence: int, info: Any) -> int:
-        if path != MEMORY:
+    def seek(self, handle: int, offset: int, whence: int) -> int:
+        if self._of(handle).inode != MEMORY:
             raise OSError(errno.EINVAL, "no sparse file")
-        self._of(info)
         return self.guest.seek(offset, whence)
 
-    def poll(self, path: str, info: Any, handle: Any, ready: Any) -> int:
+    def poll(self, handle: int, waiter: int | None) -> int:
         """`changes` is readable when there is a number in it that this file hasn't read."""
-        each = self._of(info)
-        if path != CHANGES:
-            if handle:
-                _libfuse.fuse_pollhandle_destroy(handle)
-            ready[0] = select.POLLIN | select.POLLOUT
-            return 0
-        if handle:
-            _release_waiter(each)
-            each.waiter = ctypes.cast(handle, ctypes.c_void_p)
+        try:
+            each = self._of(handle)
+        except OSError:
+            if waiter is not None:
+                self._library.give_back(waiter)
+            raise
+        if each.inode != CHANGES:
+            if waiter is not None:
+                self._library.give_back(waiter)
+            return select.POLLIN | select.POLLOUT
+        if waiter is not None:
+            self._release_waiter(each)
+            each.waiter = waiter
             self.waiting = True
-        ready[0] = select.POLLIN if each.seen != self.guest.changes else 0
-        return 0
+        return select.POLLIN if each.seen != self.guest.changes else 0
 
     def notify(self) -> None:
-        """Wake who polls; on the loop's thread."""
+        """Wake what polls; on the loop's thread."""
         self.waiting = False
         for each in list(self._open.values()):
             waiter = each.waiter
             if waiter is not None and each.seen != self.guest.changes:
-                _libfuse.fuse_notify_poll(waiter)
+                self._library.notify(waiter)
 
-    def _of(self, info: Any) -> _Open:
-        if self.ending:
-            raise OSError(errno.ESHUTDOWN, "the guest has ended")
-        each = self._open.get(info.fh)
+    def _of(self, handle: int) -> _Open:
+        self._require_guest()
+        each = self._open.get(handle)
         if each is None:
             raise OSError(errno.EBADF, "not open")
         return each
 
+    def _require_guest(self) -> None:
+        if self.ending is not None:
+            self.ending()
+            raise OSError(errno.ESHUTDOWN, "the guest has ended")
 
-def _release_waiter(each: _Open) -> None:
-    waiter, each.waiter = each.waiter, None
-    if waiter is not None:
-        _libfuse.fuse_pollhandle_destroy(waiter)
+    def _release_waiter(self, each: _Open) -> None:
+        waiter, each.waiter = each.waiter, None
+        if waiter is not None:
+            self._library.give_back(waiter)
 
 
-def _opener() -> str:
-    """The name of the process whose request this is."""
-    _, _, process = mfusepy.fuse_get_context()
+def _name_of(process: int) -> str:
     try:
         with open(f"/proc/{process}/comm", "rb") as file:
             return one_line(file.read(64).decode("utf-8", "replace").strip()) or _UNNAMED
     except OSError:
         return _UNNAMED
-
-
-class _Fuse(mfusepy.FUSE):  # type: ignore[misc]  # it has no types
-    """mfusepy's, with lseek, which it lacks, and with bytes moved once instead of twice."""
-
-    operations: _Files
-
-    def read(self, path: bytes, buffer: Any, size: int, offset: int, info: Any) -> int:
-        return self.operations.read_into(path.decode(), _view(buffer, size), offset, info.contents)
-
-    def write(self, path: bytes, buffer: Any, size: int, offset: int, info: Any) -> int:
-        return self.operations.write_from(path.decode(), _view(buffer, size), offset, info.contents)
-
-    def lseek(self, path: bytes, offset: int, whence: int, info: Any) -> int:
-        return self.operations.lseek(path.decode(), offset, whence, info.contents)
-
-
-def _view(buffer: Any, size: int) -> memoryview:
-    """libfuse's own buffer, for one call."""
-    array = (ctypes.c_char * size).from_address(ctypes.addressof(buffer.contents))
-    return memoryview(array).cast("B")
-
-
-@contextlib.contextmanager
-def _own_signals() -> Iterator[None]:
-    """libfuse takes SIGTERM and SIGHUP for itself where nobody else has them: given back."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    numbers = (signal.SIGTERM, signal.SIGHUP)
-    former = {number: signal.getsignal(number) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
 
 
 class MemoryMount:
@@ -269,21 +201,37 @@ class MemoryMount:
         guest: GuestFile,
         watcher: Callable[[str], Announce | None],
         fail: Callable[[BaseException], None],
+        at_start: Callable[[], None] | None = None,
     ) -> None:
         """`watcher` makes what asks the policies about one opener; `fail` takes, on the mount's
-        thread, what a policy ended the run with."""
+        thread, what a policy ended the run with; `at_start` is called on that thread first. Raises
+        HostError where libfuse can't be used."""
         self._place = place
-        self._files = _Files(guest, watcher, fail)
+        self._at_start = at_start
+        try:
+            library = Library()
+            self._files = _Files(library, guest, watcher, fail)
+            self._session = Session(library, self._files, _OPTIONS)
+        except OSError as error:
+            raise HostError(f"--memory-file {place.path}: {error}") from error
+        self._ready = threading.Event()
+        self._session.ready = self._ready.set
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._serve, name="memory-file", daemon=True)
+        self._mounted = False
 
     def start(self, loop: EventLoop, set_on_change: Callable[[Callable[[], None]], None]) -> None:
         """Mount it. Raises HostError where that fails."""
-        # Since libfuse 3.7. Before it, what goes wrong is printed twice.
-        with contextlib.suppress(AttributeError):
-            _libfuse.fuse_set_log_func(_no_log)
-        with _own_signals():
-            self._wait()
+        try:
+            self._session.mount(self._place.path)
+        except OSError as error:
+            raise self._unmountable(error) from None
+        self._mounted = True
+        self._thread.start()
+        deadline = time.monotonic() + MOUNT_SECONDS
+        while not self._ready.wait(0.01):  # until the kernel has asked for the first time
+            if not self._thread.is_alive() or time.monotonic() > deadline:
+                raise self._unmountable(self._failure or "no answer")
 
         def changed() -> None:
             if self._files.waiting:
@@ -291,51 +239,38 @@ class MemoryMount:
 
         set_on_change(changed)
 
-    def _wait(self) -> None:
-        """Start the thread, and wait until the kernel has asked it for the first time."""
-        self._thread.start()
-        deadline = time.monotonic() + MOUNT_SECONDS
-        while not self._files.ready.wait(0.01):
-            if not self._thread.is_alive() or time.monotonic() > deadline:
-                raise HostError(
-                    f"--memory-file {self._place.path}: FUSE can't be mounted there "
-                    f"({self._failure or 'no answer'}); as another user than root it needs "
-                    "fusermount3 (Debian: fuse3), in a container /dev/fuse and the right to mount"
-                )
+    def _unmountable(self, reason: object) -> HostError:
+        return HostError(
+            f"--memory-file {self._place.path}: FUSE can't be mounted there ({reason}); as another "
+            "user than root it needs fusermount3 (Debian: fuse3), in a container /dev/fuse and the "
+            "right to mount"
+        )
 
     def _serve(self) -> None:
         try:
-            _Fuse(
-                self._files,
-                self._place.path,
-                raw_fi=True,
-                foreground=True,
-                nothreads=True,
-                fsname="pyvmm",
-                subtype="pyvmm",
-                default_permissions=True,
-                nosuid=True,
-                nodev=True,
-                noexec=True,
-                attr_timeout=0,
-                entry_timeout=0,
-            )
+            if self._at_start is not None:
+                self._at_start()
+            self._session.serve()
         except BaseException as failure:
             self._failure = failure
+        self._files.give_up()
 
     def as_dict(self) -> dict[str, object]:
         """For the report."""
         return {"opens": self._files.opens, **self._files.guest.counts}
 
     def close(self) -> None:
-        """Unmount; who has a file open finds it gone. Any number of times."""
-        self._files.ending = True
+        """Unmount; what has a file open finds it gone. Any number of times."""
+        self._files.ending = self._session.leave
         if self._thread.is_alive():
             # Any request has libfuse's loop look at whether it is to end.
             poke = threading.Thread(target=_stat, args=(self._place.path,), daemon=True)
             poke.start()
             self._thread.join(_END_SECONDS)
-        self._place.leave(mounted=self._thread.is_alive())
+        if self._mounted and not self._thread.is_alive():
+            self._mounted = False
+            self._session.close()
+        self._place.leave(mounted=self._mounted)
 
 
 def _stat(path: str) -> None:

@@ -75,13 +75,13 @@ def _require_fuse(path: str) -> None:
         raise HostError(
             f"--memory-file {path}: only root mounts without fusermount3; install Debian's fuse3"
         )
+    from vmm.control.memory_file.libfuse import Library
+
     try:
-        import mfusepy  # noqa: F401
-    except ImportError:
-        raise HostError(f"--memory-file {path} needs mfusepy: pip install 'pyvmm[fuse]'") from None
+        Library()
     except (OSError, AttributeError) as error:
         raise HostError(
-            f"--memory-file {path}: libfuse can't be loaded ({error}); install Debian's fuse3"
+            f"--memory-file {path}: libfuse 3 can't be loaded ({error}); install Debian's fuse3"
         ) from None
 
 

@@ -20,10 +20,11 @@ from vmm.core.errors import (
     AccessDenied,
     GuestMemoryError,
     PrivateAccess,
+    PyvmmError,
     one_line,
     tell,
 )
-from vmm.core.lean_typing import Any, NamedTuple, Protocol
+from vmm.core.lean_typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from vmm.devices.process import protocol
 from vmm.devices.process.protocol import HEAD, ProtocolError
 from vmm.devices.virtio.device import (
@@ -33,6 +34,9 @@ from vmm.devices.virtio.device import (
     _unconnected,
 )
 from vmm.devices.virtio.queue import Chain, QueueError, SplitQueue
+
+if TYPE_CHECKING:
+    from vmm.core.saved import State
 
 ANSWER_SECONDS = 30.0
 """How long a process may say nothing while something is for it to do: as long as Linux waits for a
@@ -107,19 +111,27 @@ class ProcessDevice(VirtioDevice):
         files: Sequence[MovedFile] = (),
         *,
         fails_requests: bool = False,
+        config_without: bytes | None = None,
+        restarts: bool = True,
         answer_seconds: float = ANSWER_SECONDS,
     ) -> None:
         """`device` is the one that runs in process `number` of `processes`, and stays untouched
-        here. `fails_requests`: without its process its requests end with a disk's I/O error, in the
-        order in which they came, and a new process goes on behind the last that was answered; else
-        the driver has to reset the device."""
+        here; `restarts`: whether another process can take its place.
+
+        Without its process, requests end with a disk's I/O error (`fails_requests`), or the driver
+        finds its configuration to be `config_without`. Both are for devices that answer in order: a
+        new process goes on behind what was answered last. Else the driver has to reset the device.
+        """
         super().__init__()
         self.statistics: ProcessStatistics = ProcessStatistics()
         self.device_id, self.pci_class = device.device_id, device.pci_class
         self.features, self.queue_sizes = device.features, device.queue_sizes
         self.engine, self.may_decline = device.engine, device.may_decline
         self.set_timer: Callable[[float, Callable[[], None]], None] = _unconnected
-        self._own_config = device.config()
+        self._own_config = self._config_with = device.config()
+        self._config_without = config_without
+        self._restarts = restarts
+        self._goes_on = fails_requests or config_without is not None
         self._close_device = device.close
         self._name = name
         self._number = number
@@ -164,7 +176,7 @@ class ProcessDevice(VirtioDevice):
     ) -> None:
         with self._lock:
             super().activate(memory, queues, features)
-            if self._socket is None and not self._fails_requests:
+            if self._socket is None and not self._goes_on:
                 raise QueueError(f"{self._name}: its process has ended")
             self._next_generation()
 
@@ -181,12 +193,23 @@ class ProcessDevice(VirtioDevice):
             if self._memory is None:
                 return False
             if self._socket is None:
+                if not self._fails_requests:
+                    return False  # for the process to come
                 return self.answer_all(self._queues[queue_index], self._fail)
             if not self._delivering:
                 self._kick(queue_index)
             interrupt = queue_index in self._interrupts
             self._interrupts.discard(queue_index)
             return interrupt
+
+    def state(self) -> State:
+        """Raises NotSaved: where its queues are the process knows."""
+        from vmm.core.saved import NotSaved
+
+        raise NotSaved(
+            f"{self._name} is in a process of its own and can't be saved; run the machine without "
+            "the setting process"
+        )
 
     def disconnect(self) -> None:
         with self._lock:
@@ -198,27 +221,34 @@ class ProcessDevice(VirtioDevice):
         self._close_device()
 
     def restart(self) -> None:
-        """A new process; what the last one had not answered is for this one, if it
-        is a disk. On the loop's thread, while the machine isn't paused. Raises HostError."""
+        """A new process, which goes on behind what the last one had answered, where the device is
+        one for that. On the loop's thread, while the machine isn't paused. Raises LookupError where
+        it can't be, HostError."""
+        if not self._restarts:
+            raise LookupError(
+                f"{self._name} has a connection that no other process can take up; start the "
+                "machine again"
+            )
         with self._lock:
             was_there = self._socket is not None
             self._let_go()
             self._processes.end(self._number)
-            self.statistics.restarts += 1
             counts = self.statistics
+            counts.restarts += 1
             self._before = counts.requests, counts.flushes, counts.errors
             self._begin_anew()
             self._generation = (self._generation + 1) & 0xFFFF_FFFF
-            if self._memory is not None and not self._fails_requests and was_there:
-                self._failure = QueueError(f"{self._name}: its process was started anew")
-            try:
-                if self._memory is not None and self._fails_requests:
+            if self._memory is not None:
+                self._is_behind = True
+                if not self._goes_on and was_there:
+                    self._failure = QueueError(f"{self._name}: its process was started anew")
+                elif self._goes_on:
                     self._resume()
-            except GuestMemoryError as error:
-                self._failure = error
             self._connect()
-            self._is_behind = self._memory is not None
+            if self._own_config != self._config_with:
+                self._own_config, self._has_news = self._config_with, True
         self._deliver(self._queues if self._failure is not None else ())
+        self._tell_news()
 
     # --- towards the process; the lock is held ---
 
@@ -348,11 +378,19 @@ class ProcessDevice(VirtioDevice):
                 lost = ""
             except ProtocolError as error:
                 lost = f"broke the protocol: {error}"
+            except PyvmmError:
+                raise  # a policy's word on the run as a whole
+            except Exception as error:  # a mistake here costs the guest that device, not the run
+                lost = f"had pyvmm fail: {error!r}"
         if lost is not None:
             self._lost(lost)
         elif queue is not None:
             self._deliver((queue,))
-        elif self._has_news:
+        self._tell_news()
+
+    def _tell_news(self) -> None:
+        """The configuration may have become another one. Without the lock."""
+        if self._has_news:
             self._has_news = False
             self.announce()
 
@@ -503,29 +541,37 @@ class ProcessDevice(VirtioDevice):
             queues = dict(self._queues)
             self._kicked.clear()
             self._again.clear()
-            if self._fails_requests:
-                try:
-                    self._resume()
-                except GuestMemoryError as error:
-                    self._failure = error
-            else:
+            if not self._goes_on:
                 self._failure = QueueError(f"{self._name}: its process {why or ended}")
+            elif self._fails_requests and self._memory is not None:
+                self._resume()
+            if self._config_without is not None:
+                self._own_config, self._has_news = self._config_without, True
+        again = (
+            "start the machine again"
+            if not self._restarts
+            else (f"ctl device restart {self._name} starts it again")
+        )
         tell(
             f"{self._name}: its process {why or ended}; the machine goes on without this device; "
-            f"ctl device restart {self._name} starts it again"
+            f"{again}"
         )
         self._deliver(queues)
+        self._tell_news()
 
     def _resume(self) -> None:
-        """Find out by the used rings what the last process has answered. Devices that answer in
-        order go on behind that. Raises GuestMemoryError."""
-        assert self._memory is not None or not self._queues
+        """Find out by the used rings what the last process has answered, to go on behind that; by
+        whom memory is kept back needs a reset."""
+        assert self._memory is not None
         bases = {}
-        for index, queue in self._queues.items():
-            _, _, used = queue.addresses
-            bases[index] = int.from_bytes(self._memory.pread(2, used + 2), "little")  # type: ignore[union-attr]
-            queue.resume(bases[index])
-        self._bases = bases
+        try:
+            for index, queue in self._queues.items():
+                _, _, used = queue.addresses
+                bases[index] = int.from_bytes(self._memory.pread(2, used + 2), "little")
+                queue.resume(bases[index])
+        except GuestMemoryError as error:
+            self._failure = error
+        self._bases = {index: bases.get(index, 0) for index in self._queues}
 
     def _fail(self, chain: Chain) -> int:
         """A disk's answer to what can't be carried out (virtio 1.2, 5.2.6)."""

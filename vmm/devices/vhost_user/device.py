@@ -17,9 +17,10 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 
-from vmm.core.errors import PyvmmError, tell
+from vmm.core.errors import GuestMemoryError, PyvmmError, tell
 from vmm.core.event_loop import drain
 from vmm.core.lean_typing import Any, NamedTuple
+from vmm.core.saved import NotSaved, State
 from vmm.devices.vhost_user import messages
 from vmm.devices.vhost_user.channel import BackEndError, Channel
 from vmm.devices.vhost_user.rings import ForeignQueue
@@ -124,6 +125,7 @@ class VhostUserDevice(VirtioDevice):
         self._passed_at: float | None = None
         self._lost = 0
         self._restarts = 0
+        self._told = False
 
     # --- what a kind of device says ---
 
@@ -135,6 +137,13 @@ class VhostUserDevice(VirtioDevice):
     @abstractmethod
     def refuse(self, chain: Chain) -> int:
         """Answer a request with an error; how many bytes that wrote."""
+
+    def state(self) -> State:
+        """Raises NotSaved: what the back end knows stays there."""
+        raise NotSaved(
+            f"{self.name} is served by another program and can't be saved; run the machine with a "
+            "device of pyvmm's own in its place"
+        )
 
     # --- set-up ---
 
@@ -217,7 +226,13 @@ class VhostUserDevice(VirtioDevice):
             return False
         queue = self._queues[index]
         assert isinstance(queue, ForeignQueue)
-        left = queue.take_over()
+        try:
+            left = queue.take_over()
+        except (QueueError, GuestMemoryError) as error:
+            if not self._told:  # the guest may make it happen as often as it likes
+                tell(f"{self.name} serves no request until its driver resets it: {error}")
+            self._told = True
+            raise
         self._taken_over.add(index)
         return queue.publish([(chain.head, self._refused(chain)) for chain in left])
 
@@ -264,6 +279,7 @@ class VhostUserDevice(VirtioDevice):
         self.watch(self._back_end.channel.fd, self._heard)
         self._back_end.channel.close()
         self._back_end = None
+        self._told = False
         self._lost += 1
         tell(
             f"{self.name} has lost its back end at {self.path}: {why}; the guest's requests fail "
@@ -374,6 +390,7 @@ class VhostUserDevice(VirtioDevice):
         self._back_end, self._next = self._next, None
         self._restarts += 1
         self._listen()
+        tell(f"{self.name}: another back end has taken over at {self.path}")
 
     def _resume(self) -> None:
         """In the middle of a driver's life: answer what is left, then begin where the guest is."""

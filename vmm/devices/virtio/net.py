@@ -48,6 +48,8 @@ class NetBackend(Protocol):
     fd: int
     features: int
     """Offloads that the backend can carry out."""
+    is_stream: bool
+    """Whether frames follow each other on a connection, so that nobody else can take it up."""
 
     def set_offloads(self, features: int) -> None:
         """What the driver agreed to."""
@@ -75,10 +77,12 @@ class VirtioNet(VirtioDevice):
     device_id = 1
     pci_class = 0x020000  # Ethernet controller
     queue_sizes: Sequence[int] = (QUEUE_SIZE, QUEUE_SIZE)
+    wants_process = False
+    """Whether it is to have a process of its own."""
 
     def __init__(self, backend: NetBackend, mac: bytes) -> None:
         super().__init__()
-        self._backend = backend
+        self.backend = self._backend = backend
         self._mac = mac
         self._link_up = True
         self._receiving = self._waiting_for_room = False
@@ -87,7 +91,11 @@ class VirtioNet(VirtioDevice):
 
     def config(self) -> bytes:
         """struct virtio_net_config up to mtu (5.1.4)."""
-        return _CONFIG.pack(self._mac, STATUS_LINK_UP if self._link_up else 0, 1, 0)
+        return self.config_with(link_up=self._link_up)
+
+    def config_with(self, *, link_up: bool) -> bytes:
+        """What `config` is with a link, or without one."""
+        return _CONFIG.pack(self._mac, STATUS_LINK_UP if link_up else 0, 1, 0)
 
     def activate(
         self, memory: GuestMemory, queues: Mapping[int, SplitQueue], features: int

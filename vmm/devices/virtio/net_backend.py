@@ -29,7 +29,7 @@ from vmm.devices.virtio.net import (
     VirtioNet,
 )
 
-SYNTAX = "tap=NAME[,mac=MAC] or passt=SOCKET[,mac=MAC]"
+SYNTAX = "tap=NAME[,mac=MAC][,process] or passt=SOCKET[,mac=MAC][,process]"
 
 _TUNSETIFF, _TUNSETOFFLOAD, _TUNSETVNETHDRSZ = 0x400454CA, 0x400454D0, 0x400454D8
 _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
@@ -44,6 +44,7 @@ _CHUNK = 256 << 10
 class Tap:
     """A tap interface; made by this process if it isn't there, and gone with it then."""
 
+    is_stream = False
     features = F_CSUM | F_GUEST_CSUM | F_HOST_TSO4 | F_HOST_TSO6 | F_GUEST_TSO4 | F_GUEST_TSO6
 
     def __init__(self, name: str, device: str = "/dev/net/tun") -> None:
@@ -102,6 +103,7 @@ class Tap:
 class Passt:
     """A passt process behind a socket: a network for users without privileges."""
 
+    is_stream = True
     features = 0
 
     def __init__(self, connection: socket.socket) -> None:
@@ -168,9 +170,12 @@ def open_net(text: str) -> VirtioNet:
     where = words.take(kind)
     assert where is not None
     mac = _parse_mac(words)
+    apart = words.flag("process")
     words.finish()
     backend: NetBackend = Tap(where) if kind == "tap" else _connect_passt(where)
-    return VirtioNet(backend, mac)
+    device = VirtioNet(backend, mac)
+    device.wants_process = apart
+    return device
 
 
 def _parse_mac(words: Suboptions) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 from collections.abc import Iterator
@@ -151,3 +152,68 @@ def test_states_are_lines_and_changes_are_counted(memory: GuestMemory) -> None:
     assert lines[-1] == f"{HOLE_END:#018x} 0x100000 shared"
     assert file.changes == before + 1
     assert file.data_bytes == END - LOW - PRIVATE.size - PAGE_SIZE
+
+
+class Answered:
+    """Takes a read's answer, and notes which way it came."""
+
+    def __init__(self) -> None:
+        self.got: bytes | None = None
+        self.by_address = False
+
+    def data(self, data: bytes | bytearray | memoryview) -> None:
+        self.got = bytes(data)
+
+    def at(self, address: int, size: int) -> None:
+        self.got = ctypes.string_at(address, size)
+        self.by_address = True
+
+
+def test_memory_that_is_there_is_answered_out_of_the_mapping(memory: GuestMemory) -> None:
+    memory.pwrite(b"\xa5" * (64 << 10), HOLE_END)
+    answer = Answered()
+
+    GuestFile(memory).read((64 << 10) - 100, HOLE_END + 50, None, answer)
+
+    assert answer.by_address and answer.got == b"\xa5" * ((64 << 10) - 100)
+
+
+def test_untouched_memory_reads_as_zeros_and_stays_untouched(memory: GuestMemory) -> None:
+    before = memory.shared.resident_bytes()
+    answer = Answered()
+
+    GuestFile(memory).read(64 << 10, HOLE_END, None, answer)
+
+    assert not answer.by_address and answer.got == bytes(64 << 10)
+    assert memory.shared.resident_bytes() == before
+
+
+def test_private_page_ends_an_answer_whatever_the_mapping_has(memory: GuestMemory) -> None:
+    memory.pwrite(b"\xa5" * (64 << 10), PRIVATE.start - (64 << 10))
+    memory.shared.pwrite(b"\x5a" * (64 << 10), PRIVATE.start)  # as a late discard leaves it
+    file, answer = GuestFile(memory), Answered()
+
+    file.read(128 << 10, PRIVATE.start - (64 << 10), None, answer)
+
+    assert answer.got == b"\xa5" * (64 << 10)
+    with pytest.raises(OSError) as refused:
+        file.read(64 << 10, PRIVATE.start, None, Answered())
+    assert refused.value.errno == errno.EACCES
+
+
+def test_policys_answer_is_asked_for_before_memory_is_answered(memory: GuestMemory) -> None:
+    memory.pwrite(b"\xa5" * (64 << 10), HOLE_END)
+    asked: list[Range] = []
+    answer = Answered()
+
+    GuestFile(memory).read(64 << 10, HOLE_END, lambda area, *_: asked.append(area), answer)
+
+    assert asked == [Range(HOLE_END, 64 << 10)] and answer.got == b"\xa5" * (64 << 10)
+
+
+def test_read_past_the_end_is_answered_with_nothing(memory: GuestMemory) -> None:
+    answer = Answered()
+
+    GuestFile(memory).read(4096, END + 4096, None, answer)
+
+    assert answer.got == b""

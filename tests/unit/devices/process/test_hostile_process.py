@@ -8,9 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tests.support.device_process import READY, ByHand, DiskRig
+from tests.support.virtio_machine import RINGS
 from vmm.core.ranges import Range
+from vmm.core.saved import NotSaved
 from vmm.devices.process import protocol
 from vmm.devices.process.protocol import COUNTS, HEAD, WRITE_HEAD, words
 
@@ -256,6 +260,11 @@ def test_text_of_a_process_is_one_short_line(by_hand: DiskRig) -> None:
     assert len(failure) < 400
 
 
+def test_device_in_a_process_is_not_saved(by_hand: DiskRig) -> None:
+    with pytest.raises(NotSaved, match="without the setting process"):
+        by_hand.machine.transport.state()
+
+
 def test_request_without_room_for_a_status_stops_a_disk_without_a_process(
     by_hand: DiskRig,
 ) -> None:
@@ -285,3 +294,56 @@ def test_device_that_fails_no_requests_needs_a_reset_when_its_process_ends(
     rig.machine.up()
     assert not rig.machine.driver.status & NEEDS_RESET
     rig.close()
+
+
+def test_mistake_of_pyvmm_s_own_costs_the_device_and_not_the_run(
+    by_hand: DiskRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> int:
+        raise AssertionError("a mistake")
+
+    monkeypatch.setattr(by_hand.memory, "move_in", broken)
+
+    by_hand.say(protocol.MOVE_IN, 0, 0, words((0, 0x1000, 512)))
+
+    assert "a mistake" in str(by_hand.device.statistics.last_end)
+
+
+edges = st.sampled_from([0, 1, 8, 512, 0x9000, RINGS, protocol.MOST_DATA, 1 << 20, (1 << 64) - 1])
+lists = st.lists(st.one_of(edges, st.integers(0, (1 << 64) - 1)), max_size=9).map(words)
+writes = st.tuples(
+    st.integers(0, 3), st.integers(0, 3), st.integers(0, 3), lists, st.binary(max_size=64)
+).map(lambda parts: WRITE_HEAD.pack(*parts[:3]) + parts[3] + parts[4])
+packets = st.tuples(
+    st.integers(0, 25),
+    st.integers(0, 3),
+    st.integers(0, 2),
+    st.booleans(),
+    st.one_of(lists, writes, st.binary(max_size=64), st.just(NOTHING)),
+)
+
+
+@settings(
+    max_examples=150, deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+@given(st.lists(packets, min_size=1, max_size=12))
+def test_any_packets_cost_the_guest_its_device_at_most(
+    tmp_path: Path, said: list[tuple[int, int, int, bool, bytes]]
+) -> None:
+    """No exception leaves, private memory stays as it is, the disk is as long as it was."""
+    rig = DiskRig(tmp_path, ByHand())
+    rig.up_by_hand()
+    rig.memory.private.append(Range(0x9000, 0x1000))
+    rig.memory.poke(b"secret", 0x9000)
+    try:
+        for what, flags, queue, is_stale, body in said:
+            if rig.device.statistics.deaths:
+                break
+            generation = rig.generation - is_stale & 0xFFFF_FFFF
+            rig.raw(HEAD.pack(what, flags, queue, generation) + body)
+        assert rig.memory.peek(6, 0x9000) == b"secret"
+        assert rig.path.stat().st_size == 512 * 512
+        assert "had pyvmm fail" not in str(rig.device.statistics.last_end)
+    finally:
+        rig.close()

@@ -14,6 +14,7 @@ from tests.support.virtio_driver import NEEDS_RESET, Piece
 from tests.unit.devices.vhost_user.rig import USER, Rig, Successors, requests
 from vmm.core.errors import PyvmmError
 from vmm.core.ranges import Range
+from vmm.core.saved import NotSaved
 from vmm.devices.vhost_user import channel, messages
 from vmm.devices.vhost_user.block import VhostUserBlock
 from vmm.devices.vhost_user.channel import BackEndError
@@ -369,15 +370,18 @@ def test_indexes_that_cannot_be_need_a_reset(rig: Rig, back_end: BackEndDouble) 
     assert rig.device.statistics.errors == 1
 
 
-def test_rings_that_do_not_say_what_is_left_need_a_reset(rig: Rig, back_end: BackEndDouble) -> None:
+def test_rings_that_do_not_say_what_is_left_need_a_reset(
+    rig: Rig, back_end: BackEndDouble, capfd: pytest.CaptureFixture[str]
+) -> None:
     rig.machine.up()
     heads = [request(rig)[0] for _ in range(3)]
-    take(rig, heads[2])  # before its turn
+    take(rig, heads[2], heads[2])  # twice
     back_end.end()
 
     rig.machine.settle()
 
     assert rig.machine.driver.status & NEEDS_RESET
+    assert "serves no request until its driver resets it" in capfd.readouterr().err
 
 
 def test_rings_that_became_private_need_a_reset(rig: Rig, back_end: BackEndDouble) -> None:
@@ -483,3 +487,8 @@ def test_a_restart_by_who_is_not_the_same_leaves_all_as_it_is(
     rig.close()
     for double in doubles:
         double.end()
+
+
+def test_device_that_another_program_serves_is_not_saved(rig: Rig) -> None:
+    with pytest.raises(NotSaved, match="blk0 is served by another program"):
+        rig.device.state()

@@ -1,0 +1,198 @@
+"""Runs of the command into which errors are injected, and what is seen of each."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import firmware
+from tests.injection import injecting
+from tests.injection.injecting import FOR_EVER, SHORT, Ended, Fault
+from tests.injection.table import (
+    BY_STRACE,
+    DROPPED,
+    EINTR,
+    ENDS_1,
+    ENDS_2,
+    ENDS_3,
+    GUEST,
+    RESET,
+    SAID,
+    SAME,
+    Row,
+)
+from vmm.core.lean_typing import Any, NamedTuple
+
+BENCH = ("pread", "fd2fd", "hva", "mmap", "trace")
+"""Scenarios of the bench guest, most named after the engine of its disk."""
+PAYLOAD = {
+    "none": (),
+    "cbit": ("--private-mem",),
+    "remap": ("--private-mem", "--scheme", "remap"),
+    "readable": ("--private-mem=guest_memfd-mmap",),
+}
+_TESTS = "rr4096x8n64 wr4096x8n64 rs131072x4n16 ws131072x4n16"
+_DISK = 4 << 20
+_BYTES = 64 * 4096 + 16 * (128 << 10)
+_INTERRUPTIONS = 20
+"""How often a call is interrupted that is to be repeated."""
+
+
+class Seen(NamedTuple):
+    """What is to be seen of a run that has ended."""
+
+    ended: Ended
+    report: dict[str, Any] | None
+    disk: str
+    """A digest of what is on its disk."""
+
+    @property
+    def disk_counts(self) -> dict[str, Any]:
+        counts: dict[str, Any] = (self.report or {}).get("io", {}).get("blk0", {})
+        return counts
+
+
+def words_of(scenario: str, folder: Path) -> list[str]:
+    """The command; what it writes is in `folder`."""
+    disk = folder / "disk.img"
+    disk.write_bytes(random.Random(scenario).randbytes(1 << 20) * (_DISK >> 20))
+    more = ["--disk", str(disk), "--mem", "64M", "--report", str(folder / "report.json")]
+    if scenario in PAYLOAD:
+        return injecting.pyvmm(*PAYLOAD[scenario], *more)
+    if scenario == "trace":
+        shutil.rmtree(folder / "trace", ignore_errors=True)
+        more += ["--trace", str(folder / "trace")]
+    engine = "pread" if scenario == "trace" else scenario
+    more[1] += f",io={engine}"
+    guest = ["--kernel", firmware.bench_path(), "--append", f"-- {_TESTS}"]
+    return injecting.pyvmm(*guest, "--allow-mapped-io", *more)
+
+
+def seen(scenario: str, folder: Path, *faults: Fault) -> Seen:
+    """Run it with these faults."""
+    words = words_of(scenario, folder)
+    return _seen(folder, injecting.run(words, *faults))
+
+
+def injected(row: Row, error: int, folder: Path) -> Seen:
+    """Run the row's scenario with one of its errors. Raises AssertionError where nothing could
+    be injected: then the table names a call that isn't made."""
+    words = words_of(row.scenario, folder)
+    last = row.first
+    if error == EINTR:
+        last += _INTERRUPTIONS
+    elif row.lasts:
+        last = FOR_EVER
+    if row.by == BY_STRACE:
+        ended = injecting.run_under_strace(words, row.call, error, row.match, row.first, last)
+    else:
+        name = "ioctl" if row.request else row.call
+        ended = injecting.run(words, Fault(name, row.match, error, row.first, last, row.request))
+    assert ended.injected, f"{row.name}: no such call in {row.scenario}"
+    return _seen(folder, ended)
+
+
+def carried_out(row: Row, error: int) -> str:
+    """What a program's own outcome is, or what is wrong. Raises AssertionError as `injected`."""
+    last = row.first + _INTERRUPTIONS if error == EINTR else FOR_EVER if row.lasts else row.first
+    name = "ioctl" if row.request else row.call
+    fault = Fault(name, row.match, error, row.first, last, row.request)
+    ended = injecting.program(row.scenario, fault)
+    assert ended.injected, f"{row.name}: no such call in {row.scenario}: {ended.errors}"
+    if ended.status == -9:
+        return "it hung"
+    return ended.output.strip() if ended.status == 0 else ended.errors
+
+
+def _seen(folder: Path, ended: Ended) -> Seen:
+    written = folder / "report.json"
+    report = json.loads(written.read_text()) if written.exists() else None
+    written.unlink(missing_ok=True)
+    return Seen(ended, report, hashlib.sha256((folder / "disk.img").read_bytes()).hexdigest())
+
+
+def outcome(row: Row, error: int, run: Seen) -> str:
+    """Which of the table's outcomes it is; else what is wrong."""
+    ended = run.ended
+    lines = ended.errors.splitlines()
+    if ended.status < 0:
+        return f"ended by signal {-ended.status}" if ended.status != -9 else "it hung"
+    if "Traceback" in ended.errors or "internal error:" in ended.errors or len(lines) > 1:
+        return f"stderr: {ended.errors}"
+    output = ended.output.splitlines()
+    went_well = bool(output) and _is_end(output[-1])
+    if went_well and ended.status == 0:
+        if lines:
+            return SAID
+        return SAME if not run.disk_counts.get("errors") else "errors are counted"
+    if row.call == "write" and row.on == "console" and ended.status == 0:
+        return DROPPED
+    if _guest_was_told(ended.output, error):
+        return GUEST
+    if "waited for in vain" in ended.output:
+        return RESET
+    return {1: ENDS_1, 2: ENDS_2, 3: ENDS_3}.get(ended.status, f"status {ended.status}")
+
+
+def _is_end(line: str) -> bool:
+    return line == "done" or (line.startswith("payload: all ") and line.endswith(" passed"))
+
+
+def _guest_was_told(output: str, error: int) -> bool:
+    words = ["error a request that failed", "status byte of the request: expected 0x0, saw 0x1"]
+    if error != SHORT:
+        words.append(f"expected 0x0, saw -{error}")
+    return any(each in output for each in words)
+
+
+def problems(row: Row, error: int, run: Seen, without: Seen) -> list[str]:
+    """What doesn't add up in a run whose outcome is the right one. `without`: the same run with
+    nothing injected."""
+    found = []
+    report, counts = run.report, run.disk_counts
+    expected = row.cells[error]
+    if expected == SAME:
+        if run.disk != without.disk:
+            found.append("the disk's content is another one")
+        known = without.disk_counts
+        moved = ("requests", "bytes_read", "bytes_written")
+        if [counts.get(each) for each in moved] != [known.get(each) for each in moved]:
+            found.append(f"counts {counts}, not {known}")
+    if expected in (GUEST, RESET) and row.path == "disk":
+        if counts.get("errors", 0) < 1:
+            found.append(f"no error is counted: {counts}")
+        engine = counts.get("engine", {}).get("bytes", {})
+        total = counts.get("bytes_read", 0) + counts.get("bytes_written", 0)
+        # What a batch moved before it was served one by one is moved twice, and counted so.
+        if sum(engine.values()) < total:
+            found.append(f"{total} bytes are counted, {engine} were moved")
+    if expected in (ENDS_1, ENDS_2, ENDS_3) and not run.ended.errors.startswith("pyvmm: "):
+        found.append(f"no sentence: {run.ended.errors!r}")
+    if expected in (GUEST, RESET, SAME) and report is None:
+        found.append("no report")
+    if report is not None:
+        pages = report["pages"]
+        if pages["private_bytes"] + pages["shared_bytes"] != pages["ram_bytes"]:
+            found.append(f"pages don't add up: {pages}")
+        if report["residency"].get("other_side_bytes"):
+            found.append(f"the other side holds pages: {report['residency']}")
+        if expected == GUEST and row.path == "conversion":
+            failed = sum(report["conversions"][kind]["failed"] for kind in ("share", "unshare"))
+            if failed < 1:
+                found.append(f"no failure is counted: {report['conversions']}")
+    return found
+
+
+def report_of_trace(folder: Path) -> subprocess.CompletedProcess[str]:
+    """`pyvmm report` on what a run has left."""
+    return subprocess.run(
+        [sys.executable, "-m", "vmm", "report", str(folder / "trace")],
+        cwd=injecting.ROOT, capture_output=True, text=True, timeout=60, check=False,
+        env=os.environ | {"COLUMNS": "100"},
+    )  # fmt: skip
