@@ -18,7 +18,6 @@ import contextlib
 import io
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,12 +26,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.fuzz import corpora
+from tests.fuzz import corpora, libfuzzer
 
 TURNS = "turns.jsonl"
 MOST_BYTES = 24 << 10
 """Of one target's archive."""
-MOST_INPUTS, MOST_INPUTS_SLOW = 60, 20
+MOST_INPUTS, MOST_INPUTS_SLOW = 40, 12
 """In it, so that a test run can replay all of them."""
 
 
@@ -43,31 +42,27 @@ def turns(work: Path) -> list[dict[str, Any]]:
 
 
 def take_turns(work: Path, names: list[str], hours: float, seconds: int) -> int:
-    """Fuzz until the time is over; 1 if anything has failed."""
+    """Fuzz until the time is over; 1 if anything has failed. This process has imported all with
+    counters."""
+    from tests.fuzz.targets import TARGETS
+
     spent: dict[str, float] = defaultdict(float)
     for turn in turns(work):
         spent[turn["name"]] += turn["seconds"]
     end = time.monotonic() + hours * 3600
     status = 0
     while time.monotonic() < end:
-        from tests.fuzz.targets import TARGETS
-
         name = min(names or TARGETS, key=lambda each: spent[each])
         write_seeds(work, name)
         started = time.monotonic()
-        command = [sys.executable, "-m", "tests.fuzz.libfuzzer", name, "--work", str(work)]
-        ended = subprocess.run(
-            [*command, "--seconds", str(seconds)], stdout=subprocess.PIPE, check=False
-        )
+        words = [*libfuzzer.common_words(TARGETS[name].longest), f"-max_total_time={seconds}"]
+        result = libfuzzer.run(name, work, words)
         took = time.monotonic() - started
         spent[name] += took
-        lines = ended.stdout.decode().splitlines()
-        result = json.loads(lines[-1]) if lines else {"name": name, "failed": ["no result"]}
-        status |= bool(result["failed"])
+        status |= bool(result.failed)
         with open(work / TURNS, "a") as file:
-            file.write(json.dumps({**result, "seconds": round(took, 1)}) + "\n")
-        told = f"{name}: {result.get('runs')} runs, {result.get('edges')} edges"
-        print(told, *result["failed"], flush=True)
+            file.write(json.dumps({**result._asdict(), "seconds": round(took, 1)}) + "\n")
+        print(f"{name}: {result.runs} runs, {result.edges} edges", *result.failed, flush=True)
     return status
 
 
@@ -104,8 +99,6 @@ def table(work: Path) -> list[str]:
 
 def merge(work: Path, name: str) -> int:
     """Minimise what there is of a target, and keep it; bytes of its archive."""
-    from tests.fuzz import libfuzzer
-
     write_seeds(work, name)
     with tempfile.TemporaryDirectory(prefix="fuzz-") as scratch:
         for number, data in enumerate(corpora.corpus(name)):
@@ -164,15 +157,14 @@ def main(words: list[str]) -> int:
         TARGETS[options.name[0]](options.again.read_bytes())
         return 0
     if options.merge:
-        from tests.fuzz.libfuzzer import import_instrumented
-
-        import_instrumented(options.name)
+        libfuzzer.import_instrumented(options.name)
         from tests.fuzz.targets import TARGETS
 
         for name in options.name or TARGETS:
             size = merge(work, name)
             print(f"{name}: {len(corpora.found(name))} inputs, {size} bytes", flush=True)
         return 0
+    libfuzzer.import_instrumented(options.name)
     return take_turns(work, options.name, options.hours, options.turn)
 
 
