@@ -22,6 +22,7 @@ from tests.fuzz.targets.registry import scratch_folder, target
 from tests.support.back_end import FEATURES, disk_config, reply
 from tests.support.device_process import READY, SECTORS, ByHand, DiskRig
 from tests.support.virtio_machine import MEMORY, VirtioMachine
+from vmm.core import thread_signals
 from vmm.core.disk_image import SECTOR
 from vmm.core.ranges import PAGE_SIZE, Range
 from vmm.core.saved import BadState, restored
@@ -293,6 +294,8 @@ def _serve_elsewhere(choices: Choices) -> None:
     before = len(os.listdir("/proc/self/fd"))
     with ExitStack() as stack:
         stack.enter_context(patch.object(Channel, "begin", _at_once))
+        # What a restart does on a thread of its own is done on this one.
+        stack.enter_context(patch.object(thread_signals, "leave_signals_to_the_main_thread"))
         back_ends = _BackEnds(choices)
         stack.callback(back_ends.close)
         try:
