@@ -173,7 +173,8 @@ class _File:
         # A comma in a setting's value is written twice.
         words = [word.replace("\0", ",") for word in value.replace(",,", "\0").split(",")]
         keys = set(_SETTING.findall(metavar))
-        is_setting = words[0].partition("=")[0] in keys
+        key, equals, _ = words[0].partition("=")
+        is_setting = bool(equals) and key in keys
         if re.match(_FILE, metavar) and not (is_setting or _NO_FILE.match(words[0])):
             words[0] = self._path_of(words[0])
         for at, word in enumerate(words):

@@ -44,6 +44,10 @@ def facts(config: MachineConfig, vm: GuestVm, architecture: str, *, own: bool) -
         )
     if config.iommu:
         raise NotSaved("a machine with --iommu can't be saved: what is lent has to be given back")
+    if config.has_back_ends:
+        raise NotSaved(
+            "a machine with vhost-user= can't be saved: what its back ends are at is theirs to know"
+        )
     return {
         "architecture": architecture,
         "memory_bytes": config.memory,

@@ -15,12 +15,14 @@ import pytest
 from tests.support.back_end import BackEndDouble
 from vmm.arch import architecture
 from vmm.core.errors import OutputError, UsageError
+from vmm.core.saved import NotSaved
 from vmm.devices.vhost_user.file_system import VhostUserFs
 from vmm.devices.virtio.device import VirtioDevice
 from vmm.devices.virtio.rng import VirtioRng
 from vmm.machine.back_ends import Spares, described, require_fitting, spare
 from vmm.machine.config import MachineConfig
 from vmm.machine.guest_vm import GuestVm
+from vmm.machine.restoring import facts
 from vmm.sandbox.outside import Outside
 
 DISK = MachineConfig(disks=("a.img", "vhost-user=s"))
@@ -63,6 +65,11 @@ def test_an_iommu_is_refused_beside_a_back_end() -> None:
 
     with pytest.raises(UsageError, match="behind an IOMMU devices use lent private pages"):
         config.validate(architecture("x86_64"))
+
+
+def test_a_machine_with_back_ends_is_not_saved() -> None:
+    with pytest.raises(NotSaved, match="what its back ends are at is theirs to know"):
+        facts(DISK, vm(), "x86_64", own=False)
 
 
 @pytest.mark.parametrize(
