@@ -124,6 +124,7 @@ int pyvmm_landlock_abi(void);
 int pyvmm_landlock_ruleset(uint64_t files, uint64_t network, uint64_t scoped);
 int pyvmm_landlock_allow(int ruleset, uint64_t files, int parent);
 int pyvmm_landlock_restrict(int ruleset);
+int pyvmm_no_core_files(void);
 """
 
 FLOORS = """

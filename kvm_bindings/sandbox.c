@@ -4,6 +4,7 @@
 #include <linux/audit.h>
 #include <linux/filter.h>
 #include <linux/seccomp.h>
+#include <sys/resource.h>
 
 #if defined(__x86_64__)
 #define PYVMM_AUDIT_ARCH AUDIT_ARCH_X86_64
@@ -103,6 +104,13 @@ static int pyvmm_landlock_allow(int ruleset, uint64_t files, int parent)
 {
     struct { uint64_t allowed; int32_t parent; } __attribute__((packed)) rule = {files, parent};
     return syscall(445, ruleset, 1, &rule, 0) < 0 ? -errno : 0;
+}
+
+/* RLIMIT_CORE, for good: what raises it again is setrlimit(2) by a process that may. */
+static int pyvmm_no_core_files(void)
+{
+    struct rlimit none = {0, 0};
+    return setrlimit(RLIMIT_CORE, &none) < 0 ? -errno : 0;
 }
 
 static int pyvmm_landlock_restrict(int ruleset)

@@ -62,6 +62,11 @@ def seccomp(program: Sequence[tuple[int, int, int, int]], *, all_threads: bool =
     check("seccomp", result, "{} instructions", len(program))
 
 
+def no_core_files() -> None:
+    """This process leaves none, and can't have it otherwise (RLIMIT_CORE). Raises KvmError."""
+    check("RLIMIT_CORE", lib.pyvmm_no_core_files())
+
+
 def landlock_version() -> int:
     """Which Landlock this kernel has; 0: none, or switched off."""
     return max(int(lib.pyvmm_landlock_abi()), 0)

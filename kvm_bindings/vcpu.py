@@ -28,6 +28,8 @@ from kvm_bindings.owned_fd import OwnedFd
 _INTERNAL_ERROR_EMULATION = 1
 _EMULATION_FLAG_INSTRUCTION_BYTES = 1
 _PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
+_MOST_RACES = 100
+"""How often in a row KVM_PRE_FAULT_MEMORY may come to nothing."""
 _RING_ENTRIES = (_PAGE_SIZE - 8) // 24  # KVM_COALESCED_MMIO_MAX
 _EHWPOISON = 133  # Python's errno module names it since 3.14 only
 
@@ -242,8 +244,11 @@ class Vcpu(OwnedFd):
         ENOTTY before Linux 6.11).
         """
         argument = ffi.new("struct kvm_pre_fault_memory *", {"gpa": gpa, "size": size})
+        in_vain = 0
         while argument.size:
+            left = argument.size
             result = self._pointer(ioctls.KVM_PRE_FAULT_MEMORY, argument)
             # It reports progress in gpa and size, and a signal or a race may end it early.
-            if result != -errno.EAGAIN:
+            in_vain = 0 if argument.size < left else in_vain + 1
+            if result != -errno.EAGAIN or in_vain == _MOST_RACES:
                 check("KVM_PRE_FAULT_MEMORY", result, "gpa={:#x}, size={:#x}", gpa, size)

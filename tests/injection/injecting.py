@@ -120,5 +120,11 @@ def run_under_strace(
     return Ended(status, output, errors, lines.count(f"{call}("), lines.count("(INJECTED)"))
 
 
+def program(name: str, fault: Fault) -> Ended:
+    """One of tests.injection.programs, whose calls fail as it says when it arms the library."""
+    words = [sys.executable, "-m", "tests.injection.programs", name, str(fault.error)]
+    return run(words, fault, environment={"PYVMM_INJECT_WAITS": "1", "PYTHONPATH": str(ROOT)})
+
+
 def pyvmm(*options: str) -> list[str]:
     return [sys.executable, "-m", "vmm", *options]

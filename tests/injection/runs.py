@@ -98,6 +98,18 @@ def injected(row: Row, error: int, folder: Path) -> Seen:
     return _seen(folder, ended)
 
 
+def carried_out(row: Row, error: int) -> str:
+    """What a program's own outcome is, or what is wrong. Raises AssertionError as `injected`."""
+    last = row.first + _INTERRUPTIONS if error == EINTR else FOR_EVER if row.lasts else row.first
+    name = "ioctl" if row.request else row.call
+    fault = Fault(name, row.match, error, row.first, last, row.request)
+    ended = injecting.program(row.scenario, fault)
+    assert ended.injected, f"{row.name}: no such call in {row.scenario}: {ended.errors}"
+    if ended.status == -9:
+        return "it hung"
+    return ended.output.strip() if ended.status == 0 else ended.errors
+
+
 def _seen(folder: Path, ended: Ended) -> Seen:
     written = folder / "report.json"
     report = json.loads(written.read_text()) if written.exists() else None

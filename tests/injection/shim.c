@@ -5,7 +5,8 @@
    `first` and `last` which of the calls that match, counted from 1. `result` is the errno; 0 is a call that is carried
    out for half of the bytes.
    PYVMM_INJECT_COUNTS: a file that is mapped, with two uint64_t for each rule: calls that matched, and were changed.
-   Counted over all processes that inherit it. */
+   Counted over all processes that inherit it.
+   PYVMM_INJECT_WAITS: nothing is injected or counted before the process itself sets pyvmm_shim_armed. */
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -16,13 +17,14 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/types.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
-enum { MOST_RULES = 8 };
+enum { MOST_RULES = 64 };
 
 static struct rule {
     char call[32], object[96];
@@ -31,11 +33,14 @@ static struct rule {
 } rules[MOST_RULES];
 static unsigned count;
 static uint64_t *counts;
+int pyvmm_shim_armed = 1;
 
 __attribute__((constructor)) static void start(void)
 {
     const char *text = getenv("PYVMM_INJECT"), *path = getenv("PYVMM_INJECT_COUNTS");
-    while (text && *text && count < MOST_RULES) {
+    while (text && *text) {
+        if (count == MOST_RULES)
+            abort();
         struct rule *rule = &rules[count];
         int used = 0;
         if (sscanf(text, "%31[^,],%95[^,],%lu,%lu,%lu,%d%n", rule->call, rule->object, &rule->request, &rule->first,
@@ -44,6 +49,8 @@ __attribute__((constructor)) static void start(void)
         text += used + (text[used] == '|');
         count++;
     }
+    if (getenv("PYVMM_INJECT_WAITS"))
+        pyvmm_shim_armed = 0;
     int fd = path ? open(path, O_RDWR | O_CLOEXEC) : -1;
     if (fd < 0)
         return;
@@ -66,7 +73,7 @@ static int injected(const char *call, int fd, uint64_t request)
 {
     char link[64], name[512];
     ssize_t length = -2;
-    for (unsigned i = 0; i < count; i++) {
+    for (unsigned i = 0; pyvmm_shim_armed && i < count; i++) {
         struct rule *rule = &rules[i];
         if (strcmp(rule->call, call) || (rule->request && rule->request != (request & 0xffffffff)))
             continue;
@@ -140,6 +147,48 @@ ssize_t write(int fd, const void *data, size_t size)
     return real(fd, data, size);
 }
 
+/* Of a process' own memory: `fd` is none, and every rule for the call is meant. */
+#define COPIES(name) \
+    ssize_t name(pid_t pid, const struct iovec *local, unsigned long locals, const struct iovec *remote, \
+                 unsigned long remotes, unsigned long flags) \
+    { \
+        REAL(name); \
+        struct iovec one = locals ? local[0] : (struct iovec){0}; \
+        FAIL_OR(#name, -1, HALF(one.iov_len); local = &one; locals = 1); \
+        return real(pid, local, locals, remote, remotes, flags); \
+    }
+
+COPIES(process_vm_readv)
+COPIES(process_vm_writev)
+
+int socket(int family, int kind, int protocol)
+{
+    REAL(socket);
+    FAIL_OR("socket", -1, );
+    return real(family, kind, protocol);
+}
+
+int connect(int fd, const struct sockaddr *address, socklen_t size)
+{
+    REAL(connect);
+    FAIL_OR("connect", fd, );
+    return real(fd, address, size);
+}
+
+int accept4(int fd, struct sockaddr *address, socklen_t *size, int flags)
+{
+    REAL(accept4);
+    FAIL_OR("accept4", fd, );
+    return real(fd, address, size, flags);
+}
+
+int epoll_ctl(int epoll, int operation, int fd, struct epoll_event *event)
+{
+    REAL(epoll_ctl);
+    FAIL_OR("epoll_ctl", fd, );
+    return real(epoll, operation, fd, event);
+}
+
 /* Half of the bytes: of a single vector; else the first half of the vectors. */
 #define VECTORS(name, label, OFFSET) \
     ssize_t name(int fd, const struct iovec *vectors, int number, OFFSET offset) \
@@ -154,6 +203,20 @@ VECTORS(preadv, "preadv", off_t)
 VECTORS(preadv64, "preadv", off64_t)
 VECTORS(pwritev, "pwritev", off_t)
 VECTORS(pwritev64, "pwritev", off64_t)
+
+#define VECTORS2(name, label, OFFSET) \
+    ssize_t name(int fd, const struct iovec *vectors, int number, OFFSET offset, int flags) \
+    { \
+        REAL(name); \
+        struct iovec one = number ? vectors[0] : (struct iovec){0}; \
+        FAIL_OR(label, fd, if (number == 1) { HALF(one.iov_len); vectors = &one; } else number = (number + 1) / 2); \
+        return real(fd, vectors, number, offset, flags); \
+    }
+
+VECTORS2(preadv2, "preadv", off_t)
+VECTORS2(preadv64v2, "preadv", off64_t)
+VECTORS2(pwritev2, "pwritev", off_t)
+VECTORS2(pwritev64v2, "pwritev", off64_t)
 
 ssize_t splice(int from, off64_t *source, int to, off64_t *target, size_t size, unsigned flags)
 {

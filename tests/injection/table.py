@@ -15,7 +15,7 @@ from vmm.core.lean_typing import NamedTuple
 SAME = "nobody notices"
 """The call is repeated, or another way is taken: answers, bytes and counts are as without it."""
 GUEST = "guest told"
-"""The guest's request ends with an I/O error, its conversion with the errno; the machine goes on."""
+"""Its request ends with an I/O error, its conversion with the errno; the machine goes on."""
 RESET = "device stops"
 """DEVICE_NEEDS_RESET; its driver may reset it, and the machine goes on."""
 SAID = "one line, goes on"
@@ -34,7 +34,9 @@ EAGAIN, EFBIG, EDQUOT = errno.EAGAIN, errno.EFBIG, errno.EDQUOT
 EMFILE, EPIPE, EFAULT = errno.EMFILE, errno.EPIPE, errno.EFAULT
 COLUMNS = (EINTR, SHORT, EIO, ENOSPC, ENOMEM, EAGAIN, EFBIG, EDQUOT, EMFILE, EPIPE)
 
-BY_SHIM, BY_STRACE, BY_UNIT = "shim", "strace", "unit"
+FS_IOC_FIEMAP = 0xC020660B
+
+BY_SHIM, BY_STRACE, BY_PROGRAM, BY_MODEL = "shim", "strace", "program", "model"
 Cells = dict[int, str]
 
 
@@ -49,7 +51,8 @@ class Row(NamedTuple):
     """By errno (SHORT: fewer bytes than asked for)."""
     by: str = BY_SHIM
     scenario: str = ""
-    """Which run it is injected into; for BY_UNIT, which driver."""
+    """Which run it is injected into (tests.injection.runs), or which program; for BY_MODEL, what
+    the model of KVM is driven by."""
     match: str = "*"
     """The object, as /proc/self/fd names it (see shim.c)."""
     request: int = 0
@@ -85,12 +88,14 @@ DISK = [
     Row("disk", "pwrite64", "disk, from the mapping", _TOLD, scenario="hva", match=".img$"),
     Row("disk", "lseek", "disk, io=mmap", _all(GUEST, EIO), scenario="mmap", match=".img$",
         first=3),
+    Row("disk", "FS_IOC_FIEMAP", "disk", {EINTR: SAME, **_all(SAME, EIO, ENOMEM,
+        errno.EOPNOTSUPP)}, BY_PROGRAM, "read-ahead", "/disk$", FS_IOC_FIEMAP),
     Row("disk", "fdatasync", "disk", {EINTR: SAME, **_all(GUEST, EIO, ENOSPC, EDQUOT)},
         scenario="cbit", match=".img$"),
     Row("disk", "fallocate", "disk, discard", {EINTR: SAME, **_all(GUEST, EIO, ENOSPC, EDQUOT),
-        errno.EOPNOTSUPP: SAME}, BY_UNIT, "discard"),
+        errno.EOPNOTSUPP: SAME}, BY_PROGRAM, "discard", "/disk$", lasts=False),
     Row("disk", "pwrite64", "disk, zeroes", {EINTR: SAME, SHORT: SAME,
-        **_all(GUEST, EIO, ENOSPC, EFBIG, EDQUOT)}, BY_UNIT, "zeroes"),
+        **_all(GUEST, EIO, ENOSPC, EFBIG, EDQUOT)}, BY_PROGRAM, "zeroes", "/disk$"),
     Row("disk", "pread64", "rings", _STOPS, scenario="none", match="pyvmm-shared", lasts=False),
     Row("disk", "pwrite64", "rings", _STOPS, scenario="none", match="pyvmm-shared", first=13),
 ]  # fmt: skip
@@ -103,16 +108,16 @@ CONVERSION = [
         match="kvm-vm", request=ioctls.KVM_SET_USER_MEMORY_REGION, first=2, lasts=False),
     Row("conversion", "KVM_SET_USER_MEMORY_REGION2", "VM, remap", _CONVERSION, scenario="remap",
         match="kvm-vm", request=ioctls.KVM_SET_USER_MEMORY_REGION2, first=2, lasts=False),
-    Row("conversion", "KVM_SET_MEMORY_ATTRIBUTES", "VM, attributes", _CONVERSION, BY_UNIT,
+    Row("conversion", "KVM_SET_MEMORY_ATTRIBUTES", "VM, attributes", _CONVERSION, BY_MODEL,
         "attributes"),
     Row("conversion", "KVM_SET_MEMORY_ATTRIBUTES2", "guest_memfd, in place", _CONVERSION,
-        BY_UNIT, "in-place"),
+        BY_MODEL, "in-place"),
     Row("conversion", "KVM_PRE_FAULT_MEMORY", "vCPU", {EINTR: SAME, **_all(SAME, EAGAIN, ENOMEM,
-        EIO)}, BY_UNIT, "pre-fault"),
-    Row("conversion", "process_vm_readv", "protected memory", {EINTR: SAME, SHORT: CALLER,
-        ENOMEM: CALLER, EFAULT: CALLER}, BY_UNIT, "process-vm"),
-    Row("conversion", "process_vm_writev", "protected memory", {EINTR: SAME, SHORT: CALLER,
-        ENOMEM: CALLER, EFAULT: CALLER}, BY_UNIT, "process-vm"),
+        EIO)}, BY_MODEL, "pre-fault"),
+    Row("conversion", "process_vm_readv", "protected memory", {EINTR: SAME, SHORT: SAME,
+        ENOMEM: CALLER, EFAULT: CALLER}, BY_PROGRAM, "process-vm"),
+    Row("conversion", "process_vm_writev", "protected memory", {EINTR: SAME, SHORT: SAME,
+        ENOMEM: CALLER, EFAULT: CALLER}, BY_PROGRAM, "process-vm"),
 ]  # fmt: skip
 _RUN = ioctls.KVM_RUN
 RUN = [
@@ -157,12 +162,14 @@ START = [
         ("KVM_SET_REGS", "vCPU", _START, "kvm-vcpu", x86.KVM_SET_REGS),
     ]
 ] + [
+    Row("start", "KVM_SET_MSRS", "vCPU", _START, scenario="pread", match="kvm-vcpu",
+        request=x86.KVM_SET_MSRS),
+    Row("start", "pread64", "guest_memfd", {EINTR: SAME, **_all(SAME, EIO, ENOMEM)},
+        scenario="readable", match="[kvm-gmem]"),
     Row("start", "pread64", "disk's first bytes", {EINTR: SAME, **_all(ENDS_2, EIO, ENOMEM)},
         scenario="pread", match=".img$"),
     Row("start", "pwrite64", "guest memory", {EINTR: SAME, SHORT: SAME, **_all(ENDS_3, EIO,
         ENOSPC, ENOMEM)}, scenario="none", match="pyvmm-shared", first=3),
-    Row("start", "pwrite64", "private memory, /proc/self/mem", {EINTR: SAME, SHORT: SAME,
-        **_all(CALLER, EIO, ENOMEM)}, BY_UNIT, "readable"),
     *(
         Row("start", call, on, cells, BY_STRACE, "cbit", first=first)
         for call, on, cells, first in [
@@ -196,35 +203,48 @@ END = [
     Row("end", "wait4", "the process outside", {EINTR: SAME, errno.ECHILD: SAME}, BY_STRACE,
         "pread", lasts=False),
 ]  # fmt: skip
+_SEEN = {EINTR: SAME, SHORT: SAME, **_all(CALLER, EIO, ENOMEM)}
 OTHERS = [
-    Row("control", "accept4", "socket", {EINTR: SAME, **_all(CALLER, EMFILE, ENOMEM)}, BY_UNIT,
-        "accept"),
-    Row("control", "epoll_ctl", "a caller", _all(CALLER, ENOSPC, ENOMEM), BY_UNIT, "watch"),
-    Row("control", "recvfrom", "socket", {EAGAIN: SAME, SHORT: SAME, **_all(CALLER, EIO,
-        ENOMEM)}, BY_UNIT, "control"),
-    Row("control", "sendto", "socket", {EAGAIN: SAME, SHORT: SAME, EPIPE: CALLER}, BY_UNIT,
-        "control"),
-    Row("memory file", "preadv", "shared memory", {EINTR: SAME, SHORT: SAME, **_all(CALLER, EIO,
-        ENOMEM)}, BY_UNIT, "memory-file"),
-    Row("memory file", "pwritev", "shared memory", {EINTR: SAME, SHORT: SAME, **_all(CALLER, EIO,
-        ENOMEM, ENOSPC)}, BY_UNIT, "memory-file"),
-    Row("net", "recvfrom", "passt", {EAGAIN: SAME, SHORT: SAME, ENOMEM: SAME, EIO: DROPPED},
-        BY_UNIT, "net"),
-    Row("net", "sendto", "passt", {EAGAIN: SAME, SHORT: SAME, ENOMEM: SAME, EPIPE: DROPPED},
-        BY_UNIT, "net"),
-    Row("net", "read", "tap", {EAGAIN: SAME, ENOMEM: SAME, EIO: DROPPED}, BY_UNIT, "tap"),
-    Row("net", "write", "tap", {EAGAIN: SAME, ENOMEM: DROPPED, EIO: DROPPED}, BY_UNIT, "tap"),
-    Row("vsock", "socket", "a guest's call", _all(GUEST, EMFILE, ENOMEM), BY_UNIT, "vsock-call"),
-    Row("vsock", "connect", "a guest's call", _all(GUEST, EAGAIN, errno.ECONNREFUSED), BY_UNIT,
+    Row("memory", "pread64", "/proc/self/mem", _SEEN, BY_PROGRAM, "readable", "/mem$"),
+    Row("memory", "pwrite64", "/proc/self/mem", {**_SEEN, ENOSPC: CALLER}, BY_PROGRAM, "readable",
+        "/mem$"),
+    Row("memory", "pread64", "disk, to that mapping", _SEEN, BY_PROGRAM, "readable-disk",
+        "/file$"),
+    Row("memory", "pwrite64", "disk, from that mapping", {**_SEEN, ENOSPC: CALLER}, BY_PROGRAM,
+        "readable-disk", "/file$"),
+    Row("memory file", "preadv", "shared memory", _SEEN, BY_PROGRAM, "memory-file", "pyvmm"),
+    Row("memory file", "pwritev", "shared memory", {**_SEEN, ENOSPC: CALLER}, BY_PROGRAM,
+        "memory-file", "pyvmm"),
+    Row("control", "accept4", "socket", {EINTR: SAME, EMFILE: CALLER, ENOMEM: SAME}, BY_PROGRAM,
+        "control", lasts=False),
+    Row("control", "epoll_ctl", "a caller", _all(CALLER, ENOSPC, ENOMEM), BY_PROGRAM, "control",
+        lasts=False),
+    Row("control", "recvfrom", "socket", {EINTR: SAME, EAGAIN: SAME, SHORT: SAME, **_all(CALLER,
+        EIO, ENOMEM)}, BY_PROGRAM, "control", lasts=False),
+    Row("control", "sendto", "socket", {EINTR: SAME, EAGAIN: SAME, SHORT: SAME}, BY_PROGRAM,
+        "control", lasts=False),
+    Row("control", "sendto", "socket, hung up", {EPIPE: CALLER}, BY_PROGRAM, "control"),
+    Row("net", "recvfrom", "passt", {EINTR: SAME, EAGAIN: SAME, SHORT: SAME, ENOMEM: SAME,
+        EIO: DROPPED}, BY_PROGRAM, "net", lasts=False),
+    Row("net", "sendto", "passt", {EINTR: SAME, EAGAIN: SAME, SHORT: SAME, EPIPE: DROPPED},
+        BY_PROGRAM, "net", lasts=False),
+    Row("net", "read", "tap", {EINTR: SAME, EAGAIN: SAME, ENOMEM: SAME, EIO: DROPPED},
+        BY_PROGRAM, "tap", "socket:", lasts=False),
+    Row("net", "write", "tap", {EINTR: SAME, EAGAIN: SAME, ENOMEM: DROPPED, EIO: DROPPED},
+        BY_PROGRAM, "tap", "socket:", lasts=False),
+    Row("vsock", "socket", "a guest's call", _all(GUEST, EMFILE, ENOMEM), BY_PROGRAM,
         "vsock-call"),
-    Row("vsock", "recvfrom", "a host's program", {EAGAIN: SAME, SHORT: SAME, EIO: GUEST},
-        BY_UNIT, "vsock"),
-    Row("vsock", "sendto", "a host's program", {EAGAIN: SAME, SHORT: SAME, EPIPE: GUEST},
-        BY_UNIT, "vsock"),
-    Row("console", "write", "file, terminal", {EAGAIN: SAME, SHORT: SAME, **_all(DROPPED, EIO,
-        ENOSPC, EDQUOT, EPIPE)}, BY_UNIT, "console"),
-    Row("console", "read", "terminal", {EAGAIN: SAME, SHORT: SAME, EIO: SAME}, BY_UNIT,
-        "console"),
+    Row("vsock", "connect", "a guest's call", _all(GUEST, EAGAIN,
+        errno.ECONNREFUSED), BY_PROGRAM, "vsock-call"),
+    Row("vsock", "recvfrom", "a host's program", {EINTR: SAME, EAGAIN: SAME, SHORT: SAME,
+        EIO: GUEST}, BY_PROGRAM, "vsock", lasts=False),
+    Row("vsock", "sendto", "a host's program", {EINTR: SAME, EAGAIN: SAME, SHORT: SAME,
+        EPIPE: GUEST}, BY_PROGRAM, "vsock", lasts=False),
+    Row("console", "write", "file, FIFO", {EINTR: SAME, EAGAIN: SAME, SHORT: SAME,
+        **_all(DROPPED, EIO, ENOSPC, EDQUOT, EPIPE)}, BY_PROGRAM, "console-file", "fifo",
+        lasts=False),
+    Row("console", "read", "terminal", {EINTR: SAME, EAGAIN: SAME, SHORT: SAME, EIO: SAME},
+        BY_PROGRAM, "console-pty", "ptmx", lasts=False),
 ]  # fmt: skip
 
 TABLE: list[Row] = [*DISK, *CONVERSION, *RUN, *START, *END, *OTHERS]

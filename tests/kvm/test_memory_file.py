@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 
 import vmm
+from kvm_bindings import sandbox
 from tests.support import command
 from tests.support.command import Session
 from vmm.core.errors import HostError
@@ -36,6 +37,21 @@ class Keeper(Policy):
     def on_io(self, event, view):
         named = event.device.startswith("file:")
         return Deny() if named and event.device == "file:dd" else Allow()
+"""
+
+OPENER = """
+import sys
+from vmm.policy import Allow, Policy
+class Opener(Policy):
+    def on_io(self, event, view):
+        if event.device.startswith("file:"):
+            try:
+                open("/etc/passwd").close()
+                how = "may"
+            except PermissionError:
+                how = "may not"
+            print(event.device, how, file=sys.stderr, flush=True)
+        return Allow()
 """
 
 
@@ -156,6 +172,19 @@ def test_policy_hears_the_openers_name(tmp_path: Path) -> None:
 
     assert b"Permission denied" in by_dd.stderr
     assert by_head.stdout.strip() == b"4096"
+
+
+@pytest.mark.skipif(sandbox.landlock_version() == 0, reason="this kernel has no Landlock")
+def test_policy_asked_by_the_mounts_thread_opens_no_files(tmp_path: Path) -> None:
+    (tmp_path / "opener.py").write_text(OPENER)
+    folder = tmp_path / "memory"
+    with mounted(folder, "--policy", f"{tmp_path}/opener.py:Opener") as session:
+        read = shell("head -c 4096 memory | wc -c", folder)
+        assert session.process.stderr is not None
+        told = session.process.stderr.readline()
+
+    assert read.stdout.strip() == b"4096"
+    assert told == b"file:head may not\n"
 
 
 def test_mount_of_a_killed_run_is_found_and_replaced(tmp_path: Path) -> None:

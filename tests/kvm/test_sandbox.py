@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import vmm
 from kvm_bindings import sandbox
 from tests.support import command
 
@@ -78,7 +79,9 @@ def test_hostile_policy_is_refused_everything_and_the_run_goes_on(tmp_path: Path
     done, ended = _run(tmp_path)
 
     assert done.returncode == 0, done.stderr
-    assert {name for name, how in ended.items() if how == "ok"} == MUST_WORK
+    # A memfd has no path for Landlock, and root minds no mode: --uid.
+    left = {"open guest memory again"} if os.geteuid() == 0 else set()
+    assert {name for name, how in ended.items() if how == "ok"} == MUST_WORK | left
     assert set(ended.values()) <= {"ok", "EPERM", "EACCES"}
     assert (tmp_path / "secret.txt").read_text() == "secret"
     found = _report(tmp_path)["sandbox"]
@@ -111,6 +114,86 @@ def test_allowed_path_can_be_written_and_nothing_beside_it(tmp_path: Path) -> No
     }
     assert (tmp_path / "allowed" / "file.txt").exists()
     assert _report(tmp_path)["sandbox"]["paths"] == ["allowed"]
+
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes another user")
+ANOTHER = 54321
+WHO = """
+import glob, json, os, sys
+from vmm.policy import Allow, Policy
+class Who(Policy):
+    asked = False
+    def on_share(self, event, view):
+        if self.asked:
+            return Allow()
+        self.asked = True
+        lines = [line.split() for name in glob.glob("/proc/self/task/*/status")
+                 for line in open(name) if line.startswith(("Uid", "Gid", "Groups", "CapEff"))]
+        core = next(line.split()[-3:-1] for line in open("/proc/self/limits") if "core" in line)
+        print("who:" + json.dumps([core, *lines]), file=sys.stderr, flush=True)
+        return Allow()
+"""
+
+
+@needs_root
+@pytest.mark.parametrize("sandboxed", ["auto", "off"])
+def test_all_threads_become_the_user_and_what_the_run_leaves_is_complete(
+    tmp_path: Path, sandboxed: str
+) -> None:
+    (tmp_path / "who.py").write_text(WHO)
+    user = str(ANOTHER)
+
+    done = subprocess.run(
+        [*command.COMMAND, "--private-mem", "--policy", "who.py:Who", "--uid", f"{user}:{user}",
+         "--trace", "trace", "--report", "r.json", "--control", "control",
+         f"--sandbox={sandboxed}"],
+        cwd=tmp_path, env=_environment(), capture_output=True, timeout=60, check=False,
+        extra_groups=[ANOTHER + 1],
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
+    told = next(line for line in done.stderr.splitlines() if line.startswith(b"who:"))
+    core, *lines = json.loads(told.removeprefix(b"who:"))
+    assert core == ["0", "0"] or sandboxed == "off"
+    assert len(lines) >= 2 * 4, "a vCPU's thread and the main one"
+    assert {tuple(line) for line in lines} == {
+        ("Uid:", *[user] * 4), ("Gid:", *[user] * 4), ("Groups:",), ("CapEff:", "0" * 16),
+    }  # fmt: skip
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.json", "trace", "who.py"]
+    assert (tmp_path / "trace").stat().st_uid == ANOTHER
+    assert (tmp_path / "r.json").stat().st_uid == 0, "by the process outside"
+
+
+@needs_root
+@needs_landlock
+def test_another_user_opens_guest_memory_no_second_time(tmp_path: Path) -> None:
+    _, ended = _run(tmp_path, "--uid", f"{ANOTHER}:{ANOTHER}")
+
+    assert ended["open guest memory again"] == "EACCES"
+    assert {name for name, how in ended.items() if how == "ok"} == MUST_WORK
+
+
+@needs_root
+def test_machine_in_a_program_becomes_no_other_user() -> None:
+    config = vmm.MachineConfig(private_memory="memfd", user="nobody")
+
+    with (
+        pytest.raises(vmm.UsageError, match="user: all threads of your program"),
+        vmm.Machine(config) as machine,
+    ):
+        machine.start()
+
+
+def test_uid_without_the_right_to_it_is_one_line_and_status_3(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [*command.COMMAND, "--private-mem", "--uid", "nobody"],
+        cwd="/", env=_environment(), capture_output=True, timeout=60, check=False,
+        user=ANOTHER if os.geteuid() == 0 else None,
+    )  # fmt: skip
+
+    assert done.returncode == 3, done.stderr
+    assert b"may not become another user (CAP_SETUID, CAP_SETGID)" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_run_with_every_output_leaves_them_and_removes_its_sockets(tmp_path: Path) -> None:
@@ -192,7 +275,7 @@ def test_reading_a_trace_reaches_nothing_but_it_and_its_views(
     ended = json.loads(told.removeprefix(b"attempts:"))
     # What is there of a run is not: a disk and guest memory.
     of_a_run = {"map the disk", "map the disk privately", "map guest memory", "copy a descriptor",
-                "open the disk again"}  # fmt: skip
+                "open the disk again", "open guest memory again"}  # fmt: skip
     worked = {name for name, how in ended.items() if how == "ok"} - of_a_run
     assert worked == MUST_WORK
     assert list((tmp_path / "views").iterdir()) != [] or view == []
@@ -204,6 +287,11 @@ def test_reading_a_trace_reaches_nothing_but_it_and_its_views(
         (["--sandbox=yes"], "--sandbox=yes is unknown; use auto, on, off"),
         (["--allow-path", "nowhere"], "--allow-path nowhere: there is no such file or folder"),
         (["--allow-path", ".", "--sandbox=off"], "nothing is out of reach with --sandbox=off"),
+        (["--uid", "no-such-user"], "there is no user 'no-such-user'"),
+        (["--uid", "nobody:no-such-group"], "there is no group 'no-such-group'"),
+        (["--uid", "12"], "a number needs its group, as in 12:12"),
+        (["--uid", "root"], "that is root, who keeps every right"),
+        (["--uid", "4294967295:1"], "4294967295 is no user's number"),
     ],
 )
 def test_wrong_words_are_one_line_and_status_2(

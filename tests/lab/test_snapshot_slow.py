@@ -56,7 +56,7 @@ def test_saved_guest_goes_on_where_it_was(
     before, after = int(seen["lines before"]), int(seen["lines after"])
     assert after > before, "what ran in the background goes on"
     assert seen["complaints"] == ""
-    assert seen["stopped"].endswith("unmounted")
+    assert seen["stopped"].startswith("unmounted")
     assert (seen["status"], seen["stderr"]) == (0, "")
     program = shutil.which("e2fsck", path="/usr/sbin:/sbin:/usr/bin")
     if program is not None:

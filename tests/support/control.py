@@ -12,6 +12,7 @@ from typing import Any
 from tests.support.status import status
 from vmm.control.control_socket import ControlSocket
 from vmm.conversion.events import EventFeed
+from vmm.core.errors import HostError
 from vmm.core.event_loop import EventLoop
 from vmm.core.events import FROM_HOST, NO_VCPU, ConversionRequest, Kind
 from vmm.core.saved import NotSaved
@@ -57,6 +58,16 @@ class FakeOperations:
             raise NotSaved("not now")
         os.pwrite(fd, b"guest".ljust(4096, b"\0"), 4096)
         return self.saved
+
+    def devices(self) -> dict[str, Any]:
+        return {"blk0": {"pid": 7}, "blk1": None}
+
+    def restart_device(self, name: str) -> None:
+        if name == "blk1":
+            raise LookupError("blk1 is in pyvmm's own process")
+        if name == "blk2":
+            raise HostError("no memory")
+        self.calls.append(f"restart {name}")
 
     def convert(self, kind: Kind, gpa: int, size: int) -> int:
         self.calls.append((kind, gpa, size))

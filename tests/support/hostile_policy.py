@@ -57,6 +57,11 @@ def _map(wanted: str, flags: int) -> None:
         mmap.mmap(fd, 4096, flags=flags).close()
 
 
+def _open_again(wanted: str) -> None:
+    for fd in _open_files(wanted):
+        os.close(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY))
+
+
 def _executable_memory() -> None:
     mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC).close()
 
@@ -102,6 +107,7 @@ ATTEMPTS: dict[str, Callable[[], object]] = {
     "map guest memory": lambda: _map("memfd:pyvmm", mmap.MAP_SHARED),
     "copy a descriptor": lambda: os.close(os.dup(_open_files("disk.img")[0])),
     "open the disk again": lambda: open(f"/proc/self/fd/{_open_files('disk.img')[0]}").close(),
+    "open guest memory again": lambda: _open_again("memfd:pyvmm"),
     "executable memory": _executable_memory,
     "new memfd": lambda: os.close(os.memfd_create("new")),
     "type on the terminal": lambda: fcntl.ioctl(2, _TIOCSTI, b"x"),

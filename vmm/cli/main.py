@@ -205,6 +205,7 @@ def _configuration(arguments: Sequence[str], machine: str | None = None) -> Mach
         paused=options.S,
         sandbox=options.sandbox,
         allowed_paths=tuple(options.allow_path),
+        user=options.uid,
     )
     if config.paused and config.control is None:
         raise UsageError("-S needs --control PATH: pyvmm ctl PATH resume lets the guest go")
@@ -226,6 +227,8 @@ def _with_config_file(words: Sequence[str], *, lab: bool = False) -> Sequence[st
 
 def _run(arguments: Sequence[str]) -> int:
     config = _configuration(arguments)
+    if config.user is not None and not process.is_ours():
+        raise UsageError("--uid: all threads of the program that calls would change; run pyvmm")
     if not process.is_ours() or config.debug_shell:  # the shell is the user's own
         config = config._replace(sandbox="off")
     from vmm.arch import architecture

@@ -123,7 +123,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "--vsock": {
             "metavar": "path=PATH[,cid=N]",
             "help": "sockets between guest and host: a program that connects to PATH and writes "
-            "'CONNECT PORT' reaches that port of the guest, the guest reaches who listens on "
+            "'CONNECT PORT' reaches that port of the guest, the guest reaches the listener of "
             "PATH_PORT by connecting to port PORT of CID 2 (the guest's own CID: 3)",
         },
         "--console": {
@@ -257,6 +257,11 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             **_SEVERAL,
             "help": "a file or folder that a policy may still open in the sandbox, to read and "
             "write; may be given several times",
+        },
+        "--uid": {
+            "metavar": "USER|UID:GID",
+            "help": "become this user once everything is open, on all threads and without any "
+            "capability; what has to be done with paths at the end keeps its rights",
         },
         "--debug": {**_FLAG, "help": "show a traceback for errors, for bug reports"},
     },

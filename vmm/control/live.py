@@ -41,7 +41,7 @@ def live_view(
 
 
 def _print_pages_on_signal(loop: EventLoop, operations: Operations, stack: ExitStack) -> None:
-    # The handler may interrupt anything, also who holds the locks that the answer needs.
+    # The handler may interrupt anything, also code that holds the locks that the answer needs.
     asked = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
     stack.callback(os.close, asked)
 

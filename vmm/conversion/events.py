@@ -1,7 +1,7 @@
-"""What happens in a machine, as events for those who follow it: the control socket, a program.
+"""What happens in a machine, as events for what follows it: the control socket, a program.
 
-One feed for each machine. Who subscribes has a buffer of its own, of bounded size: a reader that
-is slow loses events and is told how many, and nobody waits for it.
+One feed for each machine. Each subscriber has a buffer of its own, of bounded size: a reader
+that is slow loses events and is told how many, and nothing waits for it.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class EventFeed:
         self._also = also
         self._origin = time.monotonic()
         self._lock = threading.Lock()
-        # Replaced, never changed: who tells them takes no lock.
+        # Replaced, never changed: the thread that tells them takes no lock.
         self._subscriptions: tuple[Subscription, ...] = ()
 
     def seconds(self) -> float:

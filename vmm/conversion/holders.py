@@ -69,7 +69,7 @@ class _Mapping(NamedTuple):
 
 
 def holders(fd: int, offset: int, size: int = PAGE_SIZE) -> list[str]:
-    """Those who may hold pages of the range, in words; empty when nothing can be seen."""
+    """What may hold pages of the range, in words; empty when nothing can be seen."""
     inode = os.fstat(fd).st_ino
     found: list[str] = []
     for process in filter(str.isdigit, os.listdir("/proc")):

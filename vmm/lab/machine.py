@@ -365,11 +365,11 @@ def runs_several_vcpus(words: Sequence[str]) -> bool:
     """Whether pyvmm, given these words, runs several vCPUs at once.
 
     That needs a lab machine of one processor. Where two of QEMU's emulated ones run guests at the
-    same time, one now and then is still under nested paging when it is back in its host, whose
-    registers KVM then takes for the guest's: the guest ends in a triple fault, or the lab's kernel
-    crashes. Seen with QEMU 10.0 in one of three boots with four vCPUs, also of QEMU itself, and in
-    none of 16 with one processor; never with one vCPU. QEMU 11.1 is no better: there QEMU's own
-    guests crash with one vCPU, too.
+    same time, one now and then is still under nested paging when it is back in its host. KVM then
+    takes that host's registers for the guest's: the guest ends in a triple fault, or the lab's
+    kernel crashes. Seen with QEMU 10.0 in one of three boots with four vCPUs, also of QEMU itself,
+    and in none of 16 with one processor; never with one vCPU. QEMU 11.1 is no better: there QEMU's
+    own guests crash with one vCPU, too.
     """
     cpus = value_of(words, "--cpus")
     return "selftest" in words[:1] or (cpus is not None and cpus[1] != "1")

@@ -1,6 +1,6 @@
 """One run of a job in a lab machine, driven by its user: expect, send, wait, collect.
 
-No threads: whoever waits moves the bytes (see vmm.lab.streams).
+No threads: the caller that waits moves the bytes (see vmm.lab.streams).
 """
 
 from __future__ import annotations

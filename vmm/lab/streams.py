@@ -1,8 +1,8 @@
 """The byte streams between the lab machine and its host, and the machine's end.
 
 Each stream is a socket pair with QEMU at the other end, or a pseudo-terminal with Bochs. One
-thread, no callbacks: whoever waits for something calls `pump` until it is there; nobody waiting
-means that the guest waits.
+thread, no callbacks: the caller that waits for something calls `pump` until it is there. While no
+caller does, the guest waits.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ class Pump:
                 pass
 
     def close(self) -> None:
-        """The streams stay open: they belong to who made them."""
+        """The streams stay open: they belong to their makers."""
         self._selector.close()
 
     def _watch_input(self) -> None:

@@ -76,7 +76,7 @@ class WorkFolder:
     @contextmanager
     def interruptible(self) -> Iterator[None]:
         """For a run of make that leaves nothing half made when it is asked to end, as the kernel's:
-        who interrupts it loses what was being compiled, and the next build goes on."""
+        an interrupt loses what was being compiled, and the next build goes on."""
         try:
             yield
         except Exception:
@@ -91,7 +91,8 @@ class WorkFolder:
 
     @property
     def _unfinished(self) -> Path:
-        """There while files change and make runs: who ends in between leaves half a build."""
+        """There while files change and make runs: a process that ends in between leaves half a
+        build."""
         return self.place / ".unfinished"
 
     def _begin(self, lay_out: Callable[[], None]) -> None:

@@ -65,7 +65,7 @@ class Line:
 
     def type(self, data: bytes) -> int:
         """Bytes of `data` that found room on the way to the guest. Raises ValueError for a
-        pseudo-terminal, which is typed on by who opens it."""
+        pseudo-terminal, which is typed on through its path."""
         if self._keyboard is None:
             raise ValueError(f"the console is {self.path}: open that, and write to it")
         try:

@@ -31,7 +31,7 @@ class Events:
     def __next__(self) -> MachineEvent:
         """The next event, waited for. Raises StopIteration after the machine's end."""
         while not self._taken:
-            # Before looking: who tells of one sets it afterwards.
+            # Before looking: the thread that tells of one sets it afterwards.
             self._changed.clear()
             ended = self._ended
             if self._subscription is not None:

@@ -167,7 +167,7 @@ class Machine:
             self._raise_error()  # nobody has waited for the end: it must not get lost
 
     def _raise_error(self) -> None:
-        """What the run raised, if anything: to a caller who asks for its start or end."""
+        """What the run raised, if anything: to a caller that asks for its start or end."""
         if self._error is not None:
             self._is_error_told = True
             raise self._error
@@ -320,7 +320,7 @@ class Machine:
         finally:
             with self._bell_lock:
                 bell, self._bell = self._bell, None
-            self._serve()  # those who still wait for an answer
+            self._serve()  # threads that still wait for an answer
             for events in self._events:
                 events.finish()
             if bell is not None:

@@ -118,6 +118,9 @@ class MachineConfig(NamedTuple):
     machine is a part of keeps its rights."""
     allowed_paths: tuple[str, ...] = ()
     """Files and folders that stay within reach in the sandbox, to read and write."""
+    user: str | None = None
+    """USER or UID:GID: who the process becomes once everything is open (`vmm.sandbox.user`). For
+    a process of its own: all its threads change. `validate` refuses it where that may not be."""
 
     @property
     def has_back_ends(self) -> bool:
@@ -222,6 +225,10 @@ class MachineConfig(NamedTuple):
             raise UsageError(f"--sandbox={self.sandbox} is unknown; use {', '.join(SANDBOXES)}")
         if self.allowed_paths and self.sandbox == "off":
             raise UsageError("--allow-path: nothing is out of reach with --sandbox=off")
+        if self.user is not None:
+            from vmm.sandbox.user import user_named  # most runs stay who they are
+
+            user_named(self.user)
 
     def _validate_back_ends(self) -> None:
         """They map one file, the shared side; there has to be one."""

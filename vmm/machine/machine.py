@@ -154,7 +154,9 @@ class Machine:
                 self._report_file.begin()
             if self._memory_file is not None:
                 memory, bit = self._vm.memory, self._vm.scheme.shared_alias
-                served = self._memory_file.served(memory, bit, self._watcher, self._loop, self.stop)
+                served = self._memory_file.served(
+                    memory, bit, self._watcher, self._loop, self.stop, self._enter_early
+                )
                 self._cleanup.enter_context(served)
             self._enter_sandbox()
             outcome = None
@@ -228,6 +230,8 @@ class Machine:
 
             self._control = ControlSocket(config.control)
             self._cleanup.callback(self._control.close)
+        if config.user is not None and self._embedding is not None:
+            raise UsageError("user: all threads of your program would change; use pyvmm run")
         self._memory_file: MemoryFile | None = None
         if config.memory_file is not None:
             if self._embedding is not None:
@@ -245,7 +249,7 @@ class Machine:
         self._report_file = None if config.report is None else ReportFile(config.report)
         if self._report_file is not None:
             self._cleanup.callback(self._report_file.close)
-        if config.sandbox != "off":
+        if config.sandbox != "off" or config.user is not None:
             self._leave_somebody_outside()
 
     def _open_snapshot(self, config: MachineConfig, path: str) -> MachineConfig:
@@ -313,7 +317,14 @@ class Machine:
     def _enter_sandbox(self) -> None:
         """Everything is open: give up what the run doesn't need any more."""
         config = self._config
+        user = None
+        if config.user is not None:
+            from vmm.sandbox.user import become, user_named  # most runs stay who they are
+
+            user = user_named(config.user)
         if config.sandbox == "off":
+            if user is not None:
+                become(user, self._written_folders())
             return
         from vmm.sandbox.enter import enter, enter_vcpu, kept_descriptors
 
@@ -321,15 +332,30 @@ class Machine:
             config.sandbox,
             kept=kept_descriptors(),
             output=self._console.output_fd,
-            folders=() if config.trace is None else (config.trace,),
+            folders=self._written_folders(),
             paths=config.allowed_paths,
             maps=config.allow_mapped_io,
             connects=config.vsock is not None,
             receives=config.control is not None
             or any(device.apart for device in self._virtio.values()),
+            core_dumps=config.core_dumps,
+            user=user,
         )
         if self._sandbox.seccomp:
             self._vcpus.at_start = enter_vcpu
+
+    def _written_folders(self) -> tuple[str, ...]:
+        return () if self._config.trace is None else (self._config.trace,)
+
+    def _enter_early(self) -> None:
+        """On the memory file's thread, which starts before the sandbox, as no mount(2) is in it,
+        and looks up in /proc what its openers are called."""
+        if self._config.sandbox == "off":
+            return
+        from vmm.sandbox.enter import enter_files
+
+        paths = self._config.allowed_paths
+        enter_files(folders=self._written_folders(), reads=("/proc",), paths=paths)
 
     def _make_guest(self, images: OpenedImages) -> Guest:
         options = self._config.guest_options()

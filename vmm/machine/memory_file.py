@@ -37,9 +37,11 @@ class MemoryFile:
         watcher: Callable[[str], Announce | None],
         loop: EventLoop,
         stop: Callable[[Outcome], None],
+        at_start: Callable[[], None],
     ) -> Iterator[None]:
         """Within the block the file is there, from before a sandbox, which has no mount(2), to the
-        end. Raises HostError where it can't be mounted."""
+        end. `at_start` is the first thing that its thread does. Raises HostError where it can't be
+        mounted."""
         from vmm.control.memory_file.guest_file import GuestFile
         from vmm.control.memory_file.mount import MemoryMount
 
@@ -56,7 +58,9 @@ class MemoryFile:
         def tell_changes(changed: Callable[[], None]) -> None:
             memory.on_change = changed
 
-        self._mount = MemoryMount(self._place, GuestFile(memory, shared_bit), watcher, fail)
+        self._mount = MemoryMount(
+            self._place, GuestFile(memory, shared_bit), watcher, fail, at_start
+        )
         try:
             self._mount.start(loop, tell_changes)
             yield

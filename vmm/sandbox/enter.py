@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from collections.abc import Sequence
 
 from kvm_bindings import KvmError, sandbox
 from vmm.core.errors import HostError, UsageError
+from vmm.core.lean_typing import TYPE_CHECKING
 from vmm.sandbox import seccomp
 from vmm.sandbox.calls import NOT_FOR_VCPUS, Needs, allowed, conditional
 from vmm.sandbox.paths import READ, readable
+
+if TYPE_CHECKING:
+    from vmm.sandbox.user import User
 
 WRITE = (
     READ
@@ -45,26 +50,30 @@ def enter(
     maps: bool = False,
     connects: bool = False,
     receives: bool = False,
+    core_dumps: bool = True,
+    user: User | None = None,
 ) -> Sandbox:
     """Give up all system calls and files but those of vmm.sandbox.calls and vmm.sandbox.paths.
 
     `kept`: descriptors that nobody may map from now on; `output`: the console's, which may get
     another file put in its place; `folders`: where the run writes files of its own; `reads`: what
     it reads by path; `paths`: what the user gives back, to read and write; `maps`: files are used
-    through mappings; `connects`: a device connects to Unix sockets; `receives`: open
-    files come by socket. Threads that run already get the system calls' part only. Raises
-    HostError where `mode` is "on" and the kernel can't do it.
+    through mappings; `connects`: a device connects to Unix sockets; `receives`: open files
+    come by socket; `core_dumps`: whether a crash may leave one; `user`: the
+    user to become. Threads that run already get the system calls' part only (see `enter_files`).
+    Raises HostError where `mode` is "on" and the kernel can't do it.
     """
     writes = bool(folders or paths)
+    if user is not None:
+        from vmm.sandbox.user import become  # most runs stay who they are
     try:
         sandbox.no_new_privileges()
-        version = sandbox.landlock(
-            [
-                *((path, READ) for path in (*readable(), *reads)),
-                ("/dev/null", READ | sandbox.WRITE_FILE),
-                *((path, WRITE) for path in (*folders, *paths)),
-            ]
-        )
+        if not core_dumps:
+            sandbox.no_core_files()
+        _shut_memory(kept)
+        if user is not None:
+            become(user, folders)
+        version = sandbox.landlock(_rules(folders, reads, paths))
         if version == 0 and mode == "on":
             raise HostError(
                 "--sandbox=on: this kernel has no Landlock, or it is switched off; use "
@@ -87,6 +96,34 @@ def enter(
             raise HostError(f"--sandbox={mode}: {error}; --sandbox=off goes without") from error
         return Sandbox(seccomp=False, landlock=sandbox.landlock_version(), paths=paths)
     return Sandbox(seccomp=True, landlock=version, paths=paths)
+
+
+def enter_files(
+    *, folders: Sequence[str] = (), reads: Sequence[str] = (), paths: Sequence[str] = ()
+) -> None:
+    """The files' part of `enter`, for a thread that starts before it: Landlock is each thread's
+    own, and a filter of system calls comes to all of them. Raises KvmError."""
+    sandbox.no_new_privileges()
+    sandbox.landlock(_rules(folders, reads, paths))
+
+
+def _rules(
+    folders: Sequence[str], reads: Sequence[str], paths: Sequence[str]
+) -> list[tuple[str, int]]:
+    return [
+        *((path, READ) for path in (*readable(), *reads)),
+        ("/dev/null", READ | sandbox.WRITE_FILE),
+        *((path, WRITE) for path in (*folders, *paths)),
+    ]
+
+
+def _shut_memory(descriptors: Sequence[int]) -> None:
+    """Have nobody open a memfd once more by /proc/self/fd, where Landlock has no say: it looks at
+    paths, and a memfd has none. Its mode keeps everybody out but root with CAP_DAC_OVERRIDE."""
+    for fd in descriptors:
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{fd}").startswith("/memfd:"):
+                os.fchmod(fd, 0)
 
 
 def kept_descriptors() -> list[int]:

@@ -1,4 +1,4 @@
-"""Tells those who follow a machine's events of its devices: that one has stopped."""
+"""Tells subscribers to a machine's events of its devices: that one has stopped."""
 
 from __future__ import annotations
 

@@ -52,6 +52,15 @@ def test_conversion_is_asked_for_and_a_refusal_is_status_1(
     assert server.operations.calls == [(Kind.SHARE, 0x1000, 8192)]
 
 
+def test_device_is_started_anew_and_a_refusal_is_status_1(server: Server, command: Command) -> None:
+    done = command("ctl", str(server.path), "device", "restart", "blk0")
+    refused = command("ctl", str(server.path), "device", "restart", "blk1")
+
+    assert (done.status, refused.status) == (0, 1)
+    assert server.operations.calls == ["restart blk0"]
+    assert "own process" in json.loads(refused.out)["error"]
+
+
 def test_refusal_by_a_policy_names_it(server: Server, command: Command) -> None:
     server.operations.answer, server.operations.word = -errno.EACCES, Deny()
 
@@ -77,6 +86,8 @@ def test_device_that_does_not_rest_is_explained(server: Server, command: Command
         (["x", "zzz"], "the commands are status, pause"),
         (["x", "convert", "share", "1"], "convert takes share|unshare GPA SIZE, not share 1"),
         (["x", "status", "now"], "ctl status takes no now"),
+        (["x", "device"], "ctl device takes restart NAME, not nothing"),
+        (["x", "device", "stop", "blk0"], "ctl device takes restart NAME, not stop blk0"),
     ],
 )
 def test_wrong_words_are_told_with_the_right_ones(

@@ -88,6 +88,26 @@ def test_pause_that_a_device_keeps_from_happening_is_said(server: Server) -> Non
     assert answer["ok"] is False and "runs on" in answer["error"]
 
 
+def test_devices_are_listed_and_started_anew(server: Server) -> None:
+    answers = server.ask(line("devices"), line("restart-device", device="blk0"))
+
+    assert answers == [{"ok": True, "devices": {"blk0": {"pid": 7}, "blk1": None}}, {"ok": True}]
+    assert server.operations.calls == ["restart blk0"]
+
+
+def test_device_that_cannot_be_started_anew_is_said(server: Server) -> None:
+    answers = server.ask(
+        *(line("restart-device", device=name) for name in ("blk1", "blk2", 7)),
+        line("restart-device"),
+    )
+
+    assert [answer["ok"] for answer in answers] == [False] * 4
+    assert [answer["error"] for answer in answers[:2]] == [
+        "blk1 is in pyvmm's own process", "no memory",
+    ]  # fmt: skip
+    assert all('"device"' in answer["error"] for answer in answers[2:])
+
+
 # -- clients that don't mean well -----------------------------------------------------------------
 
 NONSENSE = [

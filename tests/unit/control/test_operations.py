@@ -127,3 +127,18 @@ def test_quit_ends_the_run_well(bench: Bench) -> None:
 
     assert [outcome.exit for outcome in bench.rig.outcomes] == [QUIT]
     assert bench.rig.outcomes[0].exit_status == 0
+
+
+def test_device_of_a_paused_machine_is_not_started_anew(bench: Bench) -> None:
+    bench.operations.pause()
+
+    with pytest.raises(LookupError, match="resume"):
+        bench.operations.restart_device("blk0")
+    bench.operations.resume()
+    bench.operations.restart_device("blk0")
+
+    assert bench.devices.log[-1] == "restarted blk0"
+
+
+def test_device_without_a_process_is_listed_as_that(bench: Bench) -> None:
+    assert bench.operations.devices() == {"blk0": None}

@@ -211,7 +211,7 @@ class _Client:
 
     def _put(self, data: bytes) -> None:
         self._output += data
-        with contextlib.suppress(OSError):  # who has hung up is noticed on reading
+        with contextlib.suppress(OSError):  # a client that has hung up is noticed on reading
             self._send()
 
     def _send(self) -> None:

@@ -1,8 +1,8 @@
 """libfuse 3's low-level interface, as much of it as a folder with a few files needs.
 
-By ctypes on the system's library, because a read is answered here straight out of the memory that
-it is about. libfuse's high-level interface, and the Python libraries over it, have it copied into a
-buffer of libfuse's first, which takes as long again as the reader's own copy.
+By ctypes on the system's library: a read is answered here straight out of the memory that it is
+about. libfuse's high-level interface, and the Python libraries over it, have that memory copied
+into a buffer of libfuse's first. That takes as long again as the reader's own copy.
 
 Sources: include/fuse_lowlevel.h and fuse_common.h of libfuse 3.14 and 3.17, whose structures and
 symbols are the same here; struct stat as <bits/struct_stat.h> has it.
@@ -36,7 +36,7 @@ _BLOCK = 1 << 20
 
 
 class Attributes(NamedTuple):
-    """What stat(2) says of a file, besides its owner, who is this process's user."""
+    """What stat(2) says of a file, besides its owner: this process's user."""
 
     mode: int
     size: int = 0
@@ -167,7 +167,7 @@ class Library:
         with contextlib.suppress(AttributeError):  # since 3.7
             library.fuse_set_log_func(_no_log)
         self.notify = self._function("fuse_lowlevel_notify_poll", ctypes.c_void_p)
-        """Wake who polls."""
+        """Wake the callers that poll."""
         self.give_back = self._function("fuse_pollhandle_destroy", ctypes.c_void_p)
         self.new = self._function(
             "fuse_session_new",
@@ -310,7 +310,7 @@ class Session:
             # Nothing is cached: a page may be private the next moment. Nor can it be mapped, then.
             file.bits = file.bits & ~_NONSEEKABLE | _DIRECT_IO
             if self._library.opened(request, info):
-                self._files.release(file.handle)  # who asked is gone
+                self._files.release(file.handle)  # its caller is gone
 
         self._answered(request, work)
 

@@ -24,7 +24,7 @@ from vmm.core.errors import (
     one_line,
     tell,
 )
-from vmm.core.lean_typing import Any, NamedTuple, Protocol
+from vmm.core.lean_typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from vmm.devices.process import protocol
 from vmm.devices.process.protocol import HEAD, ProtocolError
 from vmm.devices.virtio.device import (
@@ -34,6 +34,9 @@ from vmm.devices.virtio.device import (
     _unconnected,
 )
 from vmm.devices.virtio.queue import Chain, QueueError, SplitQueue
+
+if TYPE_CHECKING:
+    from vmm.core.saved import State
 
 ANSWER_SECONDS = 30.0
 """How long a process may say nothing while something is for it to do: as long as Linux waits for a
@@ -198,6 +201,15 @@ class ProcessDevice(VirtioDevice):
             interrupt = queue_index in self._interrupts
             self._interrupts.discard(queue_index)
             return interrupt
+
+    def state(self) -> State:
+        """Raises NotSaved: where its queues are the process knows."""
+        from vmm.core.saved import NotSaved
+
+        raise NotSaved(
+            f"{self._name} is in a process of its own and can't be saved; run the machine without "
+            "the setting process"
+        )
 
     def disconnect(self) -> None:
         with self._lock:

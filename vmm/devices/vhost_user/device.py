@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from vmm.core.errors import GuestMemoryError, PyvmmError, tell
 from vmm.core.event_loop import drain
 from vmm.core.lean_typing import Any, NamedTuple
+from vmm.core.saved import NotSaved, State
 from vmm.devices.vhost_user import messages
 from vmm.devices.vhost_user.channel import BackEndError, Channel
 from vmm.devices.vhost_user.rings import ForeignQueue
@@ -136,6 +137,13 @@ class VhostUserDevice(VirtioDevice):
     @abstractmethod
     def refuse(self, chain: Chain) -> int:
         """Answer a request with an error; how many bytes that wrote."""
+
+    def state(self) -> State:
+        """Raises NotSaved: what the back end knows stays there."""
+        raise NotSaved(
+            f"{self.name} is served by another program and can't be saved; run the machine with a "
+            "device of pyvmm's own in its place"
+        )
 
     # --- set-up ---
 

@@ -123,6 +123,22 @@ def test_private_page_in_a_batch_stops_the_device_behind_what_it_could_do(
     assert rig.device.statistics.deaths == 0
 
 
+def test_host_that_moves_a_part_at_a_time_has_each_part_moved_once(
+    make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = make_rig()
+    assert isinstance(rig.memory, BatchingFakeMemory)
+    move_in = rig.memory.move_in
+    monkeypatch.setattr(rig.memory, "move_in", lambda fd, moves: move_in(fd, moves[:3]))
+    reads = [rig.read(10 * number) for number in range(4)]
+
+    rig.serve()
+    rig.until(finished(rig, *(status for _, status in reads)))
+
+    assert [rig.machine.text(data, 1)[0] for data, _ in reads] == [0, 10, 20, 30]
+    assert rig.device.statistics.bytes_read == 4 * SECTOR
+
+
 def test_killed_process_costs_errors_and_a_new_one_goes_on(make_rig: MakeRig) -> None:
     rig = make_rig()
     before = rig.write(10, b"1" * SECTOR)

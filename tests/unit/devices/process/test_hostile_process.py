@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tests.support.device_process import READY, ByHand, DiskRig
 from tests.support.virtio_machine import RINGS
 from vmm.core.ranges import Range
+from vmm.core.saved import NotSaved
 from vmm.devices.process import protocol
 from vmm.devices.process.protocol import COUNTS, HEAD, WRITE_HEAD, words
 
@@ -257,6 +258,11 @@ def test_text_of_a_process_is_one_short_line(by_hand: DiskRig) -> None:
     assert by_hand.machine.driver.status & NEEDS_RESET
     assert failure.isprintable()
     assert len(failure) < 400
+
+
+def test_device_in_a_process_is_not_saved(by_hand: DiskRig) -> None:
+    with pytest.raises(NotSaved, match="without the setting process"):
+        by_hand.machine.transport.state()
 
 
 def test_request_without_room_for_a_status_stops_a_disk_without_a_process(

@@ -14,6 +14,7 @@ from tests.support.virtio_driver import NEEDS_RESET, Piece
 from tests.unit.devices.vhost_user.rig import USER, Rig, Successors, requests
 from vmm.core.errors import PyvmmError
 from vmm.core.ranges import Range
+from vmm.core.saved import NotSaved
 from vmm.devices.vhost_user import channel, messages
 from vmm.devices.vhost_user.block import VhostUserBlock
 from vmm.devices.vhost_user.channel import BackEndError
@@ -499,3 +500,8 @@ def test_a_restart_by_who_is_not_the_same_leaves_all_as_it_is(
     rig.close()
     for double in doubles:
         double.end()
+
+
+def test_device_that_another_program_serves_is_not_saved(rig: Rig) -> None:
+    with pytest.raises(NotSaved, match="blk0 is served by another program"):
+        rig.device.state()
