@@ -28,8 +28,9 @@ from tests.injection.table import (
     Row,
 )
 from vmm.core.lean_typing import Any, NamedTuple
+from vmm.memory.transfer import ENGINES
 
-BENCH = ("pread", "fd2fd", "hva", "mmap", "trace")
+BENCH = ("pread", "fd2fd", "hva", "mmap", "trace", "process")
 """Scenarios of the bench guest, most named after the engine of its disk."""
 PAYLOAD = {
     "none": (),
@@ -72,8 +73,8 @@ def words_of(scenario: str, folder: Path) -> list[str]:
     if scenario == "trace":
         shutil.rmtree(folder / "trace", ignore_errors=True)
         more += ["--trace", str(folder / "trace")]
-    engine = "pread" if scenario == "trace" else scenario
-    more[1] += f",io={engine}"
+    engine = scenario if scenario in ENGINES else "pread"
+    more[1] += f",io={engine}{',process' if scenario == 'process' else ''}"
     guest = ["--kernel", firmware.bench_path(), "--append", f"-- {_TESTS}"]
     return injecting.pyvmm(*guest, "--allow-mapped-io", *more)
 
