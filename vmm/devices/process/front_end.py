@@ -295,6 +295,7 @@ class ProcessDevice(VirtioDevice):
             self._say(protocol.RESET)
             return
         flags = protocol.BATCHES if hasattr(memory, "move_in") else 0
+        flags |= protocol.QUIET if getattr(memory, "quiet", False) else 0
         flags |= protocol.RESUMED if bases is not None else 0
         body = protocol.FEATURES.pack(self._agreed)
         for index, queue in self._queues.items():
