@@ -160,13 +160,12 @@ def test_target_with_the_fewest_seconds_is_next(
     (tmp_path / hours.TURNS).write_text('{"name": "elf", "seconds": 9, "failed": []}\n')
     asked: list[str] = []
 
-    def run(command: list[str], **about: object) -> subprocess.CompletedProcess[bytes]:
-        asked.append(command[3])
-        result = {"name": command[3], "failed": [], "runs": 5, "edges": 3, "edges_at_first": 2}
-        return subprocess.CompletedProcess(command, 0, json.dumps(result).encode())
+    def run(name: str, work: Path, words: list[str]) -> libfuzzer.Result:
+        asked.append(name)
+        return libfuzzer.Result(name, 2, 3, 4, 5, [], "")
 
     clock = iter(range(100))
-    monkeypatch.setattr("tests.fuzz.hours.subprocess.run", run)
+    monkeypatch.setattr(libfuzzer, "run", run)
     monkeypatch.setattr("tests.fuzz.hours.time.monotonic", lambda: next(clock))
 
     hours.take_turns(tmp_path, ["elf", "queue"], 6 / 3600, 60)
@@ -275,6 +274,12 @@ def accept(*arguments: object) -> int:
     return 0
 
 
+def any_moves(body: memoryview, *bounds: object) -> list[int]:
+    """Moves, wherever in the file they begin and end."""
+    moves: list[int] = body.cast("Q").tolist()
+    return moves
+
+
 def odd(*arguments: object, **keywords: object) -> None:
     raise IndexError("nobody foresaw this")
 
@@ -309,6 +314,9 @@ def odd(*arguments: object, **keywords: object) -> None:
         ("device-tree", "vmm.arch.aarch64.fdt._padded", lambda data: data),
         ("end-mark", "vmm.lab.streams.EndMark.rest", lambda mark: b""),
         ("blk", "vmm.devices.virtio.block.VirtioBlock.close", nothing),
+        ("device-process", "vmm.devices.process.protocol.moves_in", any_moves),
+        ("vhost-user", "vmm.devices.vhost_user.rings.unreturned", odd),
+        ("snapshot", "vmm.devices.msix.MsixTable.restore", odd),
         ("vsock", "vmm.devices.virtio.vsock.VirtioVsock.close", nothing),
         ("rng", "vmm.devices.virtio.queue.SplitQueue.publish", odd),
     ],
