@@ -49,6 +49,13 @@ _OF_THE_TABLE = {
     "a caller": "loop", "console": "console", "report": "report", "trace": "trace",
     "trace's first file": "trace", "socket": "socket", "socket, hung up": "socket",
     "passt": "socket", "tap": "tap", "a host's program": "socket", "a guest's call": "socket",
+    "its socket": "socket",
+    "the spawner": "socket",
+    "back end": "socket",
+    "snapshot's files": "",
+    "its state": "",
+    "guest memory, saved": "shared memory",
+    "a snapshot that is restored": "",
     "file, FIFO": "console", "terminal": "console", "protected memory": "",
     "to the process outside": "", "the process outside": "", "a thread": "", "": "",
 }  # fmt: skip

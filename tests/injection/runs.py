@@ -28,8 +28,9 @@ from tests.injection.table import (
     Row,
 )
 from vmm.core.lean_typing import Any, NamedTuple
+from vmm.memory.transfer import ENGINES
 
-BENCH = ("pread", "fd2fd", "hva", "mmap", "trace")
+BENCH = ("pread", "fd2fd", "hva", "mmap", "trace", "process")
 """Scenarios of the bench guest, most named after the engine of its disk."""
 PAYLOAD = {
     "none": (),
@@ -42,6 +43,10 @@ _DISK = 4 << 20
 _BYTES = 64 * 4096 + 16 * (128 << 10)
 _INTERRUPTIONS = 20
 """How often a call is interrupted that is to be repeated."""
+
+
+COUNTED = "errors are counted"
+"""And the guest, which has what it wants, goes on to its end."""
 
 
 class Seen(NamedTuple):
@@ -68,8 +73,8 @@ def words_of(scenario: str, folder: Path) -> list[str]:
     if scenario == "trace":
         shutil.rmtree(folder / "trace", ignore_errors=True)
         more += ["--trace", str(folder / "trace")]
-    engine = "pread" if scenario == "trace" else scenario
-    more[1] += f",io={engine}"
+    engine = scenario if scenario in ENGINES else "pread"
+    more[1] += f",io={engine}{',process' if scenario == 'process' else ''}"
     guest = ["--kernel", firmware.bench_path(), "--append", f"-- {_TESTS}"]
     return injecting.pyvmm(*guest, "--allow-mapped-io", *more)
 
@@ -130,7 +135,7 @@ def outcome(row: Row, error: int, run: Seen) -> str:
     if went_well and ended.status == 0:
         if lines:
             return SAID
-        return SAME if not run.disk_counts.get("errors") else "errors are counted"
+        return SAME if not run.disk_counts.get("errors") else COUNTED
     if row.call == "write" and row.on == "console" and ended.status == 0:
         return DROPPED
     if _guest_was_told(ended.output, error):

@@ -182,6 +182,31 @@ int accept4(int fd, struct sockaddr *address, socklen_t *size, int flags)
     return real(fd, address, size, flags);
 }
 
+/* Half of the first buffer. */
+ssize_t recvmsg(int fd, struct msghdr *message, int flags)
+{
+    REAL(recvmsg);
+    struct iovec one = message->msg_iovlen ? message->msg_iov[0] : (struct iovec){0};
+    FAIL_OR("recvmsg", fd, HALF(one.iov_len); message->msg_iov = &one; message->msg_iovlen = 1);
+    return real(fd, message, flags);
+}
+
+ssize_t sendmsg(int fd, const struct msghdr *message, int flags)
+{
+    REAL(sendmsg);
+    struct msghdr shorter = *message;
+    struct iovec one = message->msg_iovlen ? message->msg_iov[0] : (struct iovec){0};
+    FAIL_OR("sendmsg", fd, HALF(one.iov_len); shorter.msg_iov = &one; shorter.msg_iovlen = 1);
+    return real(fd, &shorter, flags);
+}
+
+int fsync(int fd)
+{
+    REAL(fsync);
+    FAIL_OR("fsync", fd, );
+    return real(fd);
+}
+
 int epoll_ctl(int epoll, int operation, int fd, struct epoll_event *event)
 {
     REAL(epoll_ctl);

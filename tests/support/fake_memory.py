@@ -70,6 +70,8 @@ class FakeMemory:
 class BatchingFakeMemory(FakeMemory):
     """The same with verbs for many pieces, as GuestMemory has them."""
 
+    quiet = True  # as MemoryThrough says
+
     def read_many(self, pieces: list[int]) -> bytes:
         self._check_many("read_many", pieces)
         pairs = zip(pieces[::2], pieces[1::2], strict=True)

@@ -11,7 +11,7 @@ from vmm.devices.virtio.block_file import DiskFile
 from vmm.devices.virtio.net import VirtioNet
 
 DISK_PATIENCE = 2
-"""As VirtioBlock's, where a look is a message: the first comes with what was returned."""
+"""As VirtioBlock's, where a look is a message, and takes as long as several of pyvmm's own."""
 
 
 def _flushes(features: int) -> bool:

@@ -603,6 +603,9 @@ def _touches(flight: Flight, area: Range) -> bool:
 class MemoryThrough:
     """Guest memory as one device sees it: GuestMemory checks, an engine moves the bytes."""
 
+    quiet = True
+    """Nobody hears of an access that is refused: a device may try one whose use isn't certain."""
+
     def __init__(self, memory: GuestMemory, engine: Engine) -> None:
         self._memory = memory
         self._engine = engine

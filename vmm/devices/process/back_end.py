@@ -106,7 +106,12 @@ class BackEnd:
         (features,) = protocol.FEATURES.unpack_from(body)
         memory: RemoteMemory
         if flags & protocol.BATCHES:
-            memory = RemoteBatches(self._channel, self._numbers, self._may_keep(features))
+            memory = RemoteBatches(
+                self._channel,
+                self._numbers,
+                may_keep=self._may_keep(features),
+                may_guess=bool(flags & protocol.QUIET),
+            )
         else:
             memory = RemoteMemory(self._channel, self._numbers)
         self._memory = memory

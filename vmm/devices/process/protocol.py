@@ -5,7 +5,8 @@ this machine's byte order: both sides run on it. A generation is what lies betwe
 the device; what belongs to an earlier one is stale, and carried out no more.
 
 pyvmm to the process:
-    ACTIVATE   u64 features; then for each queue a QUEUE; flags: memory takes BATCHES, RESUMED
+    ACTIVATE   u64 features; then for each queue a QUEUE; flags: memory takes BATCHES, is QUIET
+               about what it refuses; RESUMED
     RESET      nothing
     KICK       for a queue: nothing, or what is in its rings (see `ring_pieces`)
     ANSWER     flags: a STATUS. The bytes read, or u64 bytes moved; else a sentence or u32 errno
@@ -47,7 +48,7 @@ ERRNO = Struct("=I")
 ACTIVATE, RESET, KICK, ANSWER = 1, 2, 3, 4
 READ, WRITE, MOVE_IN, MOVE_OUT, TURN, STOPPED, CONFIG, DONE = 16, 17, 18, 19, 20, 21, 22, 23
 
-BATCHES, RESUMED = 1, 2  # flags of ACTIVATE
+BATCHES, RESUMED, QUIET = 1, 2, 4  # flags of ACTIVATE
 INTERRUPT, RESTED = 1, 2  # flags of TURN
 REFUSED = 1  # flag of STOPPED
 WHOLE = 1  # flag of MOVE_IN and MOVE_OUT

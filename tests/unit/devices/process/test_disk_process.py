@@ -139,6 +139,19 @@ def test_host_that_moves_a_part_at_a_time_has_each_part_moved_once(
     assert rig.device.statistics.bytes_read == 4 * SECTOR
 
 
+def test_headers_that_are_where_they_were_come_with_the_ring(make_rig: MakeRig) -> None:
+    """And one that has changed is the new one."""
+    rig = make_rig()
+    header = rig.machine.place(struct.pack("<IIQ", T_IN, 0, 0))
+    for sector in range(8):
+        rig.memory.poke(struct.pack("<IIQ", T_IN, 0, sector), header.gpa)
+        data, status = rig.machine.blank(SECTOR), rig.machine.blank(1)
+        rig.machine.give(0, header, data, status)
+        rig.serve()
+        rig.until(finished(rig, status))
+        assert rig.machine.text(data, 1) == bytes([sector])
+
+
 def test_killed_process_costs_errors_and_a_new_one_goes_on(make_rig: MakeRig) -> None:
     rig = make_rig()
     before = rig.write(10, b"1" * SECTOR)

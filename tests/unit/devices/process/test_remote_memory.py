@@ -1,0 +1,161 @@
+"""What a device's process asks for, and how often: by a channel that answers from memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import pytest
+
+from tests.support.fake_memory import BatchingFakeMemory
+from vmm.core.ranges import Range
+from vmm.devices.process import protocol
+from vmm.devices.process.remote_memory import Channel, Redo, RemoteBatches
+
+RING, HEADERS = [0x1000, 8], [0x2000, 16, 0x3000, 16]
+OTHERS = [0x4000, 16]
+
+
+class Answering:
+    """A channel to a memory; notes what is asked for."""
+
+    def __init__(self) -> None:
+        self.memory = BatchingFakeMemory()
+        self.asked: list[tuple[int, list[int]]] = []
+        self.moved: int | None = None
+
+    def ask(self, what: int, number: int, body: bytes, flags: int = 0) -> memoryview:
+        view = memoryview(body)
+        if what == protocol.READ:
+            pieces = protocol.pieces_in(view)
+            self.asked.append((what, pieces))
+            return memoryview(self.memory.read_many(pieces))
+        if what == protocol.WRITE:
+            moves, pieces, then, data = protocol.write_in(view)
+            self.asked.append((what, moves.cast("Q").tolist()))
+            self.memory.write_many(pieces, bytes(data))
+            return memoryview(self.memory.read_many(then) if then else b"")
+        moves_asked = protocol.moves_in(view, 0, 1 << 40, False)
+        self.asked.append((what, moves_asked))
+        moved = sum(moves_asked[2::3]) if self.moved is None else self.moved
+        return memoryview(protocol.MOVED.pack(moved))
+
+
+@pytest.fixture
+def channel() -> Iterator[Answering]:
+    made = Answering()
+    made.memory.poke(b"ring....", 0x1000)
+    made.memory.poke(b"header of the 1st", 0x2000)
+    made.memory.poke(b"header of the 2nd", 0x3000)
+    yield made
+    made.memory.close()
+
+
+def batches(channel: Answering, *, keeps: bool = False, guesses: bool = True) -> RemoteBatches:
+    return RemoteBatches(
+        cast(Channel, cast(Any, channel)), {5: 0}, may_keep=keeps, may_guess=guesses
+    )
+
+
+def test_look_brings_what_was_read_after_the_last_one(channel: Answering) -> None:
+    memory = batches(channel)
+    first = memory.read_many(HEADERS)
+
+    ring = memory.look(RING)
+    again = memory.read_many(HEADERS)
+
+    assert ring == b"ring...."
+    assert again == first == b"header of the 1sheader of the 2n"
+    assert [pieces for _, pieces in channel.asked] == [HEADERS, RING + HEADERS]
+
+
+def test_guess_is_good_for_once_and_until_the_turn_ends(channel: Answering) -> None:
+    memory = batches(channel)
+    memory.read_many(HEADERS)
+
+    memory.look(RING)
+    memory.read_many(HEADERS)
+    channel.memory.poke(b"news", 0x2000)
+    assert memory.read_many(HEADERS)[:4] == b"news"
+    memory.look(RING)
+    channel.memory.poke(b"more", 0x2000)
+    memory.begin()
+    assert memory.read_many(HEADERS)[:4] == b"more"
+
+
+def test_guess_that_is_refused_costs_another_look(channel: Answering) -> None:
+    memory = batches(channel)
+    memory.read_many(HEADERS)
+    channel.memory.private.append(Range(0x2000, 16))
+
+    assert memory.look(RING) == b"ring...."
+    assert memory.look(RING) == b"ring...."
+
+    looks = [pieces for _, pieces in channel.asked][1:]
+    assert looks == [RING + HEADERS, RING, RING]
+
+
+def test_guesses_that_are_wrong_end_until_one_would_be_right(channel: Answering) -> None:
+    memory = batches(channel)
+    for pieces in (HEADERS, OTHERS) * 5:
+        memory.look(RING)
+        memory.read_many(pieces)
+    assert channel.asked[-2] == (protocol.READ, RING)
+
+    memory.read_many(OTHERS)
+    memory.look(RING)
+
+    assert channel.asked[-1] == (protocol.READ, RING + OTHERS)
+
+
+def test_memory_that_tells_of_refusals_is_not_guessed_at(channel: Answering) -> None:
+    memory = batches(channel, guesses=False)
+    memory.read_many(HEADERS)
+
+    memory.look(RING)
+
+    assert channel.asked[-1] == (protocol.READ, RING)
+
+
+def test_moves_are_kept_for_what_is_written_next(channel: Answering) -> None:
+    memory = batches(channel, keeps=True)
+    memory.begin()
+
+    assert memory.move_in(5, [0, 0x5000, 512]) == 512
+    assert channel.asked == []
+    memory.write_many([0x6000, 2], b"ok")
+
+    assert channel.asked == [(protocol.WRITE, [0, 0x5000, 512])]
+
+
+def test_moves_come_before_whatever_else_is_asked_for(channel: Answering) -> None:
+    memory = batches(channel, keeps=True)
+    memory.begin()
+    memory.move_in(5, [0, 0x5000, 512])
+
+    memory.read_many(HEADERS)
+
+    assert [what for what, _ in channel.asked] == [protocol.MOVE_IN, protocol.READ]
+
+
+def test_moves_are_made_at_once_where_they_may_not_be_kept(channel: Answering) -> None:
+    """For a driver that can't flush: the disk sees to its writes when they have been moved."""
+    memory = batches(channel)
+    memory.begin()
+
+    memory.move_in(5, [0, 0x5000, 512])
+
+    assert [what for what, _ in channel.asked] == [protocol.MOVE_IN]
+
+
+def test_kept_moves_that_do_nothing_have_the_turn_done_again(channel: Answering) -> None:
+    memory = batches(channel, keeps=True)
+    memory.begin()
+    memory.move_in(5, [0, 0x5000, 512])
+    channel.moved = 0
+
+    with pytest.raises(Redo):
+        memory.end()
+
+    memory.begin()
+    assert memory.move_in(5, [0, 0x5000, 512]) == 0  # step by step, as it is
