@@ -233,12 +233,12 @@ class _BackEnds:
         self.ends: list[socket.socket] = []
 
     def connect(self) -> socket.socket:
-        ours, theirs = socket.socketpair()
-        theirs.setblocking(False)
-        self.ends.append(theirs)
         choices = self._choices
         if choices.random() < 0.05:
             raise ConnectionRefusedError(111, "Connection refused")
+        ours, theirs = socket.socketpair()
+        theirs.setblocking(False)
+        self.ends.append(theirs)
         features = FEATURES if choices.random() < 0.9 else choices.getrandbits(64)
         protocols = PROTOCOL_F_MQ | PROTOCOL_F_CONFIG
         number = messages.U64.pack
@@ -348,7 +348,7 @@ def _use(choices: Choices, device: VhostUserBlock, back_ends: _BackEnds, stack: 
             if choices.random() < 0.3:
                 machine.memory.private = [private, Range(machine.queues[0].used & -4096, 4096)]
         elif kind == 4 and choices.random() < 0.4:
-            back_ends.ends[-1].close()
+            back_ends.ends[-1].close()  # there is one: the device was greeted
         elif kind == 5 and device._back_end is None:
             machine.memory.private = [private]
             device._restarting = True
