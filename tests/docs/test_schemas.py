@@ -20,6 +20,7 @@ from tests.support.protected import protected_memory
 from tests.support.trace import Events
 from vmm.cli import replay as replay_command
 from vmm.cli import report as report_command
+from vmm.cli.ctl_saving import send_files
 from vmm.conversion.accounting import Accounting, Refinements
 from vmm.conversion.events import Lost, Noted, as_json
 from vmm.devices.virtio.balloon import BalloonStatistics
@@ -84,9 +85,9 @@ class Socket:
             assert run.process.poll() is None
         self.lines = self._connection.makefile("rb")
 
-    def ask(self, **request: object) -> Any:
+    def ask(self, *files: int, **request: object) -> Any:
         assert not faults("control", request, part="request")
-        self._connection.sendall(json.dumps(request).encode() + b"\n")
+        send_files(self._connection, json.dumps(request).encode() + b"\n", files)
         return json.loads(self.lines.readline())
 
     def close(self) -> None:
@@ -97,7 +98,7 @@ class Socket:
 @pytest.mark.kvm
 def test_control_socket_of_a_run_is_as_its_schema_says(tmp_path: Path, run: Path) -> None:
     path, disk = tmp_path / "control", run / "disk.img"
-    words = ["--private-mem", "-S", "--control", str(path), "--disk", str(disk)]
+    words = ["--private-mem=memfd", "-S", "--control", str(path), "--disk", str(disk)]
     with command.Session([*words, "--policy", "vmm.policy.builtin:AllowAll"]) as session:
         asking, following = Socket(path, session), Socket(path, session)
 
@@ -107,6 +108,11 @@ def test_control_socket_of_a_run_is_as_its_schema_says(tmp_path: Path, run: Path
             "done": following.ask(command="follow"),
             "refused": asking.ask(command="convert", kind="share", gpa="16T", size=4096),
         }
+        with (tmp_path / "m").open("wb") as memory, (tmp_path / "p").open("wb") as private:
+            files = memory.fileno(), private.fileno()
+            found["core"] = asking.ask(files[0], command="dump")
+            found["snapshot"] = asking.ask(files[0], command="snapshot")
+            found["snapshot"] |= asking.ask(*files, command="snapshot", private=True)
         assert not asking.ask(command="resume").get("error")
         events = [json.loads(line) for line in following.lines]
 

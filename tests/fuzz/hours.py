@@ -7,8 +7,8 @@
 
 The target with the fewest seconds is next, each in a process of its own, at the lowest priority.
 FOLDER/turns.jsonl has a line for each turn. A failure ends the target's turn and no more.
-`--merge` has libFuzzer choose the smallest inputs that together reach all that FOLDER's do
-(-merge=1), and puts them into tests/fuzz/corpus.
+`--merge` chooses few inputs that together reach what all do by libFuzzer's word (as its -merge=1
+does), and puts them into tests/fuzz/corpus.
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ import contextlib
 import io
 import json
 import os
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.fuzz import corpora
+from tests.fuzz import corpora, libfuzzer
 
 TURNS = "turns.jsonl"
 MOST_BYTES = 24 << 10
-"""Of one target's archive: the smallest inputs first."""
+"""Of one target's archive."""
+MOST_INPUTS, MOST_INPUTS_SLOW = 40, 12
+"""In it, so that a test run can replay all of them."""
 
 
 def turns(work: Path) -> list[dict[str, Any]]:
@@ -41,31 +42,27 @@ def turns(work: Path) -> list[dict[str, Any]]:
 
 
 def take_turns(work: Path, names: list[str], hours: float, seconds: int) -> int:
-    """Fuzz until the time is over; 1 if anything has failed."""
+    """Fuzz until the time is over; 1 if anything has failed. This process has imported all with
+    counters."""
+    from tests.fuzz.targets import TARGETS
+
     spent: dict[str, float] = defaultdict(float)
     for turn in turns(work):
         spent[turn["name"]] += turn["seconds"]
     end = time.monotonic() + hours * 3600
     status = 0
     while time.monotonic() < end:
-        from tests.fuzz.targets import TARGETS
-
         name = min(names or TARGETS, key=lambda each: spent[each])
         write_seeds(work, name)
         started = time.monotonic()
-        command = [sys.executable, "-m", "tests.fuzz.libfuzzer", name, "--work", str(work)]
-        ended = subprocess.run(
-            [*command, "--seconds", str(seconds)], stdout=subprocess.PIPE, check=False
-        )
+        words = [*libfuzzer.common_words(TARGETS[name].longest), f"-max_total_time={seconds}"]
+        result = libfuzzer.run(name, work, words)
         took = time.monotonic() - started
         spent[name] += took
-        lines = ended.stdout.decode().splitlines()
-        result = json.loads(lines[-1]) if lines else {"name": name, "failed": ["no result"]}
-        status |= bool(result["failed"])
+        status |= bool(result.failed)
         with open(work / TURNS, "a") as file:
-            file.write(json.dumps({**result, "seconds": round(took, 1)}) + "\n")
-        told = f"{name}: {result.get('runs')} runs, {result.get('edges')} edges"
-        print(told, *result["failed"], flush=True)
+            file.write(json.dumps({**result._asdict(), "seconds": round(took, 1)}) + "\n")
+        print(f"{name}: {result.runs} runs, {result.edges} edges", *result.failed, flush=True)
     return status
 
 
@@ -104,24 +101,38 @@ def merge(work: Path, name: str) -> int:
     """Minimise what there is of a target, and keep it; bytes of its archive."""
     write_seeds(work, name)
     with tempfile.TemporaryDirectory(prefix="fuzz-") as scratch:
-        everything, least = Path(scratch, "all"), Path(scratch, "least")
-        shutil.copytree(work / name, everything)
-        for number, data in enumerate(corpora.found(name)):
-            (everything / f"kept-{number}").write_bytes(data)
-        least.mkdir()
-        again = Path(scratch, "again")
-        # libFuzzer starts itself anew for this.
-        again.write_text(
-            f'#!/bin/sh\nexec {sys.executable} -m tests.fuzz.libfuzzer --as "$0" {name} "$@"\n'
-        )
-        again.chmod(0o700)
-        subprocess.run(
-            [again, "-merge=1", least, everything], check=True, stderr=subprocess.DEVNULL
-        )
-        smallest = sorted((path.read_bytes() for path in least.iterdir()), key=len)
-    while corpora.keep(name, smallest) > MOST_BYTES:
-        smallest = smallest[: len(smallest) * 9 // 10]
+        for number, data in enumerate(corpora.corpus(name)):
+            Path(scratch, f"kept-{number}").write_bytes(data)
+        everything = [*(work / name).iterdir(), *Path(scratch).iterdir()]
+        everything.sort(key=lambda path: path.stat().st_size)
+        reached = libfuzzer.features(name, everything)
+        chosen = covering(reached, MOST_INPUTS_SLOW if is_slow(name) else MOST_INPUTS)
+        inputs = [path.read_bytes() for path in chosen]
+    while corpora.keep(name, inputs) > MOST_BYTES:
+        inputs.pop()
     return (corpora.FOLDER / f"{name}.zip").stat().st_size
+
+
+def is_slow(name: str) -> bool:
+    """Whether the ordinary test run tries few inputs of it, as each takes a while."""
+    from tests.fuzz.targets import TARGETS
+
+    return TARGETS[name].runs <= 60
+
+
+def covering(reached: Mapping[Path, frozenset[int]], most: int) -> list[Path]:
+    """Few inputs that together reach what all do, the one that adds most first; of those that add
+    as much the one that comes first."""
+    left = dict(reached)
+    chosen: list[Path] = []
+    covered: frozenset[int] = frozenset()
+    while left and len(chosen) < most:
+        best = max(left, key=lambda path: len(left[path] - covered))
+        if not left[best] - covered:
+            break
+        covered |= left.pop(best)
+        chosen.append(best)
+    return chosen
 
 
 def main(words: list[str]) -> int:
@@ -146,12 +157,14 @@ def main(words: list[str]) -> int:
         TARGETS[options.name[0]](options.again.read_bytes())
         return 0
     if options.merge:
+        libfuzzer.import_instrumented(options.name)
         from tests.fuzz.targets import TARGETS
 
         for name in options.name or TARGETS:
             size = merge(work, name)
             print(f"{name}: {len(corpora.found(name))} inputs, {size} bytes", flush=True)
         return 0
+    libfuzzer.import_instrumented(options.name)
     return take_turns(work, options.name, options.hours, options.turn)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -20,7 +21,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -143,10 +144,47 @@ def common_words(longest: int) -> list[str]:
             "-rss_limit_mb=2048", "-print_final_stats=1", "-reload=0"]  # fmt: skip
 
 
+def features(name: str, inputs: Sequence[Path]) -> dict[Path, frozenset[int]]:
+    """What libFuzzer says that each input reaches; those that fail are left out. This process has
+    imported all with counters.
+
+    A step of its -merge=1, which it keeps apart for the sake of such inputs: it takes a list of
+    files (how many, how many of them are chosen already, names) and adds a line for each when it
+    begins ("STARTED number size") and when it has ended ("FT number feature...").
+    """
+    found: dict[Path, frozenset[int]] = {}
+    left = list(inputs)
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as scratch:
+        control = Path(scratch, "control")
+        while left:
+            control.write_text("\n".join([str(len(left)), "0", *map(str, left)]) + "\n")
+            words = [f"-merge_control_file={control}", "-merge_inner=1", f"-timeout={PATIENCE}"]
+            _in_a_child(functools.partial(fuzz, name, [name, *words]))
+            begun = 0
+            for line in control.read_text().splitlines()[2 + len(left) :]:
+                word, number, *rest = line.split()
+                begun = max(begun, int(number) + 1)
+                if word == "FT":
+                    found[left[int(number)]] = frozenset(map(int, rest))
+            if not begun:
+                raise RuntimeError(f"{name}: libFuzzer looks at no input")
+            left = left[begun:]
+    return found
+
+
+def _in_a_child(run: Callable[[], None]) -> None:
+    """Run it where it may end the process, which says nothing."""
+    child = os.fork()
+    if not child:
+        with contextlib.suppress(BaseException), open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+            os.dup2(nowhere.fileno(), 2)
+            run()
+        os._exit(70)
+    os.waitpid(child, 0)
+
+
 def main(words: list[str]) -> int:
-    if words[:1] == ["--as"]:  # libFuzzer's own words, with a program that it can start again
-        import_instrumented([words[2]])
-        fuzz(words[2], [words[1], *words[3:]])
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz.libfuzzer")
     parser.add_argument("name", nargs="*")
     parser.add_argument("--runs", type=int, help="inputs for each target, not as it says itself")

@@ -1,7 +1,8 @@
 """Parts of pyvmm that no guest on this machine's KVM drives, as programs to inject errors into.
 
 `python -m tests.injection.programs NAME ERRNO` does one thing while its calls fail, and prints
-which of the table's outcomes came of it. What is wrong besides is an AssertionError.
+which of the table's outcomes came of it, or what is wrong. More names and errnos go on with the
+next of the environment's rules each.
 """
 
 from __future__ import annotations
@@ -13,20 +14,28 @@ import socket
 import struct
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from kvm_bindings import KvmError, fdops, mapped
 from tests.injection.table import CALLER, DROPPED, GUEST, RESET, SAME
+from tests.support.back_end import BackEndDouble
 from tests.support.control import Server, line
 from tests.support.virtio_driver import NEEDS_RESET
 from tests.support.virtio_machine import VirtioMachine
 from tests.unit.devices.test_virtio_console import Consoles
 from tests.unit.devices.test_virtio_net import HEADER, Network
 from tests.unit.devices.test_virtio_vsock import HOST_PORT, Guest, dial
-from vmm.control import accepting
+from vmm.cli import ctl_saving
+from vmm.control import accepting, saving
 from vmm.control.memory_file.guest_file import GuestFile
 from vmm.core.ranges import Range
+from vmm.core.saved import BadState
+from vmm.devices.vhost_user.channel import BackEndError, Channel
+from vmm.devices.vhost_user.device import VERSION_1, greet
+from vmm.devices.vhost_user.messages import PROTOCOL_F_CONFIG, PROTOCOL_F_MQ
 from vmm.devices.virtio.block import T_DISCARD, T_WRITE_ZEROES, VirtioBlock
 from vmm.devices.virtio.block_file import open_disk
 from vmm.devices.virtio.net import RX, TX, VirtioNet
@@ -36,15 +45,18 @@ from vmm.devices.virtio.vsock_packet import Op
 from vmm.memory.backings.mapped import MappedBacking
 from vmm.memory.backings.memfd import MemfdBacking
 from vmm.memory.guest_memory import GuestMemory
+from vmm.snapshot.folder import SnapshotFolder, checksums, new_file, new_folder, packed
 
 _SIZE = 1 << 16
+_rule = 0
+"""Which of the environment's rules is meant."""
 _ARMED = ctypes.c_int.in_dll(ctypes.CDLL(None), "pyvmm_shim_armed")
 
 
 @contextlib.contextmanager
 def failing() -> Iterator[None]:
     """Within the block calls fail as the environment says (see shim.c)."""
-    _ARMED.value = 1
+    _ARMED.value = _rule + 2
     try:
         yield
     finally:
@@ -203,7 +215,7 @@ def control(folder: Path, error: int) -> str:
     server = Server(folder / "control")
     try:
         with failing(), socket.socket(socket.AF_UNIX) as caller:
-            caller.settimeout(10)
+            caller.setblocking(True)
             caller.connect(str(server.path))
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 caller.sendmsg([line("status")])
@@ -219,7 +231,7 @@ def _line_of(caller: socket.socket) -> bool:
     data = b""
     try:
         while not data.endswith(b"\n"):
-            piece, *_ = caller.recvmsg(4096)
+            piece = os.read(caller.fileno(), 4096)
             if not piece:
                 return False
             data += piece
@@ -390,6 +402,87 @@ def console_pty(folder: Path, error: int) -> str:
     return SAME if came == b"typed" else DROPPED
 
 
+# -- back ends of vhost-user, snapshots -----------------------------------------------------------
+
+
+def vhost_user(folder: Path, error: int) -> str:
+    """The greeting; the back end, which is in this process, hears and answers by other calls."""
+    double = _BackEnd()
+    link = Channel(double.connect())
+    link.begin(10)
+    try:
+        with failing():
+            found = greet(link, PROTOCOL_F_MQ, PROTOCOL_F_CONFIG)
+    except BackEndError:
+        return CALLER
+    finally:
+        link.close()
+        double.end()
+    assert found.features & VERSION_1
+    return SAME
+
+
+class _BackEnd(BackEndDouble):
+    """Whose calls are none of those that fail."""
+
+    def connect(self) -> socket.socket:
+        self.socket = _Other(fileno=self.socket.detach())
+        return super().connect()
+
+
+class _Other(socket.socket):
+    def recv(self, size: int, flags: int = 0) -> bytes:
+        return os.read(self.fileno(), size)
+
+    def recvmsg(self, size: int, room: int = 0, flags: int = 0) -> Any:
+        return super().recvmsg(size, room, flags | socket.MSG_WAITALL)
+
+    def sendall(self, data: Any, flags: int = 0) -> None:
+        os.write(self.fileno(), data)
+
+
+def snapshot(folder: Path, error: int) -> str:
+    """Memory and state into a new folder, and back."""
+    size = 300_000
+    backing, data, place = MemfdBacking(1 << 20), _pattern(size), folder / "snapshot"
+    backing.pwrite(data, 0)
+    try:
+        with failing(), new_folder(str(place)) as making:
+            fd = new_file(making, "memory")
+            for part in (Range(0, 10_000), Range(10_000, size - 10_000)):
+                saving._move(backing, part, fd, 0)
+            sums = checksums(fd, [[0, size]])
+            os.close(fd)
+            fd = new_file(making, "state")
+            ctl_saving._write(fd, packed({"memory": sums}), 0)
+            os.close(fd)
+    except OSError as refused:
+        assert refused.errno == error
+        assert os.listdir(folder) == [], "something was left behind"
+        return CALLER
+    assert (place / "memory").read_bytes() == data
+    return SAME
+
+
+def restore(folder: Path, error: int) -> str:
+    """The state and memory of a snapshot are read."""
+    place = folder / "snapshot"
+    data = _pattern(8192)
+    with new_folder(str(place)) as making:
+        fd = new_file(making, "memory")
+        os.pwrite(fd, data, 0)
+        (Path(making) / "state").write_bytes(packed({"memory": checksums(fd, [[0, 8192]])}))
+        os.close(fd)
+    try:
+        with failing():
+            saved = SnapshotFolder(str(place))
+            found = list(saved.contents(saved.state, "memory"))
+    except (OSError, BadState):
+        return CALLER
+    assert [piece for _, piece in found] == [data]
+    return SAME
+
+
 PROGRAMS: dict[str, Callable[[Path, int], str]] = {
     "discard": discard,
     "zeroes": zeroes,
@@ -405,12 +498,24 @@ PROGRAMS: dict[str, Callable[[Path, int], str]] = {
     "vsock": vsock,
     "console-file": console_file,
     "console-pty": console_pty,
+    "vhost-user": vhost_user,
+    "snapshot": snapshot,
+    "restore": restore,
 }
 
 
-def main(name: str, error: str) -> None:
-    with tempfile.TemporaryDirectory(prefix="pyvmm-") as folder:
-        print(PROGRAMS[name](Path(folder), int(error)))
+def main(*words: str) -> None:
+    """NAME ERRNO, and so on: for each a line."""
+    global _rule
+    for name, error in zip(words[::2], words[1::2], strict=True):
+        with tempfile.TemporaryDirectory(prefix="pyvmm-") as folder:
+            try:
+                said = PROGRAMS[name](Path(folder), int(error))
+            except Exception as wrong:
+                traceback.print_exc()
+                said = f"wrong: {wrong!r}".replace("\n", " ")
+        print(said, flush=True)
+        _rule += 1
 
 
 if __name__ == "__main__":

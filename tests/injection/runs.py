@@ -28,8 +28,9 @@ from tests.injection.table import (
     Row,
 )
 from vmm.core.lean_typing import Any, NamedTuple
+from vmm.memory.transfer import ENGINES
 
-BENCH = ("pread", "fd2fd", "hva", "mmap", "trace")
+BENCH = ("pread", "fd2fd", "hva", "mmap", "trace", "process")
 """Scenarios of the bench guest, most named after the engine of its disk."""
 PAYLOAD = {
     "none": (),
@@ -42,6 +43,10 @@ _DISK = 4 << 20
 _BYTES = 64 * 4096 + 16 * (128 << 10)
 _INTERRUPTIONS = 20
 """How often a call is interrupted that is to be repeated."""
+
+
+COUNTED = "errors are counted"
+"""And the guest, which has what it wants, goes on to its end."""
 
 
 class Seen(NamedTuple):
@@ -68,8 +73,8 @@ def words_of(scenario: str, folder: Path) -> list[str]:
     if scenario == "trace":
         shutil.rmtree(folder / "trace", ignore_errors=True)
         more += ["--trace", str(folder / "trace")]
-    engine = "pread" if scenario == "trace" else scenario
-    more[1] += f",io={engine}"
+    engine = scenario if scenario in ENGINES else "pread"
+    more[1] += f",io={engine}{',process' if scenario == 'process' else ''}"
     guest = ["--kernel", firmware.bench_path(), "--append", f"-- {_TESTS}"]
     return injecting.pyvmm(*guest, "--allow-mapped-io", *more)
 
@@ -98,16 +103,21 @@ def injected(row: Row, error: int, folder: Path) -> Seen:
     return _seen(folder, ended)
 
 
-def carried_out(row: Row, error: int) -> str:
-    """What a program's own outcome is, or what is wrong. Raises AssertionError as `injected`."""
+def carried_out(*cells: tuple[Row, int]) -> list[str]:
+    """What the programs' own outcomes are, or what is wrong; all in one process."""
+    ended = injecting.programs(*[(row.scenario, _fault(row, error)) for row, error in cells])
+    if ended.status:
+        return [f"status {ended.status}: {ended.errors}"]
+    return [
+        said if injected else f"no such call; {said}"
+        for said, injected in zip(ended.output.splitlines(), ended.each, strict=True)
+    ]
+
+
+def _fault(row: Row, error: int) -> Fault:
     last = row.first + _INTERRUPTIONS if error == EINTR else FOR_EVER if row.lasts else row.first
     name = "ioctl" if row.request else row.call
-    fault = Fault(name, row.match, error, row.first, last, row.request)
-    ended = injecting.program(row.scenario, fault)
-    assert ended.injected, f"{row.name}: no such call in {row.scenario}: {ended.errors}"
-    if ended.status == -9:
-        return "it hung"
-    return ended.output.strip() if ended.status == 0 else ended.errors
+    return Fault(name, row.match, error, row.first, last, row.request)
 
 
 def _seen(folder: Path, ended: Ended) -> Seen:
@@ -130,7 +140,7 @@ def outcome(row: Row, error: int, run: Seen) -> str:
     if went_well and ended.status == 0:
         if lines:
             return SAID
-        return SAME if not run.disk_counts.get("errors") else "errors are counted"
+        return SAME if not run.disk_counts.get("errors") else COUNTED
     if row.call == "write" and row.on == "console" and ended.status == 0:
         return DROPPED
     if _guest_was_told(ended.output, error):

@@ -6,7 +6,8 @@
    out for half of the bytes.
    PYVMM_INJECT_COUNTS: a file that is mapped, with two uint64_t for each rule: calls that matched, and were changed.
    Counted over all processes that inherit it.
-   PYVMM_INJECT_WAITS: nothing is injected or counted before the process itself sets pyvmm_shim_armed. */
+   PYVMM_INJECT_WAITS: nothing is injected or counted before the process itself sets pyvmm_shim_armed: 1 for all rules,
+   n + 2 for the n-th alone. */
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -75,6 +76,8 @@ static int injected(const char *call, int fd, uint64_t request)
     ssize_t length = -2;
     for (unsigned i = 0; pyvmm_shim_armed && i < count; i++) {
         struct rule *rule = &rules[i];
+        if (pyvmm_shim_armed > 1 && (unsigned)pyvmm_shim_armed - 2 != i)
+            continue;
         if (strcmp(rule->call, call) || (rule->request && rule->request != (request & 0xffffffff)))
             continue;
         if (strcmp(rule->object, "*")) {
@@ -180,6 +183,31 @@ int accept4(int fd, struct sockaddr *address, socklen_t *size, int flags)
     REAL(accept4);
     FAIL_OR("accept4", fd, );
     return real(fd, address, size, flags);
+}
+
+/* Half of the first buffer. */
+ssize_t recvmsg(int fd, struct msghdr *message, int flags)
+{
+    REAL(recvmsg);
+    struct iovec one = message->msg_iovlen ? message->msg_iov[0] : (struct iovec){0};
+    FAIL_OR("recvmsg", fd, HALF(one.iov_len); message->msg_iov = &one; message->msg_iovlen = 1);
+    return real(fd, message, flags);
+}
+
+ssize_t sendmsg(int fd, const struct msghdr *message, int flags)
+{
+    REAL(sendmsg);
+    struct msghdr shorter = *message;
+    struct iovec one = message->msg_iovlen ? message->msg_iov[0] : (struct iovec){0};
+    FAIL_OR("sendmsg", fd, HALF(one.iov_len); shorter.msg_iov = &one; shorter.msg_iovlen = 1);
+    return real(fd, &shorter, flags);
+}
+
+int fsync(int fd)
+{
+    REAL(fsync);
+    FAIL_OR("fsync", fd, );
+    return real(fd);
 }
 
 int epoll_ctl(int epoll, int operation, int fd, struct epoll_event *event)

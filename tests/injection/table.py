@@ -185,6 +185,7 @@ START = [
             ("landlock_add_rule", "", _all(ENDS_3, ENOMEM), 1),
             ("landlock_restrict_self", "", _all(ENDS_3, errno.E2BIG), 1),
             ("seccomp", "", _all(ENDS_3, ENOMEM), 1),
+            ("fchmod", "shared memory", _all(SAME, errno.EPERM), 1),
             ("prctl", "", _all(ENDS_3, errno.EPERM), 1),
         ]
     ),
@@ -219,7 +220,7 @@ OTHERS = [
         "control", lasts=False),
     Row("control", "epoll_ctl", "a caller", _all(CALLER, ENOSPC, ENOMEM), BY_PROGRAM, "control",
         lasts=False),
-    Row("control", "recvfrom", "socket", {EINTR: SAME, EAGAIN: SAME, SHORT: SAME, **_all(CALLER,
+    Row("control", "recvmsg", "socket", {EINTR: SAME, EAGAIN: SAME, SHORT: SAME, **_all(CALLER,
         EIO, ENOMEM)}, BY_PROGRAM, "control", lasts=False),
     Row("control", "sendto", "socket", {EINTR: SAME, EAGAIN: SAME, SHORT: SAME}, BY_PROGRAM,
         "control", lasts=False),
@@ -247,7 +248,36 @@ OTHERS = [
         BY_PROGRAM, "console-pty", "ptmx", lasts=False),
 ]  # fmt: skip
 
-TABLE: list[Row] = [*DISK, *CONVERSION, *RUN, *START, *END, *OTHERS]
+_KEPT = {EINTR: SAME, SHORT: SAME, **_all(CALLER, EIO, ENOSPC, EFBIG, EDQUOT)}
+_READ = {EINTR: SAME, SHORT: SAME, **_all(CALLER, EIO, ENOMEM)}
+APART = [
+    Row("device process", "pread64", "disk", {EINTR: SAME, SHORT: SAME, **_all(GUEST, EIO,
+        ENOMEM)}, scenario="process", match=".img$", first=3),
+    Row("device process", "pwrite64", "disk", {EINTR: SAME, SHORT: SAME, **_all(GUEST, EIO,
+        ENOSPC, EFBIG, EDQUOT)}, scenario="process", match=".img$"),
+    Row("device process", "recvfrom", "its socket", {EINTR: SAME, **_all(GUEST, EIO, ENOMEM)},
+        scenario="process", match="socket:", first=5, lasts=False),
+    Row("device process", "sendto", "its socket", {EINTR: SAME, **_all(GUEST, EPIPE, EAGAIN,
+        ENOMEM)}, scenario="process", match="socket:", first=5, lasts=False),
+    Row("device process", "recvmsg", "the spawner", {EINTR: SAME, EIO: ENDS_3},
+        scenario="process", match="socket:", lasts=False),
+    Row("device process", "sendmsg", "the spawner", {EINTR: SAME, EIO: ENDS_3},
+        scenario="process", match="socket:", lasts=False),
+    Row("vhost-user", "sendmsg", "back end", {EINTR: SAME, EAGAIN: SAME, SHORT: SAME,
+        EPIPE: CALLER}, BY_PROGRAM, "vhost-user", "socket:", lasts=False),
+    Row("vhost-user", "recvfrom", "back end", {EINTR: SAME, EAGAIN: SAME, SHORT: SAME,
+        EIO: CALLER}, BY_PROGRAM, "vhost-user", "socket:", lasts=False),
+    Row("snapshot", "pwrite64", "snapshot's files", _KEPT, BY_PROGRAM, "snapshot", "/memory$"),
+    Row("snapshot", "splice-out", "snapshot's files", _KEPT, BY_PROGRAM, "snapshot", "/memory$"),
+    Row("snapshot", "pwrite64", "its state", _KEPT, BY_PROGRAM, "snapshot", "/state$"),
+    Row("snapshot", "splice-in", "guest memory, saved", _READ, BY_PROGRAM, "snapshot",
+        "pyvmm-guest"),
+    Row("snapshot", "fsync", "snapshot's files", _all(CALLER, EIO, ENOSPC, EDQUOT), BY_PROGRAM,
+        "snapshot"),
+    Row("snapshot", "pread64", "a snapshot that is restored", _READ, BY_PROGRAM, "restore"),
+]  # fmt: skip
+
+TABLE: list[Row] = [*DISK, *CONVERSION, *RUN, *START, *END, *OTHERS, *APART]
 
 
 def word(error: int) -> str:

@@ -16,7 +16,7 @@ from tests.injection.test_runs import FULL
 pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("usable_kvm", "strace")]
 
 SHORTLY = ("fd2fd", "remap")
-OTHERS = ("pread", "hva", "mmap", "trace", "none", "cbit", "readable")
+OTHERS = ("pread", "hva", "mmap", "trace", "none", "cbit", "readable", "process")
 
 
 @pytest.mark.parametrize("scenario", SHORTLY + (OTHERS if FULL else ()))

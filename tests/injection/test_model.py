@@ -15,7 +15,6 @@ from tests.injection.table import BY_MODEL, EINTR, GUEST, SAME, TABLE, Row
 from tests.injection.test_runs import name_of
 from tests.support.conversion import share, tally, unshare
 from tests.unit.conversion import test_attributes, test_in_place
-from vmm.core.events import Kind
 
 ROWS = [row for row in TABLE if row.by == BY_MODEL]
 CONVERSIONS = [row for row in ROWS if row.path == "conversion" and row.scenario != "pre-fault"]
@@ -57,11 +56,10 @@ def test_conversion_that_kvm_refuses_leaves_everything_as_it_was(
 
     answer = rig.converter.convert(request_)
 
-    kind = Kind(request_.kind)
     assert row.cells[error] == GUEST
     assert answer == -error
     assert (rig.memory.states(), rig.attributes()) == (before, attributes)
-    counts = tally(rig.converter, kind)
+    counts = tally(rig.converter, request_.kind)
     assert (counts["calls"], counts["bytes"], counts["failed"]) == (1, 0, 1)
     assert rig.converter.convert(request_) == 0, "the next one goes well"
     rig.close()

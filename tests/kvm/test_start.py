@@ -12,9 +12,9 @@ pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("usable_kvm")]
 UNWANTED = {
     "argparse", "array", "ast", "ctypes", "dataclasses", "enum", "fcntl", "hashlib", "heapq",
     "inspect", "ioctl_opt", "vmm.arch.debug", "vmm.arch.x86_64.debug", "vmm.control.gdb",
-    "vmm.machine.debugger", "vmm.memory.debugging", "vmm.control.memory_file",
-    "vmm.machine.memory_file", "vmm.devices.vhost_user", "vmm.machine.back_ends",
-    "vmm.wiring.vhost_user",
+    "vmm.machine.debugger", "vmm.memory.debugging", "vmm.memory.handing_out",
+    "vmm.control.memory_file", "vmm.machine.memory_file", "vmm.devices.vhost_user",
+    "vmm.machine.back_ends", "vmm.wiring.vhost_user",
     "logging", "numpy", "pathlib", "re", "rich", "shutil", "signal", "socket", "subprocess",
     "tempfile", "termios", "tty", "typing", "vmm.arch.x86_64.probes.strict",
     "vmm.arch.x86_64.strict", "vmm.boot", "vmm.control.control_socket",

@@ -71,6 +71,12 @@ def test_a_private_guest_mounts_a_folder_and_outlives_its_disks_back_end(
     shell.type("dd if=/dev/vda of=/dev/null bs=4096 iflag=direct 2>/tmp/dd & touch /mnt/kill-disk")
     shell.type("while [ ! -e /mnt/killed ]; do usleep 100000; done; wait")
     failed = shell.type("dd if=/dev/vda of=/dev/null bs=4096 count=1 iflag=direct")
+    shell.type("touch /mnt/start-disk; while [ ! -e /mnt/started ]; do usleep 100000; done")
+    # The restart itself is under way when the command has returned.
+    again = shell.type(
+        "until dd if=/dev/vda bs=4096 count=200 iflag=direct 2>/dev/null >/tmp/again; do "
+        "usleep 100000; done; sha256sum </tmp/again"
+    )
     still = shell.type("cat /mnt/from-host | wc -c")
     shell.type("umount /mnt")
     status = shell.leave("poweroff -f")
@@ -82,10 +88,12 @@ def test_a_private_guest_mounts_a_folder_and_outlives_its_disks_back_end(
     assert many == "45"
     assert back == same
     assert "error" in failed
+    assert again.splitlines()[-1] == same  # behind a command line that was wrapped
     assert int(still) == len(blob(SEED))
     assert b"blk0 has lost its back end" in bytes(run.stderr.data)
     uses = report["vhost_user"]
     assert (uses["fs0"]["connected"], uses["fs0"]["lost"]) == (True, 0)
-    assert (uses["blk0"]["connected"], uses["blk0"]["lost"]) == (False, 1)
+    disk = uses["blk0"]
+    assert (disk["connected"], disk["lost"], disk["restarts"]) == (True, 1, 1)
     assert report["io"]["blk0"]["errors"] > 0
     assert report["backings"]["shared"] == "memfd-sealed"

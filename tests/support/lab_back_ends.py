@@ -4,8 +4,9 @@
 
 virtiofsd serves /tmp/shared at /tmp/fs.sock, and the file from-host there holds BLOB;
 qemu-storage-daemon serves a disk of DISK_BYTES at /tmp/disk.sock. Where the guest makes the file
-kill-disk in the folder, the disk's back end is killed; RESULTS is a JSON object of what lay in the
-folder at the end: SHA-256 by name.
+kill-disk in the folder, the disk's back end is killed, and with start-disk another one is started
+and taken up by way of the control socket /tmp/control; the files killed and started say that it was
+done. RESULTS is a JSON object of what lay in the folder at the end: SHA-256 by name.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ STORAGE_DAEMON = "/usr/bin/qemu-storage-daemon"
 BLOB_BYTES = 3 * (1 << 20) + 777
 DISK_BYTES = 16 << 20
 SHARED, FS_SOCKET, DISK_SOCKET = "/tmp/shared", "/tmp/fs.sock", "/tmp/disk.sock"
+CONTROL = "/tmp/control"
+PYVMM = (sys.executable, "-sP", "/lab/project/pyvmm")
 _RETRY_SECONDS = 0.1
 
 
@@ -56,11 +59,17 @@ def _wait_for(path: str) -> None:
         time.sleep(_RETRY_SECONDS)
 
 
-def _kill_when_told(process: subprocess.Popen[bytes]) -> None:
+def _kill_and_start_when_told(processes: list[subprocess.Popen[bytes]]) -> None:
     _wait_for(f"{SHARED}/kill-disk")
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    processes[-1].send_signal(signal.SIGKILL)
+    processes[-1].wait()
     Path(SHARED, "killed").touch()
+    _wait_for(f"{SHARED}/start-disk")
+    Path(DISK_SOCKET).unlink()
+    processes.append(subprocess.Popen(storage_daemon("/tmp/disk.img", DISK_SOCKET)))
+    _wait_for(DISK_SOCKET)
+    subprocess.check_call([*PYVMM, "ctl", CONTROL, "device", "restart", "blk0"])
+    Path(SHARED, "started").touch()
 
 
 def main(results: str, seed: str, *options: str) -> int:
@@ -72,9 +81,10 @@ def main(results: str, seed: str, *options: str) -> int:
     disk = subprocess.Popen(storage_daemon("/tmp/disk.img", DISK_SOCKET))
     _wait_for(FS_SOCKET)
     _wait_for(DISK_SOCKET)
-    threading.Thread(target=_kill_when_told, args=(disk,), daemon=True).start()
-    status = subprocess.call([sys.executable, "-sP", "/lab/project/pyvmm", *options])
-    for process in (fs, disk):
+    processes = [fs, disk]
+    threading.Thread(target=_kill_and_start_when_told, args=(processes,), daemon=True).start()
+    status = subprocess.call([*PYVMM, "--control", CONTROL, *options])
+    for process in processes:
         process.kill()
         process.wait()
     found = {

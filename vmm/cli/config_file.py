@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from vmm.cli.grammar import Option, commands
@@ -79,6 +79,10 @@ class _File:
         except (tomllib.TOMLDecodeError, RecursionError) as error:
             reason = "it is nested too deep" if isinstance(error, RecursionError) else error
             raise UsageError(f"{OPTION} {path} is not TOML: {reason}") from None
+        if any("\0" in each for each in _texts(self._values)):
+            raise UsageError(
+                f"{OPTION} {path}: a text has a NUL character, which no option takes; leave it out"
+            )
 
     def words(self, given: set[str], *, lab: bool) -> list[str]:
         """The options that are not `given` already."""
@@ -88,11 +92,6 @@ class _File:
             raise self._error("lab", table, "a table, as in [lab]")
         words = self._of_table("", self._values, known["run"], given)
         of_lab = self._of_table("lab.", table, known["lab"], given)  # misspelt keys are told always
-        if any("\0" in word for word in (*of_lab, *words)):
-            raise UsageError(
-                f"{OPTION} {self._path}: a text has a NUL character, which no option takes; "
-                "leave it out"
-            )
         return [*of_lab, *words] if lab else words
 
     def _of_table(
@@ -191,6 +190,15 @@ class _File:
         shown = repr(value)
         shown = shown if len(shown) <= 40 else f"{shown[:40]}..."
         return UsageError(f"{OPTION} {self._path}: {key} is {shown}; write {wanted}")
+
+
+def _texts(value: object) -> Iterator[str]:
+    """All texts in what a file says."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _texts(each)
 
 
 def _by_name(options: Sequence[Option]) -> dict[str, Option]:

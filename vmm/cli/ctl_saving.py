@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import os
 import socket
 import tempfile
@@ -116,7 +117,10 @@ def _write(fd: int, data: bytes, offset: int) -> None:
     with memoryview(data) as view:
         done = 0
         while done < len(data):
-            done += os.pwrite(fd, view[done:], offset + done)
+            written = os.pwrite(fd, view[done:], offset + done)
+            if not written:
+                raise OSError(errno.EIO, "nothing more is written")
+            done += written
 
 
 @contextmanager

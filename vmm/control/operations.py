@@ -171,24 +171,23 @@ class Operations:
         paused afterwards, too. Raises NotSaved where that takes longer than REST_SECONDS."""
         from vmm.core.saved import NotSaved
 
-        paused, debugged = self._held is not None, self._vcpus.frozen
+        paused = self._held is not None
         if self._held is not None:
             self._held.close()  # a vCPU may wait for a device, in the middle of an exit
             self._held = None
         try:
-            self._await_still(debugged)
-            try:
-                held = self._devices.hold(REST_SECONDS)
-            except TimeoutError:
-                raise NotSaved(
-                    f"a device does not come to rest within {REST_SECONDS:g} s (a disk may hang); "
-                    "try again"
-                ) from None
-            with held:
-                yield
+            with self._park_still():
+                try:
+                    held = self._devices.hold(REST_SECONDS)
+                except TimeoutError:
+                    raise NotSaved(
+                        f"a device does not come to rest within {REST_SECONDS:g} s (a disk may "
+                        "hang); try again"
+                    ) from None
+                with held:
+                    yield
+                self._vcpus.process_continued()  # as if it had been stopped
         finally:
-            if not debugged:
-                self._vcpus.thaw()
             if paused:
                 try:
                     self._held = self._devices.hold(REST_SECONDS)
@@ -197,23 +196,22 @@ class Operations:
                     self._vcpus.resume()
                     self._note("resumed")
 
-    def _await_still(self, debugged: bool) -> None:
-        """Raises NotSaved."""
+    def _park_still(self) -> ExitStack:
+        """All vCPUs at the gate, with no exit left to complete, until what is returned is closed.
+        Raises NotSaved."""
         from vmm.core.saved import NotSaved
 
+        self._vcpus.settles = True
         for _ in range(MOST_TRIES):
-            if not debugged:
-                self._vcpus.freeze()
-            if not self._vcpus.wait_until_still(REST_SECONDS):
-                raise NotSaved(
-                    f"a vCPU is not done with an exit within {REST_SECONDS:g} s (a policy, or a "
-                    "console that nobody reads, may keep it); try again"
-                )
-            if not any(runner.owes for runner in self._vcpus.runners):
-                return
-            if debugged:
-                break
-            self._vcpus.thaw()
+            with ExitStack() as parked:
+                parked.enter_context(self._vcpus.parked())
+                if not self._vcpus.wait_until_still(REST_SECONDS):
+                    raise NotSaved(
+                        f"a vCPU is not done with an exit within {REST_SECONDS:g} s (a policy, or "
+                        "a console that nobody reads, may keep it); try again"
+                    )
+                if not any(runner.owes for runner in self._vcpus.runners):
+                    return parked.pop_all()
         raise NotSaved("a vCPU is in the middle of string I/O; try again")
 
     def dump(self, fd: int) -> dict[str, Any]:

@@ -53,7 +53,8 @@ class Recording(NamedTuple):
 
     def dump(self) -> bytes:
         """As a file's content; the same for the same recording."""
-        devices = sorted({each.device for each in self.events if each.device})
+        accesses = [each.device for each in self.events if each.kind in (TO_GUEST, TO_DEVICE)]
+        devices = sorted(set(accesses))
         gpas = [0, *(each.gpa for each in self.events)]
         content = {
             "format": FORMAT,
@@ -67,7 +68,7 @@ class Recording(NamedTuple):
             "distances": [b - a for a, b in pairwise(gpas)],
             "sizes": [each.size for each in self.events],
             "errnos": [each.errno for each in self.events],
-            "device": [devices.index(each.device) for each in self.events if each.device],
+            "device": [devices.index(each) for each in accesses],
         }
         packed = json.dumps(content, separators=(",", ":")).encode()
         return gzip.compress(packed, 9, mtime=0)

@@ -136,10 +136,12 @@ def find_vmcoreinfo(fd: int, offset: int, runs: Sequence[Sequence[int]]) -> byte
     file: an ELF note that begins on a page. It is a guest's word. Raises OSError."""
     mark = _VMCOREINFO_NAME + b"OSRELEASE="
     for gpa, size in runs:
-        for start in range(gpa, gpa + size, _SCAN):
+        start = gpa
+        while (start := _next_data(fd, offset, start)) < gpa + size:
             # And what a note that begins on the last page may have behind it.
             most = min(_SCAN + 2 * PAGE_SIZE, gpa + size - start)
             data = os.pread(fd, most, offset + start)
+            start += _SCAN
             at = data.find(mark)
             while at >= 0:
                 note = at - _NOTE.size
@@ -151,3 +153,13 @@ def find_vmcoreinfo(fd: int, offset: int, runs: Sequence[Sequence[int]]) -> byte
                         return text
                 at = data.find(mark, at + 1)
     return None
+
+
+def _next_data(fd: int, offset: int, gpa: int) -> int:
+    """The first page from there on that isn't in a hole of the file, which is sparse and may be
+    large; past all addresses where there is none."""
+    try:
+        found = os.lseek(fd, offset + gpa, os.SEEK_DATA)
+    except OSError:  # ENXIO
+        return 1 << 64
+    return gpa + (found - offset - gpa) // PAGE_SIZE * PAGE_SIZE

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from vmm.trace.arrays import Floats, Integers, np
-from vmm.trace.layout import DECISIONS, Kind
+from vmm.trace.layout import DECISIONS, MOST_MEMORY, Kind
 from vmm.trace.reader import Trace
 
 _ALLOW = DECISIONS.index("allow")
@@ -58,12 +58,17 @@ def requests_of(trace: Trace) -> Requests:
     # One that began before its request did is a late discard, or there is no request after it.
     own = of < len(rows)
     own[own] = trace["time_ns"][states[own]] >= trace["time_ns"][rows[of[own]]]
-    late = trace["bytes"][states[~own]].astype(np.int64)
+    late = _sizes(trace, states[~own]).astype(np.int64)
     if "deferred" in trace.names:  # put off: nothing was converted yet
         own &= (trace["detail"][states] & 0xFFFF) != trace.names.index("deferred")
-    sizes = trace["bytes"][states[own]].astype(np.float64)
+    sizes = _sizes(trace, states[own]).astype(np.float64)
     changed = np.bincount(of[own], sizes, len(rows)) if len(rows) else np.empty(0)
     return Requests(rows, changed.astype(np.int64), late)
+
+
+def _sizes(trace: Trace, rows: Integers) -> Integers:
+    """Bytes of changes; a damaged trace may say more than there is memory."""
+    return np.minimum(trace["bytes"][rows], MOST_MEMORY)
 
 
 def learn(trace: Trace, requests: Requests) -> CostModel:

@@ -249,6 +249,8 @@ class Devices:
 
     def end(self, timeout: float) -> bool:
         """No request is served any more; False when one under way takes longer (seconds)."""
+        for device in self._virtio.values():
+            device.hear_out(timeout)
         return all(notifier.end(timeout) for notifier in self._notifiers)
 
     def restart(self, name: str) -> None:

@@ -130,7 +130,7 @@ def root_option(data: bytes) -> None:
     if added is None:
         assert wanted == text
     else:
-        others = added.replace(",,", "").split(",")[1:]
+        others = added.replace(",,", "\0").split(",")[1:]
         assert added and not any(word.partition("=")[0] == "part" for word in others)
         assert wanted == "" or int(wanted.removeprefix("part=")) >= 0
 

@@ -190,7 +190,7 @@ def _play(choices: Choices) -> None:
         program.close()
 
 
-@target("iommu-program", lambda: [recorded(_play, seed) for seed in range(6)], runs=60)
+@target("iommu-program", lambda: [recorded(_play, seed) for seed in range(6)], runs=20)
 def iommu_program(data: bytes) -> None:
     """Programs of requests, accesses and conversions beside a model: each answer is the model's."""
     _play(Choices(data))

@@ -66,7 +66,7 @@ def target(
     name: str,
     seeds: Callable[[], Iterable[bytes]] = _none,
     *,
-    runs: int = 200,
+    runs: int = 100,
     longest: int = 512,
     most_calls: int = MOST_CALLS,
 ) -> Callable[[Run], Run]:

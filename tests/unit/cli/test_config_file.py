@@ -11,6 +11,7 @@ import pytest
 from tests.unit.cli.conftest import Command
 from vmm.cli import main as cli
 from vmm.cli.config_file import expanded
+from vmm.core.errors import UsageError
 from vmm.machine.config import MachineConfig
 
 
@@ -269,3 +270,9 @@ def test_words_of_a_program_in_the_lab_are_its_own(
     words = ["--lab-quiet", "--lab-exec", "tool", "--config", "its.toml"]
 
     assert lab_words(monkeypatch, words) == words
+
+
+def test_text_with_a_nul_is_refused_and_not_taken_for_a_comma(tmp_path: Path) -> None:
+    for text in ('root = "a\\u0000b,part=1"', 'policy = "p.py\\u0000:C"'):
+        with pytest.raises(UsageError, match="a text has a NUL character"):
+            config(tmp_path, text)

@@ -237,8 +237,8 @@ def still() -> Iterator[Still]:
 
 def test_guest_stands_still_for_the_block_and_goes_on(still: Still) -> None:
     with still.operations.still():
-        assert still.vcpus.frozen
-    assert not still.vcpus.frozen and not still.vcpus.paused
+        assert still.vcpus._holds == 1
+    assert still.vcpus._holds == 0 and not still.vcpus.paused
     assert [each.split(",")[0] for each in still.devices.log] == ["held", "released"]
 
 
@@ -269,7 +269,41 @@ def test_device_that_does_not_come_to_rest_is_said_and_the_guest_goes_on(still: 
     with pytest.raises(NotSaved, match="a device does not come to rest"), still.operations.still():
         pytest.fail("nothing stands still")
 
-    assert not still.vcpus.frozen
+    assert still.vcpus._holds == 0
+
+
+@pytest.mark.parametrize(("still_after", "why"), [(9, "string I/O"), (2, None)])
+def test_vcpu_in_the_middle_of_string_io_is_let_go_on_for_a_while(
+    still: Still, still_after: int, why: str | None
+) -> None:
+    class Runner:
+        """Owes an exit for some time."""
+
+        in_guest = is_looping = False
+        waits = True
+        looks = 0
+        exit_counts: dict[str, int] = {}
+
+        def summon(self) -> None:
+            pass
+
+        def tell_stopped(self) -> None:
+            pass
+
+        @property
+        def owes(self) -> bool:
+            self.looks += 1
+            return self.looks < still_after
+
+    runner: Any = Runner()
+    still.vcpus.runners.append(runner)
+    if why is None:
+        with still.operations.still():
+            assert still.vcpus._holds == 1
+    else:
+        with pytest.raises(NotSaved, match=why), still.operations.still():
+            pytest.fail("it is not done")
+    assert still.vcpus._holds == 0
 
 
 # --- over the control socket ---

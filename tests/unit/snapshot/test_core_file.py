@@ -123,11 +123,13 @@ def test_room_for_headers_is_enough_for_the_most_runs() -> None:
     assert len(made) <= offset and offset % PAGE == 0
 
 
-@pytest.mark.parametrize("at", [0, 5 * PAGE, (16 << 20) - PAGE])
+@pytest.mark.parametrize("at", [0, 5 * PAGE, (16 << 20) - PAGE, 40 << 20])
 def test_vmcoreinfo_is_found_on_a_page(tmp_path: Path, at: int) -> None:
     text = b"OSRELEASE=6.12\nPAGESIZE=4096\n" + b"A=1\n" * 1000
     note = struct.pack("<III", 11, len(text), 0) + b"VMCOREINFO\0\0" + text
-    (tmp_path / "core").write_bytes(bytes(100 + at) + note + bytes(PAGE))
+    with (tmp_path / "core").open("wb") as file:
+        os.pwrite(file.fileno(), note, 100 + at)  # behind a hole
+        file.truncate(100 + at + len(note) + PAGE)
     size = -(-(at + len(note)) // PAGE) * PAGE
 
     fd = os.open(tmp_path / "core", os.O_RDONLY)

@@ -9,56 +9,19 @@ import errno
 import os
 from collections.abc import Callable
 
-from kvm_bindings import KvmError, fdops
 from vmm.core.errors import GuestMemoryError
-from vmm.core.lean_typing import TYPE_CHECKING, cast
+from vmm.core.lean_typing import TYPE_CHECKING
 from vmm.core.ranges import PAGE_SIZE, Range
-from vmm.memory.backing import Backing
 from vmm.memory.guest_memory import GuestMemory, PageState
+from vmm.memory.handing_out import HandingOut
 
 if TYPE_CHECKING:
     from vmm.control.memory_file.libfuse import Answer
-    from vmm.memory.engines import Engine
 
 Announce = Callable[[Range, bool, str | None], None]
 _OPEN = (PageState.SHARED, PageState.OBSERVED)
 _BY_ADDRESS = 16 << 10
 """Bytes from which on an answer out of the mapping is quicker than a copy of ours."""
-
-
-class _AnswerEngine:
-    """An engine for `GuestMemory.through`: what it moves out is one request's answer, which the
-    kernel takes out of KVM's mapping, as it does for a disk (vmm.memory.engines.HvaEngine)."""
-
-    answer: Answer
-
-    def __init__(self, side: Backing) -> None:
-        self._side = side
-
-    def can(self) -> bool:
-        """Whether that mapping may be a system call's buffer: no private page is in it."""
-        side = self._side
-        return bool(
-            side.hva
-            and side.access == "pread/pwrite"
-            and side.name != "memfd-protected"
-            and not side.is_guest_memfd
-            and not side.traits.in_place
-        )
-
-    def transfer_out(self, offset: int, size: int, dst_fd: int, dst_offset: int) -> int:
-        """0, and nothing is answered, where not all of it is there yet: through a mapping, holes
-        that are only looked at would become memory."""
-        side = self._side
-        first, end = offset // PAGE_SIZE * PAGE_SIZE, offset + size
-        pages = -(-(end - first) // PAGE_SIZE)
-        try:
-            if end > side.size or fdops.cached_pages(side.fd, first, end - first) < pages:
-                return 0
-        except KvmError:
-            return 0  # a kernel that doesn't tell
-        self.answer.at(side.hva + offset, size)
-        return size
 
 
 class GuestFile:
@@ -70,22 +33,20 @@ class GuestFile:
         self._bit = shared_bit
         self.size = memory.ram[-1].end
         """Bytes: the end of RAM. Holes of RAM are holes of the file."""
-        self._engine = _AnswerEngine(memory.shared)
-        self._mapped = memory.through(cast("Engine", self._engine))
+        self._handing_out = HandingOut(memory)
         self.counts = {"reads": 0, "writes": 0, "bytes_read": 0, "bytes_written": 0, "refused": 0}
 
     def read(self, size: int, offset: int, announce: Announce | None, answer: Answer) -> None:
         """Answer with up to `size` bytes from `offset` on. As `read_into`."""
         size = max(0, min(size, self.size - offset))
-        if announce is None and size >= _BY_ADDRESS and self._engine.can():
-            self._engine.answer = answer
+        if announce is None and size >= _BY_ADDRESS and self._handing_out.can():
             try:
-                done = self._mapped.transfer_out(offset | self._bit, size, -1, 0)
+                done = self._handing_out.give(offset | self._bit, size, answer.at)
             except GuestMemoryError:
-                done = 0  # not all of it may be read: as far as it goes, below
+                done = False  # not all of it may be read: as far as it goes, below
             if done:
                 self.counts["reads"] += 1
-                self.counts["bytes_read"] += done
+                self.counts["bytes_read"] += size
                 return
         buffer = memoryview(bytearray(size))
         answer.data(buffer[: self.read_into(buffer, offset, announce)])

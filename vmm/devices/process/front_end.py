@@ -211,6 +211,15 @@ class ProcessDevice(VirtioDevice):
             "the setting process"
         )
 
+    def hear_out(self, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        while self._socket is not None:
+            # Without anything under way, what has been said already.
+            left = max(deadline - time.monotonic(), 0) if self._kicked else 0
+            if not select.select([self._socket], [], [], left)[0]:
+                return
+            self._ready()
+
     def disconnect(self) -> None:
         with self._lock:
             self._let_go()
@@ -407,10 +416,12 @@ class ProcessDevice(VirtioDevice):
         if what == protocol.DONE:
             self._done(flags, queue)
             return None
+        if what == protocol.TURN:
+            self._count(queue, body)  # true also of a turn from before a reset
         if generation != self._generation or self._memory is None:
             return None  # of before a reset
         if what == protocol.TURN:
-            return self._turn(flags, queue, body)
+            return self._turn(flags, queue)
         if what == protocol.STOPPED:
             return self._stopped(flags, body)
         if what == protocol.CONFIG:
@@ -427,8 +438,8 @@ class ProcessDevice(VirtioDevice):
             self.statistics.seccomp, self.statistics.landlock = bool(flags), landlock
         self._catch_up()
 
-    def _turn(self, flags: int, queue: int, body: memoryview) -> int | None:
-        if queue not in self._queues or len(body) != protocol.COUNTS.size:
+    def _count(self, queue: int, body: memoryview) -> None:
+        if len(body) != protocol.COUNTS.size:
             raise ProtocolError(f"a turn of queue {queue}")
         counts = protocol.COUNTS.unpack(body)
         if max(counts) > protocol.MOST_COUNT:
@@ -437,6 +448,10 @@ class ProcessDevice(VirtioDevice):
         mine.requests, mine.flushes, mine.errors = (
             before + now for before, now in zip(self._before, counts, strict=True)
         )
+
+    def _turn(self, flags: int, queue: int) -> int | None:
+        if queue not in self._queues:
+            raise ProtocolError(f"a turn of queue {queue}")
         if flags & protocol.RESTED:
             if queue not in self._kicked:
                 raise ProtocolError(f"queue {queue} was not kicked")

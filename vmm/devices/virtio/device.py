@@ -250,6 +250,10 @@ class VirtioDevice(ABC):
         """See vmm.core.saved.Stateful: after `activate`, if its driver was up. Its queues are
         served soon, whatever they hold."""
 
+    def hear_out(self, timeout: float) -> None:  # noqa: B027  # most have done what they say
+        """The loop has ended: take what is on its way yet, so that the counts are whole; what is
+        under way is waited for, so many seconds at most."""
+
     def disconnect(self) -> None:
         """The loop and the transport go away."""
         self.wake = self.serve = self.announce = self.watch = self.interrupt = _unconnected

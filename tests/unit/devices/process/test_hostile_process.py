@@ -347,3 +347,36 @@ def test_any_packets_cost_the_guest_its_device_at_most(
         assert "had pyvmm fail" not in str(rig.device.statistics.last_end)
     finally:
         rig.close()
+
+
+def test_counts_on_their_way_when_the_loop_ends_are_heard_out(by_hand: DiskRig) -> None:
+    by_hand.read(7)
+    by_hand.serve()
+    by_hand.hear()
+    head = HEAD.pack(protocol.TURN, protocol.RESTED, 0, by_hand.generation)
+    by_hand.far.send(head + protocol.COUNTS.pack(5, 1, 2))
+
+    by_hand.device.hear_out(10)
+
+    counts = by_hand.device.statistics
+    assert (counts.requests, counts.flushes, counts.errors) == (5, 1, 2)
+
+
+def test_process_that_says_nothing_is_not_heard_out_for_longer_than_said(
+    by_hand: DiskRig,
+) -> None:
+    by_hand.read(7)
+    by_hand.serve()
+
+    by_hand.device.hear_out(0)
+
+    assert by_hand.device.statistics.deaths == 0
+
+
+def test_counts_of_a_turn_from_before_a_reset_count(by_hand: DiskRig) -> None:
+    former = by_hand.generation
+    by_hand.machine.driver.status = 0
+
+    by_hand.raw(HEAD.pack(protocol.TURN, 0, 0, former) + protocol.COUNTS.pack(3, 0, 0))
+
+    assert by_hand.device.statistics.requests == 3

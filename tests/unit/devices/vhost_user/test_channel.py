@@ -185,3 +185,14 @@ def test_silent_means_neither_a_word_nor_the_end() -> None:
     theirs.close()
     assert not link.is_silent()
     link.close()
+
+
+def test_a_close_is_heard_though_another_process_has_the_socket_open() -> None:
+    ours, theirs = socket.socketpair()
+    other = ours.dup()
+
+    Channel(ours).close()
+
+    assert theirs.recv(1) == b""
+    other.close()
+    theirs.close()

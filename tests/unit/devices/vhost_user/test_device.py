@@ -312,6 +312,19 @@ def test_what_comes_after_is_answered_with_errors(rig: Rig, back_end: BackEndDou
     assert rig.machine.text(status, 1) == bytes([S_IOERR])
 
 
+def test_status_is_the_last_byte_of_a_piece_that_has_the_data_too(
+    rig: Rig, back_end: BackEndDouble
+) -> None:
+    rig.machine.up()
+    both = rig.machine.blank(513)
+    rig.machine.give(0, rig.machine.place(bytes(16)), both)
+
+    back_end.end()
+    rig.machine.settle()
+
+    assert rig.machine.text(both, 513) == b"\xcc" * 512 + bytes([S_IOERR])
+
+
 def test_unasked_words_end_the_connection(rig: Rig, back_end: BackEndDouble) -> None:
     rig.machine.up()
     back_end.socket.send(b"hello")

@@ -1,0 +1,204 @@
+"""Runs inside a lab machine: a stock kernel with private memory, under a debugger.
+
+    python debugged.py POLICIES.PY CLIENT.PY KERNEL INITRD gdb SYMBOLS.PY GDB-FOLDER AS-FOLDER
+    python debugged.py POLICIES.PY CLIENT.PY KERNEL INITRD rehearsal
+
+A line of JSON with what was seen goes to stdout; the test judges it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+PYVMM = [sys.executable, "-sP", "/lab/project/pyvmm"]
+GDB_LIMIT = 240.0
+SYMBOLS = ("ksys_sync", "panic_timeout", "sched_schedstats")
+
+
+def loaded(name: str, file: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+class Run:
+    """One guest with its console and its debugger."""
+
+    def __init__(self, policies: ModuleType, client: ModuleType, words: list[str]) -> None:
+        self._policies = policies
+        self.folder = Path(tempfile.mkdtemp())
+        self.report = self.folder / "report"
+        self.path = path = self.folder / "gdb"
+        self.console = policies.Console(
+            [*PYVMM, *words, "--gdb", str(path), "--report", str(self.report)],
+            self.folder / "stderr",
+        )
+        # The socket's file is there before anybody listens on it, and it is served later still.
+        while "waits for a debugger" not in (told := (self.folder / "stderr").read_text()):
+            assert self.console.process.poll() is None, told
+            time.sleep(0.05)
+        self.gdb = client.GdbClient.at(path)
+        self.gdb._socket.settimeout(3 * policies.BOOT_LIMIT)
+
+    def prompt(self) -> str:
+        text = self.console.expect_prompt(self._policies.BOOT_LIMIT)
+        assert text is not None, (self.folder / "stderr").read_text()
+        return str(text)
+
+    def command(self, words: str) -> str:
+        """What the guest's shell prints; the guest runs."""
+        self.console.type(words)
+        return self.prompt()
+
+    def interrupt(self) -> str:
+        self.gdb.raw(b"\x03")
+        return self.answer()
+
+    def answer(self) -> str:
+        return str(self.gdb.reply().decode())
+
+    def ask(self, packet: str) -> str:
+        return str(self.gdb.ask(packet.encode()).decode())
+
+    def go(self) -> None:
+        self.gdb.send(b"vCont;c")
+
+    def rip(self) -> int:
+        return int.from_bytes(bytes.fromhex(self.ask("p10")), "little")
+
+    def end(self) -> dict[str, Any]:
+        self.console.type("poweroff -f")
+        assert self.console.end() == 0, (self.folder / "stderr").read_text()
+        found: dict[str, Any] = json.loads(self.report.read_text())
+        return found
+
+
+def addresses(run: Run) -> dict[str, int]:
+    wanted = "|".join(SYMBOLS)
+    text = run.command(f"grep -E ' ({wanted})$' /proc/kallsyms")
+    found = re.findall(rf"([0-9a-f]{{16}}) \w ({wanted})\b", text)
+    return {name: int(address, 16) for address, name in found}
+
+
+def with_gdb(run: Run, words: list[str]) -> dict[str, Any]:
+    """As the page on debugging has it: the guest's own symbols for real gdb."""
+    symbols, gdb, binutils = words
+    run.ask("D")
+    run.prompt()
+    (run.folder / "kallsyms.txt").write_text(run.command("grep -E ' ksys_' /proc/kallsyms"))
+    programs = run.folder / "bin"
+    programs.mkdir()
+    (programs / "as").symlink_to(f"{binutils}/run")
+    subprocess.run(
+        [sys.executable, symbols, "kallsyms.txt", "guest.o"],
+        env={**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"},
+        cwd=run.folder,
+        check=True,
+    )
+    commands = [
+        "set pagination off",
+        "set architecture i386:x86-64",
+        "symbol-file guest.o -o 0xffffffff80000000",
+        f"target remote {run.path}",
+        "monitor can",
+        "x/4i &ksys_sync",
+        "monitor why",
+        "hbreak *&ksys_sync",
+        "continue",
+        "info symbol $rip",
+        "x/i $rip",
+        "stepi",
+        "info symbol $rip",
+        "monitor states 0 0x10000000",
+        "detach",
+    ]
+    said = []
+    with subprocess.Popen(
+        [f"{gdb}/run", "-nx", "-batch", *(word for each in commands for word in ("-ex", each))],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        cwd=run.folder,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        watchdog = threading.Timer(GDB_LIMIT, process.kill)
+        watchdog.start()
+        for line in process.stdout:
+            said.append(line)
+            if "Hardware assisted breakpoint" in line:
+                # The guest stands still, and finds it when it goes on. What gdb prints then comes
+                # out of its buffer too late to wait for.
+                run.console.type("sync")
+        watchdog.cancel()
+    run.prompt()
+    return {"said": "".join(said), "report": run.end()["gdb"]}
+
+
+def rehearsal(run: Run) -> dict[str, Any]:
+    """Private memory looked into, by packets that gdb wouldn't send in that order."""
+    seen: dict[str, Any] = {}
+    run.go()
+    run.prompt()
+    found = addresses(run)
+    sync, watched = found["ksys_sync"], found["panic_timeout"]
+    seen["stopped"] = run.interrupt()
+    code = run.ask(f"m{sync:x},10")
+    seen["code"] = code
+    seen["software"] = run.ask(f"Z0,{sync:x},1")
+    seen["does not show"] = run.ask(f"m{sync:x},10") == code
+    seen["watch"] = run.ask(f"Z2,{watched:x},4")
+    run.go()
+    # Linux rewrites its own code with breakpoint instructions, which are its own business.
+    patched = "for i in 1 0 1 0; do echo $i >/proc/sys/kernel/sched_schedstats; done; echo patched"
+    seen["patched"] = "\npatched" in run.command(patched)
+    run.console.type("echo 7 >/proc/sys/kernel/panic")
+    seen["watched"] = run.answer()
+    seen["value"] = run.ask(f"m{watched:x},4")
+    run.go()
+    run.prompt()
+    run.console.type("sync")
+    seen["hit"] = run.answer()
+    seen["at"] = run.rip() == sync
+    thread = re.findall(r"thread:(\w+)", seen["hit"])[0]
+    run.ask(f"z0,{sync:x},1")
+    seen["step"] = run.ask(f"vCont;s:{thread}")
+    seen["stepped"] = run.rip() - sync
+    run.ask("D")
+    run.prompt()
+    seen["report"] = run.end()["gdb"]
+    return seen
+
+
+def main(policies: str, client: str, kernel: str, initrd: str, what: str, *words: str) -> None:
+    more = ["--gdb-sees-private", "--cpus", "2"] if what == "rehearsal" else []
+    common = ["--kernel", kernel, "--initrd", initrd, "--mem", "256M", "--private-mem"]
+    run = Run(
+        loaded("policies", policies),
+        loaded("client", client),
+        [*common, "--append", "quiet nokaslr", *more],
+    )
+    try:
+        seen = rehearsal(run) if what == "rehearsal" else with_gdb(run, list(words))
+    except BaseException:
+        print((run.folder / "stderr").read_text(), file=sys.stderr)
+        raise
+    print(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
