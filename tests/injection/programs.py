@@ -25,9 +25,9 @@ from tests.support.back_end import BackEndDouble
 from tests.support.control import Server, line
 from tests.support.virtio_driver import NEEDS_RESET
 from tests.support.virtio_machine import VirtioMachine
+from tests.support.vsock_guest import HOST_PORT, Guest, dial
 from tests.unit.devices.test_virtio_console import Consoles
 from tests.unit.devices.test_virtio_net import HEADER, Network
-from tests.unit.devices.test_virtio_vsock import HOST_PORT, Guest, dial
 from vmm.cli import ctl_saving
 from vmm.control import accepting, saving
 from vmm.control.memory_file.guest_file import GuestFile

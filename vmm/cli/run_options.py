@@ -121,10 +121,11 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             "in the guest: mount -t virtiofs TAG /mnt; may be given several times",
         },
         "--vsock": {
-            "metavar": "path=PATH[,cid=N]",
+            "metavar": "path=PATH[,cid=N][,process]",
             "help": "sockets between guest and host: a program that connects to PATH and writes "
             "'CONNECT PORT' reaches that port of the guest, the guest reaches the listener of "
-            "PATH_PORT by connecting to port PORT of CID 2 (the guest's own CID: 3)",
+            "PATH_PORT by connecting to port PORT of CID 2 (the guest's own CID: 3); process: in a "
+            "process of its own, which has no guest memory",
         },
         "--console": {
             "metavar": "pty|file=FILE[,size=SIZE]|socket=PATH[,name=TEXT]",

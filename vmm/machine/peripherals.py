@@ -102,7 +102,10 @@ def open_devices(
     if config.vsock is not None:
         from vmm.devices.virtio.vsock import open_vsock
 
-        add("vsock", open_vsock(config.vsock))
+        vsock = open_vsock(config.vsock)
+        add("vsock", vsock)
+        if vsock.wants_process:
+            add("vsock", apart().vsock("vsock", vsock))
     if config.consoles:
         from vmm.devices.virtio.console_backend import open_console
 

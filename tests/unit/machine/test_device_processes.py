@@ -49,6 +49,28 @@ def test_program_s_machine_has_no_processes(tmp_path: Path) -> None:
         open_devices(config(tmp_path, ",process"), owner, may_fork=False)
 
 
+def test_vsock_that_is_refused_leaves_no_socket_behind(tmp_path: Path) -> None:
+    asked = MachineConfig(vsock=f"path={tmp_path / 'v'},process")
+
+    with pytest.raises(UsageError, match="use pyvmm run"), ExitStack() as owner:
+        open_devices(asked, owner, may_fork=False)
+
+    assert not list(tmp_path.iterdir())
+
+
+def test_vsock_in_a_process_looks_the_same(tmp_path: Path) -> None:
+    path = f"path={tmp_path / 'v'},cid=7"
+    with ExitStack() as owner:
+        apart = open_devices(MachineConfig(vsock=f"{path},process"), owner)["vsock"]
+        seen = apart.features, apart.config(), apart.device_id, apart.queue_sizes
+    assert not list(tmp_path.iterdir())
+    with ExitStack() as owner:
+        own = open_devices(MachineConfig(vsock=path), owner)["vsock"]
+
+        assert seen == (own.features, own.config(), own.device_id, own.queue_sizes)
+        assert (apart.apart, own.apart) == (True, False)
+
+
 def test_several_queues_in_a_process_are_refused(tmp_path: Path) -> None:
     with ExitStack() as owner, pytest.raises(UsageError, match="leave queues=2 away"):
         open_devices(config(tmp_path, ",process,queues=2"), owner)

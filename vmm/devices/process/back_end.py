@@ -127,6 +127,8 @@ class BackEnd:
                 queue.resume(base)
             self._queues[index] = queue
         self._device.activate(memory, self._queues, features)
+        if flags & protocol.RESUMED:
+            self._device.resumed()
 
     def _forget(self) -> None:
         self._queues = {}

@@ -34,6 +34,7 @@ from vmm.devices.virtio.device import (
     _unconnected,
 )
 from vmm.devices.virtio.queue import Chain, QueueError, SplitQueue
+from vmm.devices.virtio.segments import scatter
 
 if TYPE_CHECKING:
     from vmm.core.saved import State
@@ -112,6 +113,7 @@ class ProcessDevice(VirtioDevice):
         *,
         fails_requests: bool = False,
         config_without: bytes | None = None,
+        event_without: tuple[int, bytes] | None = None,
         restarts: bool = True,
         answer_seconds: float = ANSWER_SECONDS,
     ) -> None:
@@ -119,8 +121,9 @@ class ProcessDevice(VirtioDevice):
         here; `restarts`: whether another process can take its place.
 
         Without its process, requests end with a disk's I/O error (`fails_requests`), or the driver
-        finds its configuration to be `config_without`. Both are for devices that answer in order: a
-        new process goes on behind what was answered last. Else the driver has to reset the device.
+        finds its configuration to be `config_without`, or gets an event, a queue's and its bytes
+        (`event_without`). These are for devices that answer in order: a new process goes on behind
+        what was answered last. Else the driver has to reset the device.
         """
         super().__init__()
         self.statistics: ProcessStatistics = ProcessStatistics()
@@ -130,8 +133,9 @@ class ProcessDevice(VirtioDevice):
         self.set_timer: Callable[[float, Callable[[], None]], None] = _unconnected
         self._own_config = self._config_with = device.config()
         self._config_without = config_without
+        self._event_without = event_without
         self._restarts = restarts
-        self._goes_on = fails_requests or config_without is not None
+        self._goes_on = fails_requests or config_without is not None or event_without is not None
         self._close_device = device.close
         self._name = name
         self._number = number
@@ -147,6 +151,7 @@ class ProcessDevice(VirtioDevice):
         self._before = (0, 0, 0)  # what earlier processes have counted
         self._begin_anew()
         self._delivering = self._has_news = False
+        self._owes_event = False
         self._refusal: GuestMemoryError | None = None
 
     def _begin_anew(self) -> None:
@@ -193,9 +198,9 @@ class ProcessDevice(VirtioDevice):
             if self._memory is None:
                 return False
             if self._socket is None:
-                if not self._fails_requests:
-                    return False  # for the process to come
-                return self.answer_all(self._queues[queue_index], self._fail)
+                if self._fails_requests:
+                    return self.answer_all(self._queues[queue_index], self._fail)
+                return self._tell_event(queue_index)  # the rest is for the process to come
             if not self._delivering:
                 self._kick(queue_index)
             interrupt = queue_index in self._interrupts
@@ -247,6 +252,7 @@ class ProcessDevice(VirtioDevice):
             self._before = counts.requests, counts.flushes, counts.errors
             self._begin_anew()
             self._generation = (self._generation + 1) & 0xFFFF_FFFF
+            self._owes_event = False  # it tells of itself
             if self._memory is not None:
                 self._is_behind = True
                 if not self._goes_on and was_there:
@@ -281,6 +287,7 @@ class ProcessDevice(VirtioDevice):
         self._again.clear()
         self._interrupts.clear()
         self._failure = self._refusal = self._bases = None
+        self._owes_event = False
         self._is_behind = True
         self._catch_up()
 
@@ -559,7 +566,8 @@ class ProcessDevice(VirtioDevice):
             self._again.clear()
             if not self._goes_on:
                 self._failure = QueueError(f"{self._name}: its process {why or ended}")
-            elif self._fails_requests and self._memory is not None:
+            elif self._memory is not None and (self._fails_requests or self._event_without):
+                self._owes_event = self._event_without is not None
                 self._resume()
             if self._config_without is not None:
                 self._own_config, self._has_news = self._config_without, True
@@ -588,6 +596,19 @@ class ProcessDevice(VirtioDevice):
         except GuestMemoryError as error:
             self._failure = error
         self._bases = {index: bases.get(index, 0) for index in self._queues}
+
+    def _tell_event(self, queue_index: int) -> bool:
+        """Once, as soon as there is a buffer for it."""
+        if not self._owes_event:
+            return False
+        assert self._memory is not None and self._event_without is not None
+        event_queue, event = self._event_without
+        chains = self._queues[queue_index].take(1) if queue_index == event_queue else []
+        if not chains:
+            return False
+        self._owes_event = False
+        written = scatter(self._memory, chains[0].writable, event)
+        return self._queues[queue_index].publish([(chains[0].head, written)])
 
     def _fail(self, chain: Chain) -> int:
         """A disk's answer to what can't be carried out (virtio 1.2, 5.2.6)."""

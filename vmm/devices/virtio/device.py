@@ -250,6 +250,10 @@ class VirtioDevice(ABC):
         """See vmm.core.saved.Stateful: after `activate`, if its driver was up. Its queues are
         served soon, whatever they hold."""
 
+    def resumed(self) -> None:  # noqa: B027  # most know nothing besides their queues
+        """Just activated, in the place of a device whose process was lost: the queues go on, and
+        what it knew besides is gone."""
+
     def hear_out(self, timeout: float) -> None:  # noqa: B027  # most have done what they say
         """The loop has ended: take what is on its way yet, so that the counts are whole; what is
         under way is waited for, so many seconds at most."""
