@@ -103,7 +103,8 @@ _PYTHONS = _names(
     "mprotect mremap munmap newfstatat openat pipe poll ppoll prlimit64 readlink readlinkat "
     "renameat renameat2 restart_syscall rmdir rseq rt_sigaction rt_sigprocmask rt_sigreturn "
     "rt_sigtimedwait sched_getaffinity sched_yield set_robust_list set_tid_address setsockopt "
-    "shutdown sigaltstack signalfd4 stat statfs statx syscall_0x1c3 sysinfo tgkill timer_create "
+    "pselect6 shutdown sigaltstack signalfd4 socketpair stat statfs statx syscall_0x1c3 sysinfo "
+    "tgkill timer_create "
     "umask umount2 uname unlink unlinkat vfork"
 )
 """Of the interpreter, the C library and paths: imports, allocations, locks. Their errors are

@@ -55,6 +55,9 @@ class Ended(NamedTuple):
     seen: int
     """How many calls were such as the first fault names."""
     injected: int
+    """How often the first fault was carried out."""
+    each: tuple[int, ...] = ()
+    """The same for all of them."""
 
 
 @functools.cache
@@ -84,8 +87,8 @@ def run(words: Sequence[str], *faults: Fault, environment: dict[str, str] | None
             }
         status, output, errors = _ended(words, more)
         with mmap.mmap(file.fileno(), _COUNTS, access=mmap.ACCESS_READ) as counts:
-            seen, injected = struct.unpack_from("=QQ", counts)
-    return Ended(status, output, errors, seen, injected)
+            numbers = struct.unpack_from(f"={2 * max(len(faults), 1)}Q", counts)
+    return Ended(status, output, errors, numbers[0], numbers[1], numbers[1::2])
 
 
 def _ended(words: Sequence[str], environment: dict[str, str]) -> tuple[int, str, str]:
@@ -120,10 +123,14 @@ def run_under_strace(
     return Ended(status, output, errors, lines.count(f"{call}("), lines.count("(INJECTED)"))
 
 
-def program(name: str, fault: Fault) -> Ended:
-    """One of tests.injection.programs, whose calls fail as it says when it arms the library."""
-    words = [sys.executable, "-m", "tests.injection.programs", name, str(fault.error)]
-    return run(words, fault, environment={"PYVMM_INJECT_WAITS": "1", "PYTHONPATH": str(ROOT)})
+def programs(*each: tuple[str, Fault]) -> Ended:
+    """Some of tests.injection.programs, one after the other in one process, whose calls fail as
+    they say when it arms the library."""
+    words = [sys.executable, "-m", "tests.injection.programs"]
+    for name, fault in each:
+        words += [name, str(fault.error)]
+    faults = [fault for _, fault in each]
+    return run(words, *faults, environment={"PYVMM_INJECT_WAITS": "1", "PYTHONPATH": str(ROOT)})
 
 
 def pyvmm(*options: str) -> list[str]:

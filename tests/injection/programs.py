@@ -1,7 +1,8 @@
 """Parts of pyvmm that no guest on this machine's KVM drives, as programs to inject errors into.
 
 `python -m tests.injection.programs NAME ERRNO` does one thing while its calls fail, and prints
-which of the table's outcomes came of it. What is wrong besides is an AssertionError.
+which of the table's outcomes came of it, or what is wrong. More names and errnos go on with the
+next of the environment's rules each.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import socket
 import struct
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -46,13 +48,15 @@ from vmm.memory.guest_memory import GuestMemory
 from vmm.snapshot.folder import SnapshotFolder, checksums, new_file, new_folder, packed
 
 _SIZE = 1 << 16
+_rule = 0
+"""Which of the environment's rules is meant."""
 _ARMED = ctypes.c_int.in_dll(ctypes.CDLL(None), "pyvmm_shim_armed")
 
 
 @contextlib.contextmanager
 def failing() -> Iterator[None]:
     """Within the block calls fail as the environment says (see shim.c)."""
-    _ARMED.value = 1
+    _ARMED.value = _rule + 2
     try:
         yield
     finally:
@@ -500,9 +504,18 @@ PROGRAMS: dict[str, Callable[[Path, int], str]] = {
 }
 
 
-def main(name: str, error: str) -> None:
-    with tempfile.TemporaryDirectory(prefix="pyvmm-") as folder:
-        print(PROGRAMS[name](Path(folder), int(error)))
+def main(*words: str) -> None:
+    """NAME ERRNO, and so on: for each a line."""
+    global _rule
+    for name, error in zip(words[::2], words[1::2], strict=True):
+        with tempfile.TemporaryDirectory(prefix="pyvmm-") as folder:
+            try:
+                said = PROGRAMS[name](Path(folder), int(error))
+            except Exception as wrong:
+                traceback.print_exc()
+                said = f"wrong: {wrong!r}".replace("\n", " ")
+        print(said, flush=True)
+        _rule += 1
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@
    out for half of the bytes.
    PYVMM_INJECT_COUNTS: a file that is mapped, with two uint64_t for each rule: calls that matched, and were changed.
    Counted over all processes that inherit it.
-   PYVMM_INJECT_WAITS: nothing is injected or counted before the process itself sets pyvmm_shim_armed. */
+   PYVMM_INJECT_WAITS: nothing is injected or counted before the process itself sets pyvmm_shim_armed: 1 for all rules,
+   n + 2 for the n-th alone. */
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -75,6 +76,8 @@ static int injected(const char *call, int fd, uint64_t request)
     ssize_t length = -2;
     for (unsigned i = 0; pyvmm_shim_armed && i < count; i++) {
         struct rule *rule = &rules[i];
+        if (pyvmm_shim_armed > 1 && (unsigned)pyvmm_shim_armed - 2 != i)
+            continue;
         if (strcmp(rule->call, call) || (rule->request && rule->request != (request & 0xffffffff)))
             continue;
         if (strcmp(rule->object, "*")) {

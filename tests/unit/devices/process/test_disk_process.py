@@ -295,7 +295,7 @@ requests = st.lists(
 
 
 @settings(
-    max_examples=40, deadline=None,
+    max_examples=20, deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )  # fmt: skip
 @given(st.lists(requests, min_size=1, max_size=3))

@@ -324,7 +324,7 @@ packets = st.tuples(
 
 
 @settings(
-    max_examples=150, deadline=None,
+    max_examples=80, deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )  # fmt: skip
 @given(st.lists(packets, min_size=1, max_size=12))
