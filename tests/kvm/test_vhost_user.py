@@ -137,7 +137,7 @@ def test_no_byte_of_the_data_path_comes_through_python(
 
 
 def test_a_restart_connects_a_successor_from_outside_of_the_sandbox(
-    tmp_path: Path, image: Path, daemon: StorageDaemon
+    tmp_path: Path, image: Path, daemon: StorageDaemon, request: pytest.FixtureRequest
 ) -> None:
     (tmp_path / "kernel").write_bytes(guests.kernel(guests.say(READY) + guests.echo()))
     run = start(
@@ -150,6 +150,7 @@ def test_a_restart_connects_a_successor_from_outside_of_the_sandbox(
     daemon.kill()
     told = [run.stderr.readline()]
     second = StorageDaemon(image, tmp_path / "s")
+    request.addfinalizer(second.kill)
     ctl = [sys.executable, "-m", "vmm", "ctl", "c", "device", "restart", "blk0"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run(ctl, cwd=tmp_path, env=environment, check=True, capture_output=True)
@@ -159,7 +160,6 @@ def test_a_restart_connects_a_successor_from_outside_of_the_sandbox(
     )
     run.send_signal(signal.SIGTERM)
     run.communicate(timeout=SECONDS)
-    second.kill()
 
     assert "has lost its back end" in told[0]
     assert "another back end has taken over" in told[1]
