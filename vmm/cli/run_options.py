@@ -128,11 +128,11 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             "process of its own, which has no guest memory",
         },
         "--console": {
-            "metavar": "pty|file=FILE[,size=SIZE]|socket=PATH[,name=TEXT]",
+            "metavar": "pty|file=FILE[,size=SIZE]|socket=PATH[,name=TEXT][,process]",
             **_SEVERAL,
             "help": "a console, hvc0 and so on; with name=, a plain port /dev/vport*: on a new "
             "pseudo-terminal, a file for its output (SIZE at most, default 1G), or a socket that "
-            "pyvmm listens on; may be given several times",
+            "pyvmm listens on; may be given several times; process: in a process of its own",
         },
         "--rng": {**_FLAG, "help": "the host's random numbers"},
         "--balloon": {

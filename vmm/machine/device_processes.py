@@ -13,6 +13,7 @@ from vmm.devices.virtio.block_file import DiskFile
 from vmm.devices.virtio.net import VirtioNet
 
 if TYPE_CHECKING:
+    from vmm.devices.virtio.console import VirtioConsole
     from vmm.devices.virtio.vsock import VirtioVsock
 
 DISK_PATIENCE = 2
@@ -62,8 +63,16 @@ class DeviceProcesses:
             Job(device, [], device.listener.descriptors, accepts=True, dialing=dialing)
         )
         return ProcessDevice(
-            device, name, number, self._spawner, event_without=device.connections_gone
+            device, name, number, self._spawner, events_without=[device.connections_gone]
         )
+
+    def console(self, name: str, device: VirtioConsole) -> ProcessDevice:
+        """The device that stands for a console."""
+        number = self._spawner.add(Job(device, [], device.descriptors or (), accepts=True))
+        return ProcessDevice(
+            device, name, number, self._spawner,
+            events_without=device.ports_shut, drops_without=device.said_to_nobody,
+        )  # fmt: skip
 
     def begin(self) -> None:
         """All have been opened. This process should have no threads yet. Raises HostError."""

@@ -109,7 +109,10 @@ def open_devices(
     if config.consoles:
         from vmm.devices.virtio.console_backend import open_console
 
-        add("console", open_console(config.consoles))
+        console = open_console(config.consoles)
+        add("console", console)
+        if console.descriptors is not None:
+            add("console", apart().console("console", console))
     if execution is not None:
         add("exec", execution.device)
     if config.rng:

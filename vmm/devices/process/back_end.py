@@ -58,6 +58,7 @@ class BackEnd:
         device.wake = lambda queue: self._ready.setdefault(queue, None)  # type: ignore[assignment]
         device.serve = self._serve
         device.announce = self._announce
+        device.keep = self._keep
 
     def run(self, confined: int, landlock: int) -> None:
         """Until pyvmm is gone. `confined`, `landlock`: what it is to be told of the sandbox."""
@@ -103,7 +104,7 @@ class BackEnd:
             self._guarded(lambda: self._activate(flags, bytes(body)))
 
     def _activate(self, flags: int, body: bytes) -> None:
-        (features,) = protocol.FEATURES.unpack_from(body)
+        features, kept = protocol.FEATURES.unpack_from(body)
         memory: RemoteMemory
         if flags & protocol.BATCHES:
             memory = RemoteBatches(
@@ -128,7 +129,7 @@ class BackEnd:
             self._queues[index] = queue
         self._device.activate(memory, self._queues, features)
         if flags & protocol.RESUMED:
-            self._device.resumed()
+            self._device.resumed(kept)
 
     def _forget(self) -> None:
         self._queues = {}
@@ -211,6 +212,9 @@ class BackEnd:
             words = one_line(text).encode()[: protocol.MOST_TEXT]
             self._forget()
             self._channel.say(protocol.STOPPED, protocol.REFUSED if refused else 0, 0, words)
+
+    def _keep(self, number: int) -> None:
+        self._channel.say(protocol.KEEP, 0, 0, protocol.KEPT.pack(number))
 
     def _announce(self) -> None:
         self._channel.say(protocol.CONFIG, 0, 0, self._device.config())

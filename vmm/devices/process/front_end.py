@@ -113,7 +113,8 @@ class ProcessDevice(VirtioDevice):
         *,
         fails_requests: bool = False,
         config_without: bytes | None = None,
-        event_without: tuple[int, bytes] | None = None,
+        events_without: Sequence[tuple[int, bytes]] = (),
+        drops_without: Mapping[int, int] | None = None,
         restarts: bool = True,
         answer_seconds: float = ANSWER_SECONDS,
     ) -> None:
@@ -121,9 +122,11 @@ class ProcessDevice(VirtioDevice):
         here; `restarts`: whether another process can take its place.
 
         Without its process, requests end with a disk's I/O error (`fails_requests`), or the driver
-        finds its configuration to be `config_without`, or gets an event, a queue's and its bytes
-        (`event_without`). These are for devices that answer in order: a new process goes on behind
-        what was answered last. Else the driver has to reset the device.
+        finds its configuration to be `config_without`, or gets events, a queue and its bytes each
+        (`events_without`), and what it says on some queues is answered and dropped
+        (`drops_without`: by queue, which bits are set then of the number that the next process
+        gets). These are for devices that answer in order: a new process goes on behind what was
+        answered last. Else the driver has to reset the device.
         """
         super().__init__()
         self.statistics: ProcessStatistics = ProcessStatistics()
@@ -133,9 +136,12 @@ class ProcessDevice(VirtioDevice):
         self.set_timer: Callable[[float, Callable[[], None]], None] = _unconnected
         self._own_config = self._config_with = device.config()
         self._config_without = config_without
-        self._event_without = event_without
+        self._events_without = events_without
+        self._drops_without = drops_without or {}
         self._restarts = restarts
-        self._goes_on = fails_requests or config_without is not None or event_without is not None
+        self._goes_on = (
+            fails_requests or config_without is not None or bool(events_without or drops_without)
+        )
         self._close_device = device.close
         self._name = name
         self._number = number
@@ -151,7 +157,8 @@ class ProcessDevice(VirtioDevice):
         self._before = (0, 0, 0)  # what earlier processes have counted
         self._begin_anew()
         self._delivering = self._has_news = False
-        self._owes_event = False
+        self._owed: list[tuple[int, bytes]] = []  # events that wait for buffers
+        self._kept = 0
         self._refusal: GuestMemoryError | None = None
 
     def _begin_anew(self) -> None:
@@ -200,7 +207,11 @@ class ProcessDevice(VirtioDevice):
             if self._socket is None:
                 if self._fails_requests:
                     return self.answer_all(self._queues[queue_index], self._fail)
-                return self._tell_event(queue_index)  # the rest is for the process to come
+                if queue_index in self._drops_without:
+                    return self.answer_all(
+                        self._queues[queue_index], lambda chain: self._drop(queue_index)
+                    )
+                return self._tell_events(queue_index)  # the rest is for the process to come
             if not self._delivering:
                 self._kick(queue_index)
             interrupt = queue_index in self._interrupts
@@ -252,7 +263,7 @@ class ProcessDevice(VirtioDevice):
             self._before = counts.requests, counts.flushes, counts.errors
             self._begin_anew()
             self._generation = (self._generation + 1) & 0xFFFF_FFFF
-            self._owes_event = False  # it tells of itself
+            self._owed = []  # it tells of itself
             if self._memory is not None:
                 self._is_behind = True
                 if not self._goes_on and was_there:
@@ -287,7 +298,8 @@ class ProcessDevice(VirtioDevice):
         self._again.clear()
         self._interrupts.clear()
         self._failure = self._refusal = self._bases = None
-        self._owes_event = False
+        self._owed = []
+        self._kept = 0
         self._is_behind = True
         self._catch_up()
 
@@ -304,7 +316,7 @@ class ProcessDevice(VirtioDevice):
         flags = protocol.BATCHES if hasattr(memory, "move_in") else 0
         flags |= protocol.QUIET if getattr(memory, "quiet", False) else 0
         flags |= protocol.RESUMED if bases is not None else 0
-        body = protocol.FEATURES.pack(self._agreed)
+        body = protocol.FEATURES.pack(self._agreed, self._kept)
         for index, queue in self._queues.items():
             base = 0 if bases is None else bases[index]
             body += protocol.QUEUE.pack(index, base, queue.size, *queue.addresses)
@@ -431,6 +443,11 @@ class ProcessDevice(VirtioDevice):
             return self._turn(flags, queue)
         if what == protocol.STOPPED:
             return self._stopped(flags, body)
+        if what == protocol.KEEP:
+            if len(body) != protocol.KEPT.size:
+                raise ProtocolError(f"{len(body)} bytes to keep")
+            (self._kept,) = protocol.KEPT.unpack(body)
+            return None
         if what == protocol.CONFIG:
             self._reconfigure(bytes(body))
             return None
@@ -566,8 +583,8 @@ class ProcessDevice(VirtioDevice):
             self._again.clear()
             if not self._goes_on:
                 self._failure = QueueError(f"{self._name}: its process {why or ended}")
-            elif self._memory is not None and (self._fails_requests or self._event_without):
-                self._owes_event = self._event_without is not None
+            elif self._memory is not None and self._config_without is None:
+                self._owed = list(self._events_without)
                 self._resume()
             if self._config_without is not None:
                 self._own_config, self._has_news = self._config_without, True
@@ -597,18 +614,21 @@ class ProcessDevice(VirtioDevice):
             self._failure = error
         self._bases = {index: bases.get(index, 0) for index in self._queues}
 
-    def _tell_event(self, queue_index: int) -> bool:
-        """Once, as soon as there is a buffer for it."""
-        if not self._owes_event:
-            return False
-        assert self._memory is not None and self._event_without is not None
-        event_queue, event = self._event_without
-        chains = self._queues[queue_index].take(1) if queue_index == event_queue else []
-        if not chains:
-            return False
-        self._owes_event = False
-        written = scatter(self._memory, chains[0].writable, event)
-        return self._queues[queue_index].publish([(chains[0].head, written)])
+    def _tell_events(self, queue_index: int) -> bool:
+        """Those of a queue that are owed, as far as there are buffers for them."""
+        assert self._memory is not None
+        queue, used = self._queues[queue_index], []
+        for owed in [one for one in self._owed if one[0] == queue_index]:
+            chains = queue.take(1)
+            if not chains:
+                break
+            self._owed.remove(owed)
+            used.append((chains[0].head, scatter(self._memory, chains[0].writable, owed[1])))
+        return queue.publish(used) if used else False
+
+    def _drop(self, queue_index: int) -> int:
+        self._kept |= self._drops_without[queue_index]
+        return 0
 
     def _fail(self, chain: Chain) -> int:
         """A disk's answer to what can't be carried out (virtio 1.2, 5.2.6)."""

@@ -11,6 +11,7 @@ import os
 import select
 import signal
 import socket
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -258,6 +259,7 @@ def _become(
             kept.add(asking.fileno())
             job.dialing.dial_by(partial(asked, asking))
         _close_all_but(kept)
+        sys.stdout = sys.stderr = None  # their numbers may be a caller's soon
         import vmm.devices.virtio.read_ahead  # noqa: F401 -- what it would load later, and can't
 
         back_end = BackEnd(job.device, connection, job.files, job.may_keep)

@@ -158,6 +158,8 @@ class VirtioDevice(ABC):
         """Tells the driver that `config` has changed; not to be called from `process`."""
         self.refused: Callable[[], None] = _unconnected
         """Told that it has stopped: memory that it was to use is private or not there."""
+        self.keep: Callable[[int], None] = _unconnected
+        """Where it has a process of its own: has the next one know a number of 64 bits."""
         self.config_is_news = False
         """Set by `process`: `config` has changed, and the driver is to be told after the turn."""
 
@@ -250,9 +252,10 @@ class VirtioDevice(ABC):
         """See vmm.core.saved.Stateful: after `activate`, if its driver was up. Its queues are
         served soon, whatever they hold."""
 
-    def resumed(self) -> None:  # noqa: B027  # most know nothing besides their queues
+    def resumed(self, kept: int) -> None:  # noqa: B027  # most know nothing besides their queues
         """Just activated, in the place of a device whose process was lost: the queues go on, and
-        what it knew besides is gone."""
+        what it knew besides is gone, but for what it had `keep` say last (at first 0). No guest's
+        word is worth less."""
 
     def hear_out(self, timeout: float) -> None:  # noqa: B027  # most have done what they say
         """The loop has ended: take what is on its way yet, so that the counts are whole; what is

@@ -125,7 +125,7 @@ class VirtioVsock(VirtioDevice):
         self._next_port = saved.number("next_port", (1 << 32) - 1)
         self._has_moved = True
 
-    def resumed(self) -> None:
+    def resumed(self, kept: int) -> None:
         self._has_moved = True
 
     def _tell_moved(self, queue: SplitQueue) -> bool:

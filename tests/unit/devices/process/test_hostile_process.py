@@ -47,6 +47,7 @@ LIES: dict[str, Callable[[DiskRig], None]] = {
     "a turn without its counts": _turn(protocol.INTERRUPT, body=b""),
     "a count that is none": _turn(body=COUNTS.pack(1 << 63, 0, 0)),
     "done with nothing": lambda rig: rig.say(protocol.DONE),
+    "a number to keep that is none": lambda rig: rig.say(protocol.KEEP, body=b"?"),
     "another configuration's size": lambda rig: rig.say(protocol.CONFIG, body=b"?"),
 }
 

@@ -39,7 +39,7 @@ class VsockRig(Guest):
         number = self.spawner.add(job)
         self.spawner.begin()
         self.device = ProcessDevice(
-            vsock, "vsock", number, self.spawner, event_without=vsock.connections_gone
+            vsock, "vsock", number, self.spawner, events_without=[vsock.connections_gone]
         )
         super().__init__(path, device=self.device)
         self._event_buffers: dict[int, Piece] = {}
