@@ -104,6 +104,27 @@ def test_hostile_vsock_is_given_its_ports_and_connects_nowhere_itself(tmp_path: 
     assert not (tmp_path / "v").exists()
 
 
+@needs_landlock
+def test_hostile_console_is_refused_everything_but_its_callers(tmp_path: Path) -> None:
+    (tmp_path / "secret.txt").write_text("secret")
+
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.hostile_device", "--private-mem", "--report",
+         "r.json", "--console", "file=told,process", "--console", "socket=s,name=n,process"],
+        cwd=tmp_path, env=_environment(), stdin=subprocess.DEVNULL, capture_output=True,
+        timeout=command.TIME_LIMIT, check=False,
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
+    ended = json.loads((tmp_path / "told").read_bytes())
+    works = {name for name in MUST_WORK if not name.endswith("the disk")}
+    assert {name for name, how in ended.items() if how == "ok"} == works | TAKES_CALLERS
+    assert set(ended.values()) == {"ok", "EPERM"}
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["io"]["console"]["process"]["seccomp"]
+    assert not (tmp_path / "s").exists()
+
+
 def test_hostile_vsock_without_a_sandbox_connects(tmp_path: Path) -> None:
     """The attempts are real ones."""
     ended = _hostile_vsock(tmp_path, "--sandbox=off")

@@ -1,6 +1,7 @@
 """`pyvmm` whose disks' processes, when they first have something to do, try what they may not, and
 write how each attempt ended to the start of their disk: JSON, by name "ok" or the errno's name.
-A vsock's process does so when it starts, and tells the program that listens on PATH_7.
+A vsock's process does so when it starts, and tells the program that listens on PATH_7; a console's
+writes it to its first port's file, and has a socket as its second one.
 """
 
 from __future__ import annotations
@@ -22,9 +23,12 @@ import time
 from collections.abc import Callable
 
 from tests.support.hostile_policy import _PTRACE, _PTRACE_ATTACH, _system_call
+from vmm.core.unix_listener import UnixListener
 from vmm.devices.process.back_end import BackEnd
 from vmm.devices.process.front_end import ProcessDevice
 from vmm.devices.virtio.block import VirtioBlock
+from vmm.devices.virtio.console import VirtioConsole
+from vmm.devices.virtio.console_backend import OutputFile, SocketServer
 from vmm.devices.virtio.vsock import VirtioVsock, dial
 
 ROOM = 4096
@@ -123,9 +127,8 @@ PORT = 7
 TAKES_CALLERS = {"a caller", "no file"}
 
 
-def _vsock_attempts(vsock: VirtioVsock, pyvmm: int) -> dict[str, Callable[[], object]]:
+def _socket_attempts(listener: UnixListener, pyvmm: int) -> dict[str, Callable[[], object]]:
     """As a disk's process; and what there is to try with sockets."""
-    listener = vsock.listener
     common = _attempts(listener.fd, pyvmm)
     own = listener._socket
 
@@ -176,9 +179,15 @@ def main() -> None:
     def hostile_run(back_end: BackEnd, confined: int, landlock: int) -> None:
         device = back_end._device
         if isinstance(device, VirtioVsock):
-            told = json.dumps(attempt_all(_vsock_attempts(device, pyvmm))).encode()
+            told = json.dumps(attempt_all(_socket_attempts(device.listener, pyvmm))).encode()
             with device.dial(PORT) as link:
                 link.sendall(told)
+        elif isinstance(device, VirtioConsole):
+            file, server = (port.backend for port in device._ports)
+            assert isinstance(file, OutputFile) and isinstance(server, SocketServer)
+            attempts = _socket_attempts(server._listener, pyvmm)
+            attempts["be given a socket"] = lambda: server._listener._socket.recvmsg(1)
+            os.write(file.fd, json.dumps(attempt_all(attempts)).encode())
         run(back_end, confined, landlock)
 
     def start_and_wait(device: ProcessDevice) -> None:
