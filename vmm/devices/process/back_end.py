@@ -58,7 +58,8 @@ class BackEnd:
         device.wake = lambda queue: self._ready.setdefault(queue, None)  # type: ignore[assignment]
         device.serve = self._serve
         device.announce = self._announce
-        device.keep = self._keep
+        device.keep_for_next = self._keep
+        device.tell_user = self._note
 
     def run(self, confined: int, landlock: int) -> None:
         """Until pyvmm is gone. `confined`, `landlock`: what it is to be told of the sandbox."""
@@ -215,6 +216,10 @@ class BackEnd:
 
     def _keep(self, number: int) -> None:
         self._channel.say(protocol.KEEP, 0, 0, protocol.KEPT.pack(number))
+
+    def _note(self, sentence: str) -> None:
+        words = one_line(sentence).encode()[: protocol.MOST_TEXT]
+        self._channel.say(protocol.NOTE, 0, 0, words)
 
     def _announce(self) -> None:
         self._channel.say(protocol.CONFIG, 0, 0, self._device.config())

@@ -158,7 +158,7 @@ class ProcessDevice(VirtioDevice):
         self._begin_anew()
         self._delivering = self._has_news = False
         self._owed: list[tuple[int, bytes]] = []  # events that wait for buffers
-        self._kept = 0
+        self._kept = self._notes = 0
         self._refusal: GuestMemoryError | None = None
 
     def _begin_anew(self) -> None:
@@ -443,6 +443,9 @@ class ProcessDevice(VirtioDevice):
             return self._turn(flags, queue)
         if what == protocol.STOPPED:
             return self._stopped(flags, body)
+        if what == protocol.NOTE:
+            self._note(body)
+            return None
         if what == protocol.KEEP:
             if len(body) != protocol.KEPT.size:
                 raise ProtocolError(f"{len(body)} bytes to keep")
@@ -494,6 +497,12 @@ class ProcessDevice(VirtioDevice):
         if flags & protocol.REFUSED and self._refusal is not None:
             self._failure = self._refusal
         return next(iter(self._queues), None)
+
+    def _note(self, body: memoryview) -> None:
+        self._notes += 1
+        if self._notes <= protocol.MOST_NOTES:
+            words = bytes(body[: protocol.MOST_TEXT]).decode("utf-8", "replace")
+            tell(f"{self._name}: its process says: {one_line(words)}")
 
     def _reconfigure(self, config: bytes) -> None:
         if len(config) != len(self._own_config):

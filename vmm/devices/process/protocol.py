@@ -22,6 +22,7 @@ The process to pyvmm, which answers the first four, one at a time:
     TURN       for a queue; flags: INTERRUPT, RESTED (the last KICK is done with); COUNTS
     STOPPED    flags: REFUSED; a sentence: the device needs a reset
     KEEP       u64: what another process is to be told that takes this one's place
+    NOTE       a sentence for the user
     CONFIG     the device configuration structure has become this
     DONE       an ACTIVATE or RESET was carried out
 
@@ -49,7 +50,7 @@ ERRNO = Struct("=I")
 
 ACTIVATE, RESET, KICK, ANSWER = 1, 2, 3, 4
 READ, WRITE, MOVE_IN, MOVE_OUT, TURN, STOPPED, CONFIG, DONE = 16, 17, 18, 19, 20, 21, 22, 23
-KEEP = 24
+KEEP, NOTE = 24, 25
 
 BATCHES, RESUMED, QUIET = 1, 2, 4  # flags of ACTIVATE
 INTERRUPT, RESTED = 1, 2  # flags of TURN
@@ -73,6 +74,8 @@ LONGEST = 192 << 10
 """Of any packet."""
 MOST_TEXT = 300
 MOST_COUNT = 1 << 62
+MOST_NOTES = 4
+"""Sentences of a device that the user is shown."""
 
 assert HEAD.size + WRITE_HEAD.size + 40 * MOST_PIECES + 16 * MOST_AFTER + MOST_DATA <= LONGEST
 

@@ -29,8 +29,8 @@ _CHUNK = 64 << 10
 _MOST_MESSAGE = 4096  # bytes of one for the guest: a port's name is somebody's word
 MOST_OUTPUT = 1 << 20  # in one buffer; Linux' have 32 KiB at most
 
-# What a new process is told of the last one (`VirtioDevice.keep`): for each port whether the guest
-# has it open, for each whether it was introduced, and whether the driver has said that it is ready.
+# What a new process is told by the last one (`VirtioDevice.keep_for_next`): for each port whether
+# the guest has it open, for each whether it was introduced, and whether the driver is ready.
 _KEPT_OPEN = (1 << MOST_PORTS) - 1
 _KEPT_READY = 1 << 2 * MOST_PORTS
 
@@ -154,7 +154,7 @@ class VirtioConsole(VirtioDevice):
         kept = _KEPT_READY if self._ready else 0
         for number, port in enumerate(self._ports):
             kept |= port.guest_open << number | port.introduced << MOST_PORTS + number
-        self.keep(kept)
+        self.keep_for_next(kept)
 
     def wake_input(self, number: int) -> None:
         """There is input for a port whose backend waits for no fd: it is taken soon."""

@@ -127,6 +127,7 @@ class OutputFile(_Stream):
         self._always_ready = self._is_limited = stat.S_ISREG(os.fstat(fd).st_mode)
         self._left = most if self._is_limited else sys.maxsize
         self._told = False
+        self.tell: Callable[[str], None] = tell
 
     def start(self, changed: Callable[[], None], watch: Watch) -> None:
         super().start(changed, watch)
@@ -140,7 +141,7 @@ class OutputFile(_Stream):
         self._left -= len(fitting)
         if len(fitting) < len(data) and not self._told:
             self._told = True
-            tell(
+            self.tell(
                 f"--console file={self._path} has its {self._most} bytes; further output is "
                 "dropped: write size=SIZE for more"
             )
@@ -252,6 +253,13 @@ def open_console(texts: Sequence[str]) -> VirtioConsole:
             port.backend.close()
         raise
     device = VirtioConsole(ports)
+
+    def say(sentence: str) -> None:
+        device.tell_user(sentence)  # which becomes another one in a process of its own
+
+    for stream in streams:
+        if isinstance(stream, OutputFile):
+            stream.tell = say
     if True in apart:
         device.descriptors = [fd for stream in streams for fd in stream.descriptors]
     return device

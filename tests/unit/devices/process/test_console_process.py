@@ -222,7 +222,9 @@ def test_new_driver_is_not_taken_for_the_last_one(make: MakeRig) -> None:
     assert rig.machine.queues[CONTROL_RX].used_index() == 0
 
 
-def test_file_gets_no_more_in_all_than_it_may_get(make: MakeRig, tmp_path: Path) -> None:
+def test_file_gets_no_more_in_all_than_it_may_get(
+    make: MakeRig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     rig = make(f"file={tmp_path / 'out'},size=10")
     rig.introduced(0)
     rig.prints(TX0, b"12345678")
@@ -232,6 +234,7 @@ def test_file_gets_no_more_in_all_than_it_may_get(make: MakeRig, tmp_path: Path)
     rig.prints(TX0, b"abcdefgh")
 
     assert (tmp_path / "out").read_bytes() == b"12345678ab"
+    assert capfd.readouterr().err.endswith("dropped: write size=SIZE for more\n")
 
 
 def test_input_that_came_without_a_process_is_the_next_one_s(make: MakeRig, tmp_path: Path) -> None:

@@ -261,6 +261,19 @@ def test_text_of_a_process_is_one_short_line(by_hand: DiskRig) -> None:
     assert len(failure) < 400
 
 
+def test_sentences_of_a_process_are_few_short_lines_that_say_whose_they_are(
+    by_hand: DiskRig, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(protocol.MOST_NOTES + 3):
+        by_hand.say(protocol.NOTE, 0, 0, b"\x1b[2J\n" + b"x" * 5000)
+
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == protocol.MOST_NOTES
+    assert all(line.startswith("pyvmm: blk0: its process says: ") for line in lines)
+    assert all(line.isprintable() and len(line) < 400 for line in lines)
+    assert by_hand.device.statistics.deaths == 0
+
+
 def test_device_in_a_process_is_not_saved(by_hand: DiskRig) -> None:
     with pytest.raises(NotSaved, match="without the setting process"):
         by_hand.machine.transport.state()
