@@ -197,7 +197,9 @@ class BackEnd:
 
     def _tell(self, index: int, flags: int) -> None:
         counts = self._device.statistics
-        body = protocol.COUNTS.pack(counts.requests, counts.flushes, counts.errors)
+        body = protocol.COUNTS.pack(
+            counts.requests, counts.flushes, counts.errors, counts.bytes_read, counts.bytes_written
+        )
         self._channel.say(protocol.TURN, flags, index, body)
 
     def _guarded(self, work: Callable[[], None]) -> None:

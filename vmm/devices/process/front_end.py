@@ -79,8 +79,8 @@ class _Short(Exception):
 
 
 class ProcessStatistics(IoStatistics):
-    """Those of every device, and what became of its processes. Bytes are counted here; requests,
-    flushes and errors are what the process says."""
+    """Those of every device, and what became of its processes. Bytes from and to files are counted
+    here; the rest is what the process says."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ class ProcessDevice(VirtioDevice):
         self._socket: socket.socket | None = None
         self._buffer = memoryview(bytearray(protocol.LONGEST + 1))
         self._generation = 0
-        self._before = (0, 0, 0)  # what earlier processes have counted
+        self._before = (0, 0, 0, 0, 0)  # what earlier processes have counted
         self._begin_anew()
         self._delivering = self._has_news = False
         self._owed: list[tuple[int, bytes]] = []  # events that wait for buffers
@@ -260,7 +260,10 @@ class ProcessDevice(VirtioDevice):
             self._processes.end(self._number)
             counts = self.statistics
             counts.restarts += 1
-            self._before = counts.requests, counts.flushes, counts.errors
+            self._before = (
+                counts.requests, counts.flushes, counts.errors,
+                counts.bytes_read, counts.bytes_written,
+            )  # fmt: skip
             self._begin_anew()
             self._generation = (self._generation + 1) & 0xFFFF_FFFF
             self._owed = []  # it tells of itself
@@ -472,9 +475,10 @@ class ProcessDevice(VirtioDevice):
         if max(counts) > protocol.MOST_COUNT:
             raise ProtocolError(f"a count of {max(counts)}")
         mine = self.statistics
-        mine.requests, mine.flushes, mine.errors = (
-            before + now for before, now in zip(self._before, counts, strict=True)
-        )
+        sums = [before + now for before, now in zip(self._before, counts, strict=True)]
+        mine.requests, mine.flushes, mine.errors = sums[:3]
+        if not self._files:
+            mine.bytes_read, mine.bytes_written = sums[3:]
 
     def _turn(self, flags: int, queue: int) -> int | None:
         if queue not in self._queues:

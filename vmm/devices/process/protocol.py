@@ -40,8 +40,9 @@ from vmm.core.lean_typing import NamedTuple
 HEAD = Struct("=BBHI")
 QUEUE = Struct("=HHIQQQ")
 """Index, the available index to go on from, size, then the three addresses."""
-COUNTS = Struct("=QQQ")
-"""Requests, flushes and errors of the device since its process began."""
+COUNTS = Struct("=QQQQQ")
+"""Requests, flushes and errors of the device since its process began, bytes read and written: of a
+device without files, as what is moved from and to those is counted where it is done."""
 WRITE_HEAD = Struct("=IIIxxxx")
 FEATURES = Struct("=QQ")
 KEPT = Struct("=Q")

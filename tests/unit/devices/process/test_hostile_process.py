@@ -20,7 +20,7 @@ from vmm.devices.process.protocol import COUNTS, HEAD, WRITE_HEAD, words
 
 NEEDS_RESET = 0x40
 IOERR = 1
-NOTHING = COUNTS.pack(0, 0, 0)
+NOTHING = bytes(COUNTS.size)
 
 
 def _turn(flags: int = 0, queue: int = 0, body: bytes = NOTHING) -> Callable[[DiskRig], None]:
@@ -45,7 +45,7 @@ LIES: dict[str, Callable[[DiskRig], None]] = {
     "a turn that rests without a kick": _turn(protocol.RESTED),
     "an interrupt of a queue that isn't there": _turn(protocol.INTERRUPT, queue=1),
     "a turn without its counts": _turn(protocol.INTERRUPT, body=b""),
-    "a count that is none": _turn(body=COUNTS.pack(1 << 63, 0, 0)),
+    "a count that is none": _turn(body=COUNTS.pack(1 << 63, 0, 0, 0, 0)),
     "done with nothing": lambda rig: rig.say(protocol.DONE),
     "a number to keep that is none": lambda rig: rig.say(protocol.KEEP, body=b"?"),
     "another configuration's size": lambda rig: rig.say(protocol.CONFIG, body=b"?"),
@@ -368,12 +368,13 @@ def test_counts_on_their_way_when_the_loop_ends_are_heard_out(by_hand: DiskRig) 
     by_hand.serve()
     by_hand.hear()
     head = HEAD.pack(protocol.TURN, protocol.RESTED, 0, by_hand.generation)
-    by_hand.far.send(head + protocol.COUNTS.pack(5, 1, 2))
+    by_hand.far.send(head + protocol.COUNTS.pack(5, 1, 2, 9, 9))
 
     by_hand.device.hear_out(10)
 
     counts = by_hand.device.statistics
     assert (counts.requests, counts.flushes, counts.errors) == (5, 1, 2)
+    assert (counts.bytes_read, counts.bytes_written) == (0, 0)  # a disk's are counted here
 
 
 def test_process_that_says_nothing_is_not_heard_out_for_longer_than_said(
@@ -391,6 +392,6 @@ def test_counts_of_a_turn_from_before_a_reset_count(by_hand: DiskRig) -> None:
     former = by_hand.generation
     by_hand.machine.driver.status = 0
 
-    by_hand.raw(HEAD.pack(protocol.TURN, 0, 0, former) + protocol.COUNTS.pack(3, 0, 0))
+    by_hand.raw(HEAD.pack(protocol.TURN, 0, 0, former) + protocol.COUNTS.pack(3, 0, 0, 0, 0))
 
     assert by_hand.device.statistics.requests == 3

@@ -149,6 +149,8 @@ def test_guest_s_call_is_put_through_from_outside_the_process(
     rig: VsockRig, server: socket.socket
 ) -> None:
     talk(rig, server)
+    rig.until(lambda: rig.device.statistics.bytes_read == len(b"from the host"))
+    assert rig.device.statistics.bytes_written == len(b"from the guest")
 
 
 def test_guest_s_call_to_a_port_where_nobody_listens_is_reset(rig: VsockRig) -> None:
