@@ -37,7 +37,7 @@ from vmm.devices.virtio.queue import Chain, QueueError, SplitQueue
 from vmm.devices.virtio.segments import scatter
 
 if TYPE_CHECKING:
-    from vmm.core.saved import State
+    from vmm.core.saved import Saved, State
 
 ANSWER_SECONDS = 30.0
 """How long a process may say nothing while something is for it to do: as long as Linux waits for a
@@ -225,6 +225,13 @@ class ProcessDevice(VirtioDevice):
         raise NotSaved(
             f"{self._name} is in a process of its own and can't be saved; run the machine without "
             "the setting process"
+        )
+
+    def restore(self, saved: Saved) -> None:
+        """Raises BadState: its process would take up the rings from their start."""
+        raise saved.bad(
+            f"{self._name} is to be in a process of its own and can't be restored there; leave the "
+            "setting process away"
         )
 
     def hear_out(self, timeout: float) -> None:

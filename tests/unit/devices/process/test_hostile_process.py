@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +12,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kvm_bindings import fdops
 from tests.support.device_process import READY, ByHand, DiskRig
-from tests.support.virtio_machine import RINGS
+from tests.support.virtio_machine import RINGS, VirtioMachine
 from vmm.core.ranges import Range
-from vmm.core.saved import NotSaved
+from vmm.core.saved import BadState, NotSaved, Saved
 from vmm.devices.process import protocol
 from vmm.devices.process.protocol import COUNTS, HEAD, WRITE_HEAD, words
+from vmm.devices.virtio.block import VirtioBlock
+from vmm.devices.virtio.block_file import open_disk
 
 NEEDS_RESET = 0x40
 IOERR = 1
@@ -277,6 +281,16 @@ def test_sentences_of_a_process_are_few_short_lines_that_say_whose_they_are(
 def test_device_in_a_process_is_not_saved(by_hand: DiskRig) -> None:
     with pytest.raises(NotSaved, match="without the setting process"):
         by_hand.machine.transport.state()
+
+
+def test_device_in_a_process_is_not_restored(by_hand: DiskRig) -> None:
+    by_hand.machine.driver.status = 0
+    own = VirtioMachine(VirtioBlock(open_disk(f"{by_hand.path},share=on"), fdops.punch_hole))
+    saved = Saved(json.loads(json.dumps(own.transport.state())), "blk0")
+    own.close()
+
+    with pytest.raises(BadState, match="leave the setting process away"):
+        by_hand.machine.transport.restore(saved)
 
 
 def test_request_without_room_for_a_status_stops_a_disk_without_a_process(
