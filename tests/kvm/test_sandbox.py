@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -167,8 +168,10 @@ def test_all_threads_become_the_user_and_what_the_run_leaves_is_complete(
 
 @needs_root
 @needs_landlock
-def test_another_user_opens_guest_memory_no_second_time(tmp_path: Path) -> None:
-    _, ended = _run(tmp_path, "--uid", f"{ANOTHER}:{ANOTHER}")
+def test_another_user_opens_guest_memory_and_the_disk_no_second_time() -> None:
+    """Started in a folder that this user can find, and not enter."""
+    with tempfile.TemporaryDirectory() as folder:
+        _, ended = _run(Path(folder), "--uid", f"{ANOTHER}:{ANOTHER}")
 
     assert ended["open guest memory again"] == "EACCES"
     assert {name for name, how in ended.items() if how == "ok"} == MUST_WORK

@@ -66,6 +66,8 @@ def enter(
     writes = bool(folders or paths)
     if user is not None:
         from vmm.sandbox.user import become  # most runs stay who they are
+    # Before another user may not look: what isn't looked at could be the folder that we run in.
+    rules = _rules(folders, reads, paths)
     try:
         sandbox.no_new_privileges()
         if not core_dumps:
@@ -73,7 +75,7 @@ def enter(
         _shut_memory(kept)
         if user is not None:
             become(user, folders)
-        version = sandbox.landlock(_rules(folders, reads, paths))
+        version = sandbox.landlock(rules)
         if version == 0 and mode == "on":
             raise HostError(
                 "--sandbox=on: this kernel has no Landlock, or it is switched off; use "
