@@ -102,17 +102,11 @@ def open_devices(
     if config.vsock is not None:
         from vmm.devices.virtio.vsock import open_vsock
 
-        vsock = open_vsock(config.vsock)
-        add("vsock", vsock)
-        if vsock.wants_process:
-            add("vsock", apart().vsock("vsock", vsock))
+        add("vsock", open_vsock(config.vsock))
     if config.consoles:
         from vmm.devices.virtio.console_backend import open_console
 
-        console = open_console(config.consoles)
-        add("console", console)
-        if console.descriptors is not None:
-            add("console", apart().console("console", console))
+        add("console", open_console(config.consoles))
     if execution is not None:
         add("exec", execution.device)
     if config.rng:
