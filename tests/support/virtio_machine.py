@@ -28,10 +28,16 @@ MEMORY = 1 << 20
 
 
 class FakeLoop:
-    """EventLoop.watch without a thread; the fds are asked by poll(2)."""
+    """EventLoop's verbs for fds, without a thread; they are asked by poll(2)."""
 
     def __init__(self) -> None:
         self.wanted: dict[int, tuple[Callable[[], None], bool, bool]] = {}
+
+    def add(self, fd: int, callback: Callable[[], None], *, unheld: bool = False) -> None:
+        self.watch(fd, callback, readable=True)
+
+    def remove(self, fd: int) -> None:
+        self.wanted.pop(fd, None)
 
     def watch(
         self,
@@ -40,6 +46,7 @@ class FakeLoop:
         *,
         readable: bool = False,
         writable: bool = False,
+        unheld: bool = False,
     ) -> None:
         self.wanted.pop(fd, None)
         if readable or writable:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import select
 import socket
 import struct
 import tempfile
@@ -20,6 +19,7 @@ from tests.fuzz.targets.conversions import records
 from tests.fuzz.targets.registry import target
 from tests.support.control import FakeOperations
 from tests.support.fake_memory import FakeMemory
+from tests.support.virtio_machine import FakeLoop
 from vmm.arch.debug import Abilities
 from vmm.arch.x86_64.debug import X86Debug
 from vmm.boot.manifest import FilePart, Part
@@ -40,42 +40,17 @@ from vmm.memory.guest_memory import GuestMemory
 # --- the control socket ---
 
 
-class _Loop:
-    """EventLoop's verbs; `run` calls back what is ready until nothing is."""
-
-    def __init__(self) -> None:
-        self.wanted: dict[int, tuple[Callable[[], None], bool, bool]] = {}
-
-    def add(self, fd: int, callback: Callable[[], None], *, unheld: bool = False) -> None:
-        self.watch(fd, callback, readable=True)
-
-    def remove(self, fd: int) -> None:
-        self.wanted.pop(fd, None)
-
-    def watch(
-        self,
-        fd: int,
-        callback: Callable[[], None],
-        *,
-        readable: bool = False,
-        writable: bool = False,
-        unheld: bool = False,
-    ) -> None:
-        self.wanted.pop(fd, None)
-        if readable or writable:
-            self.wanted[fd] = (callback, readable, writable)
+class _Loop(FakeLoop):
+    """`run` calls back what is ready until nothing is."""
 
     def run(self, taken: Callable[[], object]) -> None:
-        """Serve; between, the client takes what there is for it."""
+        """Serve, one at a time; between, the client takes what there is for it."""
         for _ in range(2000):
             taken()
-            poll = select.poll()
-            for fd, (_, readable, writable) in self.wanted.items():
-                poll.register(fd, readable * select.POLLIN | writable * select.POLLOUT)
-            ready = [self.wanted[fd][0] for fd, _ in poll.poll(0)]
+            ready = self._poll(0)
             if not ready:
                 return
-            ready[0]()
+            self.wanted[ready[0][0]][0]()
         raise AssertionError("the control socket never comes to rest")
 
 

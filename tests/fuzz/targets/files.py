@@ -140,8 +140,8 @@ def modules(data: bytes) -> None:
 
 def _sources() -> list[bytes]:
     return [
-        b"\0deb [arch=amd64 signed-by=/k.gpg] https://deb.example/debian trixie main # x\n",
-        b"\1Types: deb\nURIs: https://deb.example/debian\nSuites: trixie\n sid\nComponents: main\n"
+        b"\0deb [arch=amd64 signed-by=/k.gpg] http://k/d trixie main # x\n",
+        b"\1Types: deb\nURIs: http://k/d\nSuites: trixie\n sid\nComponents: main\n"
         b"Signed-By: /usr/share/k.gpg\n\nTypes: deb-src\n",
         b"\1Types: deb\nEnabled: no\n\n# c\n x\nSigned-By:\n -----BEGIN PGP\n",
     ]  # fmt: skip

@@ -16,14 +16,10 @@ from typing import Any
 import pytest
 
 from tests.support.control import Server, line
-from tests.support.fake_vcpu import Rig
-from tests.unit.control.test_operations import FakeDevices
-from vmm.control.operations import Operations
+from tests.unit.control.test_operations import Bench
 from vmm.control.saving import Saving, require_writable, resident
-from vmm.core.event_loop import EventLoop
 from vmm.core.ranges import Range
 from vmm.core.saved import NotSaved
-from vmm.exits.vcpu_group import VcpuGroup
 from vmm.memory.backings.memfd import MemfdBacking
 from vmm.memory.guest_memory import GuestMemory
 
@@ -210,39 +206,21 @@ def test_file_that_can_t_be_written_to_anywhere_is_refused(tmp_path: Path, kind:
 # --- standing still ---
 
 
-class Still:
-    """Operations over a group of vCPUs that tells what it is told."""
-
-    def __init__(self) -> None:
-        self.rig = Rig()
-        self.loop = EventLoop()
-        self.vcpus = VcpuGroup()
-        self.devices = FakeDevices(self.vcpus)
-        self.operations = Operations(
-            self.rig.memory, self.rig.converter, self.vcpus, self.devices, self.loop,
-            self.rig.outcomes.append,
-        )  # fmt: skip
-
-    def close(self) -> None:
-        self.loop.close()
-        self.rig.close()
-
-
 @pytest.fixture
-def still() -> Iterator[Still]:
-    made = Still()
+def still() -> Iterator[Bench]:
+    made = Bench()
     yield made
     made.close()
 
 
-def test_guest_stands_still_for_the_block_and_goes_on(still: Still) -> None:
+def test_guest_stands_still_for_the_block_and_goes_on(still: Bench) -> None:
     with still.operations.still():
         assert still.vcpus._holds == 1
     assert still.vcpus._holds == 0 and not still.vcpus.paused
     assert [each.split(",")[0] for each in still.devices.log] == ["held", "released"]
 
 
-def test_paused_guest_is_paused_afterwards(still: Still) -> None:
+def test_paused_guest_is_paused_afterwards(still: Bench) -> None:
     still.operations.pause()
 
     with still.operations.still():
@@ -254,7 +232,7 @@ def test_paused_guest_is_paused_afterwards(still: Still) -> None:
     assert still.devices.log[-1].startswith("released")
 
 
-def test_guest_that_a_debugger_has_stopped_stays_so(still: Still) -> None:
+def test_guest_that_a_debugger_has_stopped_stays_so(still: Bench) -> None:
     still.vcpus.freeze()
 
     with still.operations.still():
@@ -263,7 +241,7 @@ def test_guest_that_a_debugger_has_stopped_stays_so(still: Still) -> None:
     assert still.vcpus.frozen
 
 
-def test_device_that_does_not_come_to_rest_is_said_and_the_guest_goes_on(still: Still) -> None:
+def test_device_that_does_not_come_to_rest_is_said_and_the_guest_goes_on(still: Bench) -> None:
     still.devices.busy = True
 
     with pytest.raises(NotSaved, match="a device does not come to rest"), still.operations.still():
@@ -274,7 +252,7 @@ def test_device_that_does_not_come_to_rest_is_said_and_the_guest_goes_on(still: 
 
 @pytest.mark.parametrize(("still_after", "why"), [(9, "string I/O"), (2, None)])
 def test_vcpu_in_the_middle_of_string_io_is_let_go_on_for_a_while(
-    still: Still, still_after: int, why: str | None
+    still: Bench, still_after: int, why: str | None
 ) -> None:
     class Runner:
         """Owes an exit for some time."""

@@ -10,6 +10,7 @@ from vmm.arch.aarch64.devices.gic_v2m import GicV2m
 from vmm.arch.aarch64.devices.pci_ecam import PciEcam
 from vmm.arch.aarch64.devices.pl031 import Pl031
 from vmm.arch.aarch64.messages import V2mRoutes
+from vmm.arch.aarch64.platform import refuse_to_save
 from vmm.core.lean_typing import TYPE_CHECKING
 from vmm.devices.bus import MemoryBus, PortBus
 from vmm.devices.pci import PciBus, PciFunction
@@ -52,16 +53,13 @@ class ArmBoard:
         return False
 
     def state(self) -> State:
-        """ArmPlatform's refusal comes first."""
-        raise NotImplementedError
+        refuse_to_save()
 
     def restore(self, saved: Saved) -> None:
-        """As `state`."""
-        raise NotImplementedError
+        refuse_to_save()
 
     def put_forward(self, nanoseconds: int) -> None:
-        """As `state`."""
-        raise NotImplementedError
+        refuse_to_save()
 
     def slot(self, number: int) -> Slot:
         spi = layout.pci_intx_spi(number)

@@ -111,16 +111,17 @@ class ArmPlatform:
         first.set_one_reg(CORE_REGISTERS["x0"], entry.x0)
 
     def state(self) -> State:
-        _refuse()
+        refuse_to_save()
 
     def restore(self, saved: Saved) -> int:
-        _refuse()
+        refuse_to_save()
 
     def core_vcpus(self) -> list[dict[str, Any]]:
-        _refuse()
+        refuse_to_save()
 
 
-def _refuse() -> NoReturn:
+def refuse_to_save() -> NoReturn:
+    """What board and platform have to say of snapshots and dumps. Raises NotSaved."""
     from vmm.core.saved import NotSaved
 
     raise NotSaved("only x86-64 guests can be saved and dumped so far")

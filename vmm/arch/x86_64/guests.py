@@ -31,6 +31,9 @@ if TYPE_CHECKING:
         window: LoadWindow | None
         """What its loader asks, made by the platform; None where it has no loader."""
 
+    class LoadedGuest(X86Guest, Protocol):
+        """One that is written into memory, and not restored."""
+
         def load(
             self, launch: LaunchMemory, ram: list[Range], alias: int, functions: Sequence[str]
         ) -> InitialState:
@@ -320,11 +323,6 @@ class RestoredGuest:
     def early_private_writes(self, ram: list[Range]) -> list[Range]:
         """It is past that."""
         return []
-
-    def load(
-        self, launch: LaunchMemory, ram: list[Range], alias: int, functions: Sequence[str]
-    ) -> InitialState:
-        raise NotImplementedError("a restored guest has its state")
 
     def close(self) -> None:
         """Nothing is held open."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from vmm.arch.x86_64.board import PcBoard
     from vmm.arch.x86_64.cpuid import CpuidEntry
     from vmm.arch.x86_64.exits import X86ExitHandlers
-    from vmm.arch.x86_64.guests import X86Guest
+    from vmm.arch.x86_64.guests import LoadedGuest, X86Guest
     from vmm.arch.x86_64.vcpu_state import ChipState
     from vmm.conversion.transaction import Converter
     from vmm.core.lean_typing import Any
@@ -122,7 +122,8 @@ class X86Platform:
     def load(
         self, launch: LaunchMemory, ram: list[Range], alias: int, functions: Sequence[str]
     ) -> None:
-        state = self._guest.load(launch, ram, alias, functions)
+        guest: LoadedGuest = self._guest  # type: ignore[assignment]  # Machine restores the others
+        state = guest.load(launch, ram, alias, functions)
         # The others stay as KVM made them, until the first one starts them (INIT, SIPI).
         first, *others = self.vcpus
         if self._guest.loads_itself:
