@@ -26,9 +26,10 @@ usage: pyvmm ctl PATH status | pause | resume | dump-state | quit
 
 Asks the pyvmm that was started with --control PATH, and prints its answer as JSON. A refusal's
 answer has the reason in "error". GPA is an address, as in 0x1000; SIZE is in bytes, or has a unit,
-as in 64K or 2M. "device restart" starts a device's process anew, one of --disk FILE,process; NAME
-is in "devices". "follow" prints a line of JSON for each event, until the run or Ctrl-C ends it;
-a slow reader loses some and is told how many.
+as in 64K or 2M. "device restart" starts a device's process anew, as of --disk FILE,process, or
+has the back end that runs at vhost-user=SOCKET now take over; NAME is in "devices". "follow" prints
+a line of JSON for each event, until the run or Ctrl-C ends it; a slow reader loses some and is told
+how many.
 "dump" makes an ELF core file of the shared memory and the processors, for gdb, crash and drgn.
 "snapshot" makes a folder that pyvmm --restore DIR goes on from; --with-private puts private memory
 in, too, of a rehearsal; --then-quit ends the run, so that its disks stay as they are. Both stop the

@@ -35,7 +35,7 @@ class HeldDevices(Protocol):
     def io_statistics(self) -> dict[str, dict[str, Any]]: ...
 
     def restart(self, name: str) -> None:
-        """Start a device's process anew. Raises LookupError where none can be, HostError."""
+        """See wiring.devices.Devices.restart."""
         ...
 
 
@@ -243,7 +243,7 @@ class Operations:
         return {name: counts.get("process") for name, counts in found.items()}
 
     def restart_device(self, name: str) -> None:
-        """Start a device's process anew. Raises LookupError where none can be, and HostError."""
+        """See wiring.devices.Devices.restart; LookupError also while the machine is paused."""
         if self._held is not None:
             raise LookupError("the machine is paused; resume it first")
         self._devices.restart(name)

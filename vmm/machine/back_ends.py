@@ -9,6 +9,7 @@ from vmm.core.errors import OutputError, UsageError
 from vmm.core.lean_typing import TYPE_CHECKING, cast
 from vmm.devices.vhost_user.device import VhostUserDevice
 from vmm.devices.vhost_user.opening import connect
+from vmm.machine.config import VHOST_USER
 
 if TYPE_CHECKING:
     from vmm.devices.virtio.device import VirtioDevice
@@ -23,7 +24,7 @@ def require_fitting(config: MachineConfig, vm: GuestVm, is_watched: bool) -> Non
     `is_watched`: a policy wants to be asked about each access (`on_io`).
     """
     spec = next((f"--fs {each}" for each in config.file_systems), None)
-    option = spec or next(f"--disk {d}" for d in config.disks if d.startswith("vhost-user="))
+    option = spec or next(f"--disk {d}" for d in config.disks if d.startswith(VHOST_USER))
     memory = vm.memory
     if not memory.told:
         raise UsageError(
