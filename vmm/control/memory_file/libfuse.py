@@ -82,6 +82,10 @@ class Files(Protocol):
         caller's to give back."""
         ...
 
+    def failed(self, mistake: BaseException) -> None:
+        """What one of them has raised that is no OSError; its caller gets EIO."""
+        ...
+
 
 class _Arguments(ctypes.Structure):
     _fields_ = (
@@ -265,8 +269,9 @@ class Session:
             work()
         except OSError as error:
             self._library.error(request, error.errno or errno.EIO)
-        except BaseException:
+        except BaseException as mistake:
             self._library.error(request, errno.EIO)
+            self._files.failed(mistake)
 
     def _packed(self, inode: int) -> bytes:
         about = self._files.attributes(inode)

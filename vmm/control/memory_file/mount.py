@@ -62,7 +62,7 @@ class _Files:
         """What leaves the session, once the guest has ended."""
         self._library = library
         self._watcher = watcher
-        self._fail = fail
+        self.failed = fail
         self._open: dict[int, _Open] = {}
         self._next = 1
         self.opens = 0
@@ -109,7 +109,7 @@ class _Files:
             try:
                 announce(area, is_write, named)
             except (PolicyKill, PolicyError) as error:
-                self._fail(error)
+                self.failed(error)
                 raise OSError(errno.EACCES, "a policy has ended the run") from None
 
         return ask
@@ -204,8 +204,8 @@ class MemoryMount:
         at_start: Callable[[], None] | None = None,
     ) -> None:
         """`watcher` makes what asks the policies about one opener; `fail` takes, on the mount's
-        thread, what a policy ended the run with; `at_start` is called on that thread first. Raises
-        HostError where libfuse can't be used."""
+        thread, what the run is to end with: a policy's word, or a mistake of ours; `at_start` is
+        called on that thread first. Raises HostError where libfuse can't be used."""
         self._place = place
         self._at_start = at_start
         try:
@@ -253,6 +253,8 @@ class MemoryMount:
             self._session.serve()
         except BaseException as failure:
             self._failure = failure
+            if self._ready.is_set():
+                self._files.failed(failure)
         self._files.give_up()
 
     def as_dict(self) -> dict[str, object]:
