@@ -15,10 +15,10 @@ import pytest
 from tests.docs.command_lines import parse, pyvmm_commands
 from tests.docs.markdown import ROOT, Block, blocks, commands, name_of, pages
 from tests.docs.session import RUN, Session, agrees, check_head
+from tests.lab.reruns import again_after_an_emulators_fault
 from vmm.arch import architecture
 from vmm.core.errors import HostError, UsageError
 from vmm.host.kvm import open_kvm
-from vmm.lab.heartbeat import MachineStandsStill
 
 _FORCE = "PYVMM_LAB_SLOW"
 BLOCKS = [block for page in pages() for block in blocks(page)]
@@ -92,7 +92,7 @@ def test_page_followed_to_the_letter_works(page: Path, session: Session) -> None
 
 @pytest.mark.lab
 @pytest.mark.timeout(1800)
-@pytest.mark.flaky(reruns=1, only_rerun=[MachineStandsStill.__name__])
+@again_after_an_emulators_fault
 @pytest.mark.skipif(not os.environ.get(_FORCE), reason=f"{_FORCE}=1 runs pages in the lab, too")
 @pytest.mark.parametrize("page", _pages("lab"))
 def test_page_followed_to_the_letter_works_in_the_lab(page: Path, session: Session) -> None:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.lab.reruns import again_after_an_emulators_fault
 from vmm.core.errors import HostError
-from vmm.lab.heartbeat import MachineStandsStill
 from vmm.lab.machine import Lab
 from vmm.lab.options import LabOptions
 from vmm.lab.run import LabRun
@@ -32,10 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if here in item.path.parents:
             item.add_marker(pytest.mark.lab)
-            # Seen a few times in hundreds of machines: the emulator's processor stands still, and
-            # all that is in the machine with it. The heartbeat tells; such a test is tried once
-            # more, and counted as "rerun" in pytest's summary. A guest or pyvmm that hangs fails.
-            item.add_marker(pytest.mark.flaky(reruns=1, only_rerun=[MachineStandsStill.__name__]))
+            item.add_marker(again_after_an_emulators_fault)
             if item.get_closest_marker("timeout") is None:
                 item.add_marker(pytest.mark.timeout(TIME_LIMIT))
 

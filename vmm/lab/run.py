@@ -21,7 +21,7 @@ from typing import Self
 
 from vmm.core.errors import GuestFailure, HostError
 from vmm.lab import bochs, image, initramfs, qemu
-from vmm.lab.crash import first_lines
+from vmm.lab.crash import StaleInstruction, crash_error, first_lines
 from vmm.lab.emulator import Assets, Launch
 from vmm.lab.heartbeat import Heartbeat, MachineStandsStill
 from vmm.lab.job import (
@@ -265,6 +265,9 @@ class LabRun:
             left = end - time.monotonic()
             alive = left > 0 and self.pump(min(left, 1.0))
             if not alive and len(output.data) == searched:
+                crash = self._crash() if left > 0 else None
+                if isinstance(crash, StaleInstruction):
+                    raise crash
                 reason = "the machine ended" if left > 0 else f"{timeout:g} s have passed"
                 tail = bytes(output.data[max(output.read, searched - 2000) :])
                 raise TimeoutError(
@@ -281,9 +284,9 @@ class LabRun:
         if self._status is None:
             results = unpack_results(self._results, self.job.outputs)
             if results.status is None:
-                crash = first_lines(bytes(self.log))
+                crash = self._crash()
                 if crash is not None:
-                    raise GuestFailure(f"the lab machine's kernel crashed: {crash}")
+                    raise crash
                 raise HostError(
                     "the lab machine ended before the command did"
                     f"{self._emulators_words() or self._last_words()}"
@@ -349,6 +352,10 @@ class LabRun:
         if complete and not self._acknowledged and _FINISHED in self.log:
             self._acknowledged = True
             self._pump.send(self._streams["serial"], b"read\n")
+
+    def _crash(self) -> GuestFailure | None:
+        crash = first_lines(bytes(self.log))
+        return None if crash is None else crash_error(crash)
 
     def _last_words(self) -> str:
         lines = self.log.decode(errors="replace").split("\n")

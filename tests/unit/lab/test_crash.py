@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from vmm.lab.crash import first_lines
+from vmm.core.errors import GuestFailure
+from vmm.lab.crash import StaleInstruction, crash_error, first_lines
 
 # as Linux 7.3 prints one, shortened
 OOPS = b"""\
@@ -65,3 +66,23 @@ def test_endless_trace_is_cut() -> None:
 
     assert told is not None
     assert len(told) < 500
+
+
+@pytest.mark.parametrize("line", [b"Oops: int3: 0000 [#1] SMP NOPTI", b"int3: 0000 [#1] SMP NOPTI"])
+def test_breakpoint_that_the_kernel_has_removed_is_the_emulators_fault(line: bytes) -> None:
+    log = b"[ 1.0] %s\r\n[ 1.0] RIP: 0010:finish_task_switch.isra.0+0xd2/0x3e0\r\n" % line
+
+    error = crash_error(first_lines(log) or "")
+
+    assert isinstance(error, StaleInstruction)
+    assert "run it again: " in str(error)
+    assert str(error).endswith("| RIP: 0010:finish_task_switch.isra.0+0xd2/0x3e0")
+
+
+def test_crash_after_which_a_breakpoint_is_met_is_the_kernels_own() -> None:
+    log = OOPS + b"[ 13.1] Oops: int3: 0000 [#2] SMP NOPTI\r\n"
+
+    error = crash_error(first_lines(log) or "")
+
+    assert type(error) is GuestFailure
+    assert str(error).startswith("the lab machine's kernel crashed: BUG: kernel NULL pointer")
