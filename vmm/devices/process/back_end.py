@@ -122,7 +122,7 @@ class BackEnd:
         ):
             queue: SplitQueue
             if isinstance(memory, RemoteBatches):
-                queue = RemoteQueue(memory, size, desc, avail, used, features)
+                queue = RemoteQueue(memory, index, size, desc, avail, used, features)
             else:
                 queue = SplitQueue(memory, size, desc, avail, used, features)
             if flags & protocol.RESUMED:

@@ -33,7 +33,13 @@ from vmm.devices.virtio.device import (
     VirtioDevice,
     _unconnected,
 )
-from vmm.devices.virtio.queue import Chain, QueueError, SplitQueue
+from vmm.devices.virtio.queue import (
+    AVAIL_NO_INTERRUPT,
+    F_EVENT_IDX,
+    Chain,
+    QueueError,
+    SplitQueue,
+)
 from vmm.devices.virtio.segments import scatter
 
 if TYPE_CHECKING:
@@ -47,7 +53,7 @@ _MOST_LOOKED_INTO = 8
 _S_IOERR = b"\x01"
 _STATUS_OF = {AccessDenied: protocol.DENIED, PrivateAccess: protocol.PRIVATE}
 _OF_THE_PROCESS = ("pid", "deaths", "restarts", "last_end", "seccomp", "landlock")
-_ASKED = (protocol.READ, protocol.WRITE, protocol.MOVE_IN, protocol.MOVE_OUT)
+_ASKED = (protocol.READ, protocol.WRITE, protocol.RETURN, protocol.MOVE_IN, protocol.MOVE_OUT)
 
 
 class MovedFile(NamedTuple):
@@ -159,6 +165,7 @@ class ProcessDevice(VirtioDevice):
         self._delivering = self._has_news = False
         self._owed: list[tuple[int, bytes]] = []  # events that wait for buffers
         self._kept = self._notes = 0
+        self._interrupted: int | None = None  # by the message that is being carried out
         self._refusal: GuestMemoryError | None = None
 
     def _begin_anew(self) -> None:
@@ -440,8 +447,7 @@ class ProcessDevice(VirtioDevice):
         what, flags, queue, generation = HEAD.unpack_from(self._buffer)
         body = self._buffer[HEAD.size : size]
         if what in _ASKED:
-            self._answer(what, flags, queue, generation, body)
-            return None
+            return self._answer(what, flags, queue, generation, body)
         if what == protocol.DONE:
             self._done(flags, queue)
             return None
@@ -523,8 +529,10 @@ class ProcessDevice(VirtioDevice):
 
     def _answer(
         self, what: int, flags: int, number: int, generation: int, body: memoryview
-    ) -> None:
-        """Carry out an access to guest memory, and say what came of it."""
+    ) -> int | None:
+        """Carry out an access to guest memory, and say what came of it; a queue whose driver is to
+        be interrupted for it."""
+        self._interrupted = None
         memory = self._memory
         status = protocol.OK
         answer: bytes | bytearray = b""
@@ -544,6 +552,7 @@ class ProcessDevice(VirtioDevice):
                 status = protocol.FAILED
                 answer = protocol.ERRNO.pack(error.errno or 0)
         self._say(protocol.ANSWER, status, 0, answer)
+        return self._interrupted
 
     def _access(
         self, memory: Any, what: int, flags: int, number: int, body: memoryview
@@ -551,16 +560,54 @@ class ProcessDevice(VirtioDevice):
         """What comes of it: the answer's body."""
         if what == protocol.READ:
             return _read(memory, protocol.pieces_in(body))
-        if what == protocol.WRITE:
+        if what in (protocol.WRITE, protocol.RETURN):
+            returned = None
+            if what == protocol.RETURN:
+                returned = protocol.returned_in(body)
+                if returned.queue not in self._queues:
+                    raise ProtocolError(f"chains of queue {returned.queue}")
+                body = body[protocol.RETURNED.size :]
             moves, pieces, then, data = protocol.write_in(body)
             if moves:
                 moved, asked = self._move(memory, flags & protocol.OUT, number, moves, False)
                 if moved < asked:
                     raise _Short(moved)
             _write(memory, pieces, bytes(data))
+            if returned is not None:
+                return self._returned(memory, returned, then)
             return _read(memory, then) if then else b""
         is_out, whole = what == protocol.MOVE_OUT, bool(flags & protocol.WHOLE)
         return protocol.MOVED.pack(self._move(memory, is_out, number, body, whole)[0])
+
+    def _returned(
+        self, memory: Any, returned: protocol.Returned, then: list[int]
+    ) -> bytes | bytearray:
+        """The driver has been told of chains: see to its interrupt, and whether there is more for
+        the process. What fails here the process finds out by itself: the write has been made."""
+        queue = self._queues[returned.queue]
+        _, avail, _ = queue.addresses
+        head: bytes | bytearray = b""
+        try:
+            if self._agreed & F_EVENT_IDX:
+                head = _read(memory, [avail, 4, avail + 4 + 2 * queue.size, 2])
+                event = head[4] | head[5] << 8
+                is_due = (returned.used - event - 1) & 0xFFFF < returned.chains
+            else:
+                head = memory.pread(4, avail)
+                is_due = not head[0] & AVAIL_NO_INTERRUPT
+            if is_due:
+                self._interrupts.add(returned.queue)
+                self._interrupted = returned.queue
+            # A driver that polls is about to have more; one that is interrupted takes longer.
+            looks = 0 if is_due else returned.looks
+            while head[2] | head[3] << 8 == returned.known:
+                if not looks:
+                    return head[:4]
+                looks -= 1
+                head = memory.pread(4, avail)
+            return _read(memory, then) if then else head[:4]
+        except (GuestMemoryError, OSError):
+            return head[:4]
 
     def _move(
         self, memory: Any, is_out: int, number: int, body: memoryview, whole: bool

@@ -15,6 +15,11 @@ The process to pyvmm, which answers the first four, one at a time:
     WRITE      u32 counts: of moves (of a file, flags: OUT), of pieces, of those read afterwards;
                all of these; the data, which is written when all has been moved: SHORT otherwise,
                and u64 bytes moved
+    RETURN     as WRITE, for what tells the driver of chains; a RETURNED before it. Once that is
+               written pyvmm sees to the interrupt, and looks at the available ring until there is
+               something new. The answer's body is what was read afterwards, if there is; the
+               ring's flags and index, if there isn't; or nothing, where the process has to see to
+               all this
     MOVE_IN    file: moves: u64 file offset, gpa, size...
     MOVE_OUT   file: moves: u64 gpa, file offset, size...
                flags of both: WHOLE: one move, which ends short at the file's end alone, and not
@@ -44,6 +49,9 @@ COUNTS = Struct("=QQQQQ")
 """Requests, flushes and errors of the device since its process began, bytes read and written: of a
 device without files, as what is moved from and to those is counted where it is done."""
 WRITE_HEAD = Struct("=IIIxxxx")
+RETURNED = Struct("=HHHHB7x")
+"""Queue, what its used index becomes, how many chains that are, the available index that isn't new,
+and how often it is looked at in vain."""
 FEATURES = Struct("=QQ")
 KEPT = Struct("=Q")
 MOVED = Struct("=Q")
@@ -51,13 +59,13 @@ ERRNO = Struct("=I")
 
 ACTIVATE, RESET, KICK, ANSWER = 1, 2, 3, 4
 READ, WRITE, MOVE_IN, MOVE_OUT, TURN, STOPPED, CONFIG, DONE = 16, 17, 18, 19, 20, 21, 22, 23
-KEEP, NOTE = 24, 25
+KEEP, NOTE, RETURN = 24, 25, 26
 
 BATCHES, RESUMED, QUIET = 1, 2, 4  # flags of ACTIVATE
 INTERRUPT, RESTED = 1, 2  # flags of TURN
 REFUSED = 1  # flag of STOPPED
 WHOLE = 1  # flag of MOVE_IN and MOVE_OUT
-OUT = 1  # flag of WRITE
+OUT = 1  # flag of WRITE and RETURN
 
 OK, PRIVATE, UNMAPPED, DENIED, FAILED, STALE, SHORT = 0, 1, 2, 3, 4, 5, 6
 """How an access ended."""
@@ -66,8 +74,10 @@ MOST_DATA = 64 << 10
 """Bytes that one message reads or writes."""
 MOST_PIECES = 3072
 """Pieces of one message: as many as a turn has descriptors, and some more."""
-MOST_AFTER = 16
+MOST_AFTER = 128
 """Pieces that are read after a write."""
+MOST_LOOKS = 16
+"""At an available ring after a write: some tens of microseconds."""
 MOST_MOVED = 8 << 20
 """Bytes that one message moves: twice what a disk asks for at once where it is quick."""
 MOST_WHOLE = 1 << 20
@@ -78,7 +88,8 @@ MOST_COUNT = 1 << 62
 MOST_NOTES = 4
 """Sentences of a device that the user is shown."""
 
-assert HEAD.size + WRITE_HEAD.size + 40 * MOST_PIECES + 16 * MOST_AFTER + MOST_DATA <= LONGEST
+_HEADS = HEAD.size + RETURNED.size + WRITE_HEAD.size
+assert _HEADS + 40 * MOST_PIECES + 16 * MOST_AFTER + MOST_DATA <= LONGEST
 
 
 class ProtocolError(Exception):
@@ -92,6 +103,16 @@ class Asked(NamedTuple):
     pieces: list[int]
     then: list[int]
     data: memoryview
+
+
+class Returned(NamedTuple):
+    """What a RETURN says besides its write: see RETURNED."""
+
+    queue: int
+    used: int
+    chains: int
+    known: int
+    looks: int
 
 
 def words(numbers: Sequence[int]) -> bytes:
@@ -133,6 +154,16 @@ def write_in(body: memoryview) -> Asked:
     if sum(pieces[1::2]) != len(data) or not 0 < len(data) <= MOST_DATA:
         raise ProtocolError(f"a write of {sum(pieces[1::2])} bytes with {len(data)}")
     return Asked(body[WRITE_HEAD.size : start], pieces, then, data)
+
+
+def returned_in(body: memoryview) -> Returned:
+    """What a RETURN begins with. Raises ProtocolError."""
+    if len(body) < RETURNED.size:
+        raise ProtocolError("chains returned without saying which")
+    found = Returned._make(RETURNED.unpack_from(body))
+    if found.looks > MOST_LOOKS:
+        raise ProtocolError(f"{found.looks} looks at a ring")
+    return found
 
 
 def moves_in(body: memoryview, at: int, end: int, whole: bool) -> list[int]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from kvm_bindings.virtqueue import MOST_ENTRIES
 from vmm.core.errors import AccessDenied, GuestMemoryError, PrivateAccess, UnmappedAccess
@@ -14,7 +14,7 @@ from vmm.core.lean_typing import NoReturn
 from vmm.devices.process import protocol
 from vmm.devices.process.protocol import HEAD
 from vmm.devices.virtio.block_batch import after
-from vmm.devices.virtio.queue import F_EVENT_IDX, SplitQueue
+from vmm.devices.virtio.queue import SplitQueue
 
 _REFUSALS: dict[int, type[GuestMemoryError]] = {
     protocol.PRIVATE: PrivateAccess,
@@ -26,6 +26,9 @@ _MOST_WRONG = 4
 """Guesses that were of no use, after which there are none until they would have been."""
 _MOST_GUESSED = 128
 """Numbers of a guess, two for a piece: as many as a busy disk has requests in a batch."""
+LOOKS = 12
+"""How often pyvmm looks at the ring of a patient device for what comes next, as such a device does
+in pyvmm's own process."""
 TURNS_AT_ONCE = 64
 """Turns in which moves aren't kept, after some that failed."""
 
@@ -125,11 +128,19 @@ class RemoteMemory:
             part = bytes(data[at : at + protocol.MOST_DATA])
             self.write([gpa + at, len(part)], part)
 
-    def write(self, pieces: list[int], data: bytes, then: list[int] | None = None) -> memoryview:
-        """Write `data` over the pieces (gpa, size, gpa...), then read the pieces of `then`."""
+    def write(
+        self,
+        pieces: list[int],
+        data: bytes,
+        then: list[int] | None = None,
+        returned: bytes = b"",
+    ) -> memoryview:
+        """Write `data` over the pieces (gpa, size, gpa...), then read the pieces of `then`. With
+        what chains are `returned` by it (protocol.RETURNED) it is a RETURN."""
         then = then or []
-        head = protocol.WRITE_HEAD.pack(0, len(pieces) // 2, len(then) // 2)
-        return self._ask(protocol.WRITE, 0, head + protocol.words(pieces + then) + data)
+        head = returned + protocol.WRITE_HEAD.pack(0, len(pieces) // 2, len(then) // 2)
+        what = protocol.RETURN if returned else protocol.WRITE
+        return self._ask(what, 0, head + protocol.words(pieces + then) + data)
 
     def transfer_in(self, src_fd: int, src_offset: int, gpa: int, size: int) -> int:
         return self._whole(protocol.MOVE_IN, src_fd, src_offset, gpa, size)
@@ -220,18 +231,25 @@ class RemoteBatches(RemoteMemory):
         self._at_once = TURNS_AT_ONCE
         return Redo()
 
-    def write(self, pieces: list[int], data: bytes, then: list[int] | None = None) -> memoryview:
+    def write(
+        self,
+        pieces: list[int],
+        data: bytes,
+        then: list[int] | None = None,
+        returned: bytes = b"",
+    ) -> memoryview:
         if self._kept is None:
-            return super().write(pieces, data, then)
-        (what, number, moves), self._kept = self._kept, None
+            return super().write(pieces, data, then, returned)
+        (kept, number, moves), self._kept = self._kept, None
         then = then or []
-        flags = protocol.OUT if what == protocol.MOVE_OUT else 0
+        flags = protocol.OUT if kept == protocol.MOVE_OUT else 0
+        what = protocol.RETURN if returned else protocol.WRITE
         while True:
             counts = len(moves) // 3, len(pieces) // 2, len(then) // 2
             numbers = protocol.words(moves + pieces + then)
-            body = protocol.WRITE_HEAD.pack(*counts) + numbers + data
+            body = returned + protocol.WRITE_HEAD.pack(*counts) + numbers + data
             try:
-                return self._channel_ask(protocol.WRITE, number, body, flags)
+                return self._channel_ask(what, number, body, flags)
             except _Short as short:
                 moves = self._left(moves, short.moved)
             except (GuestMemoryError, OSError):
@@ -247,12 +265,29 @@ class RemoteBatches(RemoteMemory):
         except GuestMemoryError:
             self._guess = []  # which may have been what was refused
             return self._read_many(ring)
-        at = sum(ring[1::2])
-        found = data[:at]
+        return self._without_guesses(ring, data)
+
+    def _without_guesses(self, ring: list[int], data: bytes) -> bytes:
+        """What is in a ring, of what was read with guesses behind it, which are kept."""
+        start = at = sum(ring[1::2])
         for gpa, size in zip(self._guess[::2], self._guess[1::2], strict=True):
             self._guesses[gpa, size] = data[at : at + size]
             at += size
-        return found
+        return data[:start]
+
+    def publish(self, pieces: list[int], data: bytes, returned: bytes, ring: list[int]) -> bytes:
+        """Write what tells the driver of chains; what pyvmm has found then: all of the ring, if
+        there is something new, or the four bytes at its start, or nothing."""
+        self._guesses.clear()
+        then = ring
+        if ring and self._guess and self._wrong < _MOST_WRONG:
+            with_guess = ring + self._guess
+            if sum(with_guess[1::2]) <= protocol.MOST_DATA:
+                then = with_guess
+        answer = bytes(self.write(pieces, data, then, returned))
+        if then is ring or len(answer) <= 4:
+            return answer
+        return self._without_guesses(ring, answer)
 
     def read_many(self, pieces: list[int]) -> bytes:
         if not self._may_guess or len(pieces) > _MOST_GUESSED:
@@ -338,32 +373,31 @@ def _in_messages(moves: list[int]) -> Iterator[list[int]]:
 
 class _QueueMemory:
     """What a queue reads and writes, with what it reads next brought along: a look at the rings
-    with a notify, whether to interrupt with what it returns, the index and the rings once it has
-    asked for a notify.
+    with a notify, and with what it returns where it is patient; the index and the rings once it
+    has asked for a notify.
 
     What was brought counts once, and until the next turn: the driver may have moved on.
     """
 
-    def __init__(self, memory: RemoteBatches, ring: list[int], event: int) -> None:
+    def __init__(self, memory: RemoteBatches, ring: list[int]) -> None:
         self._memory = memory
         self._ring = ring
         self._index = ring[0]
-        self._event_gpa = event
         self._look = ring if ring[3] <= 2 * MOST_ENTRIES else []
-        self._after_return = [event, 2]
+        self._nothing = bytes(sum(ring[1::2]) - 4)
         self._brought: bytes | None = None
-        self._event: bytes | None = None
         self._index_brought: bytes | None = None
+        self.returning: tuple[int, int, int, int, int] | None = None
+        """What is written next tells the driver of chains: what protocol.RETURNED has of them."""
+        self.is_seen_to = False
+        """Whether pyvmm has seen to the interrupt for what was returned last."""
 
     def bring(self, ring: bytes | None) -> None:
         """A turn begins, with this in the rings (None: not known)."""
         self._brought = ring
-        self._event = self._index_brought = None
+        self._index_brought = None
 
     def pread(self, size: int, gpa: int) -> bytes:
-        if gpa == self._event_gpa and size == 2 and self._event is not None:
-            found, self._event = self._event, None
-            return found
         if gpa == self._index and size == 4 and self._index_brought is not None:
             found, self._index_brought = self._index_brought, None
             return found
@@ -371,7 +405,7 @@ class _QueueMemory:
 
     def pwrite(self, data: bytes, gpa: int) -> None:
         answer = self._memory.write([gpa, len(data)], data, [self._index, 4, *self._look])
-        self._event, self._index_brought = None, bytes(answer[:4])
+        self._index_brought = bytes(answer[:4])
         # It may be there already, and is looked at next then.
         self._brought = (bytes(answer[4:]) or None) if answer[2:4] != data else None
 
@@ -382,30 +416,59 @@ class _QueueMemory:
         return self._memory.look(pieces) if pieces == self._ring else self._memory.read_many(pieces)
 
     def write_many(self, pieces: list[int], data: bytes) -> None:
-        self._index_brought = None
-        if len(data) > protocol.MOST_DATA:
-            self._brought = self._event = None
+        self._index_brought = self._brought = None
+        self.is_seen_to = False
+        returning, self.returning = self.returning, None
+        if returning is None or len(data) > protocol.MOST_DATA:
             self._memory.write_many(pieces, data)
             return
-        answer = self._memory.write(pieces, data, self._after_return)
-        self._event, self._brought = bytes(answer), None
+        looks = returning[4]
+        ring = self._look if looks else []
+        found = self._memory.publish(pieces, data, protocol.RETURNED.pack(*returning), ring)
+        self.is_seen_to = bool(found)
+        if ring and len(found) > 4:
+            self._brought = found
+        elif ring and found[2:] == returning[3].to_bytes(2, "little"):
+            self._brought = found + self._nothing  # nothing new, so that nothing else is looked at
 
 
 class RemoteQueue(SplitQueue):
     """A queue that asks for little: see _QueueMemory."""
 
-    __slots__ = ("_remote",)
+    __slots__ = ("_number", "_remote")
 
     def __init__(
-        self, memory: RemoteBatches, size: int, desc: int, avail: int, used: int, features: int
+        self,
+        memory: RemoteBatches,
+        number: int,
+        size: int,
+        desc: int,
+        avail: int,
+        used: int,
+        features: int,
     ) -> None:
-        event = avail + 4 + 2 * size if features & F_EVENT_IDX else avail
-        self._remote = _QueueMemory(memory, protocol.ring_pieces(size, desc, avail), event)
+        """`number`: which of the device's queues it is."""
+        self._number = number
+        self._remote = _QueueMemory(memory, protocol.ring_pieces(size, desc, avail))
         super().__init__(self._remote, size, desc, avail, used, features)
 
     def begin(self, ring: bytes | None) -> None:
         """A turn begins, with this in the rings (None: not known)."""
         self._remote.bring(ring)
+
+    def publish_elements(
+        self, elements: bytes, before: Sequence[int] = (), data: bytes = b""
+    ) -> bool:
+        count = len(elements) // 8
+        # A driver that can't be asked for a notify gives one for all that it has.
+        looks = LOOKS if self.patience and self._event_index else 0
+        self._remote.returning = (
+            self._number, (self._next_used + count) & 0xFFFF, count, self._next_avail, looks
+        )  # fmt: skip
+        return super().publish_elements(elements, before, data)
+
+    def _wants_interrupt(self, index: int, count: int) -> bool:
+        return not self._remote.is_seen_to and super()._wants_interrupt(index, count)
 
     def rewind(self) -> None:
         """What was taken and not returned is to be taken again."""
