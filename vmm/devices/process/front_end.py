@@ -175,6 +175,8 @@ class ProcessDevice(VirtioDevice):
         self._bases: dict[int, int] | None = None
         self._kicked: set[int] = set()
         self._again: set[int] = set()
+        # By queue, what a RETURN with a number had read afterwards: its number, its pieces.
+        self._read_after: dict[int, tuple[int, list[int]]] = {}
         self._interrupts: set[int] = set()
         self._failure: Exception | None = None
         self._heard = True
@@ -313,6 +315,7 @@ class ProcessDevice(VirtioDevice):
         self._generation = (self._generation + 1) & 0xFFFF_FFFF
         self._kicked.clear()
         self._again.clear()
+        self._read_after.clear()
         self._interrupts.clear()
         self._failure = self._refusal = self._bases = None
         self._owed = []
@@ -352,18 +355,24 @@ class ProcessDevice(VirtioDevice):
             self._again.add(queue)
             return
         self._kicked.add(queue)
-        self._say(protocol.KICK, 0, queue, self._rings(self._queues[queue]))
+        number, rings = self._rings(queue)
+        self._say(protocol.KICK, number, queue, rings)
 
-    def _rings(self, queue: SplitQueue) -> bytes | bytearray:
-        """What is in a queue's rings, to spare the process the question."""
+    def _rings(self, index: int) -> tuple[int, bytes | bytearray]:
+        """What is in a queue's rings, to spare the process the question; or what it had read after
+        its last RETURN, by that one's number."""
+        queue = self._queues[index]
         read_many = getattr(self._memory, "read_many", None)
         if read_many is None or queue.size > MOST_ENTRIES or len(self._queues) > _MOST_LOOKED_INTO:
-            return b""
+            return 0, b""
         desc, avail, _ = queue.addresses
-        try:
-            return read_many(protocol.ring_pieces(queue.size, desc, avail))  # type: ignore[no-any-return]
-        except (GuestMemoryError, OSError):
-            return b""  # it finds out by itself
+        known = [(0, protocol.ring_pieces(queue.size, desc, avail))]
+        if index in self._read_after:
+            known.insert(0, self._read_after.pop(index))
+        for number, pieces in known:
+            with contextlib.suppress(GuestMemoryError, OSError):
+                return number, read_many(pieces)
+        return 0, b""  # it finds out by itself
 
     def _say(
         self, what: int, flags: int = 0, queue: int = 0, body: bytes | bytearray = b""
@@ -585,10 +594,12 @@ class ProcessDevice(VirtioDevice):
         """The driver has been told of chains: see to its interrupt, and whether there is more for
         the process. What fails here the process finds out by itself: the write has been made."""
         queue = self._queues[returned.queue]
-        _, avail, _ = queue.addresses
+        _, avail, used = queue.addresses
+        has_events = self._agreed & F_EVENT_IDX
         head: bytes | bytearray = b""
+        asked = b""
         try:
-            if self._agreed & F_EVENT_IDX:
+            if has_events:
                 head = _read(memory, [avail, 4, avail + 4 + 2 * queue.size, 2])
                 event = head[4] | head[5] << 8
                 is_due = (returned.used - event - 1) & 0xFFFF < returned.chains
@@ -601,9 +612,16 @@ class ProcessDevice(VirtioDevice):
             # A driver that polls is about to have more; one that is interrupted takes longer.
             looks = 0 if is_due else returned.looks
             while head[2] | head[3] << 8 == returned.known:
-                if not looks:
-                    return head[:4]
-                looks -= 1
+                if looks:
+                    looks -= 1
+                elif returned.looks and has_events and not asked:
+                    asked = bytes(head[2:4])
+                    if returned.number and sum(then[1::2]) <= protocol.MOST_WITH_KICK:
+                        self._read_after[returned.queue] = returned.number, then
+                    memory.pwrite(asked, used + 4 + 8 * queue.size)
+                    # 2.7.10: once more, as the driver may not have seen it.
+                else:
+                    return head[:4] + asked
                 head = memory.pread(4, avail)
             return _read(memory, then) if then else head[:4]
         except (GuestMemoryError, OSError):

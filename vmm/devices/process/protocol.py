@@ -8,7 +8,8 @@ pyvmm to the process:
     ACTIVATE   u64 features, and what KEEP said last; then for each queue a QUEUE; flags: memory
                takes BATCHES, is QUIET about what it refuses; RESUMED
     RESET      nothing
-    KICK       for a queue: nothing, or what is in its rings (see `ring_pieces`)
+    KICK       for a queue: nothing, or what is in its rings (see `ring_pieces`); flags: or what is
+               where the RETURN with this number had it read afterwards
     ANSWER     flags: a STATUS. The bytes read, or u64 bytes moved; else a sentence or u32 errno
 The process to pyvmm, which answers the first four, one at a time:
     READ       pieces: u64 gpa, size...
@@ -16,10 +17,11 @@ The process to pyvmm, which answers the first four, one at a time:
                all of these; the data, which is written when all has been moved: SHORT otherwise,
                and u64 bytes moved
     RETURN     as WRITE, for what tells the driver of chains; a RETURNED before it. Once that is
-               written pyvmm sees to the interrupt, and looks at the available ring until there is
-               something new. The answer's body is what was read afterwards, if there is; the
-               ring's flags and index, if there isn't; or nothing, where the process has to see to
-               all this
+               written pyvmm sees to the interrupt. It looks at the available ring until there is
+               something new, or else asks for a notify. The answer's body is what was read
+               afterwards, if there is something; else the ring's flags and index, and then the
+               index that a notify was asked for; or nothing, where the process has to see to all
+               of this
     MOVE_IN    file: moves: u64 file offset, gpa, size...
     MOVE_OUT   file: moves: u64 gpa, file offset, size...
                flags of both: WHOLE: one move, which ends short at the file's end alone, and not
@@ -49,9 +51,10 @@ COUNTS = Struct("=QQQQQ")
 """Requests, flushes and errors of the device since its process began, bytes read and written: of a
 device without files, as what is moved from and to those is counted where it is done."""
 WRITE_HEAD = Struct("=IIIxxxx")
-RETURNED = Struct("=HHHHB7x")
+RETURNED = Struct("=HHHHBB6x")
 """Queue, what its used index becomes, how many chains that are, the available index that isn't new,
-and how often it is looked at in vain."""
+how often it is looked at in vain before a notify is asked for (0: none is), and a number for what
+is read afterwards (0: it has none)."""
 FEATURES = Struct("=QQ")
 KEPT = Struct("=Q")
 MOVED = Struct("=Q")
@@ -78,6 +81,8 @@ MOST_AFTER = 128
 """Pieces that are read after a write."""
 MOST_LOOKS = 16
 """At an available ring after a write: some tens of microseconds."""
+MOST_WITH_KICK = 16 << 10
+"""Bytes that come with a KICK: rings, and what else is read afterwards."""
 MOST_MOVED = 8 << 20
 """Bytes that one message moves: twice what a disk asks for at once where it is quick."""
 MOST_WHOLE = 1 << 20
@@ -113,6 +118,7 @@ class Returned(NamedTuple):
     chains: int
     known: int
     looks: int
+    number: int
 
 
 def words(numbers: Sequence[int]) -> bytes:

@@ -257,37 +257,33 @@ class RemoteBatches(RemoteMemory):
 
     def look(self, ring: list[int]) -> bytes:
         """What is in a ring, by its pieces."""
-        self._guesses.clear()
-        if not self._guess or self._wrong >= _MOST_WRONG:
+        pieces = self.with_guesses(ring)
+        if pieces is ring:
             return self._read_many(ring)
         try:
-            data = self._read_many(ring + self._guess)
+            data = self._read_many(pieces)
         except GuestMemoryError:
             self._guess = []  # which may have been what was refused
             return self._read_many(ring)
-        return self._without_guesses(ring, data)
+        return self.without_guesses(pieces, len(ring), data)
 
-    def _without_guesses(self, ring: list[int], data: bytes) -> bytes:
-        """What is in a ring, of what was read with guesses behind it, which are kept."""
-        start = at = sum(ring[1::2])
-        for gpa, size in zip(self._guess[::2], self._guess[1::2], strict=True):
+    def without_guesses(self, pieces: list[int], ring: int, data: bytes) -> bytes:
+        """What is in a ring, the first `ring` numbers of these pieces; the guesses that were read
+        with it are kept."""
+        start = at = sum(pieces[1:ring:2])
+        for gpa, size in zip(pieces[ring::2], pieces[ring + 1 :: 2], strict=True):
             self._guesses[gpa, size] = data[at : at + size]
             at += size
         return data[:start]
 
-    def publish(self, pieces: list[int], data: bytes, returned: bytes, ring: list[int]) -> bytes:
-        """Write what tells the driver of chains; what pyvmm has found then: all of the ring, if
-        there is something new, or the four bytes at its start, or nothing."""
+    def with_guesses(self, ring: list[int]) -> list[int]:
+        """A ring's pieces, and what is likely to be read with it."""
         self._guesses.clear()
-        then = ring
-        if ring and self._guess and self._wrong < _MOST_WRONG:
-            with_guess = ring + self._guess
-            if sum(with_guess[1::2]) <= protocol.MOST_DATA:
-                then = with_guess
-        answer = bytes(self.write(pieces, data, then, returned))
-        if then is ring or len(answer) <= 4:
-            return answer
-        return self._without_guesses(ring, answer)
+        if self._guess and self._wrong < _MOST_WRONG:
+            pieces = ring + self._guess
+            if sum(pieces[1::2]) <= protocol.MOST_DATA:
+                return pieces
+        return ring
 
     def read_many(self, pieces: list[int]) -> bytes:
         if not self._may_guess or len(pieces) > _MOST_GUESSED:
@@ -391,11 +387,21 @@ class _QueueMemory:
         """What is written next tells the driver of chains: what protocol.RETURNED has of them."""
         self.is_seen_to = False
         """Whether pyvmm has seen to the interrupt for what was returned last."""
+        self._asked_at = b""  # the index that pyvmm has asked for a notify of, since then
+        # What the last RETURN had read afterwards, and its number: a KICK brings it again.
+        self._after: list[int] = []
+        self._number = 0
 
-    def bring(self, ring: bytes | None) -> None:
-        """A turn begins, with this in the rings (None: not known)."""
+    def bring(self, ring: bytes | None, number: int) -> None:
+        """A turn begins, with this in the rings (None: not known), or at all that the RETURN with
+        this number had read."""
+        if ring is not None and number:
+            is_last = number == self._number
+            pieces = self._after if is_last else self._ring
+            ring = self._memory.without_guesses(pieces, len(self._ring), ring)
         self._brought = ring
         self._index_brought = None
+        self._asked_at = b""
 
     def pread(self, size: int, gpa: int) -> bytes:
         if gpa == self._index and size == 4 and self._index_brought is not None:
@@ -404,6 +410,11 @@ class _QueueMemory:
         return self._memory.pread(size, gpa)
 
     def pwrite(self, data: bytes, gpa: int) -> None:
+        """Ask for a notify, and look once more."""
+        asked, self._asked_at = self._asked_at, b""
+        if data == asked:
+            self._index_brought = b"\0\0" + asked  # nothing had come since
+            return
         answer = self._memory.write([gpa, len(data)], data, [self._index, 4, *self._look])
         self._index_brought = bytes(answer[:4])
         # It may be there already, and is looked at next then.
@@ -417,19 +428,25 @@ class _QueueMemory:
 
     def write_many(self, pieces: list[int], data: bytes) -> None:
         self._index_brought = self._brought = None
+        self._asked_at = b""
         self.is_seen_to = False
         returning, self.returning = self.returning, None
         if returning is None or len(data) > protocol.MOST_DATA:
             self._memory.write_many(pieces, data)
             return
-        looks = returning[4]
-        ring = self._look if looks else []
-        found = self._memory.publish(pieces, data, protocol.RETURNED.pack(*returning), ring)
+        *_, known, looks = returning
+        then: list[int] = []
+        if looks and self._look:
+            then = self._after = self._memory.with_guesses(self._look)
+            self._number = self._number % 255 + 1
+        returned = protocol.RETURNED.pack(*returning, self._number if then else 0)
+        found = bytes(self._memory.write(pieces, data, then, returned))
         self.is_seen_to = bool(found)
-        if ring and len(found) > 4:
-            self._brought = found
-        elif ring and found[2:] == returning[3].to_bytes(2, "little"):
-            self._brought = found + self._nothing  # nothing new, so that nothing else is looked at
+        if len(found) > 6:
+            self._brought = self._memory.without_guesses(then, len(self._ring), found)
+        elif then and found[2:4] == known.to_bytes(2, "little"):
+            # Nothing new, so that nothing else is looked at.
+            self._brought, self._asked_at = found[:4] + self._nothing, found[4:]
 
 
 class RemoteQueue(SplitQueue):
@@ -452,9 +469,9 @@ class RemoteQueue(SplitQueue):
         self._remote = _QueueMemory(memory, protocol.ring_pieces(size, desc, avail))
         super().__init__(self._remote, size, desc, avail, used, features)
 
-    def begin(self, ring: bytes | None) -> None:
-        """A turn begins, with this in the rings (None: not known)."""
-        self._remote.bring(ring)
+    def begin(self, ring: bytes | None, number: int) -> None:
+        """A turn begins, with what a KICK has brought: its flags are `number`."""
+        self._remote.bring(ring, number)
 
     def publish_elements(
         self, elements: bytes, before: Sequence[int] = (), data: bytes = b""

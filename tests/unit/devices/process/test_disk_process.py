@@ -21,6 +21,7 @@ from tests.support.virtio_machine import MEMORY, VirtioMachine
 from vmm.core.disk_image import SECTOR
 from vmm.core.errors import HostError
 from vmm.core.ranges import Range
+from vmm.devices.process import protocol
 from vmm.devices.process.spawner import Spawner
 from vmm.devices.virtio.block import (
     F_FLUSH,
@@ -150,6 +151,33 @@ def test_headers_that_are_where_they_were_come_with_the_ring(make_rig: MakeRig) 
         rig.serve()
         rig.until(finished(rig, status))
         assert rig.machine.text(data, 1) == bytes([sector])
+
+
+def test_request_like_the_last_one_takes_one_message_besides_the_turn(
+    make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it asks for has come with the notify, and what tells the driver is what it says."""
+    rig = make_rig()
+    said: list[int] = []
+    obey = rig.device._obey
+
+    def noting(size: int) -> int | None:
+        said.append(rig.device._buffer[0])
+        return obey(size)
+
+    monkeypatch.setattr(rig.device, "_obey", noting)
+    header = rig.machine.place(struct.pack("<IIQ", T_IN, 0, 5))
+    for _ in range(3):
+        said.clear()
+        status = rig.machine.blank(1)
+        rig.machine.give(0, header, rig.machine.blank(SECTOR), status)
+        rig.serve()
+        rig.until(finished(rig, status))
+        rig.until(lambda: said[-1:] == [protocol.TURN])
+        rig.machine.queues[0].collect()
+
+    assert said == [protocol.RETURN, protocol.TURN]
+    assert rig.machine.interrupts == 3
 
 
 def test_killed_process_costs_errors_and_a_new_one_goes_on(make_rig: MakeRig) -> None:

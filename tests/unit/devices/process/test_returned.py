@@ -33,17 +33,26 @@ def returned(
     moves: tuple[int, ...] = (),
     then: tuple[int, ...] = (),
     queue: int = 0,
+    number: int = 0,
 ) -> bytes:
     """A RETURN of the first chains of the ring."""
     pieces, data = element(rig, chains)
     head = WRITE_HEAD.pack(len(moves) // 3, len(pieces) // 2, len(then) // 2)
     numbers = words([*moves, *pieces, *then])
-    return RETURNED.pack(queue, chains, chains, known, looks) + head + numbers + data
+    return RETURNED.pack(queue, chains, chains, known, looks, number) + head + numbers + data
 
 
 def ring(rig: DiskRig) -> tuple[int, ...]:
     queue = rig.machine.queues[0]
     return tuple(protocol.ring_pieces(queue.size, queue.desc, queue.avail))
+
+
+def up_without_event_indexes(rig: DiskRig) -> None:
+    rig.machine.driver.status = 0
+    rig.machine.up(refuse=F_EVENT_IDX)
+    while rig.hear()[0] != protocol.ACTIVATE:
+        rig.say(protocol.DONE)
+    rig.say(protocol.DONE)
 
 
 def before_each(rig: DiskRig, done: Callable[[str, int], None]) -> None:
@@ -80,11 +89,7 @@ def test_driver_that_wants_no_interrupt_yet_has_none(by_hand: DiskRig) -> None:
 def test_driver_without_event_indexes_says_so_by_its_flag(
     by_hand: DiskRig, flags: int, interrupts: int
 ) -> None:
-    by_hand.machine.driver.status = 0
-    by_hand.machine.up(refuse=F_EVENT_IDX)
-    while by_hand.hear()[0] != protocol.ACTIVATE:
-        by_hand.say(protocol.DONE)
-    by_hand.say(protocol.DONE)
+    up_without_event_indexes(by_hand)
     by_hand.machine.queues[0].set_available_index(1, flags)
 
     by_hand.ask(protocol.RETURN, returned(by_hand))
@@ -134,17 +139,63 @@ def test_ring_is_looked_at_until_there_is_something_new(by_hand: DiskRig) -> Non
     assert by_hand.machine.interrupts == 0
 
 
-def test_ring_is_looked_at_as_often_as_said_and_no_more(by_hand: DiskRig) -> None:
+def test_ring_with_nothing_new_is_looked_at_as_often_as_said_and_a_notify_asked_for(
+    by_hand: DiskRig,
+) -> None:
     by_hand.read(7)
     _polls(by_hand)
-    by_hand.memory.calls.clear()
+    order: list[str] = []
+    before_each(by_hand, lambda verb, gpa: order.append(verb))
 
     _, answer = by_hand.ask(
         protocol.RETURN, returned(by_hand, known=1, looks=5, then=ring(by_hand))
     )
 
-    assert by_hand.memory.calls["pread"] == 5
-    assert answer[2:] == b"\1\0"
+    # The last look comes after the driver could see that a notify is asked for (2.7.10).
+    assert order[-8:] == ["read_many", *["pread"] * 5, "pwrite", "pread"]
+    assert by_hand.machine.queues[0].notify_event() == 1
+    assert answer == bytes(2) + b"\1\0" + b"\1\0"
+
+
+def test_request_that_comes_while_a_notify_is_asked_for_is_seen(by_hand: DiskRig) -> None:
+    by_hand.read(7)
+    _polls(by_hand)
+    asked = by_hand.machine.queues[0].used + 4 + 8 * 16
+
+    def offer(verb: str, gpa: int) -> None:
+        if (verb, gpa) == ("pwrite", asked):
+            by_hand.machine.queues[0].set_available_index(2)
+
+    before_each(by_hand, offer)
+    then = ring(by_hand)
+
+    _, answer = by_hand.ask(protocol.RETURN, returned(by_hand, known=1, looks=5, then=then))
+
+    assert answer[2:4] == b"\2\0"
+    assert len(answer) == sum(then[1::2])
+
+
+def test_driver_without_event_indexes_is_asked_for_no_notify(by_hand: DiskRig) -> None:
+    """Where that would be written means nothing to it."""
+    up_without_event_indexes(by_hand)
+    by_hand.machine.queues[0].set_available_index(1, 1)
+    by_hand.memory.calls.clear()
+
+    _, answer = by_hand.ask(protocol.RETURN, returned(by_hand, known=1, looks=5))
+
+    assert answer == b"\1\0\1\0"
+    assert by_hand.memory.calls["pwrite"] == 0
+
+
+def test_no_looks_ask_for_no_notify(by_hand: DiskRig) -> None:
+    """As for devices that see to that themselves."""
+    by_hand.read(7)
+    by_hand.memory.calls.clear()
+
+    _, answer = by_hand.ask(protocol.RETURN, returned(by_hand, known=1))
+
+    assert answer == bytes(2) + b"\1\0"
+    assert by_hand.memory.calls["pwrite"] == 0
 
 
 def test_interrupted_driver_is_not_waited_for(by_hand: DiskRig) -> None:
@@ -154,7 +205,63 @@ def test_interrupted_driver_is_not_waited_for(by_hand: DiskRig) -> None:
     by_hand.ask(protocol.RETURN, returned(by_hand, known=1, looks=9, then=ring(by_hand)))
 
     assert by_hand.machine.interrupts == 1
-    assert by_hand.memory.calls["pread"] == 0
+    assert by_hand.memory.calls["pread"] == 1  # the one after a notify was asked for
+
+
+def _kick_after(rig: DiskRig, number: int, *more: int) -> tuple[int, bytes]:
+    """The flags and body of the KICK that follows a RETURN with this number."""
+    _polls(rig)
+    body = returned(rig, known=0, looks=1, then=(*ring(rig), *more), number=number)
+    rig.ask(protocol.RETURN, body)
+    rig.read(7)
+    rig.serve()
+    what, flags, _, brought = rig.hear()
+    assert what == protocol.KICK
+    return flags, brought
+
+
+def test_kick_brings_what_the_last_return_had_read(by_hand: DiskRig) -> None:
+    by_hand.memory.poke(b"header", 0x80000)
+
+    flags, brought = _kick_after(by_hand, 9, 0x80000, 6)
+
+    assert flags == 9
+    assert brought[2:4] == b"\1\0"
+    assert brought.endswith(b"header")
+
+
+def test_kick_brings_the_ring_alone_where_the_rest_has_become_private(by_hand: DiskRig) -> None:
+    by_hand.memory.private.append(Range(PRIVATE_PAGE, 0x1000))
+
+    flags, brought = _kick_after(by_hand, 9, PRIVATE_PAGE, 6)
+
+    assert flags == 0
+    assert len(brought) == sum(ring(by_hand)[1::2])
+
+
+def test_kick_brings_no_more_than_fits_into_the_socket(by_hand: DiskRig) -> None:
+    flags, brought = _kick_after(by_hand, 9, 0x80000, protocol.MOST_WITH_KICK)
+
+    assert flags == 0
+    assert len(brought) == sum(ring(by_hand)[1::2])
+
+
+def test_kick_after_a_reset_brings_nothing_of_before(by_hand: DiskRig) -> None:
+    _polls(by_hand)
+    body = returned(by_hand, known=0, looks=1, then=(*ring(by_hand), 0x80000, 6), number=9)
+    by_hand.ask(protocol.RETURN, body)
+
+    by_hand.machine.driver.status = 0
+    by_hand.machine.up()
+    while by_hand.hear()[0] != protocol.ACTIVATE:
+        by_hand.say(protocol.DONE)
+    by_hand.say(protocol.DONE)
+    by_hand.read(7)
+    by_hand.serve()
+
+    what, flags, _, brought = by_hand.hear()
+    assert (what, flags) == (protocol.KICK, 0)
+    assert len(brought) == sum(ring(by_hand)[1::2])
 
 
 def test_move_that_is_refused_returns_nothing_and_interrupts_nobody(by_hand: DiskRig) -> None:
@@ -231,7 +338,7 @@ def test_chains_of_before_a_reset_are_stale_and_interrupt_nobody(by_hand: DiskRi
 LIES: dict[str, Callable[[DiskRig], bytes]] = {
     "nothing at all": lambda rig: b"",
     "half of what it begins with": lambda rig: bytes(RETURNED.size - 1),
-    "no write": lambda rig: RETURNED.pack(0, 1, 1, 1, 0),
+    "no write": lambda rig: RETURNED.pack(0, 1, 1, 1, 0, 0),
     "a queue that isn't there": lambda rig: returned(rig, queue=1),
     "more looks than there may be": lambda rig: returned(rig, looks=protocol.MOST_LOOKS + 1),
     "a write of other bytes than it brings": lambda rig: returned(rig) + b"?",
