@@ -99,6 +99,7 @@ class BackEnd:
             return
         if what not in (protocol.ACTIVATE, protocol.RESET):
             return  # the answer to what was asked before a reset
+        self._tell(0, 0)  # a driver that was interrupted may be here before the turn's end
         self._forget()
         self._channel.generation = generation
         self._channel.say(protocol.DONE)

@@ -247,7 +247,8 @@ class ProcessDevice(VirtioDevice):
         deadline = time.monotonic() + timeout
         while self._socket is not None:
             # Without anything under way, what has been said already.
-            left = max(deadline - time.monotonic(), 0) if self._kicked else 0
+            is_awaited = self._kicked or self._awaits_done
+            left = max(deadline - time.monotonic(), 0) if is_awaited else 0
             if not select.select([self._socket], [], [], left)[0]:
                 return
             self._ready()

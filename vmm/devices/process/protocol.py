@@ -11,7 +11,7 @@ pyvmm to the process:
     KICK       for a queue: nothing, or what is in its rings (see `ring_pieces`); flags: or what is
                where the RETURN with this number had it read afterwards
     ANSWER     flags: a STATUS. The bytes read, or u64 bytes moved; else a sentence or u32 errno
-The process to pyvmm, which answers the first four, one at a time:
+The process to pyvmm, which answers the first five, one at a time:
     READ       pieces: u64 gpa, size...
     WRITE      u32 counts: of moves (of a file, flags: OUT), of pieces, of those read afterwards;
                all of these; the data, which is written when all has been moved: SHORT otherwise,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import struct
 from collections.abc import Callable
 from functools import partial
@@ -22,6 +23,8 @@ from vmm.core.disk_image import SECTOR
 from vmm.core.errors import HostError
 from vmm.core.ranges import Range
 from vmm.devices.process import protocol
+from vmm.devices.process.back_end import BackEnd
+from vmm.devices.process.protocol import HEAD
 from vmm.devices.process.spawner import Spawner
 from vmm.devices.virtio.block import (
     F_FLUSH,
@@ -239,6 +242,42 @@ def test_restart_of_a_process_that_lives_fails_no_request(make_rig: MakeRig) -> 
     assert rig.machine.text(data, 1) == bytes([5])
     counts = rig.device.statistics
     assert (counts.deaths, counts.restarts) == (0, 1)
+
+
+def test_counts_of_a_driver_that_resets_as_soon_as_it_is_interrupted_are_heard_out(
+    make_rig: MakeRig,
+) -> None:
+    rig = make_rig()
+    _, status = rig.read(5)
+    rig.machine.transport.notify(0)
+    while rig.status(status) == NONE:
+        rig.machine.loop.wait(10)
+        rig.machine.loop.run_ready()
+
+    rig.machine.driver.status = 0
+    rig.device.hear_out(10)
+
+    assert rig.device.statistics.requests == 1
+
+
+def test_process_says_its_counts_before_it_is_done_with_a_reset(tmp_path: Path) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(SECTOR))
+    disk = open_disk(str(path))
+    end = BackEnd(VirtioBlock(disk, fdops.punch_hole), theirs, [disk.fd])
+    end._device.statistics.requests = 3
+    ours.send(HEAD.pack(protocol.RESET, 0, 0, 1))
+    ours.shutdown(socket.SHUT_WR)
+
+    end.run(1, 7)
+
+    said = [ours.recv(protocol.LONGEST) for _ in range(3)]
+    assert [packet[0] for packet in said] == [protocol.DONE, protocol.TURN, protocol.DONE]
+    assert protocol.COUNTS.unpack_from(said[1], HEAD.size)[0] == 3
+    ours.close()
+    theirs.close()
+    disk.close()
 
 
 def test_counts_go_on_after_a_restart(make_rig: MakeRig) -> None:
