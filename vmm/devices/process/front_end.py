@@ -601,8 +601,9 @@ class ProcessDevice(VirtioDevice):
         asked = b""
         try:
             if has_events:
-                head = _read(memory, [avail, 4, avail + 4 + 2 * queue.size, 2])
-                event = head[4] | head[5] << 8
+                # 2.7.6: flags, index, entries, event. One read is quicker than one of two pieces.
+                head = memory.pread(6 + 2 * queue.size, avail)
+                event = head[-2] | head[-1] << 8
                 is_due = (returned.used - event - 1) & 0xFFFF < returned.chains
             else:
                 head = memory.pread(4, avail)

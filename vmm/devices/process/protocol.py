@@ -40,6 +40,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from operator import add
 from struct import Struct
 
 from vmm.core.lean_typing import NamedTuple
@@ -150,15 +151,17 @@ def write_in(body: memoryview) -> Asked:
     if moves > MOST_PIECES or not 0 < count <= MOST_PIECES or after > MOST_AFTER:
         raise ProtocolError(f"a write of {count} pieces after {moves} moves, and {after} to read")
     start = WRITE_HEAD.size + 24 * moves
-    middle = start + 16 * count
-    end = middle + 16 * after
+    end = start + 16 * (count + after)
     if len(body) < end:
         raise ProtocolError(f"a write of {count} pieces in {len(body)} bytes")
-    pieces = body[start:middle].cast("Q").tolist()
-    then = pieces_in(body[middle:end]) if after else []
+    numbers = body[start:end].cast("Q").tolist()
+    pieces, then = numbers[: 2 * count], numbers[2 * count :]
+    if then and not 0 < sum(then[1::2]) <= MOST_DATA:
+        raise ProtocolError(f"{sum(then[1::2])} bytes to read after a write")
     data = body[end:]
-    if sum(pieces[1::2]) != len(data) or not 0 < len(data) <= MOST_DATA:
-        raise ProtocolError(f"a write of {sum(pieces[1::2])} bytes with {len(data)}")
+    size = sum(pieces[1::2])
+    if size != len(data) or not 0 < size <= MOST_DATA:
+        raise ProtocolError(f"a write of {size} bytes with {len(data)}")
     return Asked(body[WRITE_HEAD.size : start], pieces, then, data)
 
 
@@ -176,12 +179,13 @@ def moves_in(body: memoryview, at: int, end: int, whole: bool) -> list[int]:
     """What a MOVE_IN or MOVE_OUT asks for; `at`: where in each triple the file's offset is, and
     `end`: how many bytes of the file there are for it. Raises ProtocolError."""
     moves = numbers_in(body, 3)
-    size = sum(moves[2::3])
+    offsets, sizes = moves[at::3], moves[2::3]
+    size = sum(sizes)
     if not 0 < size <= (MOST_WHOLE if whole else MOST_MOVED) or (whole and len(moves) > 3):
         raise ProtocolError(f"{size} bytes to move")
-    for offset, part in zip(moves[at::3], moves[2::3], strict=True):
-        if not part or offset + part > end:
-            raise ProtocolError(f"{part} bytes at {offset} of a file of {end}")
+    is_near_end = max(offsets) + max(sizes) > end  # or each is looked at in vain
+    if not min(sizes) or (is_near_end and max(map(add, offsets, sizes)) > end):
+        raise ProtocolError(f"up to {max(sizes)} bytes at {offsets} of a file of {end}"[:MOST_TEXT])
     return moves
 
 

@@ -190,13 +190,14 @@ class RemoteBatches(RemoteMemory):
         self._at_once = 0
         self._may_guess = may_guess
         self._guess: list[int] = []
-        self._guesses: dict[tuple[int, int], bytes] = {}
+        # What was read with a ring: pieces, and their bytes.
+        self._guessed: tuple[list[int], bytes] | None = None
         self._wrong = 0
 
     def begin(self) -> None:
         """A turn begins."""
         self._kept = None
-        self._guesses.clear()
+        self._guessed = None
         if self._at_once:
             self._at_once -= 1
 
@@ -270,15 +271,14 @@ class RemoteBatches(RemoteMemory):
     def without_guesses(self, pieces: list[int], ring: int, data: bytes) -> bytes:
         """What is in a ring, the first `ring` numbers of these pieces; the guesses that were read
         with it are kept."""
-        start = at = sum(pieces[1:ring:2])
-        for gpa, size in zip(pieces[ring::2], pieces[ring + 1 :: 2], strict=True):
-            self._guesses[gpa, size] = data[at : at + size]
-            at += size
-        return data[:start]
+        size = sum(pieces[1:ring:2])
+        if len(pieces) > ring:
+            self._guessed = pieces[ring:], data[size:]
+        return data[:size]
 
     def with_guesses(self, ring: list[int]) -> list[int]:
         """A ring's pieces, and what is likely to be read with it."""
-        self._guesses.clear()
+        self._guessed = None
         if self._guess and self._wrong < _MOST_WRONG:
             pieces = ring + self._guess
             if sum(pieces[1::2]) <= protocol.MOST_DATA:
@@ -288,18 +288,13 @@ class RemoteBatches(RemoteMemory):
     def read_many(self, pieces: list[int]) -> bytes:
         if not self._may_guess or len(pieces) > _MOST_GUESSED:
             return self._read_many(pieces)
-        pairs = list(zip(pieces[::2], pieces[1::2], strict=True))
-        guesses = self._guesses
-        if guesses:
-            try:
-                found = b"".join([guesses[pair] for pair in pairs])
-            except KeyError:
-                self._wrong += 1
-            else:
+        if self._guessed is not None:
+            guessed, self._guessed = self._guessed, None
+            found = _part(*guessed, pieces)
+            if found is not None:
                 self._wrong = 0
-                guesses.clear()
                 return found
-            guesses.clear()
+            self._wrong += 1
         elif self._wrong and pieces == self._guess:
             self._wrong = 0  # it would have been right
         self._guess = pieces
@@ -340,6 +335,22 @@ class RemoteBatches(RemoteMemory):
             if moved < sum(part[2::3]):
                 break
         return total
+
+
+def _part(all_pieces: list[int], data: bytes, pieces: list[int]) -> bytes | None:
+    """What is in some of the pieces that this data is of; None where one isn't among them."""
+    if pieces == all_pieces:
+        return data
+    at = 0
+    found = {}
+    for gpa, size in zip(all_pieces[::2], all_pieces[1::2], strict=True):
+        found[gpa, size] = data[at : at + size]
+        at += size
+    try:
+        pairs = zip(pieces[::2], pieces[1::2], strict=True)
+        return b"".join([found[pair] for pair in pairs])
+    except KeyError:
+        return None
 
 
 def _is_one(moves: list[int], size: int) -> bool:
