@@ -70,7 +70,9 @@ class VirtioVsock(VirtioDevice):
         self._next_port = _FIRST_HOST_PORT
         self._hungry = True  # the guest has buffers for more packets
         self._served = False  # the driver has enabled both queues
-        self._has_moved = False  # it was restored, and the guest doesn't know yet
+        # It was restored, and the guest doesn't know yet: the reset that it is about to hear of
+        # would take new connections, too, and the host would not learn of it.
+        self._has_moved = False
 
     def config(self) -> bytes:
         """struct virtio_vsock_config (5.10.4)."""
@@ -107,10 +109,12 @@ class VirtioVsock(VirtioDevice):
 
     def restore(self, saved: Saved) -> None:
         """See vmm.core.saved.Stateful. The guest is told that its connections are gone, and that
-        it may have another CID (5.10.6, device events)."""
+        it may have another CID (5.10.6.7)."""
         saved.number("cid", (1 << 32) - 1)
         self._next_port = saved.number("next_port", (1 << 32) - 1)
-        self._has_moved = True
+        self._has_moved = EVENT in self._queues
+        if self._served:
+            self._listen()
 
     def _tell_moved(self, queue: SplitQueue) -> bool:
         """VIRTIO_VSOCK_EVENT_TRANSPORT_RESET, as soon as there is a buffer for it."""
@@ -118,15 +122,20 @@ class VirtioVsock(VirtioDevice):
         chains = queue.take(1) if self._has_moved else []
         if not chains:
             return False
-        self._has_moved = False
         written = scatter(self._memory, chains[0].writable, _EVENT.pack(_TRANSPORT_RESET))
-        return queue.publish([(chains[0].head, written)])
+        wants_interrupt = queue.publish([(chains[0].head, written)])
+        self._has_moved = False
+        if self._served:
+            self._listen()
+            self.wake(RX)
+            self.wake(TX)
+        return wants_interrupt
 
     def process(self, queue_index: int) -> bool:
         queue = self._queues[queue_index]
         if queue_index == EVENT:
             return self._tell_moved(queue)
-        if not self._served:
+        if not self._served or self._has_moved:
             return False  # one way only: there could be no connection
         if queue_index == RX:
             self._look_around(queue.budget)
@@ -362,12 +371,11 @@ class VirtioVsock(VirtioDevice):
                     self._end(connection)
 
     def _listen(self) -> None:
-        """Take callers while there is room for their connections."""
-        self.watch(
-            self._listener.fd,
-            partial(self._happened, self._listener.fd),
-            readable=len(self._callers) + len(self._connections) < MOST_CONNECTIONS,
-        )
+        """Take callers while there is room for their connections, and the guest knows that older
+        ones are gone."""
+        has_room = len(self._callers) + len(self._connections) < MOST_CONNECTIONS
+        callback = partial(self._happened, self._listener.fd)
+        self.watch(self._listener.fd, callback, readable=has_room and not self._has_moved)
 
     def _accept(self) -> None:
         caller = self._listener.take()
