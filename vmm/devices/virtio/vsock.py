@@ -109,7 +109,7 @@ class VirtioVsock(VirtioDevice):
 
     def restore(self, saved: Saved) -> None:
         """See vmm.core.saved.Stateful. The guest is told that its connections are gone, and that
-        it may have another CID (5.10.6.7)."""
+        it may have another CID (5.10.6, device events)."""
         saved.number("cid", (1 << 32) - 1)
         self._next_port = saved.number("next_port", (1 << 32) - 1)
         self._has_moved = EVENT in self._queues
