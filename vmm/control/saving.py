@@ -50,15 +50,20 @@ class Saving:
         self._devices = devices
         self._facts = facts
 
-    def dump(self, fd: int) -> dict[str, Any]:
-        """Shared memory into a file, with room for a core file's headers before it. Raises
-        NotSaved, OSError."""
+    def dump(self, fd: int, *, private: bool = False) -> dict[str, Any]:
+        """Shared memory into a file, and private memory if it is wanted, with room for a core
+        file's headers before it. Raises NotSaved, OSError."""
         require_writable(fd)
+        backing = self._memory.private
+        if private:
+            self._require_reachable(backing, "dump")
         with self._operations.still():
             vcpus = self._platform.core_vcpus()
             runs = self._runs()
             offset = data_offset(len(runs), len(vcpus))
             self._write(PageState.SHARED, self._memory.shared, fd, offset)
+            if private and backing is not None:
+                self._write(PageState.PRIVATE, backing, fd, offset)
             # The last run may end with pages that don't exist: they read as zeros.
             os.ftruncate(fd, offset + self._memory.ram[-1].end)
         return {"vcpus": vcpus, "pages": _rows(runs), "offset": offset}
@@ -71,7 +76,7 @@ class Saving:
         backing = self._memory.private
         if private is not None:
             require_writable(private)
-            self._require_reachable(backing)
+            self._require_reachable(backing, "snapshot")
         with self._operations.still():
             state = {
                 **facts,
@@ -85,10 +90,10 @@ class Saving:
                 answer["private"] = self._write(PageState.PRIVATE, backing, private, 0)
         return answer
 
-    def _require_reachable(self, backing: Backing | None) -> None:
+    def _require_reachable(self, backing: Backing | None, what: str) -> None:
         if backing is not None and backing.host_access == "kernel-refused":
             raise NotSaved(
-                f"--with-private: the host's kernel keeps pyvmm out of {backing.name}; a snapshot "
+                f"--with-private: the host's kernel keeps pyvmm out of {backing.name}; a {what} "
                 "of the shared side needs no --with-private"
             )
 
