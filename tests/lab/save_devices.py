@@ -24,7 +24,7 @@ from typing import Any
 
 PYVMM = [sys.executable, "-sP", "/lab/project/pyvmm"]
 SECONDS = 240.0
-MAC = "02:00:00:00:00:02"
+TAP_MAC, MAC = "02:00:00:00:00:01", "02:00:00:00:00:02"
 TAP, ADDRESS, GUEST = "tap0", "192.0.2.1", "192.0.2.2"
 CALLED = b"from the host's program\n"
 WAIT = "i=0; while [ ! -e /tmp/gone ] && [ $((i+=1)) -lt 300 ]; do usleep 100000; done; "
@@ -75,7 +75,8 @@ def bring_up_tap() -> None:
     while not os.path.exists(f"/sys/class/net/{TAP}"):
         time.sleep(0.2)
     subprocess.run(["ip", "addr", "add", f"{ADDRESS}/24", "dev", TAP], check=True)
-    subprocess.run(["ip", "link", "set", TAP, "up"], check=True)
+    # One made anew has another address, which the guest would be seconds to find out.
+    subprocess.run(["ip", "link", "set", TAP, "address", TAP_MAC, "up"], check=True)
 
 
 class Machine:

@@ -41,7 +41,9 @@ def dump(ask: Ask, path: str, *, with_private: bool = False) -> dict[str, Any]:
         pages, vcpus, offset = answer["pages"], answer["vcpus"], answer["offset"]
         present = [row[:2] for row in pages if with_private or row[2] == "shared"]
         noted = core_file.find_vmcoreinfo(fd, offset, present)
-        head = core_file.headers(present, vcpus, pages, noted, offset)
+        private = [row[:2] for row in pages if with_private and row[2] == "private"]
+        alias = answer["alias"]
+        head = core_file.headers(present, vcpus, pages, noted, offset, private, alias)
         _write(fd, head, 0)
         os.fsync(fd)
     return {

@@ -41,14 +41,16 @@ class Saving:
         platform: SavedPlatform,
         devices: Callable[[float], State],
         facts: Callable[[], State],
+        alias: int = 0,
     ) -> None:
         """`devices(timeout)` is wiring.devices.Devices.state, `facts()` what the machine is; it
-        raises NotSaved for one that can't be saved."""
+        raises NotSaved for one that can't be saved. `alias`: the address bit of private pages."""
         self._operations = operations
         self._memory = memory
         self._platform = platform
         self._devices = devices
         self._facts = facts
+        self._alias = alias
 
     def dump(self, fd: int, *, private: bool = False) -> dict[str, Any]:
         """Shared memory into a file, and private memory if it is wanted, with room for a core
@@ -60,13 +62,14 @@ class Saving:
         with self._operations.still():
             vcpus = self._platform.core_vcpus()
             runs = self._runs()
-            offset = data_offset(len(runs), len(vcpus))
+            segments = len(runs) * (2 if private else 1)  # private pages have two addresses
+            offset = data_offset(segments, len(vcpus))
             self._write(PageState.SHARED, self._memory.shared, fd, offset)
             if private and backing is not None:
                 self._write(PageState.PRIVATE, backing, fd, offset)
             # The last run may end with pages that don't exist: they read as zeros.
             os.ftruncate(fd, offset + self._memory.ram[-1].end)
-        return {"vcpus": vcpus, "pages": _rows(runs), "offset": offset}
+        return {"vcpus": vcpus, "pages": _rows(runs), "offset": offset, "alias": self._alias}
 
     def snapshot(self, fd: int, private: int | None) -> dict[str, Any]:
         """Shared memory into a file, offset = GPA, and private memory into another, if one is

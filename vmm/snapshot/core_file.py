@@ -57,11 +57,15 @@ def headers(
     states: Sequence[Sequence[int | str]],
     vmcoreinfo: bytes | None,
     offset: int,
+    aliased: Sequence[Sequence[int]] = (),
+    alias: int = 0,
 ) -> bytes:
     """The file's first bytes: its memory follows, guest-physical address 0 at `offset`.
 
     `present`: runs [gpa, size] of it that are in the file. `vcpus`: Platform.core_vcpus.
-    `states`: all runs of pages [gpa, size, state]. Raises TooMany.
+    `states`: all runs of pages [gpa, size, state]. `aliased`: runs that are at their address with
+    the bit `alias`, too, as the guest's page tables name them: crash leaves the bit out, since
+    VMCOREINFO says so, drgn doesn't. Raises TooMany.
     """
     notes = b"".join(_vcpu_notes(number, vcpu) for number, vcpu in enumerate(vcpus, start=1))
     if vmcoreinfo is not None:
@@ -70,7 +74,9 @@ def headers(
         notes += _note(b"VMCOREINFO", 0, vmcoreinfo)
     text = "".join(f"{gpa:#x} {size:#x} {state}\n" for gpa, size, state in states)
     notes += _note(b"PYVMM", PYVMM_STATES, text.encode())
-    count = len(present) + 1
+    places = [(gpa, gpa, size) for gpa, size in present]
+    places += [(gpa | alias, gpa, size) for gpa, size in aliased if alias]
+    count = len(places) + 1
     notes_at = _HEADER.size + _SEGMENT.size * count
     if notes_at + len(notes) > offset or count >= 0xFFFF:
         raise TooMany(f"{count} segments and {len(notes)} bytes of notes")
@@ -79,8 +85,8 @@ def headers(
     segments += [
         # Aligned to nothing: crash takes a file whose first PT_LOAD says that it is page-aligned
         # for netdump's, in whose way it dies of QEMU's notes.
-        _SEGMENT.pack(_PT_LOAD, 7, offset + gpa, gpa, gpa, size, size, 0)
-        for gpa, size in present
+        _SEGMENT.pack(_PT_LOAD, 7, offset + gpa, address, address, size, size, 0)
+        for address, gpa, size in places
     ]
     header = _HEADER.pack(
         ident, _ET_CORE, _EM_X86_64, _EV_CURRENT, 0, _HEADER.size, 0, 0,

@@ -25,6 +25,7 @@ from vmm.memory.guest_memory import GuestMemory
 
 PAGE, MIB = 4096, 1 << 20
 RAM = 8 * MIB
+ALIAS = 1 << 40
 
 
 class Machine:
@@ -39,7 +40,7 @@ class Machine:
         platform: Any = SimpleNamespace(state=lambda: {"p": 1}, core_vcpus=lambda: [{"regs": {}}])
         operations: Any = SimpleNamespace(still=self._still)
         self.saving = Saving(
-            operations, self.memory, platform, lambda timeout: {"d": 2}, lambda: self.facts
+            operations, self.memory, platform, lambda timeout: {"d": 2}, lambda: self.facts, ALIAS
         )
 
     @contextlib.contextmanager
@@ -134,8 +135,10 @@ def test_dump_has_each_page_from_its_side_where_private_ones_are_wanted(
     machine.private.pwrite(b"private", RAM - PAGE)
     machine.private.pwrite(b"behind a shared page", 3 * PAGE)
 
-    offset = machine.saving.dump(file, private=True)["offset"]
+    answer = machine.saving.dump(file, private=True)
 
+    offset = answer["offset"]
+    assert answer["alias"] == ALIAS
     assert os.pread(file, 6, offset + 3 * PAGE) == b"shared"
     assert os.pread(file, 8, offset + RAM - PAGE) == b"private\0"
 
