@@ -60,7 +60,7 @@ class UnixListener:
 
     @property
     def descriptors(self) -> tuple[int, int]:
-        """All that who takes callers needs open."""
+        """All that must be open for callers to be taken."""
         return self.fd, self._spare
 
     def accept(self) -> socket.socket | None:
