@@ -56,7 +56,7 @@ def start(lab: Lab, lab_start: Starter, tmp_path: Path, options: list[str]) -> S
         pytest.param("", id="in-pyvmm"),
         pytest.param(
             ",process",
-            id="net-vsock-and-consoles-in-processes",
+            id="vsock-and-consoles-in-processes",
             marks=pytest.mark.skipif(
                 not os.environ.get("PYVMM_LAB_SLOW"), reason="PYVMM_LAB_SLOW=1 runs it"
             ),
@@ -66,7 +66,7 @@ def start(lab: Lab, lab_start: Starter, tmp_path: Path, options: list[str]) -> S
 def test_stock_kernel_with_private_memory_moves_files_over_every_device(
     lab: Lab, lab_start: Starter, tmp_path: Path, process: str
 ) -> None:
-    """All in pyvmm itself, or those without a test of their own each in a process of its own."""
+    """All in pyvmm itself, or vsock and consoles in processes of their own."""
     content = os.urandom(2 * MIB + 4321)
     disks = []
     for number in range(2):
@@ -84,7 +84,7 @@ def test_stock_kernel_with_private_memory_moves_files_over_every_device(
         [
             "--private-mem", "--cpus", "4",
             "--disk", "/dev/vde,queues=4", "--disk", "/dev/vdf",
-            "--net", f"tap=tap0,mac=02:00:00:00:00:02{process}",
+            "--net", "tap=tap0,mac=02:00:00:00:00:02",
             "--vsock", f"path=/tmp/v,cid=7{process}", "--console", f"socket=/tmp/c{process}",
             "--console", f"socket=/tmp/p,name=test.port{process}", "--rng",
         ],
