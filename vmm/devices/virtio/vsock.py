@@ -378,11 +378,13 @@ class VirtioVsock(VirtioDevice):
             self._listener.fd,
             partial(self._happened, self._listener.fd),
             readable=len(self._callers) + len(self._connections) < MOST_CONNECTIONS,
+            after=self._listener.rest,
         )
 
     def _accept(self) -> None:
         caller = self._listener.take()
         if caller is None:
+            self._listen()
             return
         self._callers[caller.fileno()] = caller, bytearray()
         self.watch(caller.fileno(), partial(self._happened, caller.fileno()), readable=True)
