@@ -22,15 +22,16 @@ from typing import Any
 from kvm_bindings import KvmError, fdops, mapped
 from tests.injection.table import CALLER, DROPPED, GUEST, RESET, SAME
 from tests.support.back_end import BackEndDouble
+from tests.support.consoles import Consoles
 from tests.support.control import Server, line
 from tests.support.virtio_driver import NEEDS_RESET
 from tests.support.virtio_machine import VirtioMachine
-from tests.unit.devices.test_virtio_console import Consoles
+from tests.support.vsock_guest import HOST_PORT, Guest, dial
 from tests.unit.devices.test_virtio_net import HEADER, Network
-from tests.unit.devices.test_virtio_vsock import HOST_PORT, Guest, dial
 from vmm.cli import ctl_saving
-from vmm.control import accepting, saving
+from vmm.control import saving
 from vmm.control.memory_file.guest_file import GuestFile
+from vmm.core import unix_listener
 from vmm.core.ranges import Range
 from vmm.core.saved import BadState
 from vmm.devices.vhost_user.channel import BackEndError, Channel
@@ -211,7 +212,7 @@ def memory_file(folder: Path, error: int) -> str:
 
 
 def control(folder: Path, error: int) -> str:
-    accepting.AGAIN_SECONDS = 0.01
+    unix_listener.AGAIN_SECONDS = 0.01
     server = Server(folder / "control")
     try:
         with failing(), socket.socket(socket.AF_UNIX) as caller:
@@ -253,6 +254,7 @@ def _frames(machine: VirtioMachine, device: VirtioNet, arrive: Callable[[], None
     with failing():
         machine.kick(TX)
         arrive()
+    machine.loop.pass_time()  # a host without memory is tried again in a moment
     machine.settle()
     if machine.driver.status & NEEDS_RESET:
         return RESET

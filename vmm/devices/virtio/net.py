@@ -41,6 +41,8 @@ GSO_NONE, GSO_TCPV4, GSO_TCPV6 = 0, 1, 4
 _BATCH = 32
 _FOR_A_MOMENT = (errno.ENOMEM, errno.ENOBUFS, errno.EINTR)
 """What says nothing against the backend: the next try may go well."""
+_A_MOMENT = 0.01
+"""Seconds until that next try: what is ready stays ready meanwhile, and would be tried at once."""
 
 
 def may_be_mac(mac: bytes) -> bool:
@@ -95,6 +97,7 @@ class VirtioNet(VirtioDevice):
         self._link_up = True
         self._receiving = self._waiting_for_room = False
         self._held: bytes | None = None  # a frame that waits for more buffers
+        self._rest = 0.0  # before the backend is tried again, in seconds
         self.features = F_MAC | F_STATUS | F_MRG_RXBUF | backend.features
 
     def config(self) -> bytes:
@@ -156,7 +159,9 @@ class VirtioNet(VirtioDevice):
             self._ready,
             readable=self._receiving and self._link_up,
             writable=self._waiting_for_room and self._link_up,
+            after=self._rest,
         )
+        self._rest = 0.0
 
     def _lost(self) -> None:
         """The backend is gone: the guest sees a cable pulled."""
@@ -209,7 +214,9 @@ class VirtioNet(VirtioDevice):
         try:
             return self._backend.receive() if self._link_up else None
         except OSError as error:
-            if error.errno not in _FOR_A_MOMENT:
+            if error.errno in _FOR_A_MOMENT:
+                self._rest = _A_MOMENT
+            else:
                 self._lost()
             return None
 
@@ -293,6 +300,7 @@ class VirtioNet(VirtioDevice):
         except OSError as error:
             if error.errno in _FOR_A_MOMENT:
                 self._waiting_for_room = True
+                self._rest = _A_MOMENT
             else:
                 self._lost()
         return not self._waiting_for_room
