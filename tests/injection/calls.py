@@ -45,7 +45,8 @@ _OF_THE_TABLE = {
     "guest memory": "shared memory", "guest_memfd": "guest_memfd",
     "guest_memfd, in place": "guest_memfd", "/proc/self/mem": "/proc/self/mem",
     "/dev/kvm": "/dev/kvm", "VM": "VM", "VM, remap": "VM", "VM, attributes": "VM",
-    "vCPU": "vCPU", "vCPU, once": "vCPU", "eventfd": "eventfd", "loop": "loop",
+    "vCPU": "vCPU", "vCPU, once": "vCPU", "vCPU, the debugger leaves": "vCPU",
+    "/dev/fuse": "fuse", "/dev/fuse, for good": "fuse", "eventfd": "eventfd", "loop": "loop",
     "a caller": "loop", "console": "console", "report": "report", "trace": "trace",
     "trace's first file": "trace", "socket": "socket", "socket, hung up": "socket",
     "passt": "socket", "tap": "tap", "a host's program": "socket", "a guest's call": "socket",
@@ -86,9 +87,6 @@ _OF_KINDS = frozenset(
         ("getdents64", "trace"),
         ("flock", "trace"),  # a file system may have none: goes on
         ("poll", "console"),
-        ("read", "fuse"),  # libfuse's own; what fails there ends the mount, not the run
-        ("writev", "fuse"),
-        ("KVM_SET_GUEST_DEBUG", "vCPU"),  # the debugger's
         ("bind", "socket"),  # at the start, where the error names the path
         ("listen", "socket"),
         ("dup2", "pipe"),

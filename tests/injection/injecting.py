@@ -16,8 +16,10 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import IO, Protocol
 
 from vmm.core.lean_typing import NamedTuple
 
@@ -29,6 +31,7 @@ SHORT = 0
 """In the place of an errno: the call moves half of the bytes."""
 FOR_EVER = 1 << 40
 _COUNTS = 4096
+_MOST_RULES = 64
 
 
 class Fault(NamedTuple):
@@ -71,11 +74,37 @@ def shim() -> str:
     return path
 
 
-def run(words: Sequence[str], *faults: Fault, environment: dict[str, str] | None = None) -> Ended:
+class Meanwhile(Protocol):
+    """Does something to a run that has been started."""
+
+    def __call__(
+        self, process: subprocess.Popen[bytes], begin: Callable[[], None]
+    ) -> tuple[bytes, bytes]:
+        """What it has read of its output and its stderr. `begin` has faults begin."""
+        ...
+
+
+def until(stream: IO[bytes] | None, text: bytes) -> bytes:
+    """All lines up to the one with `text`, or to the end."""
+    assert stream is not None
+    lines = b""
+    while (line := stream.readline()) and text not in line:
+        lines += line
+    return lines + line
+
+
+def run(
+    words: Sequence[str],
+    *faults: Fault,
+    environment: dict[str, str] | None = None,
+    meanwhile: Meanwhile | None = None,
+) -> Ended:
     """Run `words` with these faults; never for longer than SECONDS."""
     more = dict(environment or {})
     with tempfile.NamedTemporaryFile(prefix="pyvmm-counts-") as file:
         file.truncate(_COUNTS)
+        if meanwhile is not None:
+            _hold(file.fileno(), True)
         if faults:
             more |= {
                 "LD_PRELOAD": shim(),
@@ -85,22 +114,41 @@ def run(words: Sequence[str], *faults: Fault, environment: dict[str, str] | None
                     for each in faults
                 ),
             }
-        status, output, errors = _ended(words, more)
+        begin = functools.partial(_hold, file.fileno(), False)
+        asking = None if meanwhile is None else functools.partial(meanwhile, begin=begin)
+        status, output, errors = _ended(words, more, asking)
         with mmap.mmap(file.fileno(), _COUNTS, access=mmap.ACCESS_READ) as counts:
             numbers = struct.unpack_from(f"={2 * max(len(faults), 1)}Q", counts)
     return Ended(status, output, errors, numbers[0], numbers[1], numbers[1::2])
 
 
-def _ended(words: Sequence[str], environment: dict[str, str]) -> tuple[int, str, str]:
+def _hold(counts: int, held: bool) -> None:
+    os.pwrite(counts, struct.pack("=Q", held), 8 * 2 * _MOST_RULES)
+
+
+def _ended(
+    words: Sequence[str],
+    environment: dict[str, str],
+    meanwhile: Callable[[subprocess.Popen[bytes]], tuple[bytes, bytes]] | None = None,
+) -> tuple[int, str, str]:
+    # Without buffers of Python's: what `meanwhile` hasn't read is there for the rest.
     with subprocess.Popen(
-        words, cwd=ROOT, env=os.environ | environment, text=True, errors="replace",
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        words, cwd=ROOT, env=os.environ | environment, bufsize=0,
+        stdin=subprocess.DEVNULL if meanwhile is None else subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     ) as process:  # fmt: skip
+        watchdog = threading.Timer(SECONDS, process.kill)
+        watchdog.start()
         try:
-            output, errors = process.communicate(timeout=SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            output, errors = process.communicate()
+            before = (b"", b"") if meanwhile is None else meanwhile(process)
+            after = process.communicate()
+        finally:
+            watchdog.cancel()
+            process.kill()  # if it hasn't ended
+    output, errors = (
+        (first + rest).decode(errors="replace").replace("\r\n", "\n")
+        for first, rest in zip(before, after, strict=True)
+    )
     return process.returncode, output, errors
 
 

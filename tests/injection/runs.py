@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -13,9 +14,11 @@ from pathlib import Path
 
 import firmware
 from tests.injection import injecting
+from tests.injection.asking import ASKERS
 from tests.injection.injecting import FOR_EVER, SHORT, Ended, Fault
 from tests.injection.table import (
     BY_STRACE,
+    CALLER,
     DROPPED,
     EINTR,
     ENDS_1,
@@ -56,6 +59,9 @@ class Seen(NamedTuple):
     report: dict[str, Any] | None
     disk: str
     """A digest of what is on its disk."""
+    answers: tuple[str, ...] = ()
+    """What somebody asked it, and what came of that."""
+    leftovers: tuple[str, ...] = ()
 
     @property
     def disk_counts(self) -> dict[str, Any]:
@@ -67,7 +73,7 @@ def words_of(scenario: str, folder: Path) -> list[str]:
     """The command; what it writes is in `folder`."""
     disk = folder / "disk.img"
     disk.write_bytes(random.Random(scenario).randbytes(1 << 20) * (_DISK >> 20))
-    more = ["--disk", str(disk), "--mem", "64M", "--report", str(folder / "report.json")]
+    more = ["--disk", str(disk), "--mem", "64M", *_reported(folder)]
     if scenario in PAYLOAD:
         return injecting.pyvmm(*PAYLOAD[scenario], *more)
     if scenario == "trace":
@@ -79,33 +85,37 @@ def words_of(scenario: str, folder: Path) -> list[str]:
     return injecting.pyvmm(*guest, "--allow-mapped-io", *more)
 
 
+def _reported(folder: Path) -> tuple[str, str]:
+    return "--report", str(folder / "report.json")
+
+
 def seen(scenario: str, folder: Path, *faults: Fault) -> Seen:
     """Run it with these faults."""
-    words = words_of(scenario, folder)
-    return _seen(folder, injecting.run(words, *faults))
+    if scenario not in ASKERS:
+        return _seen(folder, injecting.run(words_of(scenario, folder), *faults))
+    asker = ASKERS[scenario](folder)
+    words = injecting.pyvmm(*asker.options(), "--mem", "16M", *_reported(folder))
+    run = _seen(folder, injecting.run(words, *faults, meanwhile=asker))
+    return run._replace(answers=tuple(asker.answers), leftovers=tuple(asker.leftovers()))
 
 
 def injected(row: Row, error: int, folder: Path) -> Seen:
     """Run the row's scenario with one of its errors. Raises AssertionError where nothing could
     be injected: then the table names a call that isn't made."""
-    words = words_of(row.scenario, folder)
-    last = row.first
-    if error == EINTR:
-        last += _INTERRUPTIONS
-    elif row.lasts:
-        last = FOR_EVER
+    fault = fault_of(row, error)
     if row.by == BY_STRACE:
-        ended = injecting.run_under_strace(words, row.call, error, row.match, row.first, last)
+        words = words_of(row.scenario, folder)
+        where = row.call, error, row.match, fault.first, fault.last
+        run = _seen(folder, injecting.run_under_strace(words, *where))
     else:
-        name = "ioctl" if row.request else row.call
-        ended = injecting.run(words, Fault(name, row.match, error, row.first, last, row.request))
-    assert ended.injected, f"{row.name}: no such call in {row.scenario}"
-    return _seen(folder, ended)
+        run = seen(row.scenario, folder, fault)
+    assert run.ended.injected, f"{row.name}: no such call in {row.scenario}"
+    return run
 
 
 def carried_out(*cells: tuple[Row, int]) -> list[str]:
     """What the programs' own outcomes are, or what is wrong; all in one process."""
-    ended = injecting.programs(*[(row.scenario, _fault(row, error)) for row, error in cells])
+    ended = injecting.programs(*[(row.scenario, fault_of(row, error)) for row, error in cells])
     if ended.status:
         return [f"status {ended.status}: {ended.errors}"]
     return [
@@ -114,7 +124,7 @@ def carried_out(*cells: tuple[Row, int]) -> list[str]:
     ]
 
 
-def _fault(row: Row, error: int) -> Fault:
+def fault_of(row: Row, error: int) -> Fault:
     last = row.first + _INTERRUPTIONS if error == EINTR else FOR_EVER if row.lasts else row.first
     name = "ioctl" if row.request else row.call
     return Fault(name, row.match, error, row.first, last, row.request)
@@ -124,13 +134,16 @@ def _seen(folder: Path, ended: Ended) -> Seen:
     written = folder / "report.json"
     report = json.loads(written.read_text()) if written.exists() else None
     written.unlink(missing_ok=True)
-    return Seen(ended, report, hashlib.sha256((folder / "disk.img").read_bytes()).hexdigest())
+    disk = folder / "disk.img"
+    content = disk.read_bytes() if disk.exists() else b""
+    return Seen(ended, report, hashlib.sha256(content).hexdigest())
 
 
 def outcome(row: Row, error: int, run: Seen) -> str:
     """Which of the table's outcomes it is; else what is wrong."""
     ended = run.ended
-    lines = ended.errors.splitlines()
+    # libfuse's are its own: before 3.17 it can't be told not to (perror).
+    lines = [line for line in ended.errors.splitlines() if not line.startswith("fuse: ")]
     if ended.status < 0:
         return f"ended by signal {-ended.status}" if ended.status != -9 else "it hung"
     if "Traceback" in ended.errors or "internal error:" in ended.errors or len(lines) > 1:
@@ -138,6 +151,8 @@ def outcome(row: Row, error: int, run: Seen) -> str:
     output = ended.output.splitlines()
     went_well = bool(output) and _is_end(output[-1])
     if went_well and ended.status == 0:
+        if any(_REFUSAL.search(answer) for answer in run.answers):
+            return CALLER
         if lines:
             return SAID
         return SAME if not run.disk_counts.get("errors") else COUNTED
@@ -148,6 +163,10 @@ def outcome(row: Row, error: int, run: Seen) -> str:
     if "waited for in vain" in ended.output:
         return RESET
     return {1: ENDS_1, 2: ENDS_2, 3: ENDS_3}.get(ended.status, f"status {ended.status}")
+
+
+_REFUSAL = re.compile(r": (E[A-Z]+|error)$")
+"""An answer that is an error's name, or a debugger's."""
 
 
 def _is_end(line: str) -> bool:
@@ -164,10 +183,15 @@ def _guest_was_told(output: str, error: int) -> bool:
 def problems(row: Row, error: int, run: Seen, without: Seen) -> list[str]:
     """What doesn't add up in a run whose outcome is the right one. `without`: the same run with
     nothing injected."""
-    found = []
+    found: list[str] = []
     report, counts = run.report, run.disk_counts
     expected = row.cells[error]
+    found += run.leftovers
     if expected == SAME:
+        if run.answers != without.answers:
+            found.append(f"answers {run.answers}, not {without.answers}")
+        if _file_counts(run) != _file_counts(without):
+            found.append(f"counts {_file_counts(run)}, not {_file_counts(without)}")
         if run.disk != without.disk:
             found.append("the disk's content is another one")
         known = without.disk_counts
@@ -197,6 +221,10 @@ def problems(row: Row, error: int, run: Seen, without: Seen) -> list[str]:
             if failed < 1:
                 found.append(f"no failure is counted: {report['conversions']}")
     return found
+
+
+def _file_counts(run: Seen) -> object:
+    return (run.report or {}).get("memory_file")
 
 
 def report_of_trace(folder: Path) -> subprocess.CompletedProcess[str]:

@@ -5,7 +5,8 @@
    `first` and `last` which of the calls that match, counted from 1. `result` is the errno; 0 is a call that is carried
    out for half of the bytes.
    PYVMM_INJECT_COUNTS: a file that is mapped, with two uint64_t for each rule: calls that matched, and were changed.
-   Counted over all processes that inherit it.
+   Counted over all processes that inherit it. Behind them, in the place of one rule more, a uint64_t: while it isn't 0,
+   nothing is injected or counted.
    PYVMM_INJECT_WAITS: nothing is injected or counted before the process itself sets pyvmm_shim_armed: 1 for all rules,
    n + 2 for the n-th alone. */
 
@@ -55,7 +56,7 @@ __attribute__((constructor)) static void start(void)
     int fd = path ? open(path, O_RDWR | O_CLOEXEC) : -1;
     if (fd < 0)
         return;
-    counts = mmap(NULL, sizeof(uint64_t) * 2 * MOST_RULES, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    counts = mmap(NULL, sizeof(uint64_t) * (2 * MOST_RULES + 1), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     close(fd);
     if (counts == MAP_FAILED)
         abort();
@@ -91,7 +92,7 @@ static int injected(const char *call, int fd, uint64_t request)
             if (!matches(name, rule->object))
                 continue;
         }
-        if (!counts)
+        if (!counts || __atomic_load_n(&counts[2 * MOST_RULES], __ATOMIC_SEQ_CST))
             continue;
         uint64_t number = __atomic_add_fetch(&counts[2 * i], 1, __ATOMIC_SEQ_CST);
         if (number < rule->first || number > rule->last)
@@ -231,6 +232,18 @@ VECTORS(preadv, "preadv", off_t)
 VECTORS(preadv64, "preadv", off64_t)
 VECTORS(pwritev, "pwritev", off_t)
 VECTORS(pwritev64, "pwritev", off64_t)
+
+#define VECTORS_THERE(name) \
+    ssize_t name(int fd, const struct iovec *vectors, int number) \
+    { \
+        REAL(name); \
+        struct iovec one = number ? vectors[0] : (struct iovec){0}; \
+        FAIL_OR(#name, fd, if (number == 1) { HALF(one.iov_len); vectors = &one; } else number = (number + 1) / 2); \
+        return real(fd, vectors, number); \
+    }
+
+VECTORS_THERE(readv)
+VECTORS_THERE(writev)
 
 #define VECTORS2(name, label, OFFSET) \
     ssize_t name(int fd, const struct iovec *vectors, int number, OFFSET offset, int flags) \

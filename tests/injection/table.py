@@ -37,6 +37,7 @@ COLUMNS = (EINTR, SHORT, EIO, ENOSPC, ENOMEM, EAGAIN, EFBIG, EDQUOT, EMFILE, EPI
 FS_IOC_FIEMAP = 0xC020660B
 
 BY_SHIM, BY_STRACE, BY_PROGRAM, BY_MODEL = "shim", "strace", "program", "model"
+ENOENT, EINVAL, ENODEV = errno.ENOENT, errno.EINVAL, errno.ENODEV
 Cells = dict[int, str]
 
 
@@ -277,7 +278,31 @@ APART = [
     Row("snapshot", "pread64", "a snapshot that is restored", _READ, BY_PROGRAM, "restore"),
 ]  # fmt: skip
 
-TABLE: list[Row] = [*DISK, *CONVERSION, *RUN, *START, *END, *OTHERS, *APART]
+_GONE = _all(CALLER, EIO, ENOMEM, EINVAL)
+ASKED = [
+    Row("memory file", "read", "/dev/fuse", {EINTR: SAME, **_all(SAME, EAGAIN, ENOENT, ENOMEM,
+        EIO), ENODEV: CALLER}, scenario="memory file", match="/dev/fuse", first=3, lasts=False),
+    Row("memory file", "read", "/dev/fuse, for good", _all(CALLER, EAGAIN, ENOMEM, EIO),
+        scenario="memory file", match="/dev/fuse", first=3),
+    Row("memory file", "writev", "/dev/fuse", {**_GONE, EINTR: CALLER}, scenario="memory file",
+        match="/dev/fuse", first=3, lasts=False),
+    *(
+        Row("gdb", call, "vCPU", {EINTR: SAME, **_all(CALLER, EIO, ENOMEM, EINVAL)},
+            scenario="gdb", match="kvm-vcpu", request=request)
+        for call, request in [
+            ("KVM_GET_REGS", x86.KVM_GET_REGS), ("KVM_SET_REGS", x86.KVM_SET_REGS),
+            ("KVM_GET_SREGS", x86.KVM_GET_SREGS), ("KVM_SET_SREGS", x86.KVM_SET_SREGS),
+            ("KVM_GET_FPU", x86.KVM_GET_FPU), ("KVM_SET_FPU", x86.KVM_SET_FPU),
+        ]
+    ),
+    Row("gdb", "KVM_SET_GUEST_DEBUG", "vCPU", {EINTR: SAME, **_all(CALLER, EIO, ENOMEM, EINVAL)},
+        scenario="gdb", match="kvm-vcpu", request=x86.KVM_SET_GUEST_DEBUG, lasts=False),
+    Row("gdb", "KVM_SET_GUEST_DEBUG", "vCPU, the debugger leaves", {EINTR: SAME,
+        **_all(SAID, EIO, ENOMEM, EINVAL)}, scenario="gdb", match="kvm-vcpu",
+        request=x86.KVM_SET_GUEST_DEBUG, first=2, lasts=False),
+]  # fmt: skip
+
+TABLE: list[Row] = [*DISK, *CONVERSION, *RUN, *START, *END, *OTHERS, *APART, *ASKED]
 
 
 def word(error: int) -> str:

@@ -10,6 +10,7 @@ from collections import Counter
 import pytest
 
 from tests.injection import calls, injecting
+from tests.injection.asking import ASKERS
 from tests.injection.runs import BENCH, PAYLOAD
 from tests.injection.table import BY_MODEL, BY_PROGRAM, OUTCOMES, TABLE, Row, word
 
@@ -21,7 +22,7 @@ def test_row_names_known_outcomes_and_a_run(row: Row) -> None:
 
     assert row.cells
     assert set(row.cells.values()) <= set(OUTCOMES)
-    assert row.scenario in runs.get(row.by, (*BENCH, *PAYLOAD))
+    assert row.scenario in runs.get(row.by, (*BENCH, *PAYLOAD, *ASKERS))
 
 
 def test_rows_have_names_of_their_own() -> None:
