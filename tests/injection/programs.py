@@ -22,12 +22,12 @@ from typing import Any
 from kvm_bindings import KvmError, fdops, mapped
 from tests.injection.table import CALLER, DROPPED, GUEST, RESET, SAME
 from tests.support.back_end import BackEndDouble
+from tests.support.consoles import Consoles
 from tests.support.control import Server, line
 from tests.support.virtio_driver import NEEDS_RESET
 from tests.support.virtio_machine import VirtioMachine
-from tests.unit.devices.test_virtio_console import Consoles
+from tests.support.vsock_guest import HOST_PORT, Guest, dial
 from tests.unit.devices.test_virtio_net import HEADER, Network
-from tests.unit.devices.test_virtio_vsock import HOST_PORT, Guest, dial
 from vmm.cli import ctl_saving
 from vmm.control import saving
 from vmm.control.memory_file.guest_file import GuestFile

@@ -6,10 +6,11 @@ import json
 import os
 import re
 import shutil
+import socket
 import struct
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -327,6 +328,56 @@ def test_state_that_makes_no_sense_is_refused_with_one_line(saved: Path) -> None
     for name, (status, line) in said.items():
         assert status == 2, (name, line)
         assert str(saved) in line, (name, line)
+
+
+def every_other_device(folder: Path) -> list[str]:
+    """Options for one of each kind, at places of its own."""
+    words = ["--net", f"passt={folder}/passt", "--vsock", f"path={folder}/vsock", "--rng"]
+    words += ["--balloon", "size=1M", "--console", f"file={folder}/console"]
+    return [*words, "--console", f"socket={folder}/port,name=org.example.port"]
+
+
+HOSTILE_DEVICES: dict[str, Callable[[Any], None]] = {
+    "net": lambda device: device.update(mac="010000000001"),
+    "vsock": lambda device: device.update(next_port=1 << 40),
+    "console": lambda device: device["ports"][1].update(name="another"),
+    "balloon": lambda device: device.update(pages="many"),
+    "rng": lambda device: device.update(seed=1),
+}
+
+
+def test_machine_with_every_device_goes_on_and_hostile_states_of_them_do_not(
+    kernel: list[str], tmp_path: Path
+) -> None:
+    folders = [tmp_path / name for name in ("old", "new")]
+    with ExitStack() as passts:
+        for folder in folders:
+            folder.mkdir()
+            listener = passts.enter_context(socket.socket(socket.AF_UNIX))
+            listener.bind(str(folder / "passt"))
+            listener.listen(16)
+        words = every_other_device(folders[0])
+        with running(tmp_path / "ctl", *kernel, *words, until=SAID) as machine:
+            answer = machine.ctl("snapshot", str(tmp_path / "saved"), "--then-quit")
+            assert machine.session.wait() == (0, "")
+
+        words = every_other_device(folders[1])
+        whole = (tmp_path / "saved" / "state").read_bytes()
+        with running(tmp_path / "other", "--restore", str(tmp_path / "saved"), *words) as machine:
+            machine.echoes(b"on")
+        said: dict[str, tuple[int, str]] = {}
+        for name, change in HOSTILE_DEVICES.items():
+            changed = json.loads(whole.partition(b"\n")[2])
+            devices = changed["state"]["devices"]["virtio"]
+            (found,) = [each for each in devices if each["name"].startswith(name)]
+            change(found["transport"]["device"])
+            (tmp_path / "saved" / "state").write_bytes(packed(changed))
+            said[name] = restore(tmp_path / "saved", *words)
+
+    assert answer["ok"]
+    assert {name: status for name, (status, _) in said.items()} == dict.fromkeys(HOSTILE_DEVICES, 2)
+    for name, (_, line) in said.items():
+        assert str(tmp_path / "saved") in line and "transport.device" in line, name
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ class UnixListener:
         try:
             # Given up for a moment to hang up on a caller for whom there is no fd: who is not
             # taken would be announced for ever.
-            self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+            self._spare = _spare_fd()
             _remove_stale(path)
             with _umask(0o177) if owner_only else contextlib.nullcontext():
                 self._socket.bind(path)
@@ -62,6 +62,11 @@ class UnixListener:
         self._socket.setblocking(False)
         self.fd = self._socket.fileno()
         _open.add(self)
+
+    @property
+    def descriptors(self) -> tuple[int, int]:
+        """All that must be open for callers to be taken."""
+        return self.fd, self._spare
 
     def accept(self) -> socket.socket | None:
         """Who has come, non-blocking; None when nobody has, or there was no fd left for them.
@@ -102,7 +107,7 @@ class UnixListener:
             return False
         finally:
             with contextlib.suppress(OSError):
-                self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+                self._spare = _spare_fd()
         return True
 
     def close(self) -> None:
@@ -119,6 +124,11 @@ class UnixListener:
         with contextlib.suppress(OSError):
             if _inode(self.path) == self._inode:
                 _take_away(self.path, lambda aside: _inode(aside) == self._inode)
+
+
+def _spare_fd() -> int:
+    """Of no file: a device's process can open none. Raises OSError."""
+    return os.eventfd(0, os.EFD_CLOEXEC)
 
 
 @contextlib.contextmanager

@@ -133,7 +133,7 @@ def _body(choices: Choices, what: int) -> bytes:
         head = protocol.WRITE_HEAD.pack(len(moves) // 3, len(pieces) // 2, len(then) // 2)
         return head + words(moves + pieces + then) + choices.randbytes(sum(sizes))
     if what == protocol.TURN:
-        return protocol.COUNTS.pack(*(choices.getrandbits(8) for _ in range(3)))
+        return protocol.COUNTS.pack(*(choices.getrandbits(8) for _ in range(5)))
     return choices.randbytes(choices.choice((60, 60, 0, 300)))
 
 

@@ -62,6 +62,8 @@ class BackEnd:
         device.wake = lambda queue: self._ready.setdefault(queue, None)  # type: ignore[assignment]
         device.serve = self._serve
         device.announce = self._announce
+        device.keep_for_next = self._keep
+        device.tell_user = self._note
 
     def run(self, confined: int, landlock: int) -> None:
         """Until pyvmm is gone. `confined`, `landlock`: what it is to be told of the sandbox."""
@@ -115,7 +117,7 @@ class BackEnd:
             self._guarded(lambda: self._activate(flags, bytes(body)))
 
     def _activate(self, flags: int, body: bytes) -> None:
-        (features,) = protocol.FEATURES.unpack_from(body)
+        features, kept = protocol.FEATURES.unpack_from(body)
         memory: RemoteMemory
         if flags & protocol.BATCHES:
             memory = RemoteBatches(
@@ -139,6 +141,8 @@ class BackEnd:
                 queue.resume(base)
             self._queues[index] = queue
         self._device.activate(memory, self._queues, features)
+        if flags & protocol.RESUMED:
+            self._device.resumed(kept)
 
     def _forget(self) -> None:
         self._queues = {}
@@ -205,7 +209,9 @@ class BackEnd:
 
     def _tell(self, index: int, flags: int) -> None:
         counts = self._device.statistics
-        body = protocol.COUNTS.pack(counts.requests, counts.flushes, counts.errors)
+        body = protocol.COUNTS.pack(
+            counts.requests, counts.flushes, counts.errors, counts.bytes_read, counts.bytes_written
+        )
         self._channel.say(protocol.TURN, flags, index, body)
 
     def _guarded(self, work: Callable[[], None]) -> None:
@@ -221,6 +227,13 @@ class BackEnd:
             words = one_line(text).encode()[: protocol.MOST_TEXT]
             self._forget()
             self._channel.say(protocol.STOPPED, protocol.REFUSED if refused else 0, 0, words)
+
+    def _keep(self, number: int) -> None:
+        self._channel.say(protocol.KEEP, 0, 0, protocol.KEPT.pack(number))
+
+    def _note(self, sentence: str) -> None:
+        words = one_line(sentence).encode()[: protocol.MOST_TEXT]
+        self._channel.say(protocol.NOTE, 0, 0, words)
 
     def _announce(self) -> None:
         self._channel.say(protocol.CONFIG, 0, 0, self._device.config())

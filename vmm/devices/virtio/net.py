@@ -26,6 +26,7 @@ F_MRG_RXBUF, F_STATUS = 1 << 15, 1 << 16
 RX, TX = 0, 1
 QUEUE_SIZE = 256
 HEADER_SIZE = 12
+MAC_BYTES = 6
 _HEADER = struct.Struct("<BBHHHHH")
 _NO_HEADER = bytes(HEADER_SIZE)
 _NUM_BUFFERS = struct.Struct("<H")
@@ -42,6 +43,11 @@ _FOR_A_MOMENT = (errno.ENOMEM, errno.ENOBUFS, errno.EINTR)
 """What says nothing against the backend: the next try may go well."""
 _A_MOMENT = 0.01
 """Seconds until that next try: what is ready stays ready meanwhile, and would be tried at once."""
+
+
+def may_be_mac(mac: bytes) -> bool:
+    """Whether a card may have that address."""
+    return not mac[0] & 1 and any(mac)
 
 
 class NetBackend(Protocol):
@@ -82,10 +88,12 @@ class VirtioNet(VirtioDevice):
     wants_process = False
     """Whether it is to have a process of its own."""
 
-    def __init__(self, backend: NetBackend, mac: bytes) -> None:
+    def __init__(self, backend: NetBackend, mac: bytes, *, mac_given: bool = False) -> None:
+        """`mac_given`: the user has chosen it."""
         super().__init__()
         self.backend = self._backend = backend
         self._mac = mac
+        self._mac_given = mac_given
         self._link_up = True
         self._receiving = self._waiting_for_room = False
         self._held: bytes | None = None  # a frame that waits for more buffers
@@ -119,8 +127,17 @@ class VirtioNet(VirtioDevice):
         return {"mac": self._mac.hex()}
 
     def restore(self, saved: Saved) -> None:
-        """See vmm.core.saved.Stateful: the driver knows the card by its address."""
-        self._mac = saved.bytes("mac", len(self._mac))
+        """See vmm.core.saved.Stateful: the driver knows the card by its address. Its link is up,
+        whatever it was: the backend is another one."""
+        mac = saved.bytes("mac", MAC_BYTES)
+        if not may_be_mac(mac):
+            raise saved.bad(f"mac {mac.hex(':')} is a multicast or empty address")
+        if self._mac_given and mac != self._mac:
+            raise saved.bad(
+                f"its card has the address {mac.hex(':')}, and --net says mac={self._mac.hex(':')};"
+                " leave mac= out"
+            )
+        self._mac = mac
 
     def close(self) -> None:
         self.watch(self._backend.fd, self._ready)
