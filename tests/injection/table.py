@@ -32,12 +32,13 @@ OUTCOMES = (SAME, GUEST, RESET, SAID, DROPPED, CALLER, ENDS_1, ENDS_2, ENDS_3)
 EINTR, EIO, ENOSPC, ENOMEM = errno.EINTR, errno.EIO, errno.ENOSPC, errno.ENOMEM
 EAGAIN, EFBIG, EDQUOT = errno.EAGAIN, errno.EFBIG, errno.EDQUOT
 EMFILE, EPIPE, EFAULT = errno.EMFILE, errno.EPIPE, errno.EFAULT
+ENOENT, EINVAL, ENODEV, EBADFD = errno.ENOENT, errno.EINVAL, errno.ENODEV, errno.EBADFD
 COLUMNS = (EINTR, SHORT, EIO, ENOSPC, ENOMEM, EAGAIN, EFBIG, EDQUOT, EMFILE, EPIPE)
 
 FS_IOC_FIEMAP = 0xC020660B
+TUNSETIFF, TUNSETOFFLOAD, TUNSETVNETHDRSZ = 0x400454CA, 0x400454D0, 0x400454D8
 
 BY_SHIM, BY_STRACE, BY_PROGRAM, BY_MODEL = "shim", "strace", "program", "model"
-ENOENT, EINVAL, ENODEV = errno.ENOENT, errno.EINVAL, errno.ENODEV
 Cells = dict[int, str]
 
 
@@ -205,6 +206,7 @@ END = [
     Row("end", "wait4", "the process outside", {EINTR: SAME, errno.ECHILD: SAME}, BY_STRACE,
         "pread", lasts=False),
 ]  # fmt: skip
+_TAP = {EINTR: SAME, EAGAIN: SAME, **_all(DROPPED, EIO, EBADFD)}
 _SEEN = {EINTR: SAME, SHORT: SAME, **_all(CALLER, EIO, ENOMEM)}
 OTHERS = [
     Row("memory", "pread64", "/proc/self/mem", _SEEN, BY_PROGRAM, "readable", "/mem$"),
@@ -230,10 +232,20 @@ OTHERS = [
         EIO: DROPPED}, BY_PROGRAM, "net", lasts=False),
     Row("net", "sendto", "passt", {EINTR: SAME, EAGAIN: SAME, SHORT: SAME, EPIPE: DROPPED},
         BY_PROGRAM, "net", lasts=False),
-    Row("net", "read", "tap", {EINTR: SAME, EAGAIN: SAME, ENOMEM: SAME, EIO: DROPPED},
-        BY_PROGRAM, "tap", "socket:", lasts=False),
-    Row("net", "write", "tap", {EINTR: SAME, EAGAIN: SAME, ENOMEM: DROPPED, EIO: DROPPED},
-        BY_PROGRAM, "tap", "socket:", lasts=False),
+    Row("net", "read", "tap", {**_TAP, ENOMEM: SAME}, BY_PROGRAM, "real-tap", "net/tun$",
+        lasts=False),
+    Row("net", "write", "tap", {**_TAP, **_all(DROPPED, ENOMEM, EINVAL)}, BY_PROGRAM, "real-tap",
+        "net/tun$", lasts=False),
+    Row("net", "read", "tap, a socket in its place", {**_TAP, ENOMEM: SAME}, BY_PROGRAM, "tap",
+        "socket:", lasts=False),
+    Row("net", "write", "tap, a socket in its place", {**_TAP, ENOMEM: DROPPED}, BY_PROGRAM,
+        "tap", "socket:", lasts=False),
+    Row("net", "TUNSETOFFLOAD", "tap", _all(RESET, EINVAL, EBADFD), BY_PROGRAM, "tap-offloads",
+        "net/tun$", TUNSETOFFLOAD),
+    Row("start", "TUNSETIFF", "tap", _all(ENDS_3, errno.EPERM, errno.EBUSY, EINVAL, ENOMEM),
+        BY_PROGRAM, "tap-start", "net/tun$", TUNSETIFF),
+    Row("start", "TUNSETVNETHDRSZ", "tap", _all(ENDS_3, EINVAL, EBADFD), BY_PROGRAM, "tap-start",
+        "net/tun$", TUNSETVNETHDRSZ),
     Row("vsock", "socket", "a guest's call", _all(GUEST, EMFILE, ENOMEM), BY_PROGRAM,
         "vsock-call"),
     Row("vsock", "connect", "a guest's call", _all(GUEST, EAGAIN,
