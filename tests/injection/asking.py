@@ -8,12 +8,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import subprocess
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from tests.injection.injecting import until
+from tests.injection.injecting import Process, until
 from tests.support import guests
 from tests.support.gdb_client import GdbClient
 
@@ -41,9 +40,7 @@ class Asker:
         kernel.write_bytes(guests.kernel(GUEST))
         return ["--kernel", str(kernel)]
 
-    def __call__(
-        self, process: subprocess.Popen[bytes], begin: Callable[[], None]
-    ) -> tuple[bytes, bytes]:
+    def __call__(self, process: Process, begin: Callable[[], None]) -> tuple[bytes, bytes]:
         raise NotImplementedError
 
     def leftovers(self) -> list[str]:
@@ -64,9 +61,7 @@ class Reader(Asker):
     def options(self) -> list[str]:
         return [*super().options(), "--memory-file", str(self._folder / "memory")]
 
-    def __call__(
-        self, process: subprocess.Popen[bytes], begin: Callable[[], None]
-    ) -> tuple[bytes, bytes]:
+    def __call__(self, process: Process, begin: Callable[[], None]) -> tuple[bytes, bytes]:
         said = until(process.stdout, b"ready")
         begin()
         self._use("memory", os.O_RDWR, self._memory)
@@ -109,9 +104,7 @@ class Debugger(Asker):
     def options(self) -> list[str]:
         return [*super().options(), "--gdb", str(self._folder / "gdb")]
 
-    def __call__(
-        self, process: subprocess.Popen[bytes], begin: Callable[[], None]
-    ) -> tuple[bytes, bytes]:
+    def __call__(self, process: Process, begin: Callable[[], None]) -> tuple[bytes, bytes]:
         said = until(process.stderr, b"waits for a debugger")
         if b"waits for a debugger" not in said:
             return b"", said
@@ -144,7 +137,7 @@ def _asked(gdb: GdbClient, packet: bytes) -> str:
     return "error" if answer.startswith(b"E") else answer.decode()
 
 
-def _type(process: subprocess.Popen[bytes]) -> None:
+def _type(process: Process) -> None:
     """What the guest waits for."""
     assert process.stdin is not None
     with contextlib.suppress(BrokenPipeError):

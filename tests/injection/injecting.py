@@ -7,6 +7,7 @@ the C library, at the kernel's door.
 
 from __future__ import annotations
 
+import atexit
 import errno
 import functools
 import mmap
@@ -21,6 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Protocol
 
+from tests.injection.warm import Forked, Warm
 from vmm.core.lean_typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,8 +32,9 @@ SECONDS = 40
 SHORT = 0
 """In the place of an errno: the call moves half of the bytes."""
 FOR_EVER = 1 << 40
+_PYVMM = [sys.executable, "-m", "vmm"]
 _COUNTS = 4096
-_MOST_RULES = 64
+_MOST_RULES = 128
 
 
 class Fault(NamedTuple):
@@ -74,12 +77,13 @@ def shim() -> str:
     return path
 
 
+Process = subprocess.Popen[bytes] | Forked
+
+
 class Meanwhile(Protocol):
     """Does something to a run that has been started."""
 
-    def __call__(
-        self, process: subprocess.Popen[bytes], begin: Callable[[], None]
-    ) -> tuple[bytes, bytes]:
+    def __call__(self, process: Process, begin: Callable[[], None]) -> tuple[bytes, bytes]:
         """What it has read of its output and its stderr. `begin` has faults begin."""
         ...
 
@@ -129,27 +133,38 @@ def _hold(counts: int, held: bool) -> None:
 def _ended(
     words: Sequence[str],
     environment: dict[str, str],
-    meanwhile: Callable[[subprocess.Popen[bytes]], tuple[bytes, bytes]] | None = None,
+    meanwhile: Callable[[Process], tuple[bytes, bytes]] | None = None,
 ) -> tuple[int, str, str]:
-    # Without buffers of Python's: what `meanwhile` hasn't read is there for the rest.
-    with subprocess.Popen(
-        words, cwd=ROOT, env=os.environ | environment, bufsize=0,
-        stdin=subprocess.DEVNULL if meanwhile is None else subprocess.PIPE,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    ) as process:  # fmt: skip
-        watchdog = threading.Timer(SECONDS, process.kill)
-        watchdog.start()
-        try:
-            before = (b"", b"") if meanwhile is None else meanwhile(process)
-            after = process.communicate()
-        finally:
-            watchdog.cancel()
-            process.kill()  # if it hasn't ended
+    process: Process
+    if list(words[: len(_PYVMM)]) == _PYVMM:
+        process = _warm().start(words[len(_PYVMM) :], environment)
+    else:
+        process = subprocess.Popen(
+            words, cwd=ROOT, env=os.environ | environment, bufsize=0,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+    watchdog = threading.Timer(SECONDS, process.kill)
+    watchdog.start()
+    try:
+        before = (b"", b"") if meanwhile is None else meanwhile(process)
+        after = process.communicate()
+    finally:
+        watchdog.cancel()
+        process.kill()  # if it hasn't ended
+        process.wait()
     output, errors = (
         (first + rest).decode(errors="replace").replace("\r\n", "\n")
         for first, rest in zip(before, after, strict=True)
     )
+    assert process.returncode is not None
     return process.returncode, output, errors
+
+
+@functools.cache
+def _warm() -> Warm:
+    made = Warm(shim(), str(ROOT))
+    atexit.register(made.close)
+    return made
 
 
 def run_under_strace(
@@ -182,4 +197,4 @@ def programs(*each: tuple[str, Fault]) -> Ended:
 
 
 def pyvmm(*options: str) -> list[str]:
-    return [sys.executable, "-m", "vmm", *options]
+    return [*_PYVMM, *options]

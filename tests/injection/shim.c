@@ -26,7 +26,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-enum { MOST_RULES = 64 };
+enum { MOST_RULES = 128 };
 
 static struct rule {
     char call[32], object[96];
@@ -37,7 +37,8 @@ static unsigned count;
 static uint64_t *counts;
 int pyvmm_shim_armed = 1;
 
-__attribute__((constructor)) static void start(void)
+/* Also for a process that was forked, with another environment. */
+__attribute__((constructor)) void pyvmm_shim_start(void)
 {
     const char *text = getenv("PYVMM_INJECT"), *path = getenv("PYVMM_INJECT_COUNTS");
     while (text && *text) {
