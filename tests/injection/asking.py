@@ -1,46 +1,84 @@
-"""Who asks something of a run while its calls fail: a reader of its memory file, a debugger.
-
-Each does the same every time, whatever comes of it, and then lets the guest go on to its end.
+"""Who asks something of a run while its calls fail: a reader of its memory file, a debugger, who
+saves it. Each does the same every time, whatever comes of it, and then the guest goes on.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
+import functools
+import json
 import os
-from collections.abc import Callable
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from tests.injection.injecting import Process, until
+from tests.injection import injecting
+from tests.injection.injecting import NOTHING, Begin, Process, until
 from tests.support import guests
 from tests.support.gdb_client import GdbClient
+from vmm.cli import ctl_saving
+from vmm.core.errors import OutputError
 
+_UP_TO_THE_LOOP = b"\x90" + guests.say(b"ready\r\n")
+_LOOP = guests.STATUS + bytes.fromhex("eca801") + b"\x74\xf7"
+"""in al, dx; test al, 1; jz back to the first: waits for a byte."""
 GUEST = (
-    b"\x90\x90\x90\x90"  # for a debugger to step over
-    + guests.say(b"ready\r\n")
-    + guests.STATUS
-    + bytes.fromhex("eca80174fb")  # in al, dx; test al, 1; jz back: wait for a byte
+    _UP_TO_THE_LOOP
+    + _LOOP
     + guests.say(b"done\r\n")
     + bytes.fromhex("66ba0406 66b80034 66ef")  # mov dx, 0x604; mov ax, 0x3400; out dx, ax: off
     + guests.SPIN
 )
-Answers = list[str]
+Answers = tuple[str, ...]
 
 
 class Asker:
-    """Options of the run, and what is asked of it; `answers` say what came of each question."""
+    """Options of the run, and what is asked of it, in rounds."""
 
-    def __init__(self, folder: Path) -> None:
-        self.answers: Answers = []
+    has_rounds = True
+    """Whether it can be asked again after something has failed."""
+
+    def __init__(self, folder: Path, rounds: int = 0) -> None:
+        """`rounds`: so many, in each of which one fault is meant; 0: one round with all."""
+        self.answers: list[Answers] = []
+        """What came of each question, for each round."""
         self._folder = folder
+        self._rounds = rounds
+        self._heard: list[str] = []
 
     def options(self) -> list[str]:
         kernel = self._folder / "kernel"
         kernel.write_bytes(guests.kernel(GUEST))
         return ["--kernel", str(kernel)]
 
-    def __call__(self, process: Process, begin: Callable[[], None]) -> tuple[bytes, bytes]:
+    def __call__(self, process: Process, begin: Begin) -> tuple[bytes, bytes]:
+        said = self.wait(process)
+        for number in range(max(self._rounds, 1)):
+            begin(NOTHING)
+            self.prepare()
+            begin(number if self._rounds else None)
+            self.ask()
+            self.answers.append(tuple(self._heard))
+            self._heard = []
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(b"x")  # what the guest waits for
+        return said
+
+    def wait(self, process: Process) -> tuple[bytes, bytes]:
+        """Until it can be asked; what is read meanwhile of its output and its stderr."""
+        return until(process.stdout, b"ready"), b""
+
+    def prepare(self) -> None:
+        """Before each round, while nothing fails."""
+
+    def ask(self) -> None:
         raise NotImplementedError
 
     def leftovers(self) -> list[str]:
@@ -52,23 +90,21 @@ class Asker:
             answer = ask()
         except OSError as error:
             answer = errno.errorcode[error.errno or 0]
-        self.answers.append(f"{question}: {answer}")
+        self._heard.append(f"{question}: {answer}")
 
 
 class Reader(Asker):
     """Of `--memory-file`: all that its files can be asked for."""
 
+    has_rounds = False
+
     def options(self) -> list[str]:
         return [*super().options(), "--memory-file", str(self._folder / "memory")]
 
-    def __call__(self, process: Process, begin: Callable[[], None]) -> tuple[bytes, bytes]:
-        said = until(process.stdout, b"ready")
-        begin()
+    def ask(self) -> None:
         self._use("memory", os.O_RDWR, self._memory)
         self._use("states", os.O_RDONLY, self._states)
         self._try("list", lambda: sorted(os.listdir(self._folder / "memory")))
-        _type(process)
-        return said, b""
 
     def _use(self, name: str, flags: int, use: Callable[[int], None]) -> None:
         def open_and_use() -> str:
@@ -101,47 +137,105 @@ class Reader(Asker):
 class Debugger(Asker):
     """Reads and writes registers, steps, sets a breakpoint, goes on, and detaches."""
 
+    _at = b"%x,1" % (guests.BASE + len(_UP_TO_THE_LOOP + guests.STATUS) + 1)
+    _packets = (
+        b"g",
+        b"P3=4100000000000000",  # rbx: KVM_SET_REGS
+        b"P38=a01f0000",  # mxcsr: KVM_SET_FPU
+        b"P3c=0010000000000000",  # cr2: KVM_SET_SREGS
+        b"p3",
+        b"vCont;s:1",
+        b"Z1," + _at,
+        b"vCont;c",
+        b"p10",  # where it is
+        b"D",
+    )
+
     def options(self) -> list[str]:
         return [*super().options(), "--gdb", str(self._folder / "gdb")]
 
-    def __call__(self, process: Process, begin: Callable[[], None]) -> tuple[bytes, bytes]:
+    def wait(self, process: Process) -> tuple[bytes, bytes]:
         said = until(process.stderr, b"waits for a debugger")
-        if b"waits for a debugger" not in said:
-            return b"", said
-        with contextlib.suppress(OSError, EOFError), GdbClient.at(self._folder / "gdb") as gdb:
-            assert gdb.ask(b"vCont;s:1").startswith(b"T05")  # until when it may not stand yet
-            begin()
-            for packet in _PACKETS:
-                self._try(packet.decode(), partial(_asked, gdb, packet))
-        _type(process)
-        return b"", b""
+        return b"", b"" if b"waits for a debugger" in said else said
+
+    def prepare(self) -> None:
+        """Where each round begins: at the breakpoint, with other registers."""
+        self._gdb = GdbClient.at(self._folder / "gdb")
+        for packet in (b"Z1," + self._at, b"vCont;c", b"z1," + self._at):
+            assert not self._gdb.ask(packet).startswith(b"E")
+        for packet in (b"P3=4200000000000000", b"P38=801f0000", b"P3c=0020000000000000"):
+            assert self._gdb.ask(packet) == b"OK"
+
+    def ask(self) -> None:
+        with contextlib.suppress(EOFError), self._gdb:
+            for packet in self._packets:
+                self._try(packet.decode(), partial(self._asked, packet))
+
+    def _asked(self, packet: bytes) -> str:
+        answer = self._gdb.ask(packet)
+        if answer.startswith(b"E"):
+            return "error"
+        return "all of them" if packet == b"g" else answer.decode()
 
 
-_AT = b"%x,1" % (guests.BASE + 3)
-_PACKETS = (
-    b"g",
-    b"P0=4100000000000000",  # rax: KVM_SET_REGS
-    b"P38=a01f0000",  # a register of the FPU's: KVM_SET_FPU
-    b"P3c=0010000000000000",  # cr2: KVM_SET_SREGS
-    b"g",
-    b"vCont;s:1",
-    b"Z1," + _AT,
-    b"vCont;c",
-    b"p10",  # where it is
-    b"D",
-)
+class Saver(Asker):
+    """Has a snapshot and a core file made of it, over and over."""
+
+    def options(self) -> list[str]:
+        (self._folder / "saved").mkdir(exist_ok=True)
+        return [*super().options(), "--control", str(self._folder / "control")]
+
+    def save(self, path: Path) -> dict[str, Any]:
+        return ctl_saving.snapshot(self._ask, str(path), with_private=False, then_quit=False)
+
+    def ask(self) -> None:
+        place = self._folder / "saved"
+        ways: dict[str, Callable[[], dict[str, Any]]] = {
+            "snapshot": partial(self.save, place / "snapshot"),
+            "dump": partial(ctl_saving.dump, self._ask, str(place / "core")),
+        }
+        for name, make in ways.items():
+            self._try(name, partial(_made, make))
+            self._try("left", lambda: sorted(os.listdir(place)))
+            for root, _, files in os.walk(place, topdown=False):
+                for file in files:
+                    os.unlink(os.path.join(root, file))
+                if root != str(place):
+                    os.rmdir(root)
+        self._try("status", lambda: self._ask({"command": "status"}, [])["state"])
+
+    def _ask(self, request: dict[str, Any], files: Sequence[int]) -> dict[str, Any]:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(str(self._folder / "control"))
+            ctl_saving.send_files(connection, json.dumps(request).encode() + b"\n", files)
+            answer: dict[str, Any] = json.loads(connection.makefile("rb").readline())
+        return answer
 
 
-def _asked(gdb: GdbClient, packet: bytes) -> str:
-    answer = gdb.ask(packet)
-    return "error" if answer.startswith(b"E") else answer.decode()
+def _made(make: Callable[[], dict[str, Any]]) -> str:
+    try:
+        return "made" if ctl_saving.carried_out(make)["ok"] else "error"
+    except OutputError:
+        return "error"
 
 
-def _type(process: Process) -> None:
-    """What the guest waits for."""
-    assert process.stdin is not None
-    with contextlib.suppress(BrokenPipeError):
-        process.stdin.write(b"x")
+class _Once(Saver):
+    """Makes a snapshot that stays."""
+
+    def ask(self) -> None:
+        self.save(self._folder / "snapshot")
 
 
-ASKERS: dict[str, type[Asker]] = {"memory file": Reader, "gdb": Debugger}
+@functools.cache
+def snapshot() -> Path:
+    """A snapshot of the guest, which waits for a byte; made once for all."""
+    folder = Path(tempfile.mkdtemp(prefix="pyvmm-"))
+    atexit.register(shutil.rmtree, folder)
+    saver = _Once(folder)
+    ended = injecting.run(injecting.pyvmm(*saver.options(), *MEMORY), meanwhile=saver)
+    assert ended.status == 0, ended
+    return folder / "snapshot"
+
+
+MEMORY = ("--mem", "16M")
+ASKERS: dict[str, type[Asker]] = {"memory file": Reader, "gdb": Debugger, "saving": Saver}

@@ -53,8 +53,13 @@ _OF_THE_TABLE = {
     "passt": "socket", "tap": "tap", "tap, a socket in its place": "socket",
     "a host's program": "socket", "a guest's call": "socket", "its socket": "socket",
     "the spawner": "socket", "back end": "socket",
-    "snapshot's files": "", "its state": "", "guest memory, saved": "shared memory",
-    "a snapshot that is restored": "",
+    # Files of a snapshot are anywhere, and have no kind.
+    "its memory's file, by the run": "", "core file, by the run": "", "core file": "",
+    "core file's headers": "", "snapshot's files": "", "its state": "",
+    "the folder around it": "", "what was written of it": "", "a snapshot's state": "",
+    "a snapshot's memory": "", "a snapshot that is restored": "",
+    "guest memory, saved": "shared memory", "guest memory, restored": "shared memory",
+    "shared memory, to the files": "shared memory",
     "file, FIFO": "console", "terminal": "console", "protected memory": "",
     "to the process outside": "", "the process outside": "", "a thread": "", "": "",
 }  # fmt: skip

@@ -80,11 +80,16 @@ def shim() -> str:
 Process = subprocess.Popen[bytes] | Forked
 
 
+NOTHING = -2
+Begin = Callable[[int | None], None]
+"""Has a fault begin, by its place, and others not any more; None: all of them, NOTHING: none."""
+
+
 class Meanwhile(Protocol):
     """Does something to a run that has been started."""
 
-    def __call__(self, process: Process, begin: Callable[[], None]) -> tuple[bytes, bytes]:
-        """What it has read of its output and its stderr. `begin` has faults begin."""
+    def __call__(self, process: Process, begin: Begin) -> tuple[bytes, bytes]:
+        """What it has read of its output and its stderr."""
         ...
 
 
@@ -102,13 +107,14 @@ def run(
     *faults: Fault,
     environment: dict[str, str] | None = None,
     meanwhile: Meanwhile | None = None,
+    typed: bytes = b"",
 ) -> Ended:
-    """Run `words` with these faults; never for longer than SECONDS."""
+    """Run `words` with these faults; never for longer than SECONDS. `typed` is its input."""
     more = dict(environment or {})
     with tempfile.NamedTemporaryFile(prefix="pyvmm-counts-") as file:
         file.truncate(_COUNTS)
         if meanwhile is not None:
-            _hold(file.fileno(), True)
+            _arm(file.fileno(), _FIRST + NOTHING)
         if faults:
             more |= {
                 "LD_PRELOAD": shim(),
@@ -118,22 +124,30 @@ def run(
                     for each in faults
                 ),
             }
-        begin = functools.partial(_hold, file.fileno(), False)
+
+        def begin(fault: int | None) -> None:
+            _arm(file.fileno(), _ALL if fault is None else _FIRST + fault)
+
         asking = None if meanwhile is None else functools.partial(meanwhile, begin=begin)
-        status, output, errors = _ended(words, more, asking)
+        status, output, errors = _ended(words, more, asking, typed)
         with mmap.mmap(file.fileno(), _COUNTS, access=mmap.ACCESS_READ) as counts:
             numbers = struct.unpack_from(f"={2 * max(len(faults), 1)}Q", counts)
     return Ended(status, output, errors, numbers[0], numbers[1], numbers[1::2])
 
 
-def _hold(counts: int, held: bool) -> None:
-    os.pwrite(counts, struct.pack("=Q", held), 8 * 2 * _MOST_RULES)
+_ALL, _FIRST = 2, 3
+
+
+def _arm(counts: int, which: int) -> None:
+    """See shim.c."""
+    os.pwrite(counts, struct.pack("=Q", which), 8 * 2 * _MOST_RULES)
 
 
 def _ended(
     words: Sequence[str],
     environment: dict[str, str],
     meanwhile: Callable[[Process], tuple[bytes, bytes]] | None = None,
+    typed: bytes = b"",
 ) -> tuple[int, str, str]:
     process: Process
     if list(words[: len(_PYVMM)]) == _PYVMM:
@@ -146,6 +160,9 @@ def _ended(
     watchdog = threading.Timer(SECONDS, process.kill)
     watchdog.start()
     try:
+        if typed:
+            assert process.stdin is not None
+            process.stdin.write(typed)
         before = (b"", b"") if meanwhile is None else meanwhile(process)
         after = process.communicate()
     finally:

@@ -15,7 +15,7 @@ import struct
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from vmm.cli import ctl_saving
 from vmm.control import saving
 from vmm.control.memory_file.guest_file import GuestFile
 from vmm.core import unix_listener
-from vmm.core.errors import HostError
+from vmm.core.errors import HostError, OutputError, UsageError
 from vmm.core.ranges import Range
 from vmm.core.saved import BadState
 from vmm.devices.vhost_user.channel import BackEndError, Channel
@@ -517,11 +517,31 @@ def snapshot(folder: Path, error: int) -> str:
             fd = new_file(making, "state")
             ctl_saving._write(fd, packed({"memory": sums}), 0)
             os.close(fd)
-    except OSError as refused:
-        assert refused.errno == error
+    except (OSError, UsageError) as refused:
+        assert isinstance(refused, UsageError) or refused.errno == error
         assert os.listdir(folder) == [], "something was left behind"
         return CALLER
     assert (place / "memory").read_bytes() == data
+    return SAME
+
+
+def dump(folder: Path, error: int) -> str:
+    """A core file, whose memory the running pyvmm has written."""
+    note = b"VMCOREINFO\0" + _pattern(5000)
+
+    def ask(request: dict[str, Any], files: Sequence[int]) -> dict[str, Any]:
+        os.writev(files[0], [bytes(4096), note])
+        return {"ok": True, "pages": [[0, 8192, "shared"]], "vcpus": [], "offset": 4096}
+
+    try:
+        with failing():
+            ctl_saving.carried_out(lambda: ctl_saving.dump(ask, str(folder / "core")))
+    except OutputError as refused:
+        assert os.strerror(error) in str(refused)
+        assert os.listdir(folder) == [], "something was left behind"
+        return CALLER
+    content = (folder / "core").read_bytes()
+    assert content.startswith(b"\x7fELF") and content.endswith(note)
     return SAME
 
 
@@ -565,6 +585,7 @@ PROGRAMS: dict[str, Callable[[Path, int], str]] = {
     "console-pty": console_pty,
     "vhost-user": vhost_user,
     "snapshot": snapshot,
+    "dump": dump,
     "restore": restore,
 }
 

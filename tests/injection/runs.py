@@ -14,7 +14,7 @@ from pathlib import Path
 
 import firmware
 from tests.injection import injecting
-from tests.injection.asking import ASKERS
+from tests.injection.asking import ASKERS, MEMORY, Answers, snapshot
 from tests.injection.injecting import FOR_EVER, SHORT, Ended, Fault
 from tests.injection.table import (
     BY_STRACE,
@@ -59,7 +59,7 @@ class Seen(NamedTuple):
     report: dict[str, Any] | None
     disk: str
     """A digest of what is on its disk."""
-    answers: tuple[str, ...] = ()
+    rounds: tuple[Answers, ...] = ()
     """What somebody asked it, and what came of that."""
     leftovers: tuple[str, ...] = ()
 
@@ -89,14 +89,17 @@ def _reported(folder: Path) -> tuple[str, str]:
     return "--report", str(folder / "report.json")
 
 
-def seen(scenario: str, folder: Path, *faults: Fault) -> Seen:
-    """Run it with these faults."""
+def seen(scenario: str, folder: Path, *faults: Fault, rounds: bool = False) -> Seen:
+    """Run it with these faults; `rounds`: with one after the other."""
+    if scenario == "restore":
+        words = injecting.pyvmm("--restore", str(snapshot()), *_reported(folder))
+        return _seen(folder, injecting.run(words, *faults, typed=b"x"))
     if scenario not in ASKERS:
         return _seen(folder, injecting.run(words_of(scenario, folder), *faults))
-    asker = ASKERS[scenario](folder)
-    words = injecting.pyvmm(*asker.options(), "--mem", "16M", *_reported(folder))
+    asker = ASKERS[scenario](folder, len(faults) if rounds else 0)
+    words = injecting.pyvmm(*asker.options(), *MEMORY, *_reported(folder))
     run = _seen(folder, injecting.run(words, *faults, meanwhile=asker))
-    return run._replace(answers=tuple(asker.answers), leftovers=tuple(asker.leftovers()))
+    return run._replace(rounds=tuple(asker.answers), leftovers=tuple(asker.leftovers()))
 
 
 def injected(row: Row, error: int, folder: Path) -> Seen:
@@ -151,7 +154,7 @@ def outcome(row: Row, error: int, run: Seen) -> str:
     output = ended.output.splitlines()
     went_well = bool(output) and _is_end(output[-1])
     if went_well and ended.status == 0:
-        if any(_REFUSAL.search(answer) for answer in run.answers):
+        if any(map(was_refused, run.rounds)):
             return CALLER
         if lines:
             return SAID
@@ -163,6 +166,10 @@ def outcome(row: Row, error: int, run: Seen) -> str:
     if "waited for in vain" in ended.output:
         return RESET
     return {1: ENDS_1, 2: ENDS_2, 3: ENDS_3}.get(ended.status, f"status {ended.status}")
+
+
+def was_refused(answers: Answers) -> bool:
+    return any(_REFUSAL.search(answer) for answer in answers)
 
 
 _REFUSAL = re.compile(r": (E[A-Z]+|error)$")
@@ -188,8 +195,8 @@ def problems(row: Row, error: int, run: Seen, without: Seen) -> list[str]:
     expected = row.cells[error]
     found += run.leftovers
     if expected == SAME:
-        if run.answers != without.answers:
-            found.append(f"answers {run.answers}, not {without.answers}")
+        if run.rounds != without.rounds:
+            found.append(f"answers {run.rounds}, not {without.rounds}")
         if _file_counts(run) != _file_counts(without):
             found.append(f"counts {_file_counts(run)}, not {_file_counts(without)}")
         if run.disk != without.disk:
