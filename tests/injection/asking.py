@@ -204,6 +204,9 @@ class Saver(Asker):
                     os.rmdir(root)
         self._try("status", lambda: self._ask({"command": "status"}, [])["state"])
 
+    def quit(self) -> None:
+        self._ask({"command": "quit"}, [])
+
     def _ask(self, request: dict[str, Any], files: Sequence[int]) -> dict[str, Any]:
         with socket.socket(socket.AF_UNIX) as connection:
             connection.connect(str(self._folder / "control"))

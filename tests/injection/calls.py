@@ -7,7 +7,6 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO
 
 from kvm_bindings import ioctls
 from kvm_bindings.x86_64 import ioctls as x86
@@ -33,6 +32,8 @@ _KINDS = [
     (r"/dev/fuse$", "fuse"),
     (r"/dev/net/tun$", "tap"),
     (r"/trace/", "trace"),
+    (r"/\.(snapshot|core)\.\w+(/\w+)?$", "saved"),
+    (r"/snapshot/(memory|state)$", "saved"),
     (r"\.pyvmm-.*\.tmp$", "report"),
     (r"landlock", ""),
 ]
@@ -53,11 +54,11 @@ _OF_THE_TABLE = {
     "passt": "socket", "tap": "tap", "tap, a socket in its place": "socket",
     "a host's program": "socket", "a guest's call": "socket", "its socket": "socket",
     "the spawner": "socket", "back end": "socket",
-    # Files of a snapshot are anywhere, and have no kind.
-    "its memory's file, by the run": "", "core file, by the run": "", "core file": "",
-    "core file's headers": "", "snapshot's files": "", "its state": "",
-    "the folder around it": "", "what was written of it": "", "a snapshot's state": "",
-    "a snapshot's memory": "", "a snapshot that is restored": "",
+    "its memory's file, by the run": "saved", "core file, by the run": "saved",
+    "core file": "saved", "core file's headers": "saved", "snapshot's files": "saved",
+    "its state": "saved", "the folder around it": "saved", "what was written of it": "saved",
+    "a snapshot's state": "saved", "a snapshot's memory": "saved",
+    "a snapshot that is restored": "saved",
     "guest memory, saved": "shared memory", "guest memory, restored": "shared memory",
     "shared memory, to the files": "shared memory",
     "file, FIFO": "console", "terminal": "console", "protected memory": "",
@@ -132,33 +133,31 @@ def unknown(calls: set[Call]) -> set[Call]:
     }
 
 
-Meanwhile = Callable[[IO[str]], None]
-"""Does something to a run; gets its stderr."""
-
-
-def recorded(words: Sequence[str], folder: Path, meanwhile: Meanwhile | None = None) -> set[Call]:
+def recorded(
+    words: Sequence[str],
+    folder: Path,
+    meanwhile: Callable[[injecting.Process], None] = lambda process: None,
+    typed: bytes = b"",
+) -> set[Call]:
     """All calls of a run. Raises AssertionError where it doesn't end well."""
     log = folder / "strace.log"
     tracer = ["strace", "-f", "-qq", "-y", "-X", "raw", "-s", "0", "-o", str(log)]
     with (
         open(folder / "console.out", "wb") as console,
         subprocess.Popen(
-            [*tracer, *words], cwd=injecting.ROOT, stdin=subprocess.DEVNULL, stdout=console,
-            stderr=subprocess.PIPE, text=True,
+            [*tracer, *words], cwd=injecting.ROOT, bufsize=0, stdin=subprocess.PIPE, stdout=console,
+            stderr=subprocess.PIPE,
         ) as process,
     ):  # fmt: skip
         watchdog = threading.Timer(60, process.kill)
         watchdog.start()
         try:
-            assert process.stderr is not None
-            if meanwhile is not None:
-                meanwhile(process.stderr)
-            said = process.stderr.read()
+            meanwhile(process)
+            _, said = process.communicate(typed)
         finally:
             watchdog.cancel()
             watchdog.join()
-            if process.poll() is None and meanwhile is not None:
-                process.terminate()
+            process.terminate()
     assert process.returncode == 0, said
     return set(_calls(log.read_text(errors="replace")))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -10,9 +11,13 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+import pytest
+
 import firmware
+from kvm_bindings.x86_64 import System
 from tests.injection import injecting
 from tests.injection.asking import ASKERS, MEMORY, Answers, snapshot
 from tests.injection.injecting import FOR_EVER, SHORT, Ended, Fault
@@ -30,6 +35,9 @@ from tests.injection.table import (
     SAME,
     Row,
 )
+from vmm.arch import architecture
+from vmm.control.memory_file.place import Place
+from vmm.core.errors import HostError
 from vmm.core.lean_typing import Any, NamedTuple
 from vmm.memory.transfer import ENGINES
 
@@ -69,6 +77,29 @@ class Seen(NamedTuple):
         return counts
 
 
+@functools.cache
+def _obstacle(scenario: str) -> str:
+    if scenario == "memory file":
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                Place(os.path.join(folder, "tried")).leave(mounted=False)
+            except HostError as error:
+                return str(error)
+    if scenario == "gdb":
+        with System() as system:
+            able = architecture().debug(system).abilities
+        if not (able.kernel_steps and able.kernel_hardware):
+            return f"this host's KVM has no {able.lacking()}"
+    return ""
+
+
+def require(*scenarios: str) -> None:
+    """Skip the test where the host can't do one of them."""
+    for scenario in scenarios:
+        if why := _obstacle(scenario):
+            pytest.skip(why)
+
+
 def words_of(scenario: str, folder: Path) -> list[str]:
     """The command; what it writes is in `folder`."""
     disk = folder / "disk.img"
@@ -96,6 +127,7 @@ def seen(scenario: str, folder: Path, *faults: Fault, rounds: bool = False) -> S
         return _seen(folder, injecting.run(words, *faults, typed=b"x"))
     if scenario not in ASKERS:
         return _seen(folder, injecting.run(words_of(scenario, folder), *faults))
+    require(scenario)
     asker = ASKERS[scenario](folder, len(faults) if rounds else 0)
     words = injecting.pyvmm(*asker.options(), *MEMORY, *_reported(folder))
     run = _seen(folder, injecting.run(words, *faults, meanwhile=asker))
