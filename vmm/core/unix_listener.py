@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 
 from vmm.core.errors import UsageError, limit_met
 
+AGAIN_SECONDS = 1.0
+"""When it is tried again to take a caller for whom the host had no memory."""
 _open: set[UnixListener] = set()
 
 
@@ -31,6 +33,9 @@ class UnixListener:
         """Raises UsageError, which names `option`. A socket left behind there by a process that
         has ended is replaced. `owner_only`: nobody else may connect (mode 0600)."""
         self.path = path
+        self.rest = 0.0
+        """For how many seconds there is no point in a `take`. Who waits on the fd meanwhile is
+        told of the same caller for ever."""
         self._spare = -1
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
@@ -60,7 +65,7 @@ class UnixListener:
 
     @property
     def descriptors(self) -> tuple[int, int]:
-        """All that who takes callers needs open."""
+        """All that must be open for callers to be taken."""
         return self.fd, self._spare
 
     def accept(self) -> socket.socket | None:
@@ -80,10 +85,12 @@ class UnixListener:
         return caller
 
     def take(self) -> socket.socket | None:
-        """As `accept`, for who can't try again later: None also where nobody can be taken now."""
+        """As `accept`; None also where nobody can be taken now, and then `rest` is the time."""
+        self.rest = 0.0
         try:
             return self.accept()
         except OSError:
+            self.rest = AGAIN_SECONDS
             return None
 
     def _turn_away(self) -> bool:

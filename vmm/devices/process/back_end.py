@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import select
 import socket
+import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from vmm.core.errors import GuestMemoryError, one_line
+from vmm.core.event_loop import Postponed
 from vmm.devices.process import protocol
 from vmm.devices.process.protocol import HEAD
 from vmm.devices.process.remote_memory import (
@@ -55,6 +58,7 @@ class BackEnd:
         self._poll = select.poll()
         self._poll.register(self._channel.fileno(), select.POLLIN)
         self._watched: dict[int, Callable[[], None]] = {}
+        self._postponed = Postponed()
         device.watch = self._watch
         device.wake = lambda queue: self._ready.setdefault(queue, None)  # type: ignore[assignment]
         device.serve = self._serve
@@ -76,17 +80,25 @@ class BackEnd:
         channel = self._channel
         if channel.backlog:
             self._obey(memoryview(channel.backlog.pop(0)))
-        elif not (self._ready or self._watched):
+        elif not (self._ready or self._watched or self._postponed.first()):
             self._obey(channel.hear())
         else:
-            for fd, _ in self._poll.poll(0 if self._ready else None):
+            for fd, _ in self._poll.poll(self._patience()):
                 if fd == channel.fileno():
                     self._obey(channel.hear())
                 elif fd in self._watched:
                     self._guarded(self._watched[fd])
+            self._postponed.begin_due()
         if self._ready and not channel.backlog:
             queue = next(iter(self._ready))
             self._turn(queue, self._ready.pop(queue))
+
+    def _patience(self) -> float | None:
+        """For how many milliseconds there is nothing to do, if nothing happens; None: ever."""
+        if self._ready:
+            return 0
+        first = self._postponed.first()
+        return None if first is None else max(first - time.monotonic(), 0.0) * 1000
 
     def _obey(self, packet: memoryview) -> None:
         what, flags, queue, generation = HEAD.unpack_from(packet)
@@ -237,10 +249,15 @@ class BackEnd:
         *,
         readable: bool = False,
         writable: bool = False,
+        after: float = 0.0,
     ) -> None:
-        if not (readable or writable):
+        self._postponed.drop(fd)
+        if after or not (readable or writable):
             if self._watched.pop(fd, None) is not None:
                 self._poll.unregister(fd)
+            if after:
+                begin = partial(self._watch, fd, callback, readable=readable, writable=writable)
+                self._postponed.put(fd, after, begin)
             return
         self._watched[fd] = callback
         self._poll.register(fd, readable * select.POLLIN | writable * select.POLLOUT)

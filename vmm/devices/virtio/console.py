@@ -172,7 +172,12 @@ class VirtioConsole(VirtioDevice):
         """See vmm.core.saved.Stateful. What a backend has not got rid of is lost."""
         return {
             "ports": [
-                {"guest_open": port.guest_open, "told_open": port.told_open} for port in self._ports
+                {
+                    "name": port.name,
+                    "guest_open": port.guest_open,
+                    "told_open": port.told_open,
+                }
+                for port in self._ports
             ],
             "messages": [
                 {"port": port, "event": event, "message": message.hex()}
@@ -181,8 +186,13 @@ class VirtioConsole(VirtioDevice):
         }
 
     def restore(self, saved: Saved) -> None:
-        """See vmm.core.saved.Stateful."""
+        """See vmm.core.saved.Stateful. The guest knows a port by its name."""
         for port, inner in zip(self._ports, saved.each("ports", len(self._ports)), strict=True):
+            name = inner.text("name") if inner.has("name") else None
+            if name != port.name:
+                raise inner.bad(
+                    f"its name is {_shown(name)}, and --console has {_shown(port.name)} there"
+                )
             port.guest_open = inner.flag("guest_open")
             port.told_open = inner.flag("told_open")
             inner.finish()
@@ -350,6 +360,10 @@ class VirtioConsole(VirtioDevice):
             queue.budget.spend(1 + len(chains[0].writable), written)
             used.append((chains[0].head, written))
         return queue.publish(used)
+
+
+def _shown(name: str | None) -> str:
+    return "none" if name is None else f"{name!a:.80}"
 
 
 def _input_queue(port: int) -> int:

@@ -189,7 +189,8 @@ class SocketServer(_Stream):
 
     def want(self, *, readable: bool, writable: bool) -> None:
         if self.fd < 0:
-            self._watch(self._listener.fd, self._ready, readable=True)
+            rest = self._listener.rest
+            self._watch(self._listener.fd, self._ready, readable=True, after=rest)
         super().want(readable=readable, writable=writable)
 
     def read(self, size: int) -> bytes:

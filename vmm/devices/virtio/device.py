@@ -106,6 +106,7 @@ class Watch(Protocol):
         *,
         readable: bool = False,
         writable: bool = False,
+        after: float = 0.0,
     ) -> None: ...
 
 

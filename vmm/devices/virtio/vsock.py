@@ -78,7 +78,9 @@ class VirtioVsock(VirtioDevice):
         self._next_port = _FIRST_HOST_PORT
         self._hungry = True  # the guest has buffers for more packets
         self._served = False  # the driver has enabled both queues
-        # It was restored, or its process is a new one, and the guest doesn't know yet.
+        # It was restored, or its process is another one, and the guest doesn't know yet: the reset
+        # that it is about to hear of would take new connections, too, and the host would not learn
+        # of it.
         self._has_moved = False
 
     def dial_by(self, dial: Dial) -> None:
@@ -123,10 +125,16 @@ class VirtioVsock(VirtioDevice):
         it may have another CID (5.10.6, device events)."""
         saved.number("cid", (1 << 32) - 1)
         self._next_port = saved.number("next_port", (1 << 32) - 1)
-        self._has_moved = True
+        self._forget_connections()
 
     def resumed(self, kept: int) -> None:
-        self._has_moved = True
+        self._forget_connections()
+
+    def _forget_connections(self) -> None:
+        """Those of the guest's that were with another device: it is told before there are more."""
+        self._has_moved = EVENT in self._queues
+        if self._served:
+            self._listen()
 
     def _tell_moved(self, queue: SplitQueue) -> bool:
         """VIRTIO_VSOCK_EVENT_TRANSPORT_RESET, as soon as there is a buffer for it."""
@@ -134,15 +142,20 @@ class VirtioVsock(VirtioDevice):
         chains = queue.take(1) if self._has_moved else []
         if not chains:
             return False
-        self._has_moved = False
         written = scatter(self._memory, chains[0].writable, _TRANSPORT_RESET)
-        return queue.publish([(chains[0].head, written)])
+        wants_interrupt = queue.publish([(chains[0].head, written)])
+        self._has_moved = False
+        if self._served:
+            self._listen()
+            self.wake(RX)
+            self.wake(TX)
+        return wants_interrupt
 
     def process(self, queue_index: int) -> bool:
         queue = self._queues[queue_index]
         if queue_index == EVENT:
             return self._tell_moved(queue)
-        if not self._served:
+        if not self._served or self._has_moved:
             return False  # one way only: there could be no connection
         if queue_index == RX:
             self._look_around(queue.budget)
@@ -373,16 +386,20 @@ class VirtioVsock(VirtioDevice):
                     self._end(connection)
 
     def _listen(self) -> None:
-        """Take callers while there is room for their connections."""
+        """Take callers while there is room for their connections, and the guest knows that older
+        ones are gone."""
+        has_room = len(self._callers) + len(self._connections) < MOST_CONNECTIONS
         self.watch(
             self._listener.fd,
             partial(self._happened, self._listener.fd),
-            readable=len(self._callers) + len(self._connections) < MOST_CONNECTIONS,
+            readable=has_room and not self._has_moved,
+            after=self._listener.rest,
         )
 
     def _accept(self) -> None:
         caller = self._listener.take()
         if caller is None:
+            self._listen()
             return
         self._callers[caller.fileno()] = caller, bytearray()
         self.watch(caller.fileno(), partial(self._happened, caller.fileno()), readable=True)
