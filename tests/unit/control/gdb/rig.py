@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-from kvm_bindings import Vcpu
+from kvm_bindings import KvmError, Vcpu
 from kvm_bindings.exits import DebugExit, Exit
 from tests.support.fake_vcpu import PRIVATE_START, FakeVcpu, Rig, Step
 from tests.support.gdb_client import GdbClient
@@ -48,6 +49,7 @@ class FakeDebug:
         self.passed_on: list[tuple[int, Exit]] = []
         self.user_mode = False
         self.tables_gpa: int | None = None
+        self.refuses = False  # KVM_SET_GUEST_DEBUG
 
     def read_registers(self, vcpu: Any) -> list[int]:
         return list(self.values.setdefault(vcpu.index, [0x1122, 0x1000 + vcpu.index]))
@@ -73,6 +75,8 @@ class FakeDebug:
     def arm(
         self, vcpu: Any, *, step: bool, software: bool, hardware: Sequence[Hardware | None]
     ) -> None:
+        if self.refuses:
+            raise KvmError("KVM_SET_GUEST_DEBUG", errno.EINVAL)
         self.armed.append((vcpu.index, step, software, tuple(hardware)))
 
     def caught(self, exit: Any, hardware: Sequence[Hardware | None]) -> Caught:
