@@ -531,7 +531,7 @@ def dump(folder: Path, error: int) -> str:
 
     def ask(request: dict[str, Any], files: Sequence[int]) -> dict[str, Any]:
         os.writev(files[0], [bytes(4096), note])
-        return {"ok": True, "pages": [[0, 8192, "shared"]], "vcpus": [], "offset": 4096}
+        return {"ok": True, "pages": [[0, 8192, "shared"]], "vcpus": [], "offset": 4096, "alias": 0}
 
     try:
         with failing():
