@@ -173,22 +173,22 @@ START = [
     Row("start", "pwrite64", "guest memory", {EINTR: SAME, SHORT: SAME, **_all(ENDS_3, EIO,
         ENOSPC, ENOMEM)}, scenario="none", match="pyvmm-shared", first=3),
     *(
-        Row("start", call, on, cells, BY_STRACE, "cbit", first=first)
-        for call, on, cells, first in [
-            ("memfd_create", "", _all(ENDS_3, ENOMEM, EMFILE, ENOSPC), 1),
-            ("ftruncate", "shared memory", _all(ENDS_3, EFBIG, ENOSPC, ENOMEM), 1),
-            ("epoll_create1", "", _all(ENDS_3, EMFILE, ENOMEM), 1),
-            ("epoll_ctl", "loop", _all(ENDS_3, ENOSPC, ENOMEM), 1),
-            ("eventfd2", "", _all(ENDS_3, EMFILE, ENOMEM), 1),
-            ("pipe2", "to the process outside", _all(ENDS_3, EMFILE), 1),
-            ("clone", "the process outside", _all(ENDS_3, EAGAIN, ENOMEM), 1),
-            ("clone3", "a thread", _all(ENDS_3, EAGAIN, ENOMEM), 1),
-            ("landlock_create_ruleset", "", {errno.EOPNOTSUPP: SAME}, 1),
-            ("landlock_add_rule", "", _all(ENDS_3, ENOMEM), 1),
-            ("landlock_restrict_self", "", _all(ENDS_3, errno.E2BIG), 1),
-            ("seccomp", "", _all(ENDS_3, ENOMEM), 1),
-            ("fchmod", "shared memory", _all(SAME, errno.EPERM), 1),
-            ("prctl", "", _all(ENDS_3, errno.EPERM), 1),
+        Row("start", call, on, cells, by, "cbit")
+        for call, on, cells, by in [
+            ("memfd_create", "", _all(ENDS_3, ENOMEM, EMFILE, ENOSPC), BY_SHIM),
+            ("ftruncate", "shared memory", _all(ENDS_3, EFBIG, ENOSPC, ENOMEM), BY_SHIM),
+            ("epoll_create1", "", _all(ENDS_3, EMFILE, ENOMEM), BY_SHIM),
+            ("epoll_ctl", "loop", _all(ENDS_3, ENOSPC, ENOMEM), BY_SHIM),
+            ("eventfd2", "", _all(ENDS_3, EMFILE, ENOMEM), BY_SHIM),
+            ("pipe2", "to the process outside", _all(ENDS_3, EMFILE), BY_SHIM),
+            ("clone", "the process outside", _all(ENDS_3, EAGAIN, ENOMEM), BY_STRACE),
+            ("clone3", "a thread", _all(ENDS_3, EAGAIN, ENOMEM), BY_STRACE),
+            ("landlock_create_ruleset", "", {errno.EOPNOTSUPP: SAME}, BY_SHIM),
+            ("landlock_add_rule", "", _all(ENDS_3, ENOMEM), BY_SHIM),
+            ("landlock_restrict_self", "", _all(ENDS_3, errno.E2BIG), BY_SHIM),
+            ("seccomp", "", _all(ENDS_3, ENOMEM), BY_SHIM),
+            ("fchmod", "shared memory", _all(SAME, errno.EPERM), BY_SHIM),
+            ("prctl", "", _all(ENDS_3, errno.EPERM), BY_SHIM),
         ]
     ),
 ]  # fmt: skip
@@ -196,7 +196,7 @@ _LOSES = {EINTR: SAME, **_all(SAID, EIO, ENOSPC, EDQUOT)}
 END = [
     Row("end", "write", "report", {**_LOSES, SHORT: SAME, EFBIG: SAID}, scenario="pread",
         match=".tmp"),
-    Row("end", "rename", "report", _all(SAID, EIO, ENOSPC, EDQUOT), BY_STRACE, "pread"),
+    Row("end", "rename", "report", _all(SAID, EIO, ENOSPC, EDQUOT), scenario="pread"),
     Row("end", "write", "trace", {**_LOSES, SHORT: SAME, EFBIG: SAID}, scenario="trace",
         match="data.ninja"),
     Row("end", "pwrite64", "trace", {**_LOSES, SHORT: SAID}, scenario="trace",
