@@ -126,8 +126,8 @@ def test_gdb_opens_a_dump_and_the_guest_goes_on(kernel: list[str], tmp_path: Pat
         "x/1xg 0xf0000000",
     )
     assert answer == {
-        "ok": True, "exit": 0, "vcpus": 2, "shared_bytes": 16 * MIB, "left_out_bytes": 0,
-        "vmcoreinfo": False,
+        "ok": True, "exit": 0, "vcpus": 2, "shared_bytes": 16 * MIB, "private_bytes": 0,
+        "left_out_bytes": 0, "vmcoreinfo": False,
     }  # fmt: skip
     assert again.returncode == 2
     assert one_line(again.stderr).endswith("core is there already; name a file that isn't")
@@ -141,6 +141,7 @@ class Written(NamedTuple):
     """What a guest with private memory has left, and the answers."""
 
     core: Path
+    whole: Path
     saved: Path
     pages: list[tuple[int, int, str]]
     dumped: dict[str, Any]
@@ -151,13 +152,14 @@ class Written(NamedTuple):
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory, kvm: System) -> Written:
     folder = tmp_path_factory.mktemp("private")
-    core, saved = folder / "core", folder / "saved"
+    core, whole, saved = folder / "core", folder / "whole", folder / "saved"
     with payload(folder / "ctl", *PAYLOAD, until=b"ok 3") as machine:
         pages = machine.ctl("dump-state")["pages"]
         dumped = machine.ctl("dump", str(core))
+        machine.ctl("dump", str(whole), "--with-private")
         snapped = machine.ctl("snapshot", str(saved))
         state = machine.ctl("status")["state"]
-    return Written(core, saved, pages, dumped, snapped, state)
+    return Written(core, whole, saved, pages, dumped, snapped, state)
 
 
 def test_private_pages_are_no_part_of_a_dump(written: Written) -> None:
@@ -174,6 +176,13 @@ def test_private_pages_are_no_part_of_a_dump(written: Written) -> None:
     shared_end = max(gpa + size for gpa, size, state in pages if state == "shared")
     assert end == 2 * MIB
     assert all(stop <= offset + shared_end for _, stop in data_extents(core))
+
+
+def test_private_pages_are_in_a_dump_where_they_are_asked_for(written: Written) -> None:
+    said = gdb(written.whole, "x/1xw 0x100000", "x/2xw 0x3000000", "info files")
+
+    assert "0x100000:\t0x" in said and "0x3000000:\t0x" in said
+    assert "Cannot access memory" not in said
 
 
 # --- snapshot and restore ---
@@ -237,11 +246,14 @@ def test_private_memory_that_the_kernel_keeps_is_refused(tmp_path: Path) -> None
     words = ["--mem", "64M", "--private-mem=guest_memfd"]
     with payload(tmp_path / "ctl", *words, until=b"ok 3") as machine:
         refused = machine.ctl("snapshot", str(tmp_path / "saved"), "--with-private")
+        core = machine.ctl("dump", str(tmp_path / "core"), "--with-private")
         shared = machine.ctl("snapshot", str(tmp_path / "shared"))
         left = [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
 
     assert refused["exit"] == 1
     assert "the host's kernel keeps pyvmm out of guest_memfd" in refused["error"]
+    assert core["exit"] == 1 and not (tmp_path / "core").exists()
+    assert "keeps pyvmm out of guest_memfd; a dump of the shared side needs no" in core["error"]
     assert shared["ok"] is True
     assert not (tmp_path / "saved").exists()
     assert left == []

@@ -619,6 +619,7 @@ class Machine:
             vm.platform,
             self._devices.state,
             lambda: facts(config, vm, arch, own=own),
+            vm.scheme.alias,
         )
 
     def _interject(self, data: bytes) -> bool:
