@@ -246,9 +246,10 @@ class ProcessDevice(VirtioDevice):
     def hear_out(self, timeout: float) -> None:
         deadline = time.monotonic() + timeout
         while self._socket is not None:
-            # Without anything under way, what has been said already.
-            is_awaited = self._kicked or self._awaits_done
-            left = max(deadline - time.monotonic(), 0) if is_awaited else 0
+            # Without anything under way, what has been said already. What it did before a reset it
+            # tells before it is done with that.
+            under_way = self._kicked or self._awaits_done
+            left = max(deadline - time.monotonic(), 0) if under_way else 0
             if not select.select([self._socket], [], [], left)[0]:
                 return
             self._ready()
