@@ -20,7 +20,7 @@ from tests.support.virtio_machine import RINGS, VirtioMachine
 from vmm.core.ranges import Range
 from vmm.core.saved import BadState, NotSaved, Saved
 from vmm.devices.process import protocol
-from vmm.devices.process.protocol import COUNTS, HEAD, WRITE_HEAD, words
+from vmm.devices.process.protocol import COUNTS, HEAD, RETURNED, WRITE_HEAD, words
 from vmm.devices.virtio.block import VirtioBlock
 from vmm.devices.virtio.block_file import open_disk
 
@@ -344,12 +344,15 @@ lists = st.lists(st.one_of(edges, st.integers(0, (1 << 64) - 1)), max_size=9).ma
 writes = st.tuples(
     st.integers(0, 3), st.integers(0, 3), st.integers(0, 3), lists, st.binary(max_size=64)
 ).map(lambda parts: WRITE_HEAD.pack(*parts[:3]) + parts[3] + parts[4])
+returns = st.tuples(
+    st.tuples(*[st.integers(0, 2)] * 4), st.integers(0, 17), st.integers(0, 255), writes
+).map(lambda parts: RETURNED.pack(*parts[0], *parts[1:3]) + parts[3])
 packets = st.tuples(
-    st.integers(0, 25),
+    st.integers(0, 26),
     st.integers(0, 3),
     st.integers(0, 2),
     st.booleans(),
-    st.one_of(lists, writes, st.binary(max_size=64), st.just(NOTHING)),
+    st.one_of(lists, writes, returns, st.binary(max_size=64), st.just(NOTHING)),
 )
 
 
