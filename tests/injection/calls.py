@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from kvm_bindings import ioctls
@@ -94,6 +95,7 @@ _OF_KINDS = frozenset(
         ("bind", "socket"),  # at the start, where the error names the path
         ("listen", "socket"),
         ("dup2", "pipe"),
+        ("pidfd_open", ""),  # to wait for a killed process; without, the next one does
     }
 )
 
@@ -138,6 +140,7 @@ def recorded(
     folder: Path,
     meanwhile: Callable[[injecting.Process], None] = lambda process: None,
     typed: bytes = b"",
+    environment: Mapping[str, str] | None = None,
 ) -> set[Call]:
     """All calls of a run. Raises AssertionError where it doesn't end well."""
     log = folder / "strace.log"
@@ -146,7 +149,7 @@ def recorded(
         open(folder / "console.out", "wb") as console,
         subprocess.Popen(
             [*tracer, *words], cwd=injecting.ROOT, bufsize=0, stdin=subprocess.PIPE, stdout=console,
-            stderr=subprocess.PIPE,
+            stderr=subprocess.PIPE, env=os.environ | dict(environment or {}),
         ) as process,
     ):  # fmt: skip
         watchdog = threading.Timer(60, process.kill)

@@ -43,11 +43,15 @@ from vmm.core.saved import BadState
 from vmm.devices.vhost_user.channel import BackEndError, Channel
 from vmm.devices.vhost_user.device import VERSION_1, greet
 from vmm.devices.vhost_user.messages import PROTOCOL_F_CONFIG, PROTOCOL_F_MQ
+from vmm.devices.virtio.balloon_control import open_balloon
 from vmm.devices.virtio.block import T_DISCARD, T_WRITE_ZEROES, VirtioBlock
 from vmm.devices.virtio.block_file import open_disk
+from vmm.devices.virtio.console_backend import open_console
+from vmm.devices.virtio.device import VirtioDevice
 from vmm.devices.virtio.net import RX, TX, VirtioNet
 from vmm.devices.virtio.net_backend import Tap
 from vmm.devices.virtio.read_ahead import holes
+from vmm.devices.virtio.vsock import open_vsock
 from vmm.devices.virtio.vsock_packet import Op
 from vmm.memory.backings.mapped import MappedBacking
 from vmm.memory.backings.memfd import MemfdBacking
@@ -257,6 +261,40 @@ def _line_of(caller: socket.socket) -> bool:
     except ConnectionResetError:
         return False
     return True
+
+
+def _taken(path: Path, device: VirtioDevice) -> str:
+    """A program of the host calls a device."""
+    machine = VirtioMachine(device)
+    machine.up()
+    with socket.socket(socket.AF_UNIX) as caller:
+        caller.connect(str(path))
+        caller.setblocking(False)
+        opened = len(os.listdir("/proc/self/fd"))
+        with failing():
+            machine.loop.run_ready()
+        machine.loop.pass_time()
+        machine.loop.run_ready()
+        is_taken = len(os.listdir("/proc/self/fd")) > opened
+        try:
+            hung_up = not caller.recvmsg(1)[0]
+        except BlockingIOError:
+            hung_up = False
+    machine.close()
+    assert is_taken is not hung_up
+    return SAME if is_taken else CALLER
+
+
+def console_caller(folder: Path, error: int) -> str:
+    return _taken(folder / "s", open_console([f"socket={folder / 's'}"]))
+
+
+def vsock_caller(folder: Path, error: int) -> str:
+    return _taken(folder / "s", open_vsock(f"path={folder / 's'}"))
+
+
+def balloon_caller(folder: Path, error: int) -> str:
+    return _taken(folder / "s", open_balloon(f"control={folder / 's'}", 64 << 20))
 
 
 # -- devices --------------------------------------------------------------------------------------
@@ -649,6 +687,9 @@ PROGRAMS: dict[str, Callable[[Path, int], str]] = {
     "process-vm": process_vm,
     "memory-file": memory_file,
     "control": control,
+    "console-caller": console_caller,
+    "vsock-caller": vsock_caller,
+    "balloon-caller": balloon_caller,
     "net": net,
     "tap": tap,
     "real-tap": real_tap,

@@ -221,6 +221,11 @@ OTHERS = [
         "memory-file", "pyvmm"),
     Row("control", "accept4", "socket", {EINTR: SAME, EMFILE: CALLER, ENOMEM: SAME}, BY_PROGRAM,
         "control", lasts=False),
+    *(
+        Row(path, "accept4", "socket", {EINTR: SAME, EMFILE: CALLER, ENOMEM: SAME}, BY_PROGRAM,
+            f"{path}-caller", lasts=False)
+        for path in ("console", "vsock", "balloon")
+    ),
     Row("control", "epoll_ctl", "a caller", _all(CALLER, ENOSPC, ENOMEM), BY_PROGRAM, "control",
         lasts=False),
     Row("control", "recvmsg", "socket", {EINTR: SAME, EAGAIN: SAME, SHORT: SAME, **_all(CALLER,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from tests.injection import calls, injecting, runs
 from tests.injection.asking import MEMORY, Debugger, Reader, Saver, snapshot
 from tests.injection.injecting import Process
+from tests.injection.table import SAME
 from tests.injection.test_runs import FULL
 
 pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("usable_kvm", "strace")]
@@ -54,3 +56,23 @@ def test_run_that_is_restored_makes_no_call_that_the_table_lacks(tmp_path: Path)
 
     assert sorted(calls.unknown(made)) == []
     assert {("KVM_SET_LAPIC", "vCPU"), ("pread64", "saved")} < made
+
+
+def test_vsock_and_consoles_in_processes_make_no_call_that_the_table_lacks(tmp_path: Path) -> None:
+    """By the programs, since no guest here drives these devices."""
+    names = ("dialed", "called", "console-process")
+    words = [sys.executable, "-m", "tests.injection.programs"]
+    words += [word for name in names for word in (name, "0")]
+    counts = tmp_path / "counts"
+    counts.write_bytes(bytes(4096))
+    environment = {
+        "LD_PRELOAD": injecting.shim(), "PYVMM_INJECT_COUNTS": str(counts),
+        "PYVMM_INJECT_WAITS": "1",
+    }  # fmt: skip
+
+    made = calls.recorded(words, tmp_path, environment=environment)
+
+    assert (tmp_path / "console.out").read_text() == f"{SAME}\n" * len(names)
+    of_the_test = {("mknodat", "")}  # its FIFO
+    assert sorted(calls.unknown(made) - of_the_test) == []
+    assert {("connect", "socket"), ("recvmsg", "socket"), ("accept4", "socket")} < made

@@ -207,7 +207,10 @@ class _Nursery:
 def _killed(pid: int) -> tuple[int, int]:
     """Kill it, and wait for its end a while: (0, 0) where it takes longer."""
     os.kill(pid, signal.SIGKILL)
-    fd = os.pidfd_open(pid)
+    try:
+        fd = os.pidfd_open(pid)
+    except OSError:  # nothing to wait by
+        return os.waitpid(pid, os.WNOHANG)
     try:
         poll = select.poll()
         poll.register(fd, select.POLLIN)
