@@ -6,7 +6,9 @@ Source: Documentation/virt/kvm/api.rst (KVM_SET_ONE_REG), arch/arm64/include/uap
 from __future__ import annotations
 
 KVM_REG_ARM64 = 0x6000_0000_0000_0000
+KVM_REG_SIZE_U32 = 0x0020_0000_0000_0000
 KVM_REG_SIZE_U64 = 0x0030_0000_0000_0000
+KVM_REG_SIZE_U128 = 0x0040_0000_0000_0000
 KVM_REG_ARM_CORE = 0x0010 << 16
 KVM_REG_ARM64_SYSREG = 0x0013 << 16
 
@@ -16,6 +18,25 @@ CORE_REGISTERS = {
     for position, name in enumerate([*(f"x{number}" for number in range(31)), "sp", "pc", "pstate"])
 }
 """The ids of x0 to x30, sp (that of EL0), pc and pstate."""
+
+# What follows them in struct kvm_regs: two of EL1's, five saved program states, then, aligned to
+# its 128-bit registers, struct user_fpsimd_state.
+_AFTER = 2 * len(CORE_REGISTERS)
+_VECTORS = 84
+EL1_REGISTERS = {
+    name: KVM_REG_ARM64 | KVM_REG_SIZE_U64 | KVM_REG_ARM_CORE | _AFTER + 2 * position
+    for position, name in enumerate(["sp_el1", "elr_el1", "spsr_el1"])
+}
+"""The ids of EL1's stack pointer, return address and saved program state."""
+VECTOR_REGISTERS = {
+    **{
+        f"v{number}": KVM_REG_ARM64 | KVM_REG_SIZE_U128 | KVM_REG_ARM_CORE | _VECTORS + 4 * number
+        for number in range(32)
+    },
+    "fpsr": KVM_REG_ARM64 | KVM_REG_SIZE_U32 | KVM_REG_ARM_CORE | _VECTORS + 4 * 32,
+    "fpcr": KVM_REG_ARM64 | KVM_REG_SIZE_U32 | KVM_REG_ARM_CORE | _VECTORS + 4 * 32 + 1,
+}
+"""The ids of v0 to v31 (of a vCPU without SVE), fpsr and fpcr."""
 
 
 def system_register(op0: int, op1: int, crn: int, crm: int, op2: int) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from kvm_bindings import KvmError
+from kvm_bindings import ioctls as common
 from kvm_bindings.exits import DebugExit
 from kvm_bindings.x86_64 import ioctls
 from vmm.arch.debug import (
@@ -218,7 +219,7 @@ def test_32_bit_tables_are_not_guessed_at() -> None:
 
 # -- breakpoints ----------------------------------------------------------------------------------
 
-ENABLE = ioctls.KVM_GUESTDBG_ENABLE
+ENABLE = common.KVM_GUESTDBG_ENABLE
 
 
 def test_nothing_is_asked_of_kvm_where_nothing_is_armed() -> None:
@@ -253,7 +254,7 @@ def test_same_state_is_told_once_and_its_end_too() -> None:
         made.arm(vcpu, step=step, software=False, hardware=[])
 
     assert [control for control, _ in vcpu.told] == [
-        ENABLE | ioctls.KVM_GUESTDBG_SINGLESTEP | ioctls.KVM_GUESTDBG_BLOCKIRQ,
+        ENABLE | common.KVM_GUESTDBG_SINGLESTEP | ioctls.KVM_GUESTDBG_BLOCKIRQ,
         0,
     ]
 
@@ -261,10 +262,12 @@ def test_same_state_is_told_once_and_its_end_too() -> None:
 def test_exits_are_told_apart() -> None:
     made, hardware = debug(), [None, Hardware(Watch.EXECUTE, 8, 1), None, None]
 
-    assert made.caught(DebugExit(3, 8, 0, 0), hardware) == Caught(Cause.SOFTWARE, 8)
-    assert made.caught(DebugExit(1, 8, 1 << 14, 0), hardware) == Caught(Cause.STEP, 8)
-    assert made.caught(DebugExit(1, 8, 1 << 14 | 2, 0), hardware) == Caught(Cause.HARDWARE, 8, 1)
-    assert made.caught(DebugExit(1, 8, 1, 0), hardware) == Caught(Cause.GUEST, 8)
+    assert made.caught(Vcpu(), DebugExit(3, 8, 0, 0), hardware) == Caught(Cause.SOFTWARE, 8)
+    assert made.caught(Vcpu(), DebugExit(1, 8, 1 << 14, 0), hardware) == Caught(Cause.STEP, 8)
+    assert made.caught(Vcpu(), DebugExit(1, 8, 1 << 14 | 2, 0), hardware) == Caught(
+        Cause.HARDWARE, 8, 1
+    )
+    assert made.caught(Vcpu(), DebugExit(1, 8, 1, 0), hardware) == Caught(Cause.GUEST, 8)
 
 
 @pytest.mark.parametrize(
