@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 
 from kvm_bindings.aarch64 import System, Vcpu, Vm, ioctls
-from kvm_bindings.aarch64.registers import CORE_REGISTERS, system_register
+from kvm_bindings.aarch64.registers import CORE_REGISTERS
 from kvm_bindings.device import Device
 from kvm_bindings.exits import Exit, MmioExit
 from vmm.arch.aarch64.gic import create_gic
@@ -21,6 +21,7 @@ from vmm.arch.aarch64.machine_code import (
     vectors,
 )
 from vmm.arch.aarch64.page_tables import TABLES_SIZE, identity_tables
+from vmm.arch.aarch64.system_registers import SYSTEM_REGISTERS
 from vmm.core.ranges import PAGE_SIZE
 from vmm.host.probes import micro_guest as base
 from vmm.host.probes.micro_guest import RAM_SIZE, WORD_AT, Verb, mapped, memory_file
@@ -31,14 +32,6 @@ TABLES_GPA = 0
 VECTORS_GPA = TABLES_GPA + TABLES_SIZE
 CODE_GPA = VECTORS_GPA + PAGE_SIZE
 AREA_GPA = RAM_SIZE
-
-SYSTEM_REGISTERS = {
-    "MAIR_EL1": system_register(3, 0, 10, 2, 0),
-    "TCR_EL1": system_register(3, 0, 2, 0, 2),
-    "TTBR0_EL1": system_register(3, 0, 2, 0, 0),
-    "SCTLR_EL1": system_register(3, 0, 1, 0, 0),
-    "VBAR_EL1": system_register(3, 0, 12, 0, 0),
-}
 
 VERBS = {Verb.DONE: DONE, Verb.DONE_FOR_EVER: DONE, Verb.EXCHANGE: EXCHANGE}
 assert WORD_AT == 8, "the offset in EXCHANGE"

@@ -101,7 +101,7 @@ class Target:
     def on_debug_exit(self, vcpu: Any, exit: Any) -> None:
         """A vCPU has met a breakpoint or made a step; what is the guest's own goes to the guest."""
         hardware = list(self._hardware)
-        caught = self.debug.caught(exit, hardware)
+        caught = self.debug.caught(vcpu, exit, hardware)
         ours = caught.cause is not Cause.GUEST
         if caught.cause is Cause.SOFTWARE:
             ours = caught.address in self._software
@@ -294,14 +294,17 @@ class Target:
             done += len(piece)
 
     def _write_piece(self, gpa: int, by_state: bool, address: int, piece: bytes) -> None:
-        """Under a breakpoint instruction the byte is only noted."""
+        """What lies under a breakpoint instruction is only noted."""
         shown = bytearray(piece)
         noted = {}
         for place, software in self._software.items():
-            offset = place - address
-            if 0 <= offset < len(piece):
-                noted[place] = software._replace(saved=piece[offset : offset + 1])
-                shown[offset : offset + 1] = self.debug.breakpoint_instruction
+            saved = bytearray(software.saved)
+            for number, byte in enumerate(self.debug.breakpoint_instruction):
+                offset = place + number - address
+                if 0 <= offset < len(piece):
+                    saved[number] = piece[offset]
+                    shown[offset] = byte
+                    noted[place] = software._replace(saved=bytes(saved))
         try:
             self.access.write(bytes(shown), gpa, by_state=by_state)
         except (GuestMemoryError, OSError) as reason:
@@ -326,14 +329,20 @@ class Target:
     def _write_software(self, vcpu: int, address: int) -> None:
         if len(self._software) >= MOST_SOFTWARE:
             raise Refused(ENOSPC, f"{MOST_SOFTWARE} software breakpoints are the most")
+        self._require_instruction(address)
         gpa, _, by_state = self._place(vcpu, address)
         instruction = self.debug.breakpoint_instruction
         try:
             saved = self.access.read(len(instruction), gpa, by_state=by_state)
-            self.access.write(instruction, gpa, by_state=by_state)
+            self.access.write(instruction, gpa, by_state=by_state, as_code=True)
         except (GuestMemoryError, OSError) as reason:
             raise Refused(EFAULT, str(reason)) from None
         self._software[address] = _Software(gpa, by_state, saved)
+
+    def _require_instruction(self, address: int) -> None:
+        """Raises Refused."""
+        if address % len(self.debug.breakpoint_instruction):
+            raise Refused(EINVAL, f"no instruction begins at {address:#x}")
 
     def _insert_instead(self, address: int, reason: Refused) -> None:
         hardware = Hardware(Watch.EXECUTE, address, 1)
@@ -372,11 +381,15 @@ class Target:
             raise Refused(
                 EINVAL, f"no hardware breakpoint watches {hardware.size} bytes at an odd place"
             )
+        if hardware.kind is Watch.EXECUTE:
+            self._require_instruction(hardware.address)
         if hardware in self._hardware:
             return
-        if None not in self._hardware:
-            raise Refused(ENOSPC, f"all {len(self._hardware)} hardware breakpoints are in use")
-        self._hardware[self._hardware.index(None)] = hardware
+        places = self.debug.places(hardware.kind)
+        free = next((number for number in places if self._hardware[number] is None), None)
+        if free is None:
+            raise Refused(ENOSPC, f"all {len(places)} hardware breakpoints are in use")
+        self._hardware[free] = hardware
 
     def remove_hardware(self, hardware: Hardware) -> None:
         if hardware in self._hardware:
