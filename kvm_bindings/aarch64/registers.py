@@ -43,3 +43,21 @@ def system_register(op0: int, op1: int, crn: int, crm: int, op2: int) -> int:
     """The id of a system register by its encoding; MPIDR_EL1 is (3, 0, 0, 0, 5)."""
     encoding = op0 << 14 | op1 << 11 | crn << 7 | crm << 3 | op2
     return KVM_REG_ARM64 | KVM_REG_SIZE_U64 | KVM_REG_ARM64_SYSREG | encoding
+
+
+SYSTEM_REGISTERS = {
+    "MDSCR_EL1": system_register(2, 0, 0, 2, 2),
+    "MPIDR_EL1": system_register(3, 0, 0, 0, 5),
+    "SCTLR_EL1": system_register(3, 0, 1, 0, 0),
+    "TTBR0_EL1": system_register(3, 0, 2, 0, 0),
+    "TTBR1_EL1": system_register(3, 0, 2, 0, 1),
+    "TCR_EL1": system_register(3, 0, 2, 0, 2),
+    "ESR_EL1": system_register(3, 0, 5, 2, 0),
+    "FAR_EL1": system_register(3, 0, 6, 0, 0),
+    "MAIR_EL1": system_register(3, 0, 10, 2, 0),
+    "VBAR_EL1": system_register(3, 0, 12, 0, 0),
+    "CONTEXTIDR_EL1": system_register(3, 0, 13, 0, 1),
+    "TPIDR_EL1": system_register(3, 0, 13, 0, 4),
+    "TPIDR_EL0": system_register(3, 3, 13, 0, 2),
+}
+"""Of EL1 and EL0, by the names and encodings of Arm ARM D19.2."""

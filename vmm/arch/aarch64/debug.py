@@ -11,10 +11,14 @@ from collections.abc import Callable, Container, Sequence
 from kvm_bindings import KvmError
 from kvm_bindings import ioctls as common
 from kvm_bindings.aarch64 import System, Vcpu, ioctls
-from kvm_bindings.aarch64.registers import CORE_REGISTERS, EL1_REGISTERS, VECTOR_REGISTERS
+from kvm_bindings.aarch64.registers import (
+    CORE_REGISTERS,
+    EL1_REGISTERS,
+    SYSTEM_REGISTERS,
+    VECTOR_REGISTERS,
+)
 from kvm_bindings.exits import ArmDebugExit, Exit
 from vmm.arch.aarch64 import stage1
-from vmm.arch.aarch64.system_registers import SYSTEM_REGISTERS
 from vmm.arch.debug import Abilities, Caught, Cause, Hardware, Register, Unwritable, Watch
 from vmm.core.errors import HostError
 from vmm.core.ranges import PAGE_SIZE

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 
 from kvm_bindings.aarch64 import System, Vcpu, Vm, ioctls
-from kvm_bindings.aarch64.registers import CORE_REGISTERS
+from kvm_bindings.aarch64.registers import CORE_REGISTERS, SYSTEM_REGISTERS
 from kvm_bindings.device import Device
 from kvm_bindings.exits import Exit, MmioExit
 from vmm.arch.aarch64.gic import create_gic
@@ -21,7 +21,6 @@ from vmm.arch.aarch64.machine_code import (
     vectors,
 )
 from vmm.arch.aarch64.page_tables import TABLES_SIZE, identity_tables
-from vmm.arch.aarch64.system_registers import SYSTEM_REGISTERS
 from vmm.core.ranges import PAGE_SIZE
 from vmm.host.probes import micro_guest as base
 from vmm.host.probes.micro_guest import RAM_SIZE, WORD_AT, Verb, mapped, memory_file

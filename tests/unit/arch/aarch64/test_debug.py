@@ -18,12 +18,12 @@ from kvm_bindings.aarch64.registers import (
     CORE_REGISTERS,
     EL1_REGISTERS,
     KVM_REG_ARM64_SYSREG,
+    SYSTEM_REGISTERS,
     VECTOR_REGISTERS,
 )
 from kvm_bindings.exits import ArmDebugExit, Exit, InterruptedExit
 from vmm.arch.aarch64 import machine_code, micro_guest
 from vmm.arch.aarch64.debug import Arm64Debug, arm64_debug
-from vmm.arch.aarch64.system_registers import SYSTEM_REGISTERS
 from vmm.arch.debug import Abilities, Caught, Cause, Hardware, NotMapped, Unwritable, Watch
 from vmm.core.errors import HostError
 
