@@ -127,10 +127,17 @@ class GuestDebug(Protocol):
         ...
 
     def arm(
-        self, vcpu: Any, *, step: bool, software: bool, hardware: Sequence[Hardware | None]
+        self,
+        vcpu: Any,
+        *,
+        step: bool,
+        software: bool,
+        hardware: Sequence[Hardware | None],
+        peek: Callable[[int, int], bytes],
     ) -> None:
-        """What stops the vCPU from its next KVM_RUN on; with none of them nothing. Raises
-        KvmError."""
+        """What stops the vCPU from its next KVM_RUN on; with none of them nothing. A step takes no
+        interrupt where that can be had. `peek(address, size)` gives as many bytes of the guest's
+        virtual memory as can be read. Raises KvmError."""
         ...
 
     def caught(self, vcpu: Any, exit: Any, hardware: Sequence[Hardware | None]) -> Caught:

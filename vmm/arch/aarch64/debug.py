@@ -47,6 +47,7 @@ _FLAGS_KEPT = (
     0xF << 28 | 1 << 24 | 1 << 22
 )  # NZCV, DIT, PAN: as they were in an exception's handler
 _MASKED = 0xF << 6  # D, A, I, F
+_IRQ, _MASKS = 1 << 7, 0b11 << 6  # I; I and F
 _PAN, _SSBS = 1 << 22, 1 << 12
 _KEEPS_PAN, _SETS_SSBS = 1 << 23, 1 << 44  # SCTLR_EL1.SPAN and .DSSBS
 
@@ -145,10 +146,13 @@ class Arm64Debug:
         self.most_hardware = breakpoints + watchpoints
         self._breakpoints = breakpoints
         self._armed: dict[int, tuple[int, _Pairs, _Pairs]] = {}
+        self._held: dict[int, tuple[int, int]] = {}
+        """vCPUs whose interrupts are held off: program counter and state of before."""
 
     # -- registers ----------------------------------------------------------------------------
 
     def read_registers(self, vcpu: Vcpu) -> list[int]:
+        self._let_interrupts(vcpu)
         values = {name: vcpu.get_one_reg(register) for name, register in _IDS.items()}
         values["sp"] = values[_stack(values["cpsr"])]
         return [values[name] & ((1 << bits) - 1) for name, bits in self.registers]
@@ -195,8 +199,17 @@ class Arm64Debug:
         return range(self._breakpoints, self.most_hardware)
 
     def arm(
-        self, vcpu: Vcpu, *, step: bool, software: bool, hardware: Sequence[Hardware | None]
+        self,
+        vcpu: Vcpu,
+        *,
+        step: bool,
+        software: bool,
+        hardware: Sequence[Hardware | None],
+        peek: Callable[[int, int], bytes],
     ) -> None:
+        self._let_interrupts(vcpu)
+        if step:
+            self._hold_interrupts(vcpu, peek)
         pairs = tuple(_registers_of(each) for each in hardware)
         control = 0
         if any(each is not None for each in hardware):
@@ -214,7 +227,39 @@ class Arm64Debug:
             vcpu.set_guest_debug(*wanted)
             self._armed[vcpu.index] = wanted
 
+    def _hold_interrupts(self, vcpu: Vcpu, peek: Callable[[int, int], bytes]) -> None:
+        """KVM has no way to for a step, and the timer's interrupt is nearly always due when a guest
+        has stood still: each step would end in its handler. So the step is made with interrupts
+        masked, unless its instruction could find that out, or can't be read."""
+        state = vcpu.get_one_reg(CORE_REGISTERS["pstate"])
+        if state & (_AARCH32 | _IRQ):
+            return
+        pc = vcpu.get_one_reg(CORE_REGISTERS["pc"])
+        instruction = peek(pc, 4)
+        if len(instruction) < 4 or _sees_masks(int.from_bytes(instruction, "little")):
+            return
+        vcpu.set_one_reg(CORE_REGISTERS["pstate"], state | _MASKS)
+        self._held[vcpu.index] = pc, state
+
+    def _let_interrupts(self, vcpu: Vcpu) -> None:
+        """The end of `_hold_interrupts`, whether the step has been made or not."""
+        held = self._held.pop(vcpu.index, None)
+        if held is None:
+            return
+        get, put = vcpu.get_one_reg, vcpu.set_one_reg
+        pc, before = held
+        state = get(CORE_REGISTERS["pstate"])
+        # It may have been an exception, whose handler masks them and returns to what was before.
+        vector = get(SYSTEM_REGISTERS["VBAR_EL1"]) + _vector(before)
+        is_entered = get(CORE_REGISTERS["pc"]) == vector and state & _MASKED == _MASKED
+        if is_entered and get(EL1_REGISTERS["elr_el1"]) in (pc, pc + 4):
+            saved = get(EL1_REGISTERS["spsr_el1"])
+            put(EL1_REGISTERS["spsr_el1"], saved & ~_MASKS | before & _MASKS)
+        else:
+            put(CORE_REGISTERS["pstate"], state & ~_MASKS | before & _MASKS)
+
     def caught(self, vcpu: Vcpu, exit: ArmDebugExit, hardware: Sequence[Hardware | None]) -> Caught:
+        self._let_interrupts(vcpu)
         pc = vcpu.get_one_reg(CORE_REGISTERS["pc"])
         kind = exit.syndrome >> 26 & 0x3F
         if kind == _STEP:
@@ -289,6 +334,16 @@ def _vector(state: int) -> int:
     return 0x200 if _mode(state) == _EL1_OWN_STACK else 0x000
 
 
+def _sees_masks(instruction: int) -> bool:
+    """Whether it reads or writes PSTATE's masks of interrupts (Arm ARM C6.2: MSR of DAIFSet,
+    DAIFClr and DAIF, MRS of DAIF, the three kinds of ERET)."""
+    return (
+        instruction & 0xFFFF_F0DF == 0xD503_40DF
+        or instruction & 0xFFDF_FFE0 == 0xD51B_4220
+        or instruction in (0xD69F_03E0, 0xD69F_0BFF, 0xD69F_0FFF)
+    )
+
+
 def _registers_of(each: Hardware | None) -> tuple[int, int]:
     """A control register and a value register."""
     if each is None:
@@ -352,6 +407,7 @@ def _works(
                     step=cause is Cause.STEP,
                     software=cause is Cause.SOFTWARE,
                     hardware=armed,
+                    peek=lambda address, size: b"",
                 )
                 exit: Exit = guest.run()
             except KvmError:

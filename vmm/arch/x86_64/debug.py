@@ -226,7 +226,13 @@ class X86Debug:
         return range(self.most_hardware)
 
     def arm(
-        self, vcpu: Vcpu, *, step: bool, software: bool, hardware: Sequence[Hardware | None]
+        self,
+        vcpu: Vcpu,
+        *,
+        step: bool,
+        software: bool,
+        hardware: Sequence[Hardware | None],
+        peek: Callable[[int, int], bytes],
     ) -> None:
         control = 0
         addresses = [0, 0, 0, 0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
+from functools import partial
 
 from vmm.arch.debug import Caught, Cause, GuestDebug, Hardware, NotMapped, Watch
 from vmm.core.errors import GuestMemoryError
@@ -193,7 +194,17 @@ class Target:
                 step=number == steps,
                 software=bool(self._software),
                 hardware=self._hardware,
+                peek=partial(self._peek, number),
             )
+
+    def _peek(self, vcpu: int, address: int, size: int) -> bytes:
+        """By a virtual address, whatever the debugger's are."""
+        try:
+            gpa, there = self.translate(vcpu, address)
+            found = self.access.read(min(size, there, PAGE_SIZE - gpa % PAGE_SIZE), gpa)
+        except (Refused, GuestMemoryError, OSError):
+            return b""
+        return self._without_breakpoints(address, found)
 
     def let_go(self) -> None:
         """The debugger has gone: no breakpoint is left, and the guest runs on."""

@@ -80,6 +80,10 @@ def Vcpu(**values: int) -> Any:
     return Registers(**values)
 
 
+def unreadable(address: int, size: int) -> bytes:
+    return b""
+
+
 # -- registers ------------------------------------------------------------------------------------
 
 
@@ -194,7 +198,7 @@ def test_encoding_of_a_system_register_is_the_assemblers(name: str, tmp_path: Pa
 def test_nothing_is_asked_of_kvm_where_nothing_is_armed() -> None:
     vcpu = Vcpu()
 
-    debug().arm(vcpu, step=False, software=False, hardware=[None] * 5)
+    debug().arm(vcpu, step=False, software=False, hardware=[None] * 5, peek=unreadable)
 
     assert vcpu.told == []
 
@@ -204,9 +208,9 @@ def test_what_is_armed_is_told_once_and_taken_back() -> None:
     nothing = ((0, 0),) * BREAKPOINTS, ((0, 0),) * WATCHPOINTS
 
     for _ in range(2):
-        made.arm(vcpu, step=True, software=True, hardware=[None] * 5)
+        made.arm(vcpu, step=True, software=True, hardware=[None] * 5, peek=unreadable)
     for _ in range(2):
-        made.arm(vcpu, step=False, software=False, hardware=[None] * 5)
+        made.arm(vcpu, step=False, software=False, hardware=[None] * 5, peek=unreadable)
 
     assert vcpu.told == [
         (ENABLE | common.KVM_GUESTDBG_SINGLESTEP | ioctls.KVM_GUESTDBG_USE_SW_BP, *nothing),
@@ -232,7 +236,7 @@ def test_hardware_breakpoint_is_a_pair_of_registers_of_its_kind(
     hardware: list[Hardware | None] = [None] * made.most_hardware
     hardware[place] = Hardware(kind, address, size)
 
-    made.arm(vcpu, step=False, software=False, hardware=hardware)
+    made.arm(vcpu, step=False, software=False, hardware=hardware, peek=unreadable)
 
     (told,) = vcpu.told
     assert told[0] == ENABLE | ioctls.KVM_GUESTDBG_USE_HW
@@ -285,6 +289,116 @@ def test_watchpoint_is_the_one_that_the_access_is_nearest_to(far: int, number: i
     caught = debug().caught(Vcpu(pc=0x4000), ArmDebugExit(WATCHPOINT, far), hardware)
 
     assert caught == Caught(Cause.HARDWARE, 0x4000, number)
+
+
+# -- steps without interrupts ---------------------------------------------------------------------
+
+IRQ, FIQ = 1 << 7, 1 << 6
+NOP = 0xD503_201F
+
+
+def stepped(vcpu: Any, instruction: int = NOP, **after: int) -> Arm64Debug:
+    """A step is made of `vcpu`, whose registers come to be `after`, and has been told of."""
+    made = debug()
+
+    def peek(address: int, size: int) -> bytes:
+        assert address == vcpu["pc"]
+        return instruction.to_bytes(4, "little")[:size]
+
+    made.arm(vcpu, step=True, software=False, hardware=[None] * 5, peek=peek)
+    for name, value in after.items():
+        vcpu[name] = value
+    made.caught(vcpu, ArmDebugExit(STEP, 0), [None] * 5)
+    return made
+
+
+def masks(vcpu: Any) -> int:
+    return int(vcpu["pstate"]) & (IRQ | FIQ)
+
+
+@pytest.mark.parametrize("state", [EL0, EL1, EL1 | FIQ])
+def test_step_is_made_with_interrupts_masked_and_they_are_as_before_after_it(state: int) -> None:
+    vcpu, made = Vcpu(pc=0x4000, pstate=state), debug()
+    step = NOP.to_bytes(4, "little")
+
+    made.arm(vcpu, step=True, software=False, hardware=[None] * 5, peek=lambda *_: step)
+    assert vcpu["pstate"] == state | IRQ | FIQ
+    vcpu["pc"], vcpu["pstate"] = 0x4004, vcpu["pstate"] | NZCV
+    made.caught(vcpu, ArmDebugExit(STEP, 0), [None] * 5)
+
+    assert vcpu["pstate"] == state | NZCV
+
+
+@pytest.mark.parametrize("state", [EL1 | IRQ, 1 << 4], ids=["masked already", "AArch32"])
+def test_state_is_left_alone_where_nothing_is_to_mask(state: int) -> None:
+    vcpu = Vcpu(pstate=state)
+
+    debug().arm(vcpu, step=True, software=False, hardware=[None] * 5, peek=lambda *_: bytes(4))
+
+    assert vcpu["pstate"] == state
+
+
+def test_step_of_code_that_cannot_be_read_takes_interrupts() -> None:
+    vcpu = Vcpu()
+
+    debug().arm(vcpu, step=True, software=False, hardware=[None] * 5, peek=unreadable)
+
+    assert masks(vcpu) == 0
+
+
+@pytest.mark.parametrize(
+    ("instruction", "what"),
+    [
+        (0xD50342DF, "msr daifset, #2"),
+        (0xD5034FFF, "msr daifclr, #15"),
+        (0xD53B4223, "mrs x3, daif"),
+        (0xD51B423E, "msr daif, x30"),
+        (0xD69F03E0, "eret"),
+        (0xD69F0BFF, "eretaa"),
+        (0xD69F0FFF, "eretab"),
+    ],
+)
+def test_instruction_that_could_find_out_is_stepped_as_it_is(instruction: int, what: str) -> None:
+    vcpu = Vcpu()
+
+    stepped(vcpu, instruction, pstate=EL1 | IRQ)
+
+    assert masks(vcpu) == IRQ, "it may have masked them itself"
+
+
+@pytest.mark.parametrize(
+    "instruction", [0xD503233F, 0xD5384100, 0xD51B4201, 0xD50041BF, 0xAA1E03E9]
+)
+def test_other_instructions_are_stepped_without_interrupts(instruction: int) -> None:
+    vcpu, made = Vcpu(), debug()
+    step = instruction.to_bytes(4, "little")
+
+    made.arm(vcpu, step=True, software=False, hardware=[None] * 5, peek=lambda *_: step)
+
+    assert masks(vcpu) == IRQ | FIQ
+
+
+@pytest.mark.parametrize("back", [0x4000, 0x4004], ids=["fault", "system call"])
+def test_step_into_an_exception_gives_its_handler_what_was_before(back: int) -> None:
+    """Else the guest would go on without interrupts for ever."""
+    vcpu = Vcpu(pc=0x4000, pstate=EL0, VBAR_EL1=0x8_0800)
+
+    stepped(vcpu, pc=0x8_0C00, pstate=EL1 | DAIF, elr_el1=back, spsr_el1=EL0 | NZCV | IRQ | FIQ)
+
+    assert vcpu["spsr_el1"] == EL0 | NZCV
+    assert vcpu["pstate"] == EL1 | DAIF
+
+
+def test_step_that_was_not_made_leaves_no_mask() -> None:
+    vcpu, made = Vcpu(pc=0x4000), debug()
+    step = NOP.to_bytes(4, "little")
+    made.arm(vcpu, step=True, software=False, hardware=[None] * 5, peek=lambda *_: step)
+
+    values = dict(zip(NAMES, made.read_registers(vcpu), strict=True))
+    made.arm(vcpu, step=False, software=False, hardware=[None] * 5, peek=unreadable)
+
+    assert values["cpsr"] == EL1
+    assert masks(vcpu) == 0
 
 
 # -- what is the guest's own ----------------------------------------------------------------------

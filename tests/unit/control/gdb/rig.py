@@ -50,6 +50,8 @@ class FakeDebug:
         self.armed: list[tuple[int, bool, bool, tuple[Hardware | None, ...]]] = []
         self.passed_on: list[tuple[int, Exit]] = []
         self.user_mode = False
+        self.peeks: tuple[int, int] | None = None
+        self.peeked = b"nothing"
         self.tables_gpa: int | None = None
 
     def read_registers(self, vcpu: Any) -> list[int]:
@@ -77,8 +79,16 @@ class FakeDebug:
         return range(self.most_hardware)
 
     def arm(
-        self, vcpu: Any, *, step: bool, software: bool, hardware: Sequence[Hardware | None]
+        self,
+        vcpu: Any,
+        *,
+        step: bool,
+        software: bool,
+        hardware: Sequence[Hardware | None],
+        peek: Callable[[int, int], bytes],
     ) -> None:
+        if step and self.peeks is not None:
+            self.peeked = peek(*self.peeks)
         self.armed.append((vcpu.index, step, software, tuple(hardware)))
 
     def caught(self, vcpu: Any, exit: Any, hardware: Sequence[Hardware | None]) -> Caught:

@@ -91,6 +91,32 @@ def test_step_runs_one_vcpu_and_leaves_the_others(make: Make) -> None:
     assert not debugged.vcpus[0].idle.is_set()
 
 
+@pytest.mark.parametrize(
+    ("address", "size", "seen"),
+    [
+        (VIRTUAL + 0x1001, 2, b"bc"),
+        (VIRTUAL + 0x1FFE, 4, b"yz"),
+        (VIRTUAL + PRIVATE_START, 4, b""),
+        (0x1000, 4, b""),
+    ],
+)
+def test_step_may_look_at_its_instruction_as_the_guest_would(
+    make: Make, address: int, size: int, seen: bytes
+) -> None:
+    debugged = make()
+    debugged.memory.pwrite(b"abcd", 0x1000)
+    debugged.memory.pwrite(b"yz", 0x1FFE)
+    debugged.debug.peeks = address, size
+    client = debugged.client()
+    assert client.ask(b"Z0," + at(0x1001) + b",1") == b"OK"
+    assert client.ask(b"Qqemu.PhyMemMode:1") == b"OK"
+    debugged.vcpus[0].then(STEPPED)
+
+    assert client.ask(b"s") == b"T05thread:1;"
+
+    assert debugged.debug.peeked == seen
+
+
 def test_step_with_the_others_going_on_runs_them(make: Make) -> None:
     debugged = make(2)
     client = debugged.client()
