@@ -26,7 +26,7 @@ _SUPPORTED = (
 )
 _HELP = """\
 monitor why                what was refused last, and the reason
-monitor can                what this host's KVM can't do for a debugger
+monitor can                what this host's KVM can do for a debugger, and can't
 monitor translate ADDRESS  the guest-physical address behind a virtual one
 monitor states ADDRESS [BYTES]  page states from a guest-physical address on
 monitor physical on|off    take addresses for guest-physical ones
@@ -304,8 +304,14 @@ class Session:
             case ["why"]:
                 return f"{self._why}\n"
             case ["can"]:
-                lacking = self._target.debug.abilities.lacking()
-                return f"this host's KVM lacks: {lacking or 'nothing'}\n"
+                debug = self._target.debug
+                lacking = debug.abilities.lacking()
+                stops, watches = debug.places(Watch.EXECUTE), debug.places(Watch.WRITE)
+                same = ", in the same registers" if stops == watches else ""
+                return (
+                    f"this host's KVM lacks: {lacking or 'nothing'}\n"
+                    f"hardware breakpoints: {len(stops)}, watchpoints: {len(watches)}{same}\n"
+                )
             case ["translate", address]:
                 gpa, size = self._target.translate(self._vcpu, int(address, 0))
                 return f"GPA {gpa:#x}, {size:#x} bytes to the page's end\n"

@@ -404,6 +404,24 @@ def test_watchpoint_that_kvm_does_not_stop_for_is_refused(make: Make) -> None:
     assert debugged.client().ask(b"Z2,2000,8").startswith(b"E.")
 
 
+def test_debugger_is_told_what_kvm_can_do(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    debugged = make()
+    client = debugged.client()
+
+    assert client.monitor("can") == (
+        "this host's KVM lacks: nothing\n"
+        "hardware breakpoints: 2, watchpoints: 2, in the same registers\n"
+    )
+    debugged.debug.abilities = debugged.debug.abilities._replace(user_steps=False)
+    monkeypatch.setattr(
+        debugged.debug, "places", lambda kind: range(1) if kind is Watch.EXECUTE else range(1, 4)
+    )
+    assert client.monitor("can") == (
+        "this host's KVM lacks: single steps in user mode\n"
+        "hardware breakpoints: 1, watchpoints: 3\n"
+    )
+
+
 # -- memory and registers -------------------------------------------------------------------------
 
 
