@@ -7,7 +7,6 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO
 
 from kvm_bindings import ioctls
 from kvm_bindings.x86_64 import ioctls as x86
@@ -31,7 +30,10 @@ _KINDS = [
     (r"^socket:", "socket"),
     (r"/proc/\d+/mem$", "/proc/self/mem"),
     (r"/dev/fuse$", "fuse"),
+    (r"/dev/net/tun$", "tap"),
     (r"/trace/", "trace"),
+    (r"/\.(snapshot|core)\.\w+(/\w+)?$", "saved"),
+    (r"/snapshot/(memory|state)$", "saved"),
     (r"\.pyvmm-.*\.tmp$", "report"),
     (r"landlock", ""),
 ]
@@ -45,17 +47,20 @@ _OF_THE_TABLE = {
     "guest memory": "shared memory", "guest_memfd": "guest_memfd",
     "guest_memfd, in place": "guest_memfd", "/proc/self/mem": "/proc/self/mem",
     "/dev/kvm": "/dev/kvm", "VM": "VM", "VM, remap": "VM", "VM, attributes": "VM",
-    "vCPU": "vCPU", "vCPU, once": "vCPU", "eventfd": "eventfd", "loop": "loop",
+    "vCPU": "vCPU", "vCPU, once": "vCPU", "vCPU, the debugger leaves": "vCPU",
+    "/dev/fuse": "fuse", "/dev/fuse, for good": "fuse", "eventfd": "eventfd", "loop": "loop",
     "a caller": "loop", "console": "console", "report": "report", "trace": "trace",
     "trace's first file": "trace", "socket": "socket", "socket, hung up": "socket",
-    "passt": "socket", "tap": "tap", "a host's program": "socket", "a guest's call": "socket",
-    "its socket": "socket",
-    "the spawner": "socket",
-    "back end": "socket",
-    "snapshot's files": "",
-    "its state": "",
-    "guest memory, saved": "shared memory",
-    "a snapshot that is restored": "",
+    "passt": "socket", "tap": "tap", "tap, a socket in its place": "socket",
+    "a host's program": "socket", "a guest's call": "socket", "its socket": "socket",
+    "the spawner": "socket", "back end": "socket",
+    "its memory's file, by the run": "saved", "core file, by the run": "saved",
+    "core file": "saved", "core file's headers": "saved", "snapshot's files": "saved",
+    "its state": "saved", "the folder around it": "saved", "what was written of it": "saved",
+    "a snapshot's state": "saved", "a snapshot's memory": "saved",
+    "a snapshot that is restored": "saved",
+    "guest memory, saved": "shared memory", "guest memory, restored": "shared memory",
+    "shared memory, to the files": "shared memory",
     "file, FIFO": "console", "terminal": "console", "protected memory": "",
     "to the process outside": "", "the process outside": "", "a thread": "", "": "",
 }  # fmt: skip
@@ -86,9 +91,6 @@ _OF_KINDS = frozenset(
         ("getdents64", "trace"),
         ("flock", "trace"),  # a file system may have none: goes on
         ("poll", "console"),
-        ("read", "fuse"),  # libfuse's own; what fails there ends the mount, not the run
-        ("writev", "fuse"),
-        ("KVM_SET_GUEST_DEBUG", "vCPU"),  # the debugger's
         ("bind", "socket"),  # at the start, where the error names the path
         ("listen", "socket"),
         ("dup2", "pipe"),
@@ -131,33 +133,31 @@ def unknown(calls: set[Call]) -> set[Call]:
     }
 
 
-Meanwhile = Callable[[IO[str]], None]
-"""Does something to a run; gets its stderr."""
-
-
-def recorded(words: Sequence[str], folder: Path, meanwhile: Meanwhile | None = None) -> set[Call]:
+def recorded(
+    words: Sequence[str],
+    folder: Path,
+    meanwhile: Callable[[injecting.Process], None] = lambda process: None,
+    typed: bytes = b"",
+) -> set[Call]:
     """All calls of a run. Raises AssertionError where it doesn't end well."""
     log = folder / "strace.log"
     tracer = ["strace", "-f", "-qq", "-y", "-X", "raw", "-s", "0", "-o", str(log)]
     with (
         open(folder / "console.out", "wb") as console,
         subprocess.Popen(
-            [*tracer, *words], cwd=injecting.ROOT, stdin=subprocess.DEVNULL, stdout=console,
-            stderr=subprocess.PIPE, text=True,
+            [*tracer, *words], cwd=injecting.ROOT, bufsize=0, stdin=subprocess.PIPE, stdout=console,
+            stderr=subprocess.PIPE,
         ) as process,
     ):  # fmt: skip
         watchdog = threading.Timer(60, process.kill)
         watchdog.start()
         try:
-            assert process.stderr is not None
-            if meanwhile is not None:
-                meanwhile(process.stderr)
-            said = process.stderr.read()
+            meanwhile(process)
+            _, said = process.communicate(typed)
         finally:
             watchdog.cancel()
             watchdog.join()
-            if process.poll() is None and meanwhile is not None:
-                process.terminate()
+            process.terminate()
     assert process.returncode == 0, said
     return set(_calls(log.read_text(errors="replace")))
 

@@ -7,6 +7,7 @@ the C library, at the kernel's door.
 
 from __future__ import annotations
 
+import atexit
 import errno
 import functools
 import mmap
@@ -16,9 +17,12 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import IO, Protocol
 
+from tests.injection.warm import Forked, Warm
 from vmm.core.lean_typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,7 +32,9 @@ SECONDS = 40
 SHORT = 0
 """In the place of an errno: the call moves half of the bytes."""
 FOR_EVER = 1 << 40
+_PYVMM = [sys.executable, "-m", "vmm"]
 _COUNTS = 4096
+_MOST_RULES = 128
 
 
 class Fault(NamedTuple):
@@ -71,11 +77,44 @@ def shim() -> str:
     return path
 
 
-def run(words: Sequence[str], *faults: Fault, environment: dict[str, str] | None = None) -> Ended:
-    """Run `words` with these faults; never for longer than SECONDS."""
+Process = subprocess.Popen[bytes] | Forked
+
+
+NOTHING = -2
+Begin = Callable[[int | None], None]
+"""Has a fault begin, by its place, and others not any more; None: all of them, NOTHING: none."""
+
+
+class Meanwhile(Protocol):
+    """Does something to a run that has been started."""
+
+    def __call__(self, process: Process, begin: Begin) -> tuple[bytes, bytes]:
+        """What it has read of its output and its stderr."""
+        ...
+
+
+def until(stream: IO[bytes] | None, text: bytes) -> bytes:
+    """All lines up to the one with `text`, or to the end."""
+    assert stream is not None
+    lines = b""
+    while (line := stream.readline()) and text not in line:
+        lines += line
+    return lines + line
+
+
+def run(
+    words: Sequence[str],
+    *faults: Fault,
+    environment: dict[str, str] | None = None,
+    meanwhile: Meanwhile | None = None,
+    typed: bytes = b"",
+) -> Ended:
+    """Run `words` with these faults; never for longer than SECONDS. `typed` is its input."""
     more = dict(environment or {})
     with tempfile.NamedTemporaryFile(prefix="pyvmm-counts-") as file:
         file.truncate(_COUNTS)
+        if meanwhile is not None:
+            _arm(file.fileno(), _FIRST + NOTHING)
         if faults:
             more |= {
                 "LD_PRELOAD": shim(),
@@ -85,23 +124,64 @@ def run(words: Sequence[str], *faults: Fault, environment: dict[str, str] | None
                     for each in faults
                 ),
             }
-        status, output, errors = _ended(words, more)
+
+        def begin(fault: int | None) -> None:
+            _arm(file.fileno(), _ALL if fault is None else _FIRST + fault)
+
+        asking = None if meanwhile is None else functools.partial(meanwhile, begin=begin)
+        status, output, errors = _ended(words, more, asking, typed)
         with mmap.mmap(file.fileno(), _COUNTS, access=mmap.ACCESS_READ) as counts:
             numbers = struct.unpack_from(f"={2 * max(len(faults), 1)}Q", counts)
     return Ended(status, output, errors, numbers[0], numbers[1], numbers[1::2])
 
 
-def _ended(words: Sequence[str], environment: dict[str, str]) -> tuple[int, str, str]:
-    with subprocess.Popen(
-        words, cwd=ROOT, env=os.environ | environment, text=True, errors="replace",
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    ) as process:  # fmt: skip
-        try:
-            output, errors = process.communicate(timeout=SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            output, errors = process.communicate()
+_ALL, _FIRST = 2, 3
+
+
+def _arm(counts: int, which: int) -> None:
+    """See shim.c."""
+    os.pwrite(counts, struct.pack("=Q", which), 8 * 2 * _MOST_RULES)
+
+
+def _ended(
+    words: Sequence[str],
+    environment: dict[str, str],
+    meanwhile: Callable[[Process], tuple[bytes, bytes]] | None = None,
+    typed: bytes = b"",
+) -> tuple[int, str, str]:
+    process: Process
+    if list(words[: len(_PYVMM)]) == _PYVMM:
+        process = _warm().start(words[len(_PYVMM) :], environment)
+    else:
+        process = subprocess.Popen(
+            words, cwd=ROOT, env=os.environ | environment, bufsize=0,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+    watchdog = threading.Timer(SECONDS, process.kill)
+    watchdog.start()
+    try:
+        if typed:
+            assert process.stdin is not None
+            process.stdin.write(typed)
+        before = (b"", b"") if meanwhile is None else meanwhile(process)
+        after = process.communicate()
+    finally:
+        watchdog.cancel()
+        process.kill()  # if it hasn't ended
+        process.wait()
+    output, errors = (
+        (first + rest).decode(errors="replace").replace("\r\n", "\n")
+        for first, rest in zip(before, after, strict=True)
+    )
+    assert process.returncode is not None
     return process.returncode, output, errors
+
+
+@functools.cache
+def _warm() -> Warm:
+    made = Warm(shim(), str(ROOT))
+    atexit.register(made.close)
+    return made
 
 
 def run_under_strace(
@@ -134,4 +214,4 @@ def programs(*each: tuple[str, Fault]) -> Ended:
 
 
 def pyvmm(*options: str) -> list[str]:
-    return [sys.executable, "-m", "vmm", *options]
+    return [*_PYVMM, *options]

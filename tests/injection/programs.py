@@ -15,22 +15,25 @@ import struct
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from kvm_bindings import KvmError, fdops, mapped
-from tests.injection.table import CALLER, DROPPED, GUEST, RESET, SAME
+from tests.injection import taps
+from tests.injection.table import CALLER, DROPPED, ENDS_3, GUEST, RESET, SAME
 from tests.support.back_end import BackEndDouble
+from tests.support.consoles import Consoles
 from tests.support.control import Server, line
 from tests.support.virtio_driver import NEEDS_RESET
 from tests.support.virtio_machine import VirtioMachine
-from tests.unit.devices.test_virtio_console import Consoles
+from tests.support.vsock_guest import HOST_PORT, Guest, dial
 from tests.unit.devices.test_virtio_net import HEADER, Network
-from tests.unit.devices.test_virtio_vsock import HOST_PORT, Guest, dial
 from vmm.cli import ctl_saving
-from vmm.control import accepting, saving
+from vmm.control import saving
 from vmm.control.memory_file.guest_file import GuestFile
+from vmm.core import unix_listener
+from vmm.core.errors import HostError, OutputError, UsageError
 from vmm.core.ranges import Range
 from vmm.core.saved import BadState
 from vmm.devices.vhost_user.channel import BackEndError, Channel
@@ -211,7 +214,7 @@ def memory_file(folder: Path, error: int) -> str:
 
 
 def control(folder: Path, error: int) -> str:
-    accepting.AGAIN_SECONDS = 0.01
+    unix_listener.AGAIN_SECONDS = 0.01
     server = Server(folder / "control")
     try:
         with failing(), socket.socket(socket.AF_UNIX) as caller:
@@ -243,16 +246,19 @@ def _line_of(caller: socket.socket) -> bool:
 # -- devices --------------------------------------------------------------------------------------
 
 
-def _frames(machine: VirtioMachine, device: VirtioNet, arrive: Callable[[], None]) -> str | None:
+def _frames(
+    machine: VirtioMachine, device: VirtioNet, arrive: Callable[[], None], front: bytes = b""
+) -> str | None:
     """A frame from the guest, and one for it; what came of the second, None where it came."""
     machine.up()
     buffer = machine.blank(200)
     machine.give(RX, buffer)
     machine.kick(RX)
-    machine.give(TX, machine.place(HEADER + b"from the guest"))
+    machine.give(TX, machine.place(HEADER + front + b"from the guest"))
     with failing():
         machine.kick(TX)
         arrive()
+    machine.loop.pass_time()  # a host without memory is tried again in a moment
     machine.settle()
     if machine.driver.status & NEEDS_RESET:
         return RESET
@@ -300,6 +306,61 @@ def tap(folder: Path, error: int) -> str:
     if sent != b"from the guest":
         assert device.statistics.errors
         said = said or DROPPED
+    return said or SAME
+
+
+def tap_start(folder: Path, error: int) -> str:
+    """An interface that can't be had."""
+    taps.enter()
+    try:
+        with failing():
+            taps.Tap(taps.NAME).close()
+    except HostError as refused:
+        assert taps.NAME in str(refused) and os.strerror(error) in str(refused)
+        return ENDS_3
+    return SAME
+
+
+def tap_offloads(folder: Path, error: int) -> str:
+    """Offloads that were agreed on, and that the interface then doesn't take."""
+    taps.enter()
+    machine = VirtioMachine(VirtioNet(taps.Tap(taps.NAME), bytes(6)))
+    with failing():
+        machine.up()
+    stopped = machine.driver.status & NEEDS_RESET
+    machine.close()
+    return RESET if stopped else SAME
+
+
+def real_tap(folder: Path, error: int) -> str:
+    taps.enter()
+    device = VirtioNet(taps.Tap(taps.NAME), bytes(6))
+    machine = VirtioMachine(device)
+    network = taps.Network()
+
+    def arrive() -> None:
+        network.send(b"for the guest")
+        machine.settle()
+
+    said = _frames(machine, device, arrive, taps.FRAME)
+    came = network.came()
+    network.close()
+    machine.close()
+    if came != [b"from the guest"]:
+        assert device.statistics.errors
+        said = said or DROPPED
+    return said or SAME
+
+
+def tap_deleted(folder: Path, error: int) -> str:
+    """The interface goes away under way: nothing is injected, the kernel says EBADFD."""
+    taps.enter()
+    device = VirtioNet(taps.Tap(taps.NAME), bytes(6))
+    machine = VirtioMachine(device)
+    said = _frames(machine, device, taps.delete, taps.FRAME)
+    assert not device.config()[6], "the link is up"
+    assert not machine.loop.run_ready(), "it is waited for still"
+    machine.close()
     return said or SAME
 
 
@@ -456,11 +517,31 @@ def snapshot(folder: Path, error: int) -> str:
             fd = new_file(making, "state")
             ctl_saving._write(fd, packed({"memory": sums}), 0)
             os.close(fd)
-    except OSError as refused:
-        assert refused.errno == error
+    except (OSError, UsageError) as refused:
+        assert isinstance(refused, UsageError) or refused.errno == error
         assert os.listdir(folder) == [], "something was left behind"
         return CALLER
     assert (place / "memory").read_bytes() == data
+    return SAME
+
+
+def dump(folder: Path, error: int) -> str:
+    """A core file, whose memory the running pyvmm has written."""
+    note = b"VMCOREINFO\0" + _pattern(5000)
+
+    def ask(request: dict[str, Any], files: Sequence[int]) -> dict[str, Any]:
+        os.writev(files[0], [bytes(4096), note])
+        return {"ok": True, "pages": [[0, 8192, "shared"]], "vcpus": [], "offset": 4096, "alias": 0}
+
+    try:
+        with failing():
+            ctl_saving.carried_out(lambda: ctl_saving.dump(ask, str(folder / "core")))
+    except OutputError as refused:
+        assert os.strerror(error) in str(refused)
+        assert os.listdir(folder) == [], "something was left behind"
+        return CALLER
+    content = (folder / "core").read_bytes()
+    assert content.startswith(b"\x7fELF") and content.endswith(note)
     return SAME
 
 
@@ -494,12 +575,17 @@ PROGRAMS: dict[str, Callable[[Path, int], str]] = {
     "control": control,
     "net": net,
     "tap": tap,
+    "real-tap": real_tap,
+    "tap-start": tap_start,
+    "tap-offloads": tap_offloads,
+    "tap-deleted": tap_deleted,
     "vsock-call": vsock_call,
     "vsock": vsock,
     "console-file": console_file,
     "console-pty": console_pty,
     "vhost-user": vhost_user,
     "snapshot": snapshot,
+    "dump": dump,
     "restore": restore,
 }
 

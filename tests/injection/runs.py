@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+import pytest
+
 import firmware
+from kvm_bindings.x86_64 import System
 from tests.injection import injecting
+from tests.injection.asking import ASKERS, MEMORY, Answers, snapshot
 from tests.injection.injecting import FOR_EVER, SHORT, Ended, Fault
 from tests.injection.table import (
     BY_STRACE,
+    CALLER,
     DROPPED,
     EINTR,
     ENDS_1,
@@ -27,6 +35,9 @@ from tests.injection.table import (
     SAME,
     Row,
 )
+from vmm.arch import architecture
+from vmm.control.memory_file.place import Place
+from vmm.core.errors import HostError
 from vmm.core.lean_typing import Any, NamedTuple
 from vmm.memory.transfer import ENGINES
 
@@ -56,6 +67,9 @@ class Seen(NamedTuple):
     report: dict[str, Any] | None
     disk: str
     """A digest of what is on its disk."""
+    rounds: tuple[Answers, ...] = ()
+    """What somebody asked it, and what came of that."""
+    leftovers: tuple[str, ...] = ()
 
     @property
     def disk_counts(self) -> dict[str, Any]:
@@ -63,11 +77,34 @@ class Seen(NamedTuple):
         return counts
 
 
+@functools.cache
+def _obstacle(scenario: str) -> str:
+    if scenario == "memory file":
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                Place(os.path.join(folder, "tried")).leave(mounted=False)
+            except HostError as error:
+                return str(error)
+    if scenario == "gdb":
+        with System() as system:
+            able = architecture().debug(system).abilities
+        if not (able.kernel_steps and able.kernel_hardware):
+            return f"this host's KVM has no {able.lacking()}"
+    return ""
+
+
+def require(*scenarios: str) -> None:
+    """Skip the test where the host can't do one of them."""
+    for scenario in scenarios:
+        if why := _obstacle(scenario):
+            pytest.skip(why)
+
+
 def words_of(scenario: str, folder: Path) -> list[str]:
     """The command; what it writes is in `folder`."""
     disk = folder / "disk.img"
     disk.write_bytes(random.Random(scenario).randbytes(1 << 20) * (_DISK >> 20))
-    more = ["--disk", str(disk), "--mem", "64M", "--report", str(folder / "report.json")]
+    more = ["--disk", str(disk), "--mem", "64M", *_reported(folder)]
     if scenario in PAYLOAD:
         return injecting.pyvmm(*PAYLOAD[scenario], *more)
     if scenario == "trace":
@@ -79,33 +116,41 @@ def words_of(scenario: str, folder: Path) -> list[str]:
     return injecting.pyvmm(*guest, "--allow-mapped-io", *more)
 
 
-def seen(scenario: str, folder: Path, *faults: Fault) -> Seen:
-    """Run it with these faults."""
-    words = words_of(scenario, folder)
-    return _seen(folder, injecting.run(words, *faults))
+def _reported(folder: Path) -> tuple[str, str]:
+    return "--report", str(folder / "report.json")
+
+
+def seen(scenario: str, folder: Path, *faults: Fault, rounds: bool = False) -> Seen:
+    """Run it with these faults; `rounds`: with one after the other."""
+    if scenario == "restore":
+        words = injecting.pyvmm("--restore", str(snapshot()), *_reported(folder))
+        return _seen(folder, injecting.run(words, *faults, typed=b"x"))
+    if scenario not in ASKERS:
+        return _seen(folder, injecting.run(words_of(scenario, folder), *faults))
+    require(scenario)
+    asker = ASKERS[scenario](folder, len(faults) if rounds else 0)
+    words = injecting.pyvmm(*asker.options(), *MEMORY, *_reported(folder))
+    run = _seen(folder, injecting.run(words, *faults, meanwhile=asker))
+    return run._replace(rounds=tuple(asker.answers), leftovers=tuple(asker.leftovers()))
 
 
 def injected(row: Row, error: int, folder: Path) -> Seen:
     """Run the row's scenario with one of its errors. Raises AssertionError where nothing could
     be injected: then the table names a call that isn't made."""
-    words = words_of(row.scenario, folder)
-    last = row.first
-    if error == EINTR:
-        last += _INTERRUPTIONS
-    elif row.lasts:
-        last = FOR_EVER
+    fault = fault_of(row, error)
     if row.by == BY_STRACE:
-        ended = injecting.run_under_strace(words, row.call, error, row.match, row.first, last)
+        words = words_of(row.scenario, folder)
+        where = row.call, error, row.match, fault.first, fault.last
+        run = _seen(folder, injecting.run_under_strace(words, *where))
     else:
-        name = "ioctl" if row.request else row.call
-        ended = injecting.run(words, Fault(name, row.match, error, row.first, last, row.request))
-    assert ended.injected, f"{row.name}: no such call in {row.scenario}"
-    return _seen(folder, ended)
+        run = seen(row.scenario, folder, fault)
+    assert run.ended.injected, f"{row.name}: no such call in {row.scenario}"
+    return run
 
 
 def carried_out(*cells: tuple[Row, int]) -> list[str]:
     """What the programs' own outcomes are, or what is wrong; all in one process."""
-    ended = injecting.programs(*[(row.scenario, _fault(row, error)) for row, error in cells])
+    ended = injecting.programs(*[(row.scenario, fault_of(row, error)) for row, error in cells])
     if ended.status:
         return [f"status {ended.status}: {ended.errors}"]
     return [
@@ -114,7 +159,7 @@ def carried_out(*cells: tuple[Row, int]) -> list[str]:
     ]
 
 
-def _fault(row: Row, error: int) -> Fault:
+def fault_of(row: Row, error: int) -> Fault:
     last = row.first + _INTERRUPTIONS if error == EINTR else FOR_EVER if row.lasts else row.first
     name = "ioctl" if row.request else row.call
     return Fault(name, row.match, error, row.first, last, row.request)
@@ -124,13 +169,16 @@ def _seen(folder: Path, ended: Ended) -> Seen:
     written = folder / "report.json"
     report = json.loads(written.read_text()) if written.exists() else None
     written.unlink(missing_ok=True)
-    return Seen(ended, report, hashlib.sha256((folder / "disk.img").read_bytes()).hexdigest())
+    disk = folder / "disk.img"
+    content = disk.read_bytes() if disk.exists() else b""
+    return Seen(ended, report, hashlib.sha256(content).hexdigest())
 
 
 def outcome(row: Row, error: int, run: Seen) -> str:
     """Which of the table's outcomes it is; else what is wrong."""
     ended = run.ended
-    lines = ended.errors.splitlines()
+    # libfuse's are its own: before 3.17 it can't be told not to (perror).
+    lines = [line for line in ended.errors.splitlines() if not line.startswith("fuse: ")]
     if ended.status < 0:
         return f"ended by signal {-ended.status}" if ended.status != -9 else "it hung"
     if "Traceback" in ended.errors or "internal error:" in ended.errors or len(lines) > 1:
@@ -138,6 +186,8 @@ def outcome(row: Row, error: int, run: Seen) -> str:
     output = ended.output.splitlines()
     went_well = bool(output) and _is_end(output[-1])
     if went_well and ended.status == 0:
+        if any(map(was_refused, run.rounds)):
+            return CALLER
         if lines:
             return SAID
         return SAME if not run.disk_counts.get("errors") else COUNTED
@@ -148,6 +198,14 @@ def outcome(row: Row, error: int, run: Seen) -> str:
     if "waited for in vain" in ended.output:
         return RESET
     return {1: ENDS_1, 2: ENDS_2, 3: ENDS_3}.get(ended.status, f"status {ended.status}")
+
+
+def was_refused(answers: Answers) -> bool:
+    return any(_REFUSAL.search(answer) for answer in answers)
+
+
+_REFUSAL = re.compile(r": (E[A-Z]+|error)$")
+"""An answer that is an error's name, or a debugger's."""
 
 
 def _is_end(line: str) -> bool:
@@ -164,10 +222,15 @@ def _guest_was_told(output: str, error: int) -> bool:
 def problems(row: Row, error: int, run: Seen, without: Seen) -> list[str]:
     """What doesn't add up in a run whose outcome is the right one. `without`: the same run with
     nothing injected."""
-    found = []
+    found: list[str] = []
     report, counts = run.report, run.disk_counts
     expected = row.cells[error]
+    found += run.leftovers
     if expected == SAME:
+        if run.rounds != without.rounds:
+            found.append(f"answers {run.rounds}, not {without.rounds}")
+        if _file_counts(run) != _file_counts(without):
+            found.append(f"counts {_file_counts(run)}, not {_file_counts(without)}")
         if run.disk != without.disk:
             found.append("the disk's content is another one")
         known = without.disk_counts
@@ -197,6 +260,10 @@ def problems(row: Row, error: int, run: Seen, without: Seen) -> list[str]:
             if failed < 1:
                 found.append(f"no failure is counted: {report['conversions']}")
     return found
+
+
+def _file_counts(run: Seen) -> object:
+    return (run.report or {}).get("memory_file")
 
 
 def report_of_trace(folder: Path) -> subprocess.CompletedProcess[str]:

@@ -5,7 +5,8 @@
    `first` and `last` which of the calls that match, counted from 1. `result` is the errno; 0 is a call that is carried
    out for half of the bytes.
    PYVMM_INJECT_COUNTS: a file that is mapped, with two uint64_t for each rule: calls that matched, and were changed.
-   Counted over all processes that inherit it.
+   Counted over all processes that inherit it. Behind them, in the place of one rule more, a uint64_t that another process
+   may set: 1 for no rules, 2 for all of them, n + 3 for the n-th alone; 0: as this process itself has it.
    PYVMM_INJECT_WAITS: nothing is injected or counted before the process itself sets pyvmm_shim_armed: 1 for all rules,
    n + 2 for the n-th alone. */
 
@@ -21,11 +22,12 @@
 #include <sys/epoll.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/types.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
-enum { MOST_RULES = 64 };
+enum { MOST_RULES = 128 };
 
 static struct rule {
     char call[32], object[96];
@@ -36,7 +38,8 @@ static unsigned count;
 static uint64_t *counts;
 int pyvmm_shim_armed = 1;
 
-__attribute__((constructor)) static void start(void)
+/* Also for a process that was forked, with another environment. */
+__attribute__((constructor)) void pyvmm_shim_start(void)
 {
     const char *text = getenv("PYVMM_INJECT"), *path = getenv("PYVMM_INJECT_COUNTS");
     while (text && *text) {
@@ -55,7 +58,7 @@ __attribute__((constructor)) static void start(void)
     int fd = path ? open(path, O_RDWR | O_CLOEXEC) : -1;
     if (fd < 0)
         return;
-    counts = mmap(NULL, sizeof(uint64_t) * 2 * MOST_RULES, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    counts = mmap(NULL, sizeof(uint64_t) * (2 * MOST_RULES + 1), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     close(fd);
     if (counts == MAP_FAILED)
         abort();
@@ -74,9 +77,13 @@ static int injected(const char *call, int fd, uint64_t request)
 {
     char link[64], name[512];
     ssize_t length = -2;
-    for (unsigned i = 0; pyvmm_shim_armed && i < count; i++) {
+    if (!count || !counts)
+        return -1;
+    uint64_t held = __atomic_load_n(&counts[2 * MOST_RULES], __ATOMIC_SEQ_CST);
+    uint64_t armed = held ? held - 1 : pyvmm_shim_armed; /* 0: none, 1: all, n + 2: the n-th alone */
+    for (unsigned i = 0; armed && i < count; i++) {
         struct rule *rule = &rules[i];
-        if (pyvmm_shim_armed > 1 && (unsigned)pyvmm_shim_armed - 2 != i)
+        if (armed > 1 && armed - 2 != i)
             continue;
         if (strcmp(rule->call, call) || (rule->request && rule->request != (request & 0xffffffff)))
             continue;
@@ -91,8 +98,6 @@ static int injected(const char *call, int fd, uint64_t request)
             if (!matches(name, rule->object))
                 continue;
         }
-        if (!counts)
-            continue;
         uint64_t number = __atomic_add_fetch(&counts[2 * i], 1, __ATOMIC_SEQ_CST);
         if (number < rule->first || number > rule->last)
             continue;
@@ -203,6 +208,20 @@ ssize_t sendmsg(int fd, const struct msghdr *message, int flags)
     return real(fd, &shorter, flags);
 }
 
+int mkdir(const char *path, mode_t mode)
+{
+    REAL(mkdir);
+    FAIL_OR("mkdir", -1, );
+    return real(path, mode);
+}
+
+int rename(const char *old, const char *new)
+{
+    REAL(rename);
+    FAIL_OR("rename", -1, );
+    return real(old, new);
+}
+
 int fsync(int fd)
 {
     REAL(fsync);
@@ -231,6 +250,18 @@ VECTORS(preadv, "preadv", off_t)
 VECTORS(preadv64, "preadv", off64_t)
 VECTORS(pwritev, "pwritev", off_t)
 VECTORS(pwritev64, "pwritev", off64_t)
+
+#define VECTORS_THERE(name) \
+    ssize_t name(int fd, const struct iovec *vectors, int number) \
+    { \
+        REAL(name); \
+        struct iovec one = number ? vectors[0] : (struct iovec){0}; \
+        FAIL_OR(#name, fd, if (number == 1) { HALF(one.iov_len); vectors = &one; } else number = (number + 1) / 2); \
+        return real(fd, vectors, number); \
+    }
+
+VECTORS_THERE(readv)
+VECTORS_THERE(writev)
 
 #define VECTORS2(name, label, OFFSET) \
     ssize_t name(int fd, const struct iovec *vectors, int number, OFFSET offset, int flags) \
@@ -271,6 +302,17 @@ off64_t lseek64(int fd, off64_t offset, int whence)
     FAIL_OR("lseek", fd, );
     return real(fd, offset, whence);
 }
+
+#define TRUNCATES(name, OFFSET) \
+    int name(int fd, OFFSET size) \
+    { \
+        REAL(name); \
+        FAIL_OR("ftruncate", fd, ); \
+        return real(fd, size); \
+    }
+
+TRUNCATES(ftruncate, off_t)
+TRUNCATES(ftruncate64, off64_t)
 
 int fdatasync(int fd)
 {

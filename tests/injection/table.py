@@ -32,9 +32,11 @@ OUTCOMES = (SAME, GUEST, RESET, SAID, DROPPED, CALLER, ENDS_1, ENDS_2, ENDS_3)
 EINTR, EIO, ENOSPC, ENOMEM = errno.EINTR, errno.EIO, errno.ENOSPC, errno.ENOMEM
 EAGAIN, EFBIG, EDQUOT = errno.EAGAIN, errno.EFBIG, errno.EDQUOT
 EMFILE, EPIPE, EFAULT = errno.EMFILE, errno.EPIPE, errno.EFAULT
+ENOENT, EINVAL, ENODEV, EBADFD = errno.ENOENT, errno.EINVAL, errno.ENODEV, errno.EBADFD
 COLUMNS = (EINTR, SHORT, EIO, ENOSPC, ENOMEM, EAGAIN, EFBIG, EDQUOT, EMFILE, EPIPE)
 
 FS_IOC_FIEMAP = 0xC020660B
+TUNSETIFF, TUNSETOFFLOAD, TUNSETVNETHDRSZ = 0x400454CA, 0x400454D0, 0x400454D8
 
 BY_SHIM, BY_STRACE, BY_PROGRAM, BY_MODEL = "shim", "strace", "program", "model"
 Cells = dict[int, str]
@@ -204,6 +206,7 @@ END = [
     Row("end", "wait4", "the process outside", {EINTR: SAME, errno.ECHILD: SAME}, BY_STRACE,
         "pread", lasts=False),
 ]  # fmt: skip
+_TAP = {EINTR: SAME, EAGAIN: SAME, **_all(DROPPED, EIO, EBADFD)}
 _SEEN = {EINTR: SAME, SHORT: SAME, **_all(CALLER, EIO, ENOMEM)}
 OTHERS = [
     Row("memory", "pread64", "/proc/self/mem", _SEEN, BY_PROGRAM, "readable", "/mem$"),
@@ -229,10 +232,20 @@ OTHERS = [
         EIO: DROPPED}, BY_PROGRAM, "net", lasts=False),
     Row("net", "sendto", "passt", {EINTR: SAME, EAGAIN: SAME, SHORT: SAME, EPIPE: DROPPED},
         BY_PROGRAM, "net", lasts=False),
-    Row("net", "read", "tap", {EINTR: SAME, EAGAIN: SAME, ENOMEM: SAME, EIO: DROPPED},
-        BY_PROGRAM, "tap", "socket:", lasts=False),
-    Row("net", "write", "tap", {EINTR: SAME, EAGAIN: SAME, ENOMEM: DROPPED, EIO: DROPPED},
-        BY_PROGRAM, "tap", "socket:", lasts=False),
+    Row("net", "read", "tap", {**_TAP, ENOMEM: SAME}, BY_PROGRAM, "real-tap", "net/tun$",
+        lasts=False),
+    Row("net", "write", "tap", {**_TAP, **_all(DROPPED, ENOMEM, EINVAL)}, BY_PROGRAM, "real-tap",
+        "net/tun$", lasts=False),
+    Row("net", "read", "tap, a socket in its place", {**_TAP, ENOMEM: SAME}, BY_PROGRAM, "tap",
+        "socket:", lasts=False),
+    Row("net", "write", "tap, a socket in its place", {**_TAP, ENOMEM: DROPPED}, BY_PROGRAM,
+        "tap", "socket:", lasts=False),
+    Row("net", "TUNSETOFFLOAD", "tap", _all(RESET, EINVAL, EBADFD), BY_PROGRAM, "tap-offloads",
+        "net/tun$", TUNSETOFFLOAD),
+    Row("start", "TUNSETIFF", "tap", _all(ENDS_3, errno.EPERM, errno.EBUSY, EINVAL, ENOMEM),
+        BY_PROGRAM, "tap-start", "net/tun$", TUNSETIFF),
+    Row("start", "TUNSETVNETHDRSZ", "tap", _all(ENDS_3, EINVAL, EBADFD), BY_PROGRAM, "tap-start",
+        "net/tun$", TUNSETVNETHDRSZ),
     Row("vsock", "socket", "a guest's call", _all(GUEST, EMFILE, ENOMEM), BY_PROGRAM,
         "vsock-call"),
     Row("vsock", "connect", "a guest's call", _all(GUEST, EAGAIN,
@@ -274,10 +287,101 @@ APART = [
         "pyvmm-guest"),
     Row("snapshot", "fsync", "snapshot's files", _all(CALLER, EIO, ENOSPC, EDQUOT), BY_PROGRAM,
         "snapshot"),
+    Row("snapshot", "fsync", "the folder around it", _all(CALLER, EIO, ENOSPC, EDQUOT),
+        BY_PROGRAM, "snapshot", first=4),
+    Row("snapshot", "mkdir", "", _all(CALLER, ENOSPC, EDQUOT, EIO), BY_PROGRAM, "snapshot"),
+    Row("snapshot", "rename", "", _all(CALLER, ENOSPC, EDQUOT, EIO), BY_PROGRAM, "snapshot"),
+    Row("snapshot", "pread64", "what was written of it", _READ, BY_PROGRAM, "snapshot",
+        "/memory$"),
+    Row("snapshot", "pread64", "core file", _READ, BY_PROGRAM, "dump", "/.core."),
+    Row("snapshot", "pwrite64", "core file's headers", _KEPT, BY_PROGRAM, "dump", "/.core."),
+    Row("snapshot", "fsync", "core file", _all(CALLER, EIO, ENOSPC, EDQUOT), BY_PROGRAM, "dump"),
+    Row("snapshot", "rename", "core file", _all(CALLER, EIO, ENOSPC, EDQUOT), BY_PROGRAM, "dump"),
     Row("snapshot", "pread64", "a snapshot that is restored", _READ, BY_PROGRAM, "restore"),
 ]  # fmt: skip
 
-TABLE: list[Row] = [*DISK, *CONVERSION, *RUN, *START, *END, *OTHERS, *APART]
+_GONE = _all(CALLER, EIO, ENOMEM, EINVAL)
+ASKED = [
+    Row("memory file", "read", "/dev/fuse", {EINTR: SAME, **_all(SAME, EAGAIN, ENOENT, ENOMEM,
+        EIO), ENODEV: CALLER}, scenario="memory file", match="/dev/fuse", first=3, lasts=False),
+    Row("memory file", "read", "/dev/fuse, for good", _all(CALLER, EAGAIN, ENOMEM, EIO),
+        scenario="memory file", match="/dev/fuse", first=3),
+    Row("memory file", "writev", "/dev/fuse", {**_GONE, EINTR: CALLER}, scenario="memory file",
+        match="/dev/fuse", first=3, lasts=False),
+    *(
+        Row("gdb", call, "vCPU", {EINTR: SAME, **_all(CALLER, EIO, ENOMEM, EINVAL)},
+            scenario="gdb", match="kvm-vcpu", request=request)
+        for call, request in [
+            ("KVM_GET_REGS", x86.KVM_GET_REGS), ("KVM_SET_REGS", x86.KVM_SET_REGS),
+            ("KVM_GET_SREGS", x86.KVM_GET_SREGS), ("KVM_SET_SREGS", x86.KVM_SET_SREGS),
+            ("KVM_GET_FPU", x86.KVM_GET_FPU), ("KVM_SET_FPU", x86.KVM_SET_FPU),
+        ]
+    ),
+    Row("gdb", "KVM_SET_GUEST_DEBUG", "vCPU", {EINTR: SAME, **_all(CALLER, EIO, ENOMEM, EINVAL)},
+        scenario="gdb", match="kvm-vcpu", request=x86.KVM_SET_GUEST_DEBUG, lasts=False),
+    Row("gdb", "KVM_SET_GUEST_DEBUG", "vCPU, the debugger leaves", {EINTR: SAME,
+        **_all(SAID, EIO, ENOMEM, EINVAL)}, scenario="gdb", match="kvm-vcpu",
+        request=x86.KVM_SET_GUEST_DEBUG, first=3, lasts=False),
+    *(
+        Row("snapshot", call, on, {EINTR: SAME, **_all(CALLER, EIO, ENOMEM, EINVAL)},
+            scenario="saving", match=f"kvm-{on.lower()}", request=request)
+        for call, on, request in [
+            ("KVM_GET_REGS", "vCPU", x86.KVM_GET_REGS),
+            ("KVM_GET_SREGS2", "vCPU", x86.KVM_GET_SREGS2),
+            ("KVM_GET_XSAVE", "vCPU", x86.KVM_GET_XSAVE),
+            ("KVM_GET_XSAVE2", "vCPU", x86.KVM_GET_XSAVE2),
+            ("KVM_GET_XCRS", "vCPU", x86.KVM_GET_XCRS),
+            ("KVM_GET_MSRS", "vCPU", x86.KVM_GET_MSRS),
+            ("KVM_GET_LAPIC", "vCPU", x86.KVM_GET_LAPIC),
+            ("KVM_GET_DEBUGREGS", "vCPU", x86.KVM_GET_DEBUGREGS),
+            ("KVM_GET_VCPU_EVENTS", "vCPU", x86.KVM_GET_VCPU_EVENTS),
+            ("KVM_GET_MP_STATE", "vCPU", x86.KVM_GET_MP_STATE),
+            ("KVM_GET_IRQCHIP", "VM", x86.KVM_GET_IRQCHIP),
+            ("KVM_GET_PIT2", "VM", x86.KVM_GET_PIT2),
+            ("KVM_GET_CLOCK", "VM", x86.KVM_GET_CLOCK),
+        ]
+    ),
+    Row("snapshot", "KVM_GET_TSC_KHZ", "vCPU", {EINTR: SAME, **_all(SAME, EIO, EINVAL)},
+        scenario="saving", match="kvm-vcpu", request=x86.KVM_GET_TSC_KHZ),
+    Row("snapshot", "KVM_KVMCLOCK_CTRL", "vCPU", {EINTR: SAME, EINVAL: SAME, EIO: CALLER},
+        scenario="saving", match="kvm-vcpu", request=x86.KVM_KVMCLOCK_CTRL),
+    Row("snapshot", "ftruncate", "core file", _all(CALLER, EIO, ENOSPC, EFBIG), scenario="saving",
+        match="/.core."),
+    Row("snapshot", "pread64", "shared memory, to the files", _READ, scenario="saving",
+        match="pyvmm-shared"),
+    Row("snapshot", "pwrite64", "its memory's file, by the run", _KEPT, scenario="saving",
+        match="/memory$"),
+    Row("snapshot", "pwrite64", "core file, by the run", _KEPT, scenario="saving",
+        match="/.core."),
+    *(
+        Row("restore", call, on, {EINTR: SAME, **_all(ENDS_2, EINVAL, EIO, ENOMEM)},
+            scenario="restore", match=f"kvm-{on.lower()}", request=request)
+        for call, on, request in [
+            ("KVM_SET_REGS", "vCPU", x86.KVM_SET_REGS),
+            ("KVM_SET_SREGS2", "vCPU", x86.KVM_SET_SREGS2),
+            ("KVM_SET_XSAVE", "vCPU", x86.KVM_SET_XSAVE),
+            ("KVM_SET_XCRS", "vCPU", x86.KVM_SET_XCRS),
+            ("KVM_SET_MSRS", "vCPU", x86.KVM_SET_MSRS),
+            ("KVM_SET_LAPIC", "vCPU", x86.KVM_SET_LAPIC),
+            ("KVM_SET_DEBUGREGS", "vCPU", x86.KVM_SET_DEBUGREGS),
+            ("KVM_SET_VCPU_EVENTS", "vCPU", x86.KVM_SET_VCPU_EVENTS),
+            ("KVM_SET_MP_STATE", "vCPU", x86.KVM_SET_MP_STATE),
+            ("KVM_SET_IRQCHIP", "VM", x86.KVM_SET_IRQCHIP),
+            ("KVM_SET_PIT2", "VM", x86.KVM_SET_PIT2),
+            ("KVM_SET_CLOCK", "VM", x86.KVM_SET_CLOCK),
+        ]
+    ),
+    Row("restore", "KVM_GET_MSR_INDEX_LIST", "/dev/kvm", {EINTR: SAME, **_all(ENDS_2, EIO,
+        ENOMEM)}, scenario="restore", match="/dev/kvm", request=x86.KVM_GET_MSR_INDEX_LIST),
+    Row("restore", "pread64", "a snapshot's state", {EINTR: SAME, SHORT: SAME, **_all(ENDS_2, EIO,
+        ENOMEM)}, scenario="restore", match="/state$"),
+    Row("restore", "pread64", "a snapshot's memory", {EINTR: SAME, SHORT: SAME, **_all(ENDS_2,
+        EIO, ENOMEM)}, scenario="restore", match="/memory$"),
+    Row("restore", "pwrite64", "guest memory, restored", {EINTR: SAME, SHORT: SAME, **_all(ENDS_3,
+        EIO, ENOMEM, ENOSPC)}, scenario="restore", match="pyvmm-shared"),
+]  # fmt: skip
+
+TABLE: list[Row] = [*DISK, *CONVERSION, *RUN, *START, *END, *OTHERS, *APART, *ASKED]
 
 
 def word(error: int) -> str:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
 from pathlib import Path
-from typing import IO
 
 import pytest
 
 from tests.injection import calls, injecting, runs
+from tests.injection.asking import MEMORY, Debugger, Reader, Saver, snapshot
+from tests.injection.injecting import Process
 from tests.injection.test_runs import FULL
 
 pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("usable_kvm", "strace")]
@@ -27,33 +25,32 @@ def test_run_makes_no_call_that_the_table_lacks(scenario: str, tmp_path: Path) -
     assert ("KVM_RUN", "vCPU") in made and ("write", "console") in made
 
 
-def test_run_that_is_asked_and_read_makes_no_call_that_the_table_lacks(tmp_path: Path) -> None:
-    """With a control socket, a memory file and a trace."""
-    from vmm.control.memory_file.place import Place
-    from vmm.core.errors import HostError
+def test_run_that_is_asked_makes_no_call_that_the_table_lacks(tmp_path: Path) -> None:
+    """With a control socket, a memory file, a debugger and a trace; and saved."""
+    runs.require("gdb", "memory file")
+    saver = Saver(tmp_path)
+    askers = [Debugger(tmp_path), Reader(tmp_path), saver]
+    options = {option: None for asker in askers for option in asker.options()}
+    words = injecting.pyvmm(*options, *MEMORY, "--trace", str(tmp_path / "trace"))
 
-    try:
-        Place(str(tmp_path / "tried")).leave(mounted=False)
-    except HostError as error:
-        pytest.skip(str(error))
-    control, memory = tmp_path / "control", tmp_path / "memory"
-    words = injecting.pyvmm("--private-mem=memfd", "--mem", "64M", "--gdb", str(tmp_path / "gdb"))
-    words += ["--control", str(control), "--memory-file", str(memory)]
-    words += ["--trace", str(tmp_path / "trace")]
-
-    def ask(errors: IO[str]) -> None:
-        while "waits for a debugger" not in (said := errors.readline()):
-            assert said, "it has ended"
-        fd = os.open(memory / "memory", os.O_RDWR)
-        os.pwrite(fd, os.pread(fd, 4096, 0), 0)
-        os.close(fd)
-        with socket.socket(socket.AF_UNIX) as caller:
-            caller.connect(str(control))
-            for command in ("status", "dump-state", "quit"):
-                caller.sendall(json.dumps({"command": command}).encode() + b"\n")
-                assert json.loads(caller.makefile("rb").readline())["ok"]
+    def ask(process: Process) -> None:
+        askers[0].wait(process)
+        for asker in askers:
+            asker.prepare()
+            asker.ask()
+        saver.quit()
 
     made = calls.recorded(words, tmp_path, ask)
 
     assert sorted(calls.unknown(made)) == []
-    assert ("sendto", "socket") in made
+    known = {("writev", "fuse"), ("KVM_SET_GUEST_DEBUG", "vCPU"), ("KVM_GET_LAPIC", "vCPU")}
+    assert known < made and ("pwrite64", "saved") in made
+
+
+def test_run_that_is_restored_makes_no_call_that_the_table_lacks(tmp_path: Path) -> None:
+    words = injecting.pyvmm("--restore", str(snapshot()))
+
+    made = calls.recorded(words, tmp_path, typed=b"x")
+
+    assert sorted(calls.unknown(made)) == []
+    assert {("KVM_SET_LAPIC", "vCPU"), ("pread64", "saved")} < made

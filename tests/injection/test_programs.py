@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.injection import runs
-from tests.injection.injecting import SHORT
-from tests.injection.table import BY_PROGRAM, TABLE, Row, word
+from tests.injection import injecting, runs, taps
+from tests.injection.injecting import SHORT, Fault
+from tests.injection.table import BY_PROGRAM, DROPPED, TABLE, Row, word
 from tests.injection.test_runs import FULL, chosen, full, name_of
 
 ROWS = [row for row in TABLE if row.by == BY_PROGRAM]
@@ -21,12 +21,27 @@ CHOSEN = [(row, SHORT if row.path == "memory" else chosen(row)) for row in ROWS]
 
 def test_calls_that_fail_end_as_the_table_says() -> None:
     """One of each row, all in one process."""
-    found = runs.carried_out(*CHOSEN)
+    cells = [(row, error) for row, error in CHOSEN if row.on != "tap" or not taps.obstacle()]
 
-    expected = [row.cells[error] for row, error in CHOSEN]
-    assert dict(zip(map(named, CHOSEN), found, strict=False)) == dict(
-        zip(map(named, CHOSEN), expected, strict=True)
+    found = runs.carried_out(*cells)
+
+    expected = [row.cells[error] for row, error in cells]
+    assert dict(zip(map(named, cells), found, strict=False)) == dict(
+        zip(map(named, cells), expected, strict=True)
     )
+
+
+@pytest.fixture
+def tap() -> None:
+    if taps.obstacle():
+        pytest.skip(f"no tap can be made here: {taps.obstacle()}")
+
+
+@pytest.mark.usefixtures("tap")
+def test_tap_that_is_deleted_is_a_pulled_cable() -> None:
+    ended = injecting.programs(("tap-deleted", Fault("none")))
+
+    assert (ended.output, ended.errors) == (f"{DROPPED}\n", "")
 
 
 def named(cell: tuple[Row, int]) -> str:
@@ -39,5 +54,7 @@ def named(cell: tuple[Row, int]) -> str:
     [(row, error) for row in ROWS if FULL for error in row.cells],
     ids=name_of,
 )
-def test_every_cell_of_the_table(row: Row, error: int) -> None:
+def test_every_cell_of_the_table(row: Row, error: int, request: pytest.FixtureRequest) -> None:
+    if row.on == "tap":
+        request.getfixturevalue("tap")
     assert runs.carried_out((row, error)) == [row.cells[error]]

@@ -14,11 +14,13 @@ from pathlib import Path
 import pytest
 
 from tests.injection import injecting, runs
+from tests.injection.asking import ASKERS
 from tests.injection.conftest import Without
 from tests.injection.injecting import FOR_EVER, SHORT, Fault
 from tests.injection.table import (
     BY_SHIM,
     BY_STRACE,
+    CALLER,
     EINTR,
     ENDS_2,
     ENDS_3,
@@ -32,10 +34,11 @@ from tests.injection.table import (
 
 pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("usable_kvm")]
 
+IN_ROUNDS = [name for name, asker in ASKERS.items() if asker.has_rounds]
 FULL = bool(os.environ.get("PYVMM_INJECT_FULL"))
 full = pytest.mark.skipif(not FULL, reason="PYVMM_INJECT_FULL=1 runs them all")
 
-ROWS = [row for row in TABLE if row.by in (BY_SHIM, BY_STRACE)]
+ROWS = [row for row in TABLE if row.by in (BY_SHIM, BY_STRACE) and row.scenario not in IN_ROUNDS]
 CELLS = [(row, error) for row in ROWS for error in row.cells]
 SCENARIOS = sorted({row.scenario for row in ROWS if row.by == BY_SHIM and EINTR in row.cells})
 
@@ -105,6 +108,29 @@ def test_interrupted_and_short_calls_are_not_noticed(
     assert runs.problems(row, EINTR, run, without(scenario)) == []
     assert run.ended.injected == 10
     assert run.ended.output.splitlines()[-1] == without(scenario).ended.output.splitlines()[-1]
+
+
+@pytest.mark.parametrize("scenario", IN_ROUNDS)
+def test_calls_that_fail_one_after_the_other_end_as_the_table_says(
+    scenario: str, tmp_path: Path, without: Without
+) -> None:
+    """All cells in one run, which is asked the same for each."""
+    cells = [(row, error) for row in TABLE if row.scenario == scenario for error in row.cells]
+
+    faults = [runs.fault_of(row, error) for row, error in cells]
+    run = runs.seen(scenario, tmp_path, *faults, rounds=True)
+
+    (as_ever,) = without(scenario).rounds
+    found = {}
+    for (row, error), answers, injected in zip(cells, run.rounds, run.ended.each, strict=True):
+        said = SAID if row.cells[error] == SAID else SAME  # its line is counted below
+        told = CALLER if runs.was_refused(answers) else said if answers == as_ever else str(answers)
+        found[f"{row.name} {word(error)}"] = told if injected else "no such call"
+    assert found == {f"{row.name} {word(error)}": row.cells[error] for row, error in cells}
+    lines = run.ended.errors.splitlines()
+    assert len(lines) == [row.cells[error] for row, error in cells].count(SAID), lines
+    assert (run.ended.status, run.ended.output[-5:]) == (0, "done\n"), run.ended
+    assert runs.problems(Row("all", "", "", {0: CALLER}), 0, run, without(scenario)) == []
 
 
 WHEN = ("second", "last")

@@ -10,6 +10,7 @@ from collections import Counter
 import pytest
 
 from tests.injection import calls, injecting
+from tests.injection.asking import ASKERS
 from tests.injection.runs import BENCH, PAYLOAD
 from tests.injection.table import BY_MODEL, BY_PROGRAM, OUTCOMES, TABLE, Row, word
 
@@ -21,7 +22,7 @@ def test_row_names_known_outcomes_and_a_run(row: Row) -> None:
 
     assert row.cells
     assert set(row.cells.values()) <= set(OUTCOMES)
-    assert row.scenario in runs.get(row.by, (*BENCH, *PAYLOAD))
+    assert row.scenario in runs.get(row.by, (*BENCH, *PAYLOAD, *ASKERS, "restore"))
 
 
 def test_rows_have_names_of_their_own() -> None:
@@ -30,7 +31,7 @@ def test_rows_have_names_of_their_own() -> None:
 
 def test_call_that_the_table_lacks_is_unknown() -> None:
     known = {("pread64", "disk"), ("KVM_RUN", "vCPU"), ("futex", ""), ("close", "disk")}
-    new = {("sendfile", "disk"), ("KVM_SET_CLOCK", "VM"), ("userfaultfd", "")}
+    new = {("sendfile", "disk"), ("KVM_SIGNAL_MSI", "VM"), ("userfaultfd", "")}
 
     assert calls.unknown(known | new) == new
 

@@ -1,4 +1,4 @@
-"""Disks in processes of their own, under guests on KVM: their sandbox, and their end."""
+"""Devices in processes of their own, under guests on KVM: their sandbox, and their end."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 
 from kvm_bindings import sandbox
 from tests.support import command
-from tests.support.hostile_device import MUST_WORK, ROOM
+from tests.support.hostile_device import MUST_WORK, PORT, ROOM, TAKES_CALLERS
 from vmm.bench.processes import bench_guest
 
 pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("usable_kvm")]
@@ -68,6 +68,103 @@ def test_hostile_process_without_a_sandbox_has_no_guest_memory(disk: Path) -> No
 
     assert ended["read a file"] == ended["fork"] == ended["map the disk"] == "ok"
     assert ended["KVM"] == "ENOTTY"
+
+
+def _hostile_vsock(folder: Path, *options: str) -> dict[str, str]:
+    """How the attempts of a vsock's process ended. It tells of them by a connection that it was
+    given."""
+    (folder / "secret.txt").write_text("secret")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(folder / f"v_{PORT}"))
+        listener.listen()
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.support.hostile_device", "--private-mem",
+             "--vsock", "path=v,process", *options],
+            cwd=folder, env=_environment(), stdin=subprocess.DEVNULL, capture_output=True,
+            timeout=command.TIME_LIMIT, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        listener.settimeout(command.TIME_LIMIT)
+        told = b""
+        while not told:  # an attempt to connect may have been one
+            link, _ = listener.accept()
+            with link, link.makefile("rb") as file:
+                told = file.read()
+        ended: dict[str, str] = json.loads(told)
+        return ended
+
+
+@needs_landlock
+def test_hostile_vsock_is_given_its_ports_and_connects_nowhere_itself(tmp_path: Path) -> None:
+    ended = _hostile_vsock(tmp_path)
+
+    works = {name for name in MUST_WORK if not name.endswith("the disk")}
+    assert {name for name, how in ended.items() if how == "ok"} == works | TAKES_CALLERS
+    assert set(ended.values()) == {"ok", "EPERM"}
+    assert not (tmp_path / "v").exists()
+
+
+@needs_landlock
+def test_hostile_console_is_refused_everything_but_its_callers(tmp_path: Path) -> None:
+    (tmp_path / "secret.txt").write_text("secret")
+
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.hostile_device", "--private-mem", "--report",
+         "r.json", "--console", "file=told,process", "--console", "socket=s,name=n,process"],
+        cwd=tmp_path, env=_environment(), stdin=subprocess.DEVNULL, capture_output=True,
+        timeout=command.TIME_LIMIT, check=False,
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
+    ended = json.loads((tmp_path / "told").read_bytes())
+    works = {name for name in MUST_WORK if not name.endswith("the disk")}
+    assert {name for name, how in ended.items() if how == "ok"} == works | TAKES_CALLERS
+    assert set(ended.values()) == {"ok", "EPERM"}
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["io"]["console"]["process"]["seccomp"]
+    assert not (tmp_path / "s").exists()
+
+
+def test_hostile_vsock_without_a_sandbox_connects(tmp_path: Path) -> None:
+    """The attempts are real ones."""
+    ended = _hostile_vsock(tmp_path, "--sandbox=off")
+
+    assert ended["a port's program by hand"] == ended["a Unix socket"] == ended["TCP"] == "ok"
+
+
+@pytest.mark.parametrize(("setting", "ended"), [("", "ok"), (",process", "EPERM")])
+def test_pyvmm_may_connect_only_where_the_vsock_is_its_own(
+    tmp_path: Path, setting: str, ended: str
+) -> None:
+    """Tried by a thread that isn't a vCPU's, which never may."""
+    (tmp_path / "connects.py").write_text(
+        "import errno, socket, sys, threading\n"
+        "from vmm.policy import Allow, Policy\n"
+        "class Connects(Policy):\n"
+        "    def __init__(self):\n"
+        "        self.now = threading.Event()\n"
+        "        self.thread = threading.Thread(target=self.connect, daemon=True)\n"
+        "        self.thread.start()\n"
+        "    def connect(self):\n"
+        "        self.now.wait()\n"
+        "        try:\n"
+        "            socket.socket(socket.AF_UNIX).connect('v')\n"
+        "            print('connect: ok', file=sys.stderr)\n"
+        "        except OSError as error:\n"
+        "            print(f'connect: {errno.errorcode[error.errno]}', file=sys.stderr)\n"
+        "    def on_share(self, event, view):\n"
+        "        self.now.set()\n"
+        "        self.thread.join()\n"
+        "        return Allow()\n"
+    )
+
+    done = command.run(
+        "--private-mem", "--vsock", f"path=v{setting}", "--policy", "connects.py:Connects",
+        cwd=tmp_path, env=_environment(),
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
+    assert f"connect: {ended}".encode() in done.stderr
 
 
 def test_payload_passes_all_its_checks_and_the_report_tells_of_the_process(disk: Path) -> None:

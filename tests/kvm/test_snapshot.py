@@ -6,10 +6,11 @@ import json
 import os
 import re
 import shutil
+import socket
 import struct
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,8 +126,8 @@ def test_gdb_opens_a_dump_and_the_guest_goes_on(kernel: list[str], tmp_path: Pat
         "x/1xg 0xf0000000",
     )
     assert answer == {
-        "ok": True, "exit": 0, "vcpus": 2, "shared_bytes": 16 * MIB, "left_out_bytes": 0,
-        "vmcoreinfo": False,
+        "ok": True, "exit": 0, "vcpus": 2, "shared_bytes": 16 * MIB, "private_bytes": 0,
+        "left_out_bytes": 0, "vmcoreinfo": False,
     }  # fmt: skip
     assert again.returncode == 2
     assert one_line(again.stderr).endswith("core is there already; name a file that isn't")
@@ -140,6 +141,7 @@ class Written(NamedTuple):
     """What a guest with private memory has left, and the answers."""
 
     core: Path
+    whole: Path
     saved: Path
     pages: list[tuple[int, int, str]]
     dumped: dict[str, Any]
@@ -150,13 +152,14 @@ class Written(NamedTuple):
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory, kvm: System) -> Written:
     folder = tmp_path_factory.mktemp("private")
-    core, saved = folder / "core", folder / "saved"
+    core, whole, saved = folder / "core", folder / "whole", folder / "saved"
     with payload(folder / "ctl", *PAYLOAD, until=b"ok 3") as machine:
         pages = machine.ctl("dump-state")["pages"]
         dumped = machine.ctl("dump", str(core))
+        machine.ctl("dump", str(whole), "--with-private")
         snapped = machine.ctl("snapshot", str(saved))
         state = machine.ctl("status")["state"]
-    return Written(core, saved, pages, dumped, snapped, state)
+    return Written(core, whole, saved, pages, dumped, snapped, state)
 
 
 def test_private_pages_are_no_part_of_a_dump(written: Written) -> None:
@@ -173,6 +176,13 @@ def test_private_pages_are_no_part_of_a_dump(written: Written) -> None:
     shared_end = max(gpa + size for gpa, size, state in pages if state == "shared")
     assert end == 2 * MIB
     assert all(stop <= offset + shared_end for _, stop in data_extents(core))
+
+
+def test_private_pages_are_in_a_dump_where_they_are_asked_for(written: Written) -> None:
+    said = gdb(written.whole, "x/1xw 0x100000", "x/2xw 0x3000000", "info files")
+
+    assert "0x100000:\t0x" in said and "0x3000000:\t0x" in said
+    assert "Cannot access memory" not in said
 
 
 # --- snapshot and restore ---
@@ -236,11 +246,14 @@ def test_private_memory_that_the_kernel_keeps_is_refused(tmp_path: Path) -> None
     words = ["--mem", "64M", "--private-mem=guest_memfd"]
     with payload(tmp_path / "ctl", *words, until=b"ok 3") as machine:
         refused = machine.ctl("snapshot", str(tmp_path / "saved"), "--with-private")
+        core = machine.ctl("dump", str(tmp_path / "core"), "--with-private")
         shared = machine.ctl("snapshot", str(tmp_path / "shared"))
         left = [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
 
     assert refused["exit"] == 1
     assert "the host's kernel keeps pyvmm out of guest_memfd" in refused["error"]
+    assert core["exit"] == 1 and not (tmp_path / "core").exists()
+    assert "keeps pyvmm out of guest_memfd; a dump of the shared side needs no" in core["error"]
     assert shared["ok"] is True
     assert not (tmp_path / "saved").exists()
     assert left == []
@@ -327,6 +340,56 @@ def test_state_that_makes_no_sense_is_refused_with_one_line(saved: Path) -> None
     for name, (status, line) in said.items():
         assert status == 2, (name, line)
         assert str(saved) in line, (name, line)
+
+
+def every_other_device(folder: Path) -> list[str]:
+    """Options for one of each kind, at places of its own."""
+    words = ["--net", f"passt={folder}/passt", "--vsock", f"path={folder}/vsock", "--rng"]
+    words += ["--balloon", "size=1M", "--console", f"file={folder}/console"]
+    return [*words, "--console", f"socket={folder}/port,name=org.example.port"]
+
+
+HOSTILE_DEVICES: dict[str, Callable[[Any], None]] = {
+    "net": lambda device: device.update(mac="010000000001"),
+    "vsock": lambda device: device.update(next_port=1 << 40),
+    "console": lambda device: device["ports"][1].update(name="another"),
+    "balloon": lambda device: device.update(pages="many"),
+    "rng": lambda device: device.update(seed=1),
+}
+
+
+def test_machine_with_every_device_goes_on_and_hostile_states_of_them_do_not(
+    kernel: list[str], tmp_path: Path
+) -> None:
+    folders = [tmp_path / name for name in ("old", "new")]
+    with ExitStack() as passts:
+        for folder in folders:
+            folder.mkdir()
+            listener = passts.enter_context(socket.socket(socket.AF_UNIX))
+            listener.bind(str(folder / "passt"))
+            listener.listen(16)
+        words = every_other_device(folders[0])
+        with running(tmp_path / "ctl", *kernel, *words, until=SAID) as machine:
+            answer = machine.ctl("snapshot", str(tmp_path / "saved"), "--then-quit")
+            assert machine.session.wait() == (0, "")
+
+        words = every_other_device(folders[1])
+        whole = (tmp_path / "saved" / "state").read_bytes()
+        with running(tmp_path / "other", "--restore", str(tmp_path / "saved"), *words) as machine:
+            machine.echoes(b"on")
+        said: dict[str, tuple[int, str]] = {}
+        for name, change in HOSTILE_DEVICES.items():
+            changed = json.loads(whole.partition(b"\n")[2])
+            devices = changed["state"]["devices"]["virtio"]
+            (found,) = [each for each in devices if each["name"].startswith(name)]
+            change(found["transport"]["device"])
+            (tmp_path / "saved" / "state").write_bytes(packed(changed))
+            said[name] = restore(tmp_path / "saved", *words)
+
+    assert answer["ok"]
+    assert {name: status for name, (status, _) in said.items()} == dict.fromkeys(HOSTILE_DEVICES, 2)
+    for name, (_, line) in said.items():
+        assert str(tmp_path / "saved") in line and "transport.device" in line, name
 
 
 @pytest.fixture

@@ -9,6 +9,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.lab.conftest import Starter
 from tests.lab.test_linux import MIB, Shell, ext4_image, report_of
 from tests.support import vsock_program
@@ -48,9 +50,23 @@ def start(lab: Lab, lab_start: Starter, tmp_path: Path, options: list[str]) -> S
     return Shell(run)
 
 
+@pytest.mark.parametrize(
+    "process",
+    [
+        pytest.param("", id="in-pyvmm"),
+        pytest.param(
+            ",process",
+            id="vsock-and-consoles-in-processes",
+            marks=pytest.mark.skipif(
+                not os.environ.get("PYVMM_LAB_SLOW"), reason="PYVMM_LAB_SLOW=1 runs it"
+            ),
+        ),
+    ],
+)
 def test_stock_kernel_with_private_memory_moves_files_over_every_device(
-    lab: Lab, lab_start: Starter, tmp_path: Path
+    lab: Lab, lab_start: Starter, tmp_path: Path, process: str
 ) -> None:
+    """All in pyvmm itself, or vsock and consoles in processes of their own."""
     content = os.urandom(2 * MIB + 4321)
     disks = []
     for number in range(2):
@@ -66,9 +82,11 @@ def test_stock_kernel_with_private_memory_moves_files_over_every_device(
         lab_start,
         tmp_path,
         [
-            "--private-mem", "--cpus", "4", "--disk", "/dev/vde,queues=4", "--disk", "/dev/vdf",
-            "--net", "tap=tap0,mac=02:00:00:00:00:02", "--vsock", "path=/tmp/v,cid=7",
-            "--console", "socket=/tmp/c", "--console", "socket=/tmp/p,name=test.port", "--rng",
+            "--private-mem", "--cpus", "4",
+            "--disk", "/dev/vde,queues=4", "--disk", "/dev/vdf",
+            "--net", "tap=tap0,mac=02:00:00:00:00:02",
+            "--vsock", f"path=/tmp/v,cid=7{process}", "--console", f"socket=/tmp/c{process}",
+            "--console", f"socket=/tmp/p,name=test.port{process}", "--rng",
         ],
     )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -15,7 +16,9 @@ import pytest
 from tests.bench import policies
 from tests.lab.conftest import Starter
 from tests.lab.save_and_restore import AWAY_SECONDS
+from tests.lab.save_devices import CALLED, MAC
 from tests.lab.test_linux import ext4_image
+from tests.support import vsock_program
 from vmm.lab.interpreter import executable
 from vmm.lab.machine import Lab
 
@@ -62,6 +65,39 @@ def test_saved_guest_goes_on_where_it_was(
     if program is not None:
         subprocess.run([program, "-fn", str(disk)], check=True, capture_output=True)
     assert re.fullmatch(rb"(line \d+\n)+", log_of(disk))
+
+
+def test_devices_of_a_saved_guest_go_on(lab: Lab, lab_start: Starter, tmp_path: Path) -> None:
+    content = os.urandom(300_000)
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "file").write_bytes(content)
+    vsock_program.build(tmp_path / "root" / "vs")
+    image = tmp_path / "image.ext4"
+    ext4_image(image, tmp_path / "root")
+    kernel = lab.guest_kernel("debian:6.12")
+    script = Path(__file__).with_name("save_devices.py")
+    words = [str(executable()), str(script), policies.__file__, str(kernel.image)]
+    words += [str(lab.guest_initramfs(kernel)), str(image)]
+
+    run = lab_start(words, program=True, cpus=1, files=[image])
+    assert run.wait(_SECONDS) == 0, bytes(run.stderr.data)
+    seen: dict[str, Any] = json.loads(bytes(run.stdout.data).splitlines()[-1])
+
+    print(json.dumps(seen, indent=1))
+    assert seen["booted"] and seen["snapshot"]["ok"], seen
+    assert "3 packets received" in seen["ping before"] and "No such file" in seen["gone before"]
+    assert seen["old"] == {"status": 0, "stderr": "", "calls": 1, "console": "before\n"}
+    assert "status 4" in seen["gone"].splitlines(), (
+        "the old connection is reset, and its program told"
+    )
+    assert seen["mac"] == MAC
+    assert "3 packets received" in seen["ping"]
+    assert seen["random"] == "64"
+    assert seen["vsock"] == hashlib.sha256(content).hexdigest()
+    assert seen["called"] == CALLED.decode().strip() and seen["heard"] == ["from the guest\n"]
+    assert seen["port"] == "to the port\n"
+    assert seen["complaints"] == ""
+    assert seen["new"] == {"status": 0, "stderr": "", "calls": 1, "console": "after\n"}
 
 
 def log_of(disk: Path) -> bytes:

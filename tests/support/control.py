@@ -48,7 +48,7 @@ class FakeOperations:
     def quit(self) -> None:
         self.calls.append("quit")
 
-    def dump(self, fd: int) -> dict[str, Any]:
+    def dump(self, fd: int, *, private: bool = False) -> dict[str, Any]:
         self.calls.append("dump")
         return self.saved
 

@@ -1,5 +1,7 @@
 """`pyvmm` whose disks' processes, when they first have something to do, try what they may not, and
 write how each attempt ended to the start of their disk: JSON, by name "ok" or the errno's name.
+A vsock's process does so when it starts, and tells the program that listens on PATH_7; a console's
+writes it to its first port's file, and has a socket as its second one.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import mmap
 import os
 import resource
 import runpy
+import select
 import socket
 import subprocess
 import sys
@@ -20,7 +23,13 @@ import time
 from collections.abc import Callable
 
 from tests.support.hostile_policy import _PTRACE, _PTRACE_ATTACH, _system_call
+from vmm.core.unix_listener import UnixListener
+from vmm.devices.process.back_end import BackEnd
+from vmm.devices.process.front_end import ProcessDevice
 from vmm.devices.virtio.block import VirtioBlock
+from vmm.devices.virtio.console import VirtioConsole
+from vmm.devices.virtio.console_backend import OutputFile, SocketServer
+from vmm.devices.virtio.vsock import VirtioVsock, dial
 
 ROOM = 4096
 _KVM_GET_API_VERSION = 0xAE00
@@ -113,10 +122,39 @@ def _attempts(fd: int, pyvmm: int) -> dict[str, Callable[[], object]]:
 MUST_WORK = {"read the disk", "write the disk", "sync the disk", "memory", "time", "random"}
 
 
-def attempt_all(fd: int, pyvmm: int) -> dict[str, str]:
+PORT = 7
+"""Where a vsock's process tells how its attempts ended."""
+TAKES_CALLERS = {"a caller", "no file"}
+
+
+def _socket_attempts(listener: UnixListener, pyvmm: int) -> dict[str, Callable[[], object]]:
+    """As a disk's process; and what there is to try with sockets."""
+    common = _attempts(listener.fd, pyvmm)
+    own = listener._socket
+
+    def call() -> None:
+        """Itself, by what it takes callers at: another process may, and it may not."""
+        own.connect(listener.path)
+
+    def take() -> None:
+        assert listener.accept() is None
+
+    return {
+        **{name: what for name, what in common.items() if not name.endswith("the disk")},
+        "connect": call,
+        "connect elsewhere": lambda: own.connect("elsewhere"),
+        "bind": lambda: own.bind("bound"),
+        "listen": own.listen,
+        "a port's program by hand": lambda: dial(listener.path, PORT),
+        "a caller": take,
+        "no file": lambda: os.close(os.eventfd(0)),
+    }
+
+
+def attempt_all(attempts: dict[str, Callable[[], object]]) -> dict[str, str]:
     """How each attempt ended."""
     ended = {}
-    for name, attempt in _attempts(fd, pyvmm).items():
+    for name, attempt in attempts.items():
         try:
             attempt()
             ended[name] = "ok"
@@ -132,11 +170,35 @@ def main() -> None:
         if not _done:
             _done.append(True)
             fd = device._disk.fd
-            told = json.dumps(attempt_all(fd, pyvmm)).encode()
+            told = json.dumps(attempt_all(_attempts(fd, pyvmm))).encode()
             os.pwrite(fd, told.ljust(ROOM), 0)
         return process(device, queue)
 
+    run, start = BackEnd.run, ProcessDevice.start
+
+    def hostile_run(back_end: BackEnd, confined: int, landlock: int) -> None:
+        device = back_end._device
+        if isinstance(device, VirtioVsock):
+            told = json.dumps(attempt_all(_socket_attempts(device.listener, pyvmm))).encode()
+            with device.dial(PORT) as link:
+                link.sendall(told)
+        elif isinstance(device, VirtioConsole):
+            file, server = (port.backend for port in device._ports)
+            assert isinstance(file, OutputFile) and isinstance(server, SocketServer)
+            attempts = _socket_attempts(server._listener, pyvmm)
+            attempts["be given a socket"] = lambda: server._listener._socket.recvmsg(1)
+            os.write(file.fd, json.dumps(attempt_all(attempts)).encode())
+        run(back_end, confined, landlock)
+
+    def start_and_wait(device: ProcessDevice) -> None:
+        """For its first word: the guest may be done before it has tried all."""
+        start(device)
+        assert device._socket is not None
+        select.select([device._socket], [], [])
+
     VirtioBlock.process = hostile  # type: ignore[method-assign, assignment]
+    BackEnd.run = hostile_run  # type: ignore[method-assign, assignment]
+    ProcessDevice.start = start_and_wait  # type: ignore[method-assign, assignment]
     sys.argv[0] = "pyvmm"
     runpy.run_module("vmm", run_name="__main__", alter_sys=True)
 

@@ -32,12 +32,14 @@ class FakeLoop:
 
     def __init__(self) -> None:
         self.wanted: dict[int, tuple[Callable[[], None], bool, bool]] = {}
+        self.later: dict[int, tuple[Callable[[], None], bool, bool]] = {}
 
     def add(self, fd: int, callback: Callable[[], None], *, unheld: bool = False) -> None:
         self.watch(fd, callback, readable=True)
 
     def remove(self, fd: int) -> None:
         self.wanted.pop(fd, None)
+        self.later.pop(fd, None)
 
     def watch(
         self,
@@ -47,10 +49,16 @@ class FakeLoop:
         readable: bool = False,
         writable: bool = False,
         unheld: bool = False,
+        after: float = 0.0,
     ) -> None:
-        self.wanted.pop(fd, None)
+        self.remove(fd)
         if readable or writable:
-            self.wanted[fd] = (callback, readable, writable)
+            (self.later if after else self.wanted)[fd] = (callback, readable, writable)
+
+    def pass_time(self) -> None:
+        """So much that what was to be watched later is watched."""
+        self.wanted |= self.later
+        self.later.clear()
 
     def wait(self, seconds: float) -> bool:
         """Wait until something is ready; False when nothing was for so long."""

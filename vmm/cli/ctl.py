@@ -20,7 +20,7 @@ usage: pyvmm ctl PATH status | pause | resume | dump-state | quit
        pyvmm ctl PATH convert share|unshare GPA SIZE
        pyvmm ctl PATH devices
        pyvmm ctl PATH device restart NAME
-       pyvmm ctl PATH dump FILE
+       pyvmm ctl PATH dump FILE [--with-private]
        pyvmm ctl PATH snapshot DIR [--with-private] [--then-quit]
        pyvmm ctl PATH follow
 
@@ -31,9 +31,9 @@ has the back end that runs at vhost-user=SOCKET now take over; NAME is in "devic
 a line of JSON for each event, until the run or Ctrl-C ends it; a slow reader loses some and is told
 how many.
 "dump" makes an ELF core file of the shared memory and the processors, for gdb, crash and drgn.
-"snapshot" makes a folder that pyvmm --restore DIR goes on from; --with-private puts private memory
-in, too, of a rehearsal; --then-quit ends the run, so that its disks stay as they are. Both stop the
-guest meanwhile.
+"snapshot" makes a folder that pyvmm --restore DIR goes on from; --then-quit ends the run, so that
+its disks stay as they are. Both stop the guest meanwhile, and with --with-private private memory is
+in there, too, of a rehearsal.
 exit status: 0 done, 1 refused, 2 bad usage, or nobody there
 """
 _PATIENCE = 60.0  # seconds: a conversion may wait for device I/O
@@ -77,7 +77,7 @@ def _save(path: str, request: dict[str, Any]) -> int:
 
         def make() -> dict[str, Any]:
             if request["command"] == "dump":
-                return ctl_saving.dump(ask, request["to"])
+                return ctl_saving.dump(ask, request["to"], with_private=request["--with-private"])
             return ctl_saving.snapshot(
                 ask,
                 request["to"],
@@ -92,10 +92,10 @@ def _save(path: str, request: dict[str, Any]) -> int:
 
 
 def _saving_request(command: str, rest: list[str]) -> dict[str, Any]:
-    known = ("--with-private", "--then-quit") if command == "snapshot" else ()
+    known = ("--with-private", "--then-quit")[: 2 if command == "snapshot" else 1]
     names = [word for word in rest if word not in known]
     if len(names) != 1 or not names[0] or names[0].startswith("--"):
-        what = "DIR [--with-private] [--then-quit]" if known else "FILE"
+        what = " ".join(("DIR" if command == "snapshot" else "FILE", *(f"[{w}]" for w in known)))
         raise UsageError(
             f"ctl {command} takes {what}, not {' '.join(rest) or 'nothing'}; see pyvmm ctl --help"
         )

@@ -32,23 +32,26 @@ def send_files(connection: socket.socket, line: bytes, files: Sequence[int]) -> 
     connection.sendall(line[sent:])
 
 
-def dump(ask: Ask, path: str) -> dict[str, Any]:
+def dump(ask: Ask, path: str, *, with_private: bool = False) -> dict[str, Any]:
     """Make the core file. The answer to print; with "ok" false there is no file."""
     with _new_file(path) as fd:
-        answer = ask({"command": "dump"}, [fd])
+        answer = ask({"command": "dump", "private": with_private}, [fd])
         if answer.get("ok") is not True:
             raise _Refused(answer)
         pages, vcpus, offset = answer["pages"], answer["vcpus"], answer["offset"]
-        shared = [row[:2] for row in pages if row[2] == "shared"]
-        noted = core_file.find_vmcoreinfo(fd, offset, shared)
-        head = core_file.headers(shared, vcpus, pages, noted, offset)
+        present = [row[:2] for row in pages if with_private or row[2] == "shared"]
+        noted = core_file.find_vmcoreinfo(fd, offset, present)
+        private = [row[:2] for row in pages if with_private and row[2] == "private"]
+        alias = answer["alias"]
+        head = core_file.headers(present, vcpus, pages, noted, offset, private, alias)
         _write(fd, head, 0)
         os.fsync(fd)
     return {
         "ok": True,
         "vcpus": len(vcpus),
-        "shared_bytes": sum(row[1] for row in shared),
-        "left_out_bytes": sum(row[1] for row in pages if row[2] != "shared"),
+        "shared_bytes": _bytes_of(pages, "shared"),
+        "private_bytes": _bytes_of(pages, "private") if with_private else 0,
+        "left_out_bytes": 0 if with_private else _bytes_of(pages, "private"),
         "vmcoreinfo": noted is not None,
     }
 
@@ -80,13 +83,17 @@ def snapshot(ask: Ask, path: str, *, with_private: bool, then_quit: bool) -> dic
         raise
     if then_quit:
         _require(ask({"command": "quit"}, []))
-    left_out = 0 if with_private else sum(row[1] for row in answer["pages"] if row[2] == "private")
+    left_out = 0 if with_private else _bytes_of(answer["pages"], "private")
     return {
         "ok": True,
         "shared_bytes": sum(row[1] for row in answer["memory"]),
         "private_bytes": sum(row[1] for row in answer["private"]) if with_private else 0,
         "left_out_bytes": left_out,
     }
+
+
+def _bytes_of(pages: Sequence[Sequence[Any]], state: str) -> int:
+    return sum(row[1] for row in pages if row[2] == state)
 
 
 class _Refused(Exception):

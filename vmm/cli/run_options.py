@@ -121,17 +121,18 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             "in the guest: mount -t virtiofs TAG /mnt; may be given several times",
         },
         "--vsock": {
-            "metavar": "path=PATH[,cid=N]",
+            "metavar": "path=PATH[,cid=N][,process]",
             "help": "sockets between guest and host: a program that connects to PATH and writes "
             "'CONNECT PORT' reaches that port of the guest, the guest reaches the listener of "
-            "PATH_PORT by connecting to port PORT of CID 2 (the guest's own CID: 3)",
+            "PATH_PORT by connecting to port PORT of CID 2 (the guest's own CID: 3); process: in a "
+            "process of its own, which has no guest memory",
         },
         "--console": {
-            "metavar": "pty|file=FILE[,size=SIZE]|socket=PATH[,name=TEXT]",
+            "metavar": "pty|file=FILE[,size=SIZE]|socket=PATH[,name=TEXT][,process]",
             **_SEVERAL,
             "help": "a console, hvc0 and so on; with name=, a plain port /dev/vport*: on a new "
             "pseudo-terminal, a file for its output (SIZE at most, default 1G), or a socket that "
-            "pyvmm listens on; may be given several times",
+            "pyvmm listens on; may be given several times; process: in a process of its own",
         },
         "--rng": {**_FLAG, "help": "the host's random numbers"},
         "--balloon": {

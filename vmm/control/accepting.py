@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import socket
-import time
 from collections.abc import Callable
 
+from vmm.core import unix_listener
 from vmm.core.event_loop import EventLoop
 from vmm.core.lean_typing import Protocol
-
-AGAIN_SECONDS = 1.0
 
 
 class Listener(Protocol):
@@ -30,19 +28,17 @@ class Accepting:
         self._loop = loop
         self._listener = listener
         self._taken = taken
-        self._stopped = False
         self._listen()
 
-    def _listen(self) -> None:
-        if not self._stopped:
-            self._loop.add(self._listener.fd, self._accept, unheld=True)
+    def _listen(self, after: float = 0.0) -> None:
+        fd = self._listener.fd
+        self._loop.watch(fd, self._accept, readable=True, unheld=True, after=after)
 
     def _accept(self) -> None:
         try:
             connection = self._listener.accept()
         except OSError:  # no fd is free: trying at once would not help
-            self._loop.remove(self._listener.fd)
-            self._loop.set_timer(time.monotonic() + AGAIN_SECONDS, self._listen)
+            self._listen(unix_listener.AGAIN_SECONDS)
             return
         if connection is not None:
             try:
@@ -52,5 +48,4 @@ class Accepting:
 
     def stop(self) -> None:
         """Take nobody any more; the listener stays open."""
-        self._stopped = True
         self._loop.remove(self._listener.fd)

@@ -126,7 +126,8 @@ class ControlSocket:
             case "restart-device":
                 _restart(operations, request)
             case "dump":
-                return _saved(lambda: operations.dump(client.files(1)[0]))
+                private = request.get("private") is True
+                return _saved(lambda: operations.dump(client.files(1)[0], private=private))
             case "snapshot":
                 count = 2 if request.get("private") is True else 1
                 return _saved(lambda: operations.snapshot(*client.files(count)))

@@ -214,9 +214,9 @@ class Operations:
                     return parked.pop_all()
         raise NotSaved("a vCPU is in the middle of string I/O; try again")
 
-    def dump(self, fd: int) -> dict[str, Any]:
+    def dump(self, fd: int, *, private: bool = False) -> dict[str, Any]:
         """See Saving.dump."""
-        return self._saving().dump(fd)
+        return self._saving().dump(fd, private=private)
 
     def snapshot(self, fd: int, private: int | None = None) -> dict[str, Any]:
         """See Saving.snapshot."""

@@ -41,27 +41,35 @@ class Saving:
         platform: SavedPlatform,
         devices: Callable[[float], State],
         facts: Callable[[], State],
+        alias: int = 0,
     ) -> None:
         """`devices(timeout)` is wiring.devices.Devices.state, `facts()` what the machine is; it
-        raises NotSaved for one that can't be saved."""
+        raises NotSaved for one that can't be saved. `alias`: the address bit of private pages."""
         self._operations = operations
         self._memory = memory
         self._platform = platform
         self._devices = devices
         self._facts = facts
+        self._alias = alias
 
-    def dump(self, fd: int) -> dict[str, Any]:
-        """Shared memory into a file, with room for a core file's headers before it. Raises
-        NotSaved, OSError."""
+    def dump(self, fd: int, *, private: bool = False) -> dict[str, Any]:
+        """Shared memory into a file, and private memory if it is wanted, with room for a core
+        file's headers before it. Raises NotSaved, OSError."""
         require_writable(fd)
+        backing = self._memory.private
+        if private:
+            self._require_reachable(backing, "dump")
         with self._operations.still():
             vcpus = self._platform.core_vcpus()
             runs = self._runs()
-            offset = data_offset(len(runs), len(vcpus))
+            segments = len(runs) * (2 if private else 1)  # private pages have two addresses
+            offset = data_offset(segments, len(vcpus))
             self._write(PageState.SHARED, self._memory.shared, fd, offset)
+            if private and backing is not None:
+                self._write(PageState.PRIVATE, backing, fd, offset)
             # The last run may end with pages that don't exist: they read as zeros.
             os.ftruncate(fd, offset + self._memory.ram[-1].end)
-        return {"vcpus": vcpus, "pages": _rows(runs), "offset": offset}
+        return {"vcpus": vcpus, "pages": _rows(runs), "offset": offset, "alias": self._alias}
 
     def snapshot(self, fd: int, private: int | None) -> dict[str, Any]:
         """Shared memory into a file, offset = GPA, and private memory into another, if one is
@@ -71,7 +79,7 @@ class Saving:
         backing = self._memory.private
         if private is not None:
             require_writable(private)
-            self._require_reachable(backing)
+            self._require_reachable(backing, "snapshot")
         with self._operations.still():
             state = {
                 **facts,
@@ -85,10 +93,10 @@ class Saving:
                 answer["private"] = self._write(PageState.PRIVATE, backing, private, 0)
         return answer
 
-    def _require_reachable(self, backing: Backing | None) -> None:
+    def _require_reachable(self, backing: Backing | None, what: str) -> None:
         if backing is not None and backing.host_access == "kernel-refused":
             raise NotSaved(
-                f"--with-private: the host's kernel keeps pyvmm out of {backing.name}; a snapshot "
+                f"--with-private: the host's kernel keeps pyvmm out of {backing.name}; a {what} "
                 "of the shared side needs no --with-private"
             )
 

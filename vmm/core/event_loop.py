@@ -13,10 +13,37 @@ import select
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 _LONGEST_WAIT = 3600.0  # epoll's timeout is a C int of milliseconds
 URGENT_SECONDS = 0.002
 """How long callbacks go on before those are looked at that must not wait for all of a round."""
+
+
+class Postponed:
+    """What begins in a while, one thing for each fd at most. From any thread."""
+
+    def __init__(self) -> None:
+        self._by_fd: dict[int, tuple[float, Callable[[], None]]] = {}
+
+    def put(self, fd: int, seconds: float, begin: Callable[[], None]) -> None:
+        """In so many seconds, in the place of what was to begin there."""
+        self._by_fd[fd] = time.monotonic() + seconds, begin
+
+    def drop(self, fd: int) -> None:
+        """Not at all; unknown fds are ignored."""
+        self._by_fd.pop(fd, None)
+
+    def first(self) -> float | None:
+        """When the next one is due, by time.monotonic(); None: there is none."""
+        return min((when for when, _ in list(self._by_fd.values())), default=None)
+
+    def begin_due(self) -> None:
+        now = time.monotonic()
+        for fd, (when, begin) in list(self._by_fd.items()):
+            if when <= now:
+                self.drop(fd)
+                begin()
 
 
 class EventLoop:
@@ -32,6 +59,7 @@ class EventLoop:
         self._stopping = False
         self._held = False
         self._timers: dict[Callable[[], None], float] = {}
+        self._postponed = Postponed()
         self._timer_lock = threading.Lock()
         self.add(self._wake, lambda: drain(self._wake), unheld=True)
 
@@ -45,6 +73,7 @@ class EventLoop:
 
     def remove(self, fd: int) -> None:
         """Stop watching `fd`; unknown fds are ignored."""
+        self._postponed.drop(fd)
         if self._callbacks.pop(fd, None) is not None:
             self._epoll.unregister(fd)
             if fd in self._unheld:
@@ -59,16 +88,23 @@ class EventLoop:
         readable: bool = False,
         writable: bool = False,
         unheld: bool = False,
+        after: float = 0.0,
     ) -> None:
-        """Call `callback` whenever `fd` is ready for what is wanted, or hung up.
+        """Call `callback` whenever `fd` is ready for what is wanted, or hung up; `after`: not
+        before so many seconds have passed.
 
         Replaces what was wanted of `fd` before; with nothing wanted it is no longer watched (a
         hung-up fd would be reported for ever). From any thread, before `fd` is closed. Raises
         PermissionError for a regular file.
         """
-        if not (readable or writable):
+        if after or not (readable or writable):
             self.remove(fd)
+            if after:
+                wanted = {"readable": readable, "writable": writable, "unheld": unheld}
+                self._postponed.put(fd, after, partial(self.watch, fd, callback, **wanted))
+                self._look_at_postponed()
             return
+        self._postponed.drop(fd)
         events = readable * select.EPOLLIN | writable * select.EPOLLOUT
         if fd in self._callbacks:
             self._epoll.modify(fd, events)
@@ -80,6 +116,12 @@ class EventLoop:
                 self._unheld_epoll.register(fd, events)
                 self._unheld.add(fd)
         self._callbacks[fd] = callback
+
+    def _look_at_postponed(self) -> None:
+        self._postponed.begin_due()
+        first = self._postponed.first()
+        if first is not None:
+            self.set_timer(first, self._look_at_postponed)
 
     def hold(self) -> None:
         """Serve only what was added as `unheld`, and timers, until `release`. From callbacks."""

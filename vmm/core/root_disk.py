@@ -79,14 +79,15 @@ def split_root(text: str) -> tuple[str | None, str]:
     """
     if text.partition("=")[0] in TAGS:
         return None, text
-    words = text.replace(",,", "\0").split(",")
-    parts = [word for word in words[1:] if word.partition("=")[0] == "part"]
-    if len(parts) > 1 or not words[0]:
+    file, *words = text.replace(",,", "\0").split(",")
+    parts = [word for word in words if word.partition("=")[0] == "part"]
+    if len(parts) > 1 or not file:
         raise UsageError(f"--root {text}: write --root FILE[,part=N][,ro] or UUID=... or LABEL=...")
     if parts and not parts[0].removeprefix("part=").isdecimal():
-        raise UsageError(f"--root {text}: {parts[0]!r} is no partition's number, as in part=1")
-    disk = ",".join(word.replace("\0", ",,") for word in words if word not in parts)
-    return disk, parts[0] if parts else ""
+        part = parts[0].replace("\0", ",,")
+        raise UsageError(f"--root {text}: {part!r} is no partition's number, as in part=1")
+    disk = ",".join([file, *(word for word in words if word not in parts)])
+    return disk.replace("\0", ",,"), parts[0] if parts else ""
 
 
 def find_root(wanted: str, disks: Sequence[tuple[str, int]]) -> Root:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 
 from vmm.core.errors import UsageError, limit_met
 
+AGAIN_SECONDS = 1.0
+"""When it is tried again to take a caller for whom the host had no memory."""
 _open: set[UnixListener] = set()
 
 
@@ -31,12 +33,15 @@ class UnixListener:
         """Raises UsageError, which names `option`. A socket left behind there by a process that
         has ended is replaced. `owner_only`: nobody else may connect (mode 0600)."""
         self.path = path
+        self.rest = 0.0
+        """For how many seconds there is no point in a `take`. Who waits on the fd meanwhile is
+        told of the same caller for ever."""
         self._spare = -1
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             # Given up for a moment to hang up on a caller for whom there is no fd: who is not
             # taken would be announced for ever.
-            self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+            self._spare = _spare_fd()
             _remove_stale(path)
             with _umask(0o177) if owner_only else contextlib.nullcontext():
                 self._socket.bind(path)
@@ -58,6 +63,11 @@ class UnixListener:
         self.fd = self._socket.fileno()
         _open.add(self)
 
+    @property
+    def descriptors(self) -> tuple[int, int]:
+        """All that must be open for callers to be taken."""
+        return self.fd, self._spare
+
     def accept(self) -> socket.socket | None:
         """Who has come, non-blocking; None when nobody has, or there was no fd left for them.
 
@@ -75,10 +85,12 @@ class UnixListener:
         return caller
 
     def take(self) -> socket.socket | None:
-        """As `accept`, for who can't try again later: None also where nobody can be taken now."""
+        """As `accept`; None also where nobody can be taken now, and then `rest` is the time."""
+        self.rest = 0.0
         try:
             return self.accept()
         except OSError:
+            self.rest = AGAIN_SECONDS
             return None
 
     def _turn_away(self) -> bool:
@@ -95,7 +107,7 @@ class UnixListener:
             return False
         finally:
             with contextlib.suppress(OSError):
-                self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+                self._spare = _spare_fd()
         return True
 
     def close(self) -> None:
@@ -112,6 +124,11 @@ class UnixListener:
         with contextlib.suppress(OSError):
             if _inode(self.path) == self._inode:
                 _take_away(self.path, lambda aside: _inode(aside) == self._inode)
+
+
+def _spare_fd() -> int:
+    """Of no file: a device's process can open none. Raises OSError."""
+    return os.eventfd(0, os.EFD_CLOEXEC)
 
 
 @contextlib.contextmanager

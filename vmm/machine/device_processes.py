@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from kvm_bindings import fdops
 from vmm.core.disk_image import SECTOR
+from vmm.core.lean_typing import TYPE_CHECKING
+from vmm.devices.process.dialing import Dialing
 from vmm.devices.process.front_end import MovedFile, ProcessDevice
 from vmm.devices.process.spawner import Job, Spawner
 from vmm.devices.virtio.block import F_FLUSH, VirtioBlock
 from vmm.devices.virtio.block_file import DiskFile
 from vmm.devices.virtio.net import VirtioNet
+
+if TYPE_CHECKING:
+    from vmm.devices.virtio.console import VirtioConsole
+    from vmm.devices.virtio.vsock import VirtioVsock
 
 DISK_PATIENCE = 2
 """As VirtioBlock's, where a look is a message, and takes as long as several of pyvmm's own."""
@@ -47,6 +53,25 @@ class DeviceProcesses:
             device, name, number, self._spawner,
             config_without=device.config_with(link_up=False),
             restarts=not device.backend.is_stream,
+        )  # fmt: skip
+
+    def vsock(self, name: str, device: VirtioVsock) -> ProcessDevice:
+        """The device that stands for a vsock. Its process takes callers itself; the guest's own
+        calls are put through from outside of its sandbox, to PATH_PORT and nowhere else."""
+        dialing = Dialing(device.dial, device.dial_by)
+        number = self._spawner.add(
+            Job(device, [], device.listener.descriptors, accepts=True, dialing=dialing)
+        )
+        return ProcessDevice(
+            device, name, number, self._spawner, events_without=[device.connections_gone]
+        )
+
+    def console(self, name: str, device: VirtioConsole) -> ProcessDevice:
+        """The device that stands for a console."""
+        number = self._spawner.add(Job(device, [], device.descriptors or (), accepts=True))
+        return ProcessDevice(
+            device, name, number, self._spawner,
+            events_without=device.ports_shut, drops_without=device.said_to_nobody,
         )  # fmt: skip
 
     def begin(self) -> None:

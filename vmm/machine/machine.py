@@ -335,7 +335,7 @@ class Machine:
             folders=self._written_folders(),
             paths=config.allowed_paths,
             maps=config.allow_mapped_io,
-            connects=config.vsock is not None,
+            connects=config.vsock is not None and not self._virtio["vsock"].apart,
             receives=config.control is not None
             or any(device.apart for device in self._virtio.values()),
             core_dumps=config.core_dumps,
@@ -619,6 +619,7 @@ class Machine:
             vm.platform,
             self._devices.state,
             lambda: facts(config, vm, arch, own=own),
+            vm.scheme.alias,
         )
 
     def _interject(self, data: bytes) -> bool:

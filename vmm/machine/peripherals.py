@@ -102,11 +102,17 @@ def open_devices(
     if config.vsock is not None:
         from vmm.devices.virtio.vsock import open_vsock
 
-        add("vsock", open_vsock(config.vsock))
+        vsock = open_vsock(config.vsock)
+        add("vsock", vsock)
+        if vsock.wants_process:
+            add("vsock", apart().vsock("vsock", vsock))
     if config.consoles:
         from vmm.devices.virtio.console_backend import open_console
 
-        add("console", open_console(config.consoles))
+        console = open_console(config.consoles)
+        add("console", console)
+        if console.descriptors is not None:
+            add("console", apart().console("console", console))
     if execution is not None:
         add("exec", execution.device)
     if config.rng:

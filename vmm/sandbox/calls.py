@@ -73,6 +73,10 @@ DEVICE = _names(
 )
 """For a device in a process of its own: bytes, on its disk or its network, and its socket. None
 opens, maps, connects or starts anything."""
+DEVICE_ACCEPTS = _names("accept4 eventfd2")
+"""Besides, for one that programs of the host call."""
+DEVICE_RECEIVES = _names("recvmsg")
+"""Besides, for one that is given sockets."""
 NOT_FOR_VCPUS = _names("accept4 socket connect recvmsg wait4 waitid kill dup2 dup3 flock")
 """What the device loop may call and a vCPU's thread may not."""
 

@@ -6,14 +6,16 @@ import os
 
 from kvm_bindings import KvmError, sandbox
 from vmm.sandbox import seccomp
-from vmm.sandbox.calls import DEVICE, Needs, conditional
+from vmm.sandbox.calls import DEVICE, DEVICE_ACCEPTS, DEVICE_RECEIVES, Needs, conditional
 
 _CONDITIONAL = ("mmap", "mprotect", "ioctl")
 
 
-def enter_device() -> tuple[bool, int]:
-    """Give up everything but that. What there is of it: the filter of system calls, Landlock's
-    version (0: none); where this kernel can't take it away, it stays as it is."""
+def enter_device(*, accepts: bool = False, receives: bool = False) -> tuple[bool, int]:
+    """Give up everything but that, and to take callers (`accepts`), or to be given sockets by the
+    process that started it (`receives`): it connects to nothing itself. What there is of it: the
+    filter of system calls, Landlock's version (0: none); where this kernel can't take it away, it
+    stays as it is."""
     version = 0
     try:
         sandbox.no_new_privileges()
@@ -23,7 +25,9 @@ def enter_device() -> tuple[bool, int]:
         # No file is mapped, not even a module: the first alternative alone, anonymous memory.
         calls["mmap"] = calls["mmap"][:1]
         calls["ioctl"] = calls["ioctl"][1:]  # without KVM's
-        sandbox.seccomp(seccomp.allow_only(DEVICE, calls))
+        names = DEVICE | (DEVICE_ACCEPTS if accepts else set())
+        names |= DEVICE_RECEIVES if receives else set()
+        sandbox.seccomp(seccomp.allow_only(names, calls))
     except KvmError:
         return False, version
     return True, version

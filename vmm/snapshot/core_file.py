@@ -1,11 +1,11 @@
 """An ELF core file of a guest's shared memory, as gdb, crash and drgn open them.
 
-A PT_LOAD segment for each run of shared pages. Private pages are in none: a debugger says that it
-can't access them, and nothing in the file stands for them. Addresses are guest-physical, in p_paddr
-and in p_vaddr alike: crash and drgn walk the guest's page tables themselves, gdb shows physical
-memory. Notes: NT_PRSTATUS and NT_PRFPREG of each vCPU; VMCOREINFO where the guest has one in shared
-memory, and with it QEMU's note of control registers (which crash finds page tables by); and one of
-our own, PYVMM, with the page states as text.
+A PT_LOAD segment for each run of shared pages. Private pages are in none, unless they were asked
+for: a debugger says that it can't access them, and nothing in the file stands for them. Addresses
+are guest-physical, in p_paddr and in p_vaddr alike: crash and drgn walk the guest's page tables
+themselves, gdb shows physical memory. Notes: NT_PRSTATUS and NT_PRFPREG of each vCPU; VMCOREINFO
+where the guest has one in what is there, and with it QEMU's note of registers (by which crash
+knows whose file it is); and one of our own, PYVMM, with the page states as text.
 Source: ELF-64 object file format; include/uapi/linux/elfcore.h and arch/x86/include/asm/elf.h.
 """
 
@@ -52,16 +52,20 @@ class TooMany(ValueError):
 
 
 def headers(
-    shared: Sequence[Sequence[int]],
+    present: Sequence[Sequence[int]],
     vcpus: Sequence[Mapping[str, Any]],
     states: Sequence[Sequence[int | str]],
     vmcoreinfo: bytes | None,
     offset: int,
+    aliased: Sequence[Sequence[int]] = (),
+    alias: int = 0,
 ) -> bytes:
     """The file's first bytes: its memory follows, guest-physical address 0 at `offset`.
 
-    `shared`: runs [gpa, size] of it that are shared. `vcpus`: Platform.core_vcpus. `states`: all
-    runs of pages [gpa, size, state]. Raises TooMany.
+    `present`: runs [gpa, size] of it that are in the file. `vcpus`: Platform.core_vcpus.
+    `states`: all runs of pages [gpa, size, state]. `aliased`: runs that are at their address with
+    the bit `alias`, too, as the guest's page tables name them: crash leaves the bit out, since
+    VMCOREINFO says so, drgn doesn't. Raises TooMany.
     """
     notes = b"".join(_vcpu_notes(number, vcpu) for number, vcpu in enumerate(vcpus, start=1))
     if vmcoreinfo is not None:
@@ -70,15 +74,19 @@ def headers(
         notes += _note(b"VMCOREINFO", 0, vmcoreinfo)
     text = "".join(f"{gpa:#x} {size:#x} {state}\n" for gpa, size, state in states)
     notes += _note(b"PYVMM", PYVMM_STATES, text.encode())
-    count = len(shared) + 1
+    places = [(gpa, gpa, size) for gpa, size in present]
+    places += [(gpa | alias, gpa, size) for gpa, size in aliased if alias]
+    count = len(places) + 1
     notes_at = _HEADER.size + _SEGMENT.size * count
     if notes_at + len(notes) > offset or count >= 0xFFFF:
         raise TooMany(f"{count} segments and {len(notes)} bytes of notes")
     ident = b"\x7fELF" + bytes((2, 1, _EV_CURRENT)) + bytes(9)
     segments = [_SEGMENT.pack(_PT_NOTE, 0, notes_at, 0, 0, len(notes), len(notes), 4)]
     segments += [
-        _SEGMENT.pack(_PT_LOAD, 7, offset + gpa, gpa, gpa, size, size, PAGE_SIZE)
-        for gpa, size in shared
+        # Aligned to nothing: crash takes a file whose first PT_LOAD says that it is page-aligned
+        # for netdump's, in whose way it dies of QEMU's notes.
+        _SEGMENT.pack(_PT_LOAD, 7, offset + gpa, address, address, size, size, 0)
+        for address, gpa, size in places
     ]
     header = _HEADER.pack(
         ident, _ET_CORE, _EM_X86_64, _EV_CURRENT, 0, _HEADER.size, 0, 0,

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from vmm.core.errors import UsageError
+from vmm.core.errors import UsageError, in_words
 from vmm.core.ranges import PAGE_SIZE, Range
 from vmm.core.saved import BadState, Saved
 
@@ -108,6 +108,11 @@ class SnapshotFolder:
             if size > MOST_STATE:
                 raise BadState(f"{self._name(STATE)} has {size} bytes, {MOST_STATE} are the most")
             self.state = unpacked(_read(fd, Range(0, size)), self._name(STATE))
+        except OSError as error:
+            self.close()
+            raise BadState(
+                f"--restore {path}: {self._name(STATE)} can't be read: {in_words(error)}"
+            ) from None
         except BaseException:
             self.close()
             raise
@@ -188,7 +193,11 @@ def new_folder(path: str) -> Iterator[str]:
             _sync(os.path.join(making, name))
         _sync(making)
         os.rename(making, path)  # an empty folder in its place, made meanwhile, is replaced
-        _sync(os.path.dirname(path))
+        try:
+            _sync(os.path.dirname(path))
+        except OSError:
+            os.rename(path, making)
+            raise
     finally:
         shutil.rmtree(making, ignore_errors=True)
 

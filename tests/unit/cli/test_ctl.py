@@ -284,7 +284,8 @@ def test_guest_goes_on_where_the_folder_can_t_be_made(
     [
         ("dump",),
         ("dump", "a", "b"),
-        ("dump", "a", "--with-private"),
+        ("dump", "a", "--then-quit"),
+        ("dump", "--with-private"),
         ("snapshot",),
         ("snapshot", ""),
         ("snapshot", "a", "--then-what"),

@@ -167,6 +167,7 @@ def test_limit_of_open_files_is_named_where_an_output_or_a_socket_meets_it(
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(os, "eventfd", refuse)
     for make in (
         lambda: Output("--report r", str(tmp_path / "r")),
         lambda: UnixListener("--control ", str(tmp_path / "s")),

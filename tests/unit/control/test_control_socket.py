@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 from tests.support.control import Server, line
-from vmm.control import accepting as accepting_module
 from vmm.control.control_socket import (
     LONGEST_LINE,
     MOST_CLIENTS,
@@ -24,6 +23,7 @@ from vmm.control.control_socket import (
     encoded,
 )
 from vmm.conversion.events import CAPACITY
+from vmm.core import unix_listener
 from vmm.core.errors import UsageError
 from vmm.core.events import Kind
 
@@ -292,7 +292,7 @@ def test_lack_of_fds_is_survived(server: Server, monkeypatch: pytest.MonkeyPatch
                 raise OSError(errno.EMFILE, "too many open files")
             return accept()
 
-    monkeypatch.setattr(accepting_module, "AGAIN_SECONDS", 0.001)
+    monkeypatch.setattr(unix_listener, "AGAIN_SECONDS", 0.001)
     accepting._listener = NoFds()
 
     assert server.ask(line("status"))[0]["ok"]

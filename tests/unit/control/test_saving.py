@@ -25,6 +25,7 @@ from vmm.memory.guest_memory import GuestMemory
 
 PAGE, MIB = 4096, 1 << 20
 RAM = 8 * MIB
+ALIAS = 1 << 40
 
 
 class Machine:
@@ -39,7 +40,7 @@ class Machine:
         platform: Any = SimpleNamespace(state=lambda: {"p": 1}, core_vcpus=lambda: [{"regs": {}}])
         operations: Any = SimpleNamespace(still=self._still)
         self.saving = Saving(
-            operations, self.memory, platform, lambda timeout: {"d": 2}, lambda: self.facts
+            operations, self.memory, platform, lambda timeout: {"d": 2}, lambda: self.facts, ALIAS
         )
 
     @contextlib.contextmanager
@@ -126,6 +127,22 @@ def test_dump_leaves_room_for_headers_and_ends_where_ram_does(machine: Machine, 
     assert os.fstat(file).st_size == offset + RAM
 
 
+def test_dump_has_each_page_from_its_side_where_private_ones_are_wanted(
+    machine: Machine, file: int
+) -> None:
+    machine.memory.shared.pwrite(b"shared", 3 * PAGE)
+    machine.memory.shared.pwrite(b"behind a private page", RAM - PAGE)
+    machine.private.pwrite(b"private", RAM - PAGE)
+    machine.private.pwrite(b"behind a shared page", 3 * PAGE)
+
+    answer = machine.saving.dump(file, private=True)
+
+    offset = answer["offset"]
+    assert answer["alias"] == ALIAS
+    assert os.pread(file, 6, offset + 3 * PAGE) == b"shared"
+    assert os.pread(file, 8, offset + RAM - PAGE) == b"private\0"
+
+
 def test_memory_that_the_kernel_keeps_is_refused_before_the_guest_stands_still(
     file: int, tmp_path: Path
 ) -> None:
@@ -138,6 +155,8 @@ def test_memory_that_the_kernel_keeps_is_refused_before_the_guest_stands_still(
     try:
         with pytest.raises(NotSaved, match="keeps pyvmm out of kept"):
             machine.saving.snapshot(file, other)
+        with pytest.raises(NotSaved, match="keeps pyvmm out of kept; a dump of the shared side"):
+            machine.saving.dump(file, private=True)
         assert machine.stood_still == 0
         machine.saving.snapshot(file, None)
     finally:
@@ -342,7 +361,7 @@ def test_more_files_than_a_command_has_are_not_kept(server: Server, file: int) -
 
 
 def test_failure_to_write_is_answered_in_words(server: Server, file: int) -> None:
-    def fail(*files: int) -> dict[str, Any]:
+    def fail(*files: int, **options: bool) -> dict[str, Any]:
         raise OSError(28, "No space left on device")
 
     server.operations.dump = fail  # type: ignore[assignment,method-assign]

@@ -367,6 +367,54 @@ def test_fd_can_be_watched_for_writing_and_then_for_reading(loop: EventLoop) -> 
     assert seen == ["writable", "readable"]
 
 
+def test_fd_that_is_to_be_watched_later_is_not_looked_at_before(loop: EventLoop) -> None:
+    read_end, write_end = os.pipe()
+    os.write(write_end, b"x")
+    seen: list[str] = []
+
+    def timer() -> None:
+        seen.append("timer")
+        loop.watch(read_end, ready, readable=True, after=0.001)
+
+    def ready() -> None:
+        seen.append("ready")
+        loop.stop()
+
+    loop.watch(read_end, ready, readable=True)
+    loop.watch(read_end, ready, readable=True, after=3600)
+    loop.set_timer(0.0, timer)
+
+    loop.run()
+    os.close(read_end)
+    os.close(write_end)
+
+    assert seen == ["timer", "ready"]
+
+
+@pytest.mark.parametrize("again", [True, False], ids=["watched at once", "removed"])
+def test_what_was_wanted_of_an_fd_for_later_is_replaced(loop: EventLoop, again: bool) -> None:
+    read_end, write_end = os.pipe()
+    os.write(write_end, b"x")
+    seen: list[str] = []
+
+    def second() -> None:
+        seen.append("second")
+        loop.watch(read_end, second)
+
+    loop.watch(read_end, lambda: seen.append("first"), readable=True, after=1e-9)
+    if again:
+        loop.watch(read_end, second, readable=True)
+    else:
+        loop.remove(read_end)
+    loop.set_timer(time.monotonic() + 0.01, loop.stop)
+
+    loop.run()
+    os.close(read_end)
+    os.close(write_end)
+
+    assert seen == (["second"] if again else [])
+
+
 # --- who must not wait for a whole round ---
 
 

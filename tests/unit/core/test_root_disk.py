@@ -171,6 +171,8 @@ def test_partition_that_is_not_there_is_refused(find: Find) -> None:
         ("disk.img", ("disk.img", "")),
         ("disk.img,part=2,ro", ("disk.img,ro", "part=2")),
         ("a,,b.img,serial=x", ("a,,b.img,serial=x", "")),
+        ("part=0,part=0", ("part=0", "part=0")),
+        ("part=1", ("part=1", "")),
         ("UUID=12", (None, "UUID=12")),
         ("LABEL=x y", (None, "LABEL=x y")),
     ],
@@ -183,6 +185,11 @@ def test_value_is_a_disk_and_what_to_look_for(text: str, expected: tuple[str | N
 def test_damaged_value_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="--root"):
         split_root(text)
+
+
+def test_comma_in_a_damaged_value_is_shown_as_it_was_written() -> None:
+    with pytest.raises(UsageError, match="'part=1,,ro' is no partition's number"):
+        split_root("d,part=1,,ro")
 
 
 @given(st.binary(min_size=92, max_size=92), st.binary(max_size=4096))

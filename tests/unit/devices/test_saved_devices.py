@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
+import socket
 import struct
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.fake_memory import FakeMemory
+from tests.support.moved import Moved, carried
 from tests.support.saved import refuses_what_is_wrong
 from tests.support.virtio_driver import NEEDS_RESET
 from tests.support.virtio_machine import BAR, VirtioMachine
@@ -33,15 +34,13 @@ from vmm.devices.virtio.block_file import open_disk
 from vmm.devices.virtio.console_backend import open_console
 from vmm.devices.virtio.device import VirtioDevice
 from vmm.devices.virtio.iommu import VirtioIommu
+from vmm.devices.virtio.net import VirtioNet
+from vmm.devices.virtio.net_backend import Passt
 from vmm.devices.virtio.own import VirtioDevice as OwnDevice
 from vmm.devices.virtio.rng import VirtioRng
+from vmm.devices.virtio.vsock import open_vsock
 
 T_IN = 0
-
-
-def carried(state: Any) -> Any:
-    """A state as it comes back from a file."""
-    return json.loads(json.dumps(state))
 
 
 class Lines:
@@ -155,45 +154,23 @@ def disk(tmp_path: Path) -> Path:
     return path
 
 
+NUMBERS = count()
+
+
+def card_on_a_closed_connection() -> VirtioNet:
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    return VirtioNet(Passt(ours), b"\2\0\0\0\0\1")
+
+
 MACHINES: dict[str, Callable[[Path], VirtioDevice]] = {
     "block": lambda disk: VirtioBlock(open_disk(f"{disk},ro")),
     "rng": lambda disk: VirtioRng(),
     "balloon": lambda disk: VirtioBalloon(4),
     "console": lambda disk: open_console((f"file={disk}.a", f"file={disk}.b,name=one")),
+    "net": lambda disk: card_on_a_closed_connection(),
+    "vsock": lambda disk: open_vsock(f"path={disk}.{next(NUMBERS)}"),
 }
-
-
-class Moved:
-    """A machine, and one that goes on from it, with the same memory."""
-
-    def __init__(self, make: Callable[[], VirtioDevice]) -> None:
-        self.old = VirtioMachine(make())
-        self.make = make
-        self.opened: list[VirtioMachine] = [self.old]
-
-    def state(self) -> Any:
-        with self.old.transport.held(1):
-            self.old.transport.finish(1)
-            return carried(self.old.transport.state())
-
-    def restored(self, state: Any) -> VirtioMachine:
-        memory = FakeMemory(self.old.memory.size)
-        memory.poke(self.old.memory.peek(memory.size, 0), 0)
-        new = VirtioMachine(self.make(), memory)
-        self.opened.append(new)
-        saved = Saved(state, "here")
-        new.transport.restore(saved)
-        saved.finish()
-        new.pci.remap()
-        new.queues = self.old.queues
-        for queue in new.queues:
-            queue.memory = memory
-        new._next = self.old._next
-        return new
-
-    def close(self) -> None:
-        for machine in self.opened:
-            machine.close()
 
 
 @pytest.fixture(params=MACHINES)

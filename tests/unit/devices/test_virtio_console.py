@@ -10,56 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.consoles import CONTROL_TX, RX0, RX1, TX0, TX1, Consoles, connect
 from tests.support.virtio_driver import ACCESS_PLATFORM, NEEDS_RESET, VERSION_1, Piece
-from tests.support.virtio_machine import VirtioMachine
 from vmm.core.errors import UsageError
 from vmm.core.ranges import Range
 from vmm.devices.virtio import console
 from vmm.devices.virtio.budget import TURN_CALLS
 from vmm.devices.virtio.console_backend import OutputFile, open_console
-
-RX0, TX0, CONTROL_RX, CONTROL_TX, RX1, TX1 = range(6)
-
-
-class Consoles:
-    """A machine with the ports that the test asked for."""
-
-    def __init__(self, *specs: str) -> None:
-        self.machine = VirtioMachine(open_console(specs))
-        self._messages: list[Piece] = []
-
-    def up(self) -> None:
-        """The driver with its control buffers, as Linux': device ready, then each port."""
-        self.machine.up(size=32)
-        self._messages = []
-        self._refill()
-        self.say(0xFFFF_FFFF, console.DEVICE_READY, 1)
-
-    def _refill(self) -> None:
-        while len(self._messages) < 16:
-            message = self.machine.blank(80)
-            self.machine.give(CONTROL_RX, message)
-            self._messages.append(message)
-        self.machine.kick(CONTROL_RX)
-
-    def say(self, port: int, event: int, value: int) -> None:
-        self.machine.give(CONTROL_TX, self.machine.place(struct.pack("<IHH", port, event, value)))
-        self.machine.kick(CONTROL_TX)
-
-    def heard(self) -> list[tuple[int, int, int, bytes]]:
-        """What the device has said since the last call: (port, event, value, more)."""
-        said = []
-        for _, size in self.machine.queues[CONTROL_RX].collect():
-            data = self.machine.text(self._messages.pop(0), size)
-            said.append((*struct.unpack_from("<IHH", data), data[8:]))
-        self._refill()
-        return said
-
-    def open(self, port: int) -> None:
-        """The driver takes a port, and somebody in the guest opens it."""
-        self.say(port, console.PORT_READY, 1)
-        self.say(port, console.PORT_OPEN, 1)
-
 
 MakeConsoles = Callable[..., Consoles]
 
@@ -75,13 +32,6 @@ def make() -> Iterator[MakeConsoles]:
     yield build
     for each in made:
         each.machine.close()
-
-
-def connect(path: Path) -> socket.socket:
-    client = socket.socket(socket.AF_UNIX)
-    client.connect(str(path))
-    client.setblocking(False)
-    return client
 
 
 def test_console_without_multiport_is_one_open_port(make: MakeConsoles, tmp_path: Path) -> None:

@@ -484,6 +484,38 @@ def test_net_peer_lost_while_a_frame_is_sent_is_announced(network: Network) -> N
     assert machine.driver.get(0x15, 1) != before
 
 
+@pytest.mark.parametrize("call", ["recv", "send"])
+def test_net_host_without_memory_does_not_keep_the_loop_busy(
+    network: Network, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The socket stays ready all the time, and trying at once would not help."""
+    machine = network.machine
+    machine.up()
+    buffer = machine.blank(100)
+    machine.give(RX, buffer)
+    machine.kick(RX)
+
+    def no_memory(*_: object) -> object:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    network.passt.sendall(struct.pack(">I", 5) + b"frame")
+    monkeypatch.setattr(socket.socket, call, no_memory)
+    machine.give(TX, machine.place(HEADER + b"from the guest"))
+    if call == "send":
+        machine.settle()
+        machine.kick(TX)  # the first frame is kept, and the socket waited for
+    machine.loop.run_ready()
+
+    assert not machine.loop.run_ready()
+    monkeypatch.undo()
+    machine.loop.pass_time()
+    machine.settle()
+    if call == "recv":
+        assert machine.text(buffer, 17) == PLAIN + b"frame"
+    else:
+        assert network.sent() == [b"from the guest"]
+
+
 def test_net_turn_of_frames_in_crumbs_is_bounded(network: Network) -> None:
     """64 KiB over descriptors of one byte: dropped, because no turn would be long enough."""
     machine = network.machine

@@ -73,6 +73,36 @@ def test_private_pages_are_in_no_segment() -> None:
     assert ours == [b"0x0 0x1000 shared\n0x1000 0x1000 private\n0x2000 0x1000 shared\n"]
 
 
+def test_private_pages_that_are_there_are_at_both_of_their_addresses() -> None:
+    """As the guest's page tables name them, for drgn."""
+    runs = [row[:2] for row in STATES]
+
+    parsed = Parsed(
+        core_file.headers(runs, [vcpu(0)], STATES, None, 1 << 20, [[PAGE, PAGE]], 1 << 38)
+    )
+
+    assert [load for load in parsed.loads() if load[0] == (1 << 20) + PAGE] == [
+        ((1 << 20) + PAGE, PAGE, PAGE, PAGE, PAGE),
+        ((1 << 20) + PAGE, 1 << 38 | PAGE, 1 << 38 | PAGE, PAGE, PAGE),
+    ]
+    assert len(parsed.loads()) == 4
+
+
+def test_memory_without_an_address_bit_is_there_once() -> None:
+    runs = [row[:2] for row in STATES]
+
+    parsed = Parsed(core_file.headers(runs, [], STATES, None, 1 << 20, [[PAGE, PAGE]], 0))
+
+    assert len(parsed.loads()) == 3
+
+
+def test_segments_are_as_crash_expects_them_of_a_kdump() -> None:
+    """It goes by the first: page-aligned, it is a netdump's file to it."""
+    parsed = Parsed(core_file.headers(SHARED, [vcpu(0)], STATES, None, 1 << 20))
+
+    assert {segment[7] for segment in parsed.segments if segment[0] == 1} == {0}
+
+
 def test_each_vcpu_has_its_registers() -> None:
     parsed = Parsed(core_file.headers([], [vcpu(0), vcpu(1)], [], None, 1 << 20))
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from vmm.arch.debug import Caught, Cause, GuestDebug, Hardware, NotMapped, Watch
-from vmm.core.errors import GuestMemoryError
+from vmm.core.errors import GuestMemoryError, tell
 from vmm.core.lean_typing import TYPE_CHECKING, Any, NamedTuple
 from vmm.core.ranges import PAGE_SIZE
 from vmm.exits.vcpu_group import VcpuGroup
@@ -77,6 +77,8 @@ class Target:
         self._for_software: dict[int, int] = {}
         """Software breakpoints that a hardware one stands for: address to number."""
         self._stepping: int | None = None
+        self._left: dict[int, list[Hardware | None]] = {}
+        """What KVM has armed still though the debugger has gone, by vCPU."""
         self._staying: list[VcpuRunner] = []
         self.attached = 0
         """How many debuggers have attached so far."""
@@ -101,6 +103,8 @@ class Target:
 
     def on_debug_exit(self, vcpu: Any, exit: Any) -> None:
         """A vCPU has met a breakpoint or made a step; what is the guest's own goes to the guest."""
+        if self._was_left(vcpu, exit):
+            return
         hardware = list(self._hardware)
         caught = self.debug.caught(vcpu, exit, hardware)
         ours = caught.cause is not Cause.GUEST
@@ -114,6 +118,14 @@ class Target:
             self._caught.append((vcpu.index, caught, watched))
         self._group.freeze()
         os.eventfd_write(self.signal, 1)
+
+    def _was_left(self, vcpu: Any, exit: Any) -> bool:
+        """Whether it is about what `let_go` couldn't disarm, which is done now. Raises KvmError."""
+        left = self._left.get(vcpu.index)
+        if left is None:
+            return False
+        self._arm_one(vcpu.index, step=False)
+        return self.debug.caught(vcpu, exit, left).cause in (Cause.HARDWARE, Cause.STEP)
 
     def next_stop(self) -> Stop | None:
         """What the guest has stopped for, once it stands still; None for what no longer holds.
@@ -157,8 +169,8 @@ class Target:
         the rest not at all. Raises Refused, and nothing has changed."""
         if steps is not None and not self._can_step(steps):
             raise Refused(EINVAL, "this host's KVM makes no single steps there (see the docs)")
-        self._stepping = steps
         self._arm(steps)
+        self._stepping = steps
         running = {*going, steps} if going is not None else set(range(len(self.vcpus)))
         self._staying = [
             runner for number, runner in enumerate(self._group.runners) if number not in running
@@ -188,14 +200,18 @@ class Target:
         return able.user_steps if in_user_mode else able.kernel_steps
 
     def _arm(self, steps: int | None) -> None:
-        for number, vcpu in enumerate(self.vcpus):
-            self.debug.arm(
-                vcpu,
-                step=number == steps,
-                software=bool(self._software),
-                hardware=self._hardware,
-                peek=partial(self._peek, number),
-            )
+        for number in range(len(self.vcpus)):
+            self._arm_one(number, step=number == steps)
+
+    def _arm_one(self, vcpu: int, *, step: bool) -> None:
+        self.debug.arm(
+            self.vcpus[vcpu],
+            step=step,
+            software=bool(self._software),
+            hardware=self._hardware,
+            peek=partial(self._peek, vcpu),
+        )
+        self._left.pop(vcpu, None)
 
     def _peek(self, vcpu: int, address: int, size: int) -> bytes:
         """By a virtual address, whatever the debugger's are."""
@@ -211,11 +227,19 @@ class Target:
         if not self.frozen:
             self.freeze()
             self.still()
-        self.clear()
-        self.resume(None)
+        armed = self._hardware
+        self._clear()
+        for number in range(len(self.vcpus)):
+            try:
+                self._arm_one(number, step=False)
+            except OSError as error:
+                self._left[number] = armed
+                tell(f"--gdb: {error}; a breakpoint stays until vCPU {number} meets it")
+        self._staying = []
+        self.go_on()
 
-    def clear(self) -> None:
-        """Take all breakpoints out; the guest stands still."""
+    def _clear(self) -> None:
+        """Forget all breakpoints, and take those in the guest's code out."""
         for address in list(self._software):
             try:
                 self.remove_software(address)
@@ -228,7 +252,6 @@ class Target:
         self.physical = False
         with self._lock:
             self._caught.clear()
-        self._arm(None)
 
     # -- registers ----------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ import os
 import platform
 import stat
 import struct
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -25,6 +26,12 @@ ROOT = 1
 """The mount's own folder: FUSE_ROOT_ID."""
 
 _DIRECT_IO, _NONSEEKABLE = 1 << 1, 1 << 4
+_MOST_FAILURES, _APART_SECONDS = 16, 1.0
+"""How often in a row no request could be read before none is expected any more; failures that are
+so far apart are not in a row."""
+_TAKEN = (0, -errno.ENOENT, -errno.EFAULT)
+"""What a reply may come to: also that its caller is gone, or that the kernel couldn't reach the
+bytes and has answered EIO itself (fs/fuse/dev.c, fuse_dev_do_write)."""
 _STAT = {
     # dev ino nlink mode uid gid . rdev size blksize blocks, three times, .
     "x86_64": struct.Struct("=QQQIIIIQqqqqqqqqq24x"),
@@ -168,6 +175,8 @@ class Library:
 
     def __init__(self) -> None:
         self._library = library = _load()
+        self.unanswered: Callable[[int], None] = lambda error: None
+        """Told, with the errno, of a caller whose reply the kernel hasn't taken, who waits."""
         with contextlib.suppress(AttributeError):  # since 3.7
             library.fuse_set_log_func(_no_log)
         self.notify = self._function("fuse_lowlevel_notify_poll", ctypes.c_void_p)
@@ -184,16 +193,14 @@ class Library:
         self.unmount = self._function("fuse_session_unmount", ctypes.c_void_p)
         self.destroy = self._function("fuse_session_destroy", ctypes.c_void_p)
         self.caller = self._function("fuse_req_ctx", _Request, result=ctypes.POINTER(_Caller))
-        self.error = self._function("fuse_reply_err", _Request, ctypes.c_int)
-        self.entry = self._function("fuse_reply_entry", _Request, ctypes.c_char_p)
-        self.attributes = self._function(
-            "fuse_reply_attr", _Request, ctypes.c_char_p, ctypes.c_double
-        )
-        self.opened = self._function("fuse_reply_open", _Request, _Info)
-        self.written = self._function("fuse_reply_write", _Request, ctypes.c_size_t)
-        self.data = self._function("fuse_reply_buf", _Request, ctypes.c_void_p, ctypes.c_size_t)
-        self.offset = self._function("fuse_reply_lseek", _Request, _Offset)
-        self.events = self._function("fuse_reply_poll", _Request, ctypes.c_uint)
+        self.error = self._reply("err", ctypes.c_int)
+        self.entry = self._reply("entry", ctypes.c_char_p)
+        self.attributes = self._reply("attr", ctypes.c_char_p, ctypes.c_double)
+        self.opened = self._reply("open", _Info)
+        self.written = self._reply("write", ctypes.c_size_t)
+        self.data = self._reply("buf", ctypes.c_void_p, ctypes.c_size_t)
+        self.offset = self._reply("lseek", _Offset)
+        self.events = self._reply("poll", ctypes.c_uint)
         self.add_name = self._function(
             "fuse_add_direntry",
             *(_Request, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p, ctypes.c_char_p),
@@ -205,6 +212,16 @@ class Library:
         function = self._library[name]
         function.argtypes, function.restype = arguments, result
         return function
+
+    def _reply(self, name: str, *arguments: Any) -> Any:
+        function = self._function(f"fuse_reply_{name}", _Request, *arguments)
+        function.errcheck = self._replied
+        return function
+
+    def _replied(self, result: int, function: Any, arguments: Any) -> int:
+        if result not in _TAKEN:
+            self.unanswered(-result)
+        return result
 
 
 def _load() -> ctypes.CDLL:
@@ -233,6 +250,8 @@ class Session:
                 if arguments
             }
         )
+        self._broken = 0
+        library.unanswered = self._break
         self._session = library.new(
             ctypes.addressof(self._kept[1]),
             ctypes.addressof(self._operations),
@@ -250,8 +269,28 @@ class Session:
             raise OSError(errno.EPERM, "mount(2), or fusermount3, refuses")
 
     def serve(self) -> None:
-        """Answer until unmounted, or `leave` was called and one request more has come."""
-        self._library.loop(self._session)
+        """Answer until unmounted, or `leave` was called and one request more has come. Raises
+        OSError where requests can't be read or answered any more; then only `close` is left."""
+        failures, last = 0, 0.0
+        while True:
+            result = self._library.loop(self._session)
+            if result < 0:
+                # Of what it couldn't read the kernel tells the caller (EIO); the next may go well.
+                now = time.monotonic()
+                failures = 1 if now - last > _APART_SECONDS else failures + 1
+                last = now
+                if failures < _MOST_FAILURES:
+                    continue
+                self._broken = -result
+            if self._broken:
+                raise OSError(self._broken, os.strerror(self._broken))
+            return
+
+    def _break(self, error: int) -> None:
+        """A caller has no answer, and libfuse has forgotten the request: only the end of the
+        session has the kernel tell it."""
+        self._broken = error
+        self._library.exit(self._session)
 
     def leave(self) -> None:
         self._library.exit(self._session)
@@ -259,6 +298,11 @@ class Session:
     def close(self) -> None:
         """Unmount what still is; nobody is in `serve`."""
         self._library.unmount(self._session)
+        self._library.destroy(self._session)
+
+    def abandon(self) -> None:
+        """As `close`, but the mount stays: whoever waits for an answer, or asks for something yet,
+        has an error (ECONNABORTED, ENOTCONN)."""
         self._library.destroy(self._session)
 
     # -- requests -----------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from typing import Any
 from vmm.control.memory_file.guest_file import Announce, GuestFile
 from vmm.control.memory_file.libfuse import ROOT, Answer, Attributes, Library, Session
 from vmm.control.memory_file.place import Place
-from vmm.core.errors import HostError, one_line
+from vmm.core.errors import HostError, in_words, one_line, tell
 from vmm.core.event_loop import EventLoop
 from vmm.policy import PolicyError, PolicyKill
 
@@ -28,6 +28,8 @@ MOST_OPEN = 64
 """How many times the files may be open at once: a text of page states is held for each."""
 MOUNT_SECONDS = 10.0
 _END_SECONDS = 2.0
+_AGAIN_SECONDS = 0.1
+"""When what couldn't be woken is tried to be woken again."""
 _UNNAMED = "?"
 _OPTIONS = "fsname=pyvmm,subtype=pyvmm,default_permissions,nosuid,nodev,noexec"
 
@@ -158,13 +160,14 @@ class _Files:
             self.waiting = True
         return select.POLLIN if each.seen != self.guest.changes else 0
 
-    def notify(self) -> None:
-        """Wake what polls; on the loop's thread."""
+    def notify(self) -> bool:
+        """Wake what polls; on the loop's thread. Whether all are awake."""
         self.waiting = False
         for each in list(self._open.values()):
             waiter = each.waiter
             if waiter is not None and each.seen != self.guest.changes:
-                self._library.notify(waiter)
+                self.waiting |= self._library.notify(waiter) not in (0, -errno.ENOENT)
+        return not self.waiting
 
     def _of(self, handle: int) -> _Open:
         self._require_guest()
@@ -218,7 +221,8 @@ class MemoryMount:
         self._session.ready = self._ready.set
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._serve, name="memory-file", daemon=True)
-        self._mounted = False
+        self._mounted = self._gone = False
+        self._loop: EventLoop | None = None
 
     def start(self, loop: EventLoop, set_on_change: Callable[[Callable[[], None]], None]) -> None:
         """Mount it. Raises HostError where that fails."""
@@ -227,6 +231,7 @@ class MemoryMount:
         except OSError as error:
             raise self._unmountable(error) from None
         self._mounted = True
+        self._loop = loop
         self._thread.start()
         deadline = time.monotonic() + MOUNT_SECONDS
         while not self._ready.wait(0.01):  # until the kernel has asked for the first time
@@ -235,7 +240,11 @@ class MemoryMount:
 
         def changed() -> None:
             if self._files.waiting:
-                loop.set_timer(time.monotonic(), self._files.notify)
+                loop.set_timer(time.monotonic(), notify)
+
+        def notify() -> None:
+            if not self._gone and not self._files.notify():
+                loop.set_timer(time.monotonic() + _AGAIN_SECONDS, notify)
 
         set_on_change(changed)
 
@@ -253,9 +262,24 @@ class MemoryMount:
             self._session.serve()
         except BaseException as failure:
             self._failure = failure
-            if self._ready.is_set():
+            if self._ready.is_set() and not isinstance(failure, OSError):
                 self._files.failed(failure)
+                return
+        if self._loop is not None and self._ready.is_set() and self._files.ending is None:
+            # On its thread: there somebody may be about to wake what polls.
+            self._loop.set_timer(time.monotonic(), self._lost)
+
+    def _lost(self) -> None:
+        """Nobody serves it any more, but the guest goes on, and so may nobody wait for it. It is
+        unmounted at the end: a sandbox has no umount2(2)."""
+        self._thread.join()
+        self._gone = True
         self._files.give_up()
+        self._session.abandon()
+        why = "it was unmounted"
+        if isinstance(self._failure, OSError):
+            why = f"/dev/fuse: {in_words(self._failure)}"
+        tell(f"--memory-file {self._place.path} is gone: {why}; the guest goes on without it")
 
     def as_dict(self) -> dict[str, object]:
         """For the report."""
@@ -269,8 +293,9 @@ class MemoryMount:
             poke = threading.Thread(target=_stat, args=(self._place.path,), daemon=True)
             poke.start()
             self._thread.join(_END_SECONDS)
-        if self._mounted and not self._thread.is_alive():
+        if self._mounted and not self._gone and not self._thread.is_alive():
             self._mounted = False
+            self._files.give_up()
             self._session.close()
         self._place.leave(mounted=self._mounted)
 

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import select
 import socket
+import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from vmm.core.errors import GuestMemoryError, one_line
+from vmm.core.event_loop import Postponed
 from vmm.devices.process import protocol
 from vmm.devices.process.protocol import HEAD
 from vmm.devices.process.remote_memory import (
@@ -54,10 +57,13 @@ class BackEnd:
         self._poll = select.poll()
         self._poll.register(self._channel.fileno(), select.POLLIN)
         self._watched: dict[int, Callable[[], None]] = {}
+        self._postponed = Postponed()
         device.watch = self._watch
         device.wake = lambda queue: self._ready.setdefault(queue, None)  # type: ignore[assignment]
         device.serve = self._serve
         device.announce = self._announce
+        device.keep_for_next = self._keep
+        device.tell_user = self._note
 
     def run(self, confined: int, landlock: int) -> None:
         """Until pyvmm is gone. `confined`, `landlock`: what it is to be told of the sandbox."""
@@ -73,17 +79,25 @@ class BackEnd:
         channel = self._channel
         if channel.backlog:
             self._obey(memoryview(channel.backlog.pop(0)))
-        elif not (self._ready or self._watched):
+        elif not (self._ready or self._watched or self._postponed.first()):
             self._obey(channel.hear())
         else:
-            for fd, _ in self._poll.poll(0 if self._ready else None):
+            for fd, _ in self._poll.poll(self._patience()):
                 if fd == channel.fileno():
                     self._obey(channel.hear())
                 elif fd in self._watched:
                     self._guarded(self._watched[fd])
+            self._postponed.begin_due()
         if self._ready and not channel.backlog:
             queue = next(iter(self._ready))
             self._turn(queue, self._ready.pop(queue))
+
+    def _patience(self) -> float | None:
+        """For how many milliseconds there is nothing to do, if nothing happens; None: ever."""
+        if self._ready:
+            return 0
+        first = self._postponed.first()
+        return None if first is None else max(first - time.monotonic(), 0.0) * 1000
 
     def _obey(self, packet: memoryview) -> None:
         what, flags, queue, generation = HEAD.unpack_from(packet)
@@ -103,7 +117,7 @@ class BackEnd:
             self._guarded(lambda: self._activate(flags, bytes(body)))
 
     def _activate(self, flags: int, body: bytes) -> None:
-        (features,) = protocol.FEATURES.unpack_from(body)
+        features, kept = protocol.FEATURES.unpack_from(body)
         memory: RemoteMemory
         if flags & protocol.BATCHES:
             memory = RemoteBatches(
@@ -127,6 +141,8 @@ class BackEnd:
                 queue.resume(base)
             self._queues[index] = queue
         self._device.activate(memory, self._queues, features)
+        if flags & protocol.RESUMED:
+            self._device.resumed(kept)
 
     def _forget(self) -> None:
         self._queues = {}
@@ -193,7 +209,9 @@ class BackEnd:
 
     def _tell(self, index: int, flags: int) -> None:
         counts = self._device.statistics
-        body = protocol.COUNTS.pack(counts.requests, counts.flushes, counts.errors)
+        body = protocol.COUNTS.pack(
+            counts.requests, counts.flushes, counts.errors, counts.bytes_read, counts.bytes_written
+        )
         self._channel.say(protocol.TURN, flags, index, body)
 
     def _guarded(self, work: Callable[[], None]) -> None:
@@ -210,6 +228,13 @@ class BackEnd:
             self._forget()
             self._channel.say(protocol.STOPPED, protocol.REFUSED if refused else 0, 0, words)
 
+    def _keep(self, number: int) -> None:
+        self._channel.say(protocol.KEEP, 0, 0, protocol.KEPT.pack(number))
+
+    def _note(self, sentence: str) -> None:
+        words = one_line(sentence).encode()[: protocol.MOST_TEXT]
+        self._channel.say(protocol.NOTE, 0, 0, words)
+
     def _announce(self) -> None:
         self._channel.say(protocol.CONFIG, 0, 0, self._device.config())
 
@@ -220,10 +245,15 @@ class BackEnd:
         *,
         readable: bool = False,
         writable: bool = False,
+        after: float = 0.0,
     ) -> None:
-        if not (readable or writable):
+        self._postponed.drop(fd)
+        if after or not (readable or writable):
             if self._watched.pop(fd, None) is not None:
                 self._poll.unregister(fd)
+            if after:
+                begin = partial(self._watch, fd, callback, readable=readable, writable=writable)
+                self._postponed.put(fd, after, begin)
             return
         self._watched[fd] = callback
         self._poll.register(fd, readable * select.POLLIN | writable * select.POLLOUT)

@@ -34,9 +34,10 @@ from vmm.devices.virtio.device import (
     _unconnected,
 )
 from vmm.devices.virtio.queue import Chain, QueueError, SplitQueue
+from vmm.devices.virtio.segments import scatter
 
 if TYPE_CHECKING:
-    from vmm.core.saved import State
+    from vmm.core.saved import Saved, State
 
 ANSWER_SECONDS = 30.0
 """How long a process may say nothing while something is for it to do: as long as Linux waits for a
@@ -78,8 +79,8 @@ class _Short(Exception):
 
 
 class ProcessStatistics(IoStatistics):
-    """Those of every device, and what became of its processes. Bytes are counted here; requests,
-    flushes and errors are what the process says."""
+    """Those of every device, and what became of its processes. Bytes from and to files are counted
+    here; the rest is what the process says."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,6 +113,8 @@ class ProcessDevice(VirtioDevice):
         *,
         fails_requests: bool = False,
         config_without: bytes | None = None,
+        events_without: Sequence[tuple[int, bytes]] = (),
+        drops_without: Mapping[int, int] | None = None,
         restarts: bool = True,
         answer_seconds: float = ANSWER_SECONDS,
     ) -> None:
@@ -119,8 +122,11 @@ class ProcessDevice(VirtioDevice):
         here; `restarts`: whether another process can take its place.
 
         Without its process, requests end with a disk's I/O error (`fails_requests`), or the driver
-        finds its configuration to be `config_without`. Both are for devices that answer in order: a
-        new process goes on behind what was answered last. Else the driver has to reset the device.
+        finds its configuration to be `config_without`, or gets events, a queue and its bytes each
+        (`events_without`), and what it says on some queues is answered and dropped
+        (`drops_without`: by queue, which bits are set then of the number that the next process
+        gets). These are for devices that answer in order: a new process goes on behind what was
+        answered last. Else the driver has to reset the device.
         """
         super().__init__()
         self.statistics: ProcessStatistics = ProcessStatistics()
@@ -130,8 +136,12 @@ class ProcessDevice(VirtioDevice):
         self.set_timer: Callable[[float, Callable[[], None]], None] = _unconnected
         self._own_config = self._config_with = device.config()
         self._config_without = config_without
+        self._events_without = events_without
+        self._drops_without = drops_without or {}
         self._restarts = restarts
-        self._goes_on = fails_requests or config_without is not None
+        self._goes_on = (
+            fails_requests or config_without is not None or bool(events_without or drops_without)
+        )
         self._close_device = device.close
         self._name = name
         self._number = number
@@ -144,9 +154,11 @@ class ProcessDevice(VirtioDevice):
         self._socket: socket.socket | None = None
         self._buffer = memoryview(bytearray(protocol.LONGEST + 1))
         self._generation = 0
-        self._before = (0, 0, 0)  # what earlier processes have counted
+        self._before = (0, 0, 0, 0, 0)  # what earlier processes have counted
         self._begin_anew()
         self._delivering = self._has_news = False
+        self._owed: list[tuple[int, bytes]] = []  # events that wait for buffers
+        self._kept = self._notes = 0
         self._refusal: GuestMemoryError | None = None
 
     def _begin_anew(self) -> None:
@@ -193,9 +205,13 @@ class ProcessDevice(VirtioDevice):
             if self._memory is None:
                 return False
             if self._socket is None:
-                if not self._fails_requests:
-                    return False  # for the process to come
-                return self.answer_all(self._queues[queue_index], self._fail)
+                if self._fails_requests:
+                    return self.answer_all(self._queues[queue_index], self._fail)
+                if queue_index in self._drops_without:
+                    return self.answer_all(
+                        self._queues[queue_index], lambda chain: self._drop(queue_index)
+                    )
+                return self._tell_events(queue_index)  # the rest is for the process to come
             if not self._delivering:
                 self._kick(queue_index)
             interrupt = queue_index in self._interrupts
@@ -209,6 +225,13 @@ class ProcessDevice(VirtioDevice):
         raise NotSaved(
             f"{self._name} is in a process of its own and can't be saved; run the machine without "
             "the setting process"
+        )
+
+    def restore(self, saved: Saved) -> None:
+        """Raises BadState: its process would take up the rings from their start."""
+        raise saved.bad(
+            f"{self._name} is to be in a process of its own and can't be restored there; leave the "
+            "setting process away"
         )
 
     def hear_out(self, timeout: float) -> None:
@@ -244,9 +267,13 @@ class ProcessDevice(VirtioDevice):
             self._processes.end(self._number)
             counts = self.statistics
             counts.restarts += 1
-            self._before = counts.requests, counts.flushes, counts.errors
+            self._before = (
+                counts.requests, counts.flushes, counts.errors,
+                counts.bytes_read, counts.bytes_written,
+            )  # fmt: skip
             self._begin_anew()
             self._generation = (self._generation + 1) & 0xFFFF_FFFF
+            self._owed = []  # it tells of itself
             if self._memory is not None:
                 self._is_behind = True
                 if not self._goes_on and was_there:
@@ -281,6 +308,8 @@ class ProcessDevice(VirtioDevice):
         self._again.clear()
         self._interrupts.clear()
         self._failure = self._refusal = self._bases = None
+        self._owed = []
+        self._kept = 0
         self._is_behind = True
         self._catch_up()
 
@@ -297,7 +326,7 @@ class ProcessDevice(VirtioDevice):
         flags = protocol.BATCHES if hasattr(memory, "move_in") else 0
         flags |= protocol.QUIET if getattr(memory, "quiet", False) else 0
         flags |= protocol.RESUMED if bases is not None else 0
-        body = protocol.FEATURES.pack(self._agreed)
+        body = protocol.FEATURES.pack(self._agreed, self._kept)
         for index, queue in self._queues.items():
             base = 0 if bases is None else bases[index]
             body += protocol.QUEUE.pack(index, base, queue.size, *queue.addresses)
@@ -424,6 +453,14 @@ class ProcessDevice(VirtioDevice):
             return self._turn(flags, queue)
         if what == protocol.STOPPED:
             return self._stopped(flags, body)
+        if what == protocol.NOTE:
+            self._note(body)
+            return None
+        if what == protocol.KEEP:
+            if len(body) != protocol.KEPT.size:
+                raise ProtocolError(f"{len(body)} bytes to keep")
+            (self._kept,) = protocol.KEPT.unpack(body)
+            return None
         if what == protocol.CONFIG:
             self._reconfigure(bytes(body))
             return None
@@ -445,9 +482,10 @@ class ProcessDevice(VirtioDevice):
         if max(counts) > protocol.MOST_COUNT:
             raise ProtocolError(f"a count of {max(counts)}")
         mine = self.statistics
-        mine.requests, mine.flushes, mine.errors = (
-            before + now for before, now in zip(self._before, counts, strict=True)
-        )
+        sums = [before + now for before, now in zip(self._before, counts, strict=True)]
+        mine.requests, mine.flushes, mine.errors = sums[:3]
+        if not self._files:
+            mine.bytes_read, mine.bytes_written = sums[3:]
 
     def _turn(self, flags: int, queue: int) -> int | None:
         if queue not in self._queues:
@@ -470,6 +508,12 @@ class ProcessDevice(VirtioDevice):
         if flags & protocol.REFUSED and self._refusal is not None:
             self._failure = self._refusal
         return next(iter(self._queues), None)
+
+    def _note(self, body: memoryview) -> None:
+        self._notes += 1
+        if self._notes <= protocol.MOST_NOTES:
+            words = bytes(body[: protocol.MOST_TEXT]).decode("utf-8", "replace")
+            tell(f"{self._name}: its process says: {one_line(words)}")
 
     def _reconfigure(self, config: bytes) -> None:
         if len(config) != len(self._own_config):
@@ -559,7 +603,8 @@ class ProcessDevice(VirtioDevice):
             self._again.clear()
             if not self._goes_on:
                 self._failure = QueueError(f"{self._name}: its process {why or ended}")
-            elif self._fails_requests and self._memory is not None:
+            elif self._memory is not None and self._config_without is None:
+                self._owed = list(self._events_without)
                 self._resume()
             if self._config_without is not None:
                 self._own_config, self._has_news = self._config_without, True
@@ -588,6 +633,22 @@ class ProcessDevice(VirtioDevice):
         except GuestMemoryError as error:
             self._failure = error
         self._bases = {index: bases.get(index, 0) for index in self._queues}
+
+    def _tell_events(self, queue_index: int) -> bool:
+        """Those of a queue that are owed, as far as there are buffers for them."""
+        assert self._memory is not None
+        queue, used = self._queues[queue_index], []
+        for owed in [one for one in self._owed if one[0] == queue_index]:
+            chains = queue.take(1)
+            if not chains:
+                break
+            self._owed.remove(owed)
+            used.append((chains[0].head, scatter(self._memory, chains[0].writable, owed[1])))
+        return queue.publish(used) if used else False
+
+    def _drop(self, queue_index: int) -> int:
+        self._kept |= self._drops_without[queue_index]
+        return 0
 
     def _fail(self, chain: Chain) -> int:
         """A disk's answer to what can't be carried out (virtio 1.2, 5.2.6)."""

@@ -5,8 +5,8 @@ this machine's byte order: both sides run on it. A generation is what lies betwe
 the device; what belongs to an earlier one is stale, and carried out no more.
 
 pyvmm to the process:
-    ACTIVATE   u64 features; then for each queue a QUEUE; flags: memory takes BATCHES, is QUIET
-               about what it refuses; RESUMED
+    ACTIVATE   u64 features, and what KEEP said last; then for each queue a QUEUE; flags: memory
+               takes BATCHES, is QUIET about what it refuses; RESUMED
     RESET      nothing
     KICK       for a queue: nothing, or what is in its rings (see `ring_pieces`)
     ANSWER     flags: a STATUS. The bytes read, or u64 bytes moved; else a sentence or u32 errno
@@ -21,6 +21,8 @@ The process to pyvmm, which answers the first four, one at a time:
                where the host is slow
     TURN       for a queue; flags: INTERRUPT, RESTED (the last KICK is done with); COUNTS
     STOPPED    flags: REFUSED; a sentence: the device needs a reset
+    KEEP       u64: what another process is to be told that takes this one's place
+    NOTE       a sentence for the user
     CONFIG     the device configuration structure has become this
     DONE       an ACTIVATE or RESET was carried out
 
@@ -38,15 +40,18 @@ from vmm.core.lean_typing import NamedTuple
 HEAD = Struct("=BBHI")
 QUEUE = Struct("=HHIQQQ")
 """Index, the available index to go on from, size, then the three addresses."""
-COUNTS = Struct("=QQQ")
-"""Requests, flushes and errors of the device since its process began."""
+COUNTS = Struct("=QQQQQ")
+"""Requests, flushes and errors of the device since its process began, bytes read and written: of a
+device without files, as what is moved from and to those is counted where it is done."""
 WRITE_HEAD = Struct("=IIIxxxx")
-FEATURES = Struct("=Q")
+FEATURES = Struct("=QQ")
+KEPT = Struct("=Q")
 MOVED = Struct("=Q")
 ERRNO = Struct("=I")
 
 ACTIVATE, RESET, KICK, ANSWER = 1, 2, 3, 4
 READ, WRITE, MOVE_IN, MOVE_OUT, TURN, STOPPED, CONFIG, DONE = 16, 17, 18, 19, 20, 21, 22, 23
+KEEP, NOTE = 24, 25
 
 BATCHES, RESUMED, QUIET = 1, 2, 4  # flags of ACTIVATE
 INTERRUPT, RESTED = 1, 2  # flags of TURN
@@ -70,6 +75,8 @@ LONGEST = 192 << 10
 """Of any packet."""
 MOST_TEXT = 300
 MOST_COUNT = 1 << 62
+MOST_NOTES = 4
+"""Sentences of a device that the user is shown."""
 
 assert HEAD.size + WRITE_HEAD.size + 40 * MOST_PIECES + 16 * MOST_AFTER + MOST_DATA <= LONGEST
 

@@ -11,11 +11,14 @@ import os
 import select
 import signal
 import socket
+import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from vmm.core.errors import HostError
-from vmm.core.lean_typing import NamedTuple, NoReturn
+from vmm.core.lean_typing import NamedTuple, NoReturn, Protocol
 from vmm.devices.process.back_end import BackEnd
+from vmm.devices.process.dialing import Dialing, answered, asked
 from vmm.devices.virtio.device import VirtioDevice
 
 _START, _END = b"s", b"e"
@@ -43,14 +46,26 @@ class Job(NamedTuple):
     """The file descriptors that it needs: the device's own."""
     may_keep: Callable[[int], bool] = lambda features: False
     """As BackEnd's."""
+    accepts: bool = False
+    """Whether programs of the host call it."""
+    dialing: Dialing | None = None
+    """How it calls them; None: it doesn't."""
+
+
+class Confine(Protocol):
+    """Puts a device's process into its sandbox: `vmm.sandbox.device.enter_device`."""
+
+    def __call__(self, *, accepts: bool, receives: bool) -> tuple[bool, int]:
+        """`accepts`: it takes callers; `receives`: it is given sockets. What of the sandbox there
+        is: system calls' filter, Landlock's version."""
+        ...
 
 
 class Spawner:
     """The process that starts processes, from `begin` until `close`."""
 
-    def __init__(self, confine: Callable[[], tuple[bool, int]] | None) -> None:
-        """`confine` puts a device's process into its sandbox, and says what of it there is: system
-        calls' filter, Landlock's version."""
+    def __init__(self, confine: Confine | None) -> None:
+        """`confine`: None leaves devices' processes as they are."""
         self._confine = confine
         self._jobs: list[Job] = []
         self._pid = 0
@@ -119,26 +134,54 @@ class Spawner:
 class _Nursery:
     """The spawner's side."""
 
-    def __init__(self, jobs: Sequence[Job], confine: Callable[[], tuple[bool, int]] | None) -> None:
+    def __init__(self, jobs: Sequence[Job], confine: Confine | None) -> None:
         self._jobs = jobs
         self._confine = confine
         self._children: dict[int, int] = {}
+        self._dialing: dict[int, socket.socket] = {}
+        """Where processes ask for connections, by the device's number."""
 
     def start(self, number: int) -> tuple[bytes, list[socket.socket]]:
         if number in self._children and self.end(number) == _STILL_THERE:
             return _FAILED + f"the last one {_STILL_THERE}".encode(), []
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        try:
-            pid = os.fork()
-        except OSError as error:
-            ours.close()
-            theirs.close()
-            return _FAILED + (error.strerror or "").encode(), []
-        if pid == 0:
-            _become(self._jobs[number], theirs, self._confine)
-        theirs.close()
+        answering, asking = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs, asking:
+            try:
+                pid = os.fork()
+            except OSError as error:
+                ours.close()
+                answering.close()
+                return _FAILED + (error.strerror or "").encode(), []
+            if pid == 0:
+                _become(self._jobs[number], theirs, asking, self._confine)
         self._children[number] = pid
+        if self._jobs[number].dialing is None:
+            answering.close()
+        else:
+            self._dialing[number] = answering
         return str(pid).encode(), [ours]
+
+    def wait(self, commands: socket.socket) -> None:
+        """Until there is a command; make the connections meanwhile that processes ask for."""
+        while True:
+            poll = select.poll()
+            poll.register(commands, select.POLLIN)
+            for channel in self._dialing.values():
+                poll.register(channel, select.POLLIN)
+            ready = {fd for fd, _ in poll.poll()}
+            if commands.fileno() in ready:
+                return
+            for number, channel in list(self._dialing.items()):
+                dialing = self._jobs[number].dialing
+                assert dialing is not None
+                if channel.fileno() in ready and not answered(channel, dialing.dial):
+                    self._hang_up(number)
+
+    def _hang_up(self, number: int) -> None:
+        channel = self._dialing.pop(number, None)
+        if channel is not None:
+            channel.close()
 
     def end(self, number: int) -> str:
         pid = self._children.get(number)
@@ -150,6 +193,7 @@ class _Nursery:
         if not found:
             return _STILL_THERE
         del self._children[number]
+        self._hang_up(number)
         code = os.waitstatus_to_exitcode(status)
         if code >= 0:
             return f"ended with status {code}"
@@ -176,7 +220,7 @@ def _killed(pid: int) -> tuple[int, int]:
 def _serve(
     commands: socket.socket,
     jobs: Sequence[Job],
-    confine: Callable[[], tuple[bool, int]] | None,
+    confine: Confine | None,
 ) -> NoReturn:
     """The process that starts processes. Never returns: its parent's stack must not run twice."""
     try:
@@ -185,7 +229,11 @@ def _serve(
         _close_all_but({2, commands.fileno(), *(fd for job in jobs for fd in job.keeps)})
         nursery = _Nursery(jobs, confine)
         try:
-            while command := commands.recv(_MOST):
+            while True:
+                nursery.wait(commands)
+                command = commands.recv(_MOST)
+                if not command:
+                    break
                 sockets: list[socket.socket] = []
                 if command[:1] == _START:
                     words, sockets = nursery.start(command[1])
@@ -202,15 +250,22 @@ def _serve(
 
 
 def _become(
-    job: Job, connection: socket.socket, confine: Callable[[], tuple[bool, int]] | None
+    job: Job, connection: socket.socket, asking: socket.socket, confine: Confine | None
 ) -> NoReturn:
     """A device's process, with nothing open but its socket and what the device needs."""
     try:
-        _close_all_but({connection.fileno(), *job.keeps})
+        kept = {connection.fileno(), *job.keeps}
+        if job.dialing is not None:
+            kept.add(asking.fileno())
+            job.dialing.dial_by(partial(asked, asking))
+        _close_all_but(kept)
+        sys.stdout = sys.stderr = None  # their numbers may be a caller's soon
         import vmm.devices.virtio.read_ahead  # noqa: F401 -- what it would load later, and can't
 
         back_end = BackEnd(job.device, connection, job.files, job.may_keep)
-        seccomp, landlock = (False, 0) if confine is None else confine()
+        seccomp, landlock = False, 0
+        if confine is not None:
+            seccomp, landlock = confine(accepts=job.accepts, receives=job.dialing is not None)
         back_end.run(seccomp, landlock)
     finally:
         os._exit(0)

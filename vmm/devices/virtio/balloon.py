@@ -139,7 +139,10 @@ class VirtioBalloon(VirtioDevice):
         self.statistics.size = self._actual * PAGE
         if saved.has("asked"):
             head = saved.number("asked", QUEUE_SIZE - 1)
-            if STATS in self._queues and self._queues[STATS].outstanding:
+            queue = self._queues.get(STATS)
+            if queue is not None:
+                if head >= queue.size or queue.outstanding != 1:
+                    raise saved.bad(f"statistics buffer {head} is none that was taken")
                 self._asked = Chain(head, [], [])  # its answer has been read
 
     def process(self, queue_index: int) -> bool:

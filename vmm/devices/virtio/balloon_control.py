@@ -30,7 +30,7 @@ class SteeredBalloon(VirtioBalloon):
         self.heard = self._answer_statistics
 
     def start(self) -> None:
-        self.watch(self._listener.fd, self._called, readable=True)
+        self._listen()
 
     def close(self) -> None:
         super().close()
@@ -38,9 +38,14 @@ class SteeredBalloon(VirtioBalloon):
             self._client.close()
         self._listener.close()
 
+    def _listen(self) -> None:
+        rest = self._listener.rest
+        self.watch(self._listener.fd, self._called, readable=True, after=rest)
+
     def _called(self) -> None:
         client = self._listener.take()
         if client is None:
+            self._listen()
             return
         self._client, self._said = client, b""
         self.watch(self._listener.fd, self._called)
@@ -63,7 +68,7 @@ class SteeredBalloon(VirtioBalloon):
             self.watch(client.fileno(), self._spoken_to)
             client.close()
             self._client = None
-            self.watch(self._listener.fd, self._called, readable=True)
+            self._listen()
 
     def _obey(self, words: list[str]) -> None:
         if words == ["stats"]:

@@ -29,6 +29,11 @@ _CHUNK = 64 << 10
 _MOST_MESSAGE = 4096  # bytes of one for the guest: a port's name is somebody's word
 MOST_OUTPUT = 1 << 20  # in one buffer; Linux' have 32 KiB at most
 
+# What a new process is told by the last one (`VirtioDevice.keep_for_next`): for each port whether
+# the guest has it open, for each whether it was introduced, and whether the driver is ready.
+_KEPT_OPEN = (1 << MOST_PORTS) - 1
+_KEPT_READY = 1 << 2 * MOST_PORTS
+
 _CONTROL = struct.Struct("<IHH")
 _CONFIG = struct.Struct("<HHII")  # cols, rows, max_nr_ports, emerg_wr
 
@@ -73,6 +78,7 @@ class Port:
 
     def clear(self) -> None:
         self.guest_open = False  # the guest's side is open
+        self.introduced = False  # the guest was told what it is
         self.told_open = False  # what the guest was told of the host's side
         self.hungry = False  # the guest has buffers for more input
         self.stuck = False  # output waits for room
@@ -88,6 +94,8 @@ class VirtioConsole(VirtioDevice):
 
     device_id = 3
     pci_class = 0x078000  # communication controller, other
+    descriptors: Sequence[int] | None = None
+    """All that its ports need open, if it is to have a process of its own."""
 
     def __init__(self, ports: Sequence[Port]) -> None:
         super().__init__()
@@ -96,6 +104,7 @@ class VirtioConsole(VirtioDevice):
         self.queue_sizes = (QUEUE_SIZE,) * (2 + 2 * len(self._ports))
         # What the guest has to be told, by port and event: at most one message of each.
         self._messages: dict[tuple[int, int], bytes] = {}
+        self._ready = False  # the driver has said that it is
 
     def config(self) -> bytes:
         """struct virtio_console_config (5.3.4); the sizes mean nothing, F_SIZE isn't offered."""
@@ -113,12 +122,47 @@ class VirtioConsole(VirtioDevice):
                 port.backend.start(partial(self._changed, number), self.watch)
                 self._want(port)
 
+    @property
+    def ports_shut(self) -> list[tuple[int, bytes]]:
+        """The queue and the messages by which the driver learns that nobody is at plain ports."""
+        return [
+            (CONTROL_RX, _CONTROL.pack(number, PORT_OPEN, 0))
+            for number, port in enumerate(self._ports)
+            if not port.is_console
+        ]
+
+    @property
+    def said_to_nobody(self) -> dict[int, int]:
+        """The queues on which Linux' driver waits for each answer, with its processor; and what
+        `resumed` is to take for said where nobody has heard it."""
+        outputs = (_input_queue(number) + 1 for number in range(len(self._ports)))
+        return {**dict.fromkeys(outputs, 0), CONTROL_TX: _KEPT_READY | _KEPT_OPEN}
+
+    def resumed(self, kept: int) -> None:
+        """What a guest's port gets while nobody has it open, the guest drops."""
+        self._ready = bool(kept & _KEPT_READY)
+        for number, port in enumerate(self._ports):
+            port.guest_open = port.guest_open or bool(kept >> number & 1)
+            port.introduced = bool(kept >> MOST_PORTS + number & 1)
+            if port.introduced:
+                self._introduce(number)
+            elif self._ready:
+                self._tell(number, PORT_ADD, 1)
+            self._want(port)
+
+    def _keep(self) -> None:
+        kept = _KEPT_READY if self._ready else 0
+        for number, port in enumerate(self._ports):
+            kept |= port.guest_open << number | port.introduced << MOST_PORTS + number
+        self.keep_for_next(kept)
+
     def wake_input(self, number: int) -> None:
         """There is input for a port whose backend waits for no fd: it is taken soon."""
         self.wake(_input_queue(number))
 
     def reset(self) -> None:
         super().reset()
+        self._ready = False
         self._messages.clear()
         for port in self._ports:
             port.clear()
@@ -128,7 +172,12 @@ class VirtioConsole(VirtioDevice):
         """See vmm.core.saved.Stateful. What a backend has not got rid of is lost."""
         return {
             "ports": [
-                {"guest_open": port.guest_open, "told_open": port.told_open} for port in self._ports
+                {
+                    "name": port.name,
+                    "guest_open": port.guest_open,
+                    "told_open": port.told_open,
+                }
+                for port in self._ports
             ],
             "messages": [
                 {"port": port, "event": event, "message": message.hex()}
@@ -137,8 +186,13 @@ class VirtioConsole(VirtioDevice):
         }
 
     def restore(self, saved: Saved) -> None:
-        """See vmm.core.saved.Stateful."""
+        """See vmm.core.saved.Stateful. The guest knows a port by its name."""
         for port, inner in zip(self._ports, saved.each("ports", len(self._ports)), strict=True):
+            name = inner.text("name") if inner.has("name") else None
+            if name != port.name:
+                raise inner.bad(
+                    f"its name is {_shown(name)}, and --console has {_shown(port.name)} there"
+                )
             port.guest_open = inner.flag("guest_open")
             port.told_open = inner.flag("told_open")
             inner.finish()
@@ -260,6 +314,7 @@ class VirtioConsole(VirtioDevice):
         front, _ = take_front(chain.readable, _CONTROL.size)
         number, event, value = _CONTROL.unpack(gather(self._memory, front))
         if event == DEVICE_READY and value:
+            self._ready = True
             for i in range(len(self._ports)):
                 self._tell(i, PORT_ADD, 1)
         elif number >= len(self._ports):
@@ -269,10 +324,12 @@ class VirtioConsole(VirtioDevice):
         elif event == PORT_OPEN:
             self._ports[number].guest_open = bool(value)
             self.wake(_input_queue(number))
+        self._keep()  # before this is answered: heard twice, it is the same
         return 0
 
     def _introduce(self, number: int) -> None:
         port = self._ports[number]
+        port.introduced = True
         if port.name is None:
             self._tell(number, CONSOLE_PORT, 1)
         else:
@@ -303,6 +360,10 @@ class VirtioConsole(VirtioDevice):
             queue.budget.spend(1 + len(chains[0].writable), written)
             used.append((chains[0].head, written))
         return queue.publish(used)
+
+
+def _shown(name: str | None) -> str:
+    return "none" if name is None else f"{name!a:.80}"
 
 
 def _input_queue(port: int) -> int:

@@ -16,7 +16,10 @@ from vmm.devices.virtio.console import MOST_PORTS, Port, VirtioConsole
 from vmm.devices.virtio.device import Watch
 
 MOST_FILE_BYTES = 1 << 30
-SYNTAX = "pty[,name=TEXT] or file=FILE[,size=SIZE][,name=TEXT] or socket=PATH[,name=TEXT]"
+SYNTAX = (
+    "pty[,name=TEXT][,process] or file=FILE[,size=SIZE][,name=TEXT][,process] or "
+    "socket=PATH[,name=TEXT][,process]"
+)
 
 
 def _ignore(*_: object, **__: object) -> None:
@@ -31,6 +34,10 @@ class _Stream:
         self._unsent = b""
         self._watch: Watch = _ignore
         self._changed: Callable[[], None] = _ignore
+
+    @property
+    def descriptors(self) -> Sequence[int]:
+        return (self.fd,)
 
     def start(self, changed: Callable[[], None], watch: Watch) -> None:
         self._watch, self._changed = watch, changed
@@ -95,9 +102,15 @@ class Pty(_Stream):
         self.path = os.ttyname(self._slave)
         super().__init__(master)
 
+    @property
+    def descriptors(self) -> Sequence[int]:
+        return (self.fd, self._slave)
+
     def close(self) -> None:
         super().close()
-        os.close(self._slave)
+        if self._slave >= 0:
+            os.close(self._slave)
+            self._slave = -1
 
 
 class OutputFile(_Stream):
@@ -111,9 +124,15 @@ class OutputFile(_Stream):
         super().__init__(fd)
         self._path = path
         self._most = most
-        self._always_ready = stat.S_ISREG(os.fstat(fd).st_mode)
-        self._left = most if self._always_ready else sys.maxsize
+        self._always_ready = self._is_limited = stat.S_ISREG(os.fstat(fd).st_mode)
+        self._left = most if self._is_limited else sys.maxsize
         self._told = False
+        self.tell: Callable[[str], None] = tell
+
+    def start(self, changed: Callable[[], None], watch: Watch) -> None:
+        super().start(changed, watch)
+        if self._is_limited:  # another process may have written to it before this one
+            self._left = max(self._most - os.lseek(self.fd, 0, os.SEEK_CUR), 0)
 
     def write(self, data: bytes) -> bool:
         fitting = data[: self._left]
@@ -122,7 +141,7 @@ class OutputFile(_Stream):
         self._left -= len(fitting)
         if len(fitting) < len(data) and not self._told:
             self._told = True
-            tell(
+            self.tell(
                 f"--console file={self._path} has its {self._most} bytes; further output is "
                 "dropped: write size=SIZE for more"
             )
@@ -151,6 +170,10 @@ class SocketServer(_Stream):
         super().__init__(-1)
         self._listener = listener
 
+    @property
+    def descriptors(self) -> Sequence[int]:
+        return self._listener.descriptors
+
     def stop(self) -> None:
         self._watch(self._listener.fd, self._ready)
         super().stop()
@@ -166,7 +189,8 @@ class SocketServer(_Stream):
 
     def want(self, *, readable: bool, writable: bool) -> None:
         if self.fd < 0:
-            self._watch(self._listener.fd, self._ready, readable=True)
+            rest = self._listener.rest
+            self._watch(self._listener.fd, self._ready, readable=True, after=rest)
         super().want(readable=readable, writable=writable)
 
     def read(self, size: int) -> bytes:
@@ -207,9 +231,20 @@ def open_console(texts: Sequence[str]) -> VirtioConsole:
     if len(texts) > MOST_PORTS:
         raise UsageError(f"--console is given {len(texts)} times; there are {MOST_PORTS} ports")
     ports: list[Port] = []
+    streams: list[_Stream] = []
+    apart: set[bool] = set()
     try:
         for text in texts:
-            ports.append(_open_port(text))
+            words = Suboptions("--console", text, SYNTAX)
+            apart.add(words.flag("process"))
+            if len(apart) > 1:
+                raise UsageError(
+                    f"--console {text}: all ports are one device's; write process at "
+                    "each --console, or at none"
+                )
+            stream, name = _open_port(text, words)
+            streams.append(stream)
+            ports.append(Port(stream, name))
         if ports[0].name is not None:
             raise UsageError(
                 f"--console {texts[0]}: the first one is a console; put one without name= first"
@@ -218,11 +253,20 @@ def open_console(texts: Sequence[str]) -> VirtioConsole:
         for port in ports:
             port.backend.close()
         raise
-    return VirtioConsole(ports)
+    device = VirtioConsole(ports)
+
+    def say(sentence: str) -> None:
+        device.tell_user(sentence)  # which becomes another one in a process of its own
+
+    for stream in streams:
+        if isinstance(stream, OutputFile):
+            stream.tell = say
+    if True in apart:
+        device.descriptors = [fd for stream in streams for fd in stream.descriptors]
+    return device
 
 
-def _open_port(text: str) -> Port:
-    words = Suboptions("--console", text, SYNTAX)
+def _open_port(text: str, words: Suboptions) -> tuple[_Stream, str | None]:
     kind = words.one_of(("pty", "file", "socket"))
     where = "" if kind == "pty" and words.flag("pty") else words.take(kind)
     name = words.take("name")
@@ -241,11 +285,11 @@ def _open_port(text: str) -> Port:
                 "use file=FILE or socket=PATH"
             ) from error
         tell(f"--console {text} is {pty.path}")
-        return Port(pty, name)
+        return pty, name
     assert where
     if kind == "socket":
-        return Port(SocketServer(UnixListener("--console socket=", where)), name)
-    return Port(OutputFile(_open_output(where), where, most), name)
+        return SocketServer(UnixListener("--console socket=", where)), name
+    return OutputFile(_open_output(where), where, most), name
 
 
 def _open_output(path: str) -> int:

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from threading import Lock
 
-from vmm.core.errors import GuestMemoryError
+from vmm.core.errors import GuestMemoryError, tell
 from vmm.core.lean_typing import TYPE_CHECKING, Protocol
 from vmm.devices.virtio.budget import Work
 from vmm.devices.virtio.queue import Chain, QueueError, QueueObserver, SplitQueue
@@ -106,6 +106,7 @@ class Watch(Protocol):
         *,
         readable: bool = False,
         writable: bool = False,
+        after: float = 0.0,
     ) -> None: ...
 
 
@@ -158,6 +159,10 @@ class VirtioDevice(ABC):
         """Tells the driver that `config` has changed; not to be called from `process`."""
         self.refused: Callable[[], None] = _unconnected
         """Told that it has stopped: memory that it was to use is private or not there."""
+        self.tell_user: Callable[[str], None] = tell
+        """Has the user read a sentence."""
+        self.keep_for_next: Callable[[int], None] = _unconnected
+        """Where it has a process of its own: has the next one know a number of 64 bits."""
         self.config_is_news = False
         """Set by `process`: `config` has changed, and the driver is to be told after the turn."""
 
@@ -249,6 +254,11 @@ class VirtioDevice(ABC):
     def restore(self, saved: Saved) -> None:  # noqa: B027  # most have nothing to take
         """See vmm.core.saved.Stateful: after `activate`, if its driver was up. Its queues are
         served soon, whatever they hold."""
+
+    def resumed(self, kept: int) -> None:  # noqa: B027  # most know nothing besides their queues
+        """Just activated, in the place of a device whose process was lost: the queues go on, and
+        what it knew besides is gone, but for what it told `keep_for_next` last (at first 0). That
+        is to be believed no more than what a guest says."""
 
     def hear_out(self, timeout: float) -> None:  # noqa: B027  # most have done what they say
         """The loop has ended: take what is on its way yet, so that the counts are whole; what is

@@ -26,6 +26,7 @@ F_MRG_RXBUF, F_STATUS = 1 << 15, 1 << 16
 RX, TX = 0, 1
 QUEUE_SIZE = 256
 HEADER_SIZE = 12
+MAC_BYTES = 6
 _HEADER = struct.Struct("<BBHHHHH")
 _NO_HEADER = bytes(HEADER_SIZE)
 _NUM_BUFFERS = struct.Struct("<H")
@@ -40,6 +41,13 @@ GSO_NONE, GSO_TCPV4, GSO_TCPV6 = 0, 1, 4
 _BATCH = 32
 _FOR_A_MOMENT = (errno.ENOMEM, errno.ENOBUFS, errno.EINTR)
 """What says nothing against the backend: the next try may go well."""
+_A_MOMENT = 0.01
+"""Seconds until that next try: what is ready stays ready meanwhile, and would be tried at once."""
+
+
+def may_be_mac(mac: bytes) -> bool:
+    """Whether a card may have that address."""
+    return not mac[0] & 1 and any(mac)
 
 
 class NetBackend(Protocol):
@@ -80,13 +88,16 @@ class VirtioNet(VirtioDevice):
     wants_process = False
     """Whether it is to have a process of its own."""
 
-    def __init__(self, backend: NetBackend, mac: bytes) -> None:
+    def __init__(self, backend: NetBackend, mac: bytes, *, mac_given: bool = False) -> None:
+        """`mac_given`: the user has chosen it."""
         super().__init__()
         self.backend = self._backend = backend
         self._mac = mac
+        self._mac_given = mac_given
         self._link_up = True
         self._receiving = self._waiting_for_room = False
         self._held: bytes | None = None  # a frame that waits for more buffers
+        self._rest = 0.0  # before the backend is tried again, in seconds
         self.features = F_MAC | F_STATUS | F_MRG_RXBUF | backend.features
 
     def config(self) -> bytes:
@@ -116,8 +127,17 @@ class VirtioNet(VirtioDevice):
         return {"mac": self._mac.hex()}
 
     def restore(self, saved: Saved) -> None:
-        """See vmm.core.saved.Stateful: the driver knows the card by its address."""
-        self._mac = saved.bytes("mac", len(self._mac))
+        """See vmm.core.saved.Stateful: the driver knows the card by its address. Its link is up,
+        whatever it was: the backend is another one."""
+        mac = saved.bytes("mac", MAC_BYTES)
+        if not may_be_mac(mac):
+            raise saved.bad(f"mac {mac.hex(':')} is a multicast or empty address")
+        if self._mac_given and mac != self._mac:
+            raise saved.bad(
+                f"its card has the address {mac.hex(':')}, and --net says mac={self._mac.hex(':')};"
+                " leave mac= out"
+            )
+        self._mac = mac
 
     def close(self) -> None:
         self.watch(self._backend.fd, self._ready)
@@ -139,7 +159,9 @@ class VirtioNet(VirtioDevice):
             self._ready,
             readable=self._receiving and self._link_up,
             writable=self._waiting_for_room and self._link_up,
+            after=self._rest,
         )
+        self._rest = 0.0
 
     def _lost(self) -> None:
         """The backend is gone: the guest sees a cable pulled."""
@@ -192,7 +214,9 @@ class VirtioNet(VirtioDevice):
         try:
             return self._backend.receive() if self._link_up else None
         except OSError as error:
-            if error.errno not in _FOR_A_MOMENT:
+            if error.errno in _FOR_A_MOMENT:
+                self._rest = _A_MOMENT
+            else:
                 self._lost()
             return None
 
@@ -276,6 +300,7 @@ class VirtioNet(VirtioDevice):
         except OSError as error:
             if error.errno in _FOR_A_MOMENT:
                 self._waiting_for_room = True
+                self._rest = _A_MOMENT
             else:
                 self._lost()
         return not self._waiting_for_room

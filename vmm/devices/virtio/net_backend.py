@@ -25,8 +25,10 @@ from vmm.devices.virtio.net import (
     F_HOST_TSO6,
     HEADER_SIZE,
     LARGEST_FRAME,
+    MAC_BYTES,
     NetBackend,
     VirtioNet,
+    may_be_mac,
 )
 
 SYNTAX = "tap=NAME[,mac=MAC][,process] or passt=SOCKET[,mac=MAC][,process]"
@@ -169,24 +171,25 @@ def open_net(text: str) -> VirtioNet:
     kind = words.one_of(("tap", "passt"))
     where = words.take(kind)
     assert where is not None
-    mac = _parse_mac(words)
+    given = _parse_mac(words)
+    # Locally administered (bit 1), unicast (bit 0 clear): nobody else's.
+    mac = given or b"\x02" + secrets.token_bytes(MAC_BYTES - 1)
     apart = words.flag("process")
     words.finish()
     backend: NetBackend = Tap(where) if kind == "tap" else _connect_passt(where)
-    device = VirtioNet(backend, mac)
+    device = VirtioNet(backend, mac, mac_given=given is not None)
     device.wants_process = apart
     return device
 
 
-def _parse_mac(words: Suboptions) -> bytes:
+def _parse_mac(words: Suboptions) -> bytes | None:
     text = words.take("mac")
     if text is None:
-        # Locally administered (bit 1), unicast (bit 0 clear): nobody else's.
-        return b"\x02" + secrets.token_bytes(5)
+        return None
     if not re.fullmatch(r"[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}", text):
         raise words.error(f"mac={text} is no address such as 02:00:00:00:00:01")
     mac = bytes.fromhex(text.replace(":", ""))
-    if mac[0] & 1 or not any(mac):
+    if not may_be_mac(mac):
         raise words.error(f"mac={text} is a multicast or empty address, which no card may have")
     return mac
 

@@ -306,9 +306,12 @@ class VirtioPciTransport:
             self._driver_features = saved.number("driver_features", (1 << 64) - 1)
             self._queue_select = saved.number("queue_select", 0xFFFF)
             self._config_vector = self._vector(saved.number("config_vector", NO_VECTOR))
-            self._generation = saved.number("generation", 0xFF)
+            # One that was reading a device's configuration reads it anew: it may be another one.
+            self._generation = (saved.number("generation", 0xFF) + 1) & 0xFF
             self._isr = saved.number("isr", ISR_QUEUE | ISR_CONFIG)
             status = saved.number("status", 0xFF)
+            if status & STATUS_DRIVER_OK and not status & STATUS_FEATURES_OK:
+                raise saved.bad(f"status {status:#x}: its driver is up without features agreed on")
             if status & STATUS_FEATURES_OK and not self._features_acceptable():
                 raise saved.bad(
                     f"its driver agreed on features {self._driver_features:#x}, and here are "

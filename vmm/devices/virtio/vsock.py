@@ -13,7 +13,7 @@ import re
 import socket
 import struct
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from vmm.core.lean_typing import TYPE_CHECKING
@@ -29,7 +29,7 @@ from vmm.devices.virtio.vsock_packet import HEADER_SIZE, HOST_CID, TYPE_STREAM, 
 if TYPE_CHECKING:
     from vmm.core.saved import Saved, State
 
-SYNTAX = "path=PATH[,cid=N]"
+SYNTAX = "path=PATH[,cid=N][,process]"
 RX, TX, EVENT = 0, 1, 2
 QUEUE_SIZE = 128
 LARGEST_DATA = 64 << 10
@@ -45,8 +45,11 @@ _FIRST_HOST_PORT = 1 << 30
 
 _CONFIG = struct.Struct("<Q")
 _EVENT = struct.Struct("<I")
-_TRANSPORT_RESET = 0
+_TRANSPORT_RESET = _EVENT.pack(0)
 _Key = tuple[int, int]  # guest's port, host's port
+
+Dial = Callable[[int], socket.socket]
+"""Connects to the host's program for a port, without blocking. Raises OSError."""
 
 
 class VirtioVsock(VirtioDevice):
@@ -55,11 +58,16 @@ class VirtioVsock(VirtioDevice):
     device_id = 19
     pci_class = 0x028000  # network controller, other
     queue_sizes: Sequence[int] = (QUEUE_SIZE, QUEUE_SIZE, QUEUE_SIZE)
+    connections_gone = EVENT, _TRANSPORT_RESET
+    """The queue and the event by which the driver learns that there are none any more (5.10.6)."""
+    wants_process = False
+    """Whether it is to have a process of its own."""
 
     def __init__(self, cid: int, listener: UnixListener) -> None:
         super().__init__()
         self._cid = cid
-        self._listener = listener
+        self.listener = self._listener = listener
+        self.dial: Dial = partial(dial, listener.path)
         self._connections: dict[_Key, Connection] = {}
         self._links: dict[int, Connection] = {}  # the same by fd
         # Host programs that haven't said yet which port they want, by fd, and what they have said.
@@ -70,7 +78,14 @@ class VirtioVsock(VirtioDevice):
         self._next_port = _FIRST_HOST_PORT
         self._hungry = True  # the guest has buffers for more packets
         self._served = False  # the driver has enabled both queues
-        self._has_moved = False  # it was restored, and the guest doesn't know yet
+        # It was restored, or its process is another one, and the guest doesn't know yet: the reset
+        # that it is about to hear of would take new connections, too, and the host would not learn
+        # of it.
+        self._has_moved = False
+
+    def dial_by(self, dial: Dial) -> None:
+        """Have connections made so from now on: where this process can't connect."""
+        self.dial = dial
 
     def config(self) -> bytes:
         """struct virtio_vsock_config (5.10.4)."""
@@ -110,7 +125,16 @@ class VirtioVsock(VirtioDevice):
         it may have another CID (5.10.6, device events)."""
         saved.number("cid", (1 << 32) - 1)
         self._next_port = saved.number("next_port", (1 << 32) - 1)
-        self._has_moved = True
+        self._forget_connections()
+
+    def resumed(self, kept: int) -> None:
+        self._forget_connections()
+
+    def _forget_connections(self) -> None:
+        """Those of the guest's that were with another device: it is told before there are more."""
+        self._has_moved = EVENT in self._queues
+        if self._served:
+            self._listen()
 
     def _tell_moved(self, queue: SplitQueue) -> bool:
         """VIRTIO_VSOCK_EVENT_TRANSPORT_RESET, as soon as there is a buffer for it."""
@@ -118,15 +142,20 @@ class VirtioVsock(VirtioDevice):
         chains = queue.take(1) if self._has_moved else []
         if not chains:
             return False
+        written = scatter(self._memory, chains[0].writable, _TRANSPORT_RESET)
+        wants_interrupt = queue.publish([(chains[0].head, written)])
         self._has_moved = False
-        written = scatter(self._memory, chains[0].writable, _EVENT.pack(_TRANSPORT_RESET))
-        return queue.publish([(chains[0].head, written)])
+        if self._served:
+            self._listen()
+            self.wake(RX)
+            self.wake(TX)
+        return wants_interrupt
 
     def process(self, queue_index: int) -> bool:
         queue = self._queues[queue_index]
         if queue_index == EVENT:
             return self._tell_moved(queue)
-        if not self._served:
+        if not self._served or self._has_moved:
             return False  # one way only: there could be no connection
         if queue_index == RX:
             self._look_around(queue.budget)
@@ -225,17 +254,12 @@ class VirtioVsock(VirtioDevice):
 
     def _guest_calls(self, header: Header) -> None:
         """The guest connects to a port of the host: to the program that listens on PATH_port."""
-        link = None
         try:
             # Also what the host has no descriptor for is a call refused, not the device's end.
-            link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-            link.setblocking(False)
             if len(self._connections) >= MOST_CONNECTIONS - HOST_PLACES:
                 raise OSError("too many connections")
-            link.connect(f"{self._listener.path}_{header.dst_port}")
+            link = self.dial(header.dst_port)
         except OSError:
-            if link is not None:
-                link.close()
             self._refuse(header)
             return
         connection = self._add(link, header.src_port, header.dst_port)
@@ -362,16 +386,20 @@ class VirtioVsock(VirtioDevice):
                     self._end(connection)
 
     def _listen(self) -> None:
-        """Take callers while there is room for their connections."""
+        """Take callers while there is room for their connections, and the guest knows that older
+        ones are gone."""
+        has_room = len(self._callers) + len(self._connections) < MOST_CONNECTIONS
         self.watch(
             self._listener.fd,
             partial(self._happened, self._listener.fd),
-            readable=len(self._callers) + len(self._connections) < MOST_CONNECTIONS,
+            readable=has_room and not self._has_moved,
+            after=self._listener.rest,
         )
 
     def _accept(self) -> None:
         caller = self._listener.take()
         if caller is None:
+            self._listen()
             return
         self._callers[caller.fileno()] = caller, bytearray()
         self.watch(caller.fileno(), partial(self._happened, caller.fileno()), readable=True)
@@ -443,11 +471,27 @@ class VirtioVsock(VirtioDevice):
             self.watch(connection.fd, callback, readable=wanted[0], writable=wanted[1])
 
 
+def dial(path: str, port: int) -> socket.socket:
+    """Connect, without blocking, to the program of the host that listens for a port of it. Raises
+    OSError."""
+    link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        link.setblocking(False)
+        link.connect(f"{path}_{port}")
+    except OSError:
+        link.close()
+        raise
+    return link
+
+
 def open_vsock(text: str) -> VirtioVsock:
     """The device that `--vsock TEXT` asks for. Raises UsageError."""
     words = Suboptions("--vsock", text, SYNTAX)
     path, cid = words.take("path"), words.take_number("cid", 3, (1 << 32) - 2)
+    apart = words.flag("process")
     words.finish()
     if path is None:
         raise words.error("path= is missing")
-    return VirtioVsock(3 if cid is None else cid, UnixListener("--vsock path=", path))
+    device = VirtioVsock(3 if cid is None else cid, UnixListener("--vsock path=", path))
+    device.wants_process = apart
+    return device

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-from kvm_bindings import Vcpu
+from kvm_bindings import KvmError, Vcpu
 from kvm_bindings.exits import DebugExit, Exit
 from tests.support.fake_vcpu import PRIVATE_START, FakeVcpu, Rig, Step
 from tests.support.gdb_client import GdbClient
@@ -53,6 +54,7 @@ class FakeDebug:
         self.peeks: tuple[int, int] | None = None
         self.peeked = b"nothing"
         self.tables_gpa: int | None = None
+        self.refuses = False  # KVM_SET_GUEST_DEBUG
 
     def read_registers(self, vcpu: Any) -> list[int]:
         return list(self.values.setdefault(vcpu.index, [0x1122, 0x1000 + vcpu.index]))
@@ -87,6 +89,8 @@ class FakeDebug:
         hardware: Sequence[Hardware | None],
         peek: Callable[[int, int], bytes],
     ) -> None:
+        if self.refuses:
+            raise KvmError("KVM_SET_GUEST_DEBUG", errno.EINVAL)
         if step and self.peeks is not None:
             self.peeked = peek(*self.peeks)
         self.armed.append((vcpu.index, step, software, tuple(hardware)))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from kvm_bindings.exits import DebugExit
 from tests.support.gdb_client import framed
 from tests.unit.control.gdb.rig import (
     PRIVATE_START,
@@ -159,6 +160,37 @@ def test_debugger_that_hangs_up_is_as_one_that_detaches(make: Make) -> None:
 
     assert debugged.vcpus[0].idle.wait(10)
     assert debugged.debug.armed[-1] == (0, False, False, (None, None))
+
+
+@pytest.mark.parametrize("met", [hit(0), STEPPED], ids=["breakpoint", "step"])
+@pytest.mark.parametrize("leaves", ["detaches", "hangs up"])
+def test_breakpoint_that_kvm_does_not_take_back_holds_nobody(
+    make: Make, leaves: str, met: DebugExit, capsys: pytest.CaptureFixture[str]
+) -> None:
+    debugged = make()
+    client = debugged.client()
+    client.ask(b"Z1,1000,1")
+    debugged.vcpus[0].then(STEPPED)
+    assert client.ask(b"vCont;s:1") == b"T05thread:1;"
+    debugged.debug.refuses = True
+
+    if leaves == "detaches":
+        assert client.ask(b"D") == b"OK"
+    else:
+        client.close()
+    assert debugged.vcpus[0].idle.wait(10)
+
+    assert capsys.readouterr().err == (
+        "pyvmm: --gdb: KVM_SET_GUEST_DEBUG() failed: EINVAL (Invalid argument); a breakpoint stays "
+        "until vCPU 0 meets it\n"
+    )
+    debugged.debug.refuses = False
+    debugged.target.on_debug_exit(debugged.vcpus[0], met)
+    assert debugged.debug.armed[-1] == (0, False, False, (None, None))
+    assert not debugged.group.frozen
+    assert debugged.debug.passed_on == [], "the guest has never had it"
+    debugged.target.on_debug_exit(debugged.vcpus[0], hit(0))
+    assert len(debugged.debug.passed_on) == 1
 
 
 def test_connection_that_says_nothing_starts_and_stops_nothing(make: Make) -> None:

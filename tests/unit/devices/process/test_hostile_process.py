@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -11,16 +12,19 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kvm_bindings import fdops
 from tests.support.device_process import READY, ByHand, DiskRig
-from tests.support.virtio_machine import RINGS
+from tests.support.virtio_machine import RINGS, VirtioMachine
 from vmm.core.ranges import Range
-from vmm.core.saved import NotSaved
+from vmm.core.saved import BadState, NotSaved, Saved
 from vmm.devices.process import protocol
 from vmm.devices.process.protocol import COUNTS, HEAD, WRITE_HEAD, words
+from vmm.devices.virtio.block import VirtioBlock
+from vmm.devices.virtio.block_file import open_disk
 
 NEEDS_RESET = 0x40
 IOERR = 1
-NOTHING = COUNTS.pack(0, 0, 0)
+NOTHING = bytes(COUNTS.size)
 
 
 def _turn(flags: int = 0, queue: int = 0, body: bytes = NOTHING) -> Callable[[DiskRig], None]:
@@ -45,8 +49,9 @@ LIES: dict[str, Callable[[DiskRig], None]] = {
     "a turn that rests without a kick": _turn(protocol.RESTED),
     "an interrupt of a queue that isn't there": _turn(protocol.INTERRUPT, queue=1),
     "a turn without its counts": _turn(protocol.INTERRUPT, body=b""),
-    "a count that is none": _turn(body=COUNTS.pack(1 << 63, 0, 0)),
+    "a count that is none": _turn(body=COUNTS.pack(1 << 63, 0, 0, 0, 0)),
     "done with nothing": lambda rig: rig.say(protocol.DONE),
+    "a number to keep that is none": lambda rig: rig.say(protocol.KEEP, body=b"?"),
     "another configuration's size": lambda rig: rig.say(protocol.CONFIG, body=b"?"),
 }
 
@@ -260,9 +265,32 @@ def test_text_of_a_process_is_one_short_line(by_hand: DiskRig) -> None:
     assert len(failure) < 400
 
 
+def test_sentences_of_a_process_are_few_short_lines_that_say_whose_they_are(
+    by_hand: DiskRig, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(protocol.MOST_NOTES + 3):
+        by_hand.say(protocol.NOTE, 0, 0, b"\x1b[2J\n" + b"x" * 5000)
+
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == protocol.MOST_NOTES
+    assert all(line.startswith("pyvmm: blk0: its process says: ") for line in lines)
+    assert all(line.isprintable() and len(line) < 400 for line in lines)
+    assert by_hand.device.statistics.deaths == 0
+
+
 def test_device_in_a_process_is_not_saved(by_hand: DiskRig) -> None:
     with pytest.raises(NotSaved, match="without the setting process"):
         by_hand.machine.transport.state()
+
+
+def test_device_in_a_process_is_not_restored(by_hand: DiskRig) -> None:
+    by_hand.machine.driver.status = 0
+    own = VirtioMachine(VirtioBlock(open_disk(f"{by_hand.path},share=on"), fdops.punch_hole))
+    saved = Saved(json.loads(json.dumps(own.transport.state())), "blk0")
+    own.close()
+
+    with pytest.raises(BadState, match="leave the setting process away"):
+        by_hand.machine.transport.restore(saved)
 
 
 def test_request_without_room_for_a_status_stops_a_disk_without_a_process(
@@ -354,12 +382,13 @@ def test_counts_on_their_way_when_the_loop_ends_are_heard_out(by_hand: DiskRig) 
     by_hand.serve()
     by_hand.hear()
     head = HEAD.pack(protocol.TURN, protocol.RESTED, 0, by_hand.generation)
-    by_hand.far.send(head + protocol.COUNTS.pack(5, 1, 2))
+    by_hand.far.send(head + protocol.COUNTS.pack(5, 1, 2, 9, 9))
 
     by_hand.device.hear_out(10)
 
     counts = by_hand.device.statistics
     assert (counts.requests, counts.flushes, counts.errors) == (5, 1, 2)
+    assert (counts.bytes_read, counts.bytes_written) == (0, 0)  # a disk's are counted here
 
 
 def test_process_that_says_nothing_is_not_heard_out_for_longer_than_said(
@@ -377,6 +406,6 @@ def test_counts_of_a_turn_from_before_a_reset_count(by_hand: DiskRig) -> None:
     former = by_hand.generation
     by_hand.machine.driver.status = 0
 
-    by_hand.raw(HEAD.pack(protocol.TURN, 0, 0, former) + protocol.COUNTS.pack(3, 0, 0))
+    by_hand.raw(HEAD.pack(protocol.TURN, 0, 0, former) + protocol.COUNTS.pack(3, 0, 0, 0, 0))
 
     assert by_hand.device.statistics.requests == 3
