@@ -212,7 +212,8 @@ def outside(run: Run, symbols: str) -> dict[str, Any]:
     with socket.socket(socket.AF_UNIX) as stub:
         stub.connect(str(run.path))
         while True:
-            ready, _, _ = select.select([0, stub], [], [])
+            inputs: list[Any] = [0, stub]
+            ready, _, _ = select.select(inputs, [], [])
             if stub in ready:
                 data = stub.recv(1 << 16)
                 if not data:
