@@ -280,7 +280,7 @@ def test_exits_are_told_apart() -> None:
         (0x2003, 3),
         (0x1FF0, 3),  # a pair of registers stored from below
         (0x3007, 4),
-        (0x5A00_0000_0000_3000, 4),  # by a tagged pointer
+        (0x5A00_0000_0000_2000, 3),  # by a tagged pointer
     ],
 )
 def test_watchpoint_is_the_one_that_the_access_is_nearest_to(far: int, number: int) -> None:

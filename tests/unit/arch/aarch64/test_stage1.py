@@ -162,6 +162,15 @@ def test_64_kib_granules_52_bits_are_put_together() -> None:
     assert walk(control, 0x1234, Tables(entries)) == (0xF << 48 | 0x7_1234, 0xEDCC)
 
 
+def test_small_first_table_leaves_room_for_52_bits() -> None:
+    """44 bits: four entries, 32 bytes, at an alignment of 64 all the same."""
+    entries = {0x1_0000 | 0xF << 48: 0x4_0000 | TABLE, 0x4_0000: 0x5_0000 | TABLE,
+               0x5_0000: 0x7_0000 | PAGE}  # fmt: skip
+    control = regime(tcr(44, granule0=0b01) | IPS_52, ttbr0=0x1_0000 | 0xF << 2)
+
+    assert walk(control, 0x1234, Tables(entries)) == (0x7_1234, 0xEDCC)
+
+
 # -- FEAT_LPA2 ------------------------------------------------------------------------------------
 
 
