@@ -114,7 +114,7 @@ def run(
     with tempfile.NamedTemporaryFile(prefix="pyvmm-counts-") as file:
         file.truncate(_COUNTS)
         if meanwhile is not None:
-            _arm(file.fileno(), _FIRST + NOTHING)
+            arm(file.fileno(), FIRST + NOTHING)
         if faults:
             more |= {
                 "LD_PRELOAD": shim(),
@@ -126,7 +126,7 @@ def run(
             }
 
         def begin(fault: int | None) -> None:
-            _arm(file.fileno(), _ALL if fault is None else _FIRST + fault)
+            arm(file.fileno(), _ALL if fault is None else FIRST + fault)
 
         asking = None if meanwhile is None else functools.partial(meanwhile, begin=begin)
         status, output, errors = _ended(words, more, asking, typed)
@@ -135,10 +135,10 @@ def run(
     return Ended(status, output, errors, numbers[0], numbers[1], numbers[1::2])
 
 
-_ALL, _FIRST = 2, 3
+_ALL, FIRST = 2, 3
 
 
-def _arm(counts: int, which: int) -> None:
+def arm(counts: int, which: int) -> None:
     """See shim.c."""
     os.pwrite(counts, struct.pack("=Q", which), 8 * 2 * _MOST_RULES)
 

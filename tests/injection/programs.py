@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import select
 import socket
 import struct
 import sys
@@ -21,13 +22,16 @@ from typing import Any
 
 from kvm_bindings import KvmError, fdops, mapped
 from tests.injection import taps
-from tests.injection.table import CALLER, DROPPED, ENDS_3, GUEST, RESET, SAME
+from tests.injection.injecting import FIRST, SHORT, arm
+from tests.injection.table import CALLER, DROPPED, EAGAIN, EINTR, ENDS_3, GUEST, RESET, SAME
 from tests.support.back_end import BackEndDouble
 from tests.support.consoles import Consoles
 from tests.support.control import Server, line
 from tests.support.virtio_driver import NEEDS_RESET
 from tests.support.virtio_machine import VirtioMachine
 from tests.support.vsock_guest import HOST_PORT, Guest, dial
+from tests.unit.devices.process.test_console_process import ConsoleRig
+from tests.unit.devices.process.test_vsock_process import VsockRig
 from tests.unit.devices.test_virtio_net import HEADER, Network
 from vmm.cli import ctl_saving
 from vmm.control import saving
@@ -64,6 +68,18 @@ def failing() -> Iterator[None]:
         yield
     finally:
         _ARMED.value = 0
+
+
+@contextlib.contextmanager
+def failing_everywhere() -> Iterator[None]:
+    """As `failing`, and in all processes that were started here."""
+    counts = os.open(os.environ["PYVMM_INJECT_COUNTS"], os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        arm(counts, FIRST + _rule)
+        yield
+    finally:
+        arm(counts, 0)
+        os.close(counts)
 
 
 def _pattern(size: int) -> bytes:
@@ -564,6 +580,66 @@ def restore(folder: Path, error: int) -> str:
     return SAME
 
 
+# -- vsock and consoles in processes of their own -------------------------------------------------
+
+
+def dialed(folder: Path, error: int) -> str:
+    """The guest connects to a program of the host: the spawner does, and hands it over."""
+    rig = VsockRig(folder / "v")
+    rig.up()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{folder / 'v'}_{HOST_PORT}")
+        listener.listen()
+        with failing_everywhere():
+            rig.say(Op.REQUEST)
+            answer = rig.hears_op()
+    rig.close()
+    return {Op.RST: GUEST, Op.RESPONSE: SAME}[Op(answer)]
+
+
+def called(folder: Path, error: int) -> str:
+    """A program of the host connects to a guest whose vsock has a process."""
+    unix_listener.AGAIN_SECONDS = 0.01
+    rig = VsockRig(folder / "v")
+    rig.up()
+    with dial(folder / "v") as client, dial(folder / "v") as other:
+        with failing_everywhere():
+            with contextlib.suppress(BrokenPipeError):
+                client.send(b"CONNECT 1234\n")
+            while not (came := rig.heard()) and not _ready(client.fileno(), rig.machine):
+                rig.machine.settle()
+        rig.called(other)  # who comes next is served
+        said = SAME if came else CALLER
+        assert came or not _line_of(client)
+    rig.close()
+    return said
+
+
+def _ready(fd: int, machine: VirtioMachine) -> bool:
+    """Wait until that fd, or one of the machine's, can be read; whether it is that one."""
+    ready, _, _ = select.select([fd, *machine.loop.wanted], [], [], 10)
+    assert ready, "nothing comes"
+    return fd in ready
+
+
+def console_process(folder: Path, error: int) -> str:
+    path = folder / "fifo"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    rig = ConsoleRig(f"file={path}")
+    rig.up()
+    rig.open(0)
+    rig.machine.give(1, rig.machine.place(b"some output"))
+    with failing_everywhere():
+        rig.machine.kick(1)
+        rig.answered(1)
+        while error in (EINTR, EAGAIN, SHORT) and not _ready(reader, rig.machine):
+            rig.machine.settle()  # its process isn't done yet
+    rig.close()
+    came = os.readv(reader, [data := bytearray(100)])
+    return SAME if data[:came] == b"some output" else DROPPED
+
+
 PROGRAMS: dict[str, Callable[[Path, int], str]] = {
     "discard": discard,
     "zeroes": zeroes,
@@ -585,6 +661,9 @@ PROGRAMS: dict[str, Callable[[Path, int], str]] = {
     "console-pty": console_pty,
     "vhost-user": vhost_user,
     "snapshot": snapshot,
+    "dialed": dialed,
+    "called": called,
+    "console-process": console_process,
     "dump": dump,
     "restore": restore,
 }

@@ -20,9 +20,12 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/eventfd.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/types.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -206,6 +209,83 @@ ssize_t sendmsg(int fd, const struct msghdr *message, int flags)
     struct iovec one = message->msg_iovlen ? message->msg_iov[0] : (struct iovec){0};
     FAIL_OR("sendmsg", fd, HALF(one.iov_len); shorter.msg_iov = &one; shorter.msg_iovlen = 1);
     return real(fd, &shorter, flags);
+}
+
+/* Calls without a descriptor, or about one that isn't there yet. */
+int memfd_create(const char *name, unsigned flags)
+{
+    REAL(memfd_create);
+    FAIL_OR("memfd_create", -1, );
+    return real(name, flags);
+}
+
+int epoll_create1(int flags)
+{
+    REAL(epoll_create1);
+    FAIL_OR("epoll_create1", -1, );
+    return real(flags);
+}
+
+int eventfd(unsigned count, int flags)
+{
+    REAL(eventfd);
+    FAIL_OR("eventfd2", -1, );
+    return real(count, flags);
+}
+
+int pipe2(int ends[2], int flags)
+{
+    REAL(pipe2);
+    FAIL_OR("pipe2", -1, );
+    return real(ends, flags);
+}
+
+int fchmod(int fd, mode_t mode)
+{
+    REAL(fchmod);
+    FAIL_OR("fchmod", fd, );
+    return real(fd, mode);
+}
+
+int prctl(int option, ...)
+{
+    static int (*real)(int, long, long, long, long);
+    if (!real)
+        real = (int (*)(int, long, long, long, long))dlsym(RTLD_NEXT, "prctl");
+    long arguments[4];
+    va_list more;
+    va_start(more, option);
+    for (unsigned i = 0; i < 4; i++)
+        arguments[i] = va_arg(more, long);
+    va_end(more);
+    FAIL_OR("prctl", -1, );
+    return real(option, arguments[0], arguments[1], arguments[2], arguments[3]);
+}
+
+static const char *name_of(long number)
+{
+    switch (number) {
+    case SYS_landlock_create_ruleset: return "landlock_create_ruleset";
+    case SYS_landlock_add_rule: return "landlock_add_rule";
+    case SYS_landlock_restrict_self: return "landlock_restrict_self";
+    case SYS_seccomp: return "seccomp";
+    default: return "";
+    }
+}
+
+long syscall(long number, ...)
+{
+    static long (*real)(long, long, long, long, long, long, long);
+    if (!real)
+        real = (long (*)(long, long, long, long, long, long, long))dlsym(RTLD_NEXT, "syscall");
+    long arguments[6];
+    va_list more;
+    va_start(more, number);
+    for (unsigned i = 0; i < 6; i++)
+        arguments[i] = va_arg(more, long);
+    va_end(more);
+    FAIL_OR(name_of(number), -1, );
+    return real(number, arguments[0], arguments[1], arguments[2], arguments[3], arguments[4], arguments[5]);
 }
 
 int mkdir(const char *path, mode_t mode)

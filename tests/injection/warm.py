@@ -103,6 +103,9 @@ class Warm:
         self._process.wait()
 
 
+_ARMED = ctypes.c_int()
+
+
 def _serve(link: socket.socket) -> None:
     """Fork for each question. Returns in the forked process, with the command's words in place."""
     while True:
@@ -132,6 +135,7 @@ def _serve(link: socket.socket) -> None:
 
 
 def _name_modules(fd: int) -> None:
+    _ARMED.value = 0  # this write is no call of the command's
     os.write(fd, " ".join(sys.modules).encode())
 
 
@@ -147,6 +151,7 @@ def _become(asked: dict[str, object], fds: Sequence[int]) -> None:
 
 
 if __name__ == "__main__":
+    _ARMED = ctypes.c_int.in_dll(ctypes.CDLL(None), "pyvmm_shim_armed")
     _serve(socket.socket(fileno=int(sys.argv[1])))
     # As which it has a sandbox, as `python -m vmm` has.
     sys.modules["__main__"] = importlib.import_module("vmm.__main__")

@@ -19,6 +19,7 @@ from vmm.devices.process.protocol import HEAD
 from vmm.devices.process.spawner import Job, Spawner
 from vmm.devices.virtio.block import F_FLUSH, T_IN, T_OUT, VirtioBlock
 from vmm.devices.virtio.block_file import open_disk
+from vmm.machine.device_processes import DISK_PATIENCE
 
 SECTORS = 512
 READY = HEAD.pack(protocol.DONE, 1, 7, 0)
@@ -65,7 +66,7 @@ class DiskRig:
         self.path.write_bytes(b"".join(bytes([n & 0xFF]) * SECTOR for n in range(SECTORS)))
         disk = open_disk(f"{self.path},process{options}")
         self.fd = disk.fd
-        block = VirtioBlock(disk, fdops.punch_hole, 2)
+        block = VirtioBlock(disk, fdops.punch_hole, DISK_PATIENCE)
         if isinstance(processes, Spawner):
             processes.add(
                 Job(block, [disk.fd], [disk.fd], lambda features: bool(features & F_FLUSH))

@@ -59,6 +59,7 @@ class EventLoop:
         self._stopping = False
         self._held = False
         self._timers: dict[Callable[[], None], float] = {}
+        self._first_timer = 0.0  # when the first of them is due
         self._postponed = Postponed()
         self._timer_lock = threading.Lock()
         self.add(self._wake, lambda: drain(self._wake), unheld=True)
@@ -138,6 +139,7 @@ class EventLoop:
         """
         with self._timer_lock:
             self._timers[callback] = when
+            self._first_timer = min(self._timers.values())
         self._wake_up()
 
     def stop(self) -> None:
@@ -195,17 +197,18 @@ class EventLoop:
         """Seconds until the first timer, None without one."""
         if not self._timers:
             return None
-        with self._timer_lock:
-            first = min(self._timers.values())
-        return min(max(first - time.monotonic(), 0.0), _LONGEST_WAIT)
+        return min(max(self._first_timer - time.monotonic(), 0.0), _LONGEST_WAIT)
 
     def _fire(self) -> None:
         now = time.monotonic()
         with self._timer_lock:
+            if now < self._first_timer:
+                return
             due = [callback for callback, when in self._timers.items() if when <= now]
             due.sort(key=self._timers.__getitem__)
             for callback in due:
                 del self._timers[callback]
+            self._first_timer = min(self._timers.values(), default=0.0)
         for callback in due:
             if not self._stopping:
                 callback()

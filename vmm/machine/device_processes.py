@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from vmm.devices.virtio.console import VirtioConsole
     from vmm.devices.virtio.vsock import VirtioVsock
 
-DISK_PATIENCE = 2
-"""As VirtioBlock's, where a look is a message, and takes as long as several of pyvmm's own."""
+DISK_PATIENCE = 1
+"""As VirtioBlock's: pyvmm itself looks again and again, and one look is at what it has found."""
 
 
 def _flushes(features: int) -> bool:

@@ -95,7 +95,7 @@ class _Process(DiskRig):
 _SAYS = (
     protocol.READ, protocol.READ, protocol.WRITE, protocol.WRITE, protocol.MOVE_IN,
     protocol.MOVE_OUT, protocol.MOVE_OUT, protocol.TURN, protocol.TURN, protocol.DONE,
-    protocol.CONFIG, protocol.STOPPED, protocol.ANSWER, 99,
+    protocol.CONFIG, protocol.STOPPED, protocol.ANSWER, 99, protocol.RETURN, protocol.RETURN,
 )  # fmt: skip
 
 
@@ -125,6 +125,12 @@ def _body(choices: Choices, what: int) -> bytes:
             ends = (disk, _place(choices))
             moves += [*(ends if what == protocol.MOVE_IN else ends[::-1]), _size(choices)]
         return words(moves)
+    if what == protocol.RETURN:
+        numbers = [choices.choice((0, 1, 2, 16, 0xFFFF)) for _ in range(3)]
+        looks = choices.choice((0, 1, protocol.MOST_LOOKS, protocol.MOST_LOOKS + 1))
+        queue = choices.choice((*(0,) * 8, 1))
+        head = protocol.RETURNED.pack(queue, *numbers, looks, choices.choice((0, 1, 255)))
+        return head + _body(choices, protocol.WRITE)
     if what == protocol.WRITE:
         sizes = [choices.choice((1, 8, 16)) for _ in range(count)]
         pieces = [n for size in sizes for n in (_place(choices), size)]

@@ -50,8 +50,9 @@ class BackEnd:
         self._numbers = {fd: number for number, fd in enumerate(files)}
         self._queues: dict[int, SplitQueue] = {}
         self._kicked: set[int] = set()
-        # Those to be served, in their order; values are what a notify brought along.
-        self._ready: dict[int, bytes | None] = {}
+        # Those to be served, in their order; values are what a notify brought along, and what its
+        # flags say of that.
+        self._ready: dict[int, tuple[bytes, int] | None] = {}
         # Those whose last turn left something: what it brought along is still new.
         self._going_on: set[int] = set()
         self._poll = select.poll()
@@ -105,11 +106,12 @@ class BackEnd:
         if what == protocol.KICK:
             if generation == self._channel.generation and queue in self._queues:
                 self._kicked.add(queue)
-                self._ready[queue] = bytes(body) or None
+                self._ready[queue] = (bytes(body), flags) if body else None
                 self._going_on.discard(queue)
             return
         if what not in (protocol.ACTIVATE, protocol.RESET):
             return  # the answer to what was asked before a reset
+        self._tell(0, 0)  # a driver that was interrupted may be here before the turn's end
         self._forget()
         self._channel.generation = generation
         self._channel.say(protocol.DONE)
@@ -134,7 +136,7 @@ class BackEnd:
         ):
             queue: SplitQueue
             if isinstance(memory, RemoteBatches):
-                queue = RemoteQueue(memory, size, desc, avail, used, features)
+                queue = RemoteQueue(memory, index, size, desc, avail, used, features)
             else:
                 queue = SplitQueue(memory, size, desc, avail, used, features)
             if flags & protocol.RESUMED:
@@ -155,27 +157,29 @@ class BackEnd:
         if queue in self._queues:
             self._turn(queue, self._ready.pop(queue, None))
 
-    def _turn(self, index: int, ring: bytes | None) -> None:
+    def _turn(self, index: int, brought: tuple[bytes, int] | None) -> None:
         """Serve a queue, as far as a turn's budget goes."""
         queue = self._queues.get(index)
         if queue is None:
             return
-        self._guarded(lambda: self._serve_queue(index, queue, ring))
+        self._guarded(lambda: self._serve_queue(index, queue, brought))
         if self._device.config_is_news:
             self._device.config_is_news = False
             self._announce()
 
-    def _serve_queue(self, index: int, queue: SplitQueue, ring: bytes | None) -> None:
+    def _serve_queue(
+        self, index: int, queue: SplitQueue, brought: tuple[bytes, int] | None
+    ) -> None:
         device, memory = self._device, self._memory
         queue.budget.begin()
         counts = dict(vars(device.statistics))
         try:
             if isinstance(queue, RemoteQueue) and isinstance(memory, RemoteBatches):
+                memory.begin()
                 if index in self._going_on:
                     self._going_on.discard(index)
                 else:
-                    queue.begin(ring)
-                memory.begin()
+                    queue.begin(*(brought or (None, 0)))
             interrupt = self._look(index, queue)
             if isinstance(memory, RemoteBatches):
                 memory.end()

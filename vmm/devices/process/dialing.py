@@ -36,7 +36,11 @@ class Dialing(NamedTuple):
 def asked(channel: socket.socket, number: int) -> socket.socket:
     """The connection to what that number leads to, made by the other side. Raises OSError."""
     channel.send(_NUMBER.pack(number))
-    words, fds, _, _ = socket.recv_fds(channel, _NUMBER.size, 1, socket.MSG_CMSG_CLOEXEC)
+    try:
+        words, fds, _, _ = socket.recv_fds(channel, _NUMBER.size, 1, socket.MSG_CMSG_CLOEXEC)
+    except OSError:
+        channel.close()  # the answer comes yet, and is not the next question's
+        raise
     if not fds:
         code = _NUMBER.unpack(words)[0] if words else errno.ECONNREFUSED
         raise OSError(code, os.strerror(code))

@@ -33,7 +33,13 @@ from vmm.devices.virtio.device import (
     VirtioDevice,
     _unconnected,
 )
-from vmm.devices.virtio.queue import Chain, QueueError, SplitQueue
+from vmm.devices.virtio.queue import (
+    AVAIL_NO_INTERRUPT,
+    F_EVENT_IDX,
+    Chain,
+    QueueError,
+    SplitQueue,
+)
 from vmm.devices.virtio.segments import scatter
 
 if TYPE_CHECKING:
@@ -47,7 +53,7 @@ _MOST_LOOKED_INTO = 8
 _S_IOERR = b"\x01"
 _STATUS_OF = {AccessDenied: protocol.DENIED, PrivateAccess: protocol.PRIVATE}
 _OF_THE_PROCESS = ("pid", "deaths", "restarts", "last_end", "seccomp", "landlock")
-_ASKED = (protocol.READ, protocol.WRITE, protocol.MOVE_IN, protocol.MOVE_OUT)
+_ASKED = (protocol.READ, protocol.WRITE, protocol.RETURN, protocol.MOVE_IN, protocol.MOVE_OUT)
 
 
 class MovedFile(NamedTuple):
@@ -159,6 +165,7 @@ class ProcessDevice(VirtioDevice):
         self._delivering = self._has_news = False
         self._owed: list[tuple[int, bytes]] = []  # events that wait for buffers
         self._kept = self._notes = 0
+        self._interrupted: int | None = None  # by the message that is being carried out
         self._refusal: GuestMemoryError | None = None
 
     def _begin_anew(self) -> None:
@@ -168,6 +175,8 @@ class ProcessDevice(VirtioDevice):
         self._bases: dict[int, int] | None = None
         self._kicked: set[int] = set()
         self._again: set[int] = set()
+        # By queue, what a RETURN with a number had read afterwards: its number, its pieces.
+        self._read_after: dict[int, tuple[int, list[int]]] = {}
         self._interrupts: set[int] = set()
         self._failure: Exception | None = None
         self._heard = True
@@ -237,8 +246,10 @@ class ProcessDevice(VirtioDevice):
     def hear_out(self, timeout: float) -> None:
         deadline = time.monotonic() + timeout
         while self._socket is not None:
-            # Without anything under way, what has been said already.
-            left = max(deadline - time.monotonic(), 0) if self._kicked else 0
+            # Without anything under way, what has been said already. What it did before a reset it
+            # tells before it is done with that.
+            under_way = self._kicked or self._awaits_done
+            left = max(deadline - time.monotonic(), 0) if under_way else 0
             if not select.select([self._socket], [], [], left)[0]:
                 return
             self._ready()
@@ -306,6 +317,7 @@ class ProcessDevice(VirtioDevice):
         self._generation = (self._generation + 1) & 0xFFFF_FFFF
         self._kicked.clear()
         self._again.clear()
+        self._read_after.clear()
         self._interrupts.clear()
         self._failure = self._refusal = self._bases = None
         self._owed = []
@@ -345,18 +357,24 @@ class ProcessDevice(VirtioDevice):
             self._again.add(queue)
             return
         self._kicked.add(queue)
-        self._say(protocol.KICK, 0, queue, self._rings(self._queues[queue]))
+        number, rings = self._rings(queue)
+        self._say(protocol.KICK, number, queue, rings)
 
-    def _rings(self, queue: SplitQueue) -> bytes | bytearray:
-        """What is in a queue's rings, to spare the process the question."""
+    def _rings(self, index: int) -> tuple[int, bytes | bytearray]:
+        """What is in a queue's rings, to spare the process the question; or what it had read after
+        its last RETURN, by that one's number."""
+        queue = self._queues[index]
         read_many = getattr(self._memory, "read_many", None)
         if read_many is None or queue.size > MOST_ENTRIES or len(self._queues) > _MOST_LOOKED_INTO:
-            return b""
+            return 0, b""
         desc, avail, _ = queue.addresses
-        try:
-            return read_many(protocol.ring_pieces(queue.size, desc, avail))  # type: ignore[no-any-return]
-        except (GuestMemoryError, OSError):
-            return b""  # it finds out by itself
+        known = [(0, protocol.ring_pieces(queue.size, desc, avail))]
+        if index in self._read_after:
+            known.insert(0, self._read_after.pop(index))
+        for number, pieces in known:
+            with contextlib.suppress(GuestMemoryError, OSError):
+                return number, read_many(pieces)
+        return 0, b""  # it finds out by itself
 
     def _say(
         self, what: int, flags: int = 0, queue: int = 0, body: bytes | bytearray = b""
@@ -440,8 +458,7 @@ class ProcessDevice(VirtioDevice):
         what, flags, queue, generation = HEAD.unpack_from(self._buffer)
         body = self._buffer[HEAD.size : size]
         if what in _ASKED:
-            self._answer(what, flags, queue, generation, body)
-            return None
+            return self._answer(what, flags, queue, generation, body)
         if what == protocol.DONE:
             self._done(flags, queue)
             return None
@@ -523,8 +540,10 @@ class ProcessDevice(VirtioDevice):
 
     def _answer(
         self, what: int, flags: int, number: int, generation: int, body: memoryview
-    ) -> None:
-        """Carry out an access to guest memory, and say what came of it."""
+    ) -> int | None:
+        """Carry out an access to guest memory, and say what came of it; a queue whose driver is to
+        be interrupted for it."""
+        self._interrupted = None
         memory = self._memory
         status = protocol.OK
         answer: bytes | bytearray = b""
@@ -544,6 +563,7 @@ class ProcessDevice(VirtioDevice):
                 status = protocol.FAILED
                 answer = protocol.ERRNO.pack(error.errno or 0)
         self._say(protocol.ANSWER, status, 0, answer)
+        return self._interrupted
 
     def _access(
         self, memory: Any, what: int, flags: int, number: int, body: memoryview
@@ -551,16 +571,64 @@ class ProcessDevice(VirtioDevice):
         """What comes of it: the answer's body."""
         if what == protocol.READ:
             return _read(memory, protocol.pieces_in(body))
-        if what == protocol.WRITE:
+        if what in (protocol.WRITE, protocol.RETURN):
+            returned = None
+            if what == protocol.RETURN:
+                returned = protocol.returned_in(body)
+                if returned.queue not in self._queues:
+                    raise ProtocolError(f"chains of queue {returned.queue}")
+                body = body[protocol.RETURNED.size :]
             moves, pieces, then, data = protocol.write_in(body)
             if moves:
                 moved, asked = self._move(memory, flags & protocol.OUT, number, moves, False)
                 if moved < asked:
                     raise _Short(moved)
             _write(memory, pieces, bytes(data))
+            if returned is not None:
+                return self._returned(memory, returned, then)
             return _read(memory, then) if then else b""
         is_out, whole = what == protocol.MOVE_OUT, bool(flags & protocol.WHOLE)
         return protocol.MOVED.pack(self._move(memory, is_out, number, body, whole)[0])
+
+    def _returned(
+        self, memory: Any, returned: protocol.Returned, then: list[int]
+    ) -> bytes | bytearray:
+        """The driver has been told of chains: see to its interrupt, and whether there is more for
+        the process. What fails here the process finds out by itself: the write has been made."""
+        queue = self._queues[returned.queue]
+        _, avail, used = queue.addresses
+        has_events = self._agreed & F_EVENT_IDX
+        head: bytes | bytearray = b""
+        asked = b""
+        try:
+            if has_events:
+                # 2.7.6: flags, index, entries, event. One read is quicker than one of two pieces.
+                head = memory.pread(6 + 2 * queue.size, avail)
+                event = head[-2] | head[-1] << 8
+                is_due = (returned.used - event - 1) & 0xFFFF < returned.chains
+            else:
+                head = memory.pread(4, avail)
+                is_due = not head[0] & AVAIL_NO_INTERRUPT
+            if is_due:
+                self._interrupts.add(returned.queue)
+                self._interrupted = returned.queue
+            # A driver that polls is about to have more; one that is interrupted takes longer.
+            looks = 0 if is_due else returned.looks
+            while head[2] | head[3] << 8 == returned.known:
+                if looks:
+                    looks -= 1
+                elif returned.looks and has_events and not asked:
+                    asked = bytes(head[2:4])
+                    if returned.number and sum(then[1::2]) <= protocol.MOST_WITH_KICK:
+                        self._read_after[returned.queue] = returned.number, then
+                    memory.pwrite(asked, used + 4 + 8 * queue.size)
+                    # 2.7.10: once more, as the driver may not have seen it.
+                else:
+                    return head[:4] + asked
+                head = memory.pread(4, avail)
+            return _read(memory, then) if then else head[:4]
+        except (GuestMemoryError, OSError):
+            return head[:4]
 
     def _move(
         self, memory: Any, is_out: int, number: int, body: memoryview, whole: bool

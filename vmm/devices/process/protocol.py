@@ -8,13 +8,20 @@ pyvmm to the process:
     ACTIVATE   u64 features, and what KEEP said last; then for each queue a QUEUE; flags: memory
                takes BATCHES, is QUIET about what it refuses; RESUMED
     RESET      nothing
-    KICK       for a queue: nothing, or what is in its rings (see `ring_pieces`)
+    KICK       for a queue: nothing, or what is in its rings (see `ring_pieces`); flags: or what is
+               where the RETURN with this number had it read afterwards
     ANSWER     flags: a STATUS. The bytes read, or u64 bytes moved; else a sentence or u32 errno
-The process to pyvmm, which answers the first four, one at a time:
+The process to pyvmm, which answers the first five, one at a time:
     READ       pieces: u64 gpa, size...
     WRITE      u32 counts: of moves (of a file, flags: OUT), of pieces, of those read afterwards;
                all of these; the data, which is written when all has been moved: SHORT otherwise,
                and u64 bytes moved
+    RETURN     as WRITE, for what tells the driver of chains; a RETURNED before it. Once that is
+               written pyvmm sees to the interrupt. It looks at the available ring until there is
+               something new, or else asks for a notify. The answer's body is what was read
+               afterwards, if there is something; else the ring's flags and index, and then the
+               index that a notify was asked for; or nothing, where the process has to see to all
+               of this
     MOVE_IN    file: moves: u64 file offset, gpa, size...
     MOVE_OUT   file: moves: u64 gpa, file offset, size...
                flags of both: WHOLE: one move, which ends short at the file's end alone, and not
@@ -33,6 +40,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from operator import add
 from struct import Struct
 
 from vmm.core.lean_typing import NamedTuple
@@ -44,6 +52,10 @@ COUNTS = Struct("=QQQQQ")
 """Requests, flushes and errors of the device since its process began, bytes read and written: of a
 device without files, as what is moved from and to those is counted where it is done."""
 WRITE_HEAD = Struct("=IIIxxxx")
+RETURNED = Struct("=HHHHBB6x")
+"""Queue, what its used index becomes, how many chains that are, the available index that isn't new,
+how often it is looked at in vain before a notify is asked for (0: none is), and a number for what
+is read afterwards (0: it has none)."""
 FEATURES = Struct("=QQ")
 KEPT = Struct("=Q")
 MOVED = Struct("=Q")
@@ -51,13 +63,13 @@ ERRNO = Struct("=I")
 
 ACTIVATE, RESET, KICK, ANSWER = 1, 2, 3, 4
 READ, WRITE, MOVE_IN, MOVE_OUT, TURN, STOPPED, CONFIG, DONE = 16, 17, 18, 19, 20, 21, 22, 23
-KEEP, NOTE = 24, 25
+KEEP, NOTE, RETURN = 24, 25, 26
 
 BATCHES, RESUMED, QUIET = 1, 2, 4  # flags of ACTIVATE
 INTERRUPT, RESTED = 1, 2  # flags of TURN
 REFUSED = 1  # flag of STOPPED
 WHOLE = 1  # flag of MOVE_IN and MOVE_OUT
-OUT = 1  # flag of WRITE
+OUT = 1  # flag of WRITE and RETURN
 
 OK, PRIVATE, UNMAPPED, DENIED, FAILED, STALE, SHORT = 0, 1, 2, 3, 4, 5, 6
 """How an access ended."""
@@ -66,8 +78,12 @@ MOST_DATA = 64 << 10
 """Bytes that one message reads or writes."""
 MOST_PIECES = 3072
 """Pieces of one message: as many as a turn has descriptors, and some more."""
-MOST_AFTER = 16
+MOST_AFTER = 128
 """Pieces that are read after a write."""
+MOST_LOOKS = 16
+"""At an available ring after a write: some tens of microseconds."""
+MOST_WITH_KICK = 16 << 10
+"""Bytes that come with a KICK: rings, and what else is read afterwards."""
 MOST_MOVED = 8 << 20
 """Bytes that one message moves: twice what a disk asks for at once where it is quick."""
 MOST_WHOLE = 1 << 20
@@ -78,7 +94,8 @@ MOST_COUNT = 1 << 62
 MOST_NOTES = 4
 """Sentences of a device that the user is shown."""
 
-assert HEAD.size + WRITE_HEAD.size + 40 * MOST_PIECES + 16 * MOST_AFTER + MOST_DATA <= LONGEST
+_HEADS = HEAD.size + RETURNED.size + WRITE_HEAD.size
+assert _HEADS + 40 * MOST_PIECES + 16 * MOST_AFTER + MOST_DATA <= LONGEST
 
 
 class ProtocolError(Exception):
@@ -92,6 +109,17 @@ class Asked(NamedTuple):
     pieces: list[int]
     then: list[int]
     data: memoryview
+
+
+class Returned(NamedTuple):
+    """What a RETURN says besides its write: see RETURNED."""
+
+    queue: int
+    used: int
+    chains: int
+    known: int
+    looks: int
+    number: int
 
 
 def words(numbers: Sequence[int]) -> bytes:
@@ -123,28 +151,41 @@ def write_in(body: memoryview) -> Asked:
     if moves > MOST_PIECES or not 0 < count <= MOST_PIECES or after > MOST_AFTER:
         raise ProtocolError(f"a write of {count} pieces after {moves} moves, and {after} to read")
     start = WRITE_HEAD.size + 24 * moves
-    middle = start + 16 * count
-    end = middle + 16 * after
+    end = start + 16 * (count + after)
     if len(body) < end:
         raise ProtocolError(f"a write of {count} pieces in {len(body)} bytes")
-    pieces = body[start:middle].cast("Q").tolist()
-    then = pieces_in(body[middle:end]) if after else []
+    numbers = body[start:end].cast("Q").tolist()
+    pieces, then = numbers[: 2 * count], numbers[2 * count :]
+    if then and not 0 < sum(then[1::2]) <= MOST_DATA:
+        raise ProtocolError(f"{sum(then[1::2])} bytes to read after a write")
     data = body[end:]
-    if sum(pieces[1::2]) != len(data) or not 0 < len(data) <= MOST_DATA:
-        raise ProtocolError(f"a write of {sum(pieces[1::2])} bytes with {len(data)}")
+    size = sum(pieces[1::2])
+    if size != len(data) or not 0 < size <= MOST_DATA:
+        raise ProtocolError(f"a write of {size} bytes with {len(data)}")
     return Asked(body[WRITE_HEAD.size : start], pieces, then, data)
+
+
+def returned_in(body: memoryview) -> Returned:
+    """What a RETURN begins with. Raises ProtocolError."""
+    if len(body) < RETURNED.size:
+        raise ProtocolError("chains returned without saying which")
+    found = Returned._make(RETURNED.unpack_from(body))
+    if found.looks > MOST_LOOKS:
+        raise ProtocolError(f"{found.looks} looks at a ring")
+    return found
 
 
 def moves_in(body: memoryview, at: int, end: int, whole: bool) -> list[int]:
     """What a MOVE_IN or MOVE_OUT asks for; `at`: where in each triple the file's offset is, and
     `end`: how many bytes of the file there are for it. Raises ProtocolError."""
     moves = numbers_in(body, 3)
-    size = sum(moves[2::3])
+    offsets, sizes = moves[at::3], moves[2::3]
+    size = sum(sizes)
     if not 0 < size <= (MOST_WHOLE if whole else MOST_MOVED) or (whole and len(moves) > 3):
         raise ProtocolError(f"{size} bytes to move")
-    for offset, part in zip(moves[at::3], moves[2::3], strict=True):
-        if not part or offset + part > end:
-            raise ProtocolError(f"{part} bytes at {offset} of a file of {end}")
+    is_near_end = max(offsets) + max(sizes) > end  # or each is looked at in vain
+    if not min(sizes) or (is_near_end and max(map(add, offsets, sizes)) > end):
+        raise ProtocolError(f"up to {max(sizes)} bytes at {offsets} of a file of {end}"[:MOST_TEXT])
     return moves
 
 

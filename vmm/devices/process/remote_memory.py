@@ -6,7 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from kvm_bindings.virtqueue import MOST_ENTRIES
 from vmm.core.errors import AccessDenied, GuestMemoryError, PrivateAccess, UnmappedAccess
@@ -14,7 +14,7 @@ from vmm.core.lean_typing import NoReturn
 from vmm.devices.process import protocol
 from vmm.devices.process.protocol import HEAD
 from vmm.devices.virtio.block_batch import after
-from vmm.devices.virtio.queue import F_EVENT_IDX, SplitQueue
+from vmm.devices.virtio.queue import SplitQueue
 
 _REFUSALS: dict[int, type[GuestMemoryError]] = {
     protocol.PRIVATE: PrivateAccess,
@@ -26,6 +26,9 @@ _MOST_WRONG = 4
 """Guesses that were of no use, after which there are none until they would have been."""
 _MOST_GUESSED = 128
 """Numbers of a guess, two for a piece: as many as a busy disk has requests in a batch."""
+LOOKS = 12
+"""How often pyvmm looks at the ring of a patient device for what comes next, as such a device does
+in pyvmm's own process."""
 TURNS_AT_ONCE = 64
 """Turns in which moves aren't kept, after some that failed."""
 
@@ -125,11 +128,19 @@ class RemoteMemory:
             part = bytes(data[at : at + protocol.MOST_DATA])
             self.write([gpa + at, len(part)], part)
 
-    def write(self, pieces: list[int], data: bytes, then: list[int] | None = None) -> memoryview:
-        """Write `data` over the pieces (gpa, size, gpa...), then read the pieces of `then`."""
+    def write(
+        self,
+        pieces: list[int],
+        data: bytes,
+        then: list[int] | None = None,
+        returned: bytes = b"",
+    ) -> memoryview:
+        """Write `data` over the pieces (gpa, size, gpa...), then read the pieces of `then`. With
+        what chains are `returned` by it (protocol.RETURNED) it is a RETURN."""
         then = then or []
-        head = protocol.WRITE_HEAD.pack(0, len(pieces) // 2, len(then) // 2)
-        return self._ask(protocol.WRITE, 0, head + protocol.words(pieces + then) + data)
+        head = returned + protocol.WRITE_HEAD.pack(0, len(pieces) // 2, len(then) // 2)
+        what = protocol.RETURN if returned else protocol.WRITE
+        return self._ask(what, 0, head + protocol.words(pieces + then) + data)
 
     def transfer_in(self, src_fd: int, src_offset: int, gpa: int, size: int) -> int:
         return self._whole(protocol.MOVE_IN, src_fd, src_offset, gpa, size)
@@ -179,13 +190,14 @@ class RemoteBatches(RemoteMemory):
         self._at_once = 0
         self._may_guess = may_guess
         self._guess: list[int] = []
-        self._guesses: dict[tuple[int, int], bytes] = {}
+        # What was read with a ring: pieces, and their bytes.
+        self._guessed: tuple[list[int], bytes] | None = None
         self._wrong = 0
 
     def begin(self) -> None:
         """A turn begins."""
         self._kept = None
-        self._guesses.clear()
+        self._guessed = None
         if self._at_once:
             self._at_once -= 1
 
@@ -220,18 +232,25 @@ class RemoteBatches(RemoteMemory):
         self._at_once = TURNS_AT_ONCE
         return Redo()
 
-    def write(self, pieces: list[int], data: bytes, then: list[int] | None = None) -> memoryview:
+    def write(
+        self,
+        pieces: list[int],
+        data: bytes,
+        then: list[int] | None = None,
+        returned: bytes = b"",
+    ) -> memoryview:
         if self._kept is None:
-            return super().write(pieces, data, then)
-        (what, number, moves), self._kept = self._kept, None
+            return super().write(pieces, data, then, returned)
+        (kept, number, moves), self._kept = self._kept, None
         then = then or []
-        flags = protocol.OUT if what == protocol.MOVE_OUT else 0
+        flags = protocol.OUT if kept == protocol.MOVE_OUT else 0
+        what = protocol.RETURN if returned else protocol.WRITE
         while True:
             counts = len(moves) // 3, len(pieces) // 2, len(then) // 2
             numbers = protocol.words(moves + pieces + then)
-            body = protocol.WRITE_HEAD.pack(*counts) + numbers + data
+            body = returned + protocol.WRITE_HEAD.pack(*counts) + numbers + data
             try:
-                return self._channel_ask(protocol.WRITE, number, body, flags)
+                return self._channel_ask(what, number, body, flags)
             except _Short as short:
                 moves = self._left(moves, short.moved)
             except (GuestMemoryError, OSError):
@@ -239,36 +258,43 @@ class RemoteBatches(RemoteMemory):
 
     def look(self, ring: list[int]) -> bytes:
         """What is in a ring, by its pieces."""
-        self._guesses.clear()
-        if not self._guess or self._wrong >= _MOST_WRONG:
+        pieces = self.with_guesses(ring)
+        if pieces is ring:
             return self._read_many(ring)
         try:
-            data = self._read_many(ring + self._guess)
+            data = self._read_many(pieces)
         except GuestMemoryError:
             self._guess = []  # which may have been what was refused
             return self._read_many(ring)
-        at = sum(ring[1::2])
-        found = data[:at]
-        for gpa, size in zip(self._guess[::2], self._guess[1::2], strict=True):
-            self._guesses[gpa, size] = data[at : at + size]
-            at += size
-        return found
+        return self.without_guesses(pieces, len(ring), data)
+
+    def without_guesses(self, pieces: list[int], ring: int, data: bytes) -> bytes:
+        """What is in a ring, the first `ring` numbers of these pieces; the guesses that were read
+        with it are kept."""
+        size = sum(pieces[1:ring:2])
+        if len(pieces) > ring:
+            self._guessed = pieces[ring:], data[size:]
+        return data[:size]
+
+    def with_guesses(self, ring: list[int]) -> list[int]:
+        """A ring's pieces, and what is likely to be read with it."""
+        self._guessed = None
+        if self._guess and self._wrong < _MOST_WRONG:
+            pieces = ring + self._guess
+            if sum(pieces[1::2]) <= protocol.MOST_DATA:
+                return pieces
+        return ring
 
     def read_many(self, pieces: list[int]) -> bytes:
         if not self._may_guess or len(pieces) > _MOST_GUESSED:
             return self._read_many(pieces)
-        pairs = list(zip(pieces[::2], pieces[1::2], strict=True))
-        guesses = self._guesses
-        if guesses:
-            try:
-                found = b"".join([guesses[pair] for pair in pairs])
-            except KeyError:
-                self._wrong += 1
-            else:
+        if self._guessed is not None:
+            guessed, self._guessed = self._guessed, None
+            found = _part(*guessed, pieces)
+            if found is not None:
                 self._wrong = 0
-                guesses.clear()
                 return found
-            guesses.clear()
+            self._wrong += 1
         elif self._wrong and pieces == self._guess:
             self._wrong = 0  # it would have been right
         self._guess = pieces
@@ -311,6 +337,22 @@ class RemoteBatches(RemoteMemory):
         return total
 
 
+def _part(all_pieces: list[int], data: bytes, pieces: list[int]) -> bytes | None:
+    """What is in some of the pieces that this data is of; None where one isn't among them."""
+    if pieces == all_pieces:
+        return data
+    at = 0
+    found = {}
+    for gpa, size in zip(all_pieces[::2], all_pieces[1::2], strict=True):
+        found[gpa, size] = data[at : at + size]
+        at += size
+    try:
+        pairs = zip(pieces[::2], pieces[1::2], strict=True)
+        return b"".join([found[pair] for pair in pairs])
+    except KeyError:
+        return None
+
+
 def _is_one(moves: list[int], size: int) -> bool:
     """Whether one message may have them all."""
     return len(moves) <= 3 * protocol.MOST_PIECES and size <= protocol.MOST_MOVED
@@ -338,40 +380,54 @@ def _in_messages(moves: list[int]) -> Iterator[list[int]]:
 
 class _QueueMemory:
     """What a queue reads and writes, with what it reads next brought along: a look at the rings
-    with a notify, whether to interrupt with what it returns, the index and the rings once it has
-    asked for a notify.
+    with a notify, and with what it returns where it is patient; the index and the rings once it
+    has asked for a notify.
 
     What was brought counts once, and until the next turn: the driver may have moved on.
     """
 
-    def __init__(self, memory: RemoteBatches, ring: list[int], event: int) -> None:
+    def __init__(self, memory: RemoteBatches, ring: list[int]) -> None:
         self._memory = memory
         self._ring = ring
         self._index = ring[0]
-        self._event_gpa = event
         self._look = ring if ring[3] <= 2 * MOST_ENTRIES else []
-        self._after_return = [event, 2]
+        self._nothing = bytes(sum(ring[1::2]) - 4)
         self._brought: bytes | None = None
-        self._event: bytes | None = None
         self._index_brought: bytes | None = None
+        self.returning: tuple[int, int, int, int, int] | None = None
+        """What is written next tells the driver of chains: what protocol.RETURNED has of them."""
+        self.is_seen_to = False
+        """Whether pyvmm has seen to the interrupt for what was returned last."""
+        self._asked_at = b""  # the index that pyvmm has asked for a notify of, since then
+        # What the last RETURN had read afterwards, and its number: a KICK brings it again.
+        self._after: list[int] = []
+        self._number = 0
 
-    def bring(self, ring: bytes | None) -> None:
-        """A turn begins, with this in the rings (None: not known)."""
+    def bring(self, ring: bytes | None, number: int) -> None:
+        """A turn begins, with this in the rings (None: not known), or at all that the RETURN with
+        this number had read."""
+        if ring is not None and number:
+            is_last = number == self._number
+            pieces = self._after if is_last else self._ring
+            ring = self._memory.without_guesses(pieces, len(self._ring), ring)
         self._brought = ring
-        self._event = self._index_brought = None
+        self._index_brought = None
+        self._asked_at = b""
 
     def pread(self, size: int, gpa: int) -> bytes:
-        if gpa == self._event_gpa and size == 2 and self._event is not None:
-            found, self._event = self._event, None
-            return found
         if gpa == self._index and size == 4 and self._index_brought is not None:
             found, self._index_brought = self._index_brought, None
             return found
         return self._memory.pread(size, gpa)
 
     def pwrite(self, data: bytes, gpa: int) -> None:
+        """Ask for a notify, and look once more."""
+        asked, self._asked_at = self._asked_at, b""
+        if data == asked:
+            self._index_brought = b"\0\0" + asked  # nothing had come since
+            return
         answer = self._memory.write([gpa, len(data)], data, [self._index, 4, *self._look])
-        self._event, self._index_brought = None, bytes(answer[:4])
+        self._index_brought = bytes(answer[:4])
         # It may be there already, and is looked at next then.
         self._brought = (bytes(answer[4:]) or None) if answer[2:4] != data else None
 
@@ -382,30 +438,65 @@ class _QueueMemory:
         return self._memory.look(pieces) if pieces == self._ring else self._memory.read_many(pieces)
 
     def write_many(self, pieces: list[int], data: bytes) -> None:
-        self._index_brought = None
-        if len(data) > protocol.MOST_DATA:
-            self._brought = self._event = None
+        self._index_brought = self._brought = None
+        self._asked_at = b""
+        self.is_seen_to = False
+        returning, self.returning = self.returning, None
+        if returning is None or len(data) > protocol.MOST_DATA:
             self._memory.write_many(pieces, data)
             return
-        answer = self._memory.write(pieces, data, self._after_return)
-        self._event, self._brought = bytes(answer), None
+        *_, known, looks = returning
+        then: list[int] = []
+        if looks and self._look:
+            then = self._after = self._memory.with_guesses(self._look)
+            self._number = self._number % 255 + 1
+        returned = protocol.RETURNED.pack(*returning, self._number if then else 0)
+        found = bytes(self._memory.write(pieces, data, then, returned))
+        self.is_seen_to = bool(found)
+        if len(found) > 6:
+            self._brought = self._memory.without_guesses(then, len(self._ring), found)
+        elif then and found[2:4] == known.to_bytes(2, "little"):
+            # Nothing new, so that nothing else is looked at.
+            self._brought, self._asked_at = found[:4] + self._nothing, found[4:]
 
 
 class RemoteQueue(SplitQueue):
     """A queue that asks for little: see _QueueMemory."""
 
-    __slots__ = ("_remote",)
+    __slots__ = ("_number", "_remote")
 
     def __init__(
-        self, memory: RemoteBatches, size: int, desc: int, avail: int, used: int, features: int
+        self,
+        memory: RemoteBatches,
+        number: int,
+        size: int,
+        desc: int,
+        avail: int,
+        used: int,
+        features: int,
     ) -> None:
-        event = avail + 4 + 2 * size if features & F_EVENT_IDX else avail
-        self._remote = _QueueMemory(memory, protocol.ring_pieces(size, desc, avail), event)
+        """`number`: which of the device's queues it is."""
+        self._number = number
+        self._remote = _QueueMemory(memory, protocol.ring_pieces(size, desc, avail))
         super().__init__(self._remote, size, desc, avail, used, features)
 
-    def begin(self, ring: bytes | None) -> None:
-        """A turn begins, with this in the rings (None: not known)."""
-        self._remote.bring(ring)
+    def begin(self, ring: bytes | None, number: int) -> None:
+        """A turn begins, with what a KICK has brought: its flags are `number`."""
+        self._remote.bring(ring, number)
+
+    def publish_elements(
+        self, elements: bytes, before: Sequence[int] = (), data: bytes = b""
+    ) -> bool:
+        count = len(elements) // 8
+        # A driver that can't be asked for a notify gives one for all that it has.
+        looks = LOOKS if self.patience and self._event_index else 0
+        self._remote.returning = (
+            self._number, (self._next_used + count) & 0xFFFF, count, self._next_avail, looks
+        )  # fmt: skip
+        return super().publish_elements(elements, before, data)
+
+    def _wants_interrupt(self, index: int, count: int) -> bool:
+        return not self._remote.is_seen_to and super()._wants_interrupt(index, count)
 
     def rewind(self) -> None:
         """What was taken and not returned is to be taken again."""

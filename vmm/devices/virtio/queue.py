@@ -340,7 +340,11 @@ class SplitQueue:
         self._next_used = index
         if self.observer is not None:
             self.observer.returned(list(struct.iter_unpack("<II", elements)))
-        # After the index: the driver sets flag or event, then looks at the index once more.
+        return self._wants_interrupt(index, count)
+
+    def _wants_interrupt(self, index: int, count: int) -> bool:
+        """Whether the driver wants one (2.7.7) for the last `count` chains before used `index`.
+        After the index was written: the driver sets flag or event, then looks at it once more."""
         if self._event_index:
             (event,) = _INDEX.unpack(self._memory.pread(2, self._avail + 4 + 2 * self.size))
             return (index - int(event) - 1) & 0xFFFF < count

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import struct
 from collections.abc import Callable
 from functools import partial
@@ -21,6 +22,9 @@ from tests.support.virtio_machine import MEMORY, VirtioMachine
 from vmm.core.disk_image import SECTOR
 from vmm.core.errors import HostError
 from vmm.core.ranges import Range
+from vmm.devices.process import protocol
+from vmm.devices.process.back_end import BackEnd
+from vmm.devices.process.protocol import HEAD
 from vmm.devices.process.spawner import Spawner
 from vmm.devices.virtio.block import (
     F_FLUSH,
@@ -152,6 +156,33 @@ def test_headers_that_are_where_they_were_come_with_the_ring(make_rig: MakeRig) 
         assert rig.machine.text(data, 1) == bytes([sector])
 
 
+def test_request_like_the_last_one_takes_one_message_besides_the_turn(
+    make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it asks for has come with the notify, and what tells the driver is what it says."""
+    rig = make_rig()
+    said: list[int] = []
+    obey = rig.device._obey
+
+    def noting(size: int) -> int | None:
+        said.append(rig.device._buffer[0])
+        return obey(size)
+
+    monkeypatch.setattr(rig.device, "_obey", noting)
+    header = rig.machine.place(struct.pack("<IIQ", T_IN, 0, 5))
+    for _ in range(3):
+        said.clear()
+        status = rig.machine.blank(1)
+        rig.machine.give(0, header, rig.machine.blank(SECTOR), status)
+        rig.serve()
+        rig.until(finished(rig, status))
+        rig.until(lambda: said[-1:] == [protocol.TURN])
+        rig.machine.queues[0].collect()
+
+    assert said == [protocol.RETURN, protocol.TURN]
+    assert rig.machine.interrupts == 3
+
+
 def test_killed_process_costs_errors_and_a_new_one_goes_on(make_rig: MakeRig) -> None:
     rig = make_rig()
     before = rig.write(10, b"1" * SECTOR)
@@ -211,6 +242,42 @@ def test_restart_of_a_process_that_lives_fails_no_request(make_rig: MakeRig) -> 
     assert rig.machine.text(data, 1) == bytes([5])
     counts = rig.device.statistics
     assert (counts.deaths, counts.restarts) == (0, 1)
+
+
+def test_counts_of_a_driver_that_resets_as_soon_as_it_is_interrupted_are_heard_out(
+    make_rig: MakeRig,
+) -> None:
+    rig = make_rig()
+    _, status = rig.read(5)
+    rig.machine.transport.notify(0)
+    while rig.status(status) == NONE:
+        rig.machine.loop.wait(10)
+        rig.machine.loop.run_ready()
+
+    rig.machine.driver.status = 0
+    rig.device.hear_out(10)
+
+    assert rig.device.statistics.requests == 1
+
+
+def test_process_says_its_counts_before_it_is_done_with_a_reset(tmp_path: Path) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(SECTOR))
+    disk = open_disk(str(path))
+    end = BackEnd(VirtioBlock(disk, fdops.punch_hole), theirs, [disk.fd])
+    end._device.statistics.requests = 3
+    ours.send(HEAD.pack(protocol.RESET, 0, 0, 1))
+    ours.shutdown(socket.SHUT_WR)
+
+    end.run(1, 7)
+
+    said = [ours.recv(protocol.LONGEST) for _ in range(3)]
+    assert [packet[0] for packet in said] == [protocol.DONE, protocol.TURN, protocol.DONE]
+    assert protocol.COUNTS.unpack_from(said[1], HEAD.size)[0] == 3
+    ours.close()
+    theirs.close()
+    disk.close()
 
 
 def test_counts_go_on_after_a_restart(make_rig: MakeRig) -> None:

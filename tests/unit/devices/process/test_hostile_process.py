@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import select
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -18,7 +20,7 @@ from tests.support.virtio_machine import RINGS, VirtioMachine
 from vmm.core.ranges import Range
 from vmm.core.saved import BadState, NotSaved, Saved
 from vmm.devices.process import protocol
-from vmm.devices.process.protocol import COUNTS, HEAD, WRITE_HEAD, words
+from vmm.devices.process.protocol import COUNTS, HEAD, RETURNED, WRITE_HEAD, words
 from vmm.devices.virtio.block import VirtioBlock
 from vmm.devices.virtio.block_file import open_disk
 
@@ -342,12 +344,15 @@ lists = st.lists(st.one_of(edges, st.integers(0, (1 << 64) - 1)), max_size=9).ma
 writes = st.tuples(
     st.integers(0, 3), st.integers(0, 3), st.integers(0, 3), lists, st.binary(max_size=64)
 ).map(lambda parts: WRITE_HEAD.pack(*parts[:3]) + parts[3] + parts[4])
+returns = st.tuples(
+    st.tuples(*[st.integers(0, 2)] * 4), st.integers(0, 17), st.integers(0, 255), writes
+).map(lambda parts: RETURNED.pack(*parts[0], *parts[1:3]) + parts[3])
 packets = st.tuples(
-    st.integers(0, 25),
+    st.integers(0, 26),
     st.integers(0, 3),
     st.integers(0, 2),
     st.booleans(),
-    st.one_of(lists, writes, st.binary(max_size=64), st.just(NOTHING)),
+    st.one_of(lists, writes, returns, st.binary(max_size=64), st.just(NOTHING)),
 )
 
 
@@ -389,6 +394,33 @@ def test_counts_on_their_way_when_the_loop_ends_are_heard_out(by_hand: DiskRig) 
     counts = by_hand.device.statistics
     assert (counts.requests, counts.flushes, counts.errors) == (5, 1, 2)
     assert (counts.bytes_read, counts.bytes_written) == (0, 0)  # a disk's are counted here
+
+
+def test_counts_of_a_turn_under_way_at_the_guests_last_reset_are_heard_out(
+    by_hand: DiskRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A driver that looks at the used ring by itself may reset before the turn's end is told."""
+    by_hand.read(7)
+    by_hand.serve()
+    by_hand.hear()
+    former = by_hand.generation
+    by_hand.machine.driver.status = 0
+    wait = select.select
+
+    def and_then(*what: Any) -> Any:
+        """While it is waited for, the process says what it still has to."""
+        monkeypatch.undo()
+        if what[-1]:
+            head = HEAD.pack(protocol.TURN, protocol.RESTED, 0, former)
+            by_hand.far.send(head + protocol.COUNTS.pack(5, 0, 0, 0, 0))
+            by_hand.say(protocol.DONE)
+        return wait(*what)
+
+    monkeypatch.setattr(select, "select", and_then)
+
+    by_hand.device.hear_out(10)
+
+    assert by_hand.device.statistics.requests == 5
 
 
 def test_process_that_says_nothing_is_not_heard_out_for_longer_than_said(

@@ -82,6 +82,7 @@ def test_bytes_of_any_kind_are_right_or_a_protocol_error(body: bytes) -> None:
     for parse in (
         protocol.pieces_in,
         protocol.write_in,
+        protocol.returned_in,
         lambda each: protocol.moves_in(each, 0, 1 << 20, False),
         lambda each: protocol.moves_in(each, 1, 1 << 20, True),
     ):

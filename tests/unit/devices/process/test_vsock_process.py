@@ -320,6 +320,26 @@ def test_error_reaches_who_asked_by_its_number(
         asked(asking, 7)  # which gets the answer to the first one
 
 
+def test_answer_that_could_not_be_taken_is_not_the_next_questions(
+    pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the guest's next call would reach another program than the one that it asked for."""
+    asking, answering = pair
+
+    def no_memory(*_: object) -> object:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(socket, "recv_fds", no_memory)
+        with pytest.raises(OSError, match="Cannot allocate memory"):
+            asked(asking, 7)
+    with socket.socket(socket.AF_UNIX) as other:
+        answered(answering, lambda _: other)
+
+    with pytest.raises(OSError):
+        asked(asking, 8)
+
+
 def test_who_asks_nobody_is_refused(pair: tuple[socket.socket, socket.socket]) -> None:
     asking, answering = pair
     answering.shutdown(socket.SHUT_WR)  # it takes the question, and that is all
