@@ -73,6 +73,11 @@ static int pyvmm_forbid_core_dumps(void)
     return prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) < 0 ? -errno : 0;
 }
 
+static int pyvmm_forget(uint64_t address, uint64_t size)
+{
+    return madvise((void *)(uintptr_t)address, size, MADV_DONTNEED) < 0 ? -errno : 0;
+}
+
 static int pyvmm_unmap(uint64_t address, uint64_t size)
 {
     return munmap((void *)(uintptr_t)address, size) < 0 ? -errno : 0;

@@ -74,6 +74,7 @@ int pyvmm_ioctl_value(int fd, unsigned long request, unsigned long value);
 int pyvmm_ioctl_pointer(int fd, unsigned long request, void *argument);
 int64_t pyvmm_map(int fd, uint64_t offset, uint64_t size, int protection, int flags);
 int pyvmm_unmap(uint64_t address, uint64_t size);
+int pyvmm_forget(uint64_t address, uint64_t size);
 int pyvmm_protect(uint64_t address, uint64_t size, int protection);
 int pyvmm_fallocate(int fd, int mode, uint64_t offset, uint64_t size);
 int64_t pyvmm_pread_to_address(int fd, uint64_t address, uint64_t size, uint64_t offset);

@@ -171,6 +171,20 @@ class DebugExit(Record):
         self.dr7 = dr7
 
 
+class ArmDebugExit(Record):
+    """KVM_EXIT_DEBUG on arm64: a single step or a breakpoint of Vcpu.set_guest_debug's.
+
+    `syndrome` is ESR_EL2, whose exception class (bits 31:26) says which; the program counter is at
+    the instruction. `far` is the address whose access a watchpoint met, else left from before.
+    """
+
+    __slots__ = ("far", "syndrome")
+
+    def __init__(self, syndrome: int, far: int) -> None:
+        self.syndrome = syndrome
+        self.far = far
+
+
 class SystemEventExit(Record):
     """KVM_EXIT_SYSTEM_EVENT: 1 shutdown, 2 reset, 3 crash, 4 wakeup, 5 suspend, 6 SEV."""
 
@@ -248,6 +262,7 @@ Exit = (
     | RdmsrExit
     | WrmsrExit
     | DebugExit
+    | ArmDebugExit
     | SystemEventExit
     | ShutdownExit
     | HltExit

@@ -76,6 +76,13 @@ def protect(address: int, size: int, protection: int) -> None:
     check("mprotect", result, "address={:#x}, size={:#x}, {}", address, size, protection)
 
 
+def forget(address: int, size: int) -> None:
+    """madvise(2) with MADV_DONTNEED: a shared mapping's page-table entries go, here and in KVM's
+    memslots over it; the file's pages stay. Raises KvmError."""
+    result = lib.pyvmm_forget(address, size)
+    check("madvise", result, "address={:#x}, size={:#x}, MADV_DONTNEED", address, size)
+
+
 def fallocate(fd: int, mode: int, offset: int, size: int) -> None:
     """fallocate(2) with FALLOC_FL_ bits as `mode`. Raises KvmError."""
     result = _uninterrupted(lib.pyvmm_fallocate, fd, mode, offset, size)
@@ -143,6 +150,7 @@ __all__ = [
     "cached_pages",
     "fallocate",
     "forbid_core_dumps",
+    "forget",
     "map_copy_on_write",
     "map_shared",
     "memfd_secret",

@@ -15,10 +15,15 @@ _size = ffi_for("aarch64").sizeof
 KVM_ARM_PREFERRED_TARGET = requests.read(0xAF, _size("struct kvm_vcpu_init"))  # basic
 
 # On a vCPU (Vcpu).
+KVM_SET_GUEST_DEBUG = requests.write(
+    0x9B, _size("struct kvm_guest_debug")
+)  # KVM_CAP_SET_GUEST_DEBUG
 KVM_ARM_VCPU_INIT = requests.write(0xAE, _size("struct kvm_vcpu_init"))  # basic
 
 # Capabilities (KVM_CHECK_EXTENSION, KVM_ENABLE_CAP).
 KVM_CAP_ARM_PSCI_0_2 = 102
+KVM_CAP_GUEST_DEBUG_HW_BPS = 119  # answers with their number
+KVM_CAP_GUEST_DEBUG_HW_WPS = 120  # answers with their number
 KVM_CAP_ARM_PMU_V3 = 126
 KVM_CAP_ARM_VM_IPA_SIZE = 165
 KVM_CAP_ARM_SVE = 170
@@ -47,6 +52,11 @@ KVM_ARM_VCPU_SVE = 4
 KVM_ARM_VCPU_PTRAUTH_ADDRESS = 5
 KVM_ARM_VCPU_PTRAUTH_GENERIC = 6
 KVM_ARM_VCPU_HAS_EL2 = 7
+
+# What Vcpu.set_guest_debug takes, beside kvm_bindings.ioctls' flags.
+KVM_GUESTDBG_USE_SW_BP = 1 << 16
+KVM_GUESTDBG_USE_HW = 1 << 17
+KVM_ARM_MAX_DBG_REGS = 16
 
 # Devices (Vm.create_device), and the groups and attributes of the vGICv3 and its ITS.
 KVM_DEV_TYPE_ARM_VGIC_V3 = 7

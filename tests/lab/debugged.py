@@ -1,9 +1,12 @@
-"""Runs inside a lab machine: a stock kernel with private memory, under a debugger.
+"""Runs inside a lab machine: a stock kernel under a debugger.
 
     python debugged.py POLICIES.PY CLIENT.PY KERNEL INITRD gdb SYMBOLS.PY GDB-FOLDER AS-FOLDER
     python debugged.py POLICIES.PY CLIENT.PY KERNEL INITRD rehearsal
+    python debugged.py POLICIES.PY CLIENT.PY KERNEL INITRD outside SYMBOLS OPTIONS...
 
-A line of JSON with what was seen goes to stdout; the test judges it.
+A line of JSON with what was seen goes to stdout; the test judges it. With `outside` the debugger is
+a program out there: a line with the addresses of the symbols (a,b,c), then stdin and stdout are the
+debugger's until it detaches.
 """
 
 from __future__ import annotations
@@ -12,17 +15,27 @@ import importlib.util
 import json
 import os
 import re
+import select
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 PYVMM = [sys.executable, "-sP", "/lab/project/pyvmm"]
 GDB_LIMIT = 240.0
+KPROBE = (
+    "mount -t sysfs s /sys; mount -t tracefs t /sys/kernel/tracing; cd /sys/kernel/tracing; "
+    "echo p:mine ksys_sync >kprobe_events; echo 1 >events/kprobes/mine/enable; sync; sync; "
+    "echo probed $(grep -c mine: trace); echo 0 >events/kprobes/mine/enable; echo >kprobe_events; "
+    "cd /"
+)
+"""A breakpoint instruction of the guest's own, met twice."""
 SYMBOLS = ("ksys_sync", "panic_timeout", "sched_schedstats")
 
 
@@ -87,8 +100,8 @@ class Run:
         return found
 
 
-def addresses(run: Run) -> dict[str, int]:
-    wanted = "|".join(SYMBOLS)
+def addresses(run: Run, symbols: Sequence[str] = SYMBOLS) -> dict[str, int]:
+    wanted = "|".join(symbols)
     text = run.command(f"grep -E ' ({wanted})$' /proc/kallsyms")
     found = re.findall(rf"([0-9a-f]{{16}}) \w ({wanted})\b", text)
     return {name: int(address, 16) for address, name in found}
@@ -184,16 +197,58 @@ def rehearsal(run: Run) -> dict[str, Any]:
     return seen
 
 
+def outside(run: Run, symbols: str) -> dict[str, Any]:
+    """A debugger for which this machine has no program. Before, the guest boots with a breakpoint
+    where it never is: then its own breakpoint instructions come to pyvmm as well."""
+    run.ask("Z1,1000,1")
+    run.go()
+    run.prompt()
+    probed = run.command(KPROBE).rpartition("probed ")[2].strip()
+    run.interrupt()
+    run.ask("D")
+    first = {"symbols": addresses(run, symbols.split(",")), "probed": probed}
+    print(json.dumps(first), flush=True)
+    has_typed = False
+    with socket.socket(socket.AF_UNIX) as stub:
+        stub.connect(str(run.path))
+        while True:
+            inputs: list[Any] = [0, stub]
+            ready, _, _ = select.select(inputs, [], [])
+            if stub in ready:
+                data = stub.recv(1 << 16)
+                if not data:
+                    break
+                os.write(1, data)
+            if 0 in ready:
+                data = os.read(0, 1 << 16)
+                if not data:
+                    break
+                if b"$Z1," in data and not has_typed:
+                    has_typed = True
+                    run.console.type("sync")  # the guest stands still, and finds it
+                stub.sendall(data)
+    print(flush=True)
+    run.prompt()
+    return {"report": run.end()["gdb"]}
+
+
 def main(policies: str, client: str, kernel: str, initrd: str, what: str, *words: str) -> None:
-    more = ["--gdb-sees-private", "--cpus", "2"] if what == "rehearsal" else []
-    common = ["--kernel", kernel, "--initrd", initrd, "--mem", "256M", "--private-mem"]
+    more = ["--private-mem"]
+    if what == "rehearsal":
+        more += ["--gdb-sees-private", "--cpus", "2"]
+    elif what == "outside":
+        more = list(words[1:])
+    common = ["--kernel", kernel, "--initrd", initrd, "--mem", "256M"]
     run = Run(
         loaded("policies", policies),
         loaded("client", client),
         [*common, "--append", "quiet nokaslr", *more],
     )
     try:
-        seen = rehearsal(run) if what == "rehearsal" else with_gdb(run, list(words))
+        if what == "outside":
+            seen = outside(run, words[0])
+        else:
+            seen = rehearsal(run) if what == "rehearsal" else with_gdb(run, list(words))
     except BaseException:
         print((run.folder / "stderr").read_text(), file=sys.stderr)
         raise

@@ -5,7 +5,7 @@ For type checkers, but for the small tuples: only a run with --gdb imports it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 
 from vmm.core.lean_typing import Any, Enum, NamedTuple, Protocol
 
@@ -22,6 +22,7 @@ class Watch(Enum):
     """What a hardware breakpoint waits for."""
 
     EXECUTE = "execute"
+    READ = "read"
     WRITE = "write"
     ACCESS = "access"
 
@@ -94,7 +95,13 @@ class GuestDebug(Protocol):
     """The target description (XML) that names all `registers` in their order."""
     registers: Sequence[Register]
     breakpoint_instruction: bytes
+    """Aligned to its size, as the instructions that it takes the place of."""
+    watches: Container[Watch]
+    """What hardware breakpoints there are."""
     most_hardware: int
+    caches_code: bool
+    """Whether the processor may execute on what the host has written over, until KVM maps the page
+    anew: its instruction cache takes no notice of the host's writes."""
     abilities: Abilities
 
     def read_registers(self, vcpu: Any) -> list[int]:
@@ -115,14 +122,25 @@ class GuestDebug(Protocol):
         page tables. Raises NotMapped, and what `read_entry` raises."""
         ...
 
-    def arm(
-        self, vcpu: Any, *, step: bool, software: bool, hardware: Sequence[Hardware | None]
-    ) -> None:
-        """What stops the vCPU from its next KVM_RUN on; with none of them nothing. Raises
-        KvmError."""
+    def places(self, kind: Watch) -> range:
+        """The numbers below `most_hardware` at which such a hardware breakpoint can be."""
         ...
 
-    def caught(self, exit: Any, hardware: Sequence[Hardware | None]) -> Caught:
+    def arm(
+        self,
+        vcpu: Any,
+        *,
+        step: bool,
+        software: bool,
+        hardware: Sequence[Hardware | None],
+        peek: Callable[[int, int], bytes],
+    ) -> None:
+        """What stops the vCPU from its next KVM_RUN on; with none of them nothing. A step takes no
+        interrupt where that can be had. `peek(address, size)` gives as many bytes of the guest's
+        virtual memory as can be read. Raises KvmError."""
+        ...
+
+    def caught(self, vcpu: Any, exit: Any, hardware: Sequence[Hardware | None]) -> Caught:
         """Which of what was armed an exit is about. On the vCPU's thread."""
         ...
 

@@ -161,9 +161,9 @@ class Architecture(HostArchitecture, Protocol):
         """The embedded payload. Raises UsageError where it does not fit."""
         ...
 
-    def debug(self, system: System) -> GuestDebug:
-        """What a debugger needs, after trying out what this host's KVM does for one. Raises
-        HostError where there is nothing, KvmError."""
+    def debug(self, system: System, scheme: str = "none") -> GuestDebug:
+        """What a debugger needs, after trying out what this host's KVM does for one with the VMs
+        of that scheme. Raises HostError where there is nothing, KvmError."""
         ...
 
     def with_bench_guest(self) -> Architecture:

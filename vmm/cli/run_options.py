@@ -234,7 +234,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             "metavar": "PORT|PATH",
             "help": "have the guest wait for gdb (target remote :PORT, or PATH): on a TCP port of "
             "this machine's loopback address, where every local user may connect, or on a Unix "
-            "socket of your own (x86-64)",
+            "socket of your own",
         },
         "--gdb-sees-private": {
             **_FLAG,

@@ -195,7 +195,7 @@ class MachineConfig(NamedTuple):
         self._validate_private_memory(limits)
         self._validate_sandbox()
         if self.gdb is not None or self.gdb_sees_private:
-            self._validate_gdb(limits)
+            self._validate_gdb()
         if self.iommu:
             self._validate_iommu(limits)
         if self.has_back_ends:
@@ -238,7 +238,7 @@ class MachineConfig(NamedTuple):
                 "no other process is given; run without --iommu, or without vhost-user="
             )
 
-    def _validate_gdb(self, limits: Limits) -> None:
+    def _validate_gdb(self) -> None:
         from vmm.control.gdb.server import port_of
 
         if self.gdb is None:
@@ -246,8 +246,6 @@ class MachineConfig(NamedTuple):
         port_of(self.gdb)
         if self.gdb_sees_private and self.private_memory is None:
             raise UsageError("--gdb-sees-private needs --private-mem: nothing is private without")
-        if limits.name != "x86_64":
-            raise UsageError("--gdb: only x86-64 guests can be debugged so far; run without it")
 
     def _validate_boot(self) -> None:
         """A root disk and a command are for kernels."""

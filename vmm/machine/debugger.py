@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import cast
 
-from kvm_bindings.exits import DebugExit
+from kvm_bindings.exits import ArmDebugExit, DebugExit
 from vmm.control.gdb.server import GdbServer, told_where
 from vmm.control.gdb.target import Target
 from vmm.core.errors import UsageError, tell
@@ -42,21 +42,26 @@ class Debugger:
         table: Table,
     ) -> None:
         """The VM and its exits are there. Raises UsageError, HostError, KvmError."""
+        debug = architecture.debug(vm.system, vm.scheme.name)
         try:
             access = DebugAccess(
-                vm.memory, vm.scheme.alias, sees_private=self._sees_private, announce=announce
+                vm.memory,
+                vm.scheme.alias,
+                sees_private=self._sees_private,
+                announce=announce,
+                caches_code=debug.caches_code,
             )
         except ValueError as error:
             raise UsageError(
                 f"--gdb-sees-private: {error}; leave it out, or use a rehearsal's "
                 "--private-mem=guest_memfd-mmap or memfd"
             ) from None
-        debug = architecture.debug(vm.system)
         lacking = debug.abilities.lacking()
         if lacking:
             tell(f"--gdb: this host's KVM has no {lacking}")
         self._target = Target(debug, vm.platform.vcpus, vcpus, access)
-        table[DebugExit] = ("debug", self._target.on_debug_exit)
+        for kind in (DebugExit, ArmDebugExit):  # one of them is the architecture's
+            table[kind] = ("debug", self._target.on_debug_exit)
 
     @contextmanager
     def serving(self, loop: EventLoop, stop: Callable[[Outcome], None]) -> Iterator[None]:

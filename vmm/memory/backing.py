@@ -96,6 +96,7 @@ class Backing(Protocol):
     def punch(self, offset: int, size: int) -> None: ...
     def allocate(self, offset: int, size: int) -> None: ...
     def resident_bytes(self, offset: int = 0, size: int = 0) -> int: ...
+    def forget_mapping(self, offset: int, size: int) -> None: ...
     def close(self) -> None: ...
 
 
@@ -149,6 +150,13 @@ class FdBacking(ABC):
     def punch(self, offset: int, size: int) -> None:
         """Give the pages back; they read as zeros afterwards. Raises KvmError."""
         fdops.punch_hole(self.fd, offset, size)
+
+    def forget_mapping(self, offset: int, size: int) -> None:
+        """Have KVM map these pages anew when the guest next touches them, whose content stays. On
+        arm64 it invalidates the instruction cache then. Raises KvmError."""
+        if self.hva:
+            start = offset & -PAGE_SIZE
+            fdops.forget(self.hva + start, offset + size - start)
 
     def close(self) -> None:
         """Unmap and close; the VM's memslots must be gone or never run again."""

@@ -29,10 +29,12 @@ class DebugAccess:
         *,
         sees_private: bool = False,
         announce: Announce | None = None,
+        caches_code: bool = False,
     ) -> None:
         """`alias` is the scheme's address bit that picks the private side (0: one address for
         both). `sees_private`: private pages are served, too; raises ValueError where the host's
-        kernel would refuse that. `announce` asks the policies (on_io)."""
+        kernel would refuse that. `announce` asks the policies (on_io). `caches_code`: what is
+        written may be code that a processor has cached, see vmm.arch.debug.GuestDebug."""
         private = memory.private
         if sees_private and private is not None and private.host_access == "kernel-refused":
             raise ValueError(f"the host's kernel keeps pyvmm out of {private.name}")
@@ -40,6 +42,7 @@ class DebugAccess:
         self._alias = alias
         self._sees_private = sees_private
         self._announce = announce
+        self._caches_code = caches_code
         self._lock = threading.Lock()
         self.served = {"reads": 0, "writes": 0}
         """Accesses, not bytes."""
@@ -62,14 +65,18 @@ class DebugAccess:
         """
         return self._access(gpa, size, None, by_state)
 
-    def write(self, data: bytes, gpa: int, *, by_state: bool = False) -> None:
-        """As `read`."""
-        self._access(gpa, len(data), data, by_state)
+    def write(
+        self, data: bytes, gpa: int, *, by_state: bool = False, as_code: bool = False
+    ) -> None:
+        """As `read`. `as_code`: raises where the guest might not execute what is written."""
+        self._access(gpa, len(data), data, by_state, as_code)
 
-    def _access(self, gpa: int, size: int, data: bytes | None, by_state: bool) -> bytes:
+    def _access(
+        self, gpa: int, size: int, data: bytes | None, by_state: bool, as_code: bool = False
+    ) -> bytes:
         name = "reads" if data is None else "writes"
         try:
-            found = self._carry_out(gpa, size, data, by_state)
+            found = self._carry_out(gpa, size, data, by_state, as_code)
         except (GuestMemoryError, OSError):
             with self._lock:
                 self.refused[name] += 1
@@ -78,9 +85,12 @@ class DebugAccess:
             self.served[name] += 1
         return found
 
-    def _carry_out(self, gpa: int, size: int, data: bytes | None, by_state: bool) -> bytes:
-        marked = bool(gpa & self._alias)
-        gpa &= ~self._alias
+    def _carry_out(
+        self, gpa: int, size: int, data: bytes | None, by_state: bool, as_code: bool
+    ) -> bytes:
+        bit = self._alias | self._memory.shared_bit  # one of them, if any
+        marked = bool(gpa & bit) == bool(self._alias)
+        gpa &= ~bit
         if gpa // PAGE_SIZE != (gpa + max(size, 1) - 1) // PAGE_SIZE:
             raise ValueError(f"{size} bytes at {gpa:#x} are in more than one page")
         page = Range(gpa, max(size, 1))
@@ -89,13 +99,17 @@ class DebugAccess:
         states = self._memory.states(page)
         state = states[0][1]
         is_private = state in _PRIVATE
-        if self._alias and not by_state and marked != is_private:
+        if bit and not by_state and marked != is_private:
             side = "private" if marked else "shared"
             raise PrivateAccess(
                 f"the guest maps GPA {gpa:#x} as {side}, and the page is {state.value}"
             )
         if is_private and not self._sees_private:
             raise PrivateAccess(f"GPA {gpa:#x} is {state.value}")
+        if as_code and self._caches_code and self._side(page, is_private).is_guest_memfd:
+            raise GuestMemoryError(
+                f"GPA {gpa:#x} is in a guest_memfd, whose code a processor may have cached"
+            )
         if self._announce is not None and size:
             self._announce(Range(gpa, size), data is not None, None)
         if is_private:
@@ -103,10 +117,22 @@ class DebugAccess:
             with self._lock:
                 self.private_bytes += size
             return found
+        there = gpa | self._memory.shared_bit
         if data is None:
-            return self._memory.pread(size, gpa)
-        self._memory.pwrite(data, gpa)
+            return self._memory.pread(size, there)
+        self._memory.pwrite(data, there)
+        self._forget(self._memory.shared, page)
         return b""
+
+    def _side(self, page: Range, is_private: bool) -> Backing:
+        private = self._memory.private
+        if not is_private or private is None or page.overlaps(self._memory.common):
+            return self._memory.shared
+        return private
+
+    def _forget(self, backing: Backing, page: Range) -> None:
+        if self._caches_code:
+            backing.forget_mapping(page.start, page.size)
 
     def _touch_private(self, gpa: int, size: int, data: bytes | None) -> bytes:
         """The page's private side, with conversions of it held off meanwhile."""
@@ -118,12 +144,11 @@ class DebugAccess:
                 raise PrivateAccess(f"GPA {gpa:#x} is converting")
             memory._in_flight[get_ident()] = (gpa, gpa + size, None)
         try:
-            backing: Backing | None = memory.private
-            if backing is None or page.overlaps(memory.common):
-                backing = memory.shared
+            backing = self._side(page, is_private=True)
             if data is None:
                 return backing.pread(size, gpa)
             backing.pwrite(data, gpa)
+            self._forget(backing, page)
             return b""
         finally:
             memory._leave()

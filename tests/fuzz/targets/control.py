@@ -8,19 +8,21 @@ import os
 import socket
 import struct
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
 from kvm_bindings import KvmError
+from kvm_bindings.aarch64.registers import CORE_REGISTERS, SYSTEM_REGISTERS
 from tests.fuzz.drawing import patched, patches
 from tests.fuzz.targets.conversions import records
 from tests.fuzz.targets.registry import target
 from tests.support.control import FakeOperations
 from tests.support.fake_memory import FakeMemory
 from tests.support.virtio_machine import FakeLoop
-from vmm.arch.debug import Abilities
+from vmm.arch.aarch64.debug import Arm64Debug
+from vmm.arch.debug import Abilities, GuestDebug
 from vmm.arch.x86_64.debug import X86Debug
 from vmm.boot.manifest import FilePart, Part
 from vmm.control.control_socket import LONGEST_LINE, ROWS_AT_ONCE, ControlSocket
@@ -286,8 +288,56 @@ def _sessions() -> list[bytes]:
     ]  # fmt: skip
 
 
+class _ArmVcpu:
+    """What Arm64Debug uses of a vCPU, with the MMU on and tables for both halves."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        system = {"SCTLR_EL1": 1, "TTBR0_EL1": _TABLES, "TTBR1_EL1": _TABLES,
+                  "TCR_EL1": 25 | 25 << 16 | 0b10 << 30}  # fmt: skip
+        self.registers = {SYSTEM_REGISTERS[name]: value for name, value in system.items()}
+
+    def get_one_reg(self, register: int) -> int:
+        return self.registers.get(register, 0)
+
+    def set_one_reg(self, register: int, value: int) -> None:
+        assert 0 <= value < 1 << 128
+        if register == CORE_REGISTERS["pstate"] and value & 0xF not in (0, 4, 5):
+            raise KvmError("KVM_SET_ONE_REG", errno.EINVAL)
+        self.registers[register] = value
+
+    def set_guest_debug(self, control: int, breakpoints: Any, watchpoints: Any) -> None:
+        assert (len(breakpoints), len(watchpoints)) == (2, 2)
+        for pair in (*breakpoints, *watchpoints):
+            assert all(0 <= value < 1 << 64 for value in pair)
+
+
+def _arm64_sessions() -> list[bytes]:
+    gib = 1 << 30
+    patch = patches(_MEMORY, _MEMORY[:_TABLES] + struct.pack("<Q", gib | 0x401)
+                    + _MEMORY[_TABLES + 8 :])  # fmt: skip
+    return [
+        *_sessions(),
+        b"\0" + b"\0".join((
+            b"P1f=00" + b"00" * 7, b"Z0,1004,4", b"M1003,3:010203", b"m1000,10", b"z0,1004,4",
+            b"Z1,1002,4", b"Z3,8,8", b"P20=0010000000000000", b"s", b"!stop", b"g", b"D")),
+        bytes([len(patch)]) + patch + b"\0".join((b"m0,8", b"m%x,8" % gib, b"P21=10000000", b"s")),
+    ]  # fmt: skip
+
+
+@target("gdb-session-arm64", _arm64_sessions, longest=700)
+def gdb_session_arm64(data: bytes) -> None:
+    """As gdb-session, with a guest of the other architecture."""
+    debugged = Arm64Debug(Abilities(*[True] * 8), 2, 2)
+    _gdb_session(data, debugged, [_ArmVcpu(0), _ArmVcpu(1)])
+
+
 @target("gdb-session", _sessions, longest=700)
 def gdb_session(data: bytes) -> None:
+    _gdb_session(data, X86Debug(Abilities(*[True] * 8), 0), [_Vcpu(0), _Vcpu(1)])
+
+
+def _gdb_session(data: bytes, debugged: GuestDebug, vcpus: Sequence[object]) -> None:
     """The length of patches and the patches of guest memory (and so of page tables), then packets
     divided by NUL bytes. Private pages are neither read nor written, answers fit their packet, and
     a breakpoint that goes leaves the bytes that were there."""
@@ -299,8 +349,8 @@ def gdb_session(data: bytes) -> None:
     private_side = MemfdBacking(_RAM_PAGES * PAGE_SIZE)
     memory = GuestMemory((Range(0, _RAM_PAGES * PAGE_SIZE),), shared_side, private_side, [private])
     quits: list[None] = []
-    debugged = X86Debug(Abilities(*[True] * 8), 0)
-    guest = Target(debugged, [_Vcpu(0), _Vcpu(1)], cast(VcpuGroup, _Group()), DebugAccess(memory))
+    access = DebugAccess(memory, caches_code=debugged.caches_code)
+    guest = Target(debugged, vcpus, cast(VcpuGroup, _Group()), access)
     try:
         shared_side.pwrite(content, 0)
         shared_side.pwrite(secret, private.start)

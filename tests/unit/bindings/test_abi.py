@@ -67,7 +67,15 @@ OURS_ALONE = {"pad", "pad1", "pad2", "padding", "padding1", "reserved"}
 # In every header that could be installed: none of these may be skipped.
 OLD = {
     "x86_64": ("KVM_RUN", "KVM_CREATE_VCPU", "KVM_CAP_IRQFD", "sizeof(struct kvm_sregs)"),
-    "aarch64": ("KVM_RUN", "KVM_ARM_VCPU_INIT", "KVM_DEV_TYPE_ARM_VGIC_V3", "core register pc"),
+    "aarch64": (
+        "KVM_RUN",
+        "KVM_ARM_VCPU_INIT",
+        "KVM_DEV_TYPE_ARM_VGIC_V3",
+        "core register pc",
+        "vector register v31",
+        "sizeof(struct kvm_guest_debug)",
+        "KVM_CAP_GUEST_DEBUG_HW_WPS",
+    ),
 }
 # What is no macro of the same name.
 SPELLED = {
@@ -78,6 +86,17 @@ SPELLED = {
         f"core register {name}": "KVM_REG_ARM64 | KVM_REG_SIZE_U64 | KVM_REG_ARM_CORE | "
         f"KVM_REG_ARM_CORE_REG(regs.{f'regs[{name[1:]}]' if name[0] == 'x' else name})"
         for name in registers.CORE_REGISTERS
+    },
+    **{
+        f"core register {name}": "KVM_REG_ARM64 | KVM_REG_SIZE_U64 | KVM_REG_ARM_CORE | "
+        f"KVM_REG_ARM_CORE_REG({'spsr[KVM_SPSR_EL1]' if name == 'spsr_el1' else name})"
+        for name in registers.EL1_REGISTERS
+    },
+    **{
+        f"vector register {name}": f"KVM_REG_ARM64 | KVM_REG_SIZE_U{128 if name[0] == 'v' else 32}"
+        " | KVM_REG_ARM_CORE | KVM_REG_ARM_CORE_REG(fp_regs."
+        f"{f'vregs[{name[1:]}]' if name[0] == 'v' else name})"
+        for name in registers.VECTOR_REGISTERS
     },
 }
 
@@ -90,6 +109,10 @@ def constants(architecture: str) -> Iterator[tuple[str, int]]:
     if architecture == "aarch64":
         for name, number in registers.CORE_REGISTERS.items():
             yield f"core register {name}", number
+        for name, number in registers.EL1_REGISTERS.items():
+            yield f"core register {name}", number
+        for name, number in registers.VECTOR_REGISTERS.items():
+            yield f"vector register {name}", number
         yield "system register MPIDR_EL1", registers.system_register(3, 0, 0, 0, 5)
         yield "system register CNTV_CTL_EL0", registers.system_register(3, 3, 14, 3, 1)
         yield "system register with all bits", registers.system_register(3, 7, 15, 15, 7)
@@ -229,6 +252,8 @@ def test_numbers_of_one_architecture_are_the_same_on_every_machine() -> None:
     assert x86_64_ioctls.KVM_SET_SREGS == 0x4138AE84
     assert aarch64_ioctls.KVM_ARM_VCPU_INIT == 0x4020AEAE
     assert aarch64_ioctls.KVM_ARM_PREFERRED_TARGET == 0x8020AEAF
+    assert aarch64_ioctls.KVM_SET_GUEST_DEBUG == 0x4208AE9B
+    assert x86_64_ioctls.KVM_SET_GUEST_DEBUG == 0x4048AE9B
 
 
 KINDS = ("On /dev/kvm", "On a VM", "On a guest_memfd", "On a device", "On a vCPU", "Capabilities")

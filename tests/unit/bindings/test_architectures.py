@@ -139,6 +139,37 @@ def test_init_that_is_refused_says_what_was_asked(arm64_vcpu: aarch64.Vcpu, kern
         arm64_vcpu.init(5, 2, 3)
 
 
+def test_guest_debug_takes_pairs_of_registers(arm64_vcpu: aarch64.Vcpu, kernel: Kernel) -> None:
+    seen: list[tuple[object, ...]] = []
+
+    def look(request: int, argument: Any) -> int:
+        registers = argument.arch
+        lists = [registers.dbg_bcr, registers.dbg_bvr, registers.dbg_wcr, registers.dbg_wvr]
+        seen.append((request, argument.control, *(list(each)[:3] for each in lists)))
+        return 0
+
+    kernel.pointer = look
+
+    arm64_vcpu.set_guest_debug(
+        ioctls.KVM_GUESTDBG_ENABLE, [(1, 0x1000), (2, 0x2000)], [(3, 0x3000)]
+    )
+
+    assert seen == [
+        (arm64.KVM_SET_GUEST_DEBUG, 1, [1, 2, 0], [0x1000, 0x2000, 0], [3, 0, 0], [0x3000, 0, 0])
+    ]
+
+
+def test_guest_debug_that_is_refused_says_what_was_asked(
+    arm64_vcpu: aarch64.Vcpu, kernel: Kernel
+) -> None:
+    kernel.pointer = lambda request, argument: -errno.EINVAL
+
+    with pytest.raises(
+        KvmError, match=r"KVM_SET_GUEST_DEBUG\(vcpu=3, control=0x5\) failed: EINVAL"
+    ):
+        arm64_vcpu.set_guest_debug(5)
+
+
 def test_preferred_target_is_the_kernels(kernel: Kernel) -> None:
     def answer(request: int, argument: Any) -> int:
         assert request == arm64.KVM_ARM_PREFERRED_TARGET

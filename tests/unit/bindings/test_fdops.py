@@ -51,6 +51,28 @@ def test_mapping_shows_what_system_calls_move_into_it(memfd: int, mapping: int) 
     os.close(source)
 
 
+def test_mapping_that_is_forgotten_shows_the_same_bytes_again(memfd: int, mapping: int) -> None:
+    os.pwrite(memfd, b"stays", PAGE)
+    assert read_by_system_call(mapping + PAGE) == b"stays"
+
+    fdops.forget(mapping + PAGE, PAGE)
+
+    assert read_by_system_call(mapping + PAGE) == b"stays"
+
+
+def test_what_is_not_mapped_cannot_be_forgotten(mapping: int) -> None:
+    with pytest.raises(KvmError, match=r"madvise\(address=0x1, .* failed: EINVAL"):
+        fdops.forget(1, PAGE)
+
+
+def read_by_system_call(address: int) -> bytes:
+    sink = os.memfd_create("sink")
+    fdops.pwrite_from_address(sink, address, 5, 0)
+    found = os.pread(sink, 5, 0)
+    os.close(sink)
+    return found
+
+
 def test_protected_mapping_is_efault_for_a_system_call_not_a_signal(
     memfd: int, mapping: int
 ) -> None:

@@ -19,6 +19,7 @@ from kvm_bindings import KvmError, aarch64, owned_fd
 from kvm_bindings import vcpu as vcpu_module
 from kvm_bindings.exits import (
     EXIT_NAMES,
+    ArmDebugExit,
     ArmNisvExit,
     DebugExit,
     Exit,
@@ -296,6 +297,16 @@ def test_arm64_access_that_the_processor_does_not_describe(page: Page) -> None:
     vcpu.close()
     assert isinstance(exit, ArmNisvExit)
     assert exit == ArmNisvExit(0x1_0046, 0x0900_0010)
+
+
+def test_debug_exit_of_arm64_is_a_syndrome_and_an_address(page: Page) -> None:
+    page.fill(4, struct.pack("<IIQ", 0xD200_0062, 1, 0xFFFF_8000_0000_1000))
+    vcpu = aarch64.Vcpu(os.dup(page.fd), 0, SIZE)
+
+    exit = vcpu.run()
+
+    vcpu.close()
+    assert exit == ArmDebugExit(0xD200_0062, 0xFFFF_8000_0000_1000)
 
 
 @pytest.mark.parametrize("reason", [2, 29, 30])

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from vmm.core.errors import AccessDenied, PrivateAccess, UnmappedAccess
+from vmm.core.errors import AccessDenied, GuestMemoryError, PrivateAccess, UnmappedAccess
 from vmm.core.ranges import PAGE_SIZE, Range
+from vmm.memory.aliased_memory import AliasedMemory
+from vmm.memory.backing import Backing
 from vmm.memory.backings.memfd import MemfdBacking
 from vmm.memory.debugging import DebugAccess
 from vmm.memory.guest_memory import GuestMemory, PageState
@@ -161,6 +163,84 @@ def test_policies_are_asked_before_a_page_is_touched(memory: GuestMemory) -> Non
 
     assert asked == [(Range(0x1000, 2), True, None)]
     assert memory.pread(6, 0x1000) == b"shared"
+
+
+@pytest.fixture
+def realm() -> Iterator[AliasedMemory]:
+    made = AliasedMemory(
+        [Range(0, RAM)], MemfdBacking(RAM), MemfdBacking(RAM),
+        [Range(PRIVATE, RAM - PRIVATE)], shared_bit=BIT,
+    )  # fmt: skip
+    assert made.private is not None
+    made.private.pwrite(b"secret", PRIVATE)
+    made.shared.pwrite(b"shared", 0x1000)
+    yield made
+    made.close()
+
+
+def test_bit_of_shared_addresses_picks_the_side_the_other_way_round(realm: AliasedMemory) -> None:
+    access = DebugAccess(realm, sees_private=True)
+
+    access.write(b"S", 0x1000 | BIT)
+
+    assert access.read(6, 0x1000 | BIT) == b"Shared"
+    assert access.read(6, PRIVATE) == b"secret"
+    assert access.read(6, 0x1000, by_state=True) == b"Shared"
+    with pytest.raises(PrivateAccess, match="as private, and the page is shared"):
+        access.read(1, 0x1000)
+    with pytest.raises(PrivateAccess, match="as shared, and the page is private"):
+        access.read(1, PRIVATE | BIT)
+
+
+def test_realms_private_page_is_refused(realm: AliasedMemory) -> None:
+    with pytest.raises(PrivateAccess):
+        DebugAccess(realm).read(6, PRIVATE)
+
+
+# -- code that a processor may have cached --------------------------------------------------------
+
+
+def forgotten(backing: Backing | None, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bytes]]:
+    """Each page that the backing is told to forget, with what is in it by then."""
+    assert backing is not None
+    seen: list[tuple[int, bytes]] = []
+    monkeypatch.setattr(
+        backing, "forget_mapping", lambda at, size: seen.append((at, backing.pread(size, at)))
+    )
+    return seen
+
+
+@pytest.mark.parametrize("gpa", [0x1000, PRIVATE])
+def test_page_is_mapped_anew_after_a_write_where_the_processor_caches_code(
+    gpa: int, memory: GuestMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backing = memory.shared if gpa == 0x1000 else memory.private
+    seen = forgotten(backing, monkeypatch)
+
+    DebugAccess(memory, sees_private=True).write(b"code", gpa)
+    assert seen == []
+    access = DebugAccess(memory, sees_private=True, caches_code=True)
+    access.read(4, gpa)
+    access.write(b"CODE", gpa)
+
+    assert seen == [(gpa, b"CODE")]
+
+
+def test_code_that_could_stay_in_a_cache_is_not_written(
+    memory: GuestMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """KVM maps a guest_memfd's pages by no mapping of ours."""
+    assert memory.private is not None
+    monkeypatch.setattr(memory.private, "is_guest_memfd", True)
+    access = DebugAccess(memory, sees_private=True, caches_code=True)
+
+    with pytest.raises(GuestMemoryError, match="guest_memfd"):
+        access.write(b"X", PRIVATE, as_code=True)
+    access.write(b"Y", PRIVATE + 1)
+    access.write(b"Z", 0x1000, as_code=True)
+
+    assert access.read(3, PRIVATE) == b"sYc"
+    assert access.read(1, 0x1000) == b"Z"
 
 
 def test_access_over_two_pages_is_the_callers_fault(memory: GuestMemory) -> None:

@@ -201,7 +201,7 @@ FORBIDDEN_NAMES = {
 # The vCPU's kvm_run page and the CPUID buffer are no guest memory.
 BINDINGS_WITH_POINTERS = {
     "system.py", "vcpu.py", "x86_64/system.py", "x86_64/vcpu.py", "x86_64/vm.py",
-    "datapath.py", "mapped.py", "virtqueue.py",
+    "aarch64/vcpu.py", "datapath.py", "mapped.py", "virtqueue.py",
 }  # fmt: skip
 """The last three: their callers' buffers, and their own."""
 POINTER_CALLS = {"cast", "buffer", "from_buffer", "memmove", "string", "unpack"}

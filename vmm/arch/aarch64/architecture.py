@@ -135,8 +135,10 @@ class Arm64:
 
         return PayloadGuest(options)
 
-    def debug(self, system: System) -> GuestDebug:
-        raise HostError("--gdb: only x86-64 guests can be debugged so far; run without it")
+    def debug(self, system: System, scheme: str = "none") -> GuestDebug:
+        from vmm.arch.aarch64.debug import arm64_debug
+
+        return arm64_debug(_arm(system), self.vm_type(scheme))
 
     def with_bench_guest(self) -> Architecture:
         raise HostError("there is no bench guest for arm64; measure on an x86-64 machine")

@@ -1,4 +1,5 @@
-"""The exits that only arm64 has: SMC calls passed on, and accesses that KVM can't describe."""
+"""The exits that only arm64 has: SMC calls passed on, accesses that KVM can't describe, and its own
+form of a debugger's."""
 
 from __future__ import annotations
 
@@ -50,6 +51,7 @@ class ArmExitHandlers(handlers.ExitHandlers):
             {
                 exits.HypercallExit: ("hypercall", self.hypercall),
                 exits.ArmNisvExit: ("arm_nisv", self.nisv),
+                exits.ArmDebugExit: ("debug", self.arm_debug),
             }
         )
 
@@ -75,6 +77,11 @@ class ArmExitHandlers(handlers.ExitHandlers):
             self._reset()
         else:
             super().system_event(vcpu, exit)
+
+    def arm_debug(self, vcpu: AnsweringVcpu, exit: exits.ArmDebugExit) -> None:
+        """Only a debugger has KVM make such exits, and it takes this handler's place."""
+        reason = f"a debug exit at {self.where(vcpu)}, and no debugger is attached"
+        self._stop(Outcome(INTERNAL_ERROR, reason))
 
     def nisv(self, vcpu: AnsweringVcpu, exit: exits.ArmNisvExit) -> None:
         where = self.where(vcpu)

@@ -91,6 +91,15 @@ TAKE_INTERRUPT: Code = (
 """x20: an INTID. Says 0 when the processor's interface to the GIC is on, the INTID when that
 interrupt has come, and 0 when it is ended. It asks again and again: nothing depends on WFI."""
 
+BREAKPOINTS: Code = (
+    (0x528ACF02, "mov w2, #0x5678"),
+    (0xD503201F, "nop"),
+    (0xD4200000, "brk #0"),
+    (0xF9000001, "str x1, [x0]"),
+    (0x14000000, "b ."),
+)
+"""For a debugger's part of KVM: 0x5678 in x2 before anything else. x0: address."""
+
 EXCEPTION: Code = (
     (0xD5385200, "mrs x0, esr_el1"),
     (0xF9000660, "str x0, [x19, #8]"),

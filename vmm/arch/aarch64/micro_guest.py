@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 
 from kvm_bindings.aarch64 import System, Vcpu, Vm, ioctls
-from kvm_bindings.aarch64.registers import CORE_REGISTERS, system_register
+from kvm_bindings.aarch64.registers import CORE_REGISTERS, SYSTEM_REGISTERS
 from kvm_bindings.device import Device
 from kvm_bindings.exits import Exit, MmioExit
 from vmm.arch.aarch64.gic import create_gic
@@ -31,14 +31,6 @@ TABLES_GPA = 0
 VECTORS_GPA = TABLES_GPA + TABLES_SIZE
 CODE_GPA = VECTORS_GPA + PAGE_SIZE
 AREA_GPA = RAM_SIZE
-
-SYSTEM_REGISTERS = {
-    "MAIR_EL1": system_register(3, 0, 10, 2, 0),
-    "TCR_EL1": system_register(3, 0, 2, 0, 2),
-    "TTBR0_EL1": system_register(3, 0, 2, 0, 0),
-    "SCTLR_EL1": system_register(3, 0, 1, 0, 0),
-    "VBAR_EL1": system_register(3, 0, 12, 0, 0),
-}
 
 VERBS = {Verb.DONE: DONE, Verb.DONE_FOR_EVER: DONE, Verb.EXCHANGE: EXCHANGE}
 assert WORD_AT == 8, "the offset in EXCHANGE"

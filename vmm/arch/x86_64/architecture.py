@@ -137,7 +137,7 @@ class X86:
 
         return PayloadGuest(options)
 
-    def debug(self, system: System) -> GuestDebug:
+    def debug(self, system: System, scheme: str = "none") -> GuestDebug:
         from vmm.arch.x86_64.debug import x86_debug
 
         return x86_debug(_x86(system))

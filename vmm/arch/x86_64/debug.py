@@ -7,9 +7,10 @@ Registers are named and numbered by gdb's standard features org.gnu.gdb.i386.cor
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 
 from kvm_bindings import KvmError
+from kvm_bindings import ioctls as common
 from kvm_bindings.exits import DebugExit, Exit
 from kvm_bindings.x86_64 import System, Vcpu, ioctls
 from vmm.arch.debug import (
@@ -52,9 +53,9 @@ _DR7_FIXED = 1 << 10
 _DR6_STEP = 1 << 14
 _DEBUG_VECTOR, _BREAKPOINT_VECTOR = 1, 3
 
-_ENABLE = ioctls.KVM_GUESTDBG_ENABLE
+_ENABLE = common.KVM_GUESTDBG_ENABLE
 _WAYS = {
-    "step": ioctls.KVM_GUESTDBG_SINGLESTEP,
+    "step": common.KVM_GUESTDBG_SINGLESTEP,
     "software": ioctls.KVM_GUESTDBG_USE_SW_BP,
     "hardware": ioctls.KVM_GUESTDBG_USE_HW_BP,
     "watch": ioctls.KVM_GUESTDBG_USE_HW_BP,
@@ -130,7 +131,9 @@ class X86Debug:
     registers: Sequence[Register]
     description, registers = _description()
     breakpoint_instruction = b"\xcc"
+    watches: Container[Watch] = (Watch.EXECUTE, Watch.WRITE, Watch.ACCESS)
     most_hardware = 4
+    caches_code = False
 
     def __init__(self, abilities: Abilities, known_flags: int) -> None:
         """`known_flags`: what KVM_SET_GUEST_DEBUG takes, as KVM_CAP_SET_GUEST_DEBUG2 says."""
@@ -219,8 +222,17 @@ class X86Debug:
 
     # -- breakpoints --------------------------------------------------------------------------
 
+    def places(self, kind: Watch) -> range:
+        return range(self.most_hardware)
+
     def arm(
-        self, vcpu: Vcpu, *, step: bool, software: bool, hardware: Sequence[Hardware | None]
+        self,
+        vcpu: Vcpu,
+        *,
+        step: bool,
+        software: bool,
+        hardware: Sequence[Hardware | None],
+        peek: Callable[[int, int], bytes],
     ) -> None:
         control = 0
         addresses = [0, 0, 0, 0]
@@ -244,7 +256,7 @@ class X86Debug:
             vcpu.set_guest_debug(*wanted)
             self._armed[vcpu.index] = wanted
 
-    def caught(self, exit: DebugExit, hardware: Sequence[Hardware | None]) -> Caught:
+    def caught(self, vcpu: Vcpu, exit: DebugExit, hardware: Sequence[Hardware | None]) -> Caught:
         if exit.exception == _BREAKPOINT_VECTOR:
             return Caught(Cause.SOFTWARE, exit.pc)
         for number, each in enumerate(hardware):
@@ -310,7 +322,7 @@ def _with_fpu_values(fpu: bytes, values: dict[str, int]) -> bytes:
 
 def x86_debug(system: System) -> X86Debug:
     """Tries out steps and breakpoints with a micro-guest each. Raises KvmError, HostError."""
-    flags = system.check_extension(ioctls.KVM_CAP_SET_GUEST_DEBUG2)
+    flags = system.check_extension(common.KVM_CAP_SET_GUEST_DEBUG2)
     tried = []
     for way in _WAYS:
         tried += [_works(system, way, "kernel"), _works(system, way, "user")]

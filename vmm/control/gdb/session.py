@@ -17,7 +17,8 @@ from vmm.core.ranges import PAGE_SIZE, Range
 MOST_BYTES = (LONGEST - 64) // 2
 """Bytes of memory in one packet at most: two digits each."""
 
-_WATCHES = {1: Watch.EXECUTE, 2: Watch.WRITE, 4: Watch.ACCESS}
+_WATCHES = {1: Watch.EXECUTE, 2: Watch.WRITE, 3: Watch.READ, 4: Watch.ACCESS}
+_HITS = {Watch.WRITE: "watch", Watch.READ: "rwatch", Watch.ACCESS: "awatch"}
 _INTERRUPTED, _TRAPPED = 2, 5  # gdb's numbers of SIGINT and SIGTRAP
 _SUPPORTED = (
     f"PacketSize={LONGEST:x};QStartNoAckMode+;qXfer:features:read+;vContSupported+;swbreak+;"
@@ -25,7 +26,7 @@ _SUPPORTED = (
 )
 _HELP = """\
 monitor why                what was refused last, and the reason
-monitor can                what this host's KVM can't do for a debugger
+monitor can                what this host's KVM can do for a debugger, and can't
 monitor translate ADDRESS  the guest-physical address behind a virtual one
 monitor states ADDRESS [BYTES]  page states from a guest-physical address on
 monitor physical on|off    take addresses for guest-physical ones
@@ -119,8 +120,7 @@ class Session:
         number = _INTERRUPTED if stop.reason == "interrupt" else _TRAPPED
         words = f"T{number:02x}thread:{stop.vcpu + 1:x};"
         if stop.watched is not None and stop.reason == "watch":
-            name = "watch" if stop.watched.kind is Watch.WRITE else "awatch"
-            words += f"{name}:{stop.watched.address:x};"
+            words += f"{_HITS[stop.watched.kind]}:{stop.watched.address:x};"
         elif stop.reason in ("software", "hardware"):
             words += "swbreak:;" if stop.reason == "software" else "hwbreak:;"
         return words.encode()
@@ -227,8 +227,8 @@ class Session:
         if kind == 0:
             self._target.insert_software(self._vcpu, address)
             return b"OK"
-        if kind not in _WATCHES:
-            return b""  # this processor doesn't watch for reads alone
+        if _WATCHES.get(kind) not in self._target.debug.watches:
+            return b""  # x86 doesn't watch for reads alone
         self._target.insert_hardware(_hardware(kind, address, size))
         return b"OK"
 
@@ -237,7 +237,7 @@ class Session:
         if kind == 0:
             self._target.remove_software(address)
             return b"OK"
-        if kind not in _WATCHES:
+        if _WATCHES.get(kind) not in self._target.debug.watches:
             return b""
         self._target.remove_hardware(_hardware(kind, address, size))
         return b"OK"
@@ -304,8 +304,14 @@ class Session:
             case ["why"]:
                 return f"{self._why}\n"
             case ["can"]:
-                lacking = self._target.debug.abilities.lacking()
-                return f"this host's KVM lacks: {lacking or 'nothing'}\n"
+                debug = self._target.debug
+                lacking = debug.abilities.lacking()
+                stops, watches = debug.places(Watch.EXECUTE), debug.places(Watch.WRITE)
+                same = ", in the same registers" if stops == watches else ""
+                return (
+                    f"this host's KVM lacks: {lacking or 'nothing'}\n"
+                    f"hardware breakpoints: {len(stops)}, watchpoints: {len(watches)}{same}\n"
+                )
             case ["translate", address]:
                 gpa, size = self._target.translate(self._vcpu, int(address, 0))
                 return f"GPA {gpa:#x}, {size:#x} bytes to the page's end\n"

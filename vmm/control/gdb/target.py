@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
+from functools import partial
 
 from vmm.arch.debug import Caught, Cause, GuestDebug, Hardware, NotMapped, Watch
 from vmm.core.errors import GuestMemoryError, tell
@@ -105,7 +106,7 @@ class Target:
         if self._was_left(vcpu, exit):
             return
         hardware = list(self._hardware)
-        caught = self.debug.caught(exit, hardware)
+        caught = self.debug.caught(vcpu, exit, hardware)
         ours = caught.cause is not Cause.GUEST
         if caught.cause is Cause.SOFTWARE:
             ours = caught.address in self._software
@@ -123,9 +124,8 @@ class Target:
         left = self._left.get(vcpu.index)
         if left is None:
             return False
-        self.debug.arm(vcpu, step=False, software=False, hardware=self._hardware)
-        self._left.pop(vcpu.index, None)
-        return self.debug.caught(exit, left).cause in (Cause.HARDWARE, Cause.STEP)
+        self._arm_one(vcpu.index, step=False)
+        return self.debug.caught(vcpu, exit, left).cause in (Cause.HARDWARE, Cause.STEP)
 
     def next_stop(self) -> Stop | None:
         """What the guest has stopped for, once it stands still; None for what no longer holds.
@@ -200,14 +200,27 @@ class Target:
         return able.user_steps if in_user_mode else able.kernel_steps
 
     def _arm(self, steps: int | None) -> None:
-        for number, vcpu in enumerate(self.vcpus):
-            self.debug.arm(
-                vcpu,
-                step=number == steps,
-                software=bool(self._software),
-                hardware=self._hardware,
-            )
-            self._left.pop(number, None)
+        for number in range(len(self.vcpus)):
+            self._arm_one(number, step=number == steps)
+
+    def _arm_one(self, vcpu: int, *, step: bool) -> None:
+        self.debug.arm(
+            self.vcpus[vcpu],
+            step=step,
+            software=bool(self._software),
+            hardware=self._hardware,
+            peek=partial(self._peek, vcpu),
+        )
+        self._left.pop(vcpu, None)
+
+    def _peek(self, vcpu: int, address: int, size: int) -> bytes:
+        """By a virtual address, whatever the debugger's are."""
+        try:
+            gpa, there = self.translate(vcpu, address)
+            found = self.access.read(min(size, there, PAGE_SIZE - gpa % PAGE_SIZE), gpa)
+        except (Refused, GuestMemoryError, OSError):
+            return b""
+        return self._without_breakpoints(address, found)
 
     def let_go(self) -> None:
         """The debugger has gone: no breakpoint is left, and the guest runs on."""
@@ -216,14 +229,12 @@ class Target:
             self.still()
         armed = self._hardware
         self._clear()
-        for number, vcpu in enumerate(self.vcpus):
+        for number in range(len(self.vcpus)):
             try:
-                self.debug.arm(vcpu, step=False, software=False, hardware=self._hardware)
+                self._arm_one(number, step=False)
             except OSError as error:
                 self._left[number] = armed
                 tell(f"--gdb: {error}; a breakpoint stays until vCPU {number} meets it")
-            else:
-                self._left.pop(number, None)
         self._staying = []
         self.go_on()
 
@@ -317,14 +328,17 @@ class Target:
             done += len(piece)
 
     def _write_piece(self, gpa: int, by_state: bool, address: int, piece: bytes) -> None:
-        """Under a breakpoint instruction the byte is only noted."""
+        """What lies under a breakpoint instruction is only noted."""
         shown = bytearray(piece)
         noted = {}
         for place, software in self._software.items():
-            offset = place - address
-            if 0 <= offset < len(piece):
-                noted[place] = software._replace(saved=piece[offset : offset + 1])
-                shown[offset : offset + 1] = self.debug.breakpoint_instruction
+            saved = bytearray(software.saved)
+            for number, byte in enumerate(self.debug.breakpoint_instruction):
+                offset = place + number - address
+                if 0 <= offset < len(piece):
+                    saved[number] = piece[offset]
+                    shown[offset] = byte
+                    noted[place] = software._replace(saved=bytes(saved))
         try:
             self.access.write(bytes(shown), gpa, by_state=by_state)
         except (GuestMemoryError, OSError) as reason:
@@ -349,14 +363,20 @@ class Target:
     def _write_software(self, vcpu: int, address: int) -> None:
         if len(self._software) >= MOST_SOFTWARE:
             raise Refused(ENOSPC, f"{MOST_SOFTWARE} software breakpoints are the most")
+        self._require_instruction(address)
         gpa, _, by_state = self._place(vcpu, address)
         instruction = self.debug.breakpoint_instruction
         try:
             saved = self.access.read(len(instruction), gpa, by_state=by_state)
-            self.access.write(instruction, gpa, by_state=by_state)
+            self.access.write(instruction, gpa, by_state=by_state, as_code=True)
         except (GuestMemoryError, OSError) as reason:
             raise Refused(EFAULT, str(reason)) from None
         self._software[address] = _Software(gpa, by_state, saved)
+
+    def _require_instruction(self, address: int) -> None:
+        """Raises Refused."""
+        if address % len(self.debug.breakpoint_instruction):
+            raise Refused(EINVAL, f"no instruction begins at {address:#x}")
 
     def _insert_instead(self, address: int, reason: Refused) -> None:
         hardware = Hardware(Watch.EXECUTE, address, 1)
@@ -395,11 +415,15 @@ class Target:
             raise Refused(
                 EINVAL, f"no hardware breakpoint watches {hardware.size} bytes at an odd place"
             )
+        if hardware.kind is Watch.EXECUTE:
+            self._require_instruction(hardware.address)
         if hardware in self._hardware:
             return
-        if None not in self._hardware:
-            raise Refused(ENOSPC, f"all {len(self._hardware)} hardware breakpoints are in use")
-        self._hardware[self._hardware.index(None)] = hardware
+        places = self.debug.places(hardware.kind)
+        free = next((number for number in places if self._hardware[number] is None), None)
+        if free is None:
+            raise Refused(ENOSPC, f"all {len(places)} hardware breakpoints are in use")
+        self._hardware[free] = hardware
 
     def remove_hardware(self, hardware: Hardware) -> None:
         if hardware in self._hardware:

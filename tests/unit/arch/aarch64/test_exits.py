@@ -9,7 +9,7 @@ import pytest
 
 from kvm_bindings import KvmError
 from kvm_bindings.aarch64.registers import CORE_REGISTERS
-from kvm_bindings.exits import ArmNisvExit, HypercallExit, MmioExit, SystemEventExit
+from kvm_bindings.exits import ArmDebugExit, ArmNisvExit, HypercallExit, MmioExit, SystemEventExit
 from vmm.arch.aarch64.exits import ArmExitHandlers, without_ports
 from vmm.arch.aarch64.layout import UART_GPA, UART_SIZE
 from vmm.devices.bus import MemoryBus
@@ -105,6 +105,16 @@ def test_call_of_a_realm_gives_the_monitor_arguments_and_the_guest_its_answer() 
     assert name == "hypercall"
     assert monitor.calls == [(0xC400_0197, 1, 2, 3, 1)]
     assert [vcpu.x(number) for number in range(4)] == [0, 7, 8, 3]
+
+
+def test_debug_exit_without_a_debugger_ends_the_run_and_says_where() -> None:
+    made, outcomes = handlers()
+
+    assert handle(made, FakeVcpu(pc=0x4000), ArmDebugExit(0xF200_0000, 0)) == "debug"
+
+    (outcome,) = outcomes
+    assert outcome.exit == INTERNAL_ERROR
+    assert outcome.reason == "a debug exit at PC 0x4000, and no debugger is attached"
 
 
 def test_writes_that_kvm_kept_back_reach_the_registers_in_memory() -> None:

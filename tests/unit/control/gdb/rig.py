@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -21,6 +21,7 @@ from vmm.arch.debug import (
     NotMapped,
     Register,
     Unwritable,
+    Watch,
 )
 from vmm.control.gdb.server import GdbServer
 from vmm.control.gdb.target import Target
@@ -40,7 +41,9 @@ class FakeDebug:
     description = "<target/>"
     registers: Sequence[Register] = (Register("r0", 64), Register("pc", 32))
     breakpoint_instruction = b"\xcc"
+    watches: Container[Watch] = (Watch.EXECUTE, Watch.WRITE, Watch.ACCESS)
     most_hardware = 2
+    caches_code = False
 
     def __init__(self, abilities: Abilities = ALL) -> None:
         self.abilities = abilities
@@ -48,6 +51,8 @@ class FakeDebug:
         self.armed: list[tuple[int, bool, bool, tuple[Hardware | None, ...]]] = []
         self.passed_on: list[tuple[int, Exit]] = []
         self.user_mode = False
+        self.peeks: tuple[int, int] | None = None
+        self.peeked = b"nothing"
         self.tables_gpa: int | None = None
         self.refuses = False  # KVM_SET_GUEST_DEBUG
 
@@ -72,14 +77,25 @@ class FakeDebug:
             raise NotMapped(f"{address:#x} is not mapped")
         return address - VIRTUAL, 0x1000 - address % 0x1000
 
+    def places(self, kind: Watch) -> range:
+        return range(self.most_hardware)
+
     def arm(
-        self, vcpu: Any, *, step: bool, software: bool, hardware: Sequence[Hardware | None]
+        self,
+        vcpu: Any,
+        *,
+        step: bool,
+        software: bool,
+        hardware: Sequence[Hardware | None],
+        peek: Callable[[int, int], bytes],
     ) -> None:
         if self.refuses:
             raise KvmError("KVM_SET_GUEST_DEBUG", errno.EINVAL)
+        if step and self.peeks is not None:
+            self.peeked = peek(*self.peeks)
         self.armed.append((vcpu.index, step, software, tuple(hardware)))
 
-    def caught(self, exit: Any, hardware: Sequence[Hardware | None]) -> Caught:
+    def caught(self, vcpu: Any, exit: Any, hardware: Sequence[Hardware | None]) -> Caught:
         if exit.exception == 3:
             return Caught(Cause.SOFTWARE, exit.pc)
         if exit.dr6 == 1 << 14:

@@ -92,6 +92,32 @@ def test_step_runs_one_vcpu_and_leaves_the_others(make: Make) -> None:
     assert not debugged.vcpus[0].idle.is_set()
 
 
+@pytest.mark.parametrize(
+    ("address", "size", "seen"),
+    [
+        (VIRTUAL + 0x1001, 2, b"bc"),
+        (VIRTUAL + 0x1FFE, 4, b"yz"),
+        (VIRTUAL + PRIVATE_START, 4, b""),
+        (0x1000, 4, b""),
+    ],
+)
+def test_step_may_look_at_its_instruction_as_the_guest_would(
+    make: Make, address: int, size: int, seen: bytes
+) -> None:
+    debugged = make()
+    debugged.memory.pwrite(b"abcd", 0x1000)
+    debugged.memory.pwrite(b"yz", 0x1FFE)
+    debugged.debug.peeks = address, size
+    client = debugged.client()
+    assert client.ask(b"Z0," + at(0x1001) + b",1") == b"OK"
+    assert client.ask(b"Qqemu.PhyMemMode:1") == b"OK"
+    debugged.vcpus[0].then(STEPPED)
+
+    assert client.ask(b"s") == b"T05thread:1;"
+
+    assert debugged.debug.peeked == seen
+
+
 def test_step_with_the_others_going_on_runs_them(make: Make) -> None:
     debugged = make(2)
     client = debugged.client()
@@ -324,6 +350,79 @@ def test_silent_connection_keeps_no_debugger_out(make: Make) -> None:
     assert silent.byte() == b""
 
 
+def test_kinds_of_watchpoints_are_told_apart(make: Make) -> None:
+    debugged = make()
+    debugged.debug.watches = tuple(Watch)
+    client = debugged.client()
+    for kind, watch in ((b"2", b"watch"), (b"3", b"rwatch"), (b"4", b"awatch")):
+        assert client.ask(b"Z%s,2000,8" % kind) == b"OK"
+        debugged.vcpus[0].then(hit(0))
+
+        assert client.ask(b"c") == b"T05thread:1;%s:2000;" % watch
+        assert client.ask(b"z%s,2000,8" % kind) == b"OK"
+
+
+def test_watchpoint_for_reads_alone_is_unknown_where_the_processor_has_none(make: Make) -> None:
+    client = make().client()
+
+    assert client.ask(b"Z3,2000,8") == client.ask(b"z3,2000,8") == b""
+
+
+def test_registers_of_one_kind_are_not_anothers(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    debugged = make()
+    monkeypatch.setattr(
+        debugged.debug, "places", lambda kind: range(1) if kind is Watch.EXECUTE else range(1, 2)
+    )
+    client = debugged.client()
+    assert client.ask(b"Z2,2000,8") == b"OK"
+    assert client.ask(b"Z1,1000,1") == b"OK"
+
+    assert b"all 1 hardware" in client.ask(b"Z1,1001,1")
+    assert b"all 1 hardware" in client.ask(b"Z2,3000,8")
+
+    debugged.vcpus[0].then(hit(1))
+    assert client.ask(b"c") == b"T05thread:1;watch:2000;"
+
+
+def wide_breakpoints(debugged: Debugged) -> bytes:
+    """Those of a processor whose instructions have four bytes."""
+    debugged.debug.breakpoint_instruction = b"\x00\x00\x20\xd4"
+    return debugged.debug.breakpoint_instruction
+
+
+def test_breakpoint_of_four_bytes_does_not_show_and_survives_writes(make: Make) -> None:
+    debugged = make()
+    brk = wide_breakpoints(debugged)
+    debugged.memory.pwrite(b"abcdefgh", 0x1000)
+    client = debugged.client()
+    assert client.ask(b"Z0," + at(0x1004) + b",4") == b"OK"
+    assert debugged.memory.pread(8, 0x1000) == b"abcd" + brk
+
+    assert client.ask(b"m" + at(0x1000) + b",8") == b"abcdefgh".hex().encode()
+    assert client.ask(b"m" + at(0x1006) + b",4") == b"gh\0\0".hex().encode()
+    # Over its beginning, its end, and inside.
+    assert client.ask(b"M" + at(0x1003) + b",2:5859") == b"OK"
+    assert client.ask(b"M" + at(0x1007) + b",2:5a31") == b"OK"
+    assert client.ask(b"M" + at(0x1005) + b",1:32") == b"OK"
+
+    assert debugged.memory.pread(9, 0x1000) == b"abcX" + brk + b"1"
+    assert client.ask(b"z0," + at(0x1004) + b",4") == b"OK"
+    assert debugged.memory.pread(9, 0x1000) == b"abcXY2gZ1"
+
+
+@pytest.mark.parametrize("kind", [b"Z0", b"Z1"])
+def test_breakpoint_amid_an_instruction_is_refused(make: Make, kind: bytes) -> None:
+    debugged = make()
+    wide_breakpoints(debugged)
+
+    answer = debugged.client().ask(kind + b"," + at(0x1002) + b",4")
+
+    assert b"no instruction begins at" in answer
+    assert debugged.memory.pread(8, 0x1000) == bytes(8)
+
+
 @pytest.mark.parametrize("packet", [b"Z2,2001,8", b"Z2,2000,3", b"Z4,2000,10"])
 def test_watchpoint_of_an_odd_size_or_place_is_refused(make: Make, packet: bytes) -> None:
     assert make().client().ask(packet).startswith(b"E.")
@@ -335,6 +434,24 @@ def test_watchpoint_that_kvm_does_not_stop_for_is_refused(make: Make) -> None:
     debugged.debug.abilities = able._replace(kernel_watches=False, user_watches=False)
 
     assert debugged.client().ask(b"Z2,2000,8").startswith(b"E.")
+
+
+def test_debugger_is_told_what_kvm_can_do(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    debugged = make()
+    client = debugged.client()
+
+    assert client.monitor("can") == (
+        "this host's KVM lacks: nothing\n"
+        "hardware breakpoints: 2, watchpoints: 2, in the same registers\n"
+    )
+    debugged.debug.abilities = debugged.debug.abilities._replace(user_steps=False)
+    monkeypatch.setattr(
+        debugged.debug, "places", lambda kind: range(1) if kind is Watch.EXECUTE else range(1, 4)
+    )
+    assert client.monitor("can") == (
+        "this host's KVM lacks: single steps in user mode\n"
+        "hardware breakpoints: 1, watchpoints: 3\n"
+    )
 
 
 # -- memory and registers -------------------------------------------------------------------------
