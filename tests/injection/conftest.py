@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.injection import runs
+from tests.injection import injecting, runs
 from tests.injection.runs import Seen
 from tests.kvm.conftest import kvm, usable_kvm
 
 __all__ = ["kvm", "usable_kvm"]
 
 Without = Callable[[str], Seen]
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _no_process_stays() -> Iterator[None]:
+    """Other tests look at what children there are."""
+    yield
+    injecting.cool_down()
 
 
 @pytest.fixture(scope="session")

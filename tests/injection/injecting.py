@@ -184,6 +184,14 @@ def _warm() -> Warm:
     return made
 
 
+def cool_down() -> None:
+    """End the process that commands are forked from; the next one starts another."""
+    if _warm.cache_info().currsize:
+        atexit.unregister(_warm().close)
+        _warm().close()
+        _warm.cache_clear()
+
+
 def run_under_strace(
     words: Sequence[str], call: str, error: int, match: str, first: int, last: int
 ) -> Ended:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from types import FrameType
 
 from vmm.cli.output import printing
 from vmm.cli.parsers import sweep_parser as parser
@@ -46,7 +48,7 @@ def run(arguments: Sequence[str]) -> int:
             results = running.stored(prepared.plan, store)
         else:
             try:
-                with progress() as told:
+                with progress() as shown, interruptible(shown) as told:
                     results = running.run(
                         prepared,
                         store,
@@ -92,6 +94,39 @@ def _print(results: Results, options: Namespace, store: str) -> None:
             print(results.as_csv(), end="")
         else:
             print("\n".join(lines(results, store)))
+
+
+@contextmanager
+def interruptible(told: Callable[[Progress], None]) -> Iterator[Callable[[Progress], None]]:
+    """Ctrl-C is a KeyboardInterrupt of what hears how far it is, which it does every half second.
+
+    Raised wherever Python happens to be, it may get lost (in a destructor, by Dask's garbage
+    collection), or cut short what is being stored. Before the first word, and pressed once more, it
+    is raised at once.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield told
+        return
+    has_begun = pressed = False
+
+    def press(number: int, frame: FrameType | None) -> None:
+        nonlocal pressed
+        if pressed or not has_begun:
+            signal.default_int_handler(number, frame)
+        pressed = True
+
+    def hear(now: Progress) -> None:
+        nonlocal has_begun
+        has_begun = True
+        if pressed:
+            raise KeyboardInterrupt
+        told(now)
+
+    signal.signal(signal.SIGINT, press)
+    try:
+        yield hear
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextmanager

@@ -243,17 +243,26 @@ def test_isolated_work_fork_refused_is_a_host_error(monkeypatch: pytest.MonkeyPa
         IsolatedWork(lambda: 1, "kernel x")
 
 
-def test_isolated_work_closed_early_leaves_no_child() -> None:
+def test_isolated_work_closed_early_leaves_no_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    children = []
+    fork = os.fork
+
+    def noted() -> int:
+        children.append(fork())
+        return children[-1]
+
     def wait_for_ever() -> int:
         signal.pause()
         return 0
 
+    monkeypatch.setattr(os, "fork", noted)
     work = IsolatedWork(wait_for_ever, "kernel x")
 
     work.close()
 
+    (child,) = children  # there may be others, of other tests
     with pytest.raises(ChildProcessError):
-        os.waitpid(-1, 0)
+        os.waitpid(child, os.WNOHANG)
 
 
 def test_payload_write_failure_says_no_room(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,8 +20,10 @@ import pytest
 import vmm
 from tests.unit.cli.conftest import Command
 from tests.unit.sweeps.conftest import SWEEP, write_trace
+from vmm.cli.sweep import interruptible
 from vmm.core.errors import UsageError
 from vmm.policy import Allow, Decision, Event, Policy, View
+from vmm.sweeps.running import Progress
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -369,6 +371,32 @@ def test_interrupt_keeps_what_was_done_and_the_next_run_does_the_rest(
     assert len(after) == 201
     assert set(before) <= set(after)
     assert json.loads(again.out)["missing"] == 0
+
+
+NOW = Progress(cells=2, stored=1, failed=0, slots=1, seconds_left=None)
+
+
+def test_interrupt_is_raised_where_a_sweep_says_how_far_it_is_and_nowhere_else() -> None:
+    heard: list[Progress] = []
+
+    with interruptible(heard.append) as told:
+        told(NOW)
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            told(NOW)
+
+    assert heard == [NOW]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_interrupt_before_anything_runs_and_a_second_one_are_raised_at_once() -> None:
+    with interruptible(lambda now: None) as told:
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        told(NOW)
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 class FromHere(Policy):
