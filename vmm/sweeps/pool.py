@@ -10,6 +10,7 @@ import collections
 import json
 import math
 import os
+import select
 import selectors
 import signal
 import site
@@ -25,6 +26,7 @@ from vmm.core.errors import UsageError
 
 _LOG = 64 << 10
 """Bytes of what a cell printed that are kept, the last ones."""
+_PIECE = 16 << 10
 _GRACE = 5.0
 """Seconds by which a guest's own time limit comes before the one for its process."""
 _CHECK_SECONDS = 60.0
@@ -91,6 +93,7 @@ class Runner:
             answer = None
         if self._closed:
             raise Stopped
+        self._note_rest(process)
         if answer is not None:
             return answer
         status = self._end()
@@ -156,7 +159,7 @@ class Runner:
             selector.register(process.stdout, selectors.EVENT_READ)
             while (left := deadline - time.monotonic()) > 0:
                 for key, _ in selector.select(None if left == math.inf else left):
-                    data = os.read(key.fd, 1 << 16)
+                    data = os.read(key.fd, _PIECE)
                     if key.fd != self._answers:
                         self._note(data)
                         if not data:
@@ -183,6 +186,19 @@ class Runner:
         self._log_size += len(data)
         while self._log_size > _LOG:
             self._log_size -= len(self._log.popleft())
+
+    def _note_rest(self, process: subprocess.Popen[bytes]) -> None:
+        """What was printed before the answer is in the pipe by now, and may not have been read."""
+        assert process.stdout is not None
+        poll = select.poll()
+        poll.register(process.stdout, select.POLLIN)
+        for _ in range(_LOG // _PIECE):  # as much as a pipe holds
+            if not poll.poll(0):
+                return
+            data = os.read(process.stdout.fileno(), _PIECE)
+            if not data:
+                return
+            self._note(data)
 
     def _end(self) -> int | None:
         """End the process and all that it has started; its status, None where we ended it."""

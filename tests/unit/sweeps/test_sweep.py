@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import selectors
 import signal
 import sqlite3
 import subprocess
@@ -125,6 +126,28 @@ def test_failure_is_kept_with_its_log_and_the_rest_goes_on(command: Command, fol
     assert "return missing_name" in broken["log"]
     assert "printed:\nabout to break" in broken["log"]
     assert [each["status"] for each in swept["cells"]] == ["ok"] * 3 + ["failed"]
+
+
+class AnswersOnly(selectors.DefaultSelector):
+    """As where an answer is looked at before what was printed."""
+
+    def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
+        return super().register(fileobj, events, data) if isinstance(fileobj, int) else KEY
+
+
+KEY = selectors.SelectorKey(-1, -1, 0, None)
+
+
+def test_what_was_printed_before_a_failure_is_kept_whatever_is_read_first(
+    command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selectors, "DefaultSelector", AnswersOnly)
+    with (folder / "s.toml").open("a") as file:
+        file.write('\n[[policy]]\nuse = "p.py:Broken"\n')
+
+    told = json.loads(command("sweep", "s.toml", "--json", "--workers", "1").out)
+
+    assert "printed:\nabout to break" in told["cells"][3]["log"]
 
 
 def test_failed_cells_are_run_again_when_it_is_asked_for(command: Command, folder: Path) -> None:
