@@ -13,6 +13,7 @@ import os
 import shutil
 import socket
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -38,7 +39,7 @@ GUEST = (
 Answers = tuple[str, ...]
 
 
-class Asker:
+class Asker(ABC):
     """Options of the run, and what is asked of it, in rounds."""
 
     has_rounds = True
@@ -75,11 +76,12 @@ class Asker:
         """Until it can be asked; what is read meanwhile of its output and its stderr."""
         return until(process.stdout, b"ready"), b""
 
-    def prepare(self) -> None:
+    def prepare(self) -> None:  # noqa: B027 - most have nothing to prepare
         """Before each round, while nothing fails."""
 
+    @abstractmethod
     def ask(self) -> None:
-        raise NotImplementedError
+        """One round of questions, whose answers `_try` notes."""
 
     def leftovers(self) -> list[str]:
         """What shouldn't be there any more once the run has ended."""
