@@ -6,7 +6,8 @@
     python -m tests.fuzz.hours --work FOLDER --again FILE NAME  one input
 
 The target with the fewest seconds is next, each in a process of its own, at the lowest priority.
-FOLDER/turns.jsonl has a line for each turn. A failure ends the target's turn and no more.
+FOLDER/turns.jsonl has a line for each turn. A failure ends the target's turn and no more. Several
+of these may share a FOLDER, one for each processor: none takes a target that another one has.
 `--merge` chooses few inputs that together reach what all do by libFuzzer's word (as its -merge=1
 does), and puts them into tests/fuzz/corpus.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import io
 import json
 import os
@@ -22,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,24 +48,38 @@ def take_turns(work: Path, names: list[str], hours: float, seconds: int) -> int:
     counters."""
     from tests.fuzz.targets import TARGETS
 
-    spent: dict[str, float] = defaultdict(float)
-    for turn in turns(work):
-        spent[turn["name"]] += turn["seconds"]
     end = time.monotonic() + hours * 3600
     status = 0
     while time.monotonic() < end:
-        name = min(names or TARGETS, key=lambda each: spent[each])
-        write_seeds(work, name)
-        started = time.monotonic()
-        words = [*libfuzzer.common_words(TARGETS[name].longest), f"-max_total_time={seconds}"]
-        result = libfuzzer.run(name, work, words)
-        took = time.monotonic() - started
-        spent[name] += took
-        status |= bool(result.failed)
-        with open(work / TURNS, "a") as file:
-            file.write(json.dumps({**result._asdict(), "seconds": round(took, 1)}) + "\n")
+        with next_target(work, names or list(TARGETS)) as name:
+            write_seeds(work, name)
+            started = time.monotonic()
+            words = [*libfuzzer.common_words(TARGETS[name].longest), f"-max_total_time={seconds}"]
+            result = libfuzzer.run(name, work, words)
+            took = time.monotonic() - started
+            status |= bool(result.failed)
+            with open(work / TURNS, "a") as file:
+                file.write(json.dumps({**result._asdict(), "seconds": round(took, 1)}) + "\n")
         print(f"{name}: {result.runs} runs, {result.edges} edges", *result.failed, flush=True)
     return status
+
+
+@contextlib.contextmanager
+def next_target(work: Path, names: list[str]) -> Iterator[str]:
+    """That of `names` with the fewest seconds that nobody else has; ours until the block ends.
+    ValueError: others have them all."""
+    spent: dict[str, float] = defaultdict(float)
+    for turn in turns(work):
+        spent[turn["name"]] += turn["seconds"]
+    for name in sorted(names, key=lambda each: spent[each]):
+        with open(work / f"{name}.lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            yield name
+            return
+    raise ValueError(f"others are at work on each of {', '.join(names)}")
 
 
 def write_seeds(work: Path, name: str) -> None:

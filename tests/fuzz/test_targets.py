@@ -177,6 +177,19 @@ def test_target_with_the_fewest_seconds_is_next(
     assert any(line.startswith("| queue ") for line in hours.table(tmp_path))
 
 
+def test_several_that_share_a_folder_have_a_target_each(tmp_path: Path) -> None:
+    (tmp_path / hours.TURNS).write_text('{"name": "elf", "seconds": 9, "failed": []}\n')
+    names = ["elf", "queue"]
+
+    with hours.next_target(tmp_path, names) as first:
+        with hours.next_target(tmp_path, names) as second:
+            assert [first, second] == ["queue", "elf"]
+            with pytest.raises(ValueError, match="at work on each of elf, queue"):
+                hours.next_target(tmp_path, names).__enter__()
+        with hours.next_target(tmp_path, names) as again:
+            assert again == "elf"
+
+
 # --- faults that are put in, and found ---
 
 
