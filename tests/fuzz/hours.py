@@ -5,9 +5,10 @@
     python -m tests.fuzz.hours --work FOLDER --merge [NAME...]  the corpus anew, minimised
     python -m tests.fuzz.hours --work FOLDER --again FILE NAME  one input
 
-The target with the fewest seconds is next, each in a process of its own, at the lowest priority.
-FOLDER/turns.jsonl has a line for each turn. A failure ends the target's turn and no more. Several
-of these may share a FOLDER, one for each processor: none takes a target that another one has.
+The target that has had the least processor time is next, each in a process of its own, at the
+lowest priority. FOLDER/turns.jsonl has a line for each turn. A failure ends the target's turn and
+no more. Several of these may share a FOLDER, one for each processor: none takes a target that
+another one has.
 `--merge` chooses few inputs that together reach what all do by libFuzzer's word (as its -merge=1
 does), and puts them into tests/fuzz/corpus.
 """
@@ -53,13 +54,11 @@ def take_turns(work: Path, names: list[str], hours: float, seconds: int) -> int:
     while time.monotonic() < end:
         with next_target(work, names or list(TARGETS)) as name:
             write_seeds(work, name)
-            started = time.monotonic()
             words = [*libfuzzer.common_words(TARGETS[name].longest), f"-max_total_time={seconds}"]
             result = libfuzzer.run(name, work, words)
-            took = time.monotonic() - started
             status |= bool(result.failed)
             with open(work / TURNS, "a") as file:
-                file.write(json.dumps({**result._asdict(), "seconds": round(took, 1)}) + "\n")
+                file.write(json.dumps(result._asdict()) + "\n")
         print(f"{name}: {result.runs} runs, {result.edges} edges", *result.failed, flush=True)
     return status
 
