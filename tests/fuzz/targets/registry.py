@@ -15,6 +15,9 @@ Run = Callable[[bytes], None]
 MOST_CALLS = 200_000
 """Calls of functions that one input may cost, where a target says nothing else."""
 
+_COUNTERS = {"_trace_branch", "_trace_cmp"}
+"""What atheris has put into our code."""
+
 _SHORTEST_CALL_NS = 40
 """Processor time that a call takes at least, whatever is called."""
 
@@ -38,7 +41,7 @@ class Target(NamedTuple):
 
         def called(frame: FrameType, event: str, argument: Any) -> None:
             nonlocal count
-            if event in ("call", "c_call"):
+            if event == "call" or (event == "c_call" and argument.__name__ not in _COUNTERS):
                 count += 1
 
         before = sys.getprofile()
