@@ -159,7 +159,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
                                chains, room, totals);
     REQUIRE(end >= -1 && end <= (int64_t)room);
     if (end >= 0) {
-        REQUIRE(totals[0] <= (uint64_t)looked);
+        REQUIRE(totals[0] <= (uint64_t)looked && totals[1] <= most_descriptors + MAX_INDIRECT);
         plan(chains, end, totals[0], check_chains(chains, end, totals[0], entries), limit);
     }
     free(ring), free(table), free(pieces), free(indirect), free(chains);
