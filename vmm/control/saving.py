@@ -41,15 +41,18 @@ class Saving:
         platform: SavedPlatform,
         devices: Callable[[float], State],
         facts: Callable[[], State],
+        policies: Callable[[], list[State]],
         alias: int = 0,
     ) -> None:
         """`devices(timeout)` is wiring.devices.Devices.state, `facts()` what the machine is; it
-        raises NotSaved for one that can't be saved. `alias`: the address bit of private pages."""
+        raises NotSaved for one that can't be saved. `policies()`: what those know
+        (vmm.policy.keeping). `alias`: the address bit of private pages."""
         self._operations = operations
         self._memory = memory
         self._platform = platform
         self._devices = devices
         self._facts = facts
+        self._policies = policies
         self._alias = alias
 
     def dump(self, fd: int, *, private: bool = False) -> dict[str, Any]:
@@ -85,6 +88,7 @@ class Saving:
                 **facts,
                 "platform": self._platform.state(),
                 "devices": self._devices(REST_SECONDS),
+                "policies": self._policies(),
             }
             runs = self._runs()
             answer: dict[str, Any] = {"state": state, "pages": _rows(runs)}

@@ -18,13 +18,16 @@ OF_FAULTS = ("on_fault",)
 OF_LENDING = ("on_lend", "on_return")
 """Asked where the guest has a virtual IOMMU, and private pages that the host can reach."""
 
+OF_SNAPSHOTS = ("on_save", "on_restore")
+"""Asked where the machine can be saved: x86-64 alone."""
+
 HOOKS: dict[str, tuple[str, ...]] = {
     "pkvm": ALWAYS,
-    "attributes": (*ALWAYS, *OF_REQUESTS, *OF_FAULTS),
-    "in-place": (*ALWAYS, *OF_REQUESTS, *OF_FAULTS),
+    "attributes": (*ALWAYS, *OF_REQUESTS, *OF_FAULTS, *OF_SNAPSHOTS),
+    "in-place": (*ALWAYS, *OF_REQUESTS, *OF_FAULTS, *OF_SNAPSHOTS),
     "realm": (*ALWAYS, *OF_REQUESTS),
-    "cbit": (*ALWAYS, *OF_REQUESTS, *OF_LENDING),
-    "remap": (*ALWAYS, *OF_REQUESTS, *OF_LENDING),
+    "cbit": (*ALWAYS, *OF_REQUESTS, *OF_LENDING, *OF_SNAPSHOTS),
+    "remap": (*ALWAYS, *OF_REQUESTS, *OF_LENDING, *OF_SNAPSHOTS),
 }
 """The hooks that work under each scheme: the table of vmm/docs/reference/policies.md."""
 

@@ -8,6 +8,7 @@ snapshot is a file that anybody can have written, so that nothing in it is belie
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from vmm.core.errors import UsageError
@@ -15,6 +16,12 @@ from vmm.core.lean_typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
 State = dict[str, Any]
+
+MOST_OWN = 1 << 20
+"""The most bytes of JSON that somebody's own code may have in a snapshot."""
+MOST_DEPTH = 16
+"""And how deep lists and mappings lie in each other there."""
+_LONGEST_NUMBER = 64
 
 
 class BadState(UsageError):
@@ -129,6 +136,14 @@ class Saved:
                 )
         return [tuple(row) for row in rows]
 
+    def own(self, name: str) -> Any:
+        """What somebody's own code has saved (`own_state`); None where it is null."""
+        self._left.discard(name)
+        try:
+            return own_state(self._values.get(name))
+        except ValueError as error:
+            raise BadState(f"{self.where}: {name} {error}") from None
+
     def names(self) -> list[str]:
         """The names there are, in their order."""
         return list(self._values)
@@ -144,6 +159,42 @@ class Saved:
 
 
 _KINDS: dict[type, str] = {int: "number", bool: "flag", str: "text", dict: "mapping", list: "list"}
+
+
+def own_state(value: object) -> Any:
+    """`value` as it comes back from a snapshot, where it is what JSON can hold and no more than
+    MOST_OWN and MOST_DEPTH. Raises ValueError, whose text goes on from the value's name."""
+    import json  # most runs neither save nor are restored
+
+    left: list[tuple[object, int]] = [(value, 0)]
+    looked_at = 0
+    while left:
+        each, depth = left.pop()
+        looked_at += 1
+        # Each takes a byte of JSON at least: what holds the same list often is found here.
+        if looked_at > MOST_OWN:
+            raise ValueError(f"has more than {MOST_OWN} bytes of JSON")
+        if depth > MOST_DEPTH:
+            raise ValueError(f"is nested more than {MOST_DEPTH} deep")
+        if isinstance(each, dict):
+            for key in each:
+                if type(key) is not str:
+                    raise ValueError(f"has a key that is no text: {key!r:.60}")
+            left += [(one, depth + 1) for one in each.values()]
+        elif isinstance(each, list | tuple):
+            left += [(one, depth + 1) for one in each]
+        elif type(each) is int:
+            if each.bit_length() > _LONGEST_NUMBER:
+                raise ValueError(f"has a number of more than {_LONGEST_NUMBER} bits")
+        elif type(each) is float:
+            if not math.isfinite(each):
+                raise ValueError(f"has {each}, which is no number to JSON")
+        elif each is not None and type(each) not in (bool, str):
+            raise ValueError(f"has what JSON can't hold: {each!r:.60}")
+    text = json.dumps(value, allow_nan=False)
+    if len(text) > MOST_OWN:
+        raise ValueError(f"has {len(text)} bytes of JSON, {MOST_OWN} are the most")
+    return json.loads(text)
 
 
 def restored(saved: Saved, restore: Callable[[Saved], None]) -> None:

@@ -529,11 +529,15 @@ class Machine:
         self._vm.map_ahead(launch.written)
 
     def _refusal_to_boot(self) -> Outcome | None:
-        """The policies' last word before the guest's first instruction."""
+        """The policies' last word before the guest's first instruction; those of a restored guest
+        get what they knew."""
+        hooks, view = self._converter.hooks, self._converter.view
         try:
-            self._converter.hooks.boot(self._converter.view)
+            hooks.boot(view)
         except PolicyKill as kill:
             return Outcome(KILLED, str(kill))
+        if self._restoring is not None:
+            self._restoring.restore_policies(hooks, view)
         return None
 
     def _run_guest(self) -> Outcome:
@@ -609,6 +613,7 @@ class Machine:
         """What dumps and saves the machine, once somebody asks."""
         from vmm.control.saving import Saving
         from vmm.machine.restoring import facts
+        from vmm.policy.keeping import saved_policies
 
         vm = self._vm
         config, arch = self._config, self._architecture.name
@@ -619,6 +624,7 @@ class Machine:
             vm.platform,
             self._devices.state,
             lambda: facts(config, vm, arch, own=own),
+            lambda: saved_policies(self._converter.hooks, self._converter.view),
             vm.scheme.alias,
         )
 

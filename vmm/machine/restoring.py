@@ -7,12 +7,13 @@ again, for a snapshot is a file that anybody can have written, and opens nothing
 from __future__ import annotations
 
 from vmm.conversion.matrix import BACKINGS, SCHEMES
-from vmm.core.errors import UsageError
+from vmm.core.errors import UsageError, tell
 from vmm.core.lean_typing import TYPE_CHECKING
 from vmm.core.ranges import PAGE_SIZE, Range
 from vmm.core.saved import NotSaved, Saved
 from vmm.machine.peripherals import device_names
 from vmm.memory.guest_memory import MOST_RUNS, GuestMemory, LaunchMemory, PageState
+from vmm.policy.keeping import read_policies, restore_policies
 from vmm.snapshot.folder import MEMORY, PRIVATE, SnapshotFolder
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from vmm.core.saved import State
     from vmm.machine.config import MachineConfig
     from vmm.machine.guest_vm import GuestVm
+    from vmm.policy.hooks import Hooks
+    from vmm.policy.protocol import View
     from vmm.wiring.devices import Devices
 
 _OPTIONS = {
@@ -80,6 +83,7 @@ class Restoring:
             raise inner.bad(f"scheme {scheme!r} with private memory {private!r} is none of pyvmm's")
         self._alias = inner.number("alias", (1 << _MOST_BITS) - 1)
         self._doorbell = inner.text("doorbell", 32)
+        self._policies = read_policies(inner)
         self.config = config._replace(
             memory=inner.number("memory_bytes", arch.largest_memory),
             cpus=inner.number("cpus", 1 << 16),
@@ -202,3 +206,13 @@ class Restoring:
         devices.board.put_forward(gone_by)
         inner.finish()
         self._state.finish()
+
+    def restore_policies(self, hooks: Hooks, view: View) -> None:
+        """What policies knew, once on_boot has been asked. The user is told of those that the guest
+        had, and has no more. Raises PolicyError, too."""
+        gone = restore_policies(hooks, self._policies, view)
+        if gone:
+            tell(
+                f"--restore {self._folder.path}: its guest goes on without the policies that it "
+                f"had: {', '.join(gone)}"
+            )

@@ -182,3 +182,8 @@ def require_hooks(policy: Policy) -> None:
             ) from None
         except ValueError:
             pass  # written in C: it doesn't say what it takes
+    if policy.wants("on_save") != policy.wants("on_restore"):
+        raise UsageError(
+            f"{name} has one of on_save and on_restore; write the other one, too, or what it knows "
+            "would be gone after a restore"
+        )

@@ -51,6 +51,7 @@ class Hooks:
     """
 
     def __init__(self, policies: Sequence[Policy]) -> None:
+        self.policies = tuple(policies)
         self._asked = {kind: tuple(_overridden(policies, name)) for kind, name in _ON.items()}
         # A policy that has no on_fault of its own is asked as if the guest had rung.
         self._faults = {
@@ -163,7 +164,7 @@ class Hooks:
         """The guest is about to run. Raises PolicyKill when a policy won't have it."""
         for hook in self._boot:
             try:
-                decision = self._call(hook, view)
+                decision = self.call(hook, view)
             except PolicyError as error:
                 if isinstance(error.__cause__, KeyboardInterrupt):
                     raise error.__cause__ from None  # no signal of ours yet: it is the user's
@@ -178,14 +179,14 @@ class Hooks:
         broken: list[PolicyError] = []
         for hook in self._exit:
             try:
-                self._call(hook, end, view)
+                self.call(hook, end, view)
             except PolicyError as error:
                 broken.append(error)
         if broken:
             raise broken[0]
 
     def _ask(self, hook: Hook, event: Event | IoEvent | LendEvent, view: View) -> Decision:
-        decision = self._call(hook, event, view)
+        decision = self.call(hook, event, view)
         if not isinstance(decision, (Allow, Deny, Partial, Defer, Convert, Kill)):
             say = "return Allow() or Deny() or another decision of vmm.policy"
             raise blame(hook, (event, view), f"returned {decision!r}; {say}")
@@ -193,7 +194,8 @@ class Hooks:
             return Kill(_killed(decision, hook))
         return decision
 
-    def _call(self, hook: Hook, *given: Any) -> object:
+    def call(self, hook: Hook, *given: Any) -> Any:
+        """What a policy's method returns. Raises PolicyError, whatever it raises."""
         thread = threading.get_ident()
         self._called[thread] = (hook, given)
         try:
@@ -233,7 +235,7 @@ def blame(hook: Hook, given: tuple[Any, ...], what: str) -> PolicyError:
 
 
 def _named(hook: Hook, given: tuple[Any, ...]) -> str:
-    where = f" for {given[0].area}" if hasattr(given[0], "area") else ""
+    where = f" for {given[0].area}" if given and hasattr(given[0], "area") else ""
     name = type(_policy_of(hook)).__name__
     return f"policy {name}: {getattr(hook, '__name__', 'hook')}{where}"
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from vmm.core.errors import PyvmmError
 from vmm.core.events import Kind
-from vmm.core.lean_typing import TYPE_CHECKING, NamedTuple, Protocol
+from vmm.core.lean_typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from vmm.core.ranges import Range
 from vmm.memory.guest_memory import PageState, Residency
 from vmm.policy.decisions import Allow, Decision
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from vmm.policy.lending import LendEvent
 
 
@@ -106,8 +108,9 @@ class Policy:
     on_share, on_unshare and on_fault run on the vCPU's thread while the guest waits, one at a
     time; what they have allowed may still be under way when they are asked about other pages, never
     about the same ones. on_io on the thread that serves the device, perhaps beside another hook;
-    on_boot and on_exit on the main thread, when no vCPU runs. Hooks are looked up once, before
-    on_boot; one that is not overridden costs nothing.
+    on_boot, on_restore and on_exit on the main thread, when no vCPU runs; on_save on the device
+    loop's, while the guest stands still. Hooks are looked up once, before on_boot; one that is not
+    overridden costs nothing.
     """
 
     def wants(self, hook: str) -> bool:
@@ -117,6 +120,10 @@ class Policy:
         """
         own = getattr(getattr(self, hook), "__func__", None)
         return own is not getattr(Policy, hook)
+
+    def wrapped_policies(self) -> Sequence[Policy]:
+        """The policies that this one asks itself: a snapshot has their states beside its own."""
+        return ()
 
     def on_share(self, event: Event, view: View) -> Decision:
         """The guest asks to make `event.area` shared."""
@@ -157,8 +164,25 @@ class Policy:
         return Allow()
 
     def on_boot(self, view: View) -> Decision:
-        """The guest is loaded and about to run its first instruction: Allow or Kill."""
+        """The guest is loaded, or restored, and about to run: Allow or Kill."""
         return Allow()
+
+    def on_save(self, view: View) -> object:
+        """A snapshot is made: what this policy knows and needs to go on, or None.
+
+        None, flags, numbers, text, lists, and mappings of text to them; a megabyte of JSON at most.
+        A time is a difference from `view.now`, which is a clock of this run. Changes nothing: the
+        run goes on, with what this policy has. What it raises is the snapshot's refusal.
+        """
+        return None
+
+    def on_restore(self, state: Any, view: View) -> None:
+        """Go on from what on_save has returned, after __init__ and on_boot, before the guest runs.
+
+        `state` comes from a file that anybody can have written. Raises ValueError, TypeError or
+        KeyError for one that can't be right: the run ends with status 2 and a line that says so.
+        Arguments may be others than they were: not an error.
+        """
 
     def on_exit(self, end: End, view: View) -> None:
         """The run is over, memory is still there; not called where an error broke the run off

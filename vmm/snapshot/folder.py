@@ -2,7 +2,7 @@
 
 `state` is a line, and JSON behind it:
 
-    pyvmm-snapshot 1 <SHA-256 of the JSON> <its bytes>
+    pyvmm-snapshot 2 <SHA-256 of the JSON> <its bytes>
 
 `memory` holds the shared pages, offset = guest-physical address, and `private` the private ones;
 what the machine's memory doesn't hold is a hole. The JSON has an entry for each piece of them, with
@@ -27,7 +27,7 @@ from vmm.core.ranges import PAGE_SIZE, Range
 from vmm.core.saved import BadState, Saved
 
 MAGIC = "pyvmm-snapshot"
-VERSION = 1
+VERSION = 2
 STATE, MEMORY, PRIVATE = "state", "memory", "private"
 PIECE = 4 << 20
 """Bytes of memory that have a checksum together, at most."""

@@ -40,8 +40,9 @@ class Machine:
         platform: Any = SimpleNamespace(state=lambda: {"p": 1}, core_vcpus=lambda: [{"regs": {}}])
         operations: Any = SimpleNamespace(still=self._still)
         self.saving = Saving(
-            operations, self.memory, platform, lambda timeout: {"d": 2}, lambda: self.facts, ALIAS
-        )
+            operations, self.memory, platform, lambda timeout: {"d": 2}, lambda: self.facts,
+            lambda: [{"policy": "m:C", "state": self.stood_still}], ALIAS,
+        )  # fmt: skip
 
     @contextlib.contextmanager
     def _still(self) -> Iterator[None]:
@@ -77,7 +78,10 @@ def test_snapshot_has_what_was_touched_of_the_shared_side_alone(
 
     assert answer["memory"] == [[3 * PAGE, PAGE]] and "private" not in answer
     assert answer["pages"] == [[0, RAM // 2, "shared"], [RAM // 2, RAM // 2, "private"]]
-    assert answer["state"] == {"cpus": 1, "platform": {"p": 1}, "devices": {"d": 2}}
+    assert answer["state"] == {
+        "cpus": 1, "platform": {"p": 1}, "devices": {"d": 2},
+        "policies": [{"policy": "m:C", "state": 1}],
+    }  # fmt: skip
     assert os.pread(file, 6, 3 * PAGE) == b"shared"
     assert os.fstat(file).st_size == 4 * PAGE
     assert machine.stood_still == 1

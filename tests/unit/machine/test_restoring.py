@@ -49,11 +49,16 @@ def state() -> dict[str, Any]:
             "device_names": [],
             "platform": {},
             "devices": {},
+            "policies": [{"policy": "m:C", "state": {"n": 1}}],
         },
         "pages": [[0, RAM - MIB, "shared"], [RAM - MIB, MIB, "private"]],
         "memory": [piece(PAGE, SHARED)],
         "private": [piece(RAM - PAGE, PRIVATE)],
     }
+
+
+def nested(depth: int) -> Any:
+    return [nested(depth - 1)] if depth else []
 
 
 class Folder:
@@ -129,6 +134,11 @@ HOSTILE: dict[str, Callable[[Any], object]] = {
     "device names": lambda s: s["state"].update(device_names=["\n"] * 2),
     "device names of another kind": lambda s: s["state"].update(device_names=[[]]),
     "a disk": lambda s: s["state"].update(device_names=["blk0"]),
+    "no policies": lambda s: s["state"].pop("policies"),
+    "many policies": lambda s: s["state"].update(policies=s["state"]["policies"] * 65),
+    "a policy's huge state": lambda s: s["state"]["policies"][0].update(state="x" * (1 << 20)),
+    "a policy's deep state": lambda s: s["state"]["policies"][0].update(state=nested(17)),
+    "a policy's endless number": lambda s: s["state"]["policies"][0].update(state=1 << 64),
     "no pages": lambda s: s.update(pages=[]),
     "too few pages": lambda s: s["pages"].pop(),
     "pages with a hole": lambda s: s["pages"][1].__setitem__(0, RAM - MIB + PAGE),

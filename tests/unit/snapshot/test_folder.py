@@ -101,7 +101,7 @@ def test_anything_else_is_refused(data: bytes) -> None:
     "text", [b"[" * 100_000, b"1" * 5000, b"[]", b"null", b"\xff", b"{", b'{"a": NaN}x']
 )
 def test_json_that_is_none_of_ours_is_refused(text: bytes) -> None:
-    line = f"pyvmm-snapshot 1 {hashlib.sha256(text).hexdigest()} {len(text)}\n".encode()
+    line = f"pyvmm-snapshot 2 {hashlib.sha256(text).hexdigest()} {len(text)}\n".encode()
 
     with pytest.raises(BadState) as refusal:
         unpacked(line + text, "state")
@@ -110,9 +110,9 @@ def test_json_that_is_none_of_ours_is_refused(text: bytes) -> None:
 
 
 def test_other_version_is_named() -> None:
-    data = packed(STATE).replace(b"pyvmm-snapshot 1 ", b"pyvmm-snapshot 2 ")
+    data = packed(STATE).replace(b"pyvmm-snapshot 2 ", b"pyvmm-snapshot 1 ")
 
-    with pytest.raises(BadState, match="version '2' of the format, and this pyvmm reads version 1"):
+    with pytest.raises(BadState, match="version '1' of the format, and this pyvmm reads version 2"):
         unpacked(data, "state")
 
 
@@ -177,5 +177,5 @@ def test_what_is_no_file_is_refused(tmp_path: Path, kind: str) -> None:
 def test_packed_state_is_a_line_and_json() -> None:
     line, _, text = packed(STATE).partition(b"\n")
 
-    assert line.split()[:2] == [b"pyvmm-snapshot", b"1"]
+    assert line.split()[:2] == [b"pyvmm-snapshot", b"2"]
     assert json.loads(text) == STATE

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from vmm.policy import Decision, End, Event, IoEvent, LendEvent, Policy, View
+from vmm.policy.builtin.saved import number
 
 
 class Audit(Policy):
@@ -24,9 +27,18 @@ class Audit(Policy):
     def wants(self, hook: str) -> bool:
         return hook not in ("on_fault", "on_io") or self._of.wants(hook)
 
+    def wrapped_policies(self) -> Sequence[Policy]:
+        return (self._of,)
+
     def on_boot(self, view: View) -> Decision:
         self._started = view.now
         return self._of.on_boot(view)
+
+    def on_save(self, view: View) -> object:
+        return {"seconds": view.now - self._started}
+
+    def on_restore(self, state: Any, view: View) -> None:
+        self._started = view.now - number(state, "seconds")
 
     def on_share(self, event: Event, view: View) -> Decision:
         return self._noted(event, view, self._of.on_share(event, view))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from vmm.policy import Allow, Decision, Deny, Event, PageState, Policy, View
+from vmm.policy.builtin.saved import flag, number
 
 
 class DenyAfterBoot(Policy):
@@ -23,6 +26,13 @@ class DenyAfterBoot(Policy):
     def on_boot(self, view: View) -> Decision:
         self._started = view.now
         return Allow()
+
+    def on_save(self, view: View) -> object:
+        return {"seconds": view.now - self._started, "unshared": self._unshared}
+
+    def on_restore(self, state: Any, view: View) -> None:
+        self._started = view.now - number(state, "seconds")
+        self._unshared = flag(state, "unshared")
 
     def on_share(self, event: Event, view: View) -> Decision:
         return Deny() if self._booted(view.now) else Allow()

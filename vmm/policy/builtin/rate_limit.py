@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+from typing import Any
 
 from vmm.policy import Allow, Decision, Deny, Event, Policy, View
+from vmm.policy.builtin.saved import number
 
 
 class RateLimit(Policy):
@@ -21,13 +23,23 @@ class RateLimit(Policy):
         self._tokens = float(burst)
         self._seen: float | None = None
 
+    def on_save(self, view: View) -> object:
+        return {"tokens": self._tokens_at(view.now)}
+
+    def on_restore(self, state: Any, view: View) -> None:
+        self._tokens = min(float(self._burst), number(state, "tokens"))
+        self._seen = view.now
+
     def on_share(self, event: Event, view: View) -> Decision:
         now = view.now
-        if self._seen is not None:
-            earned = (now - self._seen) * self._per_second
-            self._tokens = min(float(self._burst), self._tokens + earned)
-        self._seen = now
+        self._tokens, self._seen = self._tokens_at(now), now
         if self._tokens < 1:
             return Deny(errno.EBUSY)
         self._tokens -= 1
         return Allow()
+
+    def _tokens_at(self, now: float) -> float:
+        if self._seen is None:
+            return self._tokens
+        earned = (now - self._seen) * self._per_second
+        return min(float(self._burst), self._tokens + earned)
