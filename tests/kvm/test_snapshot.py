@@ -241,6 +241,89 @@ def test_snapshot_of_the_shared_side_has_no_private_byte_and_does_not_run(writte
     assert one_line(done.stderr).endswith("the host's kernel gives away no other private memory)")
 
 
+PAGE = ("0x3000000", "0x1000")
+"""Private at first."""
+DENY = ["--policy", "vmm.policy.builtin:DenyAfterBoot"]
+
+
+def test_restored_guest_is_refused_what_its_policy_refused_before(tmp_path: Path) -> None:
+    saved = str(tmp_path / "saved")
+    with running(tmp_path / "ctl", "-S", *PAYLOAD, *DENY) as machine:
+        before = [machine.ctl("convert", kind, *PAGE)["ok"] for kind in ("share", "unshare")]
+        refused = machine.ctl("convert", "share", *PAGE)
+        assert machine.ctl("snapshot", saved, "--with-private", "--then-quit")["ok"]
+        assert machine.session.wait() == (0, "")
+
+    with running(tmp_path / "same", "-S", "--restore", saved, *DENY) as machine:
+        after = machine.ctl("convert", "share", *PAGE)
+        machine.ctl("quit")
+        quietly = machine.session.wait()
+    with running(tmp_path / "other", "-S", "--restore", saved) as machine:
+        without = machine.ctl("convert", "share", *PAGE)
+        machine.ctl("quit")
+        told = machine.session.wait()
+
+    assert before == [True, True]
+    assert "policy DenyAfterBoot refused it" in refused["error"]
+    assert after == refused
+    assert quietly == (0, "")
+    assert without["ok"]
+    assert told[0] == 0
+    assert one_line(told[1].replace("\r\n", "\n").encode()).endswith(
+        "its guest goes on without the policies that it had: DenyAfterBoot"
+    )
+
+
+FORGETFUL = """
+from vmm.policy import Policy
+
+class Forgetful(Policy):
+    saves = 0
+
+    def on_save(self, view):
+        self.saves += 1
+        if self.saves == 1:
+            raise OSError("not now")
+        return {"saves": self.saves}
+
+    def on_restore(self, state, view):
+        if state["saves"] != 2:
+            raise ValueError(f"{state['saves']} saves")
+        1 // (state["saves"] - 2)
+"""
+
+
+def test_policy_that_can_t_save_refuses_the_snapshot_and_the_guest_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(FORGETFUL)
+    saved, policy = tmp_path / "saved", ["--policy", str(tmp_path / "own.py") + ":Forgetful"]
+    with running(tmp_path / "ctl", "-S", *PAYLOAD, *policy) as machine:
+        refused = machine.ctl("snapshot", str(saved), "--with-private")
+        left = [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+        assert machine.ctl("snapshot", str(saved), "--with-private")["ok"]
+        machine.ctl("resume")
+        assert machine.session.wait() == (0, "")
+
+    broken = command.run("--restore", str(saved), *policy)
+    changed = json.loads((saved / "state").read_bytes().partition(b"\n")[2])
+    changed["state"]["policies"][0]["state"]["saves"] = 3
+    (saved / "state").write_bytes(packed(changed))
+    status, said = restore(saved, *policy)
+
+    assert refused["exit"] == 1 and left == []
+    assert refused["error"] == (
+        "policy Forgetful: on_save raised OSError('not now'); the snapshot is not made, and the "
+        "guest goes on"
+    )
+    assert status == 2
+    assert said == (
+        f"pyvmm: {saved}/state.state.policies[0]: policy Forgetful can't go on from its state: "
+        "ValueError: 3 saves"
+    )
+    assert broken.returncode == 1
+    assert b"in on_restore" in broken.stderr
+    assert b"pyvmm: policy Forgetful: on_restore raised ZeroDivisionError" in broken.stderr
+
+
 @pytest.mark.usefixtures("guest_memfd_flags")
 def test_private_memory_that_the_kernel_keeps_is_refused(tmp_path: Path) -> None:
     words = ["--mem", "64M", "--private-mem=guest_memfd"]
@@ -319,6 +402,7 @@ HOSTILE: dict[str, Callable[[Any], None]] = {
     "private pages": lambda s: s.update(pages=[[0, 16 << 20, "private"]]),
     "bytes nowhere": lambda s: s["memory"].insert(0, [0, 4096, "00" * 32]),
     "another processor": lambda s: s["state"]["platform"]["cpuid"][0][0].__setitem__(3, 1),
+    "policies": lambda s: s["state"].update(policies=[{"policy": "x" * 300, "state": None}]),
     "registers": lambda s: s["state"]["platform"]["chips"]["vcpus"][0].update(xcrs="ff" * 392),
 }
 """One for each step of a restore; tests/unit/machine/test_restoring.py has the others."""
