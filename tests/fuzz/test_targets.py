@@ -299,6 +299,10 @@ def any_moves(body: memoryview, *bounds: object) -> list[int]:
     return moves
 
 
+def named(state: dict[str, float], name: str) -> float:
+    return state[name]
+
+
 def odd(*arguments: object, **keywords: object) -> None:
     raise IndexError("nobody foresaw this")
 
@@ -336,6 +340,7 @@ def odd(*arguments: object, **keywords: object) -> None:
         ("device-process", "vmm.devices.process.protocol.moves_in", any_moves),
         ("vhost-user", "vmm.devices.vhost_user.rings.unreturned", odd),
         ("snapshot", "vmm.devices.msix.MsixTable.restore", odd),
+        ("snapshot-policies", "vmm.policy.builtin.rate_limit.number", named),
         ("vsock", "vmm.devices.virtio.vsock.VirtioVsock.close", nothing),
         ("rng", "vmm.devices.virtio.queue.SplitQueue.publish", odd),
     ],

@@ -11,6 +11,7 @@ from tests.fuzz.targets import (
     files,
     images,
     iommu,
+    keeping,
     queue,
     registers,
     traces,
@@ -18,6 +19,9 @@ from tests.fuzz.targets import (
 from tests.fuzz.targets.registry import TARGETS, Target
 
 # Each module puts its targets among them.
-_ALL = (apart, control, conversions, devices, disks, files, images, iommu, queue, registers, traces)
+_ALL = (
+    apart, control, conversions, devices, disks, files, images, iommu, keeping, queue, registers,
+    traces,
+)  # fmt: skip
 
 __all__ = ["TARGETS", "Target"]

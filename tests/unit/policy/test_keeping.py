@@ -1,4 +1,4 @@
-"""What policies know, put into a snapshot and given back: by whom it is found, and what is refused."""
+"""What policies know, in a snapshot: by whom it is found again, and what is refused."""
 
 from __future__ import annotations
 
@@ -321,7 +321,7 @@ MAKE: dict[str, Callable[[Path], Policy]] = {
     "DenyAfterBoot": lambda log: DenyAfterBoot(),
     "DenyAfterBoot by time": lambda log: DenyAfterBoot(seconds=1.5),
     "RateLimit": lambda log: RateLimit(per_second=2, burst=BURST),
-    "Audit": lambda log: Audit(log),
+    "Audit": Audit,
     "Audit of RateLimit": lambda log: Audit(log, RateLimit(per_second=0.5, burst=2)),
     "Audit of DenyAfterBoot": lambda log: Audit(log, DenyAfterBoot(seconds=2.0)),
 }
@@ -330,7 +330,7 @@ STEP = st.tuples(st.sampled_from([0, 1, 16, 32, 64, 200]), st.booleans(), st.int
 
 @pytest.mark.parametrize("name", MAKE)
 @given(steps=st.lists(STEP, max_size=24), data=st.data())
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 def test_run_that_is_saved_and_restored_decides_like_one_that_is_not(
     tmp_path_factory: pytest.TempPathFactory, name: str, steps: list[Any], data: st.DataObject
 ) -> None:

@@ -126,6 +126,8 @@ def test_bad_spec_is_one_line_with_the_spec_and_the_reason(
         ("def on_boot(self): ...", r"P.on_boot is called with 1 arguments; .*\(self, view\)"),
         ("def on_io(self, event, view, more): ...", "P.on_io is called with 2 arguments"),
         ("on_exit = 3", "P.on_exit is 3, not a method"),
+        ("def on_save(self, view): ...", "P has one of on_save and on_restore; write the other"),
+        ("def on_restore(self, state, view): ...", "P has one of on_save and on_restore"),
     ],
 )
 def test_hook_that_could_not_be_called_is_refused(tmp_path: Path, body: str, words: str) -> None:
