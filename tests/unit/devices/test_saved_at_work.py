@@ -433,6 +433,99 @@ def test_call_that_was_on_its_way_waits_until_the_guest_knows(
         there.accept()[0].close()
 
 
+def resets(packets: list[Header]) -> list[tuple[int, ...]]:
+    return [(each.op, *each[:4], each.type) for each in packets]
+
+
+def test_call_whose_answer_was_still_to_come_is_reset_after_the_event(
+    moving: Callable[..., Moved], tmp_path: Path
+) -> None:
+    """Linux' reset of the transport leaves a connect() alone, which would wait for its timeout."""
+    calls = Calls(moving, tmp_path)
+    while calls.buffers:  # the guest has no buffers left for answers
+        calls.put(Op.RST, host_port=1)
+        calls.put(Op.REQUEST, host_port=1)
+        calls.machine.kick(TX)
+        for each in calls.machine.queues[RX].collect():
+            del calls.buffers[each[0]]
+    with listener(calls.paths[0]) as there:
+        calls.put(Op.REQUEST)
+        calls.put(Op.REQUEST, host_port=HOST_PORT + 1)  # where nobody listens
+        calls.machine.kick(TX)
+        there.accept()[0].close()
+    again = calls.made.state()["device"]["resets"]
+
+    calls.move()
+    buffer = calls.machine.blank(1024)
+    for _ in range(3):
+        buffer = calls.machine.blank(1024)
+        calls.buffers[calls.machine.give(RX, buffer)] = buffer
+    calls.machine.kick(RX)
+    before = calls.heard()
+    calls.offer_event()
+    calls.machine.kick(EVENT)
+
+    assert before == [], "the event comes first"
+    assert again == [[2, HOST_PORT, PORT, TYPE_STREAM], [2, HOST_PORT + 1, PORT, TYPE_STREAM]]
+    assert resets(calls.heard()) == [
+        (Op.RST, 2, NEW_CID, HOST_PORT, PORT, TYPE_STREAM),
+        (Op.RST, 2, NEW_CID, HOST_PORT + 1, PORT, TYPE_STREAM),
+    ]
+
+
+def test_call_from_the_address_that_the_guest_had_is_reset(calls: Calls) -> None:
+    calls.offer_event()
+    calls.put(Op.REQUEST)
+    calls.put(Op.RW, b"to nobody")
+    calls.put(Op.REQUEST, cid=CID + 7)
+
+    with listener(calls.paths[1]) as there:
+        calls.move()
+        assert select.select([there], [], [], 0)[0] == []
+
+    assert resets(calls.heard()) == [(Op.RST, 2, NEW_CID, HOST_PORT, PORT, TYPE_STREAM)]
+
+
+def test_established_connection_gets_no_reset_beside_the_event(calls: Calls) -> None:
+    """To Linux that is the stream's end, as if all of it had come."""
+    calls.offer_event()
+    with listener(calls.paths[0]) as there:
+        calls.put(Op.REQUEST)
+        calls.machine.kick(TX)
+        assert [each.op for each in calls.heard()] == [Op.RESPONSE]
+        there.accept()[0].close()
+
+    calls.move()
+
+    assert calls.heard() == []
+
+
+def test_more_resets_than_the_guest_may_have_unsent_are_all_sent(
+    moving: Callable[..., Moved], tmp_path: Path
+) -> None:
+    calls = Calls(moving, tmp_path)
+    calls.offer_event()
+    state = calls.made.state()
+    state["device"]["resets"] = [[2, HOST_PORT, port, TYPE_STREAM] for port in range(140)]
+    with listener(calls.paths[1]) as there:
+        calls.machine = calls.made.restored(state)
+        calls.machine.transport.resume()
+        calls.machine.settle()
+        calls.put(Op.REQUEST, cid=NEW_CID)
+        calls.machine.kick(TX)
+        found: list[Header] = []
+        while packets := calls.heard():
+            found += packets
+            for _ in packets:
+                buffer = calls.machine.blank(1024)
+                calls.buffers[calls.machine.give(RX, buffer)] = buffer
+            calls.machine.kick(RX)
+        there.accept()[0].close()
+
+    assert [each.dst_port for each in found] == [*range(140), PORT]
+    assert [each.op for each in found] == [Op.RST] * 140 + [Op.RESPONSE]
+
+
 def test_host_s_caller_waits_until_the_guest_knows(calls: Calls) -> None:
     calls.move()
     with socket.socket(socket.AF_UNIX) as client:

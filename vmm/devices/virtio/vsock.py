@@ -46,6 +46,8 @@ _FIRST_HOST_PORT = 1 << 30
 _CONFIG = struct.Struct("<Q")
 _EVENT = struct.Struct("<I")
 _TRANSPORT_RESET = _EVENT.pack(0)
+_WORD = (1 << 32) - 1
+_LARGEST_TYPE = 0xFFFF
 _Key = tuple[int, int]  # guest's port, host's port
 
 Dial = Callable[[int], socket.socket]
@@ -82,6 +84,8 @@ class VirtioVsock(VirtioDevice):
         # that it is about to hear of would take new connections, too, and the host would not learn
         # of it.
         self._has_moved = False
+        # What the guest had for its address before: calls that it made then are on the ring still.
+        self._former_cid: int | None = None
 
     def dial_by(self, dial: Dial) -> None:
         """Have connections made so from now on: where this process can't connect."""
@@ -103,6 +107,7 @@ class VirtioVsock(VirtioDevice):
     def reset(self) -> None:
         super().reset()
         self._served = self._has_moved = False
+        self._former_cid = None
         self.watch(self._listener.fd, self._no_more)
         for connection in list(self._connections.values()):
             self._drop(connection)
@@ -118,13 +123,32 @@ class VirtioVsock(VirtioDevice):
 
     def state(self) -> State:
         """See vmm.core.saved.Stateful: without connections, whose host side doesn't come along."""
-        return {"cid": self._cid, "next_port": self._next_port}
+        unanswered = [
+            (HOST_CID, each.host_port, each.guest_port, TYPE_STREAM)
+            for each in self._connections.values()
+            if Op.RESPONSE in each.answers
+        ]
+        resets = [(each.src_cid, each.src_port, each.dst_port, each.type) for each in self._resets]
+        rows = [row for row in unanswered + resets if row[0] <= _WORD]
+        return {"cid": self._cid, "next_port": self._next_port, "resets": rows}
 
     def restore(self, saved: Saved) -> None:
         """See vmm.core.saved.Stateful. The guest is told that its connections are gone, and that
-        it may have another CID (5.10.6, device events)."""
-        saved.number("cid", (1 << 32) - 1)
-        self._next_port = saved.number("next_port", (1 << 32) - 1)
+        it may have another CID (5.10.6, device events).
+
+        Linux shuts down established connections then, and no others: a connect() whose answer is
+        still to come waits for its own timeout. It gets a reset after the event. Established ones
+        get none: Linux takes that for their end, where the event is an error (6.12,
+        virtio_transport_recv_connecting and _connected).
+        """
+        former = saved.number("cid", _WORD)
+        self._next_port = saved.number("next_port", _WORD)
+        rows = saved.numbers("resets", 4, MOST_CONNECTIONS + MOST_RESETS, _WORD)
+        if any(row[3] > _LARGEST_TYPE for row in rows):
+            raise saved.bad(f"resets: a packet's type is at most {_LARGEST_TYPE:#x}")
+        if self._served:
+            self._former_cid = former
+            self._resets += [self._reset(*row) for row in rows]
         self._forget_connections()
 
     def resumed(self, kept: int) -> None:
@@ -199,8 +223,10 @@ class VirtioVsock(VirtioDevice):
         if header.length > min(total(rest), LARGEST_DATA):
             raise QueueError(f"vsock packet of {header.length} bytes does not fit its buffers")
         self.statistics.requests += 1
-        if header.src_cid != self._cid:
-            return  # 5.10.6.2: not its address
+        if header.src_cid != self._cid:  # 5.10.6.2: not its address
+            if header.src_cid == self._former_cid and header.op == Op.REQUEST:
+                self._refuse(header)
+            return
         if header.dst_cid != HOST_CID or header.type != TYPE_STREAM:
             self._refuse(header)
             return
@@ -270,21 +296,19 @@ class VirtioVsock(VirtioDevice):
     def _refuse(self, header: Header) -> None:
         """Answer with a reset, from where the packet was meant to go."""
         self._resets.append(
-            Header(
-                header.dst_cid, self._cid, header.dst_port, header.src_port,
-                0, header.type, Op.RST, 0, 0, 0,
-            )
-        )  # fmt: skip
+            self._reset(header.dst_cid, header.dst_port, header.src_port, header.type)
+        )
 
     def _end(self, connection: Connection) -> None:
         """Let go of a connection, and tell the guest."""
         self._drop(connection)
         self._resets.append(
-            Header(
-                HOST_CID, self._cid, connection.host_port, connection.guest_port,
-                0, TYPE_STREAM, Op.RST, 0, 0, 0,
-            )
-        )  # fmt: skip
+            self._reset(HOST_CID, connection.host_port, connection.guest_port, TYPE_STREAM)
+        )
+
+    def _reset(self, cid: int, port: int, guest_port: int, kind: int) -> Header:
+        """A reset for the guest, from that address."""
+        return Header(cid, self._cid, port, guest_port, 0, kind, Op.RST, 0, 0, 0)
 
     # --- to the guest ---
 
