@@ -214,5 +214,5 @@ class Restoring:
         if gone:
             tell(
                 f"--restore {self._folder.path}: its guest goes on without the policies that it "
-                f"had: {', '.join(gone)}"
+                f"had: {', '.join(gone):.400}"
             )
