@@ -59,7 +59,8 @@ def _states() -> list[bytes]:
     """Of policies that were just made, and some that no policy has saved."""
     with _policies() as hooks:
         rows = _saved(hooks)
-    return [json.dumps(each).encode() for each in (rows, rows[::-1], rows * 2, [], {}, None)]
+    states: list[Any] = [rows, rows[::-1], rows * 2, [], {}, None]
+    return [json.dumps(each).encode() for each in states]
 
 
 @target("snapshot-policies", _states, longest=2048)
