@@ -38,6 +38,7 @@ HOST_PLACES = 32
 """So many of them a guest can't take up with calls of its own: programs of the host get in."""
 # Resets for connections that aren't there; with so many unsent, the guest is not listened to.
 MOST_RESETS = 128
+_MOST_SAVED = MOST_CONNECTIONS + MOST_RESETS
 _BATCH = 16
 # A program that connects says so in one line; one that says more is something else.
 _LONGEST_LINE = 32
@@ -129,7 +130,7 @@ class VirtioVsock(VirtioDevice):
             if Op.RESPONSE in each.answers
         ]
         resets = [(each.src_cid, each.src_port, each.dst_port, each.type) for each in self._resets]
-        rows = [row for row in unanswered + resets if row[0] <= _WORD]
+        rows = [row for row in unanswered + resets if row[0] <= _WORD][:_MOST_SAVED]
         return {"cid": self._cid, "next_port": self._next_port, "resets": rows}
 
     def restore(self, saved: Saved) -> None:
@@ -138,12 +139,12 @@ class VirtioVsock(VirtioDevice):
 
         Linux shuts down established connections then, and no others: a connect() whose answer is
         still to come waits for its own timeout. It gets a reset after the event. Established ones
-        get none: Linux takes that for their end, where the event is an error (6.12,
-        virtio_transport_recv_connecting and _connected).
+        get none: Linux takes that for their end, where the event is an error
+        (virtio_transport_recv_connecting, _connected; virtio_vsock_reset_sock).
         """
         former = saved.number("cid", _WORD)
         self._next_port = saved.number("next_port", _WORD)
-        rows = saved.numbers("resets", 4, MOST_CONNECTIONS + MOST_RESETS, _WORD)
+        rows = saved.numbers("resets", 4, _MOST_SAVED, _WORD)
         if any(row[3] > _LARGEST_TYPE for row in rows):
             raise saved.bad(f"resets: a packet's type is at most {_LARGEST_TYPE:#x}")
         if self._served:
