@@ -109,8 +109,8 @@ class Policy:
     time; what they have allowed may still be under way when they are asked about other pages, never
     about the same ones. on_io on the thread that serves the device, perhaps beside another hook;
     on_boot, on_restore and on_exit on the main thread, when no vCPU runs; on_save on the device
-    loop's, while the guest stands still. Hooks are looked up once, before on_boot; one that is not
-    overridden costs nothing.
+    loop's, while the guest stands still. on_save and on_restore are looked up then, the others
+    once, before on_boot; a hook that is not overridden costs nothing.
     """
 
     def wants(self, hook: str) -> bool:
