@@ -53,7 +53,12 @@ def channel() -> Iterator[Answering]:
 
 def batches(channel: Answering, *, keeps: bool = False, guesses: bool = True) -> RemoteBatches:
     return RemoteBatches(
-        cast(Channel, cast(Any, channel)), {5: 0}, may_keep=keeps, may_guess=guesses
+        cast(Channel, cast(Any, channel)),
+        {5: 0},
+        may_keep=keeps,
+        may_guess=guesses,
+        counts=lambda: bytes(protocol.COUNTS.size),
+        kicked=set(),
     )
 
 
