@@ -90,7 +90,9 @@ class Channel:
             packet = self.hear()
             if packet[0] == protocol.ANSWER:
                 break
-            self.backlog.append(bytes(packet))
+            # What a KICK brings is older than the answer, which may be of the same rings.
+            is_old = packet[0] == protocol.KICK
+            self.backlog.append(bytes(packet[: HEAD.size] if is_old else packet))
         status, body_of_answer = packet[1], packet[HEAD.size :]
         if status != protocol.OK:
             self._raise(status, body_of_answer)

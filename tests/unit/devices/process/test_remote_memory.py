@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -10,6 +11,7 @@ import pytest
 from tests.support.fake_memory import BatchingFakeMemory
 from vmm.core.ranges import Range
 from vmm.devices.process import protocol
+from vmm.devices.process.protocol import words
 from vmm.devices.process.remote_memory import Channel, Redo, RemoteBatches
 
 RING, HEADERS = [0x1000, 8], [0x2000, 16, 0x3000, 16]
@@ -164,3 +166,18 @@ def test_kept_moves_that_do_nothing_have_the_turn_done_again(channel: Answering)
 
     memory.begin()
     assert memory.move_in(5, [0, 0x5000, 512]) == 0  # step by step, as it is
+
+
+def test_kick_from_before_an_answer_brings_nothing() -> None:
+    """By the answer the process may have gone on already, behind what was in the rings then."""
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with near, far:
+        channel = Channel(near)
+        kick = protocol.HEAD.pack(protocol.KICK, 0, 1, 0)
+        far.send(kick + b"older rings")
+        far.send(protocol.HEAD.pack(protocol.ANSWER, protocol.OK, 0, 0) + b"rings")
+
+        answer = bytes(channel.ask(protocol.READ, 0, words(RING)))
+
+    assert answer == b"rings"
+    assert channel.backlog == [kick]
