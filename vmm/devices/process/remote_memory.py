@@ -437,10 +437,6 @@ class _QueueMemory:
         self._index_brought = None
         self._asked_at = b""
 
-    def forget(self) -> None:
-        """The queue goes on elsewhere."""
-        self._seen = None
-
     def _seen_index(self) -> int:
         """How far the driver had come when it was last looked at."""
         return self.next if self._seen is None else self._seen[2] | self._seen[3] << 8
@@ -546,10 +542,6 @@ class RemoteQueue(SplitQueue):
 
     def _wants_interrupt(self, index: int, count: int) -> bool:
         return not self._remote.is_seen_to and super()._wants_interrupt(index, count)
-
-    def resume(self, index: int) -> None:
-        super().resume(index)
-        self._remote.forget()
 
     def rewind(self) -> None:
         """What was taken and not returned is to be taken again."""

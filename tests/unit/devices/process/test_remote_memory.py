@@ -9,10 +9,12 @@ from typing import Any, cast
 import pytest
 
 from tests.support.fake_memory import BatchingFakeMemory
+from tests.support.virtio_driver import Piece, VirtioQueueDriver
 from vmm.core.ranges import Range
 from vmm.devices.process import protocol
 from vmm.devices.process.protocol import words
-from vmm.devices.process.remote_memory import Channel, Redo, RemoteBatches
+from vmm.devices.process.remote_memory import Channel, Redo, RemoteBatches, RemoteQueue
+from vmm.devices.virtio.queue import F_EVENT_IDX
 
 RING, HEADERS = [0x1000, 8], [0x2000, 16, 0x3000, 16]
 OTHERS = [0x4000, 16]
@@ -25,9 +27,14 @@ class Answering:
         self.memory = BatchingFakeMemory()
         self.asked: list[tuple[int, list[int]]] = []
         self.moved: int | None = None
+        self.returned: list[int] = []  # the flags of each RETURN
 
     def ask(self, what: int, number: int, body: bytes, flags: int = 0) -> memoryview:
         view = memoryview(body)
+        if what == protocol.RETURN:
+            self.returned.append(flags)
+            known = protocol.returned_in(view).known.to_bytes(2, "little")
+            return memoryview(b"\0\0" + 2 * known)  # nothing new, and a notify was asked for
         if what == protocol.READ:
             pieces = protocol.pieces_in(view)
             self.asked.append((what, pieces))
@@ -53,14 +60,20 @@ def channel() -> Iterator[Answering]:
     made.memory.close()
 
 
-def batches(channel: Answering, *, keeps: bool = False, guesses: bool = True) -> RemoteBatches:
+def batches(
+    channel: Answering,
+    *,
+    keeps: bool = False,
+    guesses: bool = True,
+    kicked: set[int] | None = None,
+) -> RemoteBatches:
     return RemoteBatches(
         cast(Channel, cast(Any, channel)),
         {5: 0},
         may_keep=keeps,
         may_guess=guesses,
         counts=lambda: bytes(protocol.COUNTS.size),
-        kicked=set(),
+        kicked=set() if kicked is None else kicked,
     )
 
 
@@ -181,3 +194,20 @@ def test_kick_from_before_an_answer_brings_nothing() -> None:
 
     assert answer == b"rings"
     assert channel.backlog == [kick]
+
+
+def test_process_rests_with_the_last_chain_that_was_under_way(channel: Answering) -> None:
+    """Before, something is for it to do yet, and it may not be silent about that."""
+    kicked = {3}
+    driver = VirtioQueueDriver(channel.memory, 0x8000, 16)
+    addresses = driver.desc, driver.avail, driver.used
+    queue = RemoteQueue(batches(channel, kicked=kicked), 3, 16, *addresses, F_EVENT_IDX)
+    queue.patience = 1
+    driver.offer(driver.chain([Piece(0x5000, 8)]), driver.chain([Piece(0x6000, 8)]))
+    first, last = queue.take()
+
+    queue.publish([(first.head, 0)])
+    assert (channel.returned, kicked) == ([0], {3})
+    queue.publish([(last.head, 0)])
+
+    assert (channel.returned, kicked) == ([0, protocol.RESTED], set())

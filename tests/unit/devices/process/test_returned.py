@@ -317,6 +317,17 @@ def test_process_does_not_rest_while_there_is_something_new(by_hand: DiskRig) ->
     assert by_hand.device._kicked == {0}
 
 
+def test_process_does_not_rest_where_no_notify_can_be_asked_for(by_hand: DiskRig) -> None:
+    up_without_event_indexes(by_hand)
+    by_hand.read(7)
+    by_hand.serve()
+    assert by_hand.hear()[0] == protocol.KICK
+
+    by_hand.ask(protocol.RETURN, returned(by_hand, looks=1), protocol.RESTED)
+
+    assert by_hand.device._kicked == {0}
+
+
 def test_notify_from_before_the_process_rests_is_a_kick_then(by_hand: DiskRig) -> None:
     _kicked(by_hand)
     by_hand.serve()  # the driver notifies for nothing
