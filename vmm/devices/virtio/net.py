@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import errno
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from vmm.core.errors import GuestMemoryError
 from vmm.core.lean_typing import TYPE_CHECKING, Protocol
 from vmm.devices.virtio.device import EXPECTED, GuestMemory, VirtioDevice
+from vmm.devices.virtio.net_frames import AT_ONCE, Arrived, Frame, read_together, spread
 from vmm.devices.virtio.queue import F_INDIRECT_DESC, Chain, QueueError, SplitQueue
-from vmm.devices.virtio.segments import gather, merged, scatter, total
+from vmm.devices.virtio.segments import scatter, total
 
 if TYPE_CHECKING:
     from vmm.core.saved import Saved, State
@@ -42,18 +43,10 @@ GSO_NONE, GSO_TCPV4, GSO_TCPV6 = 0, 1, 4
 _BATCH = 32
 # Frames that are sent, and returned, together: a driver's that is about to fill its queue.
 _MOST_SENT = 64
-# Bytes of frames that are read, or written, together.
-_AT_ONCE = 64 << 10
-# Numbers of their pieces, two each.
-_MOST_NUMBERS = 1024
 _FOR_A_MOMENT = (errno.ENOMEM, errno.ENOBUFS, errno.EINTR)
 """What says nothing against the backend: the next try may go well."""
 _A_MOMENT = 0.01
 """Seconds until that next try: what is ready stays ready meanwhile, and would be tried at once."""
-
-
-_Frame = tuple[list[Chain], bytes]
-"""One that has arrived, with the buffers that it goes to."""
 
 
 def may_be_mac(mac: bytes) -> bool:
@@ -88,27 +81,6 @@ class NetBackend(Protocol):
         ...
 
     def close(self) -> None: ...
-
-
-class _Arrived:
-    """Frames that have buffers, and are written and returned together."""
-
-    __slots__ = ("any_yet", "frames", "size")
-
-    def __init__(self) -> None:
-        self.frames: list[_Frame] = []
-        self.size = 0
-        self.any_yet = False
-        """Whether there has been one in this turn."""
-
-    def add(self, chains: list[Chain], frame: bytes) -> None:
-        self.frames.append((chains, frame))
-        self.size += len(frame)
-        self.any_yet = True
-
-    def take(self) -> list[_Frame]:
-        frames, self.frames, self.size = self.frames, [], 0
-        return frames
 
 
 class VirtioNet(VirtioDevice):
@@ -215,7 +187,7 @@ class VirtioNet(VirtioDevice):
 
     def _receive(self, queue: SplitQueue) -> bool:
         chains: list[Chain] = []
-        arrived = _Arrived()
+        arrived = Arrived()
         # Without buffers there is nothing to wait for but the driver's notify.
         self._receiving = True
         more = interrupt = False
@@ -234,7 +206,7 @@ class VirtioNet(VirtioDevice):
                 if frame is None:
                     break
                 queue.budget.spend(1, len(frame))  # also of those that are dropped
-                if arrived.frames and arrived.size + len(frame) > _AT_ONCE:
+                if arrived.frames and arrived.size + len(frame) > AT_ONCE:
                     interrupt |= self._return_arrived(queue, arrived)
                 if not self._deliver(queue, chains, arrived, frame):
                     self._held, more = frame, queue.more
@@ -264,7 +236,7 @@ class VirtioNet(VirtioDevice):
             return None
 
     def _deliver(
-        self, queue: SplitQueue, chains: list[Chain], arrived: _Arrived, frame: bytes
+        self, queue: SplitQueue, chains: list[Chain], arrived: Arrived, frame: bytes
     ) -> bool:
         """Give one frame the next buffers; without F_MRG_RXBUF the next one only.
 
@@ -298,7 +270,7 @@ class VirtioNet(VirtioDevice):
         queue.budget.spend(count + sum([len(one.writable) for one in taken]), len(frame))
         return True
 
-    def _return_arrived(self, queue: SplitQueue, arrived: _Arrived) -> bool:
+    def _return_arrived(self, queue: SplitQueue, arrived: Arrived) -> bool:
         """Frames, and the buffers that they are in: by one call, where the memory takes batches.
         Whether the driver wants an interrupt."""
         memory, frames = self._memory, arrived.take()
@@ -310,24 +282,24 @@ class VirtioNet(VirtioDevice):
             used: list[tuple[int, int]] = []
             pieces: list[int] = []
             for chains, frame in frames:
-                used += _spread(chains, len(frame), pieces)
+                used += spread(chains, len(frame), pieces)
             self._count_received(frames)
             try:
                 return queue.publish(used, pieces, b"".join([frame for _, frame in frames]))
-            except GuestMemoryError:
+            except (GuestMemoryError, OSError):
                 if queue.outstanding != outstanding:  # the driver has been told
                     raise
                 self._count_received(frames, -1)
         return self._return_one_by_one(queue, memory, frames)
 
     def _return_one_by_one(
-        self, queue: SplitQueue, memory: GuestMemory, frames: list[_Frame]
+        self, queue: SplitQueue, memory: GuestMemory, frames: list[Frame]
     ) -> bool:
         """As far as they can be written: the first that can't stops the device."""
         used: list[tuple[int, int]] = []
         try:
             for chains, frame in frames:
-                written = _spread(chains, len(frame))
+                written = spread(chains, len(frame))
                 done = 0
                 for chain, (_, size) in zip(chains, written, strict=True):
                     scatter(memory, chain.writable, frame[done : done + size])
@@ -339,7 +311,7 @@ class VirtioNet(VirtioDevice):
             raise
         return queue.publish(used)
 
-    def _count_received(self, frames: list[_Frame], sign: int = 1) -> None:
+    def _count_received(self, frames: list[Frame], sign: int = 1) -> None:
         self.statistics.requests += sign * len(frames)
         size = sum([len(frame) - HEADER_SIZE for _, frame in frames])
         self.statistics.bytes_read += sign * size
@@ -351,11 +323,12 @@ class VirtioNet(VirtioDevice):
         if not self._flushed():
             self._watch_backend()
             return False
+        assert self._memory is not None
         budget = queue.budget
         chains = queue.take(_MOST_SENT)
         more = queue.more
         try:
-            for chain, frame in self._frames(chains):
+            for chain, frame in read_together(self._memory, chains, self._is_frame):
                 if used and budget.spent:
                     more = True
                     break
@@ -374,53 +347,6 @@ class VirtioNet(VirtioDevice):
         queue.more = more and not self._waiting_for_room
         self._watch_backend()
         return queue.publish(used)
-
-    def _frames(self, chains: list[Chain]) -> Iterator[tuple[Chain, bytes | memoryview | None]]:
-        """Each chain with what is in it, of which as much as possible is read by one call; None
-        for what is no frame, or goes nowhere."""
-        assert self._memory is not None
-        at = 0
-        while at < len(chains):
-            group, pieces, sizes = self._together(chains, at)
-            data = self._read_together(pieces)
-            done = 0
-            for chain, size in zip(group, sizes, strict=True):
-                if size and data is None:
-                    yield chain, gather(self._memory, chain.readable)
-                else:
-                    yield chain, data[done : done + size] if size and data else None
-                done += size
-            at += len(group)
-
-    def _together(self, chains: list[Chain], at: int) -> tuple[list[Chain], list[int], list[int]]:
-        """Chains from that one on which are read together, their pieces (gpa, size, gpa...), and
-        how many bytes of each are read: none of what is no frame."""
-        pieces: list[int] = []
-        sizes: list[int] = []
-        left = _AT_ONCE
-        for chain in chains[at:]:
-            size = total(chain.readable)
-            if not self._is_frame(size):
-                size = 0
-            elif sizes and (size > left or len(pieces) + 2 * len(chain.readable) > _MOST_NUMBERS):
-                break
-            else:
-                left -= size
-                for segment in merged(chain.readable):
-                    pieces += segment
-            sizes.append(size)
-        return chains[at : at + len(sizes)], pieces, sizes
-
-    def _read_together(self, pieces: list[int]) -> memoryview | None:
-        """None where it is no more than one piece, the memory takes no batches, or something in it
-        is refused: that one has to be found."""
-        read_many = getattr(self._memory, "read_many", None)
-        if read_many is None or len(pieces) < 4:
-            return None
-        try:
-            return memoryview(read_many(pieces))
-        except GuestMemoryError:
-            return None
 
     def _is_frame(self, size: int) -> bool:
         """An empty frame is none, and nothing that a backend should be given."""
@@ -470,23 +396,3 @@ class VirtioNet(VirtioDevice):
         if not agreed & offload:
             kind = length = size = 0
         return _HEADER.pack(NEEDS_CSUM, kind, length, size, start, offset, 0)
-
-
-def _spread(
-    chains: list[Chain], size: int, pieces: list[int] | None = None
-) -> list[tuple[int, int]]:
-    """What of `size` bytes goes to each of the chains, for the used ring; added to `pieces` (gpa,
-    size, gpa...), where exactly."""
-    used = []
-    for chain in chains:
-        written = 0
-        for gpa, length in chain.writable:
-            part = min(length, size - written)
-            if not part:
-                break
-            if pieces is not None:
-                pieces += (gpa, part)
-            written += part
-        used.append((chain.head, written))
-        size -= written
-    return used
