@@ -26,9 +26,15 @@ _MOST_WRONG = 4
 """Guesses that were of no use, after which there are none until they would have been."""
 _MOST_GUESSED = 128
 """Numbers of a guess, two for a piece: as many as a busy disk has requests in a batch."""
-LOOKS = 12
-"""How often pyvmm looks at the ring of a patient device for what comes next, as such a device does
-in pyvmm's own process."""
+
+
+def looks_with(processors: int) -> int:
+    """How often pyvmm looks at the ring of a patient device for what comes next: as such a device
+    does in pyvmm's own process, but once where the guest can't go on meanwhile."""
+    return 12 if processors > 1 else 1
+
+
+LOOKS = looks_with(len(os.sched_getaffinity(0)))
 TURNS_AT_ONCE = 64
 """Turns in which moves aren't kept, after some that failed."""
 

@@ -13,7 +13,13 @@ from tests.support.virtio_driver import Piece, VirtioQueueDriver
 from vmm.core.ranges import Range
 from vmm.devices.process import protocol
 from vmm.devices.process.protocol import words
-from vmm.devices.process.remote_memory import Channel, Redo, RemoteBatches, RemoteQueue
+from vmm.devices.process.remote_memory import (
+    Channel,
+    Redo,
+    RemoteBatches,
+    RemoteQueue,
+    looks_with,
+)
 from vmm.devices.virtio.queue import F_EVENT_IDX
 
 RING, HEADERS = [0x1000, 8], [0x2000, 16, 0x3000, 16]
@@ -211,3 +217,9 @@ def test_process_rests_with_the_last_chain_that_was_under_way(channel: Answering
     queue.publish([(last.head, 0)])
 
     assert (channel.returned, kicked) == ([0, protocol.RESTED], set())
+
+
+def test_guest_without_a_processor_of_its_own_is_not_waited_for() -> None:
+    """What it has by then is seen all the same, and a notify asked for."""
+    assert looks_with(1) == 1
+    assert 1 < looks_with(2) <= protocol.MOST_LOOKS
