@@ -53,9 +53,9 @@ static int64_t pyvmm_indirect_tables(const void *ring, const void *table, uint32
 }
 
 /* The chains of `count` entries of the available ring, from `first` on, until they have `most_descriptors` or `most_bytes`:
-   how many to totals[0], their descriptors to totals[1]. `tables` are those that pyvmm_indirect_tables found, one
-   after the other. The number of uint64_t in `chains` (room for `room`), or -1 where a chain breaks a rule or there is no
-   room for it. */
+   how many to totals[0], the descriptors read for them to totals[1], all of an indirect table's. `tables` are those that
+   pyvmm_indirect_tables found, one after the other. The number of uint64_t in `chains` (room for `room`), or -1 where a
+   chain breaks a rule or there is no room for it. */
 static int64_t pyvmm_chains(const void *ring, const void *table, uint32_t size, uint32_t first, uint32_t count,
                             const void *tables, uint64_t indirect_size, uint32_t most_descriptors,
                             uint64_t most_bytes, uint64_t *chains, uint64_t room, uint64_t *totals)
@@ -75,7 +75,7 @@ static int64_t pyvmm_chains(const void *ring, const void *table, uint32_t size, 
                 return -1;
             from = indirect, entries = one.size / 16, index = 0;
             indirect += one.size, indirect_size -= one.size;
-            descriptors++;
+            descriptors += 1 + entries; /* all of it was read */
         }
         uint64_t start = used, readable = 0, writable = 0, total = 0;
         if (room - used < 3)
@@ -101,7 +101,8 @@ static int64_t pyvmm_chains(const void *ring, const void *table, uint32_t size, 
             } else if (one.flags & DESC_WRITE) {
                 return -1; /* an empty piece; rare enough to be looked at with care */
             }
-            descriptors++;
+            if (from == table)
+                descriptors++;
             if (!(one.flags & DESC_NEXT))
                 break;
             index = one.next;

@@ -49,7 +49,7 @@ class Chains:
         self.count = 0
         """How many there are, of which no plan was carried out yet."""
         self.descriptors = 0
-        """How many descriptors `find` went through."""
+        """How many descriptors were read for those that `find` followed."""
 
     def tables(
         self, ring: bytes | bytearray, size: int, first: int, count: int, most: int

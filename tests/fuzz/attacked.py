@@ -22,6 +22,7 @@ from vmm.devices.virtio import own
 from vmm.devices.virtio.balloon_control import open_balloon
 from vmm.devices.virtio.block import VirtioBlock
 from vmm.devices.virtio.block_file import DiskFile
+from vmm.devices.virtio.budget import Budget
 from vmm.devices.virtio.console_backend import open_console
 from vmm.devices.virtio.device import VirtioDevice
 from vmm.devices.virtio.net import VirtioNet
@@ -287,6 +288,27 @@ DEVICES: dict[str, Callable[[], Attacked]] = {
 }  # fmt: skip
 
 
+# --- a host's time ---
+
+
+class Clock:
+    """Time that passes by being looked at, so that a turn is as long on every machine, and the
+    same input does the same each time."""
+
+    def __init__(self, step: float) -> None:
+        """Each look is so many seconds after the one before."""
+        self._step = step
+        self._now = 0.0
+
+    def __call__(self) -> float:
+        self._now += self._step
+        return self._now
+
+
+QUICK, SLOW = 0.0001, 0.001
+"""Hosts on which a turn is over after thirty looks, and after three."""
+
+
 # --- a host that fails ---
 
 # No EINTR: Python's own calls are repeated by Python (PEP 475), fdops' by fdops.
@@ -356,9 +378,12 @@ def _surprised(error: Exception) -> Exception:
 
 @contextlib.contextmanager
 def attacked(
-    name: str, rng: random.Random, folder: Path
+    name: str, rng: random.Random, folder: Path, step: float = QUICK
 ) -> Iterator[tuple[Attacked, HostileDriver]]:
+    clock = Clock(step)
     with ExitStack() as stack:
+        stack.enter_context(patch("time.monotonic", clock))
+        stack.enter_context(patch.object(Budget.__init__, "__defaults__", (clock,)))
         target = DEVICES[name]()
         driver = HostileDriver(
             target.device(folder, stack),

@@ -5,9 +5,10 @@
     python -m tests.fuzz.hours --work FOLDER --merge [NAME...]  the corpus anew, minimised
     python -m tests.fuzz.hours --work FOLDER --again FILE NAME  one input
 
-The target with the fewest seconds is next, each in a process of its own, at the lowest priority.
-FOLDER/turns.jsonl has a line for each turn. A failure ends the target's turn and no more. Several
-of these may share a FOLDER, one for each processor: none takes a target that another one has.
+The target that has had the least processor time is next, each in a process of its own, at the
+lowest priority. FOLDER/turns.jsonl has a line for each turn. A failure ends the target's turn and
+no more. Several of these may share a FOLDER, one for each processor: none takes a target that
+another one has.
 `--merge` chooses few inputs that together reach what all do by libFuzzer's word (as its -merge=1
 does), and puts them into tests/fuzz/corpus.
 """
@@ -46,20 +47,19 @@ def turns(work: Path) -> list[dict[str, Any]]:
 def take_turns(work: Path, names: list[str], hours: float, seconds: int) -> int:
     """Fuzz until the time is over; 1 if anything has failed. This process has imported all with
     counters."""
-    from tests.fuzz.targets import TARGETS
-
     end = time.monotonic() + hours * 3600
     status = 0
     while time.monotonic() < end:
-        with next_target(work, names or list(TARGETS)) as name:
+        with next_target(work, names) as name:
             write_seeds(work, name)
-            started = time.monotonic()
-            words = [*libfuzzer.common_words(TARGETS[name].longest), f"-max_total_time={seconds}"]
+            words = [
+                *libfuzzer.common_words(libfuzzer.named(name).longest),
+                f"-max_total_time={seconds}",
+            ]
             result = libfuzzer.run(name, work, words)
-            took = time.monotonic() - started
             status |= bool(result.failed)
             with open(work / TURNS, "a") as file:
-                file.write(json.dumps({**result._asdict(), "seconds": round(took, 1)}) + "\n")
+                file.write(json.dumps(result._asdict()) + "\n")
         print(f"{name}: {result.runs} runs, {result.edges} edges", *result.failed, flush=True)
     return status
 
@@ -84,12 +84,10 @@ def next_target(work: Path, names: list[str]) -> Iterator[str]:
 
 def write_seeds(work: Path, name: str) -> None:
     """Put the target's seeds among its inputs."""
-    from tests.fuzz.targets import TARGETS
-
     folder = work / name
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.redirect_stderr(io.StringIO()):  # devices say what becomes of them
-        for number, data in enumerate(TARGETS[name].seeds()):
+        for number, data in enumerate(libfuzzer.named(name).seeds()):
             (folder / f"seed-{number}").write_bytes(data)
 
 
@@ -131,9 +129,7 @@ def merge(work: Path, name: str) -> int:
 
 def is_slow(name: str) -> bool:
     """Whether the ordinary test run tries few inputs of it, as each takes a while."""
-    from tests.fuzz.targets import TARGETS
-
-    return TARGETS[name].runs <= 60
+    return libfuzzer.named(name).runs <= 60
 
 
 def covering(reached: Mapping[Path, frozenset[int]], most: int) -> list[Path]:
@@ -172,16 +168,14 @@ def main(words: list[str]) -> int:
 
         TARGETS[options.name[0]](options.again.read_bytes())
         return 0
+    libfuzzer.import_instrumented(options.name)
+    names = options.name or libfuzzer.names()
     if options.merge:
-        libfuzzer.import_instrumented(options.name)
-        from tests.fuzz.targets import TARGETS
-
-        for name in options.name or TARGETS:
+        for name in names:
             size = merge(work, name)
             print(f"{name}: {len(corpora.found(name))} inputs, {size} bytes", flush=True)
         return 0
-    libfuzzer.import_instrumented(options.name)
-    return take_turns(work, options.name, options.hours, options.turn)
+    return take_turns(work, names, options.hours, options.turn)
 
 
 if __name__ == "__main__":

@@ -23,9 +23,13 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from tests.fuzz import native
 from tests.fuzz.corpora import corpus
+
+if TYPE_CHECKING:
+    from tests.fuzz.targets.registry import Target
 
 INSTRUMENTED = ["vmm", "kvm_bindings"]
 PATIENCE = 600
@@ -43,6 +47,8 @@ class Result(NamedTuple):
     edges: int
     features: int
     runs: int
+    seconds: float
+    """Processor time: a busy machine's minute is no minute of fuzzing."""
     failed: list[str]
     """Files with the inputs that failed."""
     said: str
@@ -60,6 +66,9 @@ def import_instrumented(names: Sequence[str] = ()) -> None:
     """Import all targets, and with them pyvmm, with counters; all that `names` need (or all)."""
     import atheris
 
+    for name in native.NATIVE:
+        if name in names or (not names and native.clang()):
+            native.build(name)
     # It names each module.
     with contextlib.redirect_stderr(io.StringIO()), atheris.instrument_imports(INSTRUMENTED):
         from tests.fuzz.targets import TARGETS
@@ -73,6 +82,8 @@ def import_instrumented(names: Sequence[str] = ()) -> None:
 def fuzz(name: str, words: Sequence[str], failed: Path | None = None) -> None:
     """libFuzzer's loop; ends the process. `words` begin with what it calls itself by. An input
     with which the target raises goes to `failed`."""
+    if name in native.NATIVE:
+        native.become(name, words)
     import atheris
 
     from tests.fuzz.targets import TARGETS
@@ -82,7 +93,7 @@ def fuzz(name: str, words: Sequence[str], failed: Path | None = None) -> None:
     def attempt(data: bytes) -> None:
         data = bytes(data)
         try:
-            target(data)
+            target.quickly(data)
         except BaseException:
             # libFuzzer keeps what makes a process crash or hang, but no exceptions' inputs.
             if failed is not None:
@@ -91,6 +102,20 @@ def fuzz(name: str, words: Sequence[str], failed: Path | None = None) -> None:
 
     atheris.Setup(list(words), attempt)
     atheris.Fuzz()
+
+
+def named(name: str) -> Target | native.Native:
+    """The target of that name."""
+    from tests.fuzz.targets import TARGETS
+
+    return native.NATIVE.get(name) or TARGETS[name]
+
+
+def names() -> list[str]:
+    """All that can be fuzzed here."""
+    from tests.fuzz.targets import TARGETS
+
+    return [*TARGETS, *(native.NATIVE if native.clang() else ())]
 
 
 def run(name: str, work: Path, words: Sequence[str]) -> Result:
@@ -108,7 +133,7 @@ def run(name: str, work: Path, words: Sequence[str]) -> Result:
                 places = [f"-artifact_prefix={failed}/", str(inputs), str(kept)]
                 fuzz(name, [name, *words, *places], failed)
             os._exit(70)
-        _, status = os.waitpid(child, 0)
+        _, status, used = os.wait4(child, 0)
         log.seek(0)
         text = log.read()
     seen = [(int(edges), int(features)) for edges, features in _COVERED.findall(text)]
@@ -122,6 +147,7 @@ def run(name: str, work: Path, words: Sequence[str]) -> Result:
         seen[-1][0] if seen else 0,
         seen[-1][1] if seen else 0,
         0 if done is None else int(done[1]),
+        round(used.ru_utime + used.ru_stime, 1),
         fresh,
         text[-_TAIL:].decode("utf-8", "replace") if status else "",
     )
@@ -198,7 +224,7 @@ def main(words: list[str]) -> int:
 
     status = 0
     for name in options.name or TARGETS:
-        target = TARGETS[name]
+        target = named(name)
         limits = [f"-seed={options.seed}", *common_words(target.longest)]
         if options.seconds is not None:
             limits.append(f"-max_total_time={options.seconds}")

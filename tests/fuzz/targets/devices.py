@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from tests.fuzz.attacked import DEVICES, FailingHost, attacked
+from tests.fuzz.attacked import DEVICES, QUICK, SLOW, FailingHost, attacked
 from tests.fuzz.drawing import Choices, recorded
 from tests.fuzz.hostile_driver import CANARY
 from tests.fuzz.oracles import TurnCost, assert_holds_little
@@ -29,7 +29,8 @@ def _live(name: str, choices: Choices) -> None:
     with scratch_folder() as folder, ExitStack() as stack:
         fails, another = choices.random() < 0.2, choices.random() < 0.2
         host = FailingHost(choices, stack) if fails else None
-        with attacked(name, choices, Path(folder)) as (device, driver):
+        step = SLOW if fails else QUICK
+        with attacked(name, choices, Path(folder), step) as (device, driver):
             TurnCost(driver.machine)
             driver.second_vcpu, driver.most_moves = another, _MOVES
             for _ in range(_LIVES):
@@ -45,6 +46,7 @@ def _live(name: str, choices: Choices) -> None:
                 assert_holds_little(driver.machine)
                 assert CANARY not in device.came_out(), "private memory came out"
             driver.memory.check()
+    transfer._scratches.own.pipe_ends()  # a transfer that failed has dropped it
     assert len(os.listdir("/proc/self/fd")) == before, "the device keeps a file open"
 
 

@@ -379,7 +379,8 @@ class SplitQueue:
 
     def _chain(self, table: bytes | bytearray, head: int) -> tuple[Chain, int, int]:
         """Follow one chain through the copied table, which the guest can't change under us; the
-        chain, how many descriptors it took, and its bytes."""
+        chain, how many descriptors were read for it (an indirect table's are, all of them), and
+        its bytes."""
         readable: list[Segment] = []
         writable: list[Segment] = []
         total = 0
@@ -411,7 +412,8 @@ class SplitQueue:
             elif length:
                 readable.append((gpa, length))
             if not flags & DESC_NEXT:
-                return Chain(head, readable, writable), before + size - left, total
+                read = size - left if direct else before + size
+                return Chain(head, readable, writable), read, total
             index = following
         raise QueueError(f"chain {head} is a loop")
 
