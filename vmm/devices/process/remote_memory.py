@@ -296,6 +296,10 @@ class RemoteBatches(RemoteMemory):
             self._guessed = pieces[ring:], data[size:]
         return data[:size]
 
+    def forget_guesses(self) -> None:
+        """A ring has come without any: those from before are older than what it speaks of."""
+        self._guessed = None
+
     def with_guesses(self, ring: list[int]) -> list[int]:
         """A ring's pieces, and what is likely to be read with it."""
         self._guessed = None
@@ -462,6 +466,7 @@ class _QueueMemory:
         answer = self._memory.write([gpa, len(data)], data, [self._index, 4, *self._look])
         self._index_brought = bytes(answer[:4])
         self._brought = None
+        self._memory.forget_guesses()
         if answer[2:4] != data and len(answer) > 4:
             self._brought = self._seen = bytes(answer[4:])  # it is there already
 
@@ -489,6 +494,7 @@ class _QueueMemory:
             then = self._after = self._memory.with_guesses(then)
             self._number = self._number % 255 + 1
         elif not looks:
+            self._memory.forget_guesses()
             known = self._seen_index()  # who takes his time has chains to go on with
         number = self._number if looks and then else 0
         returned = protocol.RETURNED.pack(*returning, known, looks, number, self._memory.counts())

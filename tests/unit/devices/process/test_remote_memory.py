@@ -223,3 +223,18 @@ def test_guest_without_a_processor_of_its_own_is_not_waited_for() -> None:
     """What it has by then is seen all the same, and a notify asked for."""
     assert looks_with(1) == 1
     assert 1 < looks_with(2) <= protocol.MOST_LOOKS
+
+
+def test_guess_is_of_no_use_for_a_ring_that_came_after_it(channel: Answering) -> None:
+    """As where a notify is asked for, which brings the ring as it is by then."""
+    memory = batches(channel)
+    driver = VirtioQueueDriver(channel.memory, 0x8000, 16)
+    addresses = driver.desc, driver.avail, driver.used
+    queue = RemoteQueue(memory, 0, 16, *addresses, F_EVENT_IDX)
+    driver.offer(driver.chain([Piece(0x5000, 8)]))
+    memory.read_many(HEADERS)
+    assert len(queue.take()) == 1  # a look with a guess, and another one
+
+    channel.memory.poke(b"news", 0x2000)
+
+    assert memory.read_many(HEADERS)[:4] == b"news"
