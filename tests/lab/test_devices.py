@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from vmm.lab.machine import Lab
 
 SEED = 20
 BALLOON_MIB = 96
+NUMBERS, GIVEN_BYTES = 36_000, 200 << 10
+"""What a card in a process moves: some 200 KB each way."""
 
 
 # Takes the random number device away from its driver and gives it back, for ever: each time the
@@ -34,7 +37,13 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def start(lab: Lab, lab_start: Starter, tmp_path: Path, options: list[str]) -> Shell:
+def start(
+    lab: Lab,
+    lab_start: Starter,
+    tmp_path: Path,
+    options: list[str],
+    disks: Sequence[str] = ("disk0.ext4", "disk1.ext4"),
+) -> Shell:
     kernel = lab.guest_kernel("debian:6.12")
     words = [str(executable()), "-m", "tests.support.lab_peers"]
     words += [str(tmp_path / "peers.json"), str(SEED)]
@@ -43,7 +52,7 @@ def start(lab: Lab, lab_start: Starter, tmp_path: Path, options: list[str]) -> S
     run = lab_start(
         words,
         program=True,
-        disks=["disk0.ext4", "disk1.ext4"],
+        disks=list(disks),
         outputs=[tmp_path / "peers.json", tmp_path / "report.json"],
         cpus=1,
     )
@@ -150,6 +159,39 @@ def check_devices(report: dict[str, Any]) -> None:
         assert device["errors"] == device["refused"] == 0, name
     for name in ("net0", "vsock"):
         assert io[name]["bytes_read"] > BLOB_BYTES and io[name]["bytes_written"] > 2 * MIB
+
+
+def test_stock_kernel_with_private_memory_moves_bytes_over_a_card_in_a_process(
+    lab: Lab, lab_start: Starter, tmp_path: Path
+) -> None:
+    """A little each way, while pages are converted beside it."""
+    shell = start(
+        lab,
+        lab_start,
+        tmp_path,
+        ["--private-mem", "--net", "tap=tap0,mac=02:00:00:00:00:02,process", "--rng"],
+        disks=(),
+    )
+
+    assert "AMD SEV" in shell.type("dmesg | grep 'Memory Encryption'")
+    shell.type("ip addr add 192.0.2.2/24 dev eth0; ip link set eth0 up; touch /tmp/go")
+    shell.type(CONVERT)
+    taken = shell.type(f"seq {NUMBERS} | nc 192.0.2.1 5000")
+    given = shell.type(f"nc 192.0.2.1 5001 </dev/null | head -c {GIVEN_BYTES} | sha256sum")
+    rounds = int(shell.type("rm /tmp/go; wait; cat /tmp/rounds").split()[0])
+    status = shell.leave("poweroff -f")
+
+    assert status == 0, bytes(shell._run.stderr.data)
+    ours = sha256(b"".join([b"%d\n" % number for number in range(1, NUMBERS + 1)]))
+    assert taken.split() == [ours]
+    assert json.loads((tmp_path / "peers.json").read_text())["net take"] == ours
+    assert given.split()[0] == sha256(blob(SEED)[:GIVEN_BYTES])
+    report = report_of(tmp_path)
+    assert report["conversions"]["unshare"]["calls"] > rounds > 0
+    card = report["io"]["net0"]
+    assert card["errors"] == card["refused"] == card["process"]["deaths"] == 0
+    assert card["process"]["seccomp"]
+    assert card["bytes_read"] > GIVEN_BYTES and card["bytes_written"] > 5 * NUMBERS
 
 
 def test_ordinary_vm_gives_memory_back_by_its_balloon_and_resets(

@@ -6,6 +6,7 @@ import socket
 import struct
 from pathlib import Path
 
+from tests.support.fake_memory import FakeMemory
 from tests.support.virtio_driver import Piece
 from tests.support.virtio_machine import VirtioMachine
 from vmm.devices.virtio import console
@@ -18,8 +19,10 @@ RX0, TX0, CONTROL_RX, CONTROL_TX, RX1, TX1 = range(6)
 class Consoles:
     """A machine with the ports that the test asked for."""
 
-    def __init__(self, *specs: str, device: VirtioDevice | None = None) -> None:
-        self.machine = VirtioMachine(device or open_console(specs))
+    def __init__(
+        self, *specs: str, device: VirtioDevice | None = None, memory: FakeMemory | None = None
+    ) -> None:
+        self.machine = VirtioMachine(device or open_console(specs), memory)
         self._messages: list[Piece] = []
 
     def up(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from pathlib import Path
 
+from tests.support.fake_memory import FakeMemory
 from tests.support.virtio_driver import Piece
 from tests.support.virtio_machine import VirtioMachine
 from vmm.devices.virtio.device import VirtioDevice
@@ -18,9 +19,15 @@ CREDIT = 1 << 16
 class Guest:
     """The guest's side: packets out of and into buffers that are always there."""
 
-    def __init__(self, path: Path, rx_size: int = 4096, device: VirtioDevice | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        rx_size: int = 4096,
+        device: VirtioDevice | None = None,
+        memory: FakeMemory | None = None,
+    ) -> None:
         self.path = path
-        self.machine = VirtioMachine(device or open_vsock(f"path={path},cid={CID}"))
+        self.machine = VirtioMachine(device or open_vsock(f"path={path},cid={CID}"), memory)
         self._rx_size = rx_size
         self._buffers: dict[int, Piece] = {}
         self.forwarded = 0

@@ -129,7 +129,9 @@ def _body(choices: Choices, what: int) -> bytes:
         numbers = [choices.choice((0, 1, 2, 16, 0xFFFF)) for _ in range(3)]
         looks = choices.choice((0, 1, protocol.MOST_LOOKS, protocol.MOST_LOOKS + 1))
         queue = choices.choice((*(0,) * 8, 1))
-        head = protocol.RETURNED.pack(queue, *numbers, looks, choices.choice((0, 1, 255)))
+        counts = _body(choices, protocol.TURN).ljust(protocol.COUNTS.size)
+        number = choices.choice((0, 1, 255))
+        head = protocol.RETURNED.pack(queue, *numbers, looks, number, counts)
         return head + _body(choices, protocol.WRITE)
     if what == protocol.WRITE:
         sizes = [choices.choice((1, 8, 16)) for _ in range(count)]

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.support.fake_memory import BatchingFakeMemory, FakeMemory
 from tests.support.virtio_driver import ACCESS_PLATFORM, NEEDS_RESET, VERSION_1, Piece
-from tests.support.virtio_machine import VirtioMachine
+from tests.support.virtio_machine import MEMORY, VirtioMachine
 from vmm.core.ranges import Range
 from vmm.devices.virtio.budget import TURN_CALLS, Budget
 from vmm.devices.virtio.net import (
@@ -27,6 +28,7 @@ from vmm.devices.virtio.net import (
     VirtioNet,
 )
 from vmm.devices.virtio.net_backend import Passt
+from vmm.devices.virtio.queue import F_INDIRECT_DESC
 
 MAC = bytes.fromhex("020000000001")
 HEADER = bytes(HEADER_SIZE)
@@ -36,11 +38,11 @@ PLAIN = HEADER[:10] + b"\1\0"  # num_buffers: 1
 class Network:
     """A machine with a card, and the passt at the other end of its socket."""
 
-    def __init__(self) -> None:
+    def __init__(self, memory: FakeMemory | None = None) -> None:
         ours, self.passt = socket.socketpair()
         self.passt.setblocking(False)
         self.device = VirtioNet(Passt(ours), MAC)
-        self.machine = VirtioMachine(self.device)
+        self.machine = VirtioMachine(self.device, memory)
 
     def close(self) -> None:
         self.machine.close()
@@ -68,9 +70,10 @@ class Network:
         return frames
 
 
-@pytest.fixture
-def network() -> Iterator[Network]:
-    made = Network()
+@pytest.fixture(params=[FakeMemory, BatchingFakeMemory])
+def network(request: pytest.FixtureRequest) -> Iterator[Network]:
+    """On memory with verbs for many pieces, and on one that is read piece by piece."""
+    made = Network(request.param(MEMORY))
     yield made
     made.close()
 
@@ -208,7 +211,7 @@ def test_net_guest_that_sends_more_than_passt_takes_waits(network: Network) -> N
     assert done + len(machine.queues[TX].collect()) == 60
 
 
-def test_net_driver_that_adds_frames_all_the_time_is_stopped_at_the_ring_size(
+def test_net_driver_that_adds_frames_all_the_time_has_to_notify_of_them(
     network: Network,
 ) -> None:
     machine = network.machine
@@ -227,8 +230,9 @@ def test_net_driver_that_adds_frames_all_the_time_is_stopped_at_the_ring_size(
 
     machine.transport.notify(TX)
 
-    assert offered <= 17
-    assert machine.driver.status & NEEDS_RESET
+    assert offered == 1
+    assert machine.queues[TX].collect() == [(0, 0)]
+    assert machine.queues[TX].notify_event() == 1  # so that it notifies of the second
 
 
 @pytest.mark.parametrize("pieces", [[b""], [HEADER[:11]]])
@@ -580,3 +584,141 @@ def test_net_turn_of_frames_without_room_is_bounded(network: Network) -> None:
 
     assert 0 < received <= TURN_CALLS
     assert machine.rung == [RX]
+
+
+# --- what is read and written together ---
+
+
+@pytest.fixture
+def batching() -> Iterator[Network]:
+    made = Network(BatchingFakeMemory(MEMORY))
+    yield made
+    made.close()
+
+
+def test_net_frames_that_leave_together_are_read_by_one_call(batching: Network) -> None:
+    machine = batching.machine
+    machine.up()
+    for number in range(5):
+        machine.give(TX, machine.place(HEADER), machine.place(b"frame %d" % number))
+    machine.memory.calls.clear()
+
+    machine.kick(TX)
+
+    assert batching.sent() == [b"frame %d" % number for number in range(5)]
+    assert machine.memory.calls["read_many"] == 2  # the rings, then the frames
+    assert batching.device.statistics.bytes_written == 5 * len(b"frame 0")
+
+
+def test_net_frames_that_are_too_much_for_one_call_leave_in_order(batching: Network) -> None:
+    machine = batching.machine
+    machine.up()
+    frames = [bytes([number]) * 30000 for number in range(5)]
+    for frame in frames:
+        machine.give(TX, machine.place(HEADER), machine.place(frame))
+    machine.memory.calls.clear()
+
+    machine.kick(TX)
+
+    assert batching.sent() == frames
+    assert machine.memory.calls["read_many"] == 1 + 3
+
+
+def test_net_what_is_no_frame_is_left_out_of_those_that_leave_together(batching: Network) -> None:
+    machine = batching.machine
+    machine.up()
+    heads = [
+        machine.give(TX, machine.place(HEADER + b"first")),
+        machine.give(TX, machine.place(HEADER)),
+        machine.give(TX, Piece(0, 0x10000), Piece(0, LARGEST_FRAME)),
+        machine.give(TX, machine.place(HEADER), machine.place(b"last")),
+    ]
+
+    machine.kick(TX)
+
+    assert batching.sent() == [b"first", b"last"]
+    assert machine.queues[TX].collect() == [(head, 0) for head in heads]
+    assert batching.device.statistics.errors == 2
+
+
+def test_net_frames_before_one_that_is_private_leave(network: Network) -> None:
+    machine = network.machine
+    machine.up()
+    machine.memory.private.append(Range(0x80000, 4096))
+    first = machine.give(TX, machine.place(HEADER + b"first"))
+    machine.give(TX, machine.place(HEADER), Piece(0x80000, 100))
+    machine.give(TX, machine.place(HEADER + b"last"))
+
+    machine.kick(TX)
+
+    assert network.sent() == [b"first"]
+    assert machine.queues[TX].collect() == [(first, 0)]
+    assert machine.driver.status & NEEDS_RESET
+    assert network.device.statistics.refused == 1
+
+
+def test_net_frames_that_arrive_together_are_written_and_returned_by_one_call(
+    batching: Network,
+) -> None:
+    machine = batching.machine
+    machine.up()
+    buffers = [machine.blank(100) for _ in range(8)]
+    for buffer in buffers:
+        machine.give(RX, buffer)
+    machine.kick(RX)
+    machine.memory.calls.clear()
+
+    batching.arrive(b"one", b"two" * 40, b"three")
+
+    assert [size for _, size in machine.queues[RX].collect()] == [15, 100, 32, 17]
+    assert machine.text(buffers[3], 17) == PLAIN + b"three"
+    assert (machine.memory.calls["write_many"], machine.memory.calls["pwrite"]) == (1, 0)
+    assert batching.device.statistics.requests == 3
+    assert batching.device.statistics.bytes_read == 3 + 120 + 5
+
+
+def test_net_frames_that_are_too_much_for_one_call_arrive_in_order() -> None:
+    frames = [bytes([number]) * 30000 for number in range(5)]
+    waiting = [HEADER + frame for frame in frames]
+    backend = NotingBackend()
+    backend.receive = lambda: waiting.pop(0) if waiting else None  # type: ignore[method-assign]
+    machine = VirtioMachine(VirtioNet(backend, MAC), BatchingFakeMemory(MEMORY))
+    machine.up()
+    buffers = [machine.blank(30100) for _ in frames]
+    for buffer in buffers:
+        machine.give(RX, buffer)
+    machine.memory.calls.clear()
+
+    machine.kick(RX)
+
+    assert [machine.text(buffer, 30012) for buffer in buffers] == [PLAIN + one for one in frames]
+    assert machine.memory.calls["write_many"] == 3
+    machine.close()
+
+
+def test_net_frames_before_one_whose_buffer_is_private_arrive(network: Network) -> None:
+    """And are counted; of the others the driver is told nothing."""
+    machine = network.machine
+    machine.up()
+    machine.memory.private.append(Range(0x80000, 4096))
+    first = machine.blank(100)
+    head = machine.give(RX, first)
+    machine.give(RX, Piece(0x80000, 100, True))
+    last = machine.blank(100)
+    machine.give(RX, last)
+    machine.kick(RX)
+
+    network.arrive(b"one", b"two", b"three")
+
+    assert machine.text(first, 15) == PLAIN + b"one"
+    assert machine.text(last, 1) == b"\xcc"
+    assert machine.queues[RX].collect() == [(head, 15)]
+    assert machine.driver.status & NEEDS_RESET
+    statistics = network.device.statistics
+    assert (statistics.requests, statistics.bytes_read, statistics.refused) == (1, 3, 1)
+
+
+def test_net_without_a_process_has_indirect_tables_and_no_patience(network: Network) -> None:
+    assert network.machine.driver.offered_features() & F_INDIRECT_DESC
+    network.machine.up()
+    assert network.device._queues[TX].patience == 0

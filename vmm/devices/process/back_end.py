@@ -127,6 +127,8 @@ class BackEnd:
                 self._numbers,
                 may_keep=self._may_keep(features),
                 may_guess=bool(flags & protocol.QUIET),
+                counts=self._counts,
+                kicked=self._kicked,
             )
         else:
             memory = RemoteMemory(self._channel, self._numbers)
@@ -212,11 +214,13 @@ class BackEnd:
         return interrupt
 
     def _tell(self, index: int, flags: int) -> None:
+        self._channel.say(protocol.TURN, flags, index, self._counts())
+
+    def _counts(self) -> bytes:
         counts = self._device.statistics
-        body = protocol.COUNTS.pack(
+        return protocol.COUNTS.pack(
             counts.requests, counts.flushes, counts.errors, counts.bytes_read, counts.bytes_written
         )
-        self._channel.say(protocol.TURN, flags, index, body)
 
     def _guarded(self, work: Callable[[], None]) -> None:
         """Whatever a device's work may raise stops the device, until it is reset."""

@@ -139,6 +139,7 @@ class ProcessDevice(VirtioDevice):
         self.device_id, self.pci_class = device.device_id, device.pci_class
         self.features, self.queue_sizes = device.features, device.queue_sizes
         self.engine, self.may_decline = device.engine, device.may_decline
+        self.lacks = device.lacks
         self.set_timer: Callable[[float, Callable[[], None]], None] = _unconnected
         self._own_config = self._config_with = device.config()
         self._config_without = config_without
@@ -335,7 +336,7 @@ class ProcessDevice(VirtioDevice):
         if memory is None:
             self._say(protocol.RESET)
             return
-        flags = protocol.BATCHES if hasattr(memory, "move_in") else 0
+        flags = protocol.BATCHES if hasattr(memory, "read_many") else 0
         flags |= protocol.QUIET if getattr(memory, "quiet", False) else 0
         flags |= protocol.RESUMED if bases is not None else 0
         body = protocol.FEATURES.pack(self._agreed, self._kept)
@@ -463,7 +464,9 @@ class ProcessDevice(VirtioDevice):
             self._done(flags, queue)
             return None
         if what == protocol.TURN:
-            self._count(queue, body)  # true also of a turn from before a reset
+            if len(body) != protocol.COUNTS.size:
+                raise ProtocolError(f"a turn of queue {queue}")
+            self._count(_counts_in(body))  # true also of a turn from before a reset
         if generation != self._generation or self._memory is None:
             return None  # of before a reset
         if what == protocol.TURN:
@@ -492,12 +495,7 @@ class ProcessDevice(VirtioDevice):
             self.statistics.seccomp, self.statistics.landlock = bool(flags), landlock
         self._catch_up()
 
-    def _count(self, queue: int, body: memoryview) -> None:
-        if len(body) != protocol.COUNTS.size:
-            raise ProtocolError(f"a turn of queue {queue}")
-        counts = protocol.COUNTS.unpack(body)
-        if max(counts) > protocol.MOST_COUNT:
-            raise ProtocolError(f"a count of {max(counts)}")
+    def _count(self, counts: Sequence[int]) -> None:
         mine = self.statistics
         sums = [before + now for before, now in zip(self._before, counts, strict=True)]
         mine.requests, mine.flushes, mine.errors = sums[:3]
@@ -508,16 +506,23 @@ class ProcessDevice(VirtioDevice):
         if queue not in self._queues:
             raise ProtocolError(f"a turn of queue {queue}")
         if flags & protocol.RESTED:
-            if queue not in self._kicked:
-                raise ProtocolError(f"queue {queue} was not kicked")
-            self._kicked.discard(queue)
-            if queue in self._again:
-                self._again.discard(queue)
-                self._kick(queue)
+            self._require_kicked(queue)
+            self._rested(queue)
         if not flags & protocol.INTERRUPT:
             return None
         self._interrupts.add(queue)
         return queue
+
+    def _require_kicked(self, queue: int) -> None:
+        if queue not in self._kicked:
+            raise ProtocolError(f"queue {queue} was not kicked")
+
+    def _rested(self, queue: int) -> None:
+        """The process is done with what the queue was kicked for."""
+        self._kicked.discard(queue)
+        if queue in self._again:
+            self._again.discard(queue)
+            self._kick(queue)
 
     def _stopped(self, flags: int, body: memoryview) -> int | None:
         words = one_line(bytes(body[: protocol.MOST_TEXT]).decode("utf-8", "replace"))
@@ -577,6 +582,9 @@ class ProcessDevice(VirtioDevice):
                 returned = protocol.returned_in(body)
                 if returned.queue not in self._queues:
                     raise ProtocolError(f"chains of queue {returned.queue}")
+                counts = _counts_in(returned.counts)
+                if flags & protocol.RESTED:
+                    self._require_kicked(returned.queue)
                 body = body[protocol.RETURNED.size :]
             moves, pieces, then, data = protocol.write_in(body)
             if moves:
@@ -585,16 +593,18 @@ class ProcessDevice(VirtioDevice):
                     raise _Short(moved)
             _write(memory, pieces, bytes(data))
             if returned is not None:
-                return self._returned(memory, returned, then)
+                self._count(counts)
+                return self._returned(memory, returned, then, bool(flags & protocol.RESTED))
             return _read(memory, then) if then else b""
         is_out, whole = what == protocol.MOVE_OUT, bool(flags & protocol.WHOLE)
         return protocol.MOVED.pack(self._move(memory, is_out, number, body, whole)[0])
 
     def _returned(
-        self, memory: Any, returned: protocol.Returned, then: list[int]
+        self, memory: Any, returned: protocol.Returned, then: list[int], rests: bool
     ) -> bytes | bytearray:
         """The driver has been told of chains: see to its interrupt, and whether there is more for
-        the process. What fails here the process finds out by itself: the write has been made."""
+        the process, which else `rests`. What fails here it finds out by itself: the write has been
+        made."""
         queue = self._queues[returned.queue]
         _, avail, used = queue.addresses
         has_events = self._agreed & F_EVENT_IDX
@@ -624,6 +634,8 @@ class ProcessDevice(VirtioDevice):
                     memory.pwrite(asked, used + 4 + 8 * queue.size)
                     # 2.7.10: once more, as the driver may not have seen it.
                 else:
+                    if asked and rests:
+                        self._rested(returned.queue)
                     return head[:4] + asked
                 head = memory.pread(4, avail)
             return _read(memory, then) if then else head[:4]
@@ -727,6 +739,14 @@ class ProcessDevice(VirtioDevice):
         self._memory.pwrite(_S_IOERR, gpa + size - 1)
         self.statistics.errors += 1
         return 1 if len(chain.writable) == 1 and size == 1 else 0
+
+
+def _counts_in(body: bytes | memoryview) -> tuple[int, ...]:
+    """What a process says that it has counted. Raises ProtocolError."""
+    counts = protocol.COUNTS.unpack(body)
+    if max(counts) > protocol.MOST_COUNT:
+        raise ProtocolError(f"a count of {max(counts)}")
+    return counts
 
 
 # Guest memory of which each access is announced, or translated, has no verbs for many pieces.

@@ -17,11 +17,12 @@ The process to pyvmm, which answers the first five, one at a time:
                all of these; the data, which is written when all has been moved: SHORT otherwise,
                and u64 bytes moved
     RETURN     as WRITE, for what tells the driver of chains; a RETURNED before it. Once that is
-               written pyvmm sees to the interrupt. It looks at the available ring until there is
-               something new, or else asks for a notify. The answer's body is what was read
-               afterwards, if there is something; else the ring's flags and index, and then the
-               index that a notify was asked for; or nothing, where the process has to see to all
-               of this
+               written its counts hold, and pyvmm sees to the interrupt. It looks at the available
+               ring until there is something new, or else asks for a notify. The answer's body is
+               what was read afterwards, if there is something; else the ring's flags and index,
+               and then the index that a notify was asked for; or nothing, where the process has to
+               see to all of this. Flags: as WRITE; and RESTED, which counts if a notify was asked
+               for
     MOVE_IN    file: moves: u64 file offset, gpa, size...
     MOVE_OUT   file: moves: u64 gpa, file offset, size...
                flags of both: WHOLE: one move, which ends short at the file's end alone, and not
@@ -52,10 +53,10 @@ COUNTS = Struct("=QQQQQ")
 """Requests, flushes and errors of the device since its process began, bytes read and written: of a
 device without files, as what is moved from and to those is counted where it is done."""
 WRITE_HEAD = Struct("=IIIxxxx")
-RETURNED = Struct("=HHHHBB6x")
+RETURNED = Struct("=HHHHBB6x40s")
 """Queue, what its used index becomes, how many chains that are, the available index that isn't new,
-how often it is looked at in vain before a notify is asked for (0: none is), and a number for what
-is read afterwards (0: it has none)."""
+how often it is looked at in vain before a notify is asked for (0: none is), a number for what is
+read afterwards (0: it has none), and COUNTS."""
 FEATURES = Struct("=QQ")
 KEPT = Struct("=Q")
 MOVED = Struct("=Q")
@@ -66,7 +67,7 @@ READ, WRITE, MOVE_IN, MOVE_OUT, TURN, STOPPED, CONFIG, DONE = 16, 17, 18, 19, 20
 KEEP, NOTE, RETURN = 24, 25, 26
 
 BATCHES, RESUMED, QUIET = 1, 2, 4  # flags of ACTIVATE
-INTERRUPT, RESTED = 1, 2  # flags of TURN
+INTERRUPT, RESTED = 1, 2  # flags of TURN, and the second of RETURN
 REFUSED = 1  # flag of STOPPED
 WHOLE = 1  # flag of MOVE_IN and MOVE_OUT
 OUT = 1  # flag of WRITE and RETURN
@@ -74,8 +75,8 @@ OUT = 1  # flag of WRITE and RETURN
 OK, PRIVATE, UNMAPPED, DENIED, FAILED, STALE, SHORT = 0, 1, 2, 3, 4, 5, 6
 """How an access ended."""
 
-MOST_DATA = 64 << 10
-"""Bytes that one message reads or writes."""
+MOST_DATA = 68 << 10
+"""Bytes that one message reads or writes: a network's largest frame, and what a ring has of it."""
 MOST_PIECES = 3072
 """Pieces of one message: as many as a turn has descriptors, and some more."""
 MOST_AFTER = 128
@@ -120,6 +121,7 @@ class Returned(NamedTuple):
     known: int
     looks: int
     number: int
+    counts: bytes
 
 
 def words(numbers: Sequence[int]) -> bytes:

@@ -6,15 +6,15 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-from kvm_bindings.virtqueue import MOST_ENTRIES
+from kvm_bindings.virtqueue import MOST_ENTRIES, Chains
 from vmm.core.errors import AccessDenied, GuestMemoryError, PrivateAccess, UnmappedAccess
 from vmm.core.lean_typing import NoReturn
 from vmm.devices.process import protocol
 from vmm.devices.process.protocol import HEAD
 from vmm.devices.virtio.block_batch import after
-from vmm.devices.virtio.queue import SplitQueue
+from vmm.devices.virtio.queue import Chain, SplitQueue
 
 _REFUSALS: dict[int, type[GuestMemoryError]] = {
     protocol.PRIVATE: PrivateAccess,
@@ -26,9 +26,15 @@ _MOST_WRONG = 4
 """Guesses that were of no use, after which there are none until they would have been."""
 _MOST_GUESSED = 128
 """Numbers of a guess, two for a piece: as many as a busy disk has requests in a batch."""
-LOOKS = 12
-"""How often pyvmm looks at the ring of a patient device for what comes next, as such a device does
-in pyvmm's own process."""
+
+
+def looks_with(processors: int) -> int:
+    """How often pyvmm looks at the ring of a patient device for what comes next: as such a device
+    does in pyvmm's own process, but once where the guest can't go on meanwhile."""
+    return 12 if processors > 1 else 1
+
+
+LOOKS = looks_with(len(os.sched_getaffinity(0)))
 TURNS_AT_ONCE = 64
 """Turns in which moves aren't kept, after some that failed."""
 
@@ -90,7 +96,9 @@ class Channel:
             packet = self.hear()
             if packet[0] == protocol.ANSWER:
                 break
-            self.backlog.append(bytes(packet))
+            # What a KICK brings is older than the answer, which may be of the same rings.
+            is_old = packet[0] == protocol.KICK
+            self.backlog.append(bytes(packet[: HEAD.size] if is_old else packet))
         status, body_of_answer = packet[1], packet[HEAD.size :]
         if status != protocol.OK:
             self._raise(status, body_of_answer)
@@ -134,13 +142,14 @@ class RemoteMemory:
         data: bytes,
         then: list[int] | None = None,
         returned: bytes = b"",
+        flags: int = 0,
     ) -> memoryview:
         """Write `data` over the pieces (gpa, size, gpa...), then read the pieces of `then`. With
-        what chains are `returned` by it (protocol.RETURNED) it is a RETURN."""
+        what chains are `returned` by it (protocol.RETURNED) it is a RETURN, with these flags."""
         then = then or []
         head = returned + protocol.WRITE_HEAD.pack(0, len(pieces) // 2, len(then) // 2)
         what = protocol.RETURN if returned else protocol.WRITE
-        return self._ask(what, 0, head + protocol.words(pieces + then) + data)
+        return self._ask(what, 0, head + protocol.words(pieces + then) + data, flags)
 
     def transfer_in(self, src_fd: int, src_offset: int, gpa: int, size: int) -> int:
         return self._whole(protocol.MOVE_IN, src_fd, src_offset, gpa, size)
@@ -180,11 +189,21 @@ class RemoteBatches(RemoteMemory):
     """
 
     def __init__(
-        self, channel: Channel, files: dict[int, int], *, may_keep: bool, may_guess: bool
+        self,
+        channel: Channel,
+        files: dict[int, int],
+        *,
+        may_keep: bool,
+        may_guess: bool,
+        counts: Callable[[], bytes],
+        kicked: set[int],
     ) -> None:
+        """`counts`: what the device has counted (protocol.COUNTS). `kicked`: queues whose KICK
+        isn't done with."""
         self._channel_ask = channel.ask
         super().__init__(channel, files)
         self._ask = self._ask_after_moves
+        self.counts, self.kicked = counts, kicked
         self._may_keep = may_keep
         self._kept: tuple[int, int, list[int]] | None = None
         self._at_once = 0
@@ -238,12 +257,13 @@ class RemoteBatches(RemoteMemory):
         data: bytes,
         then: list[int] | None = None,
         returned: bytes = b"",
+        flags: int = 0,
     ) -> memoryview:
         if self._kept is None:
-            return super().write(pieces, data, then, returned)
+            return super().write(pieces, data, then, returned, flags)
         (kept, number, moves), self._kept = self._kept, None
         then = then or []
-        flags = protocol.OUT if kept == protocol.MOVE_OUT else 0
+        flags |= protocol.OUT if kept == protocol.MOVE_OUT else 0
         what = protocol.RETURN if returned else protocol.WRITE
         while True:
             counts = len(moves) // 3, len(pieces) // 2, len(then) // 2
@@ -275,6 +295,10 @@ class RemoteBatches(RemoteMemory):
         if len(pieces) > ring:
             self._guessed = pieces[ring:], data[size:]
         return data[:size]
+
+    def forget_guesses(self) -> None:
+        """A ring has come without any: those from before are older than what it speaks of."""
+        self._guessed = None
 
     def with_guesses(self, ring: list[int]) -> list[int]:
         """A ring's pieces, and what is likely to be read with it."""
@@ -380,10 +404,10 @@ def _in_messages(moves: list[int]) -> Iterator[list[int]]:
 
 class _QueueMemory:
     """What a queue reads and writes, with what it reads next brought along: a look at the rings
-    with a notify, and with what it returns where it is patient; the index and the rings once it
-    has asked for a notify.
+    with a notify, and with what it returns; the index and the rings once it has asked for a notify.
 
-    What was brought counts once, and until the next turn: the driver may have moved on.
+    That there is nothing new counts once, and until the next turn: the driver may have moved on.
+    Chains that were seen and not taken stay what they are, as the driver must leave them alone.
     """
 
     def __init__(self, memory: RemoteBatches, ring: list[int]) -> None:
@@ -392,10 +416,17 @@ class _QueueMemory:
         self._index = ring[0]
         self._look = ring if ring[3] <= 2 * MOST_ENTRIES else []
         self._nothing = bytes(sum(ring[1::2]) - 4)
-        self._brought: bytes | None = None
+        self._brought: bytes | bytearray | None = None
+        self._seen: bytes | bytearray | None = None  # the last look that found something
         self._index_brought: bytes | None = None
-        self.returning: tuple[int, int, int, int, int] | None = None
-        """What is written next tells the driver of chains: what protocol.RETURNED has of them."""
+        self.next = 0
+        """The number of the chain that is taken next, by the available index."""
+        self.returning: tuple[int, int, int] | None = None
+        """What is written next tells the driver of chains: the first of protocol.RETURNED."""
+        self.looks = 0
+        """How often pyvmm looks for what comes next then."""
+        self.is_last = False
+        """Whether nothing else is under way then."""
         self.is_seen_to = False
         """Whether pyvmm has seen to the interrupt for what was returned last."""
         self._asked_at = b""  # the index that pyvmm has asked for a notify of, since then
@@ -411,8 +442,14 @@ class _QueueMemory:
             pieces = self._after if is_last else self._ring
             ring = self._memory.without_guesses(pieces, len(self._ring), ring)
         self._brought = ring
+        if ring is not None:
+            self._seen = ring
         self._index_brought = None
         self._asked_at = b""
+
+    def _seen_index(self) -> int:
+        """How far the driver had come when it was last looked at."""
+        return self.next if self._seen is None else self._seen[2] | self._seen[3] << 8
 
     def pread(self, size: int, gpa: int) -> bytes:
         if gpa == self._index and size == 4 and self._index_brought is not None:
@@ -428,34 +465,49 @@ class _QueueMemory:
             return
         answer = self._memory.write([gpa, len(data)], data, [self._index, 4, *self._look])
         self._index_brought = bytes(answer[:4])
-        # It may be there already, and is looked at next then.
-        self._brought = (bytes(answer[4:]) or None) if answer[2:4] != data else None
+        self._brought = None
+        self._memory.forget_guesses()
+        if answer[2:4] != data and len(answer) > 4:
+            self._brought = self._seen = bytes(answer[4:])  # it is there already
 
     def read_many(self, pieces: list[int]) -> bytes | bytearray:
-        if pieces == self._ring and self._brought is not None:
-            found, self._brought = self._brought, None
+        if pieces != self._ring:
+            return self._memory.read_many(pieces)
+        found, self._brought = self._brought, None
+        if found is not None:
             return found
-        return self._memory.look(pieces) if pieces == self._ring else self._memory.read_many(pieces)
+        if self._seen is None or self._seen_index() == self.next:
+            self._seen = self._memory.look(pieces)
+        return self._seen
 
     def write_many(self, pieces: list[int], data: bytes) -> None:
         self._index_brought = self._brought = None
         self._asked_at = b""
         self.is_seen_to = False
         returning, self.returning = self.returning, None
-        if returning is None or len(data) > protocol.MOST_DATA:
+        is_too_much = len(data) > protocol.MOST_DATA or len(pieces) > 2 * protocol.MOST_PIECES
+        if returning is None or is_too_much:
             self._memory.write_many(pieces, data)
             return
-        *_, known, looks = returning
-        then: list[int] = []
-        if looks and self._look:
-            then = self._after = self._memory.with_guesses(self._look)
+        looks, known, then = self.looks, self.next, self._look
+        if looks and then:
+            then = self._after = self._memory.with_guesses(then)
             self._number = self._number % 255 + 1
-        returned = protocol.RETURNED.pack(*returning, self._number if then else 0)
-        found = bytes(self._memory.write(pieces, data, then, returned))
+        elif not looks:
+            self._memory.forget_guesses()
+            known = self._seen_index()  # who takes his time has chains to go on with
+        number = self._number if looks and then else 0
+        returned = protocol.RETURNED.pack(*returning, known, looks, number, self._memory.counts())
+        queue, kicked = returning[0], self._memory.kicked
+        flags = protocol.RESTED if looks and self.is_last and queue in kicked else 0
+        found = bytes(self._memory.write(pieces, data, then, returned, flags))
+        if flags and len(found) == 6:
+            kicked.discard(queue)
         self.is_seen_to = bool(found)
         if len(found) > 6:
             self._brought = self._memory.without_guesses(then, len(self._ring), found)
-        elif then and found[2:4] == known.to_bytes(2, "little"):
+            self._seen = self._brought
+        elif looks and then and found[2:4] == known.to_bytes(2, "little"):
             # Nothing new, so that nothing else is looked at.
             self._brought, self._asked_at = found[:4] + self._nothing, found[4:]
 
@@ -488,12 +540,17 @@ class RemoteQueue(SplitQueue):
         self, elements: bytes, before: Sequence[int] = (), data: bytes = b""
     ) -> bool:
         count = len(elements) // 8
+        remote = self._remote
+        remote.next = self._next_avail
         # A driver that can't be asked for a notify gives one for all that it has.
-        looks = LOOKS if self.patience and self._event_index else 0
-        self._remote.returning = (
-            self._number, (self._next_used + count) & 0xFFFF, count, self._next_avail, looks
-        )  # fmt: skip
+        remote.looks = LOOKS if self.patience and self._event_index else 0
+        remote.is_last = count == self.outstanding and self.unfinished is None
+        remote.returning = self._number, (self._next_used + count) & 0xFFFF, count
         return super().publish_elements(elements, before, data)
+
+    def _take(self, most: int) -> Chains | list[Chain]:
+        self._remote.next = self._next_avail
+        return super()._take(most)
 
     def _wants_interrupt(self, index: int, count: int) -> bool:
         return not self._remote.is_seen_to and super()._wants_interrupt(index, count)

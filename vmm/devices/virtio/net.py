@@ -10,10 +10,12 @@ import errno
 import struct
 from collections.abc import Mapping, Sequence
 
+from vmm.core.errors import GuestMemoryError
 from vmm.core.lean_typing import TYPE_CHECKING, Protocol
 from vmm.devices.virtio.device import EXPECTED, GuestMemory, VirtioDevice
-from vmm.devices.virtio.queue import Chain, QueueError, SplitQueue
-from vmm.devices.virtio.segments import gather, scatter, total
+from vmm.devices.virtio.net_frames import AT_ONCE, Arrived, Frame, read_together, spread
+from vmm.devices.virtio.queue import F_INDIRECT_DESC, Chain, QueueError, SplitQueue
+from vmm.devices.virtio.segments import scatter, total
 
 if TYPE_CHECKING:
     from vmm.core.saved import Saved, State
@@ -39,6 +41,8 @@ NEEDS_CSUM = 1  # header flag
 GSO_NONE, GSO_TCPV4, GSO_TCPV6 = 0, 1, 4
 # Buffers looked at together: few frames come alone or in hundreds.
 _BATCH = 32
+# Frames that are sent, and returned, together: a driver's that is about to fill its queue.
+_MOST_SENT = 64
 _FOR_A_MOMENT = (errno.ENOMEM, errno.ENOBUFS, errno.EINTR)
 """What says nothing against the backend: the next try may go well."""
 _A_MOMENT = 0.01
@@ -86,7 +90,8 @@ class VirtioNet(VirtioDevice):
     pci_class = 0x020000  # Ethernet controller
     queue_sizes: Sequence[int] = (QUEUE_SIZE, QUEUE_SIZE)
     wants_process = False
-    """Whether it is to have a process of its own."""
+    """Whether it is to have a process of its own, where each look at guest memory is a message: it
+    does without indirect tables then, and has others look for what the driver sends next."""
 
     def __init__(self, backend: NetBackend, mac: bytes, *, mac_given: bool = False) -> None:
         """`mac_given`: the user has chosen it."""
@@ -108,10 +113,17 @@ class VirtioNet(VirtioDevice):
         """What `config` is with a link, or without one."""
         return _CONFIG.pack(self._mac, STATUS_LINK_UP if link_up else 0, 1, 0)
 
+    @property
+    def lacks(self) -> int:  # type: ignore[override]  # known when it has been opened
+        """See VirtioDevice."""
+        return F_INDIRECT_DESC if self.wants_process else 0
+
     def activate(
         self, memory: GuestMemory, queues: Mapping[int, SplitQueue], features: int
     ) -> None:
         super().activate(memory, queues, features)
+        if TX in queues:
+            queues[TX].patience = 1 if self.wants_process else 0
         self._backend.set_offloads(features & self._backend.features)
         self._receiving = RX in queues and self._link_up
         self._watch_backend()
@@ -175,18 +187,18 @@ class VirtioNet(VirtioDevice):
 
     def _receive(self, queue: SplitQueue) -> bool:
         chains: list[Chain] = []
-        used: list[tuple[int, int]] = []
+        arrived = Arrived()
         # Without buffers there is nothing to wait for but the driver's notify.
         self._receiving = True
-        more = False
+        more = interrupt = False
         try:
             while True:
                 if queue.budget.spent:
                     more = True
                     break
-                if len(used) == len(chains):
-                    chains += queue.take(_BATCH)
-                    if len(used) == len(chains):
+                if not chains:
+                    chains = queue.take(_BATCH)
+                    if not chains:
                         more = queue.more
                         self._receiving = False
                         break
@@ -194,18 +206,21 @@ class VirtioNet(VirtioDevice):
                 if frame is None:
                     break
                 queue.budget.spend(1, len(frame))  # also of those that are dropped
-                if not self._deliver(queue, chains, used, frame):
+                if arrived.frames and arrived.size + len(frame) > AT_ONCE:
+                    interrupt |= self._return_arrived(queue, arrived)
+                if not self._deliver(queue, chains, arrived, frame):
                     self._held, more = frame, queue.more
                     self._receiving = False
                     break
         except EXPECTED:
-            queue.publish(used)
+            self._return_arrived(queue, arrived)
             raise
-        queue.put_back(len(chains) - len(used))
+        interrupt |= self._return_arrived(queue, arrived)
+        queue.put_back(len(chains))
         # A frame that waits for the next turn is not the backend's to announce.
         queue.more = more
         self._watch_backend()
-        return queue.publish(used)
+        return interrupt
 
     def _next_frame(self) -> bytes | None:
         if self._held is not None:
@@ -221,44 +236,85 @@ class VirtioNet(VirtioDevice):
             return None
 
     def _deliver(
-        self, queue: SplitQueue, chains: list[Chain], used: list[tuple[int, int]], frame: bytes
+        self, queue: SplitQueue, chains: list[Chain], arrived: Arrived, frame: bytes
     ) -> bool:
-        """Write one frame over the next buffers; without F_MRG_RXBUF over the next one only.
+        """Give one frame the next buffers; without F_MRG_RXBUF the next one only.
 
         False where it takes more buffers than there are now; one that can never fit is dropped.
         """
-        assert self._memory is not None
-        chain = chains[len(used)]
+        chain = chains[0]
         room = total(chain.writable)
         if room < HEADER_SIZE:
             raise QueueError(f"receive buffer {chain.head} has no room for a header of 12 bytes")
-        taken = [chain]
+        count = 1
         out_of_turn = False
         while room < len(frame) and self._agreed & F_MRG_RXBUF:
-            if len(used) + len(taken) == len(chains):
+            if count == len(chains):
                 chains += queue.take(_BATCH)
-                if len(used) + len(taken) == len(chains):
+                if count == len(chains):
                     out_of_turn = queue.more
                     break
-            taken.append(chains[len(used) + len(taken)])
-            room += total(taken[-1].writable)
+            room += total(chains[count].writable)
+            count += 1
         if room < len(frame):
             # Buffers in which not even a turn of their own finds room are no buffers.
-            if self._agreed & F_MRG_RXBUF and len(taken) < queue.size and (used or not out_of_turn):
+            is_short = arrived.any_yet or not out_of_turn
+            if self._agreed & F_MRG_RXBUF and count < queue.size and is_short:
                 return False
             self.statistics.errors += 1
             return True
-        count = _NUM_BUFFERS.pack(len(taken))
-        data = memoryview(frame[:_NUM_BUFFERS_AT] + count + frame[HEADER_SIZE:])
-        done = 0
-        for chain in taken:
-            written = scatter(self._memory, chain.writable, data[done:])
-            queue.budget.spend(1 + len(chain.writable), written)
-            used.append((chain.head, written))
-            done += written
-        self.statistics.requests += 1
-        self.statistics.bytes_read += len(frame) - HEADER_SIZE
+        taken = chains[:count]
+        del chains[:count]
+        number = _NUM_BUFFERS.pack(count)
+        arrived.add(taken, frame[:_NUM_BUFFERS_AT] + number + frame[HEADER_SIZE:])
+        queue.budget.spend(count + sum([len(one.writable) for one in taken]), len(frame))
         return True
+
+    def _return_arrived(self, queue: SplitQueue, arrived: Arrived) -> bool:
+        """Frames, and the buffers that they are in: by one call, where the memory takes batches.
+        Whether the driver wants an interrupt."""
+        memory, frames = self._memory, arrived.take()
+        assert memory is not None
+        if not frames:
+            return False
+        if hasattr(memory, "write_many"):
+            outstanding = queue.outstanding
+            used: list[tuple[int, int]] = []
+            pieces: list[int] = []
+            for chains, frame in frames:
+                used += spread(chains, len(frame), pieces)
+            self._count_received(frames)
+            try:
+                return queue.publish(used, pieces, b"".join([frame for _, frame in frames]))
+            except (GuestMemoryError, OSError):
+                if queue.outstanding != outstanding:  # the driver has been told
+                    raise
+                self._count_received(frames, -1)
+        return self._return_one_by_one(queue, memory, frames)
+
+    def _return_one_by_one(
+        self, queue: SplitQueue, memory: GuestMemory, frames: list[Frame]
+    ) -> bool:
+        """As far as they can be written: the first that can't stops the device."""
+        used: list[tuple[int, int]] = []
+        try:
+            for chains, frame in frames:
+                written = spread(chains, len(frame))
+                done = 0
+                for chain, (_, size) in zip(chains, written, strict=True):
+                    scatter(memory, chain.writable, frame[done : done + size])
+                    done += size
+                used += written
+                self._count_received([(chains, frame)])
+        except EXPECTED:
+            queue.publish(used)
+            raise
+        return queue.publish(used)
+
+    def _count_received(self, frames: list[Frame], sign: int = 1) -> None:
+        self.statistics.requests += sign * len(frames)
+        size = sum([len(frame) - HEADER_SIZE for _, frame in frames])
+        self.statistics.bytes_read += sign * size
 
     # --- from the guest to the backend ---
 
@@ -267,31 +323,34 @@ class VirtioNet(VirtioDevice):
         if not self._flushed():
             self._watch_backend()
             return False
+        assert self._memory is not None
         budget = queue.budget
-        more = False
+        chains = queue.take(_MOST_SENT)
+        more = queue.more
         try:
-            while not (more or self._waiting_for_room):
-                chains = queue.take(_BATCH)
-                more = queue.more and not chains
-                for number, chain in enumerate(chains):
-                    more = number > 0 and budget.spent
-                    if more or not self._send(chain):
-                        self._waiting_for_room = not more
-                        queue.put_back(len(chains) - number)
-                        break
-                    budget.spend(1 + len(chain.readable), total(chain.readable))
-                    used.append((chain.head, 0))
-                if not chains:
+            for chain, frame in read_together(self._memory, chains, self._is_frame):
+                if used and budget.spent:
+                    more = True
                     break
+                if not self._send(chain, frame):
+                    self._waiting_for_room = True
+                    break
+                budget.spend(1 + len(chain.readable), total(chain.readable))
+                used.append((chain.head, 0))
         except EXPECTED:
             queue.publish(used)
             raise
+        queue.put_back(len(chains) - len(used))
         if not self._waiting_for_room:
             self._flushed()  # the last frame may be half on its way
         # With a turn's worth sent there may be more; without room, the backend's fd will tell.
         queue.more = more and not self._waiting_for_room
         self._watch_backend()
         return queue.publish(used)
+
+    def _is_frame(self, size: int) -> bool:
+        """An empty frame is none, and nothing that a backend should be given."""
+        return self._link_up and HEADER_SIZE < size <= HEADER_SIZE + LARGEST_FRAME
 
     def _flushed(self) -> bool:
         self._waiting_for_room = False
@@ -305,18 +364,14 @@ class VirtioNet(VirtioDevice):
                 self._lost()
         return not self._waiting_for_room
 
-    def _send(self, chain: Chain) -> bool:
+    def _send(self, chain: Chain, frame: bytes | memoryview | None) -> bool:
         """Hand one frame to the backend; False when it has to wait."""
-        assert self._memory is not None
         size = total(chain.readable)
         if size < HEADER_SIZE:
             raise QueueError(f"frame {chain.head} is shorter than its header of 12 bytes")
-        # An empty frame is none, and nothing that a backend should be given.
-        fits = HEADER_SIZE < size <= HEADER_SIZE + LARGEST_FRAME
-        if not fits or not self._link_up:
+        if frame is None or not self._link_up:
             self.statistics.errors += 1
             return True
-        frame = gather(self._memory, chain.readable)
         try:
             if not self._backend.send(self._header(frame) + frame[HEADER_SIZE:]):
                 return False
@@ -330,7 +385,7 @@ class VirtioNet(VirtioDevice):
         self.statistics.bytes_written += size - HEADER_SIZE
         return True
 
-    def _header(self, frame: bytes) -> bytes:
+    def _header(self, frame: bytes | memoryview) -> bytes:
         """The frame's header as the backend gets it: nothing in it that was not agreed on, and no
         bit that only a device may set (5.1.6.2)."""
         flags, kind, length, size, start, offset, _ = _HEADER.unpack_from(frame)

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from tests.support.consoles import CONTROL_RX, CONTROL_TX, RX0, RX1, TX0, TX1, Consoles, connect
+from tests.support.fake_memory import BatchingFakeMemory, FakeMemory
 from tests.support.virtio_driver import NEEDS_RESET
+from tests.support.virtio_machine import MEMORY
 from vmm.core.errors import UsageError
 from vmm.devices.process.front_end import ProcessDevice
 from vmm.devices.process.spawner import Job, Spawner
@@ -26,7 +28,7 @@ Message = tuple[int, int, int, bytes]
 class ConsoleRig(Consoles):
     """Consoles whose process is a real one, in its sandbox."""
 
-    def __init__(self, *specs: str) -> None:
+    def __init__(self, *specs: str, memory: FakeMemory | None = None) -> None:
         made = open_console([f"{spec},process" for spec in specs])
         assert made.descriptors is not None
         self.spawner = Spawner(enter_device)
@@ -36,7 +38,7 @@ class ConsoleRig(Consoles):
             made, "console", number, self.spawner,
             events_without=made.ports_shut, drops_without=made.said_to_nobody,
         )  # fmt: skip
-        super().__init__(device=self.device)
+        super().__init__(device=self.device, memory=memory)
 
     def close(self) -> None:
         self.machine.close()
@@ -56,13 +58,10 @@ class ConsoleRig(Consoles):
 
     def hears(self, count: int) -> list[Message]:
         """The next messages."""
-        said = self.heard()
-
-        def enough() -> bool:
-            said.extend(self.heard())
-            return len(said) >= count
-
-        self.until(enough)
+        said, queue = self.heard(), self.machine.queues[CONTROL_RX]
+        while len(said) < count:
+            self.until(lambda: queue.used_index() != queue.seen)
+            said += self.heard()
         return said
 
     def introduced(self, *ports: int) -> None:
@@ -98,12 +97,13 @@ class ConsoleRig(Consoles):
 MakeRig = Callable[..., ConsoleRig]
 
 
-@pytest.fixture
-def make() -> Iterator[MakeRig]:
+@pytest.fixture(params=[BatchingFakeMemory, FakeMemory])
+def make(request: pytest.FixtureRequest) -> Iterator[MakeRig]:
+    """On memory with verbs for many pieces, and on one that is read piece by piece."""
     made: list[ConsoleRig] = []
 
     def build(*specs: str) -> ConsoleRig:
-        made.append(ConsoleRig(*specs))
+        made.append(ConsoleRig(*specs, memory=request.param(MEMORY)))
         return made[-1]
 
     yield build

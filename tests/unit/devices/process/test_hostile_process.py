@@ -345,8 +345,12 @@ writes = st.tuples(
     st.integers(0, 3), st.integers(0, 3), st.integers(0, 3), lists, st.binary(max_size=64)
 ).map(lambda parts: WRITE_HEAD.pack(*parts[:3]) + parts[3] + parts[4])
 returns = st.tuples(
-    st.tuples(*[st.integers(0, 2)] * 4), st.integers(0, 17), st.integers(0, 255), writes
-).map(lambda parts: RETURNED.pack(*parts[0], *parts[1:3]) + parts[3])
+    st.tuples(*[st.integers(0, 2)] * 4),
+    st.integers(0, 17),
+    st.integers(0, 255),
+    st.sampled_from([NOTHING, b"\xff" * COUNTS.size]),
+    writes,
+).map(lambda parts: RETURNED.pack(*parts[0], *parts[1:4]) + parts[4])
 packets = st.tuples(
     st.integers(0, 26),
     st.integers(0, 3),

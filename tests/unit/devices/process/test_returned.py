@@ -34,12 +34,15 @@ def returned(
     then: tuple[int, ...] = (),
     queue: int = 0,
     number: int = 0,
+    counts: bytes = bytes(40),
 ) -> bytes:
     """A RETURN of the first chains of the ring."""
     pieces, data = element(rig, chains)
     head = WRITE_HEAD.pack(len(moves) // 3, len(pieces) // 2, len(then) // 2)
     numbers = words([*moves, *pieces, *then])
-    return RETURNED.pack(queue, chains, chains, known, looks, number) + head + numbers + data
+    return (
+        RETURNED.pack(queue, chains, chains, known, looks, number, counts) + head + numbers + data
+    )
 
 
 def ring(rig: DiskRig) -> tuple[int, ...]:
@@ -264,6 +267,85 @@ def test_kick_after_a_reset_brings_nothing_of_before(by_hand: DiskRig) -> None:
     assert len(brought) == sum(ring(by_hand)[1::2])
 
 
+COUNTED = protocol.COUNTS.pack(7, 6, 5, 4, 3)
+
+
+def test_counts_that_come_along_are_the_device_s(by_hand: DiskRig) -> None:
+    by_hand.read(7)
+
+    by_hand.ask(protocol.RETURN, returned(by_hand, counts=COUNTED))
+
+    counts = by_hand.device.statistics
+    assert (counts.requests, counts.flushes, counts.errors) == (7, 6, 5)
+    assert (counts.bytes_read, counts.bytes_written) == (0, 0)  # of a disk pyvmm counts them
+
+
+def test_what_was_not_returned_does_not_count(by_hand: DiskRig) -> None:
+    by_hand.memory.private.append(Range(PRIVATE_PAGE, 0x1000))
+
+    by_hand.ask(protocol.RETURN, returned(by_hand, moves=(0, PRIVATE_PAGE, 512), counts=COUNTED))
+
+    assert by_hand.device.statistics.requests == 0
+
+
+def _kicked(rig: DiskRig) -> None:
+    """A request that the process knows of, by a driver that polls."""
+    rig.read(7)
+    _polls(rig)
+    rig.serve()
+    assert rig.hear()[0] == protocol.KICK
+
+
+def test_process_rests_once_a_notify_was_asked_for(by_hand: DiskRig) -> None:
+    """The next notify is a KICK at once."""
+    _kicked(by_hand)
+
+    by_hand.ask(protocol.RETURN, returned(by_hand, looks=1), protocol.RESTED)
+    by_hand.read(8)
+    by_hand.serve()
+
+    assert by_hand.hear()[0] == protocol.KICK
+
+
+def test_process_does_not_rest_while_there_is_something_new(by_hand: DiskRig) -> None:
+    """Else what it is silent about would be nothing that it has to do."""
+    _kicked(by_hand)
+    by_hand.read(8)
+
+    by_hand.ask(protocol.RETURN, returned(by_hand, looks=1), protocol.RESTED)
+
+    assert by_hand.device._kicked == {0}
+
+
+def test_process_does_not_rest_where_no_notify_can_be_asked_for(by_hand: DiskRig) -> None:
+    up_without_event_indexes(by_hand)
+    by_hand.read(7)
+    by_hand.serve()
+    assert by_hand.hear()[0] == protocol.KICK
+
+    by_hand.ask(protocol.RETURN, returned(by_hand, looks=1), protocol.RESTED)
+
+    assert by_hand.device._kicked == {0}
+
+
+def test_notify_from_before_the_process_rests_is_a_kick_then(by_hand: DiskRig) -> None:
+    _kicked(by_hand)
+    by_hand.serve()  # the driver notifies for nothing
+
+    by_hand.say(protocol.RETURN, protocol.RESTED, 0, returned(by_hand, looks=1))
+
+    assert [by_hand.hear()[0] for _ in range(2)] == [protocol.KICK, protocol.ANSWER]
+    assert by_hand.device._kicked == {0}
+
+
+def test_process_that_rests_without_a_kick_is_ended_and_writes_nothing(by_hand: DiskRig) -> None:
+    by_hand.say(protocol.RETURN, protocol.RESTED, 0, returned(by_hand, looks=1))
+
+    assert by_hand.device.statistics.deaths == 1
+    assert "was not kicked" in str(by_hand.device.statistics.last_end)
+    assert by_hand.machine.queues[0].used_index() == 0
+
+
 def test_move_that_is_refused_returns_nothing_and_interrupts_nobody(by_hand: DiskRig) -> None:
     by_hand.memory.private.append(Range(PRIVATE_PAGE, 0x1000))
 
@@ -339,11 +421,14 @@ def test_chains_of_before_a_reset_are_stale_and_interrupt_nobody(by_hand: DiskRi
 LIES: dict[str, Callable[[DiskRig], bytes]] = {
     "nothing at all": lambda rig: b"",
     "half of what it begins with": lambda rig: bytes(RETURNED.size - 1),
-    "no write": lambda rig: RETURNED.pack(0, 1, 1, 1, 0, 0),
+    "no write": lambda rig: RETURNED.pack(0, 1, 1, 1, 0, 0, bytes(40)),
     "a queue that isn't there": lambda rig: returned(rig, queue=1),
     "more looks than there may be": lambda rig: returned(rig, looks=protocol.MOST_LOOKS + 1),
     "a write of other bytes than it brings": lambda rig: returned(rig) + b"?",
     "a move behind the disk's end": lambda rig: returned(rig, moves=(512 * 512, 0x80000, 512)),
+    "a count that is none": lambda rig: returned(
+        rig, counts=protocol.COUNTS.pack(0, 0, 0, 1 << 63, 0)
+    ),
     "more to read than there may be": lambda rig: returned(
         rig, then=(0x1000, 8) * (protocol.MOST_AFTER + 1)
     ),

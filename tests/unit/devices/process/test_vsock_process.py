@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.fake_memory import BatchingFakeMemory, FakeMemory
 from tests.support.virtio_driver import NEEDS_RESET, Piece
+from tests.support.virtio_machine import MEMORY
 from tests.support.vsock_guest import CID, HOST_PORT, PORT, Guest, dial
 from vmm.core.ranges import Range
 from vmm.devices.process.dialing import Dialing, answered, asked
@@ -29,7 +31,7 @@ TRANSPORT_RESET = bytes(4)
 class VsockRig(Guest):
     """The guest of a vsock whose process is a real one, in its sandbox."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, memory: FakeMemory | None = None) -> None:
         vsock = open_vsock(f"path={path},cid={CID},process")
         self.spawner = Spawner(enter_device)
         job = Job(
@@ -41,7 +43,7 @@ class VsockRig(Guest):
         self.device = ProcessDevice(
             vsock, "vsock", number, self.spawner, events_without=[vsock.connections_gone]
         )
-        super().__init__(path, device=self.device)
+        super().__init__(path, device=self.device, memory=memory)
         self._event_buffers: dict[int, Piece] = {}
 
     def close(self) -> None:
@@ -105,9 +107,10 @@ class VsockRig(Guest):
             self.until_said()
 
 
-@pytest.fixture
-def rig(tmp_path: Path) -> Iterator[VsockRig]:
-    made = VsockRig(tmp_path / "v")
+@pytest.fixture(params=[BatchingFakeMemory, FakeMemory])
+def rig(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[VsockRig]:
+    """On memory with verbs for many pieces, and on one that is read piece by piece."""
+    made = VsockRig(tmp_path / "v", request.param(MEMORY))
     made.up()
     yield made
     made.close()
