@@ -24,6 +24,7 @@ from tests.injection.injecting import NOTHING, Begin, Process, until
 from tests.support import guests
 from tests.support.gdb_client import GdbClient
 from vmm.cli import ctl_saving
+from vmm.control.memory_file.place import unmount
 from vmm.core.errors import OutputError
 
 _UP_TO_THE_LOOP = b"\x90" + guests.say(b"ready\r\n")
@@ -44,6 +45,10 @@ class Asker(ABC):
 
     has_rounds = True
     """Whether it can be asked again after something has failed."""
+    at_once = False
+    """Whether calls fail from the command's first on, not only while it is asked."""
+    ready = "stdout", b"ready"
+    """Where it says that it can be asked."""
 
     def __init__(self, folder: Path, rounds: int = 0) -> None:
         """`rounds`: so many, in each of which one fault is meant; 0: one round with all."""
@@ -59,11 +64,13 @@ class Asker(ABC):
         return ["--kernel", str(kernel)]
 
     def __call__(self, process: Process, begin: Begin) -> tuple[bytes, bytes]:
-        said = self.wait(process)
-        for number in range(max(self._rounds, 1)):
-            begin(NOTHING)
+        said, is_up = self.wait(process)
+        for number in range(max(self._rounds, 1) if is_up else 0):
+            if not self.at_once:
+                begin(NOTHING)
             self.prepare()
-            begin(number if self._rounds else None)
+            if not self.at_once:
+                begin(number if self._rounds else None)
             self.ask()
             self.answers.append(tuple(self._heard))
             self._heard = []
@@ -72,9 +79,13 @@ class Asker(ABC):
             process.stdin.write(b"x")  # what the guest waits for
         return said
 
-    def wait(self, process: Process) -> tuple[bytes, bytes]:
-        """Until it can be asked; what is read meanwhile of its output and its stderr."""
-        return until(process.stdout, b"ready"), b""
+    def wait(self, process: Process) -> tuple[tuple[bytes, bytes], bool]:
+        """Until it can be asked, or has ended: what is read meanwhile of its output and its stderr,
+        and whether it can."""
+        stream, text = self.ready
+        said = until(getattr(process, stream), text)
+        is_up = text in said
+        return ((said, b"") if stream == "stdout" else (b"", b"" if is_up else said)), is_up
 
     def prepare(self) -> None:  # noqa: B027 - most have nothing to prepare
         """Before each round, while nothing fails."""
@@ -133,12 +144,20 @@ class Reader(Asker):
 
     def leftovers(self) -> list[str]:
         folder = self._folder / "memory"
-        return [f"{folder} is still there"] if os.path.lexists(folder) else []
+        try:
+            os.lstat(folder)
+        except FileNotFoundError:
+            return []
+        except OSError:
+            unmount(str(folder))
+            return [f"{folder} is still mounted"]
+        return [f"{folder} is still there"]
 
 
 class Debugger(Asker):
     """Reads and writes registers, steps, sets a breakpoint, goes on, and detaches."""
 
+    ready = "stderr", b"waits for a debugger"
     _at = b"%x,1" % (guests.BASE + len(_UP_TO_THE_LOOP + guests.STATUS) + 1)
     _packets = (
         b"g",
@@ -155,10 +174,6 @@ class Debugger(Asker):
 
     def options(self) -> list[str]:
         return [*super().options(), "--gdb", str(self._folder / "gdb")]
-
-    def wait(self, process: Process) -> tuple[bytes, bytes]:
-        said = until(process.stderr, b"waits for a debugger")
-        return b"", b"" if b"waits for a debugger" in said else said
 
     def prepare(self) -> None:
         """Where each round begins: at the breakpoint, with other registers."""
@@ -242,5 +257,24 @@ def snapshot() -> Path:
     return folder / "snapshot"
 
 
+class _StartedReader(Reader):
+    at_once = True
+
+
+class _StartedDebugger(Debugger):
+    at_once, has_rounds = True, False
+
+
+class _StartedSaver(Saver):
+    at_once, has_rounds = True, False
+
+
 MEMORY = ("--mem", "16M")
-ASKERS: dict[str, type[Asker]] = {"memory file": Reader, "gdb": Debugger, "saving": Saver}
+ASKERS: dict[str, type[Asker]] = {
+    "memory file": Reader,
+    "gdb": Debugger,
+    "saving": Saver,
+    "memory file, from the start": _StartedReader,
+    "gdb, from the start": _StartedDebugger,
+    "saving, from the start": _StartedSaver,
+}

@@ -88,6 +88,9 @@ Begin = Callable[[int | None], None]
 class Meanwhile(Protocol):
     """Does something to a run that has been started."""
 
+    at_once: bool
+    """Whether all faults are in force before it is called."""
+
     def __call__(self, process: Process, begin: Begin) -> tuple[bytes, bytes]:
         """What it has read of its output and its stderr."""
         ...
@@ -113,7 +116,7 @@ def run(
     more = dict(environment or {})
     with tempfile.NamedTemporaryFile(prefix="pyvmm-counts-") as file:
         file.truncate(_COUNTS)
-        if meanwhile is not None:
+        if meanwhile is not None and not meanwhile.at_once:
             arm(file.fileno(), FIRST + NOTHING)
         if faults:
             more |= {

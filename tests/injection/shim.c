@@ -11,9 +11,11 @@
    n + 2 for the n-th alone. */
 
 #define _GNU_SOURCE
+#include <dirent.h>
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -21,13 +23,17 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <sys/file.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/mount.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/types.h>
 #include <sys/uio.h>
+#include <termios.h>
 #include <unistd.h>
 
 enum { MOST_RULES = 128 };
@@ -75,8 +81,8 @@ static int matches(const char *name, const char *object)
     return strstr(name, object) != NULL;
 }
 
-/* -1: nothing; 0: short; else the errno. */
-static int injected(const char *call, int fd, uint64_t request)
+/* -1: nothing; 0: short; else the errno. The object is `path`, or where there is none what `fd` leads to. */
+static int injected_at(const char *call, int fd, const char *path, uint64_t request)
 {
     char link[64], name[512];
     ssize_t length = -2;
@@ -91,7 +97,10 @@ static int injected(const char *call, int fd, uint64_t request)
         if (strcmp(rule->call, call) || (rule->request && rule->request != (request & 0xffffffff)))
             continue;
         if (strcmp(rule->object, "*")) {
-            if (length == -2) {
+            if (length == -2 && path) {
+                snprintf(name, sizeof name, "%s", path);
+                length = 0;
+            } else if (length == -2) {
                 int error = errno;
                 snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
                 length = readlink(link, name, sizeof name - 1);
@@ -110,6 +119,11 @@ static int injected(const char *call, int fd, uint64_t request)
     return -1;
 }
 
+static int injected(const char *call, int fd, uint64_t request)
+{
+    return injected_at(call, fd, NULL, request);
+}
+
 #define REAL(name) \
     static __typeof__(name) *real; \
     if (!real) \
@@ -124,6 +138,15 @@ static int injected(const char *call, int fd, uint64_t request)
         } \
         if (how == 0) { \
             shorten; \
+        } \
+    } while (0)
+
+#define FAIL_AS_IOCTL(fd, request) \
+    do { \
+        int how = injected("ioctl", fd, request); \
+        if (how > 0) { \
+            errno = how; \
+            return -1; \
         } \
     } while (0)
 
@@ -171,6 +194,34 @@ ssize_t write(int fd, const void *data, size_t size)
 
 COPIES(process_vm_readv)
 COPIES(process_vm_writev)
+
+int socketpair(int family, int kind, int protocol, int ends[2])
+{
+    REAL(socketpair);
+    FAIL_OR("socketpair", -1, );
+    return real(family, kind, protocol, ends);
+}
+
+int bind(int fd, const struct sockaddr *address, socklen_t size)
+{
+    REAL(bind);
+    FAIL_OR("bind", fd, );
+    return real(fd, address, size);
+}
+
+int listen(int fd, int most)
+{
+    REAL(listen);
+    FAIL_OR("listen", fd, );
+    return real(fd, most);
+}
+
+int getsockopt(int fd, int level, int option, void *value, socklen_t *size)
+{
+    REAL(getsockopt);
+    FAIL_OR("getsockopt", fd, );
+    return real(fd, level, option, value, size);
+}
 
 int socket(int family, int kind, int protocol)
 {
@@ -262,6 +313,23 @@ int prctl(int option, ...)
     return real(option, arguments[0], arguments[1], arguments[2], arguments[3]);
 }
 
+enum { SYS_cachestat_ = 451 }; /* newer than some C libraries */
+
+/* As the ioctls that they are. */
+int tcgetattr(int fd, struct termios *found)
+{
+    REAL(tcgetattr);
+    FAIL_AS_IOCTL(fd, TCGETS);
+    return real(fd, found);
+}
+
+int tcsetattr(int fd, int when, const struct termios *wanted)
+{
+    REAL(tcsetattr);
+    FAIL_AS_IOCTL(fd, TCSETS + when);
+    return real(fd, when, wanted);
+}
+
 static const char *name_of(long number)
 {
     switch (number) {
@@ -269,6 +337,8 @@ static const char *name_of(long number)
     case SYS_landlock_add_rule: return "landlock_add_rule";
     case SYS_landlock_restrict_self: return "landlock_restrict_self";
     case SYS_seccomp: return "seccomp";
+    case SYS_cachestat_: return "cachestat";
+    case SYS_pidfd_open: return "pidfd_open";
     default: return "";
     }
 }
@@ -288,18 +358,173 @@ long syscall(long number, ...)
     return real(number, arguments[0], arguments[1], arguments[2], arguments[3], arguments[4], arguments[5]);
 }
 
-int mkdir(const char *path, mode_t mode)
+#define FAIL_AT(label, path, failed) \
+    do { \
+        int how = injected_at(label, -1, path, 0); \
+        if (how > 0) { \
+            errno = how; \
+            return failed; \
+        } \
+    } while (0)
+
+/* Calls that take a path; strace's names for them. */
+#define OPENS(name) \
+    int name(const char *path, int flags, ...) \
+    { \
+        static int (*real)(const char *, int, mode_t); \
+        if (!real) \
+            real = (int (*)(const char *, int, mode_t))dlsym(RTLD_NEXT, #name); \
+        va_list more; \
+        va_start(more, flags); \
+        mode_t mode = flags & (O_CREAT | __O_TMPFILE) ? va_arg(more, mode_t) : 0; \
+        va_end(more); \
+        FAIL_AT("openat", path, -1); \
+        return real(path, flags, mode); \
+    }
+
+#define OPENS_AT(name) \
+    int name(int folder, const char *path, int flags, ...) \
+    { \
+        static int (*real)(int, const char *, int, mode_t); \
+        if (!real) \
+            real = (int (*)(int, const char *, int, mode_t))dlsym(RTLD_NEXT, #name); \
+        va_list more; \
+        va_start(more, flags); \
+        mode_t mode = flags & (O_CREAT | __O_TMPFILE) ? va_arg(more, mode_t) : 0; \
+        va_end(more); \
+        FAIL_AT("openat", path, -1); \
+        return real(folder, path, flags, mode); \
+    }
+
+OPENS(open)
+OPENS(open64)
+OPENS_AT(openat)
+OPENS_AT(openat64)
+
+#define WITH_PATH(name, PARAMETERS, path, ...) \
+    int name PARAMETERS \
+    { \
+        REAL(name); \
+        FAIL_AT(#name, path, -1); \
+        return real(__VA_ARGS__); \
+    }
+
+WITH_PATH(mkdir, (const char *path, mode_t mode), path, path, mode)
+WITH_PATH(mkdirat, (int folder, const char *path, mode_t mode), path, folder, path, mode)
+WITH_PATH(rmdir, (const char *path), path, path)
+WITH_PATH(link, (const char *old, const char *new), new, old, new)
+WITH_PATH(rename, (const char *old, const char *new), new, old, new)
+WITH_PATH(renameat, (int from, const char *old, int to, const char *new), new, from, old, to, new)
+WITH_PATH(unlink, (const char *path), path, path)
+WITH_PATH(unlinkat, (int folder, const char *path, int flags), path, folder, path, flags)
+WITH_PATH(umount2, (const char *path, int flags), path, path, flags)
+WITH_PATH(mount,
+          (const char *source, const char *path, const char *kind, unsigned long flags, const void *data), path,
+          source, path, kind, flags, data)
+
+DIR *opendir(const char *path)
 {
-    REAL(mkdir);
-    FAIL_OR("mkdir", -1, );
-    return real(path, mode);
+    REAL(opendir);
+    FAIL_AT("openat", path, NULL);
+    return real(path);
 }
 
-int rename(const char *old, const char *new)
+struct dirent64 *readdir64(DIR *folder)
 {
-    REAL(rename);
-    FAIL_OR("rename", -1, );
-    return real(old, new);
+    REAL(readdir64);
+    int how = injected("getdents64", dirfd(folder), 0);
+    if (how > 0) {
+        errno = how;
+        return NULL;
+    }
+    return real(folder);
+}
+
+#define STATS(name, LOOKED_AT) \
+    int name(const char *path, LOOKED_AT *found) \
+    { \
+        REAL(name); \
+        FAIL_AT("newfstatat", path, -1); \
+        return real(path, found); \
+    }
+
+STATS(stat64, struct stat64)
+STATS(lstat64, struct stat64)
+
+int fstat64(int fd, struct stat64 *found)
+{
+    REAL(fstat64);
+    FAIL_OR("newfstatat", fd, );
+    return real(fd, found);
+}
+
+int flock(int fd, int operation)
+{
+    REAL(flock);
+    FAIL_OR("flock", fd, );
+    return real(fd, operation);
+}
+
+int posix_fadvise64(int fd, off64_t offset, off64_t size, int advice)
+{
+    REAL(posix_fadvise64);
+    int how = injected("fadvise64", fd, 0);
+    return how > 0 ? how : real(fd, offset, size, advice);
+}
+
+int fcntl64(int fd, int command, ...)
+{
+    static int (*real)(int, int, void *);
+    if (!real)
+        real = (int (*)(int, int, void *))dlsym(RTLD_NEXT, "fcntl64");
+    va_list more;
+    va_start(more, command);
+    void *argument = va_arg(more, void *);
+    va_end(more);
+    FAIL_OR("fcntl", fd, );
+    return real(fd, command, argument);
+}
+
+/* Of a file: anonymous memory is the C library's. */
+#define MAPS(name, OFFSET) \
+    void *name(void *address, size_t size, int protection, int flags, int fd, OFFSET offset) \
+    { \
+        REAL(name); \
+        int how = fd < 0 ? -1 : injected("mmap", fd, 0); \
+        if (how > 0) { \
+            errno = how; \
+            return MAP_FAILED; \
+        } \
+        return real(address, size, protection, flags, fd, offset); \
+    }
+
+MAPS(mmap, off_t)
+MAPS(mmap64, off64_t)
+
+/* Its advice is its request. */
+int madvise(void *address, size_t size, int advice)
+{
+    REAL(madvise);
+    int how = injected("madvise", -1, advice);
+    if (how > 0) {
+        errno = how;
+        return -1;
+    }
+    return real(address, size, advice);
+}
+
+pid_t fork(void)
+{
+    REAL(fork);
+    FAIL_OR("clone", -1, );
+    return real();
+}
+
+int pthread_create(pthread_t *thread, const pthread_attr_t *attributes, void *(*run)(void *), void *argument)
+{
+    REAL(pthread_create);
+    int how = injected("clone3", -1, 0);
+    return how > 0 ? how : real(thread, attributes, run, argument);
 }
 
 int fsync(int fd)
@@ -410,10 +635,6 @@ int ioctl(int fd, unsigned long request, ...)
     va_start(more, request);
     void *argument = va_arg(more, void *);
     va_end(more);
-    int how = injected("ioctl", fd, request);
-    if (how > 0) {
-        errno = how;
-        return -1;
-    }
+    FAIL_AS_IOCTL(fd, request);
     return real(fd, request, argument);
 }

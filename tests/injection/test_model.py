@@ -11,7 +11,8 @@ import pytest
 from kvm_bindings import KvmError, Vcpu, owned_fd
 from kvm_bindings.guest_memfd import GuestMemfd
 from kvm_bindings.vm import Vm
-from tests.injection.table import BY_MODEL, EINTR, GUEST, SAME, TABLE, Row
+from tests.injection.row import BY_MODEL, EINTR, GUEST, SAME, Row
+from tests.injection.table import TABLE
 from tests.injection.test_runs import name_of
 from tests.support.conversion import share, tally, unshare
 from tests.unit.conversion import test_attributes, test_in_place

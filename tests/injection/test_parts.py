@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from kvm_bindings import fdops
+from kvm_bindings import KvmError, fdops, sandbox
 from tests.support.memory import guest_memory, page, pages, pattern
 from tests.support.protected import protected_memory
+from vmm.boot import isolate
 from vmm.cli.main import _explain
 from vmm.control.memory_file.guest_file import GuestFile
 from vmm.core.errors import in_words
@@ -25,6 +26,8 @@ from vmm.devices.host_check import host_check
 from vmm.memory.backing import write_all
 from vmm.memory.backings.guest_memfd import MappedGuestMemfdBacking
 from vmm.memory.backings.memfd import MemfdBacking
+from vmm.sandbox.device import enter_device
+from vmm.sandbox.worker import enter_worker
 
 MOST_SIGNALS = (1 << 64) - 2
 """What an eventfd holds before it is full."""
@@ -88,6 +91,78 @@ def test_drain_that_is_interrupted_drains(eventfd: int, monkeypatch: Patch) -> N
         read(eventfd)
 
 
+def test_watch_that_epoll_refuses_half_can_be_tried_again(eventfd: int, monkeypatch: Patch) -> None:
+    """What is served while the loop is held is in two epolls."""
+    loop = EventLoop()
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_unheld_epoll", Refusing(errno.ENOSPC))
+        with pytest.raises(OSError):
+            loop.add(eventfd, loop.stop, unheld=True)
+
+    loop.add(eventfd, loop.stop, unheld=True)
+
+    os.eventfd_write(eventfd, 1)
+    loop.run()
+    loop.close()
+
+
+def test_watch_in_time_raises_what_time_does_not_mend(file: int) -> None:
+    loop = EventLoop()
+
+    with pytest.raises(PermissionError):
+        loop.watch_in_time(file, loop.stop, readable=True)
+
+    loop.close()
+
+
+class Refusing:
+    """An epoll that has no room."""
+
+    def __init__(self, error: int) -> None:
+        self.register = failing(error)
+
+
+# -- the sandbox ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("enter", [enter_worker, enter_device])
+def test_process_that_the_kernel_keeps_out_of_its_sandbox_does_no_work(
+    enter: Callable[[], object], monkeypatch: Patch
+) -> None:
+    monkeypatch.setattr(sandbox, "no_new_privileges", lambda: None)
+    monkeypatch.setattr(sandbox, "landlock", refused(errno.ENOMEM))
+
+    with pytest.raises(KvmError):
+        enter()
+
+
+@pytest.mark.parametrize("enter", [enter_worker, enter_device])
+def test_process_works_without_a_sandbox_where_the_kernel_has_none(
+    enter: Callable[[], object], monkeypatch: Patch
+) -> None:
+    monkeypatch.setattr(sandbox, "no_new_privileges", lambda: None)
+    monkeypatch.setattr(sandbox, "landlock", refused(errno.ENOSYS))
+
+    assert enter() in (None, (False, 0))
+
+
+def test_decompressor_that_is_kept_out_of_its_sandbox_says_what_needs_none(
+    monkeypatch: Patch,
+) -> None:
+    monkeypatch.setattr(sandbox, "no_new_privileges", refused(errno.EPERM))
+
+    said = isolate._confined().decode()
+
+    assert "can't enter its sandbox: " in said and "EPERM" in said and "(vmlinux)" in said
+
+
+def refused(error: int) -> Callable[..., Any]:
+    def fail(*_: object) -> Any:
+        raise KvmError("landlock_restrict_self", error)
+
+    return fail
+
+
 # -- calls that move nothing, or less ----------------------------------------------------------
 
 
@@ -130,6 +205,15 @@ def test_short_read_of_a_disk_is_not_its_end_for_a_protected_guest(
 
         assert moved == 5000
         assert guest.peek(5000, page(3)) == pattern(1 << 16)[100:5100]
+
+
+def test_residency_that_the_kernel_does_not_tell_is_null_in_the_report(
+    monkeypatch: Patch,
+) -> None:
+    with guest_memory() as memory:
+        monkeypatch.setattr(memory.shared, "resident_bytes", failing(errno.ENOSYS))
+
+        assert memory.accounted() == {"private_bytes": None, "shared_bytes": None}
 
 
 # -- guest memory ------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from tests.injection import injecting, runs
 from tests.injection.asking import ASKERS
 from tests.injection.conftest import Without
 from tests.injection.injecting import FOR_EVER, SHORT, Fault
-from tests.injection.table import (
+from tests.injection.row import (
     BY_SHIM,
     BY_STRACE,
     CALLER,
@@ -27,10 +27,9 @@ from tests.injection.table import (
     RESET,
     SAID,
     SAME,
-    TABLE,
     Row,
-    word,
 )
+from tests.injection.table import TABLE, word
 
 pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("usable_kvm")]
 
@@ -64,7 +63,11 @@ def check(row: Row, error: int, folder: Path, without: Without) -> None:
 @pytest.mark.parametrize(
     ("row", "error"),
     # A guest that waits for a device that has stopped takes its time.
-    [(row, chosen(row)) for row in ROWS if FULL or row.cells[chosen(row)] != RESET],
+    [
+        (row, chosen(row))
+        for row in ROWS
+        if FULL or (row.cells[chosen(row)] != RESET and not row.slow)
+    ],
     ids=name_of,
 )
 def test_call_that_fails_ends_as_the_table_says(
@@ -106,7 +109,7 @@ def test_interrupted_and_short_calls_are_not_noticed(
     row = Row("all", "", "", {EINTR: SAME})
     assert runs.outcome(row, EINTR, run) == SAME, run.ended
     assert runs.problems(row, EINTR, run, without(scenario)) == []
-    assert run.ended.injected == 10
+    assert run.ended.injected == min(run.ended.seen, 10) > 0
     assert run.ended.output.splitlines()[-1] == without(scenario).ended.output.splitlines()[-1]
 
 

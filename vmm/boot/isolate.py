@@ -89,9 +89,8 @@ class IsolatedWork:
 def _child(work: Callable[[], int], writer: int) -> None:
     """Never returns: the parent's stack above us must not run twice."""
     try:
-        enter_worker()
         try:
-            answer = _RESULT + b"%d" % work()
+            answer = _confined() or _RESULT + b"%d" % work()
         except ImageError as exc:
             answer = _REFUSED + str(exc).encode()
         except BaseException as exc:
@@ -99,6 +98,19 @@ def _child(work: Callable[[], int], writer: int) -> None:
         os.write(writer, answer[:4096])  # at most PIPE_BUF: one write, never short
     finally:
         os._exit(0)
+
+
+def _confined() -> bytes:
+    """Enter the sandbox; else the answer that says why not."""
+    try:
+        enter_worker()
+    except OSError as exc:
+        sentence = (
+            f"the decompressor can't enter its sandbox: {exc}; give a kernel that is not "
+            "compressed (vmlinux), which needs none"
+        )
+        return _REFUSED + sentence.encode()
+    return b""
 
 
 def _read_all(fd: int) -> bytes:

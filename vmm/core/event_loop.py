@@ -8,6 +8,7 @@ milliseconds keeps everybody waiting for as long at most, however many others th
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import threading
@@ -18,6 +19,9 @@ from functools import partial
 _LONGEST_WAIT = 3600.0  # epoll's timeout is a C int of milliseconds
 URGENT_SECONDS = 0.002
 """How long callbacks go on before those are looked at that must not wait for all of a round."""
+
+AGAIN_SECONDS = 1.0
+"""When it is tried again to wait for what the host had no room for."""
 
 
 class Postponed:
@@ -114,9 +118,38 @@ class EventLoop:
         else:
             self._epoll.register(fd, events)
             if unheld:
-                self._unheld_epoll.register(fd, events)
+                try:
+                    self._unheld_epoll.register(fd, events)
+                except OSError:
+                    self._epoll.unregister(fd)
+                    raise
                 self._unheld.add(fd)
         self._callbacks[fd] = callback
+
+    def watch_in_time(
+        self,
+        fd: int,
+        callback: Callable[[], None],
+        *,
+        readable: bool = False,
+        writable: bool = False,
+        after: float = 0.0,
+    ) -> None:
+        """As `watch`, for who has nobody to tell of an error: where the host has no room for it
+        (ENOSPC: fs.epoll.max_user_watches; ENOMEM), it is tried again until it has."""
+        if after:
+            self.remove(fd)
+        else:
+            try:
+                self.watch(fd, callback, readable=readable, writable=writable)
+                return
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.ENOMEM):
+                    raise
+                after = AGAIN_SECONDS
+        again = partial(self.watch_in_time, fd, callback, readable=readable, writable=writable)
+        self._postponed.put(fd, after, again)
+        self._look_at_postponed()
 
     def _look_at_postponed(self) -> None:
         self._postponed.begin_due()

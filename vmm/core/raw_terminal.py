@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+from collections.abc import Callable
 
 from vmm.core.lean_typing import TYPE_CHECKING, Any, Self
 
@@ -31,9 +33,12 @@ class RawTerminal:
             import tty
 
             self._wanted = True
-            if self._saved is None:
-                self._saved = termios.tcgetattr(self._fd)
-            tty.setraw(self._fd, termios.TCSANOW)
+            try:
+                if self._saved is None:
+                    self._saved = repeated(lambda: termios.tcgetattr(self._fd))
+                repeated(lambda: tty.setraw(self._fd, termios.TCSANOW))
+            except OSError:  # the terminal is gone
+                self._saved = None
 
     def suspend(self) -> None:
         """The process is about to be stopped: give the terminal back until `resume`."""
@@ -60,10 +65,10 @@ class RawTerminal:
         if self._saved is not None:
             import termios
 
+            saved, self._saved = self._saved, None
             # At once: waiting for output to drain may take for ever.
-            with contextlib.suppress(termios.error):  # the terminal is gone
-                termios.tcsetattr(self._fd, termios.TCSANOW, self._saved)
-            self._saved = None
+            with contextlib.suppress(OSError):  # the terminal is gone
+                repeated(lambda: termios.tcsetattr(self._fd, termios.TCSANOW, saved))
 
     def __enter__(self) -> Self:
         return self
@@ -75,3 +80,18 @@ class RawTerminal:
         trace: TracebackType | None,
     ) -> None:
         self.restore()
+
+
+def repeated(change: Callable[[], Any]) -> Any:
+    """What `change` finds out about a terminal, or does to it, however often it is interrupted, as
+    by the stop of a job in the background: Python's termios doesn't repeat its calls. Raises
+    OSError, which its own error isn't."""
+    import termios
+
+    while True:
+        try:
+            return change()
+        except termios.error as error:
+            number, words = error.args
+            if number != errno.EINTR:
+                raise OSError(number, words) from None

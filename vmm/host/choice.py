@@ -15,7 +15,7 @@ from vmm.conversion.matrix import (
     TWO_ADDRESSES,
     backings_for,
 )
-from vmm.core.errors import HostError
+from vmm.core.errors import HostError, in_words
 from vmm.core.lean_typing import TYPE_CHECKING, NamedTuple
 from vmm.core.ranges import PAGE_SIZE
 from vmm.memory.backing import Backing
@@ -127,7 +127,7 @@ def _first_backing(
         except OSError as error:
             lacking = error.errno in _NOT_THERE or name == "memfd-hugetlb"
             if not lacking:
-                raise HostError(str(error)) from None
+                raise HostError(in_words(error)) from None
             reason = reason or _lacks(name, error)
     return reason
 

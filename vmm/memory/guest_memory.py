@@ -575,8 +575,12 @@ class GuestMemory:
         return found
 
     def accounted(self) -> dict[str, int | None]:
-        """`residency` for people and reports; None stands for what nobody knows."""
-        return dict(self.residency()._asdict())
+        """`residency` for people and reports; None stands for what nobody knows: a container may
+        refuse cachestat(2), and a run that ends well is not to fail for a figure."""
+        try:
+            return dict(self.residency()._asdict())
+        except OSError:
+            return dict.fromkeys(Residency._fields)
 
     def launched(self) -> None:
         """Everything is loaded, and the guest about to run."""

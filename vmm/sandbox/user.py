@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from vmm.core.errors import HostError, UsageError
+from vmm.core.errors import HostError, UsageError, in_words
 from vmm.core.lean_typing import NamedTuple
 
 _SETGID, _SETUID = 1 << 6, 1 << 7  # CAP_SETGID, CAP_SETUID
@@ -83,7 +83,9 @@ def become(user: User, folders: Sequence[str]) -> None:
         os.setresgid(user.gid, user.gid, user.gid)
         os.setresuid(user.uid, user.uid, user.uid)
     except OSError as error:
-        raise HostError(f"--uid: becoming user {user.uid} failed: {error}; leave it out") from error
+        raise HostError(
+            f"--uid: becoming user {user.uid} failed: {in_words(error)}; leave it out"
+        ) from error
     for path in (__file__, os.__file__):
         if not os.access(path, os.R_OK):
             raise HostError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 
 from kvm_bindings import KvmError, sandbox
@@ -14,10 +13,14 @@ _CONDITIONAL = ("mmap", "mprotect", "openat", "open", "fcntl", "prctl", "kill", 
 
 
 def enter_worker() -> None:
-    """Give up everything but that. Where this kernel can't take it away, it stays as it is."""
-    with contextlib.suppress(KvmError):
+    """Give up everything but that; a kernel that can't take it away leaves it as it is. Raises
+    KvmError where one that can refuses."""
+    try:
         sandbox.no_new_privileges()
         version = sandbox.landlock([(path, READ) for path in readable()])
         rules = conditional(Needs(os.getpid(), landlock=version > 0))
         calls = {name: rules[name] for name in _CONDITIONAL}
         sandbox.seccomp(seccomp.allow_only(WORKER, calls))
+    except KvmError as error:
+        if error.errno not in sandbox.NOT_HERE:
+            raise

@@ -19,7 +19,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from vmm.core.errors import UsageError, in_words
@@ -199,7 +199,14 @@ def new_folder(path: str) -> Iterator[str]:
             os.rename(path, making)
             raise
     finally:
-        shutil.rmtree(making, ignore_errors=True)
+        # By their names first: to list a folder takes a descriptor, and there may be none left.
+        for name in (STATE, MEMORY, PRIVATE):
+            with suppress(OSError):
+                os.unlink(os.path.join(making, name))
+        try:
+            os.rmdir(making)
+        except OSError:
+            shutil.rmtree(making, ignore_errors=True)
 
 
 def new_file(folder: str, name: str) -> int:

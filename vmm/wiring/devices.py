@@ -123,7 +123,7 @@ class Devices:
             msix=msix,
             msix_base=slot.msix_base,
         )
-        device.watch = self._loop.watch
+        device.watch = self._loop.watch_in_time
         if device.apart:
             device.set_timer = self._loop.set_timer  # type: ignore[attr-defined]  # ProcessDevice's
         self._opened.callback(device.disconnect)

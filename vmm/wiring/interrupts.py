@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from threading import Lock
 
 from kvm_bindings import MessageRoute, Vm, ioctls
-from vmm.core.errors import tell
+from vmm.core.errors import in_words, tell
 from vmm.core.event_loop import EventLoop, drain
 from vmm.core.lean_typing import NamedTuple, Protocol
 from vmm.memory.backing import Backing
@@ -180,7 +180,8 @@ class MsixMessages:
                     self._eventfds[vector] = self._open(gsi)
             except OSError as error:
                 if not self._told:  # the guest may make it happen as often as it likes
-                    tell(f"interrupt message {vector} of a PCI function is lost: {error}")
+                    why = in_words(error)
+                    tell(f"interrupt message {vector} of a PCI function is lost: {why}")
                 self._told = True
 
     def _open(self, gsi: int) -> int:

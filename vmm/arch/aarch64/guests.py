@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from vmm.arch.aarch64 import layout
 from vmm.arch.aarch64.rsi import DOORBELL_NAME
-from vmm.core.errors import UsageError
+from vmm.core.errors import HostError, UsageError
 from vmm.core.lean_typing import TYPE_CHECKING, NamedTuple
 from vmm.core.ranges import NOWHERE, Range
 
@@ -172,7 +172,10 @@ class PayloadGuest:
         from vmm._firmware import payload_path
         from vmm.arch.aarch64.payload import PayloadInfo
 
-        fd = os.open(payload_path("aarch64"), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fd = os.open(payload_path("aarch64"), os.O_RDONLY | os.O_CLOEXEC)
+        except LookupError as error:
+            raise HostError(f"{error}; install pyvmm again") from None
         try:
             launch.transfer_in(fd, 0, layout.PAYLOAD_GPA, os.fstat(fd).st_size)
         finally:

@@ -9,7 +9,7 @@ from vmm.arch.x86_64 import layout
 from vmm.arch.x86_64.doorbells import HYPERCALL_NAME, PORT_NAME
 from vmm.arch.x86_64.msrs import LINUX_ENTRY_MSRS
 from vmm.arch.x86_64.registers import InitialState, linux64_entry, payload_entry
-from vmm.core.errors import UsageError
+from vmm.core.errors import HostError, UsageError
 from vmm.core.lean_typing import TYPE_CHECKING, Any, Protocol
 from vmm.core.ranges import NOWHERE, Range, page_align_up
 from vmm.memory.guest_memory import LaunchMemory
@@ -270,7 +270,10 @@ class PayloadGuest:
         from vmm.arch.x86_64.page_tables import payload_tables
         from vmm.arch.x86_64.payload import PayloadInfo
 
-        fd = os.open(payload_path(), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fd = os.open(payload_path(), os.O_RDONLY | os.O_CLOEXEC)
+        except LookupError as error:
+            raise HostError(f"{error}; install pyvmm again") from None
         try:
             launch.transfer_in(fd, 0, layout.PAYLOAD_GPA, os.fstat(fd).st_size)
         finally:

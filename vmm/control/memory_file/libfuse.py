@@ -129,7 +129,7 @@ _Inode = ctypes.c_uint64
 _Info = ctypes.POINTER(_OpenFile)
 _Offset = ctypes.c_int64
 _CALLBACKS: tuple[tuple[str, tuple[Any, ...]], ...] = (
-    ("init", (ctypes.c_void_p, ctypes.c_void_p)),
+    ("init", ()),
     ("destroy", ()),
     ("lookup", (_Request, _Inode, ctypes.c_char_p)),
     ("forget", ()),
@@ -261,7 +261,7 @@ class Session:
         if not self._session:
             raise OSError(errno.EINVAL, "libfuse refuses its options")
         self.ready: Callable[[], None] = lambda: None
-        """Called when the kernel has asked for the first time."""
+        """Called when the kernel asks for a file: it has the answer to its own first request."""
 
     def mount(self, path: str) -> None:
         """Raises OSError where it can't be."""
@@ -331,10 +331,9 @@ class Session:
             )
         return self._stat.pack(*head, *moments)
 
-    def _init(self, data: int, connection: int) -> None:
+    def _lookup(self, request: int, parent: int, name: bytes) -> None:
         self.ready()
 
-    def _lookup(self, request: int, parent: int, name: bytes) -> None:
         def work() -> None:
             inode = self._files.names.get(name) if parent == ROOT else None
             if inode is None:

@@ -216,7 +216,7 @@ class MemoryMount:
             self._files = _Files(library, guest, watcher, fail)
             self._session = Session(library, self._files, _OPTIONS)
         except OSError as error:
-            raise HostError(f"--memory-file {place.path}: {error}") from error
+            raise HostError(f"--memory-file {place.path}: {in_words(error)}") from error
         self._ready = threading.Event()
         self._session.ready = self._ready.set
         self._failure: BaseException | None = None
@@ -229,14 +229,20 @@ class MemoryMount:
         try:
             self._session.mount(self._place.path)
         except OSError as error:
-            raise self._unmountable(error) from None
+            raise self._unmountable(error.strerror) from None
         self._mounted = True
         self._loop = loop
         self._thread.start()
+        # It passes nothing on before it has libfuse's answer to its own first request.
+        self._ask()
         deadline = time.monotonic() + MOUNT_SECONDS
         while not self._ready.wait(0.01):  # until the kernel has asked for the first time
-            if not self._thread.is_alive() or time.monotonic() > deadline:
-                raise self._unmountable(self._failure or "no answer")
+            if not self._thread.is_alive():
+                self._gone = True
+                self._session.abandon()  # nobody waits for an answer any more
+                raise self._unmountable(_why(self._failure))
+            if time.monotonic() > deadline:
+                raise self._unmountable("no answer")
 
         def changed() -> None:
             if self._files.waiting:
@@ -281,6 +287,10 @@ class MemoryMount:
             why = f"/dev/fuse: {in_words(self._failure)}"
         tell(f"--memory-file {self._place.path} is gone: {why}; the guest goes on without it")
 
+    def _ask(self) -> None:
+        """Have the kernel ask; on a thread that waits for the answer, which may not come."""
+        threading.Thread(target=_stat, args=(self._place.path,), daemon=True).start()
+
     def as_dict(self) -> dict[str, object]:
         """For the report."""
         return {"opens": self._files.opens, **self._files.guest.counts}
@@ -290,14 +300,21 @@ class MemoryMount:
         self._files.ending = self._session.leave
         if self._thread.is_alive():
             # Any request has libfuse's loop look at whether it is to end.
-            poke = threading.Thread(target=_stat, args=(self._place.path,), daemon=True)
-            poke.start()
+            self._ask()
             self._thread.join(_END_SECONDS)
         if self._mounted and not self._gone and not self._thread.is_alive():
             self._mounted = False
             self._files.give_up()
             self._session.close()
         self._place.leave(mounted=self._mounted)
+        if not self._thread.is_alive() and (left := self._place.left_behind()):
+            tell(f"--memory-file {self._place.path}: {left}")
+
+
+def _why(failure: BaseException | None) -> str:
+    if failure is None:
+        return "it was unmounted at once"
+    return in_words(failure) if isinstance(failure, OSError) else repr(failure)
 
 
 def _stat(path: str) -> None:

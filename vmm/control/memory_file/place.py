@@ -64,6 +64,17 @@ class Place:
             with contextlib.suppress(OSError):
                 os.rmdir(self.path)
 
+    def left_behind(self) -> str:
+        """What is there still after `leave`, and what takes it away; empty: nothing. Not while it
+        is mounted and served: the answer might not come."""
+        try:
+            os.lstat(self.path)
+        except FileNotFoundError:
+            return ""
+        except OSError:  # nobody serves it
+            return f"it stays mounted; take it away with: umount {self.path}"
+        return f"the folder stays behind; remove it with: rmdir {self.path}" if self._made else ""
+
 
 def _require_fuse(path: str) -> None:
     if not os.access(_DEVICE, os.R_OK | os.W_OK):

@@ -7,6 +7,7 @@ comes from here has none of the guest's memory, no KVM, and nothing of what was 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import signal
@@ -144,17 +145,16 @@ class _Nursery:
     def start(self, number: int) -> tuple[bytes, list[socket.socket]]:
         if number in self._children and self.end(number) == _STILL_THERE:
             return _FAILED + f"the last one {_STILL_THERE}".encode(), []
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        answering, asking = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs, asking:
+        with contextlib.ExitStack() as stays, contextlib.ExitStack() as goes:
             try:
+                ours, theirs = _pair(stays, goes)
+                answering, asking = _pair(stays, goes)
                 pid = os.fork()
-            except OSError as error:
-                ours.close()
-                answering.close()
+            except OSError as error:  # of this device alone: others go on
                 return _FAILED + (error.strerror or "").encode(), []
             if pid == 0:
                 _become(self._jobs[number], theirs, asking, self._confine)
+            stays.pop_all()
         self._children[number] = pid
         if self._jobs[number].dialing is None:
             answering.close()
@@ -195,13 +195,22 @@ class _Nursery:
         del self._children[number]
         self._hang_up(number)
         code = os.waitstatus_to_exitcode(status)
-        if code >= 0:
-            return f"ended with status {code}"
+        if code > 0:
+            return f"could not enter its sandbox: {os.strerror(code)}"
+        if code == 0:
+            return "ended"
         return f"was killed by {signal.Signals(-code).name}"
 
     def end_all(self) -> None:
         for number in list(self._children):
             self.end(number)
+
+
+def _pair(
+    mine: contextlib.ExitStack, childs: contextlib.ExitStack
+) -> tuple[socket.socket, socket.socket]:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    return mine.enter_context(ours), childs.enter_context(theirs)
 
 
 def _killed(pid: int) -> tuple[int, int]:
@@ -268,7 +277,10 @@ def _become(
         back_end = BackEnd(job.device, connection, job.files, job.may_keep)
         seccomp, landlock = False, 0
         if confine is not None:
-            seccomp, landlock = confine(accepts=job.accepts, receives=job.dialing is not None)
+            try:
+                seccomp, landlock = confine(accepts=job.accepts, receives=job.dialing is not None)
+            except OSError as error:
+                os._exit(error.errno or errno.EPERM)
         back_end.run(seccomp, landlock)
     finally:
         os._exit(0)

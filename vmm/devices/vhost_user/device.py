@@ -17,7 +17,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 
-from vmm.core.errors import GuestMemoryError, PyvmmError, tell
+from vmm.core.errors import GuestMemoryError, PyvmmError, in_words, tell
 from vmm.core.event_loop import drain
 from vmm.core.lean_typing import Any, NamedTuple
 from vmm.core.saved import NotSaved, State
@@ -373,7 +373,8 @@ class VhostUserDevice(VirtioDevice):
         try:
             found = self._greeted(self.reconnect)
         except (OSError, PyvmmError) as error:
-            tell(f"{self.name}: no back end to take over at {self.path}: {error}")
+            why = in_words(error) if isinstance(error, OSError) else error
+            tell(f"{self.name}: no back end to take over at {self.path}: {why}")
             self._restarting = False
             return
         with self._talking:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 
@@ -126,7 +127,7 @@ class ReadAhead:
         self._fd = fd
         self._is_on = False
         self._left = self.EVERY
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+        advise(fd, 0, 0, os.POSIX_FADV_RANDOM)
 
     def is_due(self, seconds: float, size: int) -> bool:
         """A read of so many bytes took so long; whether to `look`."""
@@ -146,13 +147,20 @@ class ReadAhead:
         if wanted != was_on:
             self._is_on = wanted
             advice = os.POSIX_FADV_NORMAL if wanted else os.POSIX_FADV_RANDOM
-            os.posix_fadvise(self._fd, 0, 0, advice)
+            advise(self._fd, 0, 0, advice)
         if not wanted:
             end = position + self.DROPPED
             # Holes always: other programs' reads may have been read ahead of, too. Data cost
             # another read, and nothing is read ahead of them but by this.
             near = [(position, end)] if was_on else [part for part in found if part[0] < end]
             drop(self._fd, near)
+
+
+def advise(fd: int, offset: int, size: int, advice: int) -> None:
+    """posix_fadvise(2). Advice that isn't taken (by a kernel without it, by a file system) costs
+    time, and nothing else."""
+    with contextlib.suppress(OSError):
+        os.posix_fadvise(fd, offset, size, advice)
 
 
 def open_disk(spec: str) -> DiskFile:
@@ -184,6 +192,12 @@ def open_disk(spec: str) -> DiskFile:
             )
         if not shared and not lock(fd, write=not read_only):
             raise in_use("--disk", path, write=not read_only)
+    except OSError as error:
+        os.close(fd)
+        raise UsageError(
+            f"--disk {path} cannot be looked at and locked: {error.strerror or error}; name "
+            "another file, or add share=on to go without the lock"
+        ) from error
     except BaseException:
         os.close(fd)
         raise
@@ -217,7 +231,11 @@ def _open(path: str, read_only: bool) -> int:
         wanted = "read" if read_only else "read and written"
         hint = "" if read_only else f"; to open it read-only, write --disk {path},ro"
         raise UsageError(f"--disk {path} cannot be {wanted}: {reason}{hint}") from error
-    mode = os.fstat(fd).st_mode
+    try:
+        mode = os.fstat(fd).st_mode
+    except OSError as error:
+        os.close(fd)
+        raise UsageError(f"--disk {path} cannot be looked at: {error.strerror}") from error
     if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
         os.set_blocking(fd, True)
         return fd

@@ -10,6 +10,7 @@ import tty
 from collections.abc import Callable, Sequence
 
 from vmm.core.errors import HostError, UsageError, tell
+from vmm.core.raw_terminal import repeated
 from vmm.core.suboptions import Suboptions
 from vmm.core.unix_listener import UnixListener
 from vmm.devices.virtio.console import MOST_PORTS, Port, VirtioConsole
@@ -97,7 +98,7 @@ class Pty(_Stream):
     def __init__(self) -> None:
         """Raises OSError."""
         master, self._slave = os.openpty()
-        tty.setraw(self._slave)
+        repeated(lambda: tty.setraw(self._slave))
         os.set_blocking(master, False)
         self.path = os.ttyname(self._slave)
         super().__init__(master)

@@ -97,7 +97,7 @@ class DeviceObserver(Protocol):
 
 
 class Watch(Protocol):
-    """EventLoop.watch: calls back on the loop's thread whenever an fd is ready."""
+    """EventLoop.watch_in_time: calls back on the loop's thread whenever an fd is ready."""
 
     def __call__(
         self,

@@ -7,6 +7,7 @@ import os
 import struct
 import time
 
+from vmm.devices.virtio.block_file import advise
 from vmm.devices.virtio.budget import TURN_SECONDS
 from vmm.devices.virtio.segments import aligned_pieces
 
@@ -59,6 +60,6 @@ def drop(fd: int, parts: list[tuple[int, int]]) -> None:
     until = time.monotonic() + TURN_SECONDS
     for start, end in parts:
         for at, length in aligned_pieces(start, end - start, _DROPPED_AT_ONCE):
-            os.posix_fadvise(fd, at, length, os.POSIX_FADV_DONTNEED)
+            advise(fd, at, length, os.POSIX_FADV_DONTNEED)
             if time.monotonic() > until:
                 return
