@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+from distributed import Client
+from distributed.client import FutureState
 
 from tests.unit.cli.conftest import Command
 from tests.unit.sweeps.conftest import SWEEP
 from tests.unit.sweeps.test_sweep import rows
 from vmm.sweeps import dask_executor, versions
 from vmm.sweeps.dask_executor import DaskExecutor
+from vmm.sweeps.executor import Answer
 from vmm.sweeps.far import Piece
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -66,6 +70,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         for _ in range(2):
             made.add_worker()
         yield made
+
+
+@pytest.fixture
+def own_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Without a worker yet."""
+    with ExitStack() as stack:
+        yield Cluster(tmp_path_factory.mktemp("own_cluster"), stack)
 
 
 @pytest.fixture
@@ -147,6 +158,58 @@ def test_worker_that_is_killed_in_the_middle_costs_no_cell_and_doubles_none(
     assert (folder / "met").read_text() == "x"
     assert (result.status, told["missing"], told["failed"]) == (0, 0, 0)
     assert [tries for _, tries in rows(folder)] == [1] * 120
+
+
+def test_answer_that_is_lost_with_its_worker_is_found_anew(
+    command: Command, own_cluster: Cluster, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The only worker ends when a task of it has ended, and nobody has asked for the answer yet.
+    victim = own_cluster.add_worker()
+    lost: queue.SimpleQueue[str] = queue.SimpleQueue()
+    really_lose, really_answers = FutureState.lose, DaskExecutor._answers
+    met: list[str] = []
+
+    def lose(self: FutureState) -> None:
+        really_lose(self)
+        lost.put(self.key)
+
+    def answers(self: DaskExecutor, ended: Sequence[str]) -> list[Answer]:
+        if met or not ended:
+            return really_answers(self, ended)
+        os.kill(victim, signal.SIGKILL)
+        while not set(ended) <= set(met):
+            met.append(lost.get(timeout=60))
+        found = really_answers(self, ended)
+        own_cluster.add_worker()
+        return found
+
+    monkeypatch.setattr(FutureState, "lose", lose)
+    monkeypatch.setattr(DaskExecutor, "_answers", answers)
+
+    result = command("sweep", "s.toml", "--scheduler", own_cluster.address, "--json")
+
+    assert (result.status, result.err) == (0, "")
+    assert [each["status"] for each in json.loads(result.out)["cells"]] == ["ok"] * 3
+
+
+def test_answer_that_fails_while_it_is_asked_for_is_a_failed_cell(
+    sweep: Callable[..., Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Where its worker goes then, it is done again, and Dask may give that up.
+    really = Client.gather
+
+    def gather(self: Client, futures: Mapping[str, Any], **words: Any) -> Any:
+        for future in futures.values():
+            future._state.set_error(RuntimeError("workers died under it"), None)
+        return really(self, futures, **words)
+
+    monkeypatch.setattr(Client, "gather", gather)
+
+    told = json.loads(sweep("--json").out)
+
+    assert [each["error"] for each in told["cells"]] == [
+        "Dask gave it up: workers died under it"
+    ] * 3
 
 
 def test_policy_that_fails_on_a_worker_is_kept_with_its_log(
