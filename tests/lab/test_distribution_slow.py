@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.lab.conftest import Starter
+from tests.lab.slow import slow
 from tests.lab.test_exec import pyvmm
 from tests.lab.test_lab_command import environment
 from vmm.lab.apt import Apt
@@ -19,14 +19,13 @@ from vmm.lab.distribution import ImageMaker, ImageRequest
 from vmm.lab.machine import Lab
 from vmm.lab.progress import Silent
 
-_FORCE = "PYVMM_LAB_SLOW"
 _MAKING_SECONDS = 900.0
 _LOGIN_SECONDS = 450.0
 _SECONDS = 120.0
 
 pytestmark = [
     pytest.mark.timeout(_MAKING_SECONDS + 2 * _LOGIN_SECONDS),
-    pytest.mark.skipif(not os.environ.get(_FORCE), reason=f"{_FORCE}=1 runs these tests"),
+    slow,
 ]
 
 
