@@ -15,6 +15,7 @@ import pytest
 
 from tests.support import command, guests
 from tests.support.command import Session
+from tests.support.control_client import ask
 
 pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("usable_kvm")]
 
@@ -36,12 +37,7 @@ class Controlled(Session):
         self.path = path
 
     def ask(self, request: str, **more: object) -> dict[str, Any]:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-            connection.settimeout(command.TIME_LIMIT)
-            connection.connect(str(self.path))
-            connection.sendall(json.dumps({"command": request, **more}).encode() + b"\n")
-            answer: dict[str, Any] = json.loads(connection.makefile("rb").readline())
-            return answer
+        return ask(self.path, request, seconds=command.TIME_LIMIT, **more)
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.policies import Console
-from tests.lab.inside import SECONDS, ask, ctl, pyvmm, said
+from tests.lab.inside import SECONDS, ctl, pyvmm, said
+from tests.support.control_client import ask
 
 LOAD = (
     "(n=0; while [ $n -lt 600 ] && dd if=/dev/urandom of=/mnt/f$n bs=4k count=8 conv=fsync "
@@ -39,10 +40,10 @@ def main(kernel: str, initrd: str, disk: str, report: str) -> None:
     seen["mounted"] = said(console, "mount -t ext4 /dev/vda /mnt && echo yes")
     said(console, "echo 1 >/proc/sys/kernel/printk")  # nothing of the kernel's between the answers
     said(console, LOAD)
-    start = ask(path, "dump-state")["io"]["blk0"]["bytes_written"]
-    while ask(path, "dump-state")["io"]["blk0"]["bytes_written"] < start + FIRST:
+    start = ask(path, "dump-state", seconds=SECONDS)["io"]["blk0"]["bytes_written"]
+    while ask(path, "dump-state", seconds=SECONDS)["io"]["blk0"]["bytes_written"] < start + FIRST:
         pass
-    os.kill(ask(path, "devices")["devices"]["blk0"]["pid"], signal.SIGKILL)
+    os.kill(ask(path, "devices", seconds=SECONDS)["devices"]["blk0"]["pid"], signal.SIGKILL)
     seen["over"] = said(
         console, "while [ ! -e /tmp/over ]; do sleep 1; done; echo $(wc -l </tmp/ok) files"
     )

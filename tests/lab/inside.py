@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.bench.policies import COMMAND_LIMIT, Console
+from tests.bench.policies import Console
 
 PYVMM = [sys.executable, "-sP", "/lab/project/pyvmm"]
 SECONDS = 240.0
@@ -41,16 +40,6 @@ def ctl(path: Path, *words: str) -> tuple[int, Any]:
     done = subprocess.run([*PYVMM, "ctl", str(path), *words], capture_output=True, check=False)
     answer = json.loads(done.stdout) if done.stdout else done.stderr.decode()
     return done.returncode, answer
-
-
-def ask(path: Path, command: str, **more: object) -> dict[str, Any]:
-    """One request to the control socket, without the time that a program's start takes."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-        connection.settimeout(COMMAND_LIMIT)
-        connection.connect(str(path))
-        connection.sendall(json.dumps({"command": command, **more}).encode() + b"\n")
-        answer: dict[str, Any] = json.loads(connection.makefile("rb").readline())
-        return answer
 
 
 @contextmanager

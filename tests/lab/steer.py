@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.policies import Console
-from tests.lab.inside import SECONDS, ask, ctl, pyvmm, said
+from tests.lab.inside import SECONDS, ctl, pyvmm, said
+from tests.support.control_client import ask
 
 READING = (
     "while :; do dd if=/dev/vda of=/dev/null bs=64k 2>/dev/null; "
@@ -37,12 +38,12 @@ def main(kernel: str, initrd: str) -> None:
     )  # fmt: skip
     seen: dict[str, Any] = {"booted": console.expect_prompt(SECONDS) is not None}
     said(console, READING)
-    seen["pause"] = ask(path, "pause")
-    seen["paused"] = [ask(path, "dump-state") for _ in range(LOOKS)]
-    seen["resume"] = ask(path, "resume")
+    seen["pause"] = ask(path, "pause", seconds=SECONDS)
+    seen["paused"] = [ask(path, "dump-state", seconds=SECONDS) for _ in range(LOOKS)]
+    seen["resume"] = ask(path, "resume", seconds=SECONDS)
     before = seen["paused"][-1]["io"]["blk0"]["requests"]
     for _ in range(100):
-        seen["going"] = ask(path, "dump-state")
+        seen["going"] = ask(path, "dump-state", seconds=SECONDS)
         if seen["going"]["io"]["blk0"]["requests"] > before:
             break
 
@@ -57,8 +58,8 @@ def main(kernel: str, initrd: str) -> None:
         ("too much", "share", 16 << 20, 32 << 20),
         ("nowhere", "share", 1 << 40, 4096),
     ):
-        seen[name] = ask(path, "convert", kind=kind, gpa=gpa, size=size)
-        seen[f"after {name}"] = ask(path, "dump-state")
+        seen[name] = ask(path, "convert", seconds=SECONDS, kind=kind, gpa=gpa, size=size)
+        seen[f"after {name}"] = ask(path, "dump-state", seconds=SECONDS)
     seen["by ctl"] = ctl(path, "convert", "share", hex(last), "0x1000")
     console.process.send_signal(signal.SIGUSR1)
     seen["alive"] = said(console, "echo $((6 * 7))")

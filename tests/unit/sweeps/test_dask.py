@@ -166,10 +166,11 @@ def test_answer_that_is_lost_with_its_worker_is_found_anew(
     # The only worker ends when a task of it has ended, and nobody has asked for the answer yet.
     victim = own_cluster.add_worker()
     lost: queue.SimpleQueue[str] = queue.SimpleQueue()
-    really_lose, really_answers = FutureState.lose, DaskExecutor._answers
+    really_lose: Callable[..., None] = FutureState.lose
+    really_answers = DaskExecutor._answers
     met: list[str] = []
 
-    def lose(self: FutureState) -> None:
+    def lose(self: Any) -> None:
         really_lose(self)
         lost.put(self.key)
 
@@ -196,7 +197,7 @@ def test_answer_that_fails_while_it_is_asked_for_is_a_failed_cell(
     sweep: Callable[..., Any], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Where its worker goes then, it is done again, and Dask may give that up.
-    really = Client.gather
+    really: Callable[..., Any] = Client.gather
 
     def gather(self: Client, futures: Mapping[str, Any], **words: Any) -> Any:
         for future in futures.values():
