@@ -38,10 +38,7 @@ def test_arm64_machine_has_kvm_and_the_extension_for_it(lab_start: Starter) -> N
     "kernel",
     [
         "pkvm-guest",
-        pytest.param(
-            "debian:7.3",
-            marks=slow,
-        ),
+        pytest.param("debian:7.3", marks=slow),
     ],
 )
 def test_arm64_guest_boots_to_a_shell_and_its_disk_holds_what_it_wrote(

@@ -21,10 +21,7 @@ from tests.lab.test_linux import Shell, report_of
 STOCK = "debian:7.3"
 STOCK_SECONDS = 300.0
 
-pytestmark = [
-    pytest.mark.timeout(FIRST_SECONDS),
-    slow,
-]
+pytestmark = [pytest.mark.timeout(FIRST_SECONDS), slow]
 
 REPORT = ("--report", "report.json")
 

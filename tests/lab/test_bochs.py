@@ -16,10 +16,7 @@ pyvmm --private-mem --scheme attributes </dev/null | tail -n 1
 read -r line && echo "$line was read"
 """
 
-pytestmark = [
-    pytest.mark.timeout(1200),
-    slow,
-]
+pytestmark = [pytest.mark.timeout(1200), slow]
 
 
 def test_code_in_private_memory_runs_under_bochs_and_not_under_qemu(lab_start: Starter) -> None:

@@ -14,10 +14,7 @@ from tests.lab.conftest import BOOT_SECONDS, Starter
 from tests.lab.slow import slow
 from vmm.core.errors import GuestFailure
 
-pytestmark = [
-    pytest.mark.timeout(5400),
-    slow,
-]
+pytestmark = [pytest.mark.timeout(5400), slow]
 
 # One file more in the kernel itself, with a parameter to be seen.
 _NOTE = """\
