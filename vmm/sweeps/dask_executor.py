@@ -145,25 +145,29 @@ class DaskExecutor:
                 lacking.setdefault(digest, []).append(worker)
 
     def _supply(self, workers: Sequence[str], digest: str) -> None:
-        """Send a content to workers, all at once. Raises UsageError for one that has changed. A
-        worker that has gone gets nothing: Dask gives its tasks to others."""
+        """Send a content to workers, all at once. Raises UsageError for one that has changed, and
+        for a worker that can't keep it. One that has gone gets nothing: Dask gives its tasks to
+        others."""
         folder, names = self._places[digest]
         wrong = None
         try:
             for pieces in _pieces(folder, names):
-                self._send(workers, digest, pieces)
-            wrong = self._complete(workers, digest, names)
+                if wrong := self._send(workers, digest, pieces):
+                    break
+            else:
+                wrong = self._complete(workers, digest, names)
         except FileNotFoundError as error:
             wrong = f"{error.filename} has gone"
         if wrong:
             raise UsageError(f"{self._contents[digest].name}: {wrong}")
 
-    def _send(self, workers: Sequence[str], digest: str, pieces: Sequence[far.Piece]) -> None:
-        self._told(workers, far.receive, self._sweep, digest, list(pieces))
+    def _send(self, workers: Sequence[str], digest: str, pieces: Sequence[far.Piece]) -> str | None:
+        told = self._told(workers, far.receive, self._sweep, digest, list(pieces))
+        return _wrong(told)
 
     def _complete(self, workers: Sequence[str], digest: str, names: Sequence[str]) -> str | None:
         told = self._told(workers, far.complete, self._sweep, digest, list(names))
-        return next((wrong for wrong in told.values() if isinstance(wrong, str)), None)
+        return _wrong(told)
 
     # -- jobs ---------------------------------------------------------------------------------
 
@@ -314,6 +318,11 @@ class DaskExecutor:
         with contextlib.suppress(Exception):
             self._client.close(timeout=_LAST_SECONDS)
         self._quietened.setLevel(self._level)
+
+
+def _wrong(told: Mapping[str, Any]) -> str | None:
+    """What one of the workers says is wrong."""
+    return next((wrong for wrong in told.values() if isinstance(wrong, str)), None)
 
 
 def _pieces(folder: str, names: Sequence[str]) -> Iterator[list[far.Piece]]:

@@ -37,9 +37,9 @@ class Cluster:
         self._stack = stack
         self.address, _ = self._started("scheduler", "--host", "127.0.0.1", "--port", "0")
 
-    def add_worker(self) -> int:
+    def add_worker(self, *more: str) -> int:
         """One more, which is there when this returns; its process."""
-        words = ["--nthreads", "1", "--no-nanny", "--host", "127.0.0.1"]
+        words = ["--nthreads", "1", "--no-nanny", "--host", "127.0.0.1", *more]
         _, process = self._started("worker", self.address, *words)
         return process
 
@@ -118,9 +118,9 @@ def test_contents_reach_each_worker_once(
 
     def send(
         self: DaskExecutor, workers: Sequence[str], digest: str, pieces: Sequence[Piece]
-    ) -> None:
+    ) -> str | None:
         sent.update((worker, digest, name) for worker in workers for name, _, _ in pieces)
-        really(self, workers, digest, pieces)
+        return really(self, workers, digest, pieces)
 
     monkeypatch.setattr(DaskExecutor, "_send", send)
     monkeypatch.setattr(dask_executor, "_BATCH_SECONDS", 0.0)  # a task for each cell
@@ -191,6 +191,20 @@ def test_answer_that_is_lost_with_its_worker_is_found_anew(
 
     assert (result.status, result.err) == (0, "")
     assert [each["status"] for each in json.loads(result.out)["cells"]] == ["ok"] * 3
+
+
+def test_worker_that_cannot_keep_what_cells_need_is_named(
+    command: Command, own_cluster: Cluster, folder: Path
+) -> None:
+    own_cluster.add_worker("--local-directory", str(folder / "there"))
+    (place,) = (folder / "there" / "dask-scratch-space").glob("worker-*/")
+    (place / "pyvmm-sweep").write_text("no folder")
+
+    result = command("sweep", "s.toml", "--scheduler", own_cluster.address)
+
+    assert result.status == 2
+    assert f" can't keep it in {place}/pyvmm-sweep: Not a directory; " in result.complaint
+    assert "--local-directory" in result.complaint
 
 
 def test_answer_that_fails_while_it_is_asked_for_is_a_failed_cell(
