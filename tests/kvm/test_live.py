@@ -36,6 +36,12 @@ class Controlled(Session):
         super().__init__([*arguments, "--control", str(path)])
         self.path = path
 
+    def await_listener(self) -> None:
+        """The socket's file is there a moment before anybody listens on it."""
+        with socket.socket(socket.AF_UNIX) as caller:
+            while caller.connect_ex(str(self.path)):
+                assert self.process.poll() is None
+
     def ask(self, request: str, **more: object) -> dict[str, Any]:
         return ask(self.path, request, seconds=command.TIME_LIMIT, **more)
 
@@ -92,8 +98,7 @@ def test_guest_started_paused_runs_nothing_until_it_is_resumed(
     echoing: list[str], tmp_path: Path
 ) -> None:
     with Controlled([*echoing, "-S"], tmp_path / "control") as session:
-        while not session.path.exists():
-            assert session.process.poll() is None
+        session.await_listener()
         before = session.ask("status")
         assert (before["state"], before["exits"]) == ("paused", 0)
 
@@ -108,8 +113,7 @@ def test_guest_that_was_never_resumed_can_be_ended(
     echoing: list[str], tmp_path: Path, end: str
 ) -> None:
     with Controlled([*echoing, "-S"], tmp_path / "control") as session:
-        while not session.path.exists():
-            assert session.process.poll() is None
+        session.await_listener()
         assert session.ask("status")["state"] == "paused"
 
         if end == "SIGTERM":
