@@ -129,8 +129,7 @@ def test_guest_that_was_never_resumed_can_be_ended(
 def test_follower_hears_of_every_conversion_and_of_the_end(tmp_path: Path) -> None:
     path, report = tmp_path / "control", tmp_path / "report"
     with Controlled(["--private-mem", "-S", "--report", str(report)], path) as session:
-        while not path.exists():
-            assert session.process.poll() is None
+        session.await_listener()
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.settimeout(command.TIME_LIMIT)
             connection.connect(str(path))
