@@ -36,7 +36,7 @@ from kvm_bindings.x86_64 import System
 from tests.bench.conversion_cost import Side
 from tests.support.fake_vcpu import FakeVcpu
 from tests.support.iommu import map_request, unmap_request
-from tests.support.real_memory import RealMemory
+from tests.support.real_memory import VERBS, RealMemory
 from tests.support.virtio_driver import Piece
 from tests.support.virtio_machine import BAR, VirtioMachine
 from tests.support.x86 import exit_handlers
@@ -329,10 +329,7 @@ class _Behind:
     def __init__(self, guest: Guest, memory: IommuMemory) -> None:
         self.size = PRIVATE_FROM
         self._fd = guest.private.fd
-        for verb in (
-            "pread", "pwrite", "transfer_in", "transfer_out", "discard",
-            "read_many", "write_many", "move_in", "move_out",
-        ):  # fmt: skip
+        for verb in VERBS:
             setattr(self, verb, getattr(memory, verb))
 
     def peek(self, size: int, gpa: int) -> bytes:

@@ -30,7 +30,6 @@ import gc
 import json
 import os
 import random
-import socket
 import struct
 import subprocess
 import sys
@@ -48,6 +47,7 @@ from tests.fuzz.attacked import DEVICES, Attacked, attacked
 from tests.fuzz.hostile_driver import HostileDriver
 from tests.fuzz.oracles import assert_holds_little
 from tests.support import guests
+from tests.support.control_client import ask
 from tests.support.conversion import share, unshare
 from tests.support.fake_memory import FakeMemory
 from tests.support.memory import data_pages, page
@@ -315,13 +315,7 @@ class Outside:
         require(b"ready" in self.process.stdout.readline(), "the other pyvmm's guest is not ready")
 
     def ask(self, command: str, **more: object) -> dict[str, Any]:
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(REST)
-            connection.connect(str(self._path))
-            connection.sendall(json.dumps({"command": command, **more}).encode() + b"\n")
-            with connection.makefile("rb") as lines:
-                answer: dict[str, Any] = json.loads(lines.readline())
-        return answer
+        return ask(self._path, command, seconds=REST, **more)
 
     def round(self) -> None:
         for _ in range(10):

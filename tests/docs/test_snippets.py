@@ -5,7 +5,6 @@ vmm/docs/README.md says how a page marks its blocks.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,11 +15,11 @@ from tests.docs.command_lines import parse, pyvmm_commands
 from tests.docs.markdown import ROOT, Block, blocks, commands, name_of, pages
 from tests.docs.session import RUN, Session, agrees, check_head
 from tests.lab.reruns import again_after_an_emulators_fault
+from tests.lab.slow import slow
 from vmm.arch import architecture
 from vmm.core.errors import HostError, UsageError
 from vmm.host.kvm import open_kvm
 
-_FORCE = "PYVMM_LAB_SLOW"
 BLOCKS = [block for page in pages() for block in blocks(page)]
 LINES = [
     (f"{name_of(block.page)}:{command.line}", words)
@@ -93,7 +92,7 @@ def test_page_followed_to_the_letter_works(page: Path, session: Session) -> None
 @pytest.mark.lab
 @pytest.mark.timeout(1800)
 @again_after_an_emulators_fault
-@pytest.mark.skipif(not os.environ.get(_FORCE), reason=f"{_FORCE}=1 runs pages in the lab, too")
+@slow
 @pytest.mark.parametrize("page", _pages("lab"))
 def test_page_followed_to_the_letter_works_in_the_lab(page: Path, session: Session) -> None:
     follow(page, session, lab=True)

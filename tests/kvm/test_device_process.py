@@ -17,6 +17,7 @@ import pytest
 
 from kvm_bindings import sandbox
 from tests.support import command
+from tests.support.control_client import ask
 from tests.support.hostile_device import MUST_WORK, PORT, ROOM, TAKES_CALLERS
 from vmm.bench.processes import bench_guest
 
@@ -210,12 +211,7 @@ class Guest:
         assert self.process.stdout.readline() == "> bench guest\n"
 
     def ask(self, request: str, **more: object) -> dict[str, Any]:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-            connection.settimeout(command.TIME_LIMIT)
-            connection.connect(str(self.control))
-            connection.sendall(json.dumps({"command": request, **more}).encode() + b"\n")
-            answer: dict[str, Any] = json.loads(connection.makefile("rb").readline())
-            return answer
+        return ask(self.control, request, seconds=command.TIME_LIMIT, **more)
 
     def blk0(self) -> dict[str, Any]:
         counts: dict[str, Any] = self.ask("dump-state")["io"]["blk0"]

@@ -15,6 +15,7 @@ import pytest
 
 from tests.support import command, guests
 from tests.support.command import Session
+from tests.support.control_client import ask
 
 pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("usable_kvm")]
 
@@ -35,13 +36,14 @@ class Controlled(Session):
         super().__init__([*arguments, "--control", str(path)])
         self.path = path
 
+    def await_listener(self) -> None:
+        """The socket's file is there a moment before anybody listens on it."""
+        with socket.socket(socket.AF_UNIX) as caller:
+            while caller.connect_ex(str(self.path)):
+                assert self.process.poll() is None
+
     def ask(self, request: str, **more: object) -> dict[str, Any]:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-            connection.settimeout(command.TIME_LIMIT)
-            connection.connect(str(self.path))
-            connection.sendall(json.dumps({"command": request, **more}).encode() + b"\n")
-            answer: dict[str, Any] = json.loads(connection.makefile("rb").readline())
-            return answer
+        return ask(self.path, request, seconds=command.TIME_LIMIT, **more)
 
 
 @pytest.fixture
@@ -96,8 +98,7 @@ def test_guest_started_paused_runs_nothing_until_it_is_resumed(
     echoing: list[str], tmp_path: Path
 ) -> None:
     with Controlled([*echoing, "-S"], tmp_path / "control") as session:
-        while not session.path.exists():
-            assert session.process.poll() is None
+        session.await_listener()
         before = session.ask("status")
         assert (before["state"], before["exits"]) == ("paused", 0)
 
@@ -112,8 +113,7 @@ def test_guest_that_was_never_resumed_can_be_ended(
     echoing: list[str], tmp_path: Path, end: str
 ) -> None:
     with Controlled([*echoing, "-S"], tmp_path / "control") as session:
-        while not session.path.exists():
-            assert session.process.poll() is None
+        session.await_listener()
         assert session.ask("status")["state"] == "paused"
 
         if end == "SIGTERM":
@@ -129,8 +129,7 @@ def test_guest_that_was_never_resumed_can_be_ended(
 def test_follower_hears_of_every_conversion_and_of_the_end(tmp_path: Path) -> None:
     path, report = tmp_path / "control", tmp_path / "report"
     with Controlled(["--private-mem", "-S", "--report", str(report)], path) as session:
-        while not path.exists():
-            assert session.process.poll() is None
+        session.await_listener()
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.settimeout(command.TIME_LIMIT)
             connection.connect(str(path))

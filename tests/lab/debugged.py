@@ -1,8 +1,8 @@
 """Runs inside a lab machine: a stock kernel under a debugger.
 
-    python debugged.py POLICIES.PY CLIENT.PY KERNEL INITRD gdb SYMBOLS.PY GDB-FOLDER AS-FOLDER
-    python debugged.py POLICIES.PY CLIENT.PY KERNEL INITRD rehearsal
-    python debugged.py POLICIES.PY CLIENT.PY KERNEL INITRD outside SYMBOLS OPTIONS...
+    python -m tests.lab.debugged KERNEL INITRD gdb SYMBOLS.PY GDB-FOLDER AS-FOLDER
+    python -m tests.lab.debugged KERNEL INITRD rehearsal
+    python -m tests.lab.debugged KERNEL INITRD outside SYMBOLS OPTIONS...
 
 A line of JSON with what was seen goes to stdout; the test judges it. With `outside` the debugger is
 a program out there: a line with the addresses of the symbols (a,b,c), then stdin and stdout are the
@@ -11,7 +11,6 @@ debugger's until it detaches.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -24,10 +23,12 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-PYVMM = [sys.executable, "-sP", "/lab/project/pyvmm"]
+from tests.bench.policies import Console
+from tests.lab.inside import PYVMM, SECONDS, telling
+from tests.support.gdb_client import GdbClient
+
 GDB_LIMIT = 240.0
 KPROBE = (
     "mount -t sysfs s /sys; mount -t tracefs t /sys/kernel/tracing; cd /sys/kernel/tracing; "
@@ -39,24 +40,14 @@ KPROBE = (
 SYMBOLS = ("ksys_sync", "panic_timeout", "sched_schedstats")
 
 
-def loaded(name: str, file: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 class Run:
     """One guest with its console and its debugger."""
 
-    def __init__(self, policies: ModuleType, client: ModuleType, words: list[str]) -> None:
-        self._policies = policies
+    def __init__(self, words: list[str]) -> None:
         self.folder = Path(tempfile.mkdtemp())
         self.report = self.folder / "report"
         self.path = path = self.folder / "gdb"
-        self.console = policies.Console(
+        self.console = Console(
             [*PYVMM, *words, "--gdb", str(path), "--report", str(self.report)],
             self.folder / "stderr",
         )
@@ -64,13 +55,13 @@ class Run:
         while "waits for a debugger" not in (told := (self.folder / "stderr").read_text()):
             assert self.console.process.poll() is None, told
             time.sleep(0.05)
-        self.gdb = client.GdbClient.at(path)
-        self.gdb._socket.settimeout(3 * policies.BOOT_LIMIT)
+        self.gdb = GdbClient.at(path)
+        self.gdb._socket.settimeout(SECONDS)
 
     def prompt(self) -> str:
-        text = self.console.expect_prompt(self._policies.BOOT_LIMIT)
+        text = self.console.expect_prompt(SECONDS)
         assert text is not None, (self.folder / "stderr").read_text()
-        return str(text)
+        return text
 
     def command(self, words: str) -> str:
         """What the guest's shell prints; the guest runs."""
@@ -232,26 +223,19 @@ def outside(run: Run, symbols: str) -> dict[str, Any]:
     return {"report": run.end()["gdb"]}
 
 
-def main(policies: str, client: str, kernel: str, initrd: str, what: str, *words: str) -> None:
+def main(kernel: str, initrd: str, what: str, *words: str) -> None:
     more = ["--private-mem"]
     if what == "rehearsal":
         more += ["--gdb-sees-private", "--cpus", "2"]
     elif what == "outside":
         more = list(words[1:])
     common = ["--kernel", kernel, "--initrd", initrd, "--mem", "256M"]
-    run = Run(
-        loaded("policies", policies),
-        loaded("client", client),
-        [*common, "--append", "quiet nokaslr", *more],
-    )
-    try:
+    run = Run([*common, "--append", "quiet nokaslr", *more])
+    with telling(run.folder / "stderr"):
         if what == "outside":
             seen = outside(run, words[0])
         else:
             seen = rehearsal(run) if what == "rehearsal" else with_gdb(run, list(words))
-    except BaseException:
-        print((run.folder / "stderr").read_text(), file=sys.stderr)
-        raise
     print(json.dumps(seen))
 
 

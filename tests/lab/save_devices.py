@@ -1,6 +1,6 @@
 """Runs inside a lab machine: a stock guest with a device of each kind, restored by another pyvmm.
 
-    python save_devices.py POLICIES.PY KERNEL INITRD IMAGE
+    python -m tests.lab.save_devices KERNEL INITRD IMAGE
 
 The file system on IMAGE, of which a copy is the guest's disk, has `file` and `vs`, the program of
 tests.support.vsock_program. A line of JSON with what was seen goes to stdout; the test judges it.
@@ -9,7 +9,6 @@ tests.support.vsock_program. A line of JSON with what was seen goes to stdout; t
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -22,8 +21,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-PYVMM = [sys.executable, "-sP", "/lab/project/pyvmm"]
-SECONDS = 240.0
+from tests.bench.policies import Console
+from tests.lab.inside import PYVMM, SECONDS, ctl, pyvmm, said
+
 TAP_MAC, MAC = "02:00:00:00:00:01", "02:00:00:00:00:02"
 TAP, ADDRESS, GUEST = "tap0", "192.0.2.1", "192.0.2.2"
 CALLED = b"from the host's program\n"
@@ -82,7 +82,7 @@ def bring_up_tap() -> None:
 class Machine:
     """One pyvmm, with its devices' other ends in a folder of its own."""
 
-    def __init__(self, policies: Any, folder: Path, disk: str, net: str, words: list[str]) -> None:
+    def __init__(self, folder: Path, disk: str, net: str, words: list[str]) -> None:
         self.folder = folder
         folder.mkdir()
         self.peer = Peer(folder / "vsock")
@@ -90,19 +90,11 @@ class Machine:
         devices += ["--vsock", f"path={folder}/vsock", "--console", f"file={folder}/console"]
         devices += ["--console", f"socket={folder}/port,name=test.port"]
         control = ["--control", str(folder / "control")]
-        self.console = policies.Console([*PYVMM, *words, *devices, *control], folder / "stderr")
+        self.console = Console([*words, *devices, *control], folder / "stderr")
         bring_up_tap()
 
     def said(self, command: str) -> str:
-        self.console.type(command)
-        text: str = self.console.expect_prompt(SECONDS) or "(nothing)"
-        # busybox's shell asks the terminal where its cursor is.
-        return text.replace("\x1b[6n", "").removeprefix(command).strip()
-
-    def ctl(self, *words: str) -> Any:
-        path = str(self.folder / "control")
-        done = subprocess.run([*PYVMM, "ctl", path, *words], capture_output=True, check=False)
-        return json.loads(done.stdout) if done.stdout else done.stderr.decode()
+        return said(self.console, command)
 
     def end(self) -> dict[str, Any]:
         return {
@@ -113,17 +105,13 @@ class Machine:
         }
 
 
-def main(console_file: str, kernel: str, initrd: str, image: str) -> None:
-    spec = importlib.util.spec_from_file_location("policies", console_file)
-    assert spec is not None and spec.loader is not None
-    policies = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(policies)
+def main(kernel: str, initrd: str, image: str) -> None:
     folder = Path(tempfile.mkdtemp())
     disk = shutil.copy(image, str(folder / "disk"))
     seen: dict[str, Any] = {}
 
-    words = ["--kernel", kernel, "--initrd", initrd, "--append", "quiet", "--mem", "256M"]
-    old = Machine(policies, folder / "old", disk, f",mac={MAC}", [*words, "--private-mem=memfd"])
+    words = pyvmm(kernel, initrd, "--mem", "256M", "--private-mem=memfd")
+    old = Machine(folder / "old", disk, f",mac={MAC}", words)
     seen["booted"] = old.console.expect_prompt(SECONDS) is not None
     old.said("mount -t ext4 /dev/vda /mnt; mkfifo /tmp/fifo; sleep 100000 >/tmp/fifo &")
     old.said(f"ip addr add {GUEST}/24 dev eth0; ip link set eth0 up")
@@ -131,10 +119,11 @@ def main(console_file: str, kernel: str, initrd: str, image: str) -> None:
     seen["ping before"] = old.said(f"ping -c 3 -W 20 {ADDRESS} | grep received")
     seen["gone before"] = old.said("echo before >/dev/hvc0; cat /tmp/gone")
     saved = str(folder / "saved")
-    seen["snapshot"] = old.ctl("snapshot", saved, "--with-private", "--then-quit")
+    control = old.folder / "control"
+    _, seen["snapshot"] = ctl(control, "snapshot", saved, "--with-private", "--then-quit")
     seen["old"] = old.end()
 
-    new = Machine(policies, folder / "new", disk, "", ["--restore", saved])
+    new = Machine(folder / "new", disk, "", [*PYVMM, "--restore", saved])
     seen["gone"] = new.said(WAIT + "cat /tmp/gone")
     seen["mac"] = new.said("cat /sys/class/net/eth0/address")
     seen["ping"] = new.said(f"ping -c 3 -W 20 {ADDRESS} | grep received")

@@ -6,7 +6,6 @@ minute and a half to its shell under two layers of emulation. PYVMM_LAB_SLOW=1 b
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ import pytest
 from tests.docs.markdown import README, blocks
 from tests.lab.conftest import BOOT_SECONDS, Starter
 from tests.lab.ext4_disk import Ext4Disk
+from tests.lab.slow import slow
 from tests.lab.test_linux import Shell, report_of
 
 # The first arm64 test of a machine downloads and compiles: Python, the extension, a kernel.
@@ -38,12 +38,7 @@ def test_arm64_machine_has_kvm_and_the_extension_for_it(lab_start: Starter) -> N
     "kernel",
     [
         "pkvm-guest",
-        pytest.param(
-            "debian:7.3",
-            marks=pytest.mark.skipif(
-                not os.environ.get("PYVMM_LAB_SLOW"), reason="PYVMM_LAB_SLOW=1 runs it"
-            ),
-        ),
+        pytest.param("debian:7.3", marks=slow),
     ],
 )
 def test_arm64_guest_boots_to_a_shell_and_its_disk_holds_what_it_wrote(

@@ -14,17 +14,14 @@ import pytest
 
 from tests.lab.conftest import BOOT_SECONDS, Starter
 from tests.lab.ext4_disk import Ext4Disk
+from tests.lab.slow import slow
 from tests.lab.test_arm64 import FIRST_SECONDS
 from tests.lab.test_linux import Shell, report_of
 
-_FORCE = "PYVMM_LAB_SLOW"
 STOCK = "debian:7.3"
 STOCK_SECONDS = 300.0
 
-pytestmark = [
-    pytest.mark.timeout(FIRST_SECONDS),
-    pytest.mark.skipif(not os.environ.get(_FORCE), reason=f"{_FORCE}=1 runs these tests"),
-]
+pytestmark = [pytest.mark.timeout(FIRST_SECONDS), slow]
 
 REPORT = ("--report", "report.json")
 

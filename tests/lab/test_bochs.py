@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 
 import pytest
 
 from tests.lab.conftest import Starter
+from tests.lab.slow import slow
 from tests.support.private_code import EXPECTED
 
-_FORCE = "PYVMM_LAB_SLOW"
 _SCRIPT = """
 python3 -m tests.support.private_code </dev/null
 pyvmm --private-mem --scheme attributes </dev/null | tail -n 1
 read -r line && echo "$line was read"
 """
 
-pytestmark = [
-    pytest.mark.timeout(1200),
-    pytest.mark.skipif(
-        not os.environ.get(_FORCE), reason=f"Bochs takes minutes; {_FORCE}=1 runs these tests"
-    ),
-]
+pytestmark = [pytest.mark.timeout(1200), slow]
 
 
 def test_code_in_private_memory_runs_under_bochs_and_not_under_qemu(lab_start: Starter) -> None:

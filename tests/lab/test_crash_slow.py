@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -12,25 +11,19 @@ from typing import Any
 
 import pytest
 
-from tests.bench import policies
 from tests.lab.conftest import Starter
 from tests.lab.dump_guest import MARK
+from tests.lab.programs import KERNEL, guest, program_words, result_of
+from tests.lab.slow import slow
 from vmm.core.errors import HostError
 from vmm.core.kernel_file import kernel_release
 from vmm.lab.apt import QEMU_SUITE
-from vmm.lab.interpreter import executable
 from vmm.lab.machine import Lab
 from vmm.lab.programs import unpacked_command
 
-_FORCE = "PYVMM_LAB_SLOW"
-_SECONDS = 500.0
-SCRIPT = Path(__file__).with_name("dump_guest.py")
 COMMANDS = "sys\nps\nlog\nbt -a\nbt {sleeper}\nmod\nexit\n"
 
-pytestmark = [
-    pytest.mark.timeout(600),
-    pytest.mark.skipif(not os.environ.get(_FORCE), reason=f"{_FORCE}=1 runs these tests"),
-]
+pytestmark = [pytest.mark.timeout(600), slow]
 
 
 class Crash:
@@ -70,7 +63,7 @@ class Crash:
 @pytest.fixture
 def crash(lab: Lab) -> Crash:
     try:
-        return Crash(lab, lab.guest_kernel("debian:6.12").image)
+        return Crash(lab, lab.guest_kernel(KERNEL).image)
     except HostError as error:
         if os.environ.get("PYVMM_LAB_REQUIRED"):
             raise
@@ -81,12 +74,8 @@ def dumped(
     lab: Lab, lab_start: Starter, backing: str, cpus: int, *cores: Path
 ) -> tuple[dict[str, Any], str]:
     """What the guest says of itself, and crash's commands for it."""
-    kernel = lab.guest_kernel("debian:6.12")
-    words = [str(executable()), str(SCRIPT), policies.__file__, str(kernel.image)]
-    words += [str(lab.guest_initramfs(kernel)), backing, str(cpus), *map(str, cores)]
-    run = lab_start(words, program=True, cpus=1, outputs=list(cores))
-    assert run.wait(_SECONDS) == 0, bytes(run.stderr.data)
-    seen: dict[str, Any] = json.loads(bytes(run.stdout.data).splitlines()[-1])
+    words = program_words("dump_guest", *guest(lab), backing, cpus, *cores)
+    seen = result_of(lab_start(words, program=True, cpus=1, outputs=list(cores)))
     assert seen["booted"] and seen["mark"] == "done", seen
     assert (seen["status"], seen["stderr"]) == (0, "")
     return seen, COMMANDS.format(sleeper=seen["sleeper"])

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 from pathlib import Path
 
-import pytest
-
-from tests.bench import policies
 from tests.lab.conftest import Starter
+from tests.lab.programs import guest, program_words, result_of
+from tests.lab.slow import slow
 from tests.lab.test_linux import ext4_image
-from tests.lab.test_policies import guest, result_of
-from vmm.lab.interpreter import executable
 from vmm.lab.machine import Lab
 
-_FORCE = "PYVMM_LAB_SLOW"
-
-pytestmark = pytest.mark.skipif(not os.environ.get(_FORCE), reason=f"{_FORCE}=1 runs these tests")
+pytestmark = slow
 
 
 def test_file_system_is_whole_after_its_disk_s_process_was_killed_under_load(
@@ -28,15 +22,10 @@ def test_file_system_is_whole_after_its_disk_s_process_was_killed_under_load(
     (tmp_path / "root").mkdir()
     disk = tmp_path / "disk.ext4"
     ext4_image(disk, tmp_path / "root")
-    script = Path(__file__).with_name("device_process.py")
-    words = [str(executable()), str(script), policies.__file__, *guest(lab), "/dev/vde"]
+    report = tmp_path / "report.json"
+    words = program_words("device_process", *guest(lab), "/dev/vde", report)
 
-    seen = result_of(
-        lab_start(
-            [*words, str(tmp_path / "report.json")], program=True, cpus=1, disks=["disk.ext4"],
-            outputs=[tmp_path / "report.json"],
-        )
-    )  # fmt: skip
+    seen = result_of(lab_start(words, program=True, cpus=1, disks=["disk.ext4"], outputs=[report]))
 
     print(json.dumps(seen, indent=2))
     assert (seen["booted"], seen["mounted"]) == (True, "yes")
@@ -46,7 +35,7 @@ def test_file_system_is_whole_after_its_disk_s_process_was_killed_under_load(
     assert (seen["unmounted"][-3:], seen["restart"], seen["again"][-3:]) == ("yes", 0, "yes")
     assert seen["lost"] == ""
     assert (seen["after"][-3:], seen["status"]) == ("yes", 0)
-    process = json.loads((tmp_path / "report.json").read_text())["io"]["blk0"]["process"]
+    process = json.loads(report.read_text())["io"]["blk0"]["process"]
     assert (process["deaths"], process["restarts"]) == (1, 1)
     assert process["last_end"] == "was killed by SIGKILL"
     print(json.dumps(process))

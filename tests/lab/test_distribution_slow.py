@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -12,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.lab.conftest import Starter
+from tests.lab.slow import slow
 from tests.lab.test_exec import pyvmm
 from tests.lab.test_lab_command import environment
 from vmm.lab.apt import Apt
@@ -19,15 +18,11 @@ from vmm.lab.distribution import ImageMaker, ImageRequest
 from vmm.lab.machine import Lab
 from vmm.lab.progress import Silent
 
-_FORCE = "PYVMM_LAB_SLOW"
 _MAKING_SECONDS = 900.0
 _LOGIN_SECONDS = 450.0
 _SECONDS = 120.0
 
-pytestmark = [
-    pytest.mark.timeout(_MAKING_SECONDS + 2 * _LOGIN_SECONDS),
-    pytest.mark.skipif(not os.environ.get(_FORCE), reason=f"{_FORCE}=1 runs these tests"),
-]
+pytestmark = [pytest.mark.timeout(_MAKING_SECONDS + 2 * _LOGIN_SECONDS), slow]
 
 
 @pytest.fixture
@@ -56,9 +51,7 @@ def test_debian_comes_to_its_login_in_private_memory_and_powers_off(
     print(f"login after {login:.1f} s; {said.decode(errors='replace')}")
     assert status == 0, bytes(run.stderr.data)
     assert re.search(rb"running\r?\n", said), said  # of the command itself, its echo goes on
-    program = shutil.which("e2fsck", path="/usr/sbin:/sbin:/usr/bin")
-    if program is not None:
-        subprocess.run([program, "-fn", str(image)], check=True, capture_output=True)
+    subprocess.run(["e2fsck", "-fn", str(image)], check=True, timeout=60, capture_output=True)
 
 
 def test_program_of_the_image_runs_as_a_command(image: Path) -> None:

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.bench import policies
 from tests.docs.markdown import DOCS, blocks
 from tests.lab.conftest import Starter
-from tests.lab.test_policies import SECONDS, guest
-from tests.support import gdb_client
+from tests.lab.programs import guest, program_words, result_of
+from tests.lab.slow import slow
 from vmm.lab.image import lay_out_program
-from vmm.lab.interpreter import executable
 from vmm.lab.machine import Lab
 
-_FORCE = "PYVMM_LAB_SLOW"
-pytestmark = pytest.mark.skipif(not os.environ.get(_FORCE), reason=f"{_FORCE}=1 runs these tests")
+pytestmark = slow
 PAGE = DOCS / "howto" / "debug-with-gdb.md"
-SCRIPT = Path(__file__).with_name("debugged.py")
-WORDS = [str(executable()), str(SCRIPT), policies.__file__, gdb_client.__file__]
 _NOT_TAKEN = shutil.ignore_patterns("test", "idlelib", "lib2to3", "config-*", "dist-packages")
 
 
@@ -62,7 +54,7 @@ def test_stock_kernel_with_private_memory_under_gdb_by_the_page_is_stopped_and_n
     lay_out_gdb(gdb)
     lay_out(binutils, "as")
 
-    words = [*WORDS, *guest(lab), "gdb", str(symbols), str(gdb), str(binutils)]
+    words = program_words("debugged", *guest(lab), "gdb", symbols, gdb, binutils)
     seen = result_of(lab_start(words, program=True, cpus=1, files=[gdb, binutils]))
 
     said = seen["said"]
@@ -80,16 +72,12 @@ def test_stock_kernel_with_private_memory_under_gdb_by_the_page_is_stopped_and_n
     assert seen["report"]["private_bytes"] == 0 and seen["report"]["refused"]["reads"] >= 2
 
 
-def result_of(run: Any) -> dict[str, Any]:
-    assert run.wait(SECONDS) == 0, bytes(run.stderr.data).decode()
-    result: dict[str, Any] = json.loads(bytes(run.stdout.data).splitlines()[-1])
-    return result
-
-
 def test_rehearsals_private_memory_is_read_and_watched_on_two_vcpus(
     lab: Lab, lab_start: Starter
 ) -> None:
-    seen = result_of(lab_start([*WORDS, *guest(lab), "rehearsal"], program=True, cpus=1))
+    words = program_words("debugged", *guest(lab), "rehearsal")
+
+    seen = result_of(lab_start(words, program=True, cpus=1))
 
     assert seen["stopped"].startswith("T02")
     assert seen["software"] == seen["watch"] == "OK"

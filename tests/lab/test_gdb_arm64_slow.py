@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import shutil
 import socket
@@ -17,30 +16,18 @@ from typing import Any
 
 import pytest
 
-from tests.bench import policies
-from tests.lab import debugged
 from tests.lab.conftest import Starter
+from tests.lab.programs import guest, program_words, result_of
+from tests.lab.slow import slow
 from tests.lab.test_arm64 import FIRST_SECONDS
-from tests.support import gdb_client
 from vmm.lab.machine import Lab
 from vmm.lab.options import LabOptions
 from vmm.lab.run import LabRun
 
-_FORCE = "PYVMM_LAB_SLOW"
-pytestmark = [
-    pytest.mark.timeout(FIRST_SECONDS),
-    pytest.mark.skipif(not os.environ.get(_FORCE), reason=f"{_FORCE}=1 runs these tests"),
-]
+pytestmark = [pytest.mark.timeout(FIRST_SECONDS), slow]
 SECONDS = 400.0
 STOCK = "debian:7.3"
 SYMBOLS = ("ksys_sync", "wakeup_flusher_threads", "jiffies_64")
-
-
-def guest(host: str, kernel: str) -> list[str]:
-    """A kernel and an initramfs with a shell, for a program in that machine."""
-    lab = Lab(LabOptions(host=host))
-    found = lab.guest_kernel(kernel)
-    return [str(found.image), str(lab.guest_initramfs(found))]
 
 
 class Debugged:
@@ -51,8 +38,8 @@ class Debugged:
         if program is None:
             pytest.skip("no gdb for arm64: install Debian's package gdb-multiarch")
         self._program, self._path = program, folder / "gdb"
-        words = ["python3", debugged.__file__, policies.__file__, gdb_client.__file__]
-        words += [*guest(host, kernel), "outside", ",".join(SYMBOLS), *options]
+        files = guest(Lab(LabOptions(host=host)), kernel)
+        words = program_words("debugged", *files, "outside", ",".join(SYMBOLS), *options)
         self._run: LabRun = start(words, program=True, host=host)
         told = json.loads(self._run.expect(b"\n", SECONDS))
         self.symbols: dict[str, int] = told["symbols"]
@@ -95,10 +82,7 @@ class Debugged:
 
     def report(self) -> dict[str, Any]:
         """The guest has ended well: what pyvmm's report says of its debugger."""
-        status = self._run.wait(SECONDS)
-        assert status == 0, bytes(self._run.stderr.data).decode()
-        found: dict[str, Any] = json.loads(bytes(self._run.stdout.data).splitlines()[-1])
-        return dict(found["report"])
+        return dict(result_of(self._run, SECONDS)["report"])
 
 
 def test_stock_kernel_is_stopped_stepped_watched_and_goes_on(

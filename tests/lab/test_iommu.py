@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.lab.conftest import Starter
+from tests.lab.slow import slow
 from tests.lab.test_devices import SEED, sha256
 from tests.lab.test_linux import MIB, Shell, ext4_image, report_of
 from tests.support import vsock_program
@@ -23,13 +24,7 @@ from vmm.trace.summary import summarise
 
 KERNELS = [
     "debian:6.12",
-    pytest.param(
-        "debian:7.2",
-        marks=pytest.mark.skipif(
-            not os.environ.get("PYVMM_LAB_SLOW"),
-            reason="a second kernel takes minutes: PYVMM_LAB_SLOW=1 runs it",
-        ),
-    ),
+    pytest.param("debian:7.2", marks=slow),
 ]
 BEHIND = ("blk0", "blk1", "net0", "vsock", "console", "rng")
 BOUNCE_BUFFER = 64 * MIB

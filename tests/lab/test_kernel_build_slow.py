@@ -6,20 +6,15 @@ The first build of each architecture takes some ten minutes, those that follow o
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 
 from tests.lab.conftest import BOOT_SECONDS, Starter
+from tests.lab.slow import slow
 from vmm.core.errors import GuestFailure
 
-_FORCE = "PYVMM_LAB_SLOW"
-
-pytestmark = [
-    pytest.mark.timeout(5400),
-    pytest.mark.skipif(not os.environ.get(_FORCE), reason=f"{_FORCE}=1 runs these tests"),
-]
+pytestmark = [pytest.mark.timeout(5400), slow]
 
 # One file more in the kernel itself, with a parameter to be seen.
 _NOTE = """\

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import subprocess
 from pathlib import Path
@@ -16,13 +15,12 @@ from tests.fuzz import kernel_ops as ops
 from tests.fuzz.kernel_replay import experimental
 from tests.fuzz.kernel_worlds import World
 from tests.lab.conftest import BOOT_SECONDS, Starter
+from tests.lab.slow import slow
 from tests.support.fake_platform import FakePlatform
 from tests.support.own_kvm import CHECKS
 from vmm.core.errors import GuestFailure, HostError
 from vmm.selftest.emit_c import write
 from vmm.selftest.recorder import as_c
-
-_SLOW = "PYVMM_LAB_SLOW"
 
 # A parameter whose writing is a crash: one file more, and a line of the makefile.
 _OOPS = """\
@@ -180,9 +178,7 @@ def test_modules_that_do_not_load_are_told_with_their_reason(
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.skipif(
-    not os.environ.get(_SLOW), reason=f"a hang is told after minutes; {_SLOW}=1 runs these tests"
-)
+@slow  # a hang is told after minutes
 @pytest.mark.parametrize(
     ("held", "cpus", "told"),
     [

@@ -105,7 +105,7 @@ sys.exit(last.wait())
 
 
 @pytest.mark.timeout(FIRST_SECONDS)
-def test_host_survives_that_pyvmm_is_killed_at_any_moment(lab_start: Starter) -> None:
+def test_host_survives_that_pyvmm_is_killed_amid_its_guests_checks(lab_start: Starter) -> None:
     run = lab_start(["python3", "-c", KILLING], program=True, host="pkvm")
 
     status = run.wait(TIME_LIMIT)

@@ -4,31 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 from tests.bench import policies
 from tests.lab.conftest import Starter
+from tests.lab.programs import guest, program_words, result_of
 from vmm.lab.interpreter import executable
 from vmm.lab.machine import Lab
-from vmm.lab.run import LabRun
 from vmm.policy import builtin
 
-KERNEL = "debian:6.12"
 MIB = 1 << 20
-SECONDS = 560.0
-
-
-def guest(lab: Lab) -> tuple[str, str]:
-    """Kernel and initramfs."""
-    kernel = lab.guest_kernel(KERNEL)
-    return str(kernel.image), str(lab.guest_initramfs(kernel))
-
-
-def result_of(run: LabRun) -> dict[str, Any]:
-    assert run.wait(SECONDS) == 0, bytes(run.stderr.data)
-    result: dict[str, Any] = json.loads(bytes(run.stdout.data).splitlines()[-1])
-    return result
 
 
 def test_stock_kernel_under_every_built_in_policy(lab: Lab, lab_start: Starter) -> None:
@@ -78,11 +63,7 @@ def test_stock_kernel_under_every_built_in_policy(lab: Lab, lab_start: Starter) 
 
 
 def test_stock_kernel_is_steered_from_outside(lab: Lab, lab_start: Starter) -> None:
-    script, console = Path(__file__).with_name("steer.py"), policies.__file__
-
-    seen = result_of(
-        lab_start([str(executable()), str(script), console, *guest(lab)], program=True, cpus=1)
-    )
+    seen = result_of(lab_start(program_words("steer", *guest(lab)), program=True, cpus=1))
 
     assert seen["booted"]
     first, *others = seen["paused"]
@@ -104,5 +85,5 @@ def test_stock_kernel_is_steered_from_outside(lab: Lab, lab_start: Starter) -> N
     assert seen["after too much"]["conversions"]["share"]["denied"] == 1
     assert "42" in seen["alive"]
     assert re.search(r"pyvmm: running for .* shared in .*\npyvmm: \[[.#+]{64}\]", seen["stderr"])
-    assert seen["by ctl"] == seen["quit"] == {"exit": 0, "answer": {"ok": True}}
+    assert seen["by ctl"] == seen["quit"] == [0, {"ok": True}]
     assert (seen["status"], seen["left"]) == (0, False)

@@ -6,30 +6,21 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.bench import policies
 from tests.lab.conftest import Starter
+from tests.lab.programs import guest, program_words, result_of
 from tests.lab.save_and_restore import AWAY_SECONDS
 from tests.lab.save_devices import CALLED, MAC
+from tests.lab.slow import slow
 from tests.lab.test_linux import ext4_image
 from tests.support import vsock_program
-from vmm.lab.interpreter import executable
 from vmm.lab.machine import Lab
 
-_FORCE = "PYVMM_LAB_SLOW"
-_SECONDS = 500.0
-SCRIPT = Path(__file__).with_name("save_and_restore.py")
-
-pytestmark = [
-    pytest.mark.timeout(600),
-    pytest.mark.skipif(not os.environ.get(_FORCE), reason=f"{_FORCE}=1 runs these tests"),
-]
+pytestmark = [pytest.mark.timeout(600), slow]
 
 
 @pytest.mark.parametrize(("backing", "cpus"), [("memfd", 1), ("guest_memfd-mmap", 2), ("none", 1)])
@@ -39,13 +30,9 @@ def test_saved_guest_goes_on_where_it_was(
     (tmp_path / "root").mkdir()
     image, disk = tmp_path / "image.ext4", tmp_path / "disk.ext4"
     ext4_image(image, tmp_path / "root")
-    kernel = lab.guest_kernel("debian:6.12")
-    words = [str(executable()), str(SCRIPT), policies.__file__, str(kernel.image)]
-    words += [str(lab.guest_initramfs(kernel)), str(image), str(disk), backing, str(cpus)]
+    words = program_words("save_and_restore", *guest(lab), image, disk, backing, cpus)
 
-    run = lab_start(words, program=True, cpus=1, files=[image], outputs=[disk])
-    assert run.wait(_SECONDS) == 0, bytes(run.stderr.data)
-    seen: dict[str, Any] = json.loads(bytes(run.stdout.data).splitlines()[-1])
+    seen = result_of(lab_start(words, program=True, cpus=1, files=[image], outputs=[disk]))
 
     print(json.dumps(seen, indent=1))
     assert seen["booted"]
@@ -61,10 +48,10 @@ def test_saved_guest_goes_on_where_it_was(
     assert seen["complaints"] == ""
     assert seen["stopped"].startswith("unmounted")
     assert (seen["status"], seen["stderr"]) == (0, "")
-    program = shutil.which("e2fsck", path="/usr/sbin:/sbin:/usr/bin")
-    if program is not None:
-        subprocess.run([program, "-fn", str(disk)], check=True, capture_output=True)
-    assert re.fullmatch(rb"(line \d+\n)+", log_of(disk))
+    subprocess.run(["e2fsck", "-fn", str(disk)], check=True, timeout=60, capture_output=True)
+    words = ["debugfs", "-R", "cat /log", str(disk)]
+    log = subprocess.run(words, check=True, timeout=60, capture_output=True).stdout
+    assert re.fullmatch(rb"(line \d+\n)+", log)
 
 
 def test_devices_of_a_saved_guest_go_on(lab: Lab, lab_start: Starter, tmp_path: Path) -> None:
@@ -74,14 +61,9 @@ def test_devices_of_a_saved_guest_go_on(lab: Lab, lab_start: Starter, tmp_path: 
     vsock_program.build(tmp_path / "root" / "vs")
     image = tmp_path / "image.ext4"
     ext4_image(image, tmp_path / "root")
-    kernel = lab.guest_kernel("debian:6.12")
-    script = Path(__file__).with_name("save_devices.py")
-    words = [str(executable()), str(script), policies.__file__, str(kernel.image)]
-    words += [str(lab.guest_initramfs(kernel)), str(image)]
+    words = program_words("save_devices", *guest(lab), image)
 
-    run = lab_start(words, program=True, cpus=1, files=[image])
-    assert run.wait(_SECONDS) == 0, bytes(run.stderr.data)
-    seen: dict[str, Any] = json.loads(bytes(run.stdout.data).splitlines()[-1])
+    seen = result_of(lab_start(words, program=True, cpus=1, files=[image]))
 
     print(json.dumps(seen, indent=1))
     assert seen["booted"] and seen["snapshot"]["ok"], seen
@@ -98,12 +80,3 @@ def test_devices_of_a_saved_guest_go_on(lab: Lab, lab_start: Starter, tmp_path: 
     assert seen["port"] == "to the port\n"
     assert seen["complaints"] == ""
     assert seen["new"] == {"status": 0, "stderr": "", "calls": 1, "console": "after\n"}
-
-
-def log_of(disk: Path) -> bytes:
-    """What the guest has written, by debugfs; all its lines, where there is none."""
-    program = shutil.which("debugfs", path="/usr/sbin:/sbin:/usr/bin")
-    if program is None:
-        return b"line 1\n"
-    done = subprocess.run([program, "-R", "cat /log", str(disk)], capture_output=True, check=True)
-    return done.stdout

@@ -6,30 +6,21 @@ KVM need not read them, which takes minutes and is done when asked for.
 
 from __future__ import annotations
 
-import os
 import secrets
 
 import pytest
 
 from tests.lab.conftest import Starter
+from tests.lab.slow import slow
 from tests.support.hunt import KERNEL_MEMORY
 from tests.support.strict_lab import Guest, Told, files_of, words_of
-from vmm.lab import hosts
 from vmm.lab.machine import Lab
 
-_FORCE = "PYVMM_LAB_SLOW"
 SECONDS = 600.0
 CPUS = 2
 
 pytestmark = pytest.mark.timeout(3000)
-
-slow = pytest.mark.skipif(
-    not os.environ.get(_FORCE), reason=f"Bochs takes minutes; {_FORCE}=1 runs these tests"
-)
-HOSTS = [
-    *(name for name in ("experimental",) if name in hosts.HOSTS),
-    pytest.param("bochs", marks=slow),
-]
+HOSTS = ["experimental", pytest.param("bochs", marks=slow)]
 
 
 def told(lab: Lab, lab_start: Starter, host: str, backing: str, cpus: int, *ways: str) -> Told:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests.lab.conftest import Starter
+from tests.lab.slow import slow
 from tests.lab.test_linux import Shell, report_of
 from tests.support.lab_back_ends import (
     DISK_SOCKET,
@@ -24,9 +24,8 @@ from vmm.lab.machine import Lab
 
 SEED = 21
 MIB = 1 << 20
-_FORCE = "PYVMM_LAB_SLOW"
 
-pytestmark = pytest.mark.skipif(not os.environ.get(_FORCE), reason=f"{_FORCE}=1 runs these tests")
+pytestmark = slow
 
 
 def programs() -> list[Path]:

@@ -17,7 +17,15 @@ from tests.support.virtio_driver import (
 )
 from vmm.devices.bus import PortBus
 from vmm.devices.pci import PciBus
-from vmm.devices.virtio.block import VirtioBlock
+from vmm.devices.virtio.block import (
+    T_DISCARD,
+    T_FLUSH,
+    T_GET_ID,
+    T_IN,
+    T_OUT,
+    T_WRITE_ZEROES,
+    VirtioBlock,
+)
 from vmm.devices.virtio.pci_transport import VirtioPciTransport
 
 RINGS, HEADERS, STATUSES, DATA = 0x1000, 0x8000, 0xA000, 0x10000
@@ -76,3 +84,29 @@ class DiskMachine:
 
 
 MakeMachine = Callable[..., DiskMachine]
+
+
+def every_kind_of_request_works(machine: DiskMachine, size: int) -> None:
+    """Reads and writes of `size` bytes, and one request of each other kind, on a disk of 1 MiB
+    whose serial number begins with R1."""
+    queue = machine.up()
+    before = machine.disk_bytes()
+    memory = machine.memory
+
+    read = machine.do(queue, T_IN, 3, Piece(DATA, size, True))
+    content = memory.peek(size, DATA)
+    written = machine.do(queue, T_OUT, 100, Piece(DATA, size))
+    named = machine.do(queue, T_GET_ID, 0, Piece(DATA, 20, True))
+    name = memory.peek(2, DATA)
+    flushed = machine.do(queue, T_FLUSH, 0)
+    memory.poke(struct.pack("<QII", 1000, 2, 0), DATA)
+    zeroed = machine.do(queue, T_WRITE_ZEROES, 0, Piece(DATA, 16))
+    discarded = machine.do(queue, T_DISCARD, 0, Piece(DATA, 16))
+
+    statuses = [status for status, _ in (read, written, named, flushed, zeroed, discarded)]
+    assert statuses == [0] * 6
+    assert content == before[3 * 512 : 3 * 512 + size]
+    assert name == b"R1"
+    after = machine.disk_bytes()
+    assert after[100 * 512 : 100 * 512 + size] == content
+    assert after[1000 * 512 : 1002 * 512] == bytes(1024)

@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from tests.support.hostile_policy import _PTRACE, _PTRACE_ATTACH, _system_call
+from tests.support.hostile_policy import _PTRACE, _PTRACE_ATTACH, _system_call, attempt_all
 from vmm.core.unix_listener import UnixListener
 from vmm.devices.process.back_end import BackEnd
 from vmm.devices.process.front_end import ProcessDevice
@@ -149,18 +149,6 @@ def _socket_attempts(listener: UnixListener, pyvmm: int) -> dict[str, Callable[[
         "a caller": take,
         "no file": lambda: os.close(os.eventfd(0)),
     }
-
-
-def attempt_all(attempts: dict[str, Callable[[], object]]) -> dict[str, str]:
-    """How each attempt ended."""
-    ended = {}
-    for name, attempt in attempts.items():
-        try:
-            attempt()
-            ended[name] = "ok"
-        except OSError as error:
-            ended[name] = errno.errorcode[error.errno or 0]
-    return ended
 
 
 def main() -> None:

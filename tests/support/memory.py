@@ -140,3 +140,16 @@ class BrokenPunch(MemfdBacking):
 
     def punch(self, offset: int, size: int) -> None:
         raise self.error
+
+
+def told_when_waiting(memory: GuestMemory) -> threading.Event:
+    """An event set once a conversion, or an unmap, waits for the host's accesses to end."""
+    waiting = threading.Event()
+    wait_for = memory._drained.wait_for
+
+    def told(predicate: object, timeout: float | None = None) -> bool:
+        waiting.set()
+        return wait_for(predicate, timeout)  # type: ignore[arg-type]
+
+    memory._drained.wait_for = told  # type: ignore[method-assign,assignment]
+    return waiting

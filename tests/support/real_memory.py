@@ -9,6 +9,12 @@ from vmm.memory.backings.memfd import MemfdBacking
 from vmm.memory.engines import make_engine
 from vmm.memory.guest_memory import GuestMemory
 
+VERBS = (
+    "pread", "pwrite", "transfer_in", "transfer_out", "discard",
+    "read_many", "write_many", "move_in", "move_out",
+)  # fmt: skip
+"""What a device does to guest memory."""
+
 
 class RealMemory:
     """FakeMemory's verbs on guest memory, as a disk gets it: through an engine."""
@@ -18,10 +24,7 @@ class RealMemory:
         self._fd = cast(MemfdBacking, guest.shared).fd
         self._engine = make_engine("auto", guest.shared)
         through = guest.through(self._engine)
-        for verb in (
-            "pread", "pwrite", "transfer_in", "transfer_out", "discard",
-            "read_many", "write_many", "move_in", "move_out",
-        ):  # fmt: skip
+        for verb in VERBS:
             setattr(self, verb, getattr(through, verb))
 
     def peek(self, size: int, gpa: int) -> bytes:

@@ -17,6 +17,7 @@ from vmm.core.lean_typing import TYPE_CHECKING, Any, NamedTuple
 from vmm.core.ranges import PAGE_SIZE, Range
 from vmm.memory.guest_memory import PageState
 from vmm.policy import Decision
+from vmm.policy.decisions import word_of
 
 if TYPE_CHECKING:
     from vmm.conversion.observer import ConversionObserver
@@ -170,7 +171,7 @@ class EventFeed:
                 request.pages * PAGE_SIZE,
                 request.vcpu,
                 request.doorbell,
-                None if decision is None else type(decision).__name__.lower(),
+                None if decision is None else word_of(decision),
                 decided_by,
                 None if answer is None else -answer,
                 now - began,

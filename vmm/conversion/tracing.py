@@ -8,6 +8,7 @@ from vmm.core.events import ConversionRequest, Kind
 from vmm.core.ranges import PAGE_SIZE, Range
 from vmm.memory.guest_memory import PageState
 from vmm.policy import Decision
+from vmm.policy.decisions import word_of
 from vmm.trace.layout import DECISIONS, DIRECTIONS, HOST, LARGEST, NO_ANSWER
 from vmm.trace.layout import Kind as Traced
 from vmm.trace.recorder import Recorder
@@ -41,7 +42,7 @@ class ConversionTrace:
         answer: int | None,
         started: int,
     ) -> None:
-        word = "none" if decision is None else type(decision).__name__.lower()
+        word = word_of(decision)
         detail = self._recorder.name(request.doorbell)
         if decided_by is not None:
             detail |= self._recorder.name(decided_by) << 16

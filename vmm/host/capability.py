@@ -29,6 +29,7 @@ ALL = tuple(JOBS)
 PRIVATE = (KERNEL_PRIVATE, PAYLOAD_PRIVATE)
 _EXPERIMENTAL = "no kernel has it yet; pyvmm lab --host experimental does"
 KERNELS = (KERNEL_PRIVATE, KERNEL)
+MEMFD_SERVES = "Linux 6.18 or later has it; --private-mem=memfd serves everywhere"
 
 
 @dataclass(frozen=True, slots=True)

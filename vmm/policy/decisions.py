@@ -128,6 +128,12 @@ Refusal = Deny | Kill
 """Those that don't."""
 
 
+def word_of(decision: Decision | None) -> str:
+    """As traces and figures have it: "none" where no policy was asked, the request being
+    invalid."""
+    return "none" if decision is None else type(decision).__name__.lower()
+
+
 def combined(first: CarriedOut, then: CarriedOut) -> CarriedOut:
     """What two policies of a stack say together, neither having refused.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vmm.replay.replay import Replay
+from vmm.replay.replay import Replay, counted
 from vmm.trace.arrays import np
 from vmm.trace.cost import CostModel, Requests
 from vmm.trace.layout import DECISIONS, NO_ANSWER, Kind
@@ -65,14 +65,8 @@ def replayed(replay: Replay, until: int) -> Figures:
     """What came of a replay that has run, up to `until` (ns). `guest_ns` is how long the guest
     waited, `host_ns` what the host worked besides, both by the model."""
     over_time = bytes_over_time(replay.state_rows(), replay.initial)
-    decisions = replay.decisions
     return {
-        "requests": sum(decisions.values()),
-        "denied": decisions["deny"] + decisions["kill"],
-        "partial": replay.partial,
-        "invalid": decisions["none"],
-        "deferred": decisions["defer"],
-        "joined": decisions["convert"],
+        **counted(replay.decisions, replay.partial),
         "conversions": replay.conversions,
         "converted_bytes": replay.converted_bytes,
         "late_discards": replay.late_discards,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import math
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from vmm.conversion.lending import Lender
@@ -22,6 +22,7 @@ from vmm.memory.backings.memfd import MemfdBacking
 from vmm.memory.guest_memory import GuestMemory, PageState
 from vmm.memory.lending import READ, WRITE, Endpoint, LendingMemory
 from vmm.policy import Decision, End, Policy, PolicyKill
+from vmm.policy.decisions import word_of
 from vmm.trace.arrays import np
 from vmm.trace.cost import CostModel, Requests
 from vmm.trace.layout import DECISIONS, DIRECTIONS
@@ -35,6 +36,19 @@ _IOVAS = 1 << 40
 MOST_REFUSALS = 1000
 BOTH = READ | WRITE
 _CARRIED_OUT = [DECISIONS.index(word) for word in ("allow", "defer", "convert")]
+
+
+def counted(decisions: Mapping[str, int], partial: int) -> dict[str, int]:
+    """How many requests there were, by what policies made of them, as results have it: `decisions`
+    by the trace's words, `partial` as many as were cut short."""
+    return {
+        "requests": sum(decisions.values()),
+        "denied": decisions["deny"] + decisions["kill"],
+        "partial": partial,
+        "invalid": decisions["none"],
+        "deferred": decisions["defer"],
+        "joined": decisions["convert"],
+    }
 
 
 class ModelBacking(MemfdBacking):
@@ -165,7 +179,7 @@ class Replay:
         started: int,
     ) -> None:
         """Part of being a ConversionObserver."""
-        word = "none" if decision is None else type(decision).__name__.lower()
+        word = word_of(decision)
         self.decisions[word] += 1
         if answer:
             size = request.pages * PAGE_SIZE

@@ -33,7 +33,7 @@ from vmm.policy import (
 )
 from vmm.policy.arguments import require_hooks
 from vmm.policy.loader import load_policy
-from vmm.replay.replay import MOST_REFUSALS, Refusal
+from vmm.replay.replay import MOST_REFUSALS, Refusal, counted
 from vmm.scenario.definition import Scenario, ScenarioError, Steps
 from vmm.scenario.guest import Guest, Heap
 from vmm.scenario.memory import ModelMemory, ModelScheme
@@ -41,7 +41,7 @@ from vmm.scenario.models import find as find_model
 from vmm.scenario.steps import Discard, Fault, Io, Share, Step, Unshare, Wait
 from vmm.scenario.watch import WATCH
 from vmm.trace.cost import CostModel
-from vmm.trace.layout import LARGEST
+from vmm.trace.layout import DECISIONS, LARGEST
 
 MOST_STEPS = 5_000_000
 """A scenario that has done so much is taken to loop for ever: minutes of work."""
@@ -50,11 +50,10 @@ MOST_SECONDS = 1e9
 _DOORBELL = "hypercall"
 _FAULTS_AT_ONCE = 8
 """Tries of one access: the first may be let go without a conversion, when others have asked."""
-_WORDS: dict[type[Decision | None], str] = {
-    type(None): "none", Allow: "allow", Deny: "deny", Partial: "partial", Defer: "defer",
-    Convert: "convert", Kill: "kill",
-}  # fmt: skip
-"""Decisions as a trace has them; none: the request was invalid, no policy was asked."""
+_WORDS: dict[type[Decision | None], str] = dict(
+    zip((type(None), Allow, Deny, Partial, Defer, Convert, Kill), DECISIONS, strict=True)
+)
+"""Decisions as a trace has them."""
 
 
 class Ended(NamedTuple):
@@ -430,12 +429,7 @@ class _Run:
         byte_seconds = self._byte_seconds + self._shared * passed
         deferred = self._deferred_byte_seconds + self._deferred * passed
         figures: dict[str, float] = {
-            "requests": sum(decisions.values()),
-            "denied": decisions["deny"] + decisions["kill"],
-            "partial": self._partial,
-            "invalid": decisions["none"],
-            "deferred": decisions["defer"],
-            "joined": decisions["convert"],
+            **counted(decisions, self._partial),
             "conversions": self._conversions,
             "converted_bytes": self._converted_bytes,
             "late_discards": self._late_discards,

@@ -111,9 +111,7 @@ class DaskExecutor:
 
     def _admit(self, addresses: Sequence[str]) -> None:
         """Raises UsageError where a worker's pyvmm or Dask is another one."""
-        found = self._asked(
-            lambda: self._client.run(far.described, workers=list(addresses), on_error="return")
-        )
+        found = self._told(addresses, far.described)
         mine = {**versions.described(), "distributed": versions.dask_version()}
         for address, theirs in found.items():
             if isinstance(theirs, OSError):
@@ -147,27 +145,29 @@ class DaskExecutor:
                 lacking.setdefault(digest, []).append(worker)
 
     def _supply(self, workers: Sequence[str], digest: str) -> None:
-        """Send a content to workers, all at once. Raises UsageError for one that has changed. A
-        worker that has gone gets nothing: Dask gives its tasks to others."""
+        """Send a content to workers, all at once. Raises UsageError for one that has changed, and
+        for a worker that can't keep it. One that has gone gets nothing: Dask gives its tasks to
+        others."""
         folder, names = self._places[digest]
         wrong = None
         try:
             for pieces in _pieces(folder, names):
-                self._send(workers, digest, pieces)
-            wrong = self._complete(workers, digest, names)
+                if wrong := self._send(workers, digest, pieces):
+                    break
+            else:
+                wrong = self._complete(workers, digest, names)
         except FileNotFoundError as error:
             wrong = f"{error.filename} has gone"
         if wrong:
             raise UsageError(f"{self._contents[digest].name}: {wrong}")
 
-    def _send(self, workers: Sequence[str], digest: str, pieces: Sequence[far.Piece]) -> None:
-        words = (self._sweep, digest, list(pieces))
-        self._client.run(far.receive, *words, workers=list(workers), on_error="return")
+    def _send(self, workers: Sequence[str], digest: str, pieces: Sequence[far.Piece]) -> str | None:
+        told = self._told(workers, far.receive, self._sweep, digest, list(pieces))
+        return _wrong(told)
 
     def _complete(self, workers: Sequence[str], digest: str, names: Sequence[str]) -> str | None:
-        words = (self._sweep, digest, list(names))
-        told = self._client.run(far.complete, *words, workers=list(workers), on_error="return")
-        return next((wrong for wrong in told.values() if isinstance(wrong, str)), None)
+        told = self._told(workers, far.complete, self._sweep, digest, list(names))
+        return _wrong(told)
 
     # -- jobs ---------------------------------------------------------------------------------
 
@@ -231,20 +231,19 @@ class DaskExecutor:
         again: list[list[Job]] = []
         for key in ended:
             future, jobs, number = self._batches.pop(key)
-            if key in told:
-                brought = json.loads(told[key])
+            # None: it came to another end while it was asked for.
+            if (text := told.get(key)) is not None:
+                brought = json.loads(text)
                 mine, left = self._brought(brought, jobs)
                 answers += mine
                 again += [left] if left else []
                 self._note_lack(lacking, brought["worker"], brought.get("missing", ()), number)
             elif future.status == "error":
                 answers += self._failed(future, jobs)
-            elif future.status in ("cancelled", "lost"):
-                if not self._stopping:
-                    raise self._gone()
-            else:  # its worker died with the answer: Dask has it done again
-                self._batches[key] = (future, jobs, number)
-                future.add_done_callback(lambda future: self._ended.put(future.key))
+            elif future.status != "cancelled":  # "lost": its worker died with the answer
+                again.append(jobs)
+            elif not self._stopping:  # the client cancels all when its connection breaks
+                raise self._gone()
         if not self._stopping:
             for digest, workers in lacking.items():
                 self._supply(workers, digest)
@@ -274,8 +273,18 @@ class DaskExecutor:
         answer = {"error": f"Dask gave it up: {reason[:500]}", "log": repr(error), "seconds": 0.0}
         return [Answer(job.key, answer, "") for job in jobs]
 
+    def _told(
+        self, workers: Sequence[str], function: Callable[..., Any], *words: Any
+    ) -> Mapping[str, Any]:
+        """What that function gives on each of the workers, or what was raised: an OSError for one
+        that has gone. Raises OutputError where the scheduler has gone."""
+        return self._asked(  # type: ignore[no-any-return]
+            lambda: self._client.run(function, *words, workers=list(workers), on_error="return")
+        )
+
     def _asked(self, call: Callable[[], Any]) -> Any:
-        """Raises OutputError where the scheduler has gone."""
+        """Raises OutputError where the scheduler has gone: what fails between the scheduler and a
+        worker, Dask gives as an answer."""
         try:
             return call()
         except (OSError, TimeoutError) as error:  # CommClosedError is an OSError
@@ -309,6 +318,11 @@ class DaskExecutor:
         with contextlib.suppress(Exception):
             self._client.close(timeout=_LAST_SECONDS)
         self._quietened.setLevel(self._level)
+
+
+def _wrong(told: Mapping[str, Any]) -> str | None:
+    """What one of the workers says is wrong."""
+    return next((wrong for wrong in told.values() if isinstance(wrong, str)), None)
 
 
 def _pieces(folder: str, names: Sequence[str]) -> Iterator[list[far.Piece]]:

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import shutil
+import socket
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -78,8 +79,23 @@ def _run(words: Mapping[str, Any], sweep: str) -> dict[str, Any]:
     return answer
 
 
-def receive(sweep: str, digest: str, pieces: list[Piece], dask_worker: Any = None) -> None:
-    """Pieces of a content's files."""
+def receive(sweep: str, digest: str, pieces: list[Piece], dask_worker: Any = None) -> str | None:
+    """Pieces of a content's files; what is wrong, if anything."""
+    try:
+        _keep(sweep, digest, pieces, dask_worker)
+    except OSError as error:
+        return _not_kept(error, dask_worker)
+    return None
+
+
+def _not_kept(error: OSError, dask_worker: Any) -> str:
+    return (
+        f"{socket.gethostname()} can't keep it in {_folder(dask_worker)}: {error.strerror}; start "
+        "the worker there with another --local-directory"
+    )
+
+
+def _keep(sweep: str, digest: str, pieces: list[Piece], dask_worker: Any) -> None:
     for name, offset, data in pieces:
         path = os.path.join(_folder(dask_worker), f"{digest}.{sweep}", name)
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -90,6 +106,13 @@ def receive(sweep: str, digest: str, pieces: list[Piece], dask_worker: Any = Non
 
 def complete(sweep: str, digest: str, names: list[str], dask_worker: Any = None) -> str | None:
     """All of a content has come; what is wrong with it, if anything."""
+    try:
+        return _completed(sweep, digest, names, dask_worker)
+    except OSError as error:
+        return _not_kept(error, dask_worker)
+
+
+def _completed(sweep: str, digest: str, names: list[str], dask_worker: Any) -> str | None:
     folder = os.path.join(_folder(dask_worker), digest)
     part = f"{folder}.{sweep}"
     if digest in _places:  # of another sweep: a cell may be reading it

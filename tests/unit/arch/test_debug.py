@@ -263,15 +263,19 @@ def test_same_state_is_told_once_and_its_end_too() -> None:
     ]
 
 
-def test_exits_are_told_apart() -> None:
-    made, hardware = debug(), [None, Hardware(Watch.EXECUTE, 8, 1), None, None]
+@pytest.mark.parametrize(
+    ("exit", "caught"),
+    [
+        (DebugExit(3, 8, 0, 0), Caught(Cause.SOFTWARE, 8)),
+        (DebugExit(1, 8, 1 << 14, 0), Caught(Cause.STEP, 8)),
+        (DebugExit(1, 8, 1 << 14 | 2, 0), Caught(Cause.HARDWARE, 8, 1)),
+        (DebugExit(1, 8, 1, 0), Caught(Cause.GUEST, 8)),
+    ],
+)
+def test_exits_are_told_apart(exit: DebugExit, caught: Caught) -> None:
+    hardware = [None, Hardware(Watch.EXECUTE, 8, 1), None, None]
 
-    assert made.caught(Vcpu(), DebugExit(3, 8, 0, 0), hardware) == Caught(Cause.SOFTWARE, 8)
-    assert made.caught(Vcpu(), DebugExit(1, 8, 1 << 14, 0), hardware) == Caught(Cause.STEP, 8)
-    assert made.caught(Vcpu(), DebugExit(1, 8, 1 << 14 | 2, 0), hardware) == Caught(
-        Cause.HARDWARE, 8, 1
-    )
-    assert made.caught(Vcpu(), DebugExit(1, 8, 1, 0), hardware) == Caught(Cause.GUEST, 8)
+    assert debug().caught(Vcpu(), exit, hardware) == caught
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -133,22 +134,28 @@ def test_follow_whose_reader_has_seen_enough_is_no_error(server: Server) -> None
     assert (follower.returncode, said) == (0, b"")
 
 
+@contextmanager
+def answering(path: Path, answer: bytes) -> Iterator[None]:
+    """Who listens there says that to one caller, and hangs up."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(path))
+        listener.listen()
+
+        def speak() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(100)
+                connection.sendall(answer)
+
+        thread = threading.Thread(target=speak, daemon=True)
+        thread.start()
+        yield
+        thread.join(10)
+
+
 def test_follow_of_a_run_that_was_killed_is_told(command: Command, tmp_path: Path) -> None:
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    listener.bind(str(tmp_path / "s"))
-    listener.listen()
-
-    def speak() -> None:
-        connection, _ = listener.accept()
-        connection.recv(100)
-        connection.sendall(b'{"ok": true}\n{"event": "paused", "s": 1.0}\n')
-        connection.close()
-
-    thread = threading.Thread(target=speak)
-    thread.start()
-    result = command("ctl", str(tmp_path / "s"), "follow")
-    thread.join(10)
-    listener.close()
+    with answering(tmp_path / "s", b'{"ok": true}\n{"event": "paused", "s": 1.0}\n'):
+        result = command("ctl", str(tmp_path / "s"), "follow")
 
     assert (result.status, result.out) == (1, '{"event": "paused", "s": 1.0}\n')
     assert "has gone without saying how it ended; was it killed?" in result.err
@@ -158,21 +165,8 @@ def test_follow_of_a_run_that_was_killed_is_told(command: Command, tmp_path: Pat
 def test_somebody_else_at_the_socket_is_said(
     command: Command, tmp_path: Path, answer: bytes
 ) -> None:
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    listener.bind(str(tmp_path / "s"))
-    listener.listen()
-
-    def speak() -> None:
-        connection, _ = listener.accept()
-        connection.sendall(answer)
-        connection.recv(100)
-        connection.close()
-
-    thread = threading.Thread(target=speak)
-    thread.start()
-    result = command("ctl", str(tmp_path / "s"), "status")
-    thread.join(10)
-    listener.close()
+    with answering(tmp_path / "s", answer):
+        result = command("ctl", str(tmp_path / "s"), "status")
 
     assert "the answer is no JSON object" in result.complaint
 
@@ -196,20 +190,8 @@ def test_path_where_nobody_listens_is_said(command: Command, path: str) -> None:
 
 
 def test_run_that_ends_before_it_answers_is_said(command: Command, tmp_path: Path) -> None:
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    listener.bind(str(tmp_path / "s"))
-    listener.listen()
-
-    def hang_up() -> None:
-        connection, _ = listener.accept()
-        connection.recv(100)
-        connection.close()
-
-    thread = threading.Thread(target=hang_up)
-    thread.start()
-    result = command("ctl", str(tmp_path / "s"), "status")
-    thread.join(10)
-    listener.close()
+    with answering(tmp_path / "s", b""):
+        result = command("ctl", str(tmp_path / "s"), "status")
 
     assert result.status == 2
     assert "the run has ended" in result.complaint

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import os
 import random
-import sys
 import threading
-from collections.abc import Iterator
 from functools import partial
 
 import pytest
@@ -88,15 +86,6 @@ def do_io(memory: GuestMemory, start: threading.Barrier, over: threading.Event, 
         done += 1
     os.close(file)
     return done
-
-
-@pytest.fixture
-def restless_threads() -> Iterator[None]:
-    """Python switches threads every few bytecodes, instead of every 5 ms."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(before)
 
 
 @pytest.mark.usefixtures("restless_threads")

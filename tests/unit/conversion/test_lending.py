@@ -15,7 +15,7 @@ import pytest
 
 from tests.support.conversion import share, unshare
 from tests.support.iommu import IommuRig
-from tests.support.memory import Background, GatedBacking, page, pages, pattern
+from tests.support.memory import Background, GatedBacking, page, pages, pattern, told_when_waiting
 from tests.support.trace import rows_of, start_recorder
 from vmm.conversion.tracing import LendingTrace
 from vmm.core.errors import PrivateAccess
@@ -76,14 +76,7 @@ def test_unmap_waits_for_the_access_that_is_under_way(gated: IommuRig) -> None:
     assert gated.map(IOVA, PRIVATE) == S_OK
     reading = Background(lambda: gated.device.pread(5, IOVA))
     gate(gated).await_arrivals()
-    waiting = threading.Event()
-    wait_for = gated.memory._drained.wait_for
-
-    def told(predicate: object, timeout: float | None = None) -> bool:
-        waiting.set()
-        return wait_for(predicate, timeout)  # type: ignore[arg-type]
-
-    gated.memory._drained.wait_for = told  # type: ignore[method-assign,assignment]
+    waiting = told_when_waiting(gated.memory)
     unmapping = Background(lambda: gated.unmap(IOVA))
     assert waiting.wait(30)
     assert gated.state(PRIVATE) is PageState.LENT  # not the guest's alone before it is over

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import errno
 import random
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -23,6 +22,7 @@ from tests.support.memory import (
     page,
     pages,
     pattern,
+    told_when_waiting,
 )
 from vmm.conversion.schemes.remap import RemapScheme
 from vmm.conversion.transaction import Converter
@@ -118,18 +118,6 @@ def bench(memory: GuestMemory) -> Bench:
     return made
 
 
-def told_when_quiescing(memory: GuestMemory) -> threading.Event:
-    waiting = threading.Event()
-    wait_for = memory._drained.wait_for
-
-    def told(predicate: object, timeout: float | None = None) -> bool:
-        waiting.set()
-        return wait_for(predicate, timeout)  # type: ignore[arg-type]
-
-    memory._drained.wait_for = told  # type: ignore[method-assign,assignment]
-    return waiting
-
-
 # -- different pages ------------------------------------------------------------------------------
 
 
@@ -140,7 +128,7 @@ def test_conversion_does_not_wait_for_another_pages_device(
     bench = Bench(memory, *policies)
     access = Background(lambda: memory.pread(1, page(4)))
     backing.await_arrivals()
-    quiescing = told_when_quiescing(memory)
+    quiescing = told_when_waiting(memory)
     first = bench.start(unshare(4, 1))
     assert quiescing.wait(30)
 
@@ -317,7 +305,7 @@ def test_policy_is_asked_about_other_pages_while_a_conversion_waits(
     bench = Bench(memory, policy)
     access = Background(lambda: memory.pread(1, page(4)))
     backing.await_arrivals()
-    quiescing = told_when_quiescing(memory)
+    quiescing = told_when_waiting(memory)
     first = bench.start(unshare(4, 1))
     assert quiescing.wait(30)
     policy.answer = Deny(errno.EPERM)
@@ -539,14 +527,6 @@ class Moody(Policy):
                     start = before[-1][0].start
                 return Convert(Range(start, event.area.end - start))
         return Allow()
-
-
-@pytest.fixture
-def restless_threads() -> Iterator[None]:
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(before)
 
 
 class Flaky(MemfdBacking):

@@ -17,7 +17,15 @@ import pytest
 
 from tests.support.conversion import RecordingScheme, unshare
 from tests.support.fake_memory import FakeMemory
-from tests.support.memory import SMALL_RAM, Background, GatedBacking, page, pages, pattern
+from tests.support.memory import (
+    SMALL_RAM,
+    Background,
+    GatedBacking,
+    page,
+    pages,
+    pattern,
+    told_when_waiting,
+)
 from tests.support.virtio_driver import NEEDS_RESET, Piece
 from tests.support.virtio_machine import VirtioMachine
 from vmm.conversion.transaction import Converter
@@ -105,19 +113,6 @@ def race() -> Iterator[Race]:
     made = Race()
     yield made
     made.close()
-
-
-def told_when_waiting(memory: GuestMemory) -> threading.Event:
-    """An event set once a conversion waits for host accesses."""
-    waiting = threading.Event()
-    wait_for = memory._drained.wait_for
-
-    def told(predicate: object, timeout: float | None = None) -> bool:
-        waiting.set()
-        return wait_for(predicate, timeout)  # type: ignore[arg-type]
-
-    memory._drained.wait_for = told  # type: ignore[method-assign,assignment]
-    return waiting
 
 
 def test_unshare_waits_for_the_disk_that_is_at_its_pages(race: Race) -> None:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import io
 import os
-import struct
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.support.consoles import Consoles
 from tests.support.virtio_driver import Piece
-from tests.support.virtio_machine import VirtioMachine
 from vmm.core.errors import UsageError
 from vmm.devices.virtio import console
 from vmm.exits.outcome import FAILED, PANIC, POWEROFF, STOPPED, Outcome
 from vmm.machine.execution import MOST_COMMAND, Execution
 
-CONTROL_RX, CONTROL_TX = 2, 3
+
+def receive_queue(port: int) -> int:
+    """The transmit queue is the next."""
+    return 2 * port + 2 if port else 0
 
 
 class Guest:
@@ -28,62 +30,46 @@ class Guest:
         self.execution = execution
         self.ended: list[Outcome] = []
         execution.connect(self.ended.append)
-        self.machine = VirtioMachine(execution.device)
-        self.machine.up(size=32)
-        self._messages: list[Piece] = []
+        self._consoles = Consoles(device=execution.device)
+        self.machine = self._consoles.machine
         self._buffers: dict[int, list[Piece]] = {}
-        for _ in range(32):
-            message = self.machine.blank(80)
-            self.machine.give(CONTROL_RX, message)
-            self._messages.append(message)
-        self.machine.kick(CONTROL_RX)
-        self._say(0xFFFF_FFFF, console.DEVICE_READY, 1)
         self.ports: dict[str, int] = {}
         self.connected: dict[int, bool] = {}
-        added = [port for port, event, _, _ in self.heard() if event == console.PORT_ADD]
-        for port in added:
-            self._say(port, console.PORT_READY, 1)
-        self.heard()
+        self._consoles.up()
+        for port, event, _, _ in self._consoles.heard():
+            assert event == console.PORT_ADD
+            self._consoles.say(port, console.PORT_READY, 1)
+        self._listen()
 
-    def _say(self, port: int, event: int, value: int) -> None:
-        self.machine.give(CONTROL_TX, self.machine.place(struct.pack("<IHH", port, event, value)))
-        self.machine.kick(CONTROL_TX)
-
-    def heard(self) -> list[tuple[int, int, int, bytes]]:
-        said = []
-        for _, size in self.machine.queues[CONTROL_RX].collect():
-            data = self.machine.text(self._messages.pop(0), size)
-            port, event, value = struct.unpack_from("<IHH", data)
-            said.append((port, event, value, data[8:]))
+    def _listen(self) -> None:
+        """Take note of what the device says of its ports."""
+        for port, event, value, more in self._consoles.heard():
             if event == console.PORT_NAME:
-                self.ports[data[8:].decode()] = port
+                self.ports[more.decode()] = port
             if event == console.PORT_OPEN:
                 self.connected[port] = bool(value)
-        return said
 
     def is_connected(self, name: str) -> bool:
-        self.heard()
+        self._listen()
         return self.connected[self.ports[name]]
 
-    def open(self, name: str, buffers: int = 4) -> None:
+    def open(self, name: str) -> None:
         port = self.ports[name]
-        index = 2 * port + 2 if port else 0
-        self._buffers[index] = [self.machine.blank(4096) for _ in range(buffers)]
+        index = receive_queue(port)
+        self._buffers[index] = [self.machine.blank(4096) for _ in range(4)]
         for buffer in self._buffers[index]:
             self.machine.give(index, buffer)
-        self._say(port, console.PORT_OPEN, 1)
+        self._consoles.say(port, console.PORT_OPEN, 1)
 
     def read(self, name: str) -> bytes:
         """What has come so far."""
-        port = self.ports[name]
-        index = 2 * port + 2 if port else 0
+        index = receive_queue(self.ports[name])
         self.machine.settle()
         pieces = self.machine.queues[index].collect()
         return b"".join(self.machine.text(self._buffers[index].pop(0), n) for _, n in pieces)
 
     def write(self, name: str, data: bytes) -> None:
-        port = self.ports[name]
-        index = (2 * port + 2 if port else 0) + 1
+        index = receive_queue(self.ports[name]) + 1
         self.machine.give(index, self.machine.place(data))
         self.machine.kick(index)
 

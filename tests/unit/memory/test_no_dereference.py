@@ -11,7 +11,6 @@ import ast
 import os
 import re
 import signal
-import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,10 +20,10 @@ from typing import cast
 import pytest
 
 from kvm_bindings import fdops
-from tests.support.disk_machine import BAR, DATA, DiskMachine
+from tests.support.disk_machine import BAR, DiskMachine, every_kind_of_request_works
 from tests.support.fake_memory import FakeMemory
 from tests.support.memory import guest_memory, page, pages, pattern
-from tests.support.virtio_driver import Piece, VirtioPciDriver
+from tests.support.virtio_driver import VirtioPciDriver
 from vmm.conversion.schemes.cbit import CbitScheme
 from vmm.conversion.transaction import Converter
 from vmm.core.events import ConversionRequest, Kind
@@ -32,12 +31,6 @@ from vmm.core.ranges import PAGE_SIZE
 from vmm.devices.bus import PortBus
 from vmm.devices.pci import PciBus, host_bridge
 from vmm.devices.virtio.block import (
-    T_DISCARD,
-    T_FLUSH,
-    T_GET_ID,
-    T_IN,
-    T_OUT,
-    T_WRITE_ZEROES,
     VirtioBlock,
 )
 from vmm.devices.virtio.block_file import open_disk
@@ -163,27 +156,7 @@ def disk_machine(revoked: GuestMemory, tmp_path: Path) -> Iterator[DiskMachine]:
 def test_disk_requests_of_every_kind_work_without_the_mapping(
     disk_machine: DiskMachine, size: int
 ) -> None:
-    queue = disk_machine.up()
-    before = disk_machine.disk_bytes()
-    two_sectors = struct.pack("<QII", 1000, 2, 0)
-
-    read = disk_machine.do(queue, T_IN, 3, Piece(DATA, size, True))
-    content = disk_machine.memory.peek(size, DATA)
-    written = disk_machine.do(queue, T_OUT, 100, Piece(DATA, size))
-    named = disk_machine.do(queue, T_GET_ID, 0, Piece(DATA, 20, True))
-    name = disk_machine.memory.peek(2, DATA)
-    flushed = disk_machine.do(queue, T_FLUSH, 0)
-    disk_machine.memory.poke(two_sectors, DATA)
-    zeroed = disk_machine.do(queue, T_WRITE_ZEROES, 0, Piece(DATA, 16))
-    discarded = disk_machine.do(queue, T_DISCARD, 0, Piece(DATA, 16))
-
-    statuses = [status for status, _ in (read, written, named, flushed, zeroed, discarded)]
-    assert statuses == [0] * 6
-    assert content == before[3 * 512 : 3 * 512 + size]
-    assert name == b"R1"
-    after = disk_machine.disk_bytes()
-    assert after[100 * 512 : 100 * 512 + size] == content
-    assert after[1000 * 512 : 1002 * 512] == bytes(1024)
+    every_kind_of_request_works(disk_machine, size)
 
 
 # The source holds no means to dereference an address either.

@@ -5,7 +5,6 @@ Every access by the memory's own fd is EBADF here, a load from a private page wo
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
@@ -13,7 +12,7 @@ from typing import cast
 import pytest
 
 from kvm_bindings import fdops
-from tests.support.disk_machine import BAR, DATA, DiskMachine
+from tests.support.disk_machine import BAR, DiskMachine, every_kind_of_request_works
 from tests.support.fake_memory import FakeMemory
 from tests.support.memory import page, pages, pattern
 from tests.support.protected import ProtectedGuest, protected_memory
@@ -22,12 +21,8 @@ from vmm.core.ranges import PAGE_SIZE
 from vmm.devices.bus import PortBus
 from vmm.devices.pci import PciBus, host_bridge
 from vmm.devices.virtio.block import (
-    T_DISCARD,
-    T_FLUSH,
-    T_GET_ID,
     T_IN,
     T_OUT,
-    T_WRITE_ZEROES,
     VirtioBlock,
 )
 from vmm.devices.virtio.block_file import open_disk
@@ -65,27 +60,9 @@ def machine(
 def test_disk_requests_of_every_kind_work_by_copying_calls(
     machine: tuple[DiskMachine, ProtectedGuest], size: int
 ) -> None:
-    disk, guest = machine
-    queue = disk.up()
-    before = disk.disk_bytes()
+    disk, _ = machine
 
-    read = disk.do(queue, T_IN, 3, Piece(DATA, size, True))
-    content = guest.peek(size, DATA)
-    written = disk.do(queue, T_OUT, 100, Piece(DATA, size))
-    named = disk.do(queue, T_GET_ID, 0, Piece(DATA, 20, True))
-    name = guest.peek(2, DATA)
-    flushed = disk.do(queue, T_FLUSH, 0)
-    guest.poke(struct.pack("<QII", 1000, 2, 0), DATA)
-    zeroed = disk.do(queue, T_WRITE_ZEROES, 0, Piece(DATA, 16))
-    discarded = disk.do(queue, T_DISCARD, 0, Piece(DATA, 16))
-
-    statuses = [status for status, _ in (read, written, named, flushed, zeroed, discarded)]
-    assert statuses == [0] * 6
-    assert content == before[3 * 512 : 3 * 512 + size]
-    assert name == b"R1"
-    after = disk.disk_bytes()
-    assert after[100 * 512 : 100 * 512 + size] == content
-    assert after[1000 * 512 : 1002 * 512] == bytes(1024)
+    every_kind_of_request_works(disk, size)
 
 
 @pytest.mark.parametrize("request_type", [T_IN, T_OUT])

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+from distributed import Client
+from distributed.client import FutureState
 
 from tests.unit.cli.conftest import Command
 from tests.unit.sweeps.conftest import SWEEP
 from tests.unit.sweeps.test_sweep import rows
 from vmm.sweeps import dask_executor, versions
 from vmm.sweeps.dask_executor import DaskExecutor
+from vmm.sweeps.executor import Answer
 from vmm.sweeps.far import Piece
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -33,9 +37,9 @@ class Cluster:
         self._stack = stack
         self.address, _ = self._started("scheduler", "--host", "127.0.0.1", "--port", "0")
 
-    def add_worker(self) -> int:
+    def add_worker(self, *more: str) -> int:
         """One more, which is there when this returns; its process."""
-        words = ["--nthreads", "1", "--no-nanny", "--host", "127.0.0.1"]
+        words = ["--nthreads", "1", "--no-nanny", "--host", "127.0.0.1", *more]
         _, process = self._started("worker", self.address, *words)
         return process
 
@@ -66,6 +70,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         for _ in range(2):
             made.add_worker()
         yield made
+
+
+@pytest.fixture
+def own_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Without a worker yet."""
+    with ExitStack() as stack:
+        yield Cluster(tmp_path_factory.mktemp("own_cluster"), stack)
 
 
 @pytest.fixture
@@ -107,9 +118,9 @@ def test_contents_reach_each_worker_once(
 
     def send(
         self: DaskExecutor, workers: Sequence[str], digest: str, pieces: Sequence[Piece]
-    ) -> None:
+    ) -> str | None:
         sent.update((worker, digest, name) for worker in workers for name, _, _ in pieces)
-        really(self, workers, digest, pieces)
+        return really(self, workers, digest, pieces)
 
     monkeypatch.setattr(DaskExecutor, "_send", send)
     monkeypatch.setattr(dask_executor, "_BATCH_SECONDS", 0.0)  # a task for each cell
@@ -147,6 +158,73 @@ def test_worker_that_is_killed_in_the_middle_costs_no_cell_and_doubles_none(
     assert (folder / "met").read_text() == "x"
     assert (result.status, told["missing"], told["failed"]) == (0, 0, 0)
     assert [tries for _, tries in rows(folder)] == [1] * 120
+
+
+def test_answer_that_is_lost_with_its_worker_is_found_anew(
+    command: Command, own_cluster: Cluster, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The only worker ends when a task of it has ended, and nobody has asked for the answer yet.
+    victim = own_cluster.add_worker()
+    lost: queue.SimpleQueue[str] = queue.SimpleQueue()
+    really_lose: Callable[..., None] = FutureState.lose
+    really_answers = DaskExecutor._answers
+    met: list[str] = []
+
+    def lose(self: Any) -> None:
+        really_lose(self)
+        lost.put(self.key)
+
+    def answers(self: DaskExecutor, ended: Sequence[str]) -> list[Answer]:
+        if met or not ended:
+            return really_answers(self, ended)
+        os.kill(victim, signal.SIGKILL)
+        while not set(ended) <= set(met):
+            met.append(lost.get(timeout=60))
+        found = really_answers(self, ended)
+        own_cluster.add_worker()
+        return found
+
+    monkeypatch.setattr(FutureState, "lose", lose)
+    monkeypatch.setattr(DaskExecutor, "_answers", answers)
+
+    result = command("sweep", "s.toml", "--scheduler", own_cluster.address, "--json")
+
+    assert (result.status, result.err) == (0, "")
+    assert [each["status"] for each in json.loads(result.out)["cells"]] == ["ok"] * 3
+
+
+def test_worker_that_cannot_keep_what_cells_need_is_named(
+    command: Command, own_cluster: Cluster, folder: Path
+) -> None:
+    own_cluster.add_worker("--local-directory", str(folder / "there"))
+    (place,) = (folder / "there" / "dask-scratch-space").glob("worker-*/")
+    (place / "pyvmm-sweep").write_text("no folder")
+
+    result = command("sweep", "s.toml", "--scheduler", own_cluster.address)
+
+    assert result.status == 2
+    assert f" can't keep it in {place}/pyvmm-sweep: Not a directory; " in result.complaint
+    assert "--local-directory" in result.complaint
+
+
+def test_answer_that_fails_while_it_is_asked_for_is_a_failed_cell(
+    sweep: Callable[..., Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Where its worker goes then, it is done again, and Dask may give that up.
+    really: Callable[..., Any] = Client.gather
+
+    def gather(self: Client, futures: Mapping[str, Any], **words: Any) -> Any:
+        for future in futures.values():
+            future._state.set_error(RuntimeError("workers died under it"), None)
+        return really(self, futures, **words)
+
+    monkeypatch.setattr(Client, "gather", gather)
+
+    told = json.loads(sweep("--json").out)
+
+    assert [each["error"] for each in told["cells"]] == [
+        "Dask gave it up: workers died under it"
+    ] * 3
 
 
 def test_policy_that_fails_on_a_worker_is_kept_with_its_log(

@@ -9,6 +9,7 @@ from vmm.core.lean_typing import TYPE_CHECKING
 from vmm.host.capability import (
     ALL,
     KERNEL_PRIVATE,
+    MEMFD_SERVES,
     Capability,
     file_io,
     guest_memfd,
@@ -22,7 +23,6 @@ from vmm.host.probes import memory
 if TYPE_CHECKING:
     from vmm.host.architecture import HostArchitecture
 
-_MEMFD_SERVES = "Linux 6.18 or later has it; --private-mem=memfd serves everywhere"
 _INERT = "nothing: no VM type of arm64 has memory attributes"
 
 
@@ -52,10 +52,10 @@ def capabilities(arm64: HostArchitecture) -> tuple[Capability, ...]:
         ),
         guest_memfd(arm64, 0, "private memory by attributes", _INERT),
         guest_memfd(arm64, 1, "--private-mem=guest_memfd: the kernel keeps the host out (the "
-                    "embedded payload under realm, remap)", _MEMFD_SERVES),
+                    "embedded payload under realm, remap)", MEMFD_SERVES),
         guest_memfd(arm64, 2, "private memory by attributes", _INERT),
         guest_memfd(arm64, 3, "--private-mem=guest_memfd-mmap: the host can load a kernel (realm)",
-                    _MEMFD_SERVES),
+                    MEMFD_SERVES),
         *memfds(arm64),
         *file_io(arm64),
         Capability(

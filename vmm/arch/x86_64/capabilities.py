@@ -9,6 +9,7 @@ from vmm.core.lean_typing import TYPE_CHECKING
 from vmm.host.capability import (
     KERNEL_PRIVATE,
     KERNELS,
+    MEMFD_SERVES,
     PAYLOAD_PRIVATE,
     PRIVATE,
     PRIVATE_CODE,
@@ -25,7 +26,6 @@ from vmm.host.probes import attributes, memory
 if TYPE_CHECKING:
     from vmm.host.architecture import HostArchitecture
 
-_MEMFD_SERVES = "Linux 6.18 or later has it; --private-mem=memfd serves everywhere"
 _INERT = "needs a VM type with memory attributes; --scheme cbit needs none"
 _ATTRIBUTES = "private memory by attributes, in one address space"
 
@@ -70,10 +70,10 @@ def capabilities(x86: HostArchitecture) -> tuple[Capability, ...]:
         ),
         guest_memfd(x86, 0, _ATTRIBUTES, _INERT),
         guest_memfd(x86, 1, "--private-mem=guest_memfd: the kernel keeps the host out, "
-                    "so that no page can be lent (--iommu)", _MEMFD_SERVES),
+                    "so that no page can be lent (--iommu)", MEMFD_SERVES),
         guest_memfd(x86, 2, _ATTRIBUTES, _INERT),
         guest_memfd(x86, 3, "--private-mem=guest_memfd-mmap: the host can load a kernel, "
-                    "and pages can be lent to devices (--iommu)", _MEMFD_SERVES),
+                    "and pages can be lent to devices (--iommu)", MEMFD_SERVES),
         *memfds(x86),
         *file_io(x86),
         Capability(

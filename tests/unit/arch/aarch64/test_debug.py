@@ -258,19 +258,20 @@ def test_kinds_have_registers_of_their_own() -> None:
     }
 
 
-def test_exits_are_told_apart() -> None:
-    made, vcpu = debug(), Vcpu(pc=0x4008)
+@pytest.mark.parametrize(
+    ("pc", "exit", "caught"),
+    [
+        (0x4008, ArmDebugExit(BRK, 0), Caught(Cause.SOFTWARE, 0x4008)),
+        (0x4008, ArmDebugExit(STEP | 0x22, 0), Caught(Cause.STEP, 0x4008)),
+        (0x4008, ArmDebugExit(BREAKPOINT | 0x22, 0), Caught(Cause.HARDWARE, 0x4008, 1)),
+        (0x400C, ArmDebugExit(BREAKPOINT | 0x22, 0), Caught(Cause.GUEST, 0x400C)),
+        (0x400C, ArmDebugExit(WATCHPOINT, 0x4008), Caught(Cause.GUEST, 0x400C)),
+    ],
+)
+def test_exits_are_told_apart(pc: int, exit: ArmDebugExit, caught: Caught) -> None:
     hardware = [None, Hardware(Watch.EXECUTE, 0x4008, 1), None, None, None]
 
-    assert made.caught(vcpu, ArmDebugExit(BRK, 0), hardware) == Caught(Cause.SOFTWARE, 0x4008)
-    assert made.caught(vcpu, ArmDebugExit(STEP | 0x22, 0), hardware) == Caught(Cause.STEP, 0x4008)
-    caught = made.caught(vcpu, ArmDebugExit(BREAKPOINT | 0x22, 0), hardware)
-    assert caught == Caught(Cause.HARDWARE, 0x4008, 1)
-    vcpu["pc"] = 0x400C
-    caught = made.caught(vcpu, ArmDebugExit(BREAKPOINT | 0x22, 0), hardware)
-    assert caught == Caught(Cause.GUEST, 0x400C)
-    caught = made.caught(vcpu, ArmDebugExit(WATCHPOINT, 0x4008), hardware)
-    assert caught == Caught(Cause.GUEST, 0x400C)
+    assert debug().caught(Vcpu(pc=pc), exit, hardware) == caught
 
 
 @pytest.mark.parametrize(
@@ -347,18 +348,18 @@ def test_step_of_code_that_cannot_be_read_takes_interrupts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("instruction", "what"),
+    "instruction",
     [
-        (0xD50342DF, "msr daifset, #2"),
-        (0xD5034FFF, "msr daifclr, #15"),
-        (0xD53B4223, "mrs x3, daif"),
-        (0xD51B423E, "msr daif, x30"),
-        (0xD69F03E0, "eret"),
-        (0xD69F0BFF, "eretaa"),
-        (0xD69F0FFF, "eretab"),
+        pytest.param(0xD50342DF, id="msr daifset, #2"),
+        pytest.param(0xD5034FFF, id="msr daifclr, #15"),
+        pytest.param(0xD53B4223, id="mrs x3, daif"),
+        pytest.param(0xD51B423E, id="msr daif, x30"),
+        pytest.param(0xD69F03E0, id="eret"),
+        pytest.param(0xD69F0BFF, id="eretaa"),
+        pytest.param(0xD69F0FFF, id="eretab"),
     ],
 )
-def test_instruction_that_could_find_out_is_stepped_as_it_is(instruction: int, what: str) -> None:
+def test_instruction_that_could_find_out_is_stepped_as_it_is(instruction: int) -> None:
     vcpu = Vcpu()
 
     stepped(vcpu, instruction, pstate=EL1 | IRQ)

@@ -162,34 +162,55 @@ def test_debugger_that_hangs_up_is_as_one_that_detaches(make: Make) -> None:
     assert debugged.debug.armed[-1] == (0, False, False, (None, None))
 
 
-@pytest.mark.parametrize("met", [hit(0), STEPPED], ids=["breakpoint", "step"])
-@pytest.mark.parametrize("leaves", ["detaches", "hangs up"])
-def test_breakpoint_that_kvm_does_not_take_back_holds_nobody(
-    make: Make, leaves: str, met: DebugExit, capsys: pytest.CaptureFixture[str]
-) -> None:
-    debugged = make()
+def leave_a_breakpoint(debugged: Debugged, leaves: str) -> None:
+    """The debugger leaves while KVM takes nothing back."""
     client = debugged.client()
     client.ask(b"Z1,1000,1")
     debugged.vcpus[0].then(STEPPED)
     assert client.ask(b"vCont;s:1") == b"T05thread:1;"
     debugged.debug.refuses = True
-
     if leaves == "detaches":
         assert client.ask(b"D") == b"OK"
     else:
         client.close()
     assert debugged.vcpus[0].idle.wait(10)
+    debugged.debug.refuses = False
+
+
+@pytest.mark.parametrize("leaves", ["detaches", "hangs up"])
+def test_breakpoint_that_kvm_does_not_take_back_is_told(
+    make: Make, leaves: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leave_a_breakpoint(make(), leaves)
 
     assert capsys.readouterr().err == (
         "pyvmm: --gdb: KVM_SET_GUEST_DEBUG() failed: EINVAL (Invalid argument); a breakpoint stays "
         "until vCPU 0 meets it\n"
     )
-    debugged.debug.refuses = False
+
+
+@pytest.mark.parametrize("met", [hit(0), STEPPED], ids=["breakpoint", "step"])
+@pytest.mark.parametrize("leaves", ["detaches", "hangs up"])
+def test_breakpoint_that_was_left_behind_holds_nobody_when_it_is_met(
+    make: Make, leaves: str, met: DebugExit
+) -> None:
+    debugged = make()
+    leave_a_breakpoint(debugged, leaves)
+
     debugged.target.on_debug_exit(debugged.vcpus[0], met)
+
     assert debugged.debug.armed[-1] == (0, False, False, (None, None))
     assert not debugged.group.frozen
     assert debugged.debug.passed_on == [], "the guest has never had it"
+
+
+def test_debug_exit_after_the_one_that_was_left_behind_is_the_guests_own(make: Make) -> None:
+    debugged = make()
+    leave_a_breakpoint(debugged, "detaches")
     debugged.target.on_debug_exit(debugged.vcpus[0], hit(0))
+
+    debugged.target.on_debug_exit(debugged.vcpus[0], hit(0))
+
     assert len(debugged.debug.passed_on) == 1
 
 
@@ -350,16 +371,19 @@ def test_silent_connection_keeps_no_debugger_out(make: Make) -> None:
     assert silent.byte() == b""
 
 
-def test_kinds_of_watchpoints_are_told_apart(make: Make) -> None:
+@pytest.mark.parametrize(
+    ("kind", "watch"), [(b"2", b"watch"), (b"3", b"rwatch"), (b"4", b"awatch")]
+)
+def test_watchpoint_that_is_met_is_called_by_its_kind(
+    make: Make, kind: bytes, watch: bytes
+) -> None:
     debugged = make()
     debugged.debug.watches = tuple(Watch)
     client = debugged.client()
-    for kind, watch in ((b"2", b"watch"), (b"3", b"rwatch"), (b"4", b"awatch")):
-        assert client.ask(b"Z%s,2000,8" % kind) == b"OK"
-        debugged.vcpus[0].then(hit(0))
+    assert client.ask(b"Z%s,2000,8" % kind) == b"OK"
+    debugged.vcpus[0].then(hit(0))
 
-        assert client.ask(b"c") == b"T05thread:1;%s:2000;" % watch
-        assert client.ask(b"z%s,2000,8" % kind) == b"OK"
+    assert client.ask(b"c") == b"T05thread:1;%s:2000;" % watch
 
 
 def test_watchpoint_for_reads_alone_is_unknown_where_the_processor_has_none(make: Make) -> None:
@@ -392,16 +416,26 @@ def wide_breakpoints(debugged: Debugged) -> bytes:
     return debugged.debug.breakpoint_instruction
 
 
-def test_breakpoint_of_four_bytes_does_not_show_and_survives_writes(make: Make) -> None:
+def test_breakpoint_of_four_bytes_does_not_show(make: Make) -> None:
+    debugged = make()
+    brk = wide_breakpoints(debugged)
+    debugged.memory.pwrite(b"abcdefgh", 0x1000)
+    client = debugged.client()
+
+    assert client.ask(b"Z0," + at(0x1004) + b",4") == b"OK"
+
+    assert debugged.memory.pread(8, 0x1000) == b"abcd" + brk
+    assert client.ask(b"m" + at(0x1000) + b",8") == b"abcdefgh".hex().encode()
+    assert client.ask(b"m" + at(0x1006) + b",4") == b"gh\0\0".hex().encode()
+
+
+def test_breakpoint_of_four_bytes_survives_writes(make: Make) -> None:
     debugged = make()
     brk = wide_breakpoints(debugged)
     debugged.memory.pwrite(b"abcdefgh", 0x1000)
     client = debugged.client()
     assert client.ask(b"Z0," + at(0x1004) + b",4") == b"OK"
-    assert debugged.memory.pread(8, 0x1000) == b"abcd" + brk
 
-    assert client.ask(b"m" + at(0x1000) + b",8") == b"abcdefgh".hex().encode()
-    assert client.ask(b"m" + at(0x1006) + b",4") == b"gh\0\0".hex().encode()
     # Over its beginning, its end, and inside.
     assert client.ask(b"M" + at(0x1003) + b",2:5859") == b"OK"
     assert client.ask(b"M" + at(0x1007) + b",2:5a31") == b"OK"
@@ -436,19 +470,21 @@ def test_watchpoint_that_kvm_does_not_stop_for_is_refused(make: Make) -> None:
     assert debugged.client().ask(b"Z2,2000,8").startswith(b"E.")
 
 
-def test_debugger_is_told_what_kvm_can_do(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    debugged = make()
-    client = debugged.client()
-
-    assert client.monitor("can") == (
+def test_debugger_is_told_what_kvm_can_do(make: Make) -> None:
+    assert make().client().monitor("can") == (
         "this host's KVM lacks: nothing\n"
         "hardware breakpoints: 2, watchpoints: 2, in the same registers\n"
     )
+
+
+def test_debugger_is_told_what_kvm_lacks(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    debugged = make()
     debugged.debug.abilities = debugged.debug.abilities._replace(user_steps=False)
     monkeypatch.setattr(
         debugged.debug, "places", lambda kind: range(1) if kind is Watch.EXECUTE else range(1, 4)
     )
-    assert client.monitor("can") == (
+
+    assert debugged.client().monitor("can") == (
         "this host's KVM lacks: single steps in user mode\n"
         "hardware breakpoints: 1, watchpoints: 3\n"
     )

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import statistics
-import time
-
 from kvm_bindings import KvmError
 from kvm_bindings.aarch64 import System, ioctls
 from kvm_bindings.aarch64.registers import CORE_REGISTERS
@@ -13,11 +9,11 @@ from kvm_bindings.exits import HypercallExit
 from vmm.arch.aarch64 import rsi
 from vmm.arch.aarch64.machine_code import DONE, SMC, assembled
 from vmm.arch.aarch64.micro_guest import MicroGuest
+from vmm.host.probes import latency
 from vmm.host.probes.finding import Finding, broken, no, yes
 from vmm.host.probes.micro_guest import seen
 
 _ANSWER = 0x5A5A
-_LATENCY_EXITS = 300
 _LATENCY_SECONDS = 10.0  # an emulated machine takes milliseconds for each
 _SMC_FLAG = 1 << 0  # KVM_HYPERCALL_EXIT_SMC
 
@@ -63,16 +59,6 @@ def forwarded_calls(system: System) -> Finding:
 def exit_latency(system: System) -> Finding:
     """What a store to a register in memory costs from guest to here and back, in this process."""
     with MicroGuest(system, assembled(DONE), seconds=_LATENCY_SECONDS) as guest, guest.watched():
-        times = [time.perf_counter()]
-        while len(times) <= _LATENCY_EXITS and guest.word(guest.next_exit()) is not None:
-            times.append(time.perf_counter())
-    if len(times) <= _LATENCY_EXITS:
-        return broken("guest stops", f"a guest made {len(times) - 1} of {_LATENCY_EXITS} exits")
-    each = [(after - before) * 1e6 for before, after in itertools.pairwise(times)]
-    median = statistics.median(each)
-    return yes(
-        f"{median:.0f} us an exit",
-        f"median of {len(each)} stores to a register, {min(each):.0f} to {max(each):.0f} us",
-        microseconds=round(median, 1),
-        exits=len(each),
-    )
+        return latency.exit_latency(
+            lambda: guest.word(guest.next_exit()) is not None, "stores to a register"
+        )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-import statistics
 import time
 from contextlib import ExitStack
 
@@ -23,6 +21,7 @@ from vmm.arch.x86_64.doorbells import KVM_HC_MAP_GPA_RANGE
 from vmm.arch.x86_64.micro_guest import AREA_GPA, DONE_PORT, OUT_DONE, MicroGuest, Mode
 from vmm.arch.x86_64.probes.hypercall import hypercall_behaviour
 from vmm.core.errors import HostError
+from vmm.host.probes import latency
 from vmm.host.probes.finding import Finding, broken, no, yes
 from vmm.host.probes.micro_guest import AREA_SIZE, mapped, memory_file, seen
 
@@ -36,7 +35,6 @@ _ANSWER = 0x5A
 _READ_MSR = b"\xb9" + _SEV_STATUS.to_bytes(4, "little") + b"\x0f\x32" + OUT_DONE
 _WRITE_WORD = b"\x48\x89\x37" + OUT_DONE  # mov [rdi], rsi; out
 _OUT_FOR_EVER = OUT_DONE + b"\xeb\xfc"
-_LATENCY_EXITS = 300
 
 
 def is_done(exit: Exit) -> bool:
@@ -180,16 +178,4 @@ def pre_fault(system: System) -> Finding:
 def exit_latency(system: System) -> Finding:
     """What a port write costs from guest to here and back, in this process."""
     with MicroGuest(system, _OUT_FOR_EVER, "user") as guest, guest.watched():
-        times = [time.perf_counter()]
-        while len(times) <= _LATENCY_EXITS and is_done(guest.next_exit()):
-            times.append(time.perf_counter())
-    if len(times) <= _LATENCY_EXITS:
-        return broken("guest stops", f"a guest made {len(times) - 1} of {_LATENCY_EXITS} exits")
-    each = [(after - before) * 1e6 for before, after in itertools.pairwise(times)]
-    median = statistics.median(each)
-    return yes(
-        f"{median:.0f} us an exit",
-        f"median of {len(each)} port writes at CPL 3, {min(each):.0f} to {max(each):.0f} us",
-        microseconds=round(median, 1),
-        exits=len(each),
-    )
+        return latency.exit_latency(lambda: is_done(guest.next_exit()), "port writes at CPL 3")
