@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import vmm
 from kvm_bindings import sandbox
 from tests.support import command
+from tests.support.other_user import open_to_others
 
 pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("usable_kvm")]
 
@@ -58,14 +60,16 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
-def _run(folder: Path, *options: str) -> tuple[subprocess.CompletedProcess[bytes], dict[str, str]]:
+def _run(
+    folder: Path, *options: str, opening: Sequence[str] = ()
+) -> tuple[subprocess.CompletedProcess[bytes], dict[str, str]]:
     (folder / "secret.txt").write_text("secret")
     (folder / "allowed").mkdir()
     with (folder / "disk.img").open("wb") as disk:
         disk.truncate(1 << 20)
     done = command.run(
         "--private-mem", "--disk", "disk.img", "--policy", POLICY, "--report", "r.json", *options,
-        cwd=folder, env=_environment(),
+        before=opening, cwd=folder, env=_environment(),
     )  # fmt: skip
     told = next(line for line in done.stderr.splitlines() if line.startswith(b"attempts:"))
     return done, json.loads(told.removeprefix(b"attempts:"))
@@ -119,6 +123,7 @@ def test_allowed_path_can_be_written_and_nothing_beside_it(tmp_path: Path) -> No
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes another user")
 ANOTHER = 54321
+BECOME = ["setpriv", f"--reuid={ANOTHER}", "--clear-groups"]
 WHO = """
 import glob, json, os, sys
 from vmm.policy import Allow, Policy
@@ -144,13 +149,14 @@ def test_all_threads_become_the_user_and_what_the_run_leaves_is_complete(
     (tmp_path / "who.py").write_text(WHO)
     user = str(ANOTHER)
 
-    done = subprocess.run(
-        [*command.COMMAND, "--private-mem", "--policy", "who.py:Who", "--uid", f"{user}:{user}",
-         "--trace", "trace", "--report", "r.json", "--control", "control",
-         f"--sandbox={sandboxed}"],
-        cwd=tmp_path, env=_environment(), capture_output=True, timeout=60, check=False,
-        extra_groups=[ANOTHER + 1],
-    )  # fmt: skip
+    with open_to_others() as opening:
+        done = subprocess.run(
+            [*opening, *command.COMMAND, "--private-mem", "--policy", "who.py:Who",
+             "--uid", f"{user}:{user}", "--trace", "trace", "--report", "r.json",
+             "--control", "control", f"--sandbox={sandboxed}"],
+            cwd=tmp_path, env=_environment(), capture_output=True, timeout=60, check=False,
+            extra_groups=[ANOTHER + 1],
+        )  # fmt: skip
 
     assert done.returncode == 0, done.stderr
     told = next(line for line in done.stderr.splitlines() if line.startswith(b"who:"))
@@ -170,8 +176,8 @@ def test_all_threads_become_the_user_and_what_the_run_leaves_is_complete(
 @needs_landlock
 def test_another_user_opens_guest_memory_and_the_disk_no_second_time() -> None:
     """Started in a folder that this user can find, and not enter."""
-    with tempfile.TemporaryDirectory() as folder:
-        _, ended = _run(Path(folder), "--uid", f"{ANOTHER}:{ANOTHER}")
+    with tempfile.TemporaryDirectory() as folder, open_to_others() as opening:
+        _, ended = _run(Path(folder), "--uid", f"{ANOTHER}:{ANOTHER}", opening=opening)
 
     assert ended["open guest memory again"] == "EACCES"
     assert {name for name, how in ended.items() if how == "ok"} == MUST_WORK
@@ -189,11 +195,12 @@ def test_machine_in_a_program_becomes_no_other_user() -> None:
 
 
 def test_uid_without_the_right_to_it_is_one_line_and_status_3(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [*command.COMMAND, "--private-mem", "--uid", "nobody"],
-        cwd="/", env=_environment(), capture_output=True, timeout=60, check=False,
-        user=ANOTHER if os.geteuid() == 0 else None,
-    )  # fmt: skip
+    with open_to_others() as opening:
+        words = [*opening, *(BECOME if os.geteuid() == 0 else [])]
+        done = subprocess.run(
+            [*words, *command.COMMAND, "--private-mem", "--uid", "nobody"],
+            cwd="/", env=_environment(), capture_output=True, timeout=60, check=False,
+        )  # fmt: skip
 
     assert done.returncode == 3, done.stderr
     assert b"may not become another user (CAP_SETUID, CAP_SETGID)" in done.stderr

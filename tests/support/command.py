@@ -84,11 +84,14 @@ class Session:
         return self.process.wait(), said
 
 
-def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
-    """The command on pipes, stdin empty unless given, with a time limit."""
+def run(
+    *arguments: str, before: Sequence[str] = (), **options: Any
+) -> subprocess.CompletedProcess[bytes]:
+    """The command on pipes, stdin empty unless given, with a time limit; `before`: a command that
+    runs it."""
     options.setdefault("stdin", subprocess.DEVNULL)
     options.setdefault("cwd", ROOT)
     return subprocess.run(
-        [*COMMAND, *arguments], timeout=TIME_LIMIT, check=False,
+        [*before, *COMMAND, *arguments], timeout=TIME_LIMIT, check=False,
         **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},
     )  # fmt: skip
