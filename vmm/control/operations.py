@@ -184,9 +184,11 @@ class Operations:
                         f"a device does not come to rest within {REST_SECONDS:g} s (a disk may "
                         "hang); try again"
                     ) from None
-                with held:
-                    yield
-                self._vcpus.process_continued()  # as if it had been stopped
+                try:
+                    with held:
+                        yield
+                finally:
+                    self._vcpus.process_continued()  # as if it had been stopped
         finally:
             if paused:
                 try:

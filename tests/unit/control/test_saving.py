@@ -264,6 +264,20 @@ def test_guest_that_a_debugger_has_stopped_stays_so(still: Bench) -> None:
     assert still.vcpus.frozen
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_guest_is_told_that_it_stood_still_whatever_came_of_it(
+    fails: bool, still: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(still.vcpus, "_tell_stopped", lambda: told.append(still.vcpus._holds))
+
+    with contextlib.suppress(OSError), still.operations.still():
+        if fails:
+            raise OSError("no room for it")
+
+    assert told and all(told), "while all of them were held"
+
+
 def test_device_that_does_not_come_to_rest_is_said_and_the_guest_goes_on(still: Bench) -> None:
     still.devices.busy = True
 
