@@ -99,6 +99,10 @@ def _kind(path: str, folder: str) -> str:
     return PYTHONS if path.startswith(_MODULES) or path.endswith(_ZIP) else path
 
 
+_WITHOUT_CODE = {"PYTHONDONTWRITEBYTECODE": "1"}
+"""Python writes compiled modules once, where it may; they are no calls of pyvmm's."""
+
+
 def recorded(
     words: Sequence[str],
     folder: Path,
@@ -113,7 +117,7 @@ def recorded(
         open(folder / "console.out", "wb") as console,
         subprocess.Popen(
             [*tracer, *words], cwd=injecting.ROOT, bufsize=0, stdin=subprocess.PIPE, stdout=console,
-            stderr=subprocess.PIPE, env=os.environ | dict(environment or {}),
+            stderr=subprocess.PIPE, env=os.environ | _WITHOUT_CODE | dict(environment or {}),
         ) as process,
     ):  # fmt: skip
         watchdog = threading.Timer(60, process.kill)
