@@ -105,6 +105,17 @@ def test_rectangles_too_many_are_drawn_more_coarsely() -> None:
     assert painted(found, len(history))[-1][:8] == ["shared"] * 8
 
 
+@pytest.mark.parametrize(("gib", "block"), [(16, PAGE), (17, 2 * PAGE), (512, 32 * PAGE)])
+def test_blocks_are_as_many_as_there_is_memory_for_however_few_changes_there_are(
+    gib: int, block: int
+) -> None:
+    rows, _ = changed([(0, 1, "shared", 0)])
+
+    found = rectangles(rows, [(0, gib << 30, INITIAL[0][2])], MILLISECOND)
+
+    assert found.block_bytes == block
+
+
 def test_change_while_another_is_slow_counts_when_it_is_done(tmp_path: Path) -> None:
     events = Events((0, 4, "private"))
     events.state(5.0, 2, 1, "shared", took=1.0)  # done at 6 ms, written first

@@ -18,6 +18,8 @@ _BLOCKS, _STEPS = 2048, 600
 """How finely a trace is drawn that has more changes than rectangles."""
 _MOST_WORK = 1 << 34
 """Blocks that all steps together may look at: some seconds."""
+_MOST_BLOCKS = 1 << 22
+"""What there is memory for, some 45 bytes each: pages of 16 GiB of RAM."""
 _BINS = 240
 _MOST_POINTS = 1500
 _BINS_PER_DECADE = 8
@@ -48,7 +50,9 @@ def rectangles(
         while span_bytes(initial, rows) >> shift > _BLOCKS:
             shift += 1
     # Each step may look at all blocks.
-    while (span_bytes(initial, rows) >> shift) * min(steps, len(rows.gpa) + 1) > _MOST_WORK:
+    span = span_bytes(initial, rows)
+    looks = min(steps, len(rows.gpa) + 1)
+    while span >> shift > _MOST_BLOCKS or (span >> shift) * looks > _MOST_WORK:
         shift += 1
     while True:
         found = _Sweep(rows, initial, until, shift).run(steps)
