@@ -7,6 +7,7 @@ import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -235,6 +236,31 @@ def test_vsock_half_closed_by_the_guest_still_gets_data(
         link.close()
         guest.machine.settle()
         assert [(h.op, d) for h, d in guest.heard()] == [(Op.RW, b"answer"), (Op.SHUTDOWN, b"")]
+
+
+def test_vsock_slow_program_gets_all_that_a_guest_sent_before_it_let_go(
+    guest: Guest, server: socket.socket
+) -> None:
+    """Linux waits for 8 s after it has closed its end."""
+    with accepted(guest, server) as link:
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        device: Any = guest.machine.device
+        connection = next(iter(device._connections.values()))
+        connection.link.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+        sent = b""
+        while not connection.waiting:
+            sent += bytes([len(sent) % 251]) * 4000
+            guest.say(Op.RW, sent[-4000:])
+        guest.say(Op.SHUTDOWN, flags=SHUTDOWN_SEND | SHUTDOWN_RECEIVE)
+        guest.say(Op.RST)
+
+        taken = b""
+        while piece := link.recv(1 << 16):
+            taken += piece
+            guest.machine.settle()
+
+        assert taken == sent
+        assert not device._connections
 
 
 def test_vsock_host_program_that_is_gone_is_a_reset(guest: Guest, server: socket.socket) -> None:

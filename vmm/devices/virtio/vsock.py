@@ -266,7 +266,10 @@ class VirtioVsock(VirtioDevice):
                 with contextlib.suppress(OSError):
                     connection.link.send(b"OK %d\n" % connection.host_port, socket.MSG_NOSIGNAL)
             case Op.RST:
-                self._drop(connection)
+                # 8 s after it has closed its end Linux lets go of it (VSOCK_CLOSE_TIMEOUT). What it
+                # sent before is the host's program's, however slow that is.
+                if not connection.owed:
+                    self._drop(connection)
             case Op.SHUTDOWN:
                 connection.shut(header.flags)
                 if connection.over:

@@ -109,6 +109,11 @@ class Connection:
         return self._guest_ended and self._guest_gone and not self._unsent
 
     @property
+    def owed(self) -> bool:
+        """Whether the guest has closed its end, and something that came from it wasn't taken."""
+        return self._guest_ended and self._guest_gone and bool(self._unsent)
+
+    @property
     def waiting(self) -> int:
         """Bytes from the guest that the host's program has not taken."""
         return len(self._unsent)
