@@ -73,6 +73,7 @@ REASONS = [
         "poll ppoll pselect6 clock_nanosleep",
         NOWHERE,
     ),
+    _reason("for a child of its own: as what waits", "wait4", NOWHERE, START),
     _reason(
         "looks at what is open, or sets a flag of its descriptor: wrong descriptors alone",
         "fcntl lseek newfstatat FIONBIO TCGETS TIOCGWINSZ",

@@ -260,8 +260,6 @@ class Session:
         )
         if not self._session:
             raise OSError(errno.EINVAL, "libfuse refuses its options")
-        self.ready: Callable[[], None] = lambda: None
-        """Called when the kernel asks for a file: it has the answer to its own first request."""
 
     def mount(self, path: str) -> None:
         """Raises OSError where it can't be."""
@@ -332,8 +330,6 @@ class Session:
         return self._stat.pack(*head, *moments)
 
     def _lookup(self, request: int, parent: int, name: bytes) -> None:
-        self.ready()
-
         def work() -> None:
             inode = self._files.names.get(name) if parent == ROOT else None
             if inode is None:

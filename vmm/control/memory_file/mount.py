@@ -6,10 +6,10 @@ for is done there, under GuestMemory's rules, as a device's accesses are.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import select
+import signal
 import stat
 import threading
 import time
@@ -21,6 +21,7 @@ from vmm.control.memory_file.libfuse import ROOT, Answer, Attributes, Library, S
 from vmm.control.memory_file.place import Place
 from vmm.core.errors import HostError, in_words, one_line, tell
 from vmm.core.event_loop import EventLoop
+from vmm.exits.run_loop import KICK_SIGNAL, install_kick_handler
 from vmm.policy import PolicyError, PolicyKill
 
 MEMORY, STATES, CHANGES = 2, 3, 4
@@ -31,6 +32,8 @@ _END_SECONDS = 2.0
 _AGAIN_SECONDS = 0.1
 """When what couldn't be woken is tried to be woken again."""
 _UNNAMED = "?"
+_MOST_DESCRIPTORS = 1 << 30
+"""More than there can be (fs.nr_open)."""
 _OPTIONS = "fsname=pyvmm,subtype=pyvmm,default_permissions,nosuid,nodev,noexec"
 
 
@@ -218,7 +221,6 @@ class MemoryMount:
         except OSError as error:
             raise HostError(f"--memory-file {place.path}: {in_words(error)}") from error
         self._ready = threading.Event()
-        self._session.ready = self._ready.set
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._serve, name="memory-file", daemon=True)
         self._mounted = self._gone = False
@@ -226,6 +228,7 @@ class MemoryMount:
 
     def start(self, loop: EventLoop, set_on_change: Callable[[Callable[[], None]], None]) -> None:
         """Mount it. Raises HostError where that fails."""
+        install_kick_handler()
         try:
             self._session.mount(self._place.path)
         except OSError as error:
@@ -233,16 +236,8 @@ class MemoryMount:
         self._mounted = True
         self._loop = loop
         self._thread.start()
-        # It passes nothing on before it has libfuse's answer to its own first request.
-        self._ask()
-        deadline = time.monotonic() + MOUNT_SECONDS
-        while not self._ready.wait(0.01):  # until the kernel has asked for the first time
-            if not self._thread.is_alive():
-                self._gone = True
-                self._session.abandon()  # nobody waits for an answer any more
-                raise self._unmountable(_why(self._failure))
-            if time.monotonic() > deadline:
-                raise self._unmountable("no answer")
+        self._await_answer()
+        self._ready.set()
 
         def changed() -> None:
             if self._files.waiting:
@@ -253,6 +248,34 @@ class MemoryMount:
                 loop.set_timer(time.monotonic() + _AGAIN_SECONDS, notify)
 
         set_on_change(changed)
+
+    def _await_answer(self) -> None:
+        """Until somebody who asks has an answer: the kernel passes nothing on before it has
+        libfuse's to its own first request. Raises HostError."""
+        deadline = time.monotonic() + MOUNT_SECONDS
+        asking = 0
+        try:
+            while True:
+                asking = asking or _ask(self._place.path)
+                ended, status = os.waitpid(asking, os.WNOHANG)
+                if ended:
+                    asking = 0
+                    if status == 0:
+                        return
+                    # The question couldn't be read, perhaps: the next may be.
+                self._thread.join(0.001)
+                if not self._thread.is_alive():
+                    self._gone = True
+                    self._session.abandon()  # nobody waits for an answer any more
+                    raise self._unmountable(_why(self._failure))
+                if time.monotonic() > deadline:
+                    raise self._unmountable("no answer")
+        except OSError as error:
+            raise self._unmountable(error.strerror) from None
+        finally:
+            if asking:
+                os.kill(asking, signal.SIGKILL)
+                os.waitpid(asking, 0 if self._gone else os.WNOHANG)
 
     def _unmountable(self, reason: object) -> HostError:
         return HostError(
@@ -287,10 +310,6 @@ class MemoryMount:
             why = f"/dev/fuse: {in_words(self._failure)}"
         tell(f"--memory-file {self._place.path} is gone: {why}; the guest goes on without it")
 
-    def _ask(self) -> None:
-        """Have the kernel ask; on a thread that waits for the answer, which may not come."""
-        threading.Thread(target=_stat, args=(self._place.path,), daemon=True).start()
-
     def as_dict(self) -> dict[str, object]:
         """For the report."""
         return {"opens": self._files.opens, **self._files.guest.counts}
@@ -298,10 +317,16 @@ class MemoryMount:
     def close(self) -> None:
         """Unmount; what has a file open finds it gone. Any number of times."""
         self._files.ending = self._session.leave
-        if self._thread.is_alive():
-            # Any request has libfuse's loop look at whether it is to end.
-            self._ask()
-            self._thread.join(_END_SECONDS)
+        if self._thread.is_alive():  # else there may be no session any more
+            self._session.leave()
+        deadline = time.monotonic() + _END_SECONDS
+        while self._thread.is_alive() and time.monotonic() < deadline:
+            # An interrupted read(2) has libfuse's loop look at whether it is to end; again, as it
+            # may not have been in it yet. A request would do, too, but who waits for an answer of
+            # the process that he is of can't be killed, and with him that process.
+            assert self._thread.ident is not None
+            signal.pthread_kill(self._thread.ident, KICK_SIGNAL)
+            self._thread.join(0.01)
         if self._mounted and not self._gone and not self._thread.is_alive():
             self._mounted = False
             self._files.give_up()
@@ -317,6 +342,17 @@ def _why(failure: BaseException | None) -> str:
     return in_words(failure) if isinstance(failure, OSError) else repr(failure)
 
 
-def _stat(path: str) -> None:
-    with contextlib.suppress(OSError):
+def _ask(path: str) -> int:
+    """A process that asks, and doesn't have /dev/fuse open: one that has, and waits for an answer
+    when all others are killed, keeps it open and waits for ever. Its status is 0 where it had an
+    answer. Raises OSError."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        os.closerange(0, _MOST_DESCRIPTORS)
         os.stat(os.path.join(path, "memory"))
+        status = 0
+    finally:
+        os._exit(status)
